@@ -1,0 +1,64 @@
+# `make` lists the targets. PYTHON=python3.12 chooses the interpreter, VENV=folder the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check
+SOURCES := $(wildcard fastvi tests bench)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test slow lint format bench check
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.stamp-demo  ## install the package and estimate the LLC of a digits classifier
+	$(BIN)/fastvi demo digits
+
+test: $(VENV)/.stamp-test  ## run the fast tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 2
+
+slow: $(VENV)/.stamp-test  ## run the slow tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 -m slow
+
+lint: $(VENV)/.stamp-lint  ## check style, format and types
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.stamp-lint  ## apply the style that lint checks
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(VENV)/.stamp-bench  ## run the benchmarks
+	$(BIN)/python -m pytest bench/ --benchmark-only
+
+check: test lint  ## test, then lint
+
+# The second form is for a Python without ensurepip; pip 25.1 is the first to read dependency groups.
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "fastvi needs Python 3.11 or newer, but '$(PYTHON) --version' says:" \
+	    "$$($(PYTHON) --version 2>&1 || true). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	$(INSTALL) --upgrade 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.stamp-demo: pyproject.toml | $(VENV)/.stamp-venv
+	$(INSTALL) --editable '.[cli,plots]'
+	@touch $@
+
+$(VENV)/.stamp-test: pyproject.toml | $(VENV)/.stamp-venv
+	$(INSTALL) --editable . --group test
+	@touch $@
+
+$(VENV)/.stamp-lint: pyproject.toml | $(VENV)/.stamp-venv
+	$(INSTALL) --editable . --group dev
+	@touch $@
+
+$(VENV)/.stamp-bench: pyproject.toml | $(VENV)/.stamp-venv
+	$(INSTALL) --editable . --group test --group bench
+	@touch $@

@@ -1,0 +1,398 @@
+"""Configuration of a variational fit: `VIConfig`, from keywords, mappings, OmegaConf, dataclasses or YAML.
+
+Unknown names and impossible values are refused where they enter, with the rule, what came and the likely fix.
+"""
+
+import difflib
+import math
+import numbers
+import os
+import reprlib
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, final, get_args, get_origin, get_type_hints
+
+from fastvi._errors import ConfigError, UnavailableError
+
+__all__ = ["FlowConfig", "VIConfig"]
+
+Rule = Callable[[str, Any, str], Any]
+
+_ALIASES = {"algo": "family"}
+_ALIASES |= {"flow_type": "flow.template", "flow_depth": "flow.depth", "flow_hidden": "flow.hidden"}
+_SEEDS_PRUNE_THRESHOLD = 1e-3
+
+
+def _refusal(name: str, rule: str, value: Any, fix: str) -> ConfigError:
+    """Word every error of this module: the field, its rule, what came, the likely fix."""
+    return ConfigError(f"{name} must be {rule}; got {reprlib.repr(value)} ({type(value).__name__}): {fix}")
+
+
+def _plain(value: Any) -> Any:
+    """Turn arrays, NumPy scalars and OmegaConf containers into Python values, and leave anything else."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if all(kind.__module__.split(".")[0] != "omegaconf" for kind in type(value).__mro__):
+        return value
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        rule = "a config in which every value is given and every interpolation resolves"
+        raise _refusal("source", rule, value, str(error).splitlines()[0]) from error
+
+
+def _spelled(value: Any) -> float:
+    """The number that `value` is or spells; NaN where there is none."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _integer(name: str, value: Any, fix: str, minimum: int = 1) -> int:
+    rule, number = f"an integer >= {minimum}", _spelled(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        meant = number.is_integer() and number >= minimum
+        raise _refusal(name, rule, value, f"use {number:.0f}" if meant else fix)
+    if value < minimum:
+        raise _refusal(name, rule, value, f"use {minimum} or more; {fix}")
+    return int(value)
+
+
+def _auto_or_integer(name: str, value: Any, fix: str) -> int | str:
+    return "auto" if isinstance(value, str) and value == "auto" else _integer(name, value, fix, minimum=0)
+
+
+def _number(name: str, value: Any, fix: str, bound: str, holds: Callable[[float], bool]) -> float:
+    """A finite float. A string that spells one is read: PyYAML follows YAML 1.1, where `1e-3` is a string."""
+    number = _spelled(value)
+    if not math.isfinite(number) or not holds(number):
+        raise _refusal(name, f"a finite number {bound}", value, fix)
+    return number
+
+
+def _choice(name: str, value: Any, fix: str, choices: tuple[str, ...]) -> str:
+    if isinstance(value, str) and value in choices:
+        return choices[choices.index(value)]
+    written = "none" if value is None or value is False else str(value).lower()
+    close = difflib.get_close_matches(written, choices, 1, 0.5)
+    fix = f"did you mean {close[0]!r}?" if close else fix
+    raise _refusal(name, "one of " + ", ".join(map(repr, choices)), value, fix)
+
+
+def _boolean(name: str, value: Any, fix: str) -> bool:
+    if not isinstance(value, bool):
+        raise _refusal(name, "True or False, without quotes", value, fix)
+    return value
+
+
+def _integers(name: str, value: Any, fix: str, minimum: int) -> tuple[int, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
+        raise _refusal(name, f"a list of integers >= {minimum}", value, f"use a list such as [4, 2]; {fix}")
+    return tuple(_integer(f"{name}[{i}]", item, fix, minimum) for i, item in enumerate(value))
+
+
+def _flow(name: str, value: Any, fix: str) -> "FlowConfig":
+    entries = _entries(name, value, fix)
+    _refuse_unknown(FlowConfig, entries)
+    return FlowConfig(**entries)
+
+
+_ranks = partial(_integers, minimum=0)
+_widths = partial(_integers, minimum=1)
+_natural = partial(_integer, minimum=0)
+_positive = partial(_number, bound="> 0", holds=lambda x: x > 0)
+_nonnegative = partial(_number, bound=">= 0", holds=lambda x: x >= 0)
+_fraction = partial(_number, bound="in [0, 1)", holds=lambda x: 0 <= x < 1)
+_decay = partial(_number, bound="in (0, 1)", holds=lambda x: 0 < x < 1)
+_at_least_half = partial(_number, bound=">= 0.5", holds=lambda x: x >= 0.5)
+
+
+class _CheckedFields:
+    """Base of the config dataclasses: refuse unknown keywords, hold every field to its annotation's rule."""
+
+    _prefix = ""
+
+    def __new__(cls, *_args: Any, **values: Any) -> Self:
+        _refuse_unknown(cls, values)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name in _rules(type(self)):
+            object.__setattr__(self, name, _checked(type(self), name, getattr(self, name)))
+
+
+@cache
+def _rules(cls: type[Any]) -> dict[str, tuple[Rule, bool, str]]:
+    """Each field's rule, whether it may be None, and an example, read from its annotation and default."""
+    hints, rules = get_type_hints(cls, include_extras=True), {}
+    for field in fields(cls):
+        hint = hints[field.name]
+        kind, rule = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, _boolean)
+        if get_origin(kind) is Literal:
+            rule = partial(_choice, choices=get_args(kind))
+        optional = type(None) in get_args(kind)
+        example = f"for example {field.default!r}" + (" (null in YAML)" if field.default is None else "")
+        rules[field.name] = (rule, optional, example)
+    return rules
+
+
+def _checked(cls: type[_CheckedFields], name: str, value: Any) -> Any:
+    rule, optional, fix = _rules(cls)[name]
+    return None if value is None and optional else rule(cls._prefix + name, _plain(value), fix)
+
+
+def _refuse_unknown(cls: type[Any], given: Mapping[Any, Any], also: Collection[str] = ()) -> None:
+    known = _rules(cls)
+    candidates = {name.lower(): name for name in known}
+    if cls is not FlowConfig:
+        candidates |= _ALIASES | {f"flow.{name}": f"flow.{name}" for name in _rules(FlowConfig)}
+    for name, value in given.items():
+        if name not in known and name not in also:
+            near = difflib.get_close_matches(str(name).lower(), candidates, 1)
+            fix = f"did you mean {candidates[near[0]]!r}?" if near else "remove it"
+            rule = f"a field of {cls.__name__} ({', '.join([*known][:5])}, ... {len(known)} in all)"
+            raise _refusal(f"{cls._prefix}{name}", rule, value, fix)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(_CheckedFields):
+    """Configure the normalizing flow of the "flow" family.
+
+    Attributes:
+        template: Architecture of the flow.
+        depth: Number of transforms.
+        hidden: Widths of the conditioner's hidden layers.
+        bins: Number of bins of a spline.
+        init_scale: Scale of the initial weights; small values start near the identity.
+    """
+
+    _prefix = "flow."
+
+    template: Literal["realnvp", "maf", "spline_coupling", "nsf_ar"] = "realnvp"
+    depth: Annotated[int, _integer] = 4
+    hidden: Annotated[tuple[int, ...], _widths] = (64, 64)
+    bins: Annotated[int, partial(_integer, minimum=2)] = 8
+    init_scale: Annotated[float, _nonnegative] = 1e-2
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class VIConfig(_CheckedFields):
+    """Configure a variational fit: immutable and hashable; `create` builds one from other sources.
+
+    An unknown name, an impossible value, or values at odds with each other raise ConfigError.
+
+    Attributes:
+        family: Variational family; `create` also reads it from `algo`.
+        M: Number of mixture components.
+        r: Rank budget: columns of each component's covariance factor; unused beside `r_per_component`.
+        r_per_component: Ranks of the M components, one each, instead of `r`.
+        means: "shared" and "component" are learned, one or M of them; "center" is fixed.
+        curvature_rank: Rows of the shared precision core; "auto" takes them from the Hessian's spectrum.
+        mixture_cap: Upper bound on M for pruning; not in this release.
+        prune_threshold: Weight below which a component is pruned; no effect unless `mixture_cap` is set.
+        alpha_dirichlet_prior: Concentration of a Dirichlet prior on the mixture weights, if any.
+        entropy_bonus: Additional weight of the entropy of q in the objective.
+        alpha_temperature: Temperature of the mixture weights' softmax.
+        steps: Optimisation steps.
+        batch_size: Examples per minibatch; None means min(256, n_data).
+        lr: Peak learning rate.
+        lr_schedule: Schedule of the learning rate; None is read as "none".
+        lr_warmup_frac: Fraction of the steps spent warming up.
+        clip_global_norm: Largest global norm of a gradient; None for no clipping.
+        samples_per_step: Draws per step; None means 1 in `fit` and 2 in `estimate_llc`.
+        antithetic: Whether to draw in pairs mirrored about the component's mean.
+        early_stop: Whether to stop at convergence; None means yes in `estimate_llc`, no in `fit`.
+        eval_every: Steps between records of the metrics.
+        eval_samples: Draws of the final estimate.
+        control_variate: Control variate of the final estimate.
+        trace_probes: Hutchinson probes per trace.
+        whitening_mode: Diagonal whitening measured at the center before the fit.
+        whitening_decay: Decay of the moving average of squared gradients.
+        use_whitening: False turns `whitening_mode` off.
+        dtype: Floating-point type of the fit.
+        tensorboard: Whether to write traces for TensorBoard; not in this release.
+        gamma: Localization strength; when given it must equal the one passed to the fit.
+        backend: Library of the flow.
+        d_latent: Latent dimensions of the flow.
+        sigma_perp: Standard deviation of the flow family's noise off its latent subspace.
+        flow: The flow; `create` also reads `flow_type`, `flow_depth` and `flow_hidden`.
+    """
+
+    family: Literal["mfa", "flow"] = "mfa"
+    M: Annotated[int, _integer] = 8
+    r: Annotated[int, _natural] = 2
+    r_per_component: Annotated[tuple[int, ...] | None, _ranks] = None
+    means: Literal["shared", "center", "component"] = "shared"
+    curvature_rank: Annotated[Literal["auto"] | int, _auto_or_integer] = "auto"
+    mixture_cap: Annotated[int | None, _integer] = None
+    prune_threshold: Annotated[float | None, _fraction] = _SEEDS_PRUNE_THRESHOLD
+    alpha_dirichlet_prior: Annotated[float | None, _positive] = None
+    entropy_bonus: Annotated[float, _nonnegative] = 0.0
+    alpha_temperature: Annotated[float, _at_least_half] = 1.0
+    steps: Annotated[int, _integer] = 5000
+    batch_size: Annotated[int | None, _integer] = None
+    lr: Annotated[float, _positive] = 1e-2
+    lr_schedule: Literal["none", "cosine", "linear_decay"] = "cosine"
+    lr_warmup_frac: Annotated[float, _fraction] = 0.05
+    clip_global_norm: Annotated[float | None, _positive] = 5.0
+    samples_per_step: Annotated[int | None, _integer] = None
+    antithetic: bool = True
+    early_stop: Annotated[bool | None, _boolean] = None
+    eval_every: Annotated[int, _integer] = 50
+    eval_samples: Annotated[int, partial(_integer, minimum=4)] = 64
+    control_variate: Literal["auto", "hvp", "none"] = "auto"
+    trace_probes: Annotated[int, _integer] = 16
+    whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
+    whitening_decay: Annotated[float, _decay] = 0.99
+    use_whitening: bool = True
+    dtype: Literal["float32", "float64"] = "float32"
+    tensorboard: bool = False
+    gamma: Annotated[float | None, _nonnegative] = None
+    backend: Literal["flowjax", "nux", "fastvi"] = "flowjax"
+    d_latent: Annotated[int, _integer] = 8
+    sigma_perp: Annotated[float, _positive] = 1e-3
+    flow: Annotated[FlowConfig, _flow] = FlowConfig()
+
+    def __post_init__(self) -> None:
+        """Read a null schedule, check every field, then the fields against each other."""
+        if self.lr_schedule is None:
+            object.__setattr__(self, "lr_schedule", "none")
+        super().__post_init__()
+        if self.r_per_component is not None and len(self.r_per_component) != self.M:
+            fix = f"give one rank per component, or use M={len(self.r_per_component)}"
+            raise _refusal("r_per_component", f"a list of M={self.M} ranks", self.r_per_component, fix)
+
+    @classmethod
+    def create(cls, source: Any = None, /, **overrides: Any) -> Self:
+        """Build a config from `source`, with `overrides` in place of what it says.
+
+        Args:
+            source: None, a VIConfig, another dataclass instance, a mapping, an OmegaConf DictConfig, a
+                namespace, or the path of a YAML file. A `vi` entry, alone or beside `name: vi`, is unwrapped.
+            **overrides: Fields, aliases included. A `flow` mapping replaces only the entries it names.
+
+        Raises:
+            ConfigError: If the source cannot be read, a name is unknown or a value impossible.
+        """
+        base, changes = _canonical(_read(source)), _canonical(overrides)
+        if "flow" in base and "flow" in changes:
+            changes["flow"] = base["flow"] | changes["flow"]
+        return cls(**base | changes)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with `changes`, which are the overrides of `create`."""
+        return type(self).create(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python values, with `flow` nested and lists for tuples, which `create` reads back."""
+        return asdict(self, dict_factory=lambda items: {k: [*v] if type(v) is tuple else v for k, v in items})
+
+    def to_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Write a YAML file, which `create` reads back; needs PyYAML."""
+        Path(path).write_text(_yaml().safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each of the M components."""
+        return (self.r,) * self.M if self.r_per_component is None else self.r_per_component
+
+    @property
+    def rank(self) -> int:
+        """Largest rank, the columns that the factors are padded to."""
+        return max(self.ranks)
+
+    @property
+    def whitening(self) -> str:
+        """The whitening in effect: `whitening_mode`, or "none" when `use_whitening` is False."""
+        return self.whitening_mode if self.use_whitening else "none"
+
+    def check_against(self, dim: int, n_data: int) -> None:
+        """Raise ConfigError for a rank or latent dimension above `dim`, or a minibatch above `n_data`."""
+        rank_field = "r" if self.r_per_component is None else "r_per_component"
+        latent = self.d_latent if self.family == "flow" else None
+        bounded_by_dim = {rank_field: self.rank, "curvature_rank": self.curvature_rank, "d_latent": latent}
+        for name, size in bounded_by_dim.items():
+            if isinstance(size, int) and size > dim:
+                raise _refusal(name, f"<= dim={dim}", getattr(self, name), f"use {dim} or less")
+        if self.batch_size is not None and self.batch_size > n_data:
+            raise _refusal("batch_size", f"<= n_data={n_data}", self.batch_size, f"use {n_data} or less")
+
+    def check_available(self) -> None:
+        """Raise UnavailableError for the flow family, TensorBoard or pruning."""
+        if self.family == "flow":
+            raise UnavailableError("the flow family is not part of this release; use family='mfa'")
+        if self.tensorboard:
+            raise UnavailableError("tensorboard is not part of this release; use tensorboard=False")
+        if self.mixture_cap is not None:
+            raise UnavailableError("mixture_cap is not part of this release; use mixture_cap=None and set M")
+        if self.prune_threshold not in (_SEEDS_PRUNE_THRESHOLD, None):
+            raise UnavailableError("prune_threshold is not part of this release; use prune_threshold=None")
+
+
+def _entries(name: str, value: Any, fix: str) -> dict[Any, Any]:
+    value = _plain(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, types.SimpleNamespace):
+        return vars(value).copy()
+    raise _refusal(name, "a mapping, a dataclass instance or a namespace", value, fix)
+
+
+def _read(source: Any) -> dict[Any, Any]:
+    """Read any source of `VIConfig.create`, unwrapping a `vi` entry."""
+    source = _plain(source)
+    if isinstance(source, (str, os.PathLike)):
+        source = _load_yaml(Path(source))
+    entries = {} if source is None else _entries("source", source, "give names with values, or a path")
+    if "vi" not in entries:
+        return entries
+    vi = entries.pop("vi")
+    if entries not in ({}, {"name": "vi"}):
+        raise _refusal("source", "alone in vi, or beside name: vi", entries, "give the vi entry by itself")
+    return {} if vi is None else _entries("vi", vi, "give names with values")
+
+
+def _load_yaml(path: Path) -> Any:
+    yaml = _yaml()
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        fix = f"check the path and the file ({str(error).splitlines()[0]})"
+        raise _refusal("source", "the path of a YAML file", str(path), fix) from error
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError('YAML configs need PyYAML: pip install "fastvi[cli]"') from error
+    return yaml
+
+
+def _canonical(given: Mapping[Any, Any]) -> dict[str, Any]:
+    """Put aliases under the names they stand for, and make `flow` a dict of the entries that were given."""
+    _refuse_unknown(VIConfig, given, also=_ALIASES)
+    found = {name: value for name, value in given.items() if name not in _ALIASES}
+    if "flow" in found:
+        found["flow"] = _entries("flow", found["flow"], "for example {'depth': 4}")
+    for alias in [name for name in _ALIASES if name in given]:
+        full, value = _ALIASES[alias], given[alias]
+        name = full.removeprefix("flow.")
+        cls, target = (VIConfig, found) if name == full else (FlowConfig, found.setdefault("flow", {}))
+        if name in target and _checked(cls, name, target[name]) != _checked(cls, name, value):
+            raise _refusal(alias, f"equal to {full}={target[name]!r}", value, f"give {full} alone")
+        target[name] = value
+    return found

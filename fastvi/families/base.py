@@ -1,0 +1,91 @@
+"""The contract of a variational family and its laws."""
+
+import abc
+from typing import Any, NamedTuple
+
+import equinox as eqx
+
+from fastvi._typing import Array, Float, Key, PyTree, Scalar
+
+
+class Draws(NamedTuple):
+    """Draws from q: `displacement` is w - center in model coordinates, `log_prob` the density of w."""
+
+    displacement: Float[Array, "draws dim"]
+    log_prob: Float[Array, " draws"]
+    record: Any  # what the family needs to pull gradients back
+
+
+class SecondMoment(NamedTuple):
+    """E_q[v v^T] = diag(diagonal) + factors^T diag(weights) factors, in model coordinates about the center."""
+
+    diagonal: Float[Array, " dim"]
+    factors: Float[Array, "terms dim"]
+    weights: Float[Array, " terms"]
+
+
+class AbstractFamily(eqx.Module):
+    """A parametric distribution q over w, centred on w*.
+
+    Laws, tested for every member of `FAMILIES`:
+
+    1. `sample` and `log_prob` agree: `sample(...).log_prob == log_prob(sample(...).displacement)`, and
+       `exp(log_prob)` integrates to one over w.
+    2. `pullback` is an unbiased gradient of `E_q[ell - (1 + entropy_bonus) log q]` in the Euclidean metric.
+    3. `second_moment` is E_q[v v^T].
+    4. `control_variates` have the stated expectations under q.
+
+    A family holds no loop, optimiser, trace or file. Arrays inside it are fixed coordinates and masks.
+    """
+
+    @abc.abstractmethod
+    def sample(self, params: PyTree, key: Key, num_draws: int, *, antithetic: bool) -> Draws:
+        """Draw; with `antithetic`, the second half mirrors the first about the means."""
+
+    @abc.abstractmethod
+    def log_prob(self, params: PyTree, displacement: Float[Array, " dim"]) -> Scalar:
+        """Evaluate the normalised log density of w at `center + displacement`."""
+
+    @abc.abstractmethod
+    def pullback(
+        self,
+        params: PyTree,
+        draws: Draws,
+        log_density: Float[Array, " draws"],
+        log_density_grad: Float[Array, "draws dim"],
+        baseline: Scalar,
+        *,
+        antithetic: bool,
+        metric: str = "natural",
+    ) -> PyTree:
+        """Average over the draws the ascent direction of the ELBO given log p and its gradient at each."""
+
+    @abc.abstractmethod
+    def apply_updates(self, params: PyTree, updates: PyTree) -> PyTree:
+        """Add the optimiser's updates, given in the coordinates of the natural `pullback`."""
+
+    @abc.abstractmethod
+    def learning_rate_scales(self) -> PyTree:
+        """Return the factor on the learning rate for each parameter."""
+
+    @abc.abstractmethod
+    def second_moment(self, params: PyTree) -> SecondMoment:
+        """Return E_q[v v^T] as a diagonal plus a low rank."""
+
+    @abc.abstractmethod
+    def control_variates(
+        self, params: PyTree, draws: Draws
+    ) -> tuple[Float[Array, "draws columns"], Float[Array, " columns"]]:
+        """Return functions of the draws, quadratic in v, and their exact expectations."""
+
+    @abc.abstractmethod
+    def step_statistics(self, params: PyTree, draws: Draws) -> dict[str, Scalar]:
+        """Return cheap scalars to trace at every step."""
+
+    @abc.abstractmethod
+    def slow_statistics(self, params: PyTree) -> dict[str, Scalar]:
+        """Return scalars that cost a pass over the parameters, traced every `eval_every` steps."""
+
+    @abc.abstractmethod
+    def summary_arrays(self, params: PyTree) -> dict[str, Array]:
+        """Return small arrays that describe the fitted q (weights, standard deviations)."""

@@ -1,0 +1,307 @@
+"""Mixture of factor analyzers with a shared precision core and free means."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._typing import Array, Float, Key
+from fastvi.families.base import AbstractFamily, Draws, SecondMoment
+from fastvi.kernels import mixture_grad, woodbury
+from fastvi.kernels.noise import normal
+from fastvi.kernels.woodbury import Draw, Mixture, Noise
+
+LOG_SCALE_BOUND = 20.0  # |log D^{1/2}| in whitened coordinates: exp(2 * 20) stays finite in float32
+FACTOR_INIT = 0.1  # norm of a factor's rows at the start, in standard deviations
+# A factor's row has dim entries, so equal steps per entry would turn it by sqrt(dim) steps.
+FACTOR_RATE = 5.0
+
+
+class MFAParams(NamedTuple):
+    """Parameters in whitened coordinates u = (w - center) / scale."""
+
+    logits: Float[Array, " comp"]
+    offsets: Float[Array, "locs dim"]
+    log_scale: Float[Array, " dim"]
+    core: Float[Array, "core dim"]
+    factors: Float[Array, "comp rank dim"]
+
+
+class Record(NamedTuple):
+    """Noise and kernel output of every draw, stacked in front."""
+
+    noise: Noise
+    drawn: Draw
+    small: woodbury.Grams
+
+
+class MFA(AbstractFamily):
+    """q = sum_m pi_m N(mu_m, S^{-1} D^{1/2} (P^{-1} + A_m^T A_m) D^{1/2} S^{-1}), docs/math.md "Family".
+
+    Attributes:
+        scale: S^{-1}, the model-space length of one whitened unit.
+        core_mask: 1 for rows of the core in use, 0 for padding.
+        ranks: Columns in use for each component.
+        means: "shared", "center" or "component".
+        noise_size: Normals drawn for the core, at least its rows: draws do not depend on the padding.
+        temperature: T in pi = softmax(logits / T).
+        dirichlet: alpha_0 of the prior on pi (1: none).
+        entropy_bonus: lambda_H in the objective E[ell] - (1 + lambda_H) E[log q].
+    """
+
+    scale: Float[Array, " dim"]
+    core_mask: Float[Array, " core"]
+    ranks: tuple[int, ...] = eqx.field(static=True)
+    means: str = eqx.field(static=True)
+    noise_size: int = eqx.field(static=True)
+    temperature: float = eqx.field(static=True, default=1.0)
+    dirichlet: float = eqx.field(static=True, default=1.0)
+    entropy_bonus: float = eqx.field(static=True, default=0.0)
+
+    @property
+    def num_components(self) -> int:
+        """Count the components."""
+        return len(self.ranks)
+
+    @property
+    def num_offsets(self) -> int:
+        """Count the free means."""
+        return {"center": 0, "shared": 1, "component": self.num_components}[self.means]
+
+    def init(
+        self, key: Key, core: Float[Array, "core dim"], log_scale: Float[Array, " dim"]
+    ) -> MFAParams:
+        """Start at the given core and scale, with equal weights and small factors shaped like P^{-1/2}."""
+        dim, rank, dtype = self.scale.size, max(self.ranks), self.scale.dtype
+        key_eps, key_zeta = jax.random.split(key)
+        rows = self.num_components * rank
+        eps = normal(key_eps, (rows, dim), dtype)
+        zeta = normal(key_zeta, (rows, self.noise_size), dtype)[:, : core.shape[0]]
+        blank = Mixture(
+            jnp.zeros(1, dtype), jnp.zeros((0, dim), dtype), log_scale, core, jnp.zeros((1, 0, dim), dtype)
+        )
+        small = woodbury.grams(blank)
+
+        def shape_row(eps_row, zeta_row):
+            noise = Noise(jnp.asarray(0), eps_row, zeta_row, jnp.zeros(0, dtype))
+            return woodbury.draw(blank, small, noise).x
+
+        factors = jax.lax.map(lambda pair: shape_row(*pair), (eps, zeta)).reshape(self.num_components, rank, dim)
+        return MFAParams(
+            logits=jnp.zeros(self.num_components, dtype),
+            offsets=jnp.zeros((self.num_offsets, dim), dtype),
+            log_scale=log_scale,
+            core=core * self.core_mask[:, None],
+            factors=self._mask(factors * (FACTOR_INIT / np.sqrt(dim))),
+        )
+
+    def mixture(self, params: MFAParams) -> Mixture:
+        """Return the mixture that the kernels see: temperature, masks and the bound on scales applied."""
+        return Mixture(
+            log_weights=jax.nn.log_softmax(params.logits / self.temperature),
+            offsets=params.offsets,
+            log_scale=jnp.clip(params.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND),
+            core=params.core * self.core_mask[:, None],
+            factors=self._mask(params.factors),
+        )
+
+    def _mask(self, factors):
+        if len(set(self.ranks)) == 1:
+            return factors
+        return factors * self._rank_mask(factors.dtype)[..., None]
+
+    def _rank_mask(self, dtype):
+        columns = np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]
+        return jnp.asarray(columns, dtype)
+
+    def sample(self, params: MFAParams, key: Key, num_draws: int, *, antithetic: bool) -> Draws:
+        """Draw; see `AbstractFamily.sample`."""
+        mixture = self.mixture(params)
+        small = woodbury.grams(mixture)
+        paired = antithetic and num_draws % 2 == 0
+        noise = self._noise(mixture, key, num_draws // 2 if paired else num_draws)
+        drawn = _for_each(lambda one: woodbury.draw(mixture, small, one), noise)
+        if paired:
+            mirrored = noise._replace(eps=-noise.eps, zeta=-noise.zeta, z=-noise.z)
+            if self.num_offsets > 1:
+                reflected = _for_each(lambda one: woodbury.draw(mixture, small, one), mirrored)
+            else:
+                reflected = _reflect(drawn, mixture.offsets.sum(0))
+            noise, drawn = _concatenate(noise, mirrored), _concatenate(drawn, reflected)
+        return Draws(
+            displacement=self.scale * drawn.displacement,
+            log_prob=drawn.log_prob - jnp.sum(jnp.log(self.scale)),
+            record=Record(noise, drawn, small),
+        )
+
+    def _noise(self, mixture: Mixture, key: Key, num: int) -> Noise:
+        (num_core, dim), rank, dtype = mixture.core.shape, mixture.factors.shape[1], mixture.core.dtype
+        key_label, key_eps, key_zeta, key_z = jax.random.split(key, 4)
+        return Noise(
+            label=jax.random.categorical(key_label, mixture.log_weights, shape=(num,)),
+            eps=normal(key_eps, (num, dim), dtype),
+            zeta=normal(key_zeta, (num, self.noise_size), dtype)[:, :num_core],
+            z=normal(key_z, (num, rank), dtype),
+        )
+
+    def log_prob(self, params: MFAParams, displacement: Float[Array, " dim"]):
+        """Evaluate log q; see `AbstractFamily.log_prob`."""
+        mixture = self.mixture(params)
+        small = woodbury.grams(mixture)
+        return woodbury.log_prob(mixture, small, displacement / self.scale) - jnp.sum(jnp.log(self.scale))
+
+    def pullback(
+        self, params, draws, log_density, log_density_grad, baseline, *, antithetic, metric="natural"
+    ) -> MFAParams:
+        """Return the STL and Rao-Blackwellised gradient; see `AbstractFamily.pullback`."""
+        mixture, record = self.mixture(params), draws.record
+        num_draws = log_density.shape[0]
+        cotangents = self.scale * log_density_grad - (1 + self.entropy_bonus) * record.drawn.score
+
+        def one(index):
+            noise, drawn = _take((record.noise, record.drawn), index)
+            return mixture_grad.pullback(mixture, record.small, noise, drawn, cotangents[index], metric=metric)
+
+        total = one(0)
+        for index in range(1, num_draws):
+            total = jax.tree_util.tree_map(jnp.add, total, one(index))
+        mean = jax.tree_util.tree_map(lambda leaf: leaf / num_draws, total)
+        inside = jnp.abs(params.log_scale) <= LOG_SCALE_BOUND
+        return MFAParams(
+            logits=self._logit_gradient(mixture, draws, log_density, baseline, antithetic),
+            offsets=mean.offsets,
+            log_scale=jnp.where(inside, mean.log_scale, 0.0),
+            core=mean.core * self.core_mask[:, None],
+            factors=self._mask(mean.factors),
+        )
+
+    def _logit_gradient(self, mixture, draws, log_density, baseline, antithetic):
+        """Rao-Blackwellise over the label, with a leave-one-out baseline over independent draws (or pairs)."""
+        weights = jnp.exp(mixture.log_weights)
+        value = log_density - (1 + self.entropy_bonus) * draws.log_prob
+        direction = draws.record.drawn.responsibilities - weights
+        num_draws = value.shape[0]
+        groups = num_draws // 2 if antithetic and num_draws % 2 == 0 else num_draws
+        value, direction = value.reshape(-1, groups), direction.reshape(-1, groups, weights.size)
+        if groups > 1:
+            mean = jnp.mean(value, axis=0)
+            baseline = (jnp.sum(mean) - mean) / (groups - 1)
+        centred = jnp.mean(direction * (value - baseline)[..., None], axis=(0, 1))
+        prior = (self.dirichlet - 1) * (1 - self.num_components * weights)
+        return (centred + prior) / self.temperature
+
+    def apply_updates(self, params: MFAParams, updates: MFAParams) -> MFAParams:
+        """Add updates; those of the means are in units of D^{1/2}."""
+        scale = jnp.exp(jnp.clip(params.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND))
+        in_place = updates._replace(offsets=updates.offsets * scale)
+        return jax.tree_util.tree_map(jnp.add, params, in_place)
+
+    def learning_rate_scales(self) -> MFAParams:
+        """Turn rows of core and factors by equal angles whatever the dimension."""
+        row = min(1.0, FACTOR_RATE / float(np.sqrt(self.scale.size)))
+        return MFAParams(logits=1.0, offsets=1.0, log_scale=1.0, core=row, factors=row)
+
+    def second_moment(self, params: MFAParams) -> SecondMoment:
+        """Return E_q[v v^T]; see `AbstractFamily.second_moment`."""
+        mixture = self.mixture(params)
+        small = woodbury.grams(mixture)
+        deviation = self.scale * jnp.exp(mixture.log_scale)
+        weights = jnp.exp(mixture.log_weights)
+        rank = mixture.factors.shape[1]
+        narrowed = jax.scipy.linalg.solve_triangular(small.core_chol, mixture.core, lower=True)
+        widened = mixture.factors.reshape(-1, self.scale.size)
+        location_weights = weights if self.num_offsets > 1 else jnp.ones(self.num_offsets, weights.dtype)
+        return SecondMoment(
+            diagonal=deviation**2,
+            factors=jnp.concatenate([narrowed * deviation, widened * deviation, mixture.offsets * self.scale]),
+            weights=jnp.concatenate([-jnp.ones(narrowed.shape[0], weights.dtype), jnp.repeat(weights, rank), location_weights]),
+        )
+
+    def control_variates(self, params: MFAParams, draws: Draws):
+        """Return |x|^2 / 2 and |B x|^2 / 2 about q's mean: q's own curvature, split into rest and core.
+
+        Their expectations follow from E[x_core x_core^T] = P^{-1} without cancellation in steep directions.
+        """
+        mixture, small = self.mixture(params), draws.record.small
+        weights = jnp.exp(mixture.log_weights)
+        if self.num_offsets > 1:
+            center = weights @ mixture.offsets
+            apart = (mixture.offsets - center) / jnp.exp(mixture.log_scale)
+        else:
+            center, apart = mixture.offsets.sum(0), jnp.zeros((0, self.scale.size), weights.dtype)
+        weights_apart = weights if self.num_offsets > 1 else jnp.zeros(0, weights.dtype)
+        x = (draws.record.drawn.displacement - center) / jnp.exp(mixture.log_scale)
+        core_x = x @ mixture.core.T
+        values = jnp.stack([jnp.sum(x**2, -1), jnp.sum(core_x**2, -1)], axis=-1)
+        num_core = mixture.core.shape[0]
+        inverse_trace = jnp.sum(
+            jax.scipy.linalg.solve_triangular(small.core_chol, jnp.eye(num_core, dtype=x.dtype), lower=True) ** 2
+        )
+        wide = jnp.sum(weights[:, None] * jnp.sum(mixture.factors**2, -1))
+        wide_core = jnp.sum(weights[:, None] * jnp.sum(small.cross**2, 1))
+        spread = weights_apart @ jnp.sum(apart**2, -1)
+        spread_core = weights_apart @ jnp.sum((apart @ mixture.core.T) ** 2, -1)
+        expected = jnp.stack(
+            [x.shape[-1] - num_core + inverse_trace + wide + spread, num_core - inverse_trace + wide_core + spread_core]
+        )
+        return 0.5 * values, 0.5 * expected
+
+    def step_statistics(self, params: MFAParams, draws: Draws):
+        """Trace the weights and how decided the responsibilities are."""
+        log_weights = jax.nn.log_softmax(params.logits / self.temperature)
+        weights = jnp.exp(log_weights)
+        responsibilities = draws.record.drawn.responsibilities
+        return {
+            "resp_entropy": jnp.mean(jnp.sum(jax.scipy.special.entr(responsibilities), axis=-1)),
+            "pi_min": jnp.min(weights),
+            "pi_max": jnp.max(weights),
+            "pi_entropy": -jnp.sum(weights * log_weights),
+        }
+
+    def slow_statistics(self, params: MFAParams):
+        """Trace the spread of D^{1/2} in model coordinates and the largest factor row."""
+        deviation = self._deviation(params)
+        rows = jnp.sqrt(jnp.sum(self._mask(params.factors) ** 2, axis=-1))
+        return {
+            "D_sqrt_min": jnp.min(deviation),
+            "D_sqrt_max": jnp.max(deviation),
+            "D_sqrt_med": jnp.median(deviation),
+            "A_col_norm_max": jnp.max(rows, initial=0.0),
+        }
+
+    def _deviation(self, params):
+        return self.scale * jnp.exp(jnp.clip(params.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND))
+
+    def summary_arrays(self, params: MFAParams):
+        """Return pi and D^{1/2} in model coordinates."""
+        return {"pi": jax.nn.softmax(params.logits / self.temperature), "D_sqrt": self._deviation(params)}
+
+
+def _for_each(function, stacked):
+    """Apply `function` to each leading entry, unrolled: flat matvecs stay flat on CPU."""
+    num = jax.tree_util.tree_leaves(stacked)[0].shape[0]
+    if num > 4:
+        return jax.lax.map(function, stacked)
+    results = [function(_take(stacked, index)) for index in range(num)]
+    return jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def _take(stacked, index):
+    return jax.tree_util.tree_map(lambda leaf: leaf[index], stacked)
+
+
+def _concatenate(first, second):
+    return jax.tree_util.tree_map(lambda a, b: jnp.concatenate([a, b]), first, second)
+
+
+def _reflect(drawn: Draw, offset) -> Draw:
+    """Mirror draws about a common mean: odd quantities change sign, the density does not."""
+    return drawn._replace(
+        x=-drawn.x,
+        x_core=-drawn.x_core,
+        core_x=-drawn.core_x,
+        displacement=2 * offset - drawn.displacement,
+        score=-drawn.score,
+    )

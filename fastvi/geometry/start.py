@@ -1,0 +1,133 @@
+"""The start of a fit: coordinates, core and scale from the curvature at w*, then a check of the scale by virial."""
+
+import jax
+import jax.numpy as jnp
+import equinox as eqx
+
+from fastvi._typing import Array, Batch, Float, Int, Key, Scalar
+from fastvi.config import VIConfig
+from fastvi.geometry.curvature import BLOCK, Spectrum, block_krylov, dense_spectrum
+from fastvi.geometry.whitening import whitening_scale
+from fastvi.kernels import hutchinson
+from fastvi.objective import FlatObjective, hvp_operator
+from fastvi.posterior import LocalPosterior
+
+MAX_RANK = 64  # rows of the core under curvature_rank="auto"
+CORE_BYTES = 128 * 2**20  # memory budget of the core
+DENSE_DIM = 64  # up to here the whole Hessian is as cheap as a Krylov space
+OVERSAMPLING = 2 * BLOCK
+TRACE_PROBES = 8
+RELATIVE_FLOOR = 1e-6  # smallest precision relative to the mean one, where gamma is zero or nearly so
+CURVATURE_EXAMPLES = 4096  # data points that the Hessian at w* is averaged over
+
+
+class Start(eqx.Module):
+    """Where a fit begins.
+
+    `scale` is S^{-1} with the overall scale of q in it, `core` the precision core in those coordinates, so that
+    log_scale starts at zero. `spectrum` holds the leading eigenvalues of the precision `nbeta H + gamma`, and
+    `rest` the mean of what the core leaves out, both in the whitened coordinates before rescaling.
+    """
+
+    scale: Float[Array, " dim"]
+    core: Float[Array, "core dim"]
+    spectrum: Float[Array, " krylov"]
+    rest: Scalar
+    rank: Int[Array, ""]
+    wanted_rank: Int[Array, ""]
+    trace: Scalar
+    explained: Scalar
+    num_hvp: Int[Array, ""]
+
+
+def rank_limit(config: VIConfig, dim: int, itemsize: int) -> int:
+    """Return how many rows the core may have."""
+    if config.curvature_rank != "auto":
+        return int(config.curvature_rank)
+    return max(0, min(MAX_RANK, dim - 1, CORE_BYTES // (itemsize * dim)))
+
+
+def make_start(
+    objective: FlatObjective,
+    posterior: LocalPosterior,
+    curvature_batch: Batch,
+    next_batch,
+    config: VIConfig,
+    key: Key,
+    whitener_scale: Float[Array, " dim"] | None = None,
+) -> Start:
+    """Build the Laplace start from Hessian-vector products at w*.
+
+    In whitened coordinates the precision is `M = S^{-1} (nbeta H + gamma) S^{-1}`; with eigenpairs (m_i, e_i) and
+    `rest` the mean of the others, D = 1/rest and core rows `e_i sqrt(m_i / rest - 1)`: exact on a quadratic
+    whose other eigenvalues are equal.
+
+    Cost:
+        `num_hvp` Hessian-vector products of `curvature_batch`.
+    """
+    center, dtype, dim = posterior.center, posterior.center.dtype, posterior.center.size
+    key_whiten, key_krylov, key_trace = jax.random.split(key, 3)
+    hvp = hvp_operator(objective, center, curvature_batch)
+    if whitener_scale is None:
+        scale = whitening_scale(
+            config.whitening, key_whiten, objective, posterior, next_batch, hvp, config.whitening_decay
+        )
+    else:
+        scale = whitener_scale
+
+    def precision(block):
+        return scale * (posterior.nbeta * jax.vmap(hvp)(scale * block) + posterior.gamma * scale * block)
+
+    limit = rank_limit(config, dim, dtype.itemsize)
+    probes = hutchinson.rademacher(key_trace, TRACE_PROBES, dim, dtype)
+    images = precision(probes)
+    mean = jnp.mean(jnp.sum(probes * images, -1)) / dim
+    floor = jnp.maximum(posterior.gamma * jnp.mean(scale**2), RELATIVE_FLOOR * jnp.abs(mean))
+    if limit == 0:
+        spectrum = Spectrum(jnp.zeros(0, dtype), jnp.zeros((0, dim), dtype), jnp.asarray(0))
+    elif dim <= DENSE_DIM:
+        spectrum = dense_spectrum(precision, dim, dtype)
+    else:
+        size = -(-min(limit + OVERSAMPLING, dim - dim % BLOCK) // BLOCK) * BLOCK
+
+        def exhausted(values, computed):
+            return jnp.sum(values > 2 * floor) <= computed - OVERSAMPLING
+
+        spectrum = block_krylov(precision, key_krylov, dim, size, exhausted, dtype)
+    return _assemble(spectrum, probes, images, scale, floor, limit)
+
+
+def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:
+    """Choose the rank and set scale and core."""
+    dim, size = scale.size, spectrum.values.size
+    values = jnp.where(jnp.isfinite(spectrum.values), spectrum.values, 0.0)
+    vectors = spectrum.vectors
+    # trace of the complement of the Ritz space, by the probes with that space projected out
+    beyond = probes - (probes @ vectors.T) @ vectors
+    complement = jnp.maximum(dim - spectrum.size, 0)
+    complement_trace = jnp.where(complement > 0, jnp.mean(jnp.sum(beyond * images, -1)), 0.0)
+    # cross terms between the space and its complement vanish for exact Ritz spaces
+    mean_beyond = jnp.where(complement > 0, jnp.maximum(complement_trace / jnp.maximum(complement, 1), floor), floor)
+    smallest = jnp.min(jnp.where(jnp.arange(size) < spectrum.size, values, jnp.inf), initial=jnp.inf)
+    threshold = jnp.where(complement > 0, mean_beyond + floor, 1.05 * jnp.maximum(smallest, floor))
+    wanted = values > threshold
+    wanted_rank = jnp.sum(wanted)
+    chosen = wanted & (jnp.arange(size) < limit)
+    rank = jnp.sum(chosen)
+    left = jnp.sum(jnp.where(~chosen & (jnp.arange(size) < spectrum.size), jnp.maximum(values, floor), 0.0))
+    rest = jnp.maximum((left + complement * mean_beyond) / jnp.maximum(dim - rank, 1), floor)
+    lengths = jnp.sqrt(jnp.where(chosen, jnp.maximum(values / rest - 1, 0.0), 0.0))
+    keep = min(limit, size)
+    core = jnp.zeros((limit, dim), scale.dtype).at[:keep].set((lengths[:, None] * vectors)[:keep])
+    trace = jnp.sum(values) + complement_trace
+    return Start(
+        scale=scale / jnp.sqrt(rest),
+        core=core,
+        spectrum=values,
+        rest=rest,
+        rank=rank,
+        wanted_rank=wanted_rank,
+        trace=trace,
+        explained=jnp.sum(jnp.where(chosen, values, 0.0)) / trace,
+        num_hvp=spectrum.size + TRACE_PROBES,
+    )

@@ -1,0 +1,72 @@
+"""Diagonal whitening: the length of one unit of u in each model coordinate."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fastvi._typing import Array, Float, Key
+from fastvi.kernels import hutchinson
+from fastvi.objective import FlatObjective
+from fastvi.posterior import LocalPosterior
+
+MOMENT_GRADIENTS = 128  # minibatch gradients at w* in the pre-pass of rmsprop and adam
+DIAGONAL_PROBES = 16  # Rademacher probes of hvp_diag
+RELATIVE_FLOOR = 1e-4  # smallest A_diag relative to its mean: keeps dead parameters at a finite length
+
+
+def whitening_scale(
+    mode: str,
+    key: Key,
+    objective: FlatObjective,
+    posterior: LocalPosterior,
+    next_batch: Callable[[Key], Array],
+    hvp: Callable[[Float[Array, " dim"]], Float[Array, " dim"]],
+    decay: float,
+) -> Float[Array, " dim"]:
+    """Return S^{-1} for a whitening mode.
+
+    "rmsprop" and "adam" accumulate bias-corrected moments of minibatch gradients at w*; "adam" removes the mean
+    gradient. They know shape only, so the result has geometric mean one. "hvp_diag" knows the scale:
+    `1 / sqrt(nbeta |diag H| + gamma)`.
+
+    Args:
+        mode: "none", "rmsprop", "adam" or "hvp_diag".
+        key: Random key.
+        objective: The loss.
+        posterior: The target; its center is where gradients are taken.
+        next_batch: Draws a minibatch from a key.
+        hvp: Hessian-vector product of the mean loss at the center.
+        decay: Decay of the moving averages.
+
+    Cost:
+        `MOMENT_GRADIENTS` minibatch gradients, or `DIAGONAL_PROBES` Hessian-vector products.
+    """
+    center = posterior.center
+    if mode == "none":
+        return jnp.ones_like(center)
+    if mode == "hvp_diag":
+        probes = hutchinson.rademacher(key, DIAGONAL_PROBES, center.size, center.dtype)
+        precision = posterior.nbeta * jnp.abs(hutchinson.diagonal(hvp, probes)) + posterior.gamma
+        return 1 / jnp.sqrt(jnp.maximum(precision, RELATIVE_FLOOR * jnp.mean(precision)))
+
+    def accumulate(moments, key_batch):
+        gradient = objective.grad(center, next_batch(key_batch))
+        first, second = moments
+        return (decay * first + (1 - decay) * gradient, decay * second + (1 - decay) * gradient**2), None
+
+    zero = jnp.zeros_like(center)
+    (first, second), _ = jax.lax.scan(accumulate, (zero, zero), jax.random.split(key, MOMENT_GRADIENTS))
+    correction = 1 - decay**MOMENT_GRADIENTS
+    second = second / correction
+    if mode == "adam":
+        second = second - (first / correction) ** 2
+    return normalized_scale(jnp.sqrt(jnp.maximum(second, 0.0)))
+
+
+def normalized_scale(diagonal: Float[Array, " dim"]) -> Float[Array, " dim"]:
+    """Turn A_diag, known up to a factor, into S^{-1} = A_diag^{-1/2} with geometric mean one."""
+    mean = jnp.mean(diagonal)
+    safe = jnp.where(mean > 0, jnp.maximum(diagonal, RELATIVE_FLOOR * mean), 1.0)
+    log_scale = -0.5 * jnp.log(safe)
+    return jnp.exp(log_scale - jnp.mean(log_scale))

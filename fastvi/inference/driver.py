@@ -1,0 +1,158 @@
+"""Run the stages of a fit: chunk by chunk with a stopping rule, or as one traceable program."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._typing import Array, Key
+from fastvi.config import VIConfig
+from fastvi.families.base import AbstractFamily
+from fastvi.geometry.start import Start, rank_limit
+from fastvi.geometry.curvature import BLOCK
+from fastvi.inference.calibrate import CALIBRATION_DRAWS
+from fastvi.inference.loop import Problem, State
+from fastvi.inference.optimizer import Horizon
+from fastvi.inference.programs import Outcome, Programs, build_family
+from fastvi.inference.schedule import DECAY_FRACTION, MIN_WINDOW, decay_length, elbo_trend
+
+CHUNK = 100  # steps between looks at the traces
+MAX_ADAPTIVE_WARMUP = 100  # steps; a run that stops by itself is not planned to last
+
+
+class Progress(NamedTuple):
+    """What a progress callback is told."""
+
+    stage: str
+    step: int
+    steps: int
+    elbo: float
+
+
+@dataclasses.dataclass
+class Fit:
+    """A finished fit, before anyone interprets it."""
+
+    family: AbstractFamily
+    params: Any
+    start: Start
+    outcome: Outcome
+    traces: dict[str, Array]
+    calibration_rounds: Any
+    seconds: dict[str, float]
+    converged: bool | None
+
+
+def run_fit(
+    programs: Programs,
+    problem: Problem,
+    config: VIConfig,
+    key: Key,
+    chain_keys: Key,
+    *,
+    whitener_scale: Array | None = None,
+    early_stop: bool = False,
+    report: Callable[[Progress], None] | None = None,
+) -> Fit:
+    """Run all stages.
+
+    Args:
+        programs: The compiled stages.
+        problem: Target and data.
+        config: The configuration.
+        key: Key of what the chains share: the curvature start.
+        chain_keys: One key for each chain.
+        whitener_scale: S^{-1} from outside, in place of the configured whitening.
+        early_stop: Whether to stop when the ELBO is flat; needs concrete values.
+        report: Called between chunks.
+
+    Returns:
+        The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are zero.
+    """
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves((problem, chain_keys)))
+    clock = Clock(traced)
+    report = report or _silent
+    report(Progress("curvature", 0, config.steps, float("nan")))
+    start = clock.time("adaptation", lambda: programs.prepare(problem, key, whitener_scale))
+    limit = rank_limit(config, problem.posterior.center.size, problem.posterior.center.dtype.itemsize)
+    rank = limit if traced else min(limit, -(-int(start.rank) // BLOCK) * BLOCK)
+    family = build_family(config, start, rank)
+    state, rounds = clock.time(
+        "adaptation", lambda: programs.launch(family, problem, start.core[:rank], key, chain_keys)
+    )
+    chunk = CHUNK if early_stop or report is not _silent else config.steps
+    state, traces, converged = _run_chunks(
+        programs, family, problem, config, state, chain_keys, clock, chunk=chunk, early_stop=early_stop, report=report
+    )
+    report(Progress("evaluation", config.steps, config.steps, float("nan")))
+    outcome = clock.time("evaluation", lambda: programs.finish(family, problem, state.params, chain_keys))
+    return Fit(family, state.params, start, outcome, traces, rounds, clock.seconds, converged)
+
+
+def _run_chunks(
+    programs: Programs,
+    family: AbstractFamily,
+    problem: Problem,
+    config: VIConfig,
+    state: State,
+    keys: Key,
+    clock: "Clock",
+    *,
+    chunk: int,
+    early_stop: bool,
+    report: Callable[[Progress], None],
+) -> tuple[State, dict[str, Array], bool | None]:
+    """Run the steps; with `early_stop`, at the peak rate until the ELBO is flat, then through the decay."""
+    parts, done, converged = [], 0, None
+    warmup = config.lr_warmup_frac * config.steps
+    decay_start, end = warmup, config.steps
+    if early_stop:
+        warmup = min(warmup, MAX_ADAPTIVE_WARMUP)
+        decay_start, converged = config.steps / (1 + DECAY_FRACTION), False
+    while done < end:
+        length = min(chunk, end - done)
+        horizon = Horizon(*(jnp.asarray(x, jnp.float32) for x in (warmup, decay_start, end)))
+        state, part = clock.time(
+            "sampling",
+            lambda state=state, done=done, horizon=horizon, length=length: programs.steps(
+                family, problem, state, keys, jnp.asarray(done), horizon, length=length
+            ),
+        )
+        parts.append(part)
+        done += length
+        if not early_stop and report is _silent:
+            continue
+        elbo = np.concatenate([np.asarray(part["elbo"]) for part in parts], axis=1)
+        report(Progress("fit", done, end, float(np.mean(elbo[:, -length:]))))
+        if not np.all(np.isfinite(elbo[:, -1])):
+            break
+        if early_stop and not converged and done >= MIN_WINDOW and done < decay_start and elbo_trend(elbo).is_flat:
+            converged = True
+            decay_start, end = done, min(config.steps, done + -(-decay_length(done) // chunk) * chunk)
+    traces = {name: jnp.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+    return state, traces, converged
+
+
+class Clock:
+    """Sum the seconds of each stage, waiting for results; under a trace of jax there is nothing to time."""
+
+    def __init__(self, traced: bool):
+        self.traced = traced
+        self.seconds = {"adaptation": 0.0, "sampling": 0.0, "evaluation": 0.0}
+
+    def time(self, stage: str, call: Callable[[], Any]) -> Any:
+        """Run a stage."""
+        if self.traced:
+            return call()
+        began = time.perf_counter()
+        result = jax.block_until_ready(call())
+        self.seconds[stage] += time.perf_counter() - began
+        return result
+
+
+def _silent(progress: Progress) -> None:
+    """Report nothing."""

@@ -1,0 +1,138 @@
+"""The one driver of every family: a scan over steps with the chains vmapped inside."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from fastvi._typing import Array, Batch, Float, Int, Key, PyTree, Scalar
+from fastvi.config import VIConfig
+from fastvi.families.base import AbstractFamily, Draws
+from fastvi.inference.optimizer import Horizon, learning_rate, make_optimizer
+from fastvi.objective import FlatObjective
+from fastvi.posterior import LocalPosterior
+
+BASELINE_DECAY = 0.95
+
+
+class Problem(eqx.Module):
+    """The target and the data that minibatches come from."""
+
+    posterior: LocalPosterior
+    data: Batch
+    num_data: int = eqx.field(static=True)
+    batch_size: int = eqx.field(static=True)
+
+    def next_batch(self, key: Key) -> Batch:
+        """Draw a minibatch with replacement, or return all data when the batch is that large."""
+        if self.batch_size >= self.num_data:
+            return self.data
+        index = jax.random.randint(key, (self.batch_size,), 0, self.num_data)
+        return jax.tree_util.tree_map(lambda leaf: leaf[index], self.data)
+
+
+class State(NamedTuple):
+    """What the next step needs, for one chain."""
+
+    params: PyTree
+    opt_state: Any
+    baseline: Scalar
+    slow: dict[str, Scalar]
+
+
+def evaluate_target(
+    objective: FlatObjective, posterior: LocalPosterior, draws: Draws, batch: Batch
+) -> tuple[Float[Array, " draws"], Float[Array, "draws dim"]]:
+    """Evaluate log p and its gradient at every draw, on one batch."""
+
+    def one(displacement):
+        loss, grad = objective.value_and_grad(posterior.center + displacement, batch)
+        return posterior.log_density(displacement, loss), posterior.log_density_grad(displacement, grad)
+
+    if draws.displacement.shape[0] == 1:
+        value, grad = one(draws.displacement[0])
+        return value[None], grad[None]
+    return jax.vmap(one)(draws.displacement)
+
+
+def init_state(family: AbstractFamily, params: PyTree, config: VIConfig) -> State:
+    """Return the state before the first step."""
+    dtype = jax.tree_util.tree_leaves(params)[0].dtype
+    return State(params, make_optimizer(config).init(params), jnp.zeros((), dtype), family.slow_statistics(params))
+
+
+def run_steps(
+    family: AbstractFamily,
+    objective: FlatObjective,
+    problem: Problem,
+    config: VIConfig,
+    num_draws: int,
+    state: State,
+    keys: Key,
+    first_step: Int[Array, ""],
+    horizon: Horizon,
+    length: int,
+) -> tuple[State, dict[str, Float[Array, "chains steps"]]]:
+    """Run `length` steps on every chain.
+
+    Randomness depends on the chain's key and the step's index alone, so chunks of any length compose.
+
+    Args:
+        family: The family.
+        objective: The loss.
+        problem: Target and data, shared by the chains.
+        config: The configuration.
+        num_draws: Draws from q at each step.
+        state: States stacked over chains.
+        keys: One key for each chain.
+        first_step: Index of the first step.
+        horizon: The schedule.
+        length: Number of steps.
+
+    Returns:
+        The new state and the traces.
+
+    Cost:
+        `num_draws` minibatch gradients for each step and chain.
+    """
+    optimizer = make_optimizer(config)
+    rates = family.learning_rate_scales()
+
+    def one_chain(state: State, key, step, rate, refresh):
+        key_batch, key_draw = jax.random.split(jax.random.fold_in(key, step))
+        draws = family.sample(state.params, key_draw, num_draws, antithetic=config.antithetic)
+        value, grad = evaluate_target(objective, problem.posterior, draws, problem.next_batch(key_batch))
+        baseline = jnp.where(step == 0, jnp.mean(value - draws.log_prob), state.baseline)
+        ascent = family.pullback(state.params, draws, value, grad, baseline, antithetic=config.antithetic)
+        updates, opt_state = optimizer.update(ascent, state.opt_state)
+        updates = jax.tree_util.tree_map(lambda leaf, factor: leaf * (rate * factor).astype(leaf.dtype), updates, rates)
+        params = family.apply_updates(state.params, updates)
+        elbo = jnp.mean(value - draws.log_prob)
+        slow = jax.lax.cond(refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params)
+        baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * _objective_value(family, value, draws)
+        trace = {
+            "elbo": elbo,
+            "elbo_like": jnp.mean(value),
+            "logq": jnp.mean(draws.log_prob),
+            "radius2": jnp.mean(jnp.sum(draws.displacement**2, axis=-1)),
+            "virial": -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1],
+            "grad_norm": optax.tree.norm(ascent),
+            **family.step_statistics(params, draws),
+            **slow,
+        }
+        return State(params, opt_state, baseline, slow), trace
+
+    def body(state, step):
+        rate = learning_rate(config, horizon, step)
+        refresh = step % config.eval_every == 0
+        state, trace = jax.vmap(one_chain, in_axes=(0, 0, None, None, None))(state, keys, step, rate, refresh)
+        return state, {**trace, "lr": jnp.broadcast_to(rate, keys.shape[:1])}
+
+    state, traces = jax.lax.scan(body, state, first_step + jnp.arange(length))
+    return state, jax.tree_util.tree_map(lambda leaf: jnp.moveaxis(leaf, 0, 1), traces)
+
+
+def _objective_value(family, value, draws):
+    return jnp.mean(value - (1 + family.entropy_bonus) * draws.log_prob)

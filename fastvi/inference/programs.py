@@ -1,0 +1,147 @@
+"""The compiled stages of a fit: prepare, launch, steps, finish. One set for each objective and configuration."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from fastvi._typing import Array, Float, Int, Key, Scalar
+from fastvi.config import VIConfig
+from fastvi.estimators.llc import Evaluation, evaluate, make_excess_fn
+from fastvi.families import FAMILIES
+from fastvi.families.base import AbstractFamily
+from fastvi.geometry.start import CURVATURE_EXAMPLES, Start, make_start, rank_limit
+from fastvi.inference.calibrate import calibrate_scale
+from fastvi.inference.loop import Problem, State, init_state, run_steps
+from fastvi.inference.optimizer import Horizon
+from fastvi.objective import FlatObjective, full_data_loss
+
+CACHED_PROGRAMS = 32  # sets of compiled stages kept; each holds its objective alive
+
+
+class Outcome(NamedTuple):
+    """What the last stage returns for each chain."""
+
+    evaluation: Evaluation
+    reference_loss: Scalar
+    arrays: dict[str, Array]
+
+
+class Programs(NamedTuple):
+    """Jitted stages.
+
+    Attributes:
+        prepare: `(problem, key, whitener_scale) -> Start`.
+        launch: `(family, problem, core, key, chain_keys) -> (State, rounds of calibration)`.
+        steps: `(family, problem, state, chain_keys, first_step, horizon, length) -> (State, traces)`.
+        finish: `(family, problem, params, chain_keys) -> Outcome`.
+    """
+
+    prepare: Callable[..., Start]
+    launch: Callable[..., tuple[State, Int[Array, ""]]]
+    steps: Callable[..., tuple[State, dict[str, Float[Array, "chains steps"]]]]
+    finish: Callable[..., Outcome]
+
+
+class Identity:
+    """Compare by identity, for objectives that cannot be hashed."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+def programs_for(
+    objective: FlatObjective, config: VIConfig, num_draws: int, loss_full_flat: Callable | None
+) -> Programs:
+    """Return the compiled stages for these functions; the same functions and configuration share them."""
+    try:
+        hash(objective)
+    except TypeError:
+        return _build(Identity(objective), config, num_draws, loss_full_flat)
+    return _build(objective, config, num_draws, loss_full_flat)
+
+
+@functools.lru_cache(maxsize=CACHED_PROGRAMS)
+def _build(objective: Any, config: VIConfig, num_draws: int, loss_full_flat: Callable | None) -> Programs:
+    if isinstance(objective, Identity):
+        objective = objective.value
+
+    @jax.jit
+    def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
+        key_subset, key_start = jax.random.split(key)
+        subset = problem.data
+        if problem.num_data > CURVATURE_EXAMPLES:
+            index = jax.random.choice(key_subset, problem.num_data, (CURVATURE_EXAMPLES,), replace=False)
+            subset = jax.tree_util.tree_map(lambda leaf: leaf[index], problem.data)
+        return make_start(
+            objective, problem.posterior, subset, problem.next_batch, config, key_start, whitener_scale
+        )
+
+    @jax.jit
+    def launch(family: AbstractFamily, problem: Problem, core, key: Key, keys: Key):
+        zero = jnp.zeros_like(problem.posterior.center)
+        calibrated, rounds = calibrate_scale(family, family.init(key, core, zero), objective, problem, key)
+
+        def one(chain_key):
+            start_key = jax.random.fold_in(chain_key, _START_STREAM)
+            return init_state(family, family.init(start_key, core, calibrated.log_scale), config)
+
+        return jax.vmap(one)(keys), rounds
+
+    @functools.partial(jax.jit, static_argnames=("length",), donate_argnames=("state",))
+    def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
+        return run_steps(
+            family, objective, problem, config, num_draws, state, keys, first_step, horizon, length
+        )
+
+    @jax.jit
+    def finish(family: AbstractFamily, problem: Problem, params, keys: Key) -> Outcome:
+        reference_loss = (
+            full_data_loss(objective, problem.posterior.center, problem.data)
+            if loss_full_flat is None
+            else loss_full_flat(problem.posterior.center)
+        )
+        excess_fn = make_excess_fn(objective, problem, loss_full_flat)
+
+        def one(inputs):
+            chain_params, chain_key = inputs
+            evaluation = evaluate(
+                family,
+                chain_params,
+                objective,
+                problem,
+                excess_fn,
+                reference_loss,
+                jax.random.fold_in(chain_key, _EVALUATION_STREAM),
+                num_draws=config.eval_samples,
+                control_variate=config.control_variate,
+                trace_probes=config.trace_probes,
+            )
+            return evaluation, family.summary_arrays(chain_params)
+
+        evaluation, arrays = jax.lax.map(one, (params, keys))
+        return Outcome(evaluation, reference_loss, arrays)
+
+    return Programs(prepare, launch, steps, finish)
+
+
+# Streams of a chain's key beside its step indices.
+_START_STREAM = 2**31 - 1
+_EVALUATION_STREAM = 2**31 - 2
+
+
+def build_family(config: VIConfig, start: Start, rank: int) -> AbstractFamily:
+    """Instantiate the configured family with `rank` rows of core (a padding of the rows in use)."""
+    return FAMILIES[config.family](
+        scale=start.scale,
+        core_mask=(jnp.arange(rank) < start.rank).astype(start.scale.dtype),
+        ranks=config.ranks,
+        means=config.means,
+        noise_size=rank_limit(config, start.scale.size, start.scale.dtype.itemsize),
+        temperature=config.alpha_temperature,
+        dirichlet=1.0 if config.alpha_dirichlet_prior is None else config.alpha_dirichlet_prior,
+        entropy_bonus=config.entropy_bonus,
+    )

@@ -1,0 +1,49 @@
+"""When to stop: the trend of the ELBO against its noise, and the phases of a run."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+WINDOW_FRACTION = 0.5  # share of the steps so far that the trend is read from
+MIN_WINDOW = 200
+NUM_BLOCKS = 10
+NOISE_SIGMAS = 2.0
+NEGLIGIBLE_NATS = 0.5  # a gain over the window below this moves llc by less than its Monte Carlo error
+DECAY_FRACTION = 0.25  # steps of the final decay, relative to those before it
+MIN_DECAY = 200
+
+
+class Trend(NamedTuple):
+    """Gain of the ELBO over the window, in nats, with its standard error."""
+
+    gain: float
+    error: float
+    window: int
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the gain is indistinguishable from noise, or negligible beyond doubt."""
+        return self.gain <= max(NOISE_SIGMAS * self.error, NEGLIGIBLE_NATS)
+
+
+def elbo_trend(elbo: np.ndarray) -> Trend:
+    """Fit a line to block means of the ELBO (chains, steps) over the last part of a run.
+
+    The error comes from the scatter of the block means about the line, chains averaged.
+    """
+    steps = elbo.shape[1]
+    window = max(min(MIN_WINDOW, steps), int(WINDOW_FRACTION * steps))
+    window -= window % NUM_BLOCKS
+    if window == 0:
+        return Trend(np.inf, 0.0, 0)
+    blocks = np.mean(elbo[:, steps - window :], axis=0).reshape(NUM_BLOCKS, -1).mean(axis=1)
+    time = np.linspace(-0.5, 0.5, NUM_BLOCKS)
+    slope = float(time @ blocks / (time @ time))
+    residual = blocks - blocks.mean() - slope * time
+    error = float(np.sqrt(residual @ residual / (NUM_BLOCKS - 2) / (time @ time)))
+    return Trend(slope, error, window)
+
+
+def decay_length(steps_before: int) -> int:
+    """Return the length of the final decay after `steps_before` steps at the peak rate."""
+    return max(MIN_DECAY, int(DECAY_FRACTION * steps_before))

@@ -1,0 +1,1 @@
+"""Array kernels of the hot paths: one folder an operation, each with a dense reference that defines it."""

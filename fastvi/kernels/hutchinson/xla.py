@@ -1,0 +1,19 @@
+"""Probes one after another: memory of one operator application."""
+
+import jax
+import jax.numpy as jnp
+
+
+def diagonal(operator, probes):
+    """Average z * (H z) without storing the products."""
+
+    def add(total, probe):
+        return total + probe * operator(probe), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros_like(probes[0]), probes)
+    return total / probes.shape[0]
+
+
+def trace_samples(operator, probes):
+    """Evaluate z . H z probe by probe."""
+    return jax.lax.map(lambda probe: probe @ operator(probe), probes)

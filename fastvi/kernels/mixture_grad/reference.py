@@ -1,0 +1,26 @@
+"""Definition of the pull-back: autodiff through the dense sampling map, metrics as dense products."""
+
+import jax
+import jax.numpy as jnp
+
+from fastvi.kernels.woodbury import reference
+from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
+
+
+def pullback(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str) -> Mixture:
+    """Differentiate `cotangent . displacement` by autodiff."""
+    del drawn
+
+    def paired(parameters: Mixture):
+        return cotangent @ reference.draw(parameters, small, noise).displacement
+
+    grad = jax.grad(paired)(mixture)
+    if metric == "euclidean":
+        return grad
+    precision = jnp.eye(mixture.log_scale.size, dtype=cotangent.dtype) + mixture.core.T @ mixture.core
+    covariance = jnp.linalg.inv(precision)
+    return grad._replace(
+        offsets=grad.offsets * jnp.exp(mixture.log_scale) @ covariance,
+        core=grad.core @ precision,
+        factors=grad.factors @ covariance,
+    )

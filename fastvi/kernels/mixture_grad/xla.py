@@ -1,0 +1,34 @@
+"""Closed-form pull-back as sums of rank-1 terms.
+
+With h the cotangent, h_x = D^{1/2} h and l = P^{-1} h_x: offsets h, log_scale h_x x, factors z h_x^T,
+core (zeta - B x_core) l^T - (B l) x_core^T.
+"""
+
+import jax.numpy as jnp
+
+from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
+from fastvi.kernels.woodbury.xla import _solve
+
+
+def pullback(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str) -> Mixture:
+    """Pull a cotangent of the displacement back to all parameters."""
+    num_components, num_offsets = mixture.log_weights.size, mixture.offsets.shape[0]
+    scale = jnp.exp(mixture.log_scale)
+    h_x = scale * cotangent
+    core_l = _solve(small.core_chol, mixture.core @ h_x)  # B l = C_B^{-1} B h_x
+    l_x = h_x - core_l @ mixture.core
+    label = jnp.arange(num_components) == noise.label
+    if metric == "natural":
+        y = drawn.x_core + drawn.core_x @ mixture.core  # P x_core
+        offset, factor_right, core_left, core_right = l_x, l_x, h_x, y
+    else:
+        offset, factor_right, core_left, core_right = cotangent, h_x, l_x, drawn.x_core
+    shift = noise.zeta - drawn.core_x
+    rows = label if num_offsets > 1 else jnp.ones(num_offsets, bool)
+    return Mixture(
+        log_weights=jnp.zeros_like(mixture.log_weights),
+        offsets=rows[:, None] * offset,
+        log_scale=h_x * drawn.x,
+        core=shift[:, None] * core_left - core_l[:, None] * core_right,
+        factors=(label[:, None] * noise.z)[..., None] * factor_right,
+    )

@@ -1,0 +1,55 @@
+"""Entry points of the Woodbury kernel."""
+
+from fastvi._typing import Array, Float, Scalar
+from fastvi.kernels import _dispatch
+from fastvi.kernels.woodbury import reference, xla
+from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
+
+__all__ = ["IMPLEMENTATIONS", "Draw", "Grams", "Mixture", "Noise", "draw", "grams", "log_prob"]
+
+IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+
+
+def grams(mixture: Mixture, *, implementation: str | None = None) -> Grams:
+    """Compute the small matrices of a mixture and their Cholesky factors.
+
+    Args:
+        mixture: The mixture.
+        implementation: "xla" (default) or "reference".
+
+    Returns:
+        The matrices that `draw` and `log_prob` need; a failed factorisation shows as NaN.
+
+    Cost:
+        One read of core and factors; O((core^2 + comp rank (rank + core)) dim) operations.
+    """
+    return _dispatch.select("woodbury", IMPLEMENTATIONS, implementation).grams(mixture)
+
+
+def draw(mixture: Mixture, small: Grams, noise: Noise, *, implementation: str | None = None) -> Draw:
+    """Transform noise to a draw and evaluate log density, responsibilities and score there.
+
+    Args:
+        mixture: The mixture.
+        small: `grams(mixture)`.
+        noise: The variables to transform.
+        implementation: "xla" (default) or "reference".
+
+    Returns:
+        The draw in whitened coordinates; `log_prob` is the normalised density of the mixture there.
+
+    Cost:
+        O((core + comp rank) dim).
+    """
+    return _dispatch.select("woodbury", IMPLEMENTATIONS, implementation).draw(mixture, small, noise)
+
+
+def log_prob(
+    mixture: Mixture, small: Grams, displacement: Float[Array, " dim"], *, implementation: str | None = None
+) -> Scalar:
+    """Evaluate the normalised log density of the mixture at any point of whitened coordinates.
+
+    Cost:
+        O((core + comp rank) dim).
+    """
+    return _dispatch.select("woodbury", IMPLEMENTATIONS, implementation).log_prob(mixture, small, displacement)

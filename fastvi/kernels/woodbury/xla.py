@@ -1,0 +1,120 @@
+"""Woodbury identities in O((core + comp rank) dim), laid out for XLA: flat matvecs, dim contiguous.
+
+Symbols follow docs/math.md, section "Family": B = core, A_m = factors[m], C_B = I + B B^T,
+C_m = I + A_m A_m^T + (B A_m^T)^T (B A_m^T).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_solve
+from jax.scipy.special import logsumexp
+
+from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
+
+
+def grams(mixture: Mixture) -> Grams:
+    """Compute C_B, B A_m^T and C_m and factorise them."""
+    core, factors = mixture.core, mixture.factors
+    num_core, (num_components, rank, dim) = core.shape[0], factors.shape
+    flat = factors.reshape(num_components * rank, dim)
+    core_chol = jnp.linalg.cholesky(jnp.eye(num_core, dtype=core.dtype) + core @ core.T)
+    cross = (core @ flat.T).reshape(num_core, num_components, rank).transpose(1, 0, 2)
+    factor_gram = _component_grams(factors) + jnp.swapaxes(cross, 1, 2) @ cross
+    factor_chol = jnp.linalg.cholesky(jnp.eye(rank, dtype=core.dtype) + factor_gram)
+    log_det = 2 * jnp.sum(mixture.log_scale) - _log_det(core_chol) + _log_det(factor_chol)
+    return Grams(core_chol, cross, factor_chol, log_det)
+
+
+def _component_grams(factors):
+    """Compute A_m A_m^T for every m; pairs of rows are reduced one by one, which XLA fuses into few passes."""
+    rank = factors.shape[1]
+    if rank == 0:
+        return jnp.zeros((factors.shape[0], 0, 0), factors.dtype)
+    if rank > 4:
+        return jnp.einsum("mrd,msd->mrs", factors, factors)
+    entry = {
+        (i, j): jnp.sum(factors[:, i] * factors[:, j], axis=-1) for i in range(rank) for j in range(i, rank)
+    }
+    rows = [jnp.stack([entry[min(i, j), max(i, j)] for j in range(rank)], axis=-1) for i in range(rank)]
+    return jnp.stack(rows, axis=-2)
+
+
+def _log_det(chol):
+    return 2 * jnp.sum(jnp.log(jnp.diagonal(chol, axis1=-2, axis2=-1)), axis=-1)
+
+
+def draw(mixture: Mixture, small: Grams, noise: Noise) -> Draw:
+    """Draw, then evaluate density and score with the products that drawing left behind.
+
+    `x_core = eps - B^T C_B^{-1} (B eps - zeta)` equals `P^{-1} (eps + B^T zeta)` and loses no digits to
+    cancellation in steep directions.
+    """
+    core, scale = mixture.core, jnp.exp(mixture.log_scale)
+    correction = _solve(small.core_chol, core @ noise.eps - noise.zeta)
+    x_core = noise.eps - correction @ core
+    core_x = noise.zeta + correction
+    x = x_core + noise.z @ mixture.factors[noise.label]
+    core_full = core_x + small.cross[noise.label] @ noise.z
+    num_offsets = mixture.offsets.shape[0]
+    offset = mixture.offsets[noise.label if num_offsets > 1 else slice(None)].reshape(-1, x.size).sum(0)
+    displacement = offset + scale * x
+    if num_offsets > 1:
+        x_all = x + (offset - mixture.offsets) / scale
+        core_all = core_full + ((offset - mixture.offsets) / scale) @ core.T
+        logits, score_x = _density_separate(mixture, small, x_all, core_all)
+    else:
+        logits, score_x = _density_shared(mixture, small, x, core_full)
+    return Draw(
+        x=x,
+        x_core=x_core,
+        core_x=core_x,
+        displacement=displacement,
+        log_prob=logsumexp(logits),
+        responsibilities=jax.nn.softmax(logits),
+        score=score_x / scale,
+    )
+
+
+def log_prob(mixture: Mixture, small: Grams, displacement):
+    """Evaluate the log density at a given displacement."""
+    scale = jnp.exp(mixture.log_scale)
+    if mixture.offsets.shape[0] > 1:
+        x_all = (displacement - mixture.offsets) / scale
+        return logsumexp(_density_separate(mixture, small, x_all, x_all @ mixture.core.T)[0])
+    x = (displacement - mixture.offsets.sum(0)) / scale
+    return logsumexp(_density_shared(mixture, small, x, mixture.core @ x)[0])
+
+
+def _density_shared(mixture: Mixture, small: Grams, x, core_x):
+    """Return log pi_m + log q_m and the score in units of D^{1/2} where all components share their mean."""
+    num_components, rank, dim = mixture.factors.shape
+    flat = mixture.factors.reshape(num_components * rank, dim)
+    projected = (flat @ x).reshape(num_components, rank) + jnp.einsum("mkr,k->mr", small.cross, core_x)
+    solved = _solve(small.factor_chol, projected)
+    quadratic = x @ x + core_x @ core_x - jnp.sum(projected * solved, axis=-1)
+    logits = mixture.log_weights - 0.5 * (quadratic + small.log_det + dim * jnp.log(2 * jnp.pi).astype(x.dtype))
+    weighted = jax.nn.softmax(logits)[:, None] * solved
+    residual = x - weighted.reshape(-1) @ flat
+    core_residual = core_x - jnp.einsum("mkr,mr->k", small.cross, weighted)
+    return logits, -(residual + core_residual @ mixture.core)
+
+
+def _density_separate(mixture: Mixture, small: Grams, x_all, core_all):
+    """Do the same where each component has its own mean: x_all (comp, dim), core_all (comp, core)."""
+    dim = mixture.log_scale.size
+    projected = jnp.einsum("mrd,md->mr", mixture.factors, x_all) + jnp.einsum("mkr,mk->mr", small.cross, core_all)
+    solved = _solve(small.factor_chol, projected)
+    quadratic = jnp.sum(x_all**2, -1) + jnp.sum(core_all**2, -1) - jnp.sum(projected * solved, -1)
+    logits = mixture.log_weights - 0.5 * (quadratic + small.log_det + dim * jnp.log(2 * jnp.pi).astype(x_all.dtype))
+    weights = jax.nn.softmax(logits)
+    weighted = weights[:, None] * solved
+    residual = weights @ x_all - jnp.einsum("mr,mrd->d", weighted, mixture.factors)
+    core_residual = weights @ core_all - jnp.einsum("mkr,mr->k", small.cross, weighted)
+    return logits, -(residual + core_residual @ mixture.core)
+
+
+def _solve(chol, right):
+    """Solve with lower Cholesky factors, batched over leading axes; empty systems pass through."""
+    if right.shape[-1] == 0:
+        return right
+    return cho_solve((chol, True), right[..., None])[..., 0]

@@ -1,0 +1,34 @@
+"""The local posterior: the only place where the target's formula is written."""
+
+import equinox as eqx
+
+from fastvi._typing import Array, Float, Scalar
+
+
+class LocalPosterior(eqx.Module):
+    r"""Tempered posterior localized at a trained parameter.
+
+    `log p(w) = - nbeta * L_n(w) - gamma/2 * |w - center|^2`, unnormalised, in model coordinates, with
+    `L_n` the mean loss per example in nats. A batch mean in place of `L_n` is unbiased as it stands.
+
+    References:
+        Lau et al., The Local Learning Coefficient (2024), eq. 14.
+    """
+
+    center: Float[Array, " dim"]
+    nbeta: Scalar
+    gamma: Scalar
+
+    def log_density(self, displacement: Float[Array, " dim"], loss: Scalar) -> Scalar:
+        """Evaluate log p at `center + displacement`, where the mean loss is `loss`."""
+        return -self.nbeta * loss - 0.5 * self.gamma * (displacement @ displacement)
+
+    def log_density_grad(
+        self, displacement: Float[Array, " dim"], loss_grad: Float[Array, " dim"]
+    ) -> Float[Array, " dim"]:
+        """Differentiate `log_density` given the gradient of the mean loss there."""
+        return -self.nbeta * loss_grad - self.gamma * displacement
+
+    def learning_coefficient(self, excess_loss: Scalar) -> Scalar:
+        """Turn `E[L_n(w)] - L_n(center)` into the local learning coefficient."""
+        return self.nbeta * excess_loss

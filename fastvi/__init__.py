@@ -1,0 +1,28 @@
+"""Fast variational inference on the local posterior of a trained model, and its local learning coefficient."""
+
+from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
+from fastvi.api import SamplerRunResult, estimate_llc, fit, run_vi
+from fastvi.config import FlowConfig, VIConfig
+from fastvi.objective import FlatObjective, make_flat_objective, ravel_loss
+from fastvi.posterior import LocalPosterior
+from fastvi.result import LLCEstimate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "FlatObjective",
+    "FlowConfig",
+    "LLCEstimate",
+    "LocalPosterior",
+    "NonFiniteError",
+    "SamplerRunResult",
+    "UnavailableError",
+    "VIConfig",
+    "estimate_llc",
+    "fit",
+    "make_flat_objective",
+    "ravel_loss",
+    "run_vi",
+]

@@ -24,6 +24,7 @@ Rule = Callable[[str, Any, str], Any]
 _ALIASES = {"algo": "family"}
 _ALIASES |= {"flow_type": "flow.template", "flow_depth": "flow.depth", "flow_hidden": "flow.hidden"}
 _SEEDS_PRUNE_THRESHOLD = 1e-3
+_DEFAULT_RANK = 2
 
 
 def _refusal(name: str, rule: str, value: Any, fix: str) -> ConfigError:
@@ -195,7 +196,8 @@ class VIConfig(_CheckedFields):
     Attributes:
         family: Variational family; `create` also reads it from `algo`.
         M: Number of mixture components.
-        r: Rank budget: columns of each component's covariance factor; unused beside `r_per_component`.
+        r: Rank budget: columns of each component's covariance factor; unused beside `r_per_component`. The default
+            is cut to the dimension of a smaller problem.
         r_per_component: Ranks of the M components, one each, instead of `r`.
         means: "shared" and "component" are learned, one or M of them; "center" is fixed.
         curvature_rank: Rows of the shared precision core; "auto" takes them from the Hessian's spectrum.
@@ -231,7 +233,7 @@ class VIConfig(_CheckedFields):
 
     family: Literal["mfa", "flow"] = "mfa"
     M: Annotated[int, _integer] = 8
-    r: Annotated[int, _natural] = 2
+    r: Annotated[int, _natural] = _DEFAULT_RANK
     r_per_component: Annotated[tuple[int, ...] | None, _ranks] = None
     means: Literal["shared", "center", "component"] = "shared"
     curvature_rank: Annotated[Literal["auto"] | int, _auto_or_integer] = "auto"

@@ -24,6 +24,14 @@ class SecondMoment(NamedTuple):
     weights: Float[Array, " terms"]
 
 
+class UpdateRules(NamedTuple):
+    """Pytrees in the structure of the parameters: factor on the learning rate, and whether a row (the last axis)
+    shares one second moment."""
+
+    rates: PyTree
+    shared_rows: PyTree
+
+
 class AbstractFamily(eqx.Module):
     """A parametric distribution q over w, centred on w*.
 
@@ -65,8 +73,8 @@ class AbstractFamily(eqx.Module):
         """Add the optimiser's updates, given in the coordinates of the natural `pullback`."""
 
     @abc.abstractmethod
-    def learning_rate_scales(self) -> PyTree:
-        """Return the factor on the learning rate for each parameter."""
+    def update_rules(self) -> UpdateRules:
+        """Say how the optimiser treats each parameter."""
 
     @abc.abstractmethod
     def second_moment(self, params: PyTree) -> SecondMoment:

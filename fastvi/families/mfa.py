@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Key
-from fastvi.families.base import AbstractFamily, Draws, SecondMoment
+from fastvi.families.base import AbstractFamily, Draws, SecondMoment, UpdateRules
 from fastvi.kernels import mixture_grad, woodbury
 from fastvi.kernels.noise import normal
 from fastvi.kernels.woodbury import Draw, Mixture, Noise
@@ -16,7 +16,7 @@ from fastvi.kernels.woodbury import Draw, Mixture, Noise
 LOG_SCALE_BOUND = 20.0  # |log D^{1/2}| in whitened coordinates: exp(2 * 20) stays finite in float32
 FACTOR_INIT = 0.1  # norm of a factor's rows at the start, in standard deviations
 # A factor's row has dim entries, so equal steps per entry would turn it by sqrt(dim) steps.
-FACTOR_RATE = 5.0
+FACTOR_RATE = 2.0
 
 
 class MFAParams(NamedTuple):
@@ -198,10 +198,13 @@ class MFA(AbstractFamily):
         in_place = updates._replace(offsets=updates.offsets * scale)
         return jax.tree_util.tree_map(jnp.add, params, in_place)
 
-    def learning_rate_scales(self) -> MFAParams:
-        """Turn rows of core and factors by equal angles whatever the dimension."""
+    def update_rules(self) -> UpdateRules:
+        """Turn rows of core and factors by equal angles whatever the dimension, and keep their directions."""
         row = min(1.0, FACTOR_RATE / float(np.sqrt(self.scale.size)))
-        return MFAParams(logits=1.0, offsets=1.0, log_scale=1.0, core=row, factors=row)
+        return UpdateRules(
+            rates=MFAParams(logits=1.0, offsets=1.0, log_scale=1.0, core=row, factors=row),
+            shared_rows=MFAParams(logits=False, offsets=True, log_scale=False, core=True, factors=True),
+        )
 
     def second_moment(self, params: MFAParams) -> SecondMoment:
         """Return E_q[v v^T]; see `AbstractFamily.second_moment`."""

@@ -1,8 +1,8 @@
 """The start of a fit: coordinates, core and scale from the curvature at w*, then a check of the scale by virial."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-import equinox as eqx
 
 from fastvi._typing import Array, Batch, Float, Int, Key, Scalar
 from fastvi.config import VIConfig
@@ -27,6 +27,7 @@ class Start(eqx.Module):
     `scale` is S^{-1} with the overall scale of q in it, `core` the precision core in those coordinates, so that
     log_scale starts at zero. `spectrum` holds the leading eigenvalues of the precision `nbeta H + gamma`, and
     `rest` the mean of what the core leaves out, both in the whitened coordinates before rescaling.
+    `newton_decrement` is how many nats of the log density a Newton step from w* would gain: 0 at a minimum.
     """
 
     scale: Float[Array, " dim"]
@@ -38,6 +39,7 @@ class Start(eqx.Module):
     trace: Scalar
     explained: Scalar
     num_hvp: Int[Array, ""]
+    newton_decrement: Scalar
 
 
 def rank_limit(config: VIConfig, dim: int, itemsize: int) -> int:
@@ -63,7 +65,7 @@ def make_start(
     whose other eigenvalues are equal.
 
     Cost:
-        `num_hvp` Hessian-vector products of `curvature_batch`.
+        `num_hvp` Hessian-vector products and one gradient of `curvature_batch`, and the whitening's own.
     """
     center, dtype, dim = posterior.center, posterior.center.dtype, posterior.center.size
     key_whiten, key_krylov, key_trace = jax.random.split(key, 3)
@@ -94,10 +96,11 @@ def make_start(
             return jnp.sum(values > 2 * floor) <= computed - OVERSAMPLING
 
         spectrum = block_krylov(precision, key_krylov, dim, size, exhausted, dtype)
-    return _assemble(spectrum, probes, images, scale, floor, limit)
+    slope = scale * posterior.nbeta * objective.grad(center, curvature_batch)
+    return _assemble(spectrum, probes, images, scale, floor, limit, slope)
 
 
-def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:
+def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit, slope) -> Start:
     """Choose the rank and set scale and core."""
     dim, size = scale.size, spectrum.values.size
     values = jnp.where(jnp.isfinite(spectrum.values), spectrum.values, 0.0)
@@ -120,6 +123,9 @@ def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:
     keep = min(limit, size)
     core = jnp.zeros((limit, dim), scale.dtype).at[:keep].set((lengths[:, None] * vectors)[:keep])
     trace = jnp.sum(values) + complement_trace
+    along = vectors @ slope
+    beside = slope - along @ vectors
+    decrement = jnp.sum(along**2 / jnp.maximum(values, floor)) + beside @ beside / rest
     return Start(
         scale=scale / jnp.sqrt(rest),
         core=core,
@@ -130,4 +136,5 @@ def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:
         trace=trace,
         explained=jnp.sum(jnp.where(chosen, values, 0.0)) / trace,
         num_hvp=spectrum.size + TRACE_PROBES,
+        newton_decrement=0.5 * decrement,
     )

@@ -10,7 +10,7 @@ import optax
 from fastvi._typing import Array, Batch, Float, Int, Key, PyTree, Scalar
 from fastvi.config import VIConfig
 from fastvi.families.base import AbstractFamily, Draws
-from fastvi.inference.optimizer import Horizon, learning_rate, make_optimizer
+from fastvi.inference.optimizer import Horizon, elapsed_decay, learning_rate, make_optimizer
 from fastvi.objective import FlatObjective
 from fastvi.posterior import LocalPosterior
 
@@ -60,7 +60,7 @@ def evaluate_target(
 def init_state(family: AbstractFamily, params: PyTree, config: VIConfig) -> State:
     """Return the state before the first step."""
     dtype = jax.tree_util.tree_leaves(params)[0].dtype
-    return State(params, make_optimizer(config).init(params), jnp.zeros((), dtype), family.slow_statistics(params))
+    return State(params, make_optimizer(config, family.update_rules().shared_rows).init(params), jnp.zeros((), dtype), family.slow_statistics(params))
 
 
 def run_steps(
@@ -97,17 +97,17 @@ def run_steps(
     Cost:
         `num_draws` minibatch gradients for each step and chain.
     """
-    optimizer = make_optimizer(config)
-    rates = family.learning_rate_scales()
+    rules = family.update_rules()
+    optimizer = make_optimizer(config, rules.shared_rows)
 
-    def one_chain(state: State, key, step, rate, refresh):
+    def one_chain(state: State, key, step, rate, elapsed, refresh):
         key_batch, key_draw = jax.random.split(jax.random.fold_in(key, step))
         draws = family.sample(state.params, key_draw, num_draws, antithetic=config.antithetic)
         value, grad = evaluate_target(objective, problem.posterior, draws, problem.next_batch(key_batch))
         baseline = jnp.where(step == 0, jnp.mean(value - draws.log_prob), state.baseline)
         ascent = family.pullback(state.params, draws, value, grad, baseline, antithetic=config.antithetic)
-        updates, opt_state = optimizer.update(ascent, state.opt_state)
-        updates = jax.tree_util.tree_map(lambda leaf, factor: leaf * (rate * factor).astype(leaf.dtype), updates, rates)
+        updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=elapsed)
+        updates = jax.tree_util.tree_map(lambda leaf, factor: leaf * (rate * factor).astype(leaf.dtype), updates, rules.rates)
         params = family.apply_updates(state.params, updates)
         elbo = jnp.mean(value - draws.log_prob)
         slow = jax.lax.cond(refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params)
@@ -127,7 +127,10 @@ def run_steps(
     def body(state, step):
         rate = learning_rate(config, horizon, step)
         refresh = step % config.eval_every == 0
-        state, trace = jax.vmap(one_chain, in_axes=(0, 0, None, None, None))(state, keys, step, rate, refresh)
+        elapsed = elapsed_decay(horizon, step)
+        state, trace = jax.vmap(one_chain, in_axes=(0, 0, None, None, None, None))(
+            state, keys, step, rate, elapsed, refresh
+        )
         return state, {**trace, "lr": jnp.broadcast_to(rate, keys.shape[:1])}
 
     state, traces = jax.lax.scan(body, state, first_step + jnp.arange(length))

@@ -133,12 +133,12 @@ _START_STREAM = 2**31 - 1
 _EVALUATION_STREAM = 2**31 - 2
 
 
-def build_family(config: VIConfig, start: Start, rank: int) -> AbstractFamily:
-    """Instantiate the configured family with `rank` rows of core (a padding of the rows in use)."""
+def build_family(config: VIConfig, start: Start, core_rows: int) -> AbstractFamily:
+    """Instantiate the configured family with `core_rows` rows of core (a padding of the rows in use)."""
     return FAMILIES[config.family](
         scale=start.scale,
-        core_mask=(jnp.arange(rank) < start.rank).astype(start.scale.dtype),
-        ranks=config.ranks,
+        core_mask=(jnp.arange(core_rows) < start.rank).astype(start.scale.dtype),
+        ranks=tuple(min(rank, start.scale.size) for rank in config.ranks),
         means=config.means,
         noise_size=rank_limit(config, start.scale.size, start.scale.dtype.itemsize),
         temperature=config.alpha_temperature,

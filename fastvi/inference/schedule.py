@@ -5,12 +5,12 @@ from typing import NamedTuple
 import numpy as np
 
 WINDOW_FRACTION = 0.5  # share of the steps so far that the trend is read from
-MIN_WINDOW = 200
+MIN_WINDOW = 100
 NUM_BLOCKS = 10
 NOISE_SIGMAS = 2.0
 NEGLIGIBLE_NATS = 0.5  # a gain over the window below this moves llc by less than its Monte Carlo error
 DECAY_FRACTION = 0.25  # steps of the final decay, relative to those before it
-MIN_DECAY = 200
+MIN_DECAY = 300
 
 
 class Trend(NamedTuple):

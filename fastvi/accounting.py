@@ -1,0 +1,66 @@
+"""Work in full-gradient equivalents (FGE): a gradient on b of n examples is b/n, a loss a third, an HVP twice that."""
+
+import dataclasses
+from typing import Any
+
+from fastvi.config import VIConfig
+from fastvi.geometry.start import CURVATURE_EXAMPLES
+from fastvi.geometry.whitening import DIAGONAL_PROBES, MOMENT_GRADIENTS
+from fastvi.inference.calibrate import CALIBRATION_DRAWS
+from fastvi.inference.driver import Fit
+from fastvi.inference.loop import Problem
+
+LOSS_COST = 1 / 3  # of a gradient: reverse mode costs about twice the forward pass on top of it
+HVP_COST = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Counts of everything that a run evaluated; `fge_per_step` is that of one chain."""
+
+    n_full_loss: Any
+    n_minibatch_grads: Any
+    n_hvp: Any
+    fge_curvature: Any
+    fge_fit: Any
+    fge_evaluation: Any
+    fge_per_step: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return counts and totals; Python numbers unless the run was traced."""
+        total = self.fge_curvature + self.fge_fit + self.fge_evaluation
+        return {**dataclasses.asdict(self), "total_fge": total}
+
+
+def count_work(fit: Fit, problem: Problem, config: VIConfig, num_draws: int, num_chains: int) -> Work:
+    """Count the work of a finished fit over all chains."""
+    steps, dim = fit.traces["elbo"].shape[1], problem.posterior.center.size
+    share = problem.batch_size / problem.num_data
+    subset = min(1.0, CURVATURE_EXAMPLES / problem.num_data)
+    moment = MOMENT_GRADIENTS if config.whitening in ("rmsprop", "adam") else 0
+    diagonal = DIAGONAL_PROBES if config.whitening == "hvp_diag" else 0
+    start_hvp = _concrete(fit.start.num_hvp) + diagonal
+    draws = config.eval_samples - config.eval_samples % 2
+    evaluation_hvp = 0
+    if config.control_variate == "hvp":
+        rows = fit.family.num_moment_terms(dim)
+        evaluation_hvp = num_chains * (draws + rows + config.trace_probes)
+    return Work(
+        n_full_loss=num_chains * draws,
+        n_minibatch_grads=steps * num_draws * num_chains,
+        n_hvp=start_hvp + evaluation_hvp,
+        fge_curvature=HVP_COST * subset * start_hvp
+        + subset
+        + share * (moment + CALIBRATION_DRAWS * _concrete(fit.calibration_rounds)),
+        fge_fit=steps * num_draws * num_chains * share,
+        fge_evaluation=LOSS_COST * (num_chains * draws + 1) + HVP_COST * evaluation_hvp,
+        fge_per_step=num_draws * share,
+    )
+
+
+def _concrete(value: Any) -> Any:
+    """Return a Python int where the value is known."""
+    try:
+        return int(value)
+    except TypeError:  # jax's concretisation errors are TypeErrors: the run is being traced
+        return value

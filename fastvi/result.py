@@ -1,0 +1,143 @@
+"""What a person gets from an estimate: numbers, their errors, findings, and a folder to keep them in."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvi._errors import DataError
+from fastvi.config import VIConfig
+from fastvi.diagnostics.health import Finding
+
+RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class LLCEstimate:
+    """An estimate of the local learning coefficient.
+
+    Attributes:
+        llc: lambda-hat = nbeta (E_q[L_n(w)] - L_n(w*)), mean over chains.
+        llc_sem: Standard error of `llc` from Monte Carlo, including the spread of the fits.
+        llc_per_chain: One value for each chain, shape (chains,).
+        llc_sem_per_chain: Error of each chain's evaluation alone, shape (chains,).
+        elbo: Lower bound on log of the posterior's normalising constant, in nats, mean over chains.
+        init_loss: L_n(w*), in nats.
+        nbeta: n times the inverse temperature.
+        localization: gamma of the Gaussian localizer.
+        n_data: Number of examples.
+        dim: Number of parameters.
+        converged: Whether the stopping rule was met before the cap on steps; None without the rule.
+        curvature: What is known of the spectrum at w*: rank, wanted_rank, explained, trace, spectrum.
+        evaluation: Per chain: elbo, llc_mc, variance_reduction, trace_term, log_weight_sd.
+        work: Raw counts and total_fge, in full-gradient equivalents.
+        timings: Seconds in compile, adaptation, sampling, evaluation, total.
+        traces: Arrays of shape (chains, steps).
+        log_weights: log p(w) - log q(w) at the evaluation's draws, shape (chains, draws).
+        health: Findings, gravest first.
+        config: The configuration that was used.
+    """
+
+    llc: float
+    llc_sem: float
+    llc_per_chain: np.ndarray
+    llc_sem_per_chain: np.ndarray
+    elbo: float
+    init_loss: float
+    nbeta: float
+    localization: float
+    n_data: int
+    dim: int
+    converged: bool | None
+    curvature: dict[str, Any]
+    evaluation: dict[str, list[float]]
+    work: dict[str, Any]
+    timings: dict[str, float]
+    traces: dict[str, np.ndarray] = dataclasses.field(repr=False)
+    log_weights: np.ndarray = dataclasses.field(repr=False)
+    health: tuple[Finding, ...]
+    config: VIConfig
+
+    def summary(self) -> str:
+        """Return the estimate in words, for a terminal."""
+        chains = "  ".join(f"{value:.4g}" for value in self.llc_per_chain)
+        steps = next(iter(self.traces.values())).shape[1]
+        stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[self.converged]
+        lines = [
+            f"llc            {self.llc:.4g} ± {self.llc_sem:.2g}   (uncorrected variational estimate)",
+            f"per chain      {chains}",
+            f"elbo           {self.elbo:.4f} nats",
+            f"problem        d = {self.dim:,}, n = {self.n_data:,}, n beta = {self.nbeta:.4g}, "
+            f"localization = {self.localization:.4g}, L_n(w*) = {self.init_loss:.4g}",
+            f"core           rank {self.curvature['rank']} of {self.dim:,}, explains "
+            f"{100 * self.curvature['explained']:.3g} % of the precision's trace at w*",
+            f"fit            {steps} steps x {self.llc_per_chain.size} chains ({stop})",
+            f"work           {self.work['total_fge']:.0f} FGE: curvature {self.work['fge_curvature']:.0f}, "
+            f"fit {self.work['fge_fit']:.0f}, evaluation {self.work['fge_evaluation']:.0f}",
+            f"time           compile {self.timings['compile']:.1f} s, fit "
+            f"{self.timings['adaptation'] + self.timings['sampling']:.1f} s, evaluation "
+            f"{self.timings['evaluation']:.1f} s",
+        ]
+        findings = [str(finding) for finding in self.health] or ["none: nothing stands out"]
+        return "\n".join([*lines, "findings", *(f"  {line}" for line in findings)])
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write result.json and traces.npz into a folder, which is made if need be.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        traces, log_weights = values.pop("traces"), values.pop("log_weights")
+        values["health"] = [dataclasses.asdict(finding) for finding in self.health]
+        values["config"] = self.config.to_dict()
+        (folder / RESULT_FILE).write_text(json.dumps(_plain(values), indent=2) + "\n", encoding="utf-8")
+        np.savez_compressed(folder / TRACES_FILE, log_weights=log_weights, **{f"trace_{k}": v for k, v in traces.items()})
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "LLCEstimate":
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: If the folder does not hold a saved estimate.
+        """
+        folder = Path(folder)
+        for name in (RESULT_FILE, TRACES_FILE):
+            if not (folder / name).is_file():
+                raise DataError(f"{folder} holds no saved estimate: {name} is missing. Pass the folder given to save().")
+        values = _restored(json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")))
+        with np.load(folder / TRACES_FILE) as arrays:
+            values["log_weights"] = arrays["log_weights"]
+            values["traces"] = {k.removeprefix("trace_"): arrays[k] for k in arrays.files if k.startswith("trace_")}
+        values["health"] = tuple(Finding(**finding) for finding in values["health"])
+        values["config"] = VIConfig.create(values["config"])
+        for name in ("llc_per_chain", "llc_sem_per_chain"):
+            values[name] = np.asarray(values[name], dtype=float)
+        return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    """Turn arrays and numpy scalars into lists and numbers; JSON has no NaN, so those become strings."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"non_finite": repr(value)}
+    return value
+
+
+def _restored(value: Any) -> Any:
+    """Undo `_plain` where JSON lacks a value."""
+    if isinstance(value, dict):
+        return float(value["non_finite"]) if set(value) == {"non_finite"} else {k: _restored(v) for k, v in value.items()}
+    return [_restored(item) for item in value] if isinstance(value, list) else value

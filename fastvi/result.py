@@ -5,6 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from fastvi._errors import DataError
 from fastvi.config import VIConfig
 from fastvi.diagnostics.health import Finding
 
+SUMMARY_WIDTH = 100
 RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
 
 
@@ -78,12 +80,13 @@ class LLCEstimate:
             f"fit            {steps} steps x {self.llc_per_chain.size} chains ({stop})",
             f"work           {self.work['total_fge']:.0f} FGE: curvature {self.work['fge_curvature']:.0f}, "
             f"fit {self.work['fge_fit']:.0f}, evaluation {self.work['fge_evaluation']:.0f}",
-            f"time           compile {self.timings['compile']:.1f} s, fit "
+            f"time           {self.timings['total']:.1f} s: fit "
             f"{self.timings['adaptation'] + self.timings['sampling']:.1f} s, evaluation "
-            f"{self.timings['evaluation']:.1f} s",
+            f"{self.timings['evaluation']:.1f} s; about {self.timings['compile']:.1f} s of it compiling",
         ]
         findings = [str(finding) for finding in self.health] or ["none: nothing stands out"]
-        return "\n".join([*lines, "findings", *(f"  {line}" for line in findings)])
+        wrap = TextWrapper(width=SUMMARY_WIDTH, initial_indent="  ", subsequent_indent="    ")
+        return "\n".join([*lines, "findings", *map(wrap.fill, findings)])
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write result.json and traces.npz into a folder, which is made if need be.

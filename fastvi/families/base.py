@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 
-from fastvi._typing import Array, Float, Key, PyTree, Scalar
+from fastvi._typing import Array, Float, Int, Key, PyTree, Scalar
 
 
 class Draws(NamedTuple):
@@ -24,12 +24,23 @@ class SecondMoment(NamedTuple):
     weights: Float[Array, " terms"]
 
 
+class Blocks(NamedTuple):
+    """The gradient of an array that is zero but for a few entries along its first axis, each of which weighs alike."""
+
+    index: Int[Array, " blocks"]
+    values: Float[Array, "blocks ..."]
+
+
 class UpdateRules(NamedTuple):
-    """Pytrees in the structure of the parameters: factor on the learning rate, and whether a row (the last axis)
-    shares one second moment."""
+    """How the optimiser treats each parameter: pytrees in the structure of the parameters.
+
+    `rates` is the factor on the learning rate, `shared_rows` whether a row (the last axis) shares one second moment,
+    `blocked` whether `ascent` gives the gradient as `Blocks`.
+    """
 
     rates: PyTree
     shared_rows: PyTree
+    blocked: PyTree
 
 
 class AbstractFamily(eqx.Module):
@@ -39,7 +50,8 @@ class AbstractFamily(eqx.Module):
 
     1. `sample` and `log_prob` agree: `sample(...).log_prob == log_prob(sample(...).displacement)`, and
        `exp(log_prob)` integrates to one over w.
-    2. `pullback` is an unbiased gradient of `E_q[ell - (1 + entropy_bonus) log q]` in the Euclidean metric.
+    2. `pullback` is an unbiased gradient of `E_q[ell - (1 + entropy_bonus) log q]`; `ascent` is a positive
+       definite matrix times it.
     3. `second_moment` is E_q[v v^T].
     4. `control_variates` have the stated expectations under q.
 
@@ -47,8 +59,18 @@ class AbstractFamily(eqx.Module):
     """
 
     @abc.abstractmethod
-    def sample(self, params: PyTree, key: Key, num_draws: int, *, antithetic: bool) -> Draws:
+    def sample(
+        self, params: PyTree, key: Key, num_draws: int, *, antithetic: bool, cache: PyTree = None
+    ) -> Draws:
         """Draw; with `antithetic`, the second half mirrors the first about the means."""
+
+    @abc.abstractmethod
+    def make_cache(self, params: PyTree) -> PyTree:
+        """Return what `sample` can take over from step to step; None gives the same draws without it."""
+
+    @abc.abstractmethod
+    def refresh_cache(self, cache: PyTree, params: PyTree, updates: PyTree) -> PyTree:
+        """Bring the cache up to the parameters that `apply_updates` returned for these updates."""
 
     @abc.abstractmethod
     def log_prob(self, params: PyTree, displacement: Float[Array, " dim"]) -> Scalar:
@@ -64,13 +86,25 @@ class AbstractFamily(eqx.Module):
         baseline: Scalar,
         *,
         antithetic: bool,
-        metric: str = "natural",
     ) -> PyTree:
-        """Average over the draws the ascent direction of the ELBO given log p and its gradient at each."""
+        """Average over the draws the Euclidean gradient of the ELBO given log p and its gradient at each."""
+
+    @abc.abstractmethod
+    def ascent(
+        self,
+        params: PyTree,
+        draws: Draws,
+        log_density: Float[Array, " draws"],
+        log_density_grad: Float[Array, "draws dim"],
+        baseline: Scalar,
+        *,
+        antithetic: bool,
+    ) -> PyTree:
+        """Return the ascent direction that the optimiser takes: the same gradient in the family's own metric."""
 
     @abc.abstractmethod
     def apply_updates(self, params: PyTree, updates: PyTree) -> PyTree:
-        """Add the optimiser's updates, given in the coordinates of the natural `pullback`."""
+        """Add the optimiser's updates, given in the coordinates of `ascent`."""
 
     @abc.abstractmethod
     def update_rules(self) -> UpdateRules:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Key
-from fastvi.families.base import AbstractFamily, Draws, SecondMoment, UpdateRules
+from fastvi.families.base import AbstractFamily, Blocks, Draws, SecondMoment, UpdateRules
 from fastvi.kernels import mixture_grad, woodbury
 from fastvi.kernels.noise import normal
 from fastvi.kernels.woodbury import Draw, Mixture, Noise
@@ -112,14 +112,31 @@ class MFA(AbstractFamily):
             return factors
         return factors * self._rank_mask(factors.dtype)[..., None]
 
+    def _mask_blocks(self, blocks, labels):
+        if len(set(self.ranks)) == 1:
+            return blocks
+        return blocks * self._rank_mask(blocks.dtype)[labels][..., None]
+
     def _rank_mask(self, dtype):
         columns = np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]
         return jnp.asarray(columns, dtype)
 
-    def sample(self, params: MFAParams, key: Key, num_draws: int, *, antithetic: bool) -> Draws:
+    def make_cache(self, params: MFAParams):
+        """Return A_m A_m^T for every component: a step changes the factors of the drawn ones only."""
+        return woodbury.factor_grams(self._mask(params.factors))
+
+    def refresh_cache(self, cache, params: MFAParams, updates: MFAParams):
+        """Recompute the products of the components that moved."""
+        for label in updates.factors.index:
+            block = params.factors.at[label].get(mode="promise_in_bounds")[None]
+            product = woodbury.factor_grams(self._mask_blocks(block, label[None]))[0]
+            cache = cache.at[label].set(product, mode="promise_in_bounds")
+        return cache
+
+    def sample(self, params: MFAParams, key: Key, num_draws: int, *, antithetic: bool, cache=None) -> Draws:
         """Draw; see `AbstractFamily.sample`."""
         mixture = self.mixture(params)
-        small = woodbury.grams(mixture)
+        small = woodbury.grams(mixture, cache)
         paired = antithetic and num_draws % 2 == 0
         noise = self._noise(mixture, key, num_draws // 2 if paired else num_draws)
         drawn = _for_each(lambda one: woodbury.draw(mixture, small, one), noise)
@@ -152,38 +169,59 @@ class MFA(AbstractFamily):
         small = woodbury.grams(mixture)
         return woodbury.log_prob(mixture, small, displacement / self.scale) - jnp.sum(jnp.log(self.scale))
 
-    def pullback(
-        self, params, draws, log_density, log_density_grad, baseline, *, antithetic, metric="natural"
-    ) -> MFAParams:
+    def pullback(self, params, draws, log_density, log_density_grad, baseline, *, antithetic) -> MFAParams:
         """Return the STL and Rao-Blackwellised gradient; see `AbstractFamily.pullback`."""
+        each = self._pull_each(params, draws, log_density_grad, "euclidean")
+        mean = jax.tree_util.tree_map(lambda *leaves: sum(leaves) / len(leaves), *each)
+        logits = self._logit_gradient(params, draws, log_density, baseline, antithetic)
+        return self._restrict(params, MFAParams(logits, *mean[1:]))
+
+    def ascent(self, params, draws, log_density, log_density_grad, baseline, *, antithetic) -> MFAParams:
+        """Return the natural direction, factors as blocks: one for each label drawn; see `AbstractFamily.ascent`."""
+        each = self._pull_each(params, draws, log_density_grad, "natural")
+        groups = self._groups(len(each), antithetic)
+        labels = draws.record.noise.label
+        blocks = [
+            sum(one.factors[labels[index]] for one in each[index::groups]) / len(each[index::groups])
+            for index in range(groups)
+        ]
+        rest = [one._replace(factors=jnp.zeros(0)) for one in each]
+        mean = jax.tree_util.tree_map(lambda *leaves: sum(leaves) / len(leaves), *rest)
+        logits = self._logit_gradient(params, draws, log_density, baseline, antithetic)
+        restricted = self._restrict(params, MFAParams(logits, *mean[1:4], factors=None))
+        return restricted._replace(factors=Blocks(labels[:groups], self._mask_blocks(jnp.stack(blocks), labels[:groups])))
+
+    def _pull_each(self, params, draws: Draws, log_density_grad, metric: str) -> list[Mixture]:
         mixture, record = self.mixture(params), draws.record
-        num_draws = log_density.shape[0]
         cotangents = self.scale * log_density_grad - (1 + self.entropy_bonus) * record.drawn.score
-
-        def one(index):
+        each = []
+        for index in range(log_density_grad.shape[0]):
             noise, drawn = _take((record.noise, record.drawn), index)
-            return mixture_grad.pullback(mixture, record.small, noise, drawn, cotangents[index], metric=metric)
+            each.append(
+                mixture_grad.pullback(mixture, record.small, noise, drawn, cotangents[index], metric=metric)
+            )
+        return each
 
-        total = one(0)
-        for index in range(1, num_draws):
-            total = jax.tree_util.tree_map(jnp.add, total, one(index))
-        mean = jax.tree_util.tree_map(lambda leaf: leaf / num_draws, total)
+    def _restrict(self, params: MFAParams, gradient: MFAParams) -> MFAParams:
+        """Zero what masks and the bound on scales hold fixed."""
         inside = jnp.abs(params.log_scale) <= LOG_SCALE_BOUND
-        return MFAParams(
-            logits=self._logit_gradient(mixture, draws, log_density, baseline, antithetic),
-            offsets=mean.offsets,
-            log_scale=jnp.where(inside, mean.log_scale, 0.0),
-            core=mean.core * self.core_mask[:, None],
-            factors=self._mask(mean.factors),
+        return gradient._replace(
+            log_scale=jnp.where(inside, gradient.log_scale, 0.0),
+            core=gradient.core * self.core_mask[:, None],
+            factors=None if gradient.factors is None else self._mask(gradient.factors),
         )
 
-    def _logit_gradient(self, mixture, draws, log_density, baseline, antithetic):
+    @staticmethod
+    def _groups(num_draws: int, antithetic: bool) -> int:
+        """Count the independent labels: mirrored pairs share theirs, draw i with draw i + groups."""
+        return num_draws // 2 if antithetic and num_draws % 2 == 0 else num_draws
+
+    def _logit_gradient(self, params, draws, log_density, baseline, antithetic):
         """Rao-Blackwellise over the label, with a leave-one-out baseline over independent draws (or pairs)."""
-        weights = jnp.exp(mixture.log_weights)
+        weights = jax.nn.softmax(params.logits / self.temperature)
         value = log_density - (1 + self.entropy_bonus) * draws.log_prob
         direction = draws.record.drawn.responsibilities - weights
-        num_draws = value.shape[0]
-        groups = num_draws // 2 if antithetic and num_draws % 2 == 0 else num_draws
+        groups = self._groups(value.shape[0], antithetic)
         value, direction = value.reshape(-1, groups), direction.reshape(-1, groups, weights.size)
         if groups > 1:
             mean = jnp.mean(value, axis=0)
@@ -193,17 +231,30 @@ class MFA(AbstractFamily):
         return (centred + prior) / self.temperature
 
     def apply_updates(self, params: MFAParams, updates: MFAParams) -> MFAParams:
-        """Add updates; those of the means are in units of D^{1/2}."""
+        """Add updates; those of the means are in units of D^{1/2}, those of the factors are blocks."""
         scale = jnp.exp(jnp.clip(params.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND))
-        in_place = updates._replace(offsets=updates.offsets * scale)
-        return jax.tree_util.tree_map(jnp.add, params, in_place)
+        factors = params.factors
+        for label, block in zip(updates.factors.index, updates.factors.values, strict=True):
+            factors = factors.at[label].add(block, mode="promise_in_bounds")
+        return MFAParams(
+            logits=params.logits + updates.logits,
+            offsets=params.offsets + scale * updates.offsets,
+            log_scale=params.log_scale + updates.log_scale,
+            core=params.core + updates.core,
+            factors=factors,
+        )
 
     def update_rules(self) -> UpdateRules:
-        """Turn rows of core and factors by equal angles whatever the dimension, and keep their directions."""
+        """Turn rows of core and factors by equal angles whatever the dimension, and keep their directions.
+
+        A factor moves only when its component is drawn, in one of M steps, and takes sqrt(M) times as long a step.
+        """
         row = min(1.0, FACTOR_RATE / float(np.sqrt(self.scale.size)))
+        lazy = row * float(np.sqrt(self.num_components))
         return UpdateRules(
-            rates=MFAParams(logits=1.0, offsets=1.0, log_scale=1.0, core=row, factors=row),
+            rates=MFAParams(logits=1.0, offsets=1.0, log_scale=1.0, core=row, factors=lazy),
             shared_rows=MFAParams(logits=False, offsets=True, log_scale=False, core=True, factors=True),
+            blocked=MFAParams(logits=False, offsets=False, log_scale=False, core=False, factors=True),
         )
 
     def second_moment(self, params: MFAParams) -> SecondMoment:

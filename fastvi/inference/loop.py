@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 
 from fastvi._typing import Array, Batch, Float, Int, Key, PyTree, Scalar
 from fastvi.config import VIConfig
-from fastvi.families.base import AbstractFamily, Draws
-from fastvi.inference.optimizer import Horizon, elapsed_decay, learning_rate, make_optimizer
+from fastvi.families.base import AbstractFamily, Blocks, Draws
+from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer
 from fastvi.objective import FlatObjective
 from fastvi.posterior import LocalPosterior
 
@@ -39,6 +38,7 @@ class State(NamedTuple):
     params: PyTree
     opt_state: Any
     baseline: Scalar
+    cache: PyTree
     slow: dict[str, Scalar]
 
 
@@ -60,7 +60,13 @@ def evaluate_target(
 def init_state(family: AbstractFamily, params: PyTree, config: VIConfig) -> State:
     """Return the state before the first step."""
     dtype = jax.tree_util.tree_leaves(params)[0].dtype
-    return State(params, make_optimizer(config, family.update_rules().shared_rows).init(params), jnp.zeros((), dtype), family.slow_statistics(params))
+    return State(
+        params=params,
+        opt_state=make_optimizer(config, family.update_rules()).init(params),
+        baseline=jnp.zeros((), dtype),
+        cache=family.make_cache(params),
+        slow=family.slow_statistics(params),
+    )
 
 
 def run_steps(
@@ -98,17 +104,18 @@ def run_steps(
         `num_draws` minibatch gradients for each step and chain.
     """
     rules = family.update_rules()
-    optimizer = make_optimizer(config, rules.shared_rows)
+    optimizer = make_optimizer(config, rules)
 
     def one_chain(state: State, key, step, rate, elapsed, refresh):
         key_batch, key_draw = jax.random.split(jax.random.fold_in(key, step))
-        draws = family.sample(state.params, key_draw, num_draws, antithetic=config.antithetic)
+        draws = family.sample(state.params, key_draw, num_draws, antithetic=config.antithetic, cache=state.cache)
         value, grad = evaluate_target(objective, problem.posterior, draws, problem.next_batch(key_batch))
         baseline = jnp.where(step == 0, jnp.mean(value - draws.log_prob), state.baseline)
-        ascent = family.pullback(state.params, draws, value, grad, baseline, antithetic=config.antithetic)
+        ascent = family.ascent(state.params, draws, value, grad, baseline, antithetic=config.antithetic)
         updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=elapsed)
-        updates = jax.tree_util.tree_map(lambda leaf, factor: leaf * (rate * factor).astype(leaf.dtype), updates, rules.rates)
+        updates = _scaled(updates, rules.rates, rate)
         params = family.apply_updates(state.params, updates)
+        cache = family.refresh_cache(state.cache, params, updates)
         elbo = jnp.mean(value - draws.log_prob)
         slow = jax.lax.cond(refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params)
         baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * _objective_value(family, value, draws)
@@ -118,11 +125,11 @@ def run_steps(
             "logq": jnp.mean(draws.log_prob),
             "radius2": jnp.mean(jnp.sum(draws.displacement**2, axis=-1)),
             "virial": -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1],
-            "grad_norm": optax.tree.norm(ascent),
+            "grad_norm": gradient_norm(ascent),
             **family.step_statistics(params, draws),
             **slow,
         }
-        return State(params, opt_state, baseline, slow), trace
+        return State(params, opt_state, baseline, cache, slow), trace
 
     def body(state, step):
         rate = learning_rate(config, horizon, step)
@@ -135,6 +142,18 @@ def run_steps(
 
     state, traces = jax.lax.scan(body, state, first_step + jnp.arange(length))
     return state, jax.tree_util.tree_map(lambda leaf: jnp.moveaxis(leaf, 0, 1), traces)
+
+
+def _scaled(updates, factors, rate):
+    """Multiply each update by the learning rate and its factor."""
+
+    def scale(factor, update):
+        step = rate * factor
+        if isinstance(update, Blocks):
+            return update._replace(values=update.values * step.astype(update.values.dtype))
+        return update * step.astype(update.dtype)
+
+    return jax.tree_util.tree_map(scale, factors, updates)
 
 
 def _objective_value(family, value, draws):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fastvi._typing import PyTree, Scalar
+from fastvi._typing import Array, PyTree, Scalar
 from fastvi.config import VIConfig
+from fastvi.families.base import Blocks, UpdateRules
 
 FINAL_RATE = 0.01  # last learning rate relative to the peak, for the decaying schedules
 ADAM_B1 = 0.9
@@ -38,74 +39,134 @@ def clip_by_typical_norm(max_ratio: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        norm = optax.tree.norm(updates)
+        norm = gradient_norm(updates)
         typical = jnp.sqrt(state.mean_square / jnp.maximum(1 - TYPICAL_NORM_DECAY**state.count, 1e-9))
         growth = jnp.sqrt(jnp.maximum(1.0, state.count / TRUNCATION_STEPS))
         bound = jnp.where(state.count > 0, max_ratio * growth * typical, norm)
         factor = jnp.where(norm > bound, bound / norm, 1.0)
         square = jnp.minimum(norm, bound) ** 2
         mean_square = TYPICAL_NORM_DECAY * state.mean_square + (1 - TYPICAL_NORM_DECAY) * square
-        clipped = jax.tree_util.tree_map(lambda leaf: leaf * factor.astype(leaf.dtype), updates)
+        clipped = jax.tree_util.tree_map(
+            lambda leaf: leaf * factor.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf, updates
+        )
         return clipped, TypicalNormState(mean_square.astype(state.mean_square.dtype), state.count + 1)
 
     return optax.GradientTransformation(init, update)
 
 
+def _values(updates: PyTree) -> list[Array]:
+    """Return the floating-point leaves: all but the indices of blocks."""
+    return [leaf for leaf in jax.tree_util.tree_leaves(updates) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
+def gradient_norm(updates: PyTree) -> Scalar:
+    """Return the global norm of a gradient, blocks included."""
+    return optax.tree.norm(_values(updates))
+
+
 class MomentState(NamedTuple):
-    """First moment and mean of squares; the latter has a last axis of length 1 where a row shares it."""
+    """Moments in the structure of the parameters.
+
+    `square` has a last axis of length 1 where a row shares it; `unseen` is the weight that the zeros of the start
+    still have in mean and square or, for leaves updated block by block, in the square of each block. Those have no
+    first moment.
+    """
 
     mean: PyTree
     square: PyTree
-    count: Scalar
-    unseen: Scalar  # weight of the zero that `square` started from
+    unseen: PyTree
 
 
-def scale_by_moments(shared_rows: PyTree) -> optax.GradientTransformation:
-    """Adam, with one second moment for a whole row where `shared_rows` says so.
+def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArgs:
+    """Adam, with one second moment for a whole row where the rules say so, and lazy where gradients are `Blocks`.
 
     A natural gradient points along steep and flat directions in the right proportion; dividing its entries by
     different numbers would mix them again, and one part in a hundred of a flat step is fatal in a direction
     that is a hundred times steeper. A shared second moment keeps the direction and saves the memory of the other.
 
+    A `Blocks` gradient touches the second moments of its blocks alone, as if time stood still between their draws.
+
     Second moments freeze as the schedule runs out (`elapsed`, an extra argument, goes to 1): with them fixed a
     step is linear in the gradient, so that heavy-tailed noise does not move the point of rest.
-
-    Args:
-        shared_rows: Pytree of bools in the structure of the parameters.
 
     References:
         Kingma & Ba, Adam (2015); Ginsburg et al., NovoGrad (2019), for moments shared by a layer.
     """
-
-    def square(leaf, shared):
-        return jnp.mean(leaf**2, axis=-1, keepdims=True) if shared else leaf**2
+    is_leaf = _is_blocks
 
     def init(params):
+        def mean(leaf, blocked):
+            return jnp.zeros(0, leaf.dtype) if blocked else jnp.zeros_like(leaf)
+
+        def unseen(leaf, blocked):
+            return jnp.ones(leaf.shape[0] if blocked else 2, leaf.dtype)
+
         zero = jax.tree_util.tree_map(jnp.zeros_like, params)
-        return MomentState(zero, jax.tree_util.tree_map(square, zero, shared_rows), jnp.zeros((), jnp.int32), jnp.ones(()))
+        square = jax.tree_util.tree_map(_square, zero, rules.shared_rows)
+        return MomentState(
+            jax.tree_util.tree_map(mean, params, rules.blocked),
+            square,
+            jax.tree_util.tree_map(unseen, params, rules.blocked),
+        )
 
     def update(updates, state, params=None, *, elapsed):
         del params
-        count = state.count + 1
         gain = (1 - ADAM_B2) * (1 - elapsed) ** 2
-        mean = jax.tree_util.tree_map(lambda m, g: ADAM_B1 * m + (1 - ADAM_B1) * g, state.mean, updates)
-        squares = jax.tree_util.tree_map(
-            lambda v, g, shared: v + gain.astype(v.dtype) * (square(g, shared) - v), state.square, updates, shared_rows
-        )
-        unseen = state.unseen * (1 - gain)
-        first, second = 1 - ADAM_B1 ** count.astype(jnp.float32), 1 - unseen
-        scaled = jax.tree_util.tree_map(
-            lambda m, v: m * ((1 / first) / (jnp.sqrt(v / second) + ADAM_EPS)).astype(m.dtype), mean, squares
-        )
-        return scaled, MomentState(mean, squares, count, unseen)
+        treedef = jax.tree_util.tree_structure(updates, is_leaf=is_leaf)
+        columns = [treedef.flatten_up_to(tree) for tree in (updates, *state, rules.shared_rows)]
+        stepped = [
+            (_step_blocks if _is_blocks(leaf) else _step)(leaf, mean, square, unseen, shared, gain)
+            for leaf, mean, square, unseen, shared in zip(*columns, strict=True)
+        ]
+        scaled, *moments = (treedef.unflatten(column) for column in zip(*stepped, strict=True))
+        return scaled, MomentState(*moments)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def make_optimizer(config: VIConfig, shared_rows: PyTree) -> optax.GradientTransformation:
+def _is_blocks(leaf) -> bool:
+    return isinstance(leaf, Blocks)
+
+
+def _square(leaf, shared):
+    return jnp.mean(leaf**2, axis=-1, keepdims=True) if shared else leaf**2
+
+
+def _step(gradient, mean, square, unseen, shared, gain):
+    """Advance the moments of one leaf; return the scaled gradient and the moments."""
+    gain = gain.astype(gradient.dtype)
+    mean = ADAM_B1 * mean + (1 - ADAM_B1) * gradient
+    square = square + gain * (_square(gradient, shared) - square)
+    unseen = unseen * jnp.stack([jnp.full_like(gain, ADAM_B1), 1 - gain])
+    weight = 1 - unseen
+    scaled = mean * ((1 / weight[0]) / (jnp.sqrt(square / weight[1]) + ADAM_EPS))
+    return scaled, mean, square, unseen
+
+
+def _step_blocks(gradient: Blocks, mean, square, unseen, shared, gain):
+    """Scale the blocks that the gradient names by their own second moments, one after another.
+
+    There is no first moment: averaging happens in the parameters, and an array as large as they are need not be moved.
+    """
+    scaled, gain = [], gain.astype(square.dtype)
+    for index, values in zip(gradient.index, gradient.values, strict=True):
+        left = _read(unseen, index) * (1 - gain)
+        moment = _read(square, index)
+        moment = moment + gain * (_square(values, shared) - moment)
+        scaled.append(values / (jnp.sqrt(moment / (1 - left)) + ADAM_EPS))
+        square = square.at[index].set(moment, mode="promise_in_bounds")
+        unseen = unseen.at[index].set(left, mode="promise_in_bounds")
+    return Blocks(gradient.index, jnp.stack(scaled)), mean, square, unseen
+
+
+def _read(whole, index):
+    return whole.at[index].get(mode="promise_in_bounds")
+
+
+def make_optimizer(config: VIConfig, rules: UpdateRules) -> optax.GradientTransformationExtraArgs:
     """Return the gradient transformation of a fit; the caller multiplies by the learning rate."""
     guard = optax.identity() if config.clip_global_norm is None else clip_by_typical_norm(config.clip_global_norm)
-    return optax.chain(optax.with_extra_args_support(guard), scale_by_moments(shared_rows))
+    return optax.chain(optax.with_extra_args_support(guard), scale_by_moments(rules))
 
 
 class Horizon(NamedTuple):

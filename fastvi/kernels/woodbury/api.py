@@ -5,16 +5,29 @@ from fastvi.kernels import _dispatch
 from fastvi.kernels.woodbury import reference, xla
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
-__all__ = ["IMPLEMENTATIONS", "Draw", "Grams", "Mixture", "Noise", "draw", "grams", "log_prob"]
+__all__ = ["IMPLEMENTATIONS", "Draw", "Grams", "Mixture", "Noise", "draw", "factor_grams", "grams", "log_prob"]
 
 IMPLEMENTATIONS = {"reference": reference, "xla": xla}
 
 
-def grams(mixture: Mixture, *, implementation: str | None = None) -> Grams:
+def factor_grams(
+    factors: Float[Array, "comp rank dim"], *, implementation: str | None = None
+) -> Float[Array, "comp rank rank"]:
+    """Compute A_m A_m^T for every component."""
+    return _dispatch.select("woodbury", IMPLEMENTATIONS, implementation).factor_grams(factors)
+
+
+def grams(
+    mixture: Mixture,
+    factor_products: Float[Array, "comp rank rank"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> Grams:
     """Compute the small matrices of a mixture and their Cholesky factors.
 
     Args:
         mixture: The mixture.
+        factor_products: `factor_grams(mixture.factors)` if it is known already.
         implementation: "xla" (default) or "reference".
 
     Returns:
@@ -23,7 +36,7 @@ def grams(mixture: Mixture, *, implementation: str | None = None) -> Grams:
     Cost:
         One read of core and factors; O((core^2 + comp rank (rank + core)) dim) operations.
     """
-    return _dispatch.select("woodbury", IMPLEMENTATIONS, implementation).grams(mixture)
+    return _dispatch.select("woodbury", IMPLEMENTATIONS, implementation).grams(mixture, factor_products)
 
 
 def draw(mixture: Mixture, small: Grams, noise: Noise, *, implementation: str | None = None) -> Draw:

@@ -38,10 +38,16 @@ def component_log_probs(mixture: Mixture, displacement):
     return mixture.log_weights + jax.vmap(one)(means(mixture), covariances(mixture))
 
 
-def grams(mixture: Mixture) -> Grams:
+def factor_grams(factors):
+    """Compute A_m A_m^T."""
+    return jnp.einsum("mrd,msd->mrs", factors, factors)
+
+
+def grams(mixture: Mixture, factor_products=None) -> Grams:
     """Compute the small matrices by their definitions."""
+    del factor_products
     cross = jnp.einsum("kd,mrd->mkr", mixture.core, mixture.factors)
-    factor = jnp.einsum("mrd,msd->mrs", mixture.factors, mixture.factors) + jnp.einsum("mkr,mks->mrs", cross, cross)
+    factor = factor_grams(mixture.factors) + jnp.einsum("mkr,mks->mrs", cross, cross)
     identity = jnp.eye(mixture.factors.shape[1], dtype=mixture.log_scale.dtype)
     core = jnp.eye(mixture.core.shape[0], dtype=mixture.log_scale.dtype) + mixture.core @ mixture.core.T
     return Grams(

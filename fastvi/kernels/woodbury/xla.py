@@ -12,31 +12,43 @@ from jax.scipy.special import logsumexp
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
 
-def grams(mixture: Mixture) -> Grams:
+PAIRWISE_RANK = 2  # up to here products of single rows are as fast as anything
+GRAM_CHUNK = 1000  # entries of dim that stay in cache together
+
+
+def grams(mixture: Mixture, factor_products=None) -> Grams:
     """Compute C_B, B A_m^T and C_m and factorise them."""
     core, factors = mixture.core, mixture.factors
     num_core, (num_components, rank, dim) = core.shape[0], factors.shape
     flat = factors.reshape(num_components * rank, dim)
     core_chol = jnp.linalg.cholesky(jnp.eye(num_core, dtype=core.dtype) + core @ core.T)
     cross = (core @ flat.T).reshape(num_core, num_components, rank).transpose(1, 0, 2)
-    factor_gram = _component_grams(factors) + jnp.swapaxes(cross, 1, 2) @ cross
-    factor_chol = jnp.linalg.cholesky(jnp.eye(rank, dtype=core.dtype) + factor_gram)
+    products = factor_grams(factors) if factor_products is None else factor_products
+    inner = products + jnp.swapaxes(cross, 1, 2) @ cross
+    factor_chol = jnp.linalg.cholesky(jnp.eye(rank, dtype=core.dtype) + inner)
     log_det = 2 * jnp.sum(mixture.log_scale) - _log_det(core_chol) + _log_det(factor_chol)
     return Grams(core_chol, cross, factor_chol, log_det)
 
 
-def _component_grams(factors):
-    """Compute A_m A_m^T for every m; pairs of rows are reduced one by one, which XLA fuses into few passes."""
-    rank = factors.shape[1]
+def factor_grams(factors):
+    """Compute A_m A_m^T: by pairs of rows for small ranks, else over chunks of dim that stay in cache."""
+    num_components, rank, dim = factors.shape
     if rank == 0:
-        return jnp.zeros((factors.shape[0], 0, 0), factors.dtype)
-    if rank > 4:
-        return jnp.einsum("mrd,msd->mrs", factors, factors)
-    entry = {
-        (i, j): jnp.sum(factors[:, i] * factors[:, j], axis=-1) for i in range(rank) for j in range(i, rank)
-    }
-    rows = [jnp.stack([entry[min(i, j), max(i, j)] for j in range(rank)], axis=-1) for i in range(rank)]
-    return jnp.stack(rows, axis=-2)
+        return jnp.zeros((num_components, 0, 0), factors.dtype)
+    if rank <= PAIRWISE_RANK:
+        entry = {(i, j): jnp.sum(factors[:, i] * factors[:, j], -1) for i in range(rank) for j in range(i, rank)}
+        rows = [jnp.stack([entry[min(i, j), max(i, j)] for j in range(rank)], -1) for i in range(rank)]
+        return jnp.stack(rows, axis=-2)
+    count = dim // GRAM_CHUNK
+
+    def product(part):
+        return jnp.einsum("mrd,msd->mrs", part, part)
+
+    def add(total, index):
+        return total + product(jax.lax.dynamic_slice_in_dim(factors, index * GRAM_CHUNK, GRAM_CHUNK, 2)), None
+
+    rest = product(factors[..., count * GRAM_CHUNK :])
+    return jax.lax.scan(add, rest, jnp.arange(count))[0] if count else rest
 
 
 def _log_det(chol):

@@ -1,0 +1,92 @@
+"""The command line: `fastvi demo digits`, `fastvi demo quadratic`.
+
+A command is a dataclass whose fields are the options and whose docstring is the help, with a method
+`run(say)`. Adding one is an entry in `COMMANDS`.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Union
+
+from fastvi import ConfigError, DataError, NonFiniteError, UnavailableError, __version__
+from fastvi._optional import MissingExtraError, import_optional
+from fastvi.demos import DEMOS
+
+COMMANDS: Mapping[str, Any] = {"demo": DEMOS}
+GROUP_HELP = {"demo": "Complete runs on a laptop: train, estimate, plot, write a folder."}
+DESCRIPTION = (
+    "Estimate the local learning coefficient of a trained model by variational inference. "
+    "`fastvi --version` shows the version."
+)
+
+FAILURE, INTERRUPTED = 2, 130
+EXPECTED_ERRORS = (ConfigError, DataError, NonFiniteError, UnavailableError, MissingExtraError, OSError)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: Arguments after the program's name; those of the process when left out.
+
+    Returns:
+        The exit status: 0; 2 after an error, told on one line of stderr; 130 when interrupted.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    if args[:1] == ["--version"]:
+        _say(f"fastvi {__version__}")
+        return 0
+    try:
+        _parse(args).run(_say)
+    except EXPECTED_ERRORS as error:
+        message = " ".join(str(error).split())
+        sys.stderr.write(f"fastvi: error: {message}\n")
+        return FAILURE
+    except KeyboardInterrupt:
+        sys.stderr.write("\nfastvi: interrupted\n")
+        return INTERRUPTED
+    return 0
+
+
+def _parse(args: Sequence[str]) -> Any:
+    """Build the command that the arguments describe; help and wrong options leave through SystemExit."""
+    tyro = import_optional("tyro", extra="cli", distribution="tyro", purpose="the command line")
+    return tyro.cli(
+        _choice(tyro, COMMANDS),
+        prog="fastvi",
+        description=DESCRIPTION,
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _choice(tyro: Any, commands: Mapping[str, Any]) -> Any:
+    """Return the union of the commands as tyro reads it; a mapping among them is a group of commands."""
+    members = []
+    for name, command in commands.items():
+        if isinstance(command, Mapping):
+            group = _group(Annotated[_choice(tyro, command), tyro.conf.arg(name="")])
+            marker = tyro.conf.subcommand(name, constructor=group, description=GROUP_HELP[name])
+            members.append(Annotated[Any, marker])
+        else:
+            members.append(Annotated[command, tyro.conf.subcommand(name)])
+    if len(members) == 1:  # tyro makes no subcommand of a union of one
+        members.append(Annotated[None, tyro.conf.Suppress])
+    return Union[tuple(members)]  # noqa: UP007  # built at run time
+
+
+def _group(choice: Any) -> Any:
+    def chosen(command):
+        return command
+
+    chosen.__annotations__ = {"command": choice}
+    return chosen
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Inlined threefry: XLA fuses the counter hash with the inverse error function and its consumer.
+
+Measured on CPU at 1e3 to 1e5 normals: 2 to 4 times as fast as jax.random.normal, whose hash is a loop there.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._typing import Array, Float, Key
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = np.uint32(0x1BD11BDA)
+
+
+def normal(key: Key, shape: tuple[int, ...], dtype=jnp.float32) -> Float[Array, "..."]:
+    """Draw the same bits as `jax.random.normal(key, shape, dtype)`.
+
+    Falls back to it unless the key is a single threefry2x32 key under partitionable counters (jax's default) and
+    the dtype float32 or float64.
+
+    References:
+        Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
+    """
+    words, size, dtype = _threefry_words(key), math.prod(shape), np.dtype(dtype)
+    inlined = words is not None and 0 < size < 2**32 and dtype in (np.float32, np.float64)
+    if not inlined or not jax.config.jax_threefry_partitionable:
+        return jax.random.normal(key, shape, dtype)
+    return _normal(*words, shape, dtype)
+
+
+def _threefry_words(key: Key) -> tuple[Array, Array] | None:
+    """Return the two words of a typed threefry2x32 key, None for any other."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
+        return None
+    if str(jax.random.key_impl(key)) not in ("threefry2x32", "fry"):
+        return None
+    data = jax.random.key_data(key)
+    return data[0], data[1]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _normal(first, second, shape, dtype):
+    counter = jax.lax.iota(np.uint32, math.prod(shape))
+    high, low = _threefry2x32(first, second, np.uint32(0), counter)
+    if dtype == np.float32:
+        bits = high ^ low
+    else:
+        bits = (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64)
+    return _inverse_cdf(bits, dtype).reshape(shape)
+
+
+def _threefry2x32(key0, key1, x0, x1):
+    """Hash a 64-bit counter in 20 rounds."""
+    schedule = (key0, key1, key0 ^ key1 ^ _PARITY)
+    x0, x1 = x0 + schedule[0], x1 + schedule[1]
+    for block in range(5):
+        for rotation in _ROTATIONS[block % 2]:
+            x0 = x0 + x1
+            x1 = x0 ^ ((x1 << np.uint32(rotation)) | (x1 >> np.uint32(32 - rotation)))
+        x0 = x0 + schedule[(block + 1) % 3]
+        x1 = x1 + (schedule[(block + 2) % 3] + np.uint32(block + 1))
+    return x0, x1
+
+
+def _inverse_cdf(bits, dtype):
+    """Turn random words into normals, operation for operation as jax.random does."""
+    num_bits, mantissa = (32, 23) if dtype == np.float32 else (64, 52)
+    one = np.array(1, dtype)
+    lowest = np.nextafter(-one, np.array(0, dtype), dtype=dtype)
+    mantissa_bits = (bits >> np.array(num_bits - mantissa, bits.dtype)) | np.array(one.view(bits.dtype))
+    unit = jax.lax.bitcast_convert_type(mantissa_bits, dtype) - one
+    uniform = jax.lax.max(lowest, unit * (one - lowest) + lowest)
+    return np.array(np.sqrt(2), dtype) * jax.lax.erf_inv(uniform)

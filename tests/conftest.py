@@ -1,0 +1,45 @@
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+# Hold every annotated function on arrays to its shapes and dtypes; must precede the first import of fastvi.
+# fastvi.config is left out: it checks its own fields, and beartype refuses typing.Self on a single method.
+CHECKED = ("objective", "posterior", "kernels", "families", "geometry", "inference", "estimators", "diagnostics")
+install_import_hook([f"fastvi.{name}" for name in CHECKED], "beartype.beartype")
+
+# The same examples every run; a fixture that sets float64 is the same for all examples of a test.
+settings.register_profile(
+    "fastvi",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("fastvi")
+
+
+def enable_x64(enabled):
+    """Set float64 for a block: the name that jax 0.7 to 0.12 all have, in the place where each has it."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(enabled)
+    from jax.experimental import enable_x64 as experimental
+
+    return experimental(enabled)
+
+
+@pytest.fixture
+def x64():
+    with enable_x64(True):
+        yield
+
+
+def pytest_configure(config):
+    """Keep compiled programs between sessions, apart for each worker: jax does not lock the folder."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    folder = Path(config.rootpath) / ".pytest_cache" / "jax" / worker
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -20,9 +20,11 @@ def import_optional(module: str, *, extra: str, distribution: str, purpose: str)
     Raises:
         MissingExtraError: If the package is not installed.
     """
+    package = module.partition(".")[0]
     try:
+        importlib.import_module(package)
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
+        if error.name != package:
             raise
         raise MissingExtraError(f'{purpose} needs {distribution}: pip install "fastvi[{extra}]"') from error

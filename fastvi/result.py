@@ -70,7 +70,7 @@ class LLCEstimate:
         steps = next(iter(self.traces.values())).shape[1]
         stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[self.converged]
         lines = [
-            f"llc            {self.llc:.4g} ± {self.llc_sem:.2g}   (uncorrected variational estimate)",
+            f"llc            {with_error(self.llc, self.llc_sem)}   (uncorrected variational estimate)",
             f"per chain      {chains}",
             f"elbo           {self.elbo:.4f} nats",
             f"problem        d = {self.dim:,}, n = {self.n_data:,}, n beta = {self.nbeta:.4g}, "
@@ -124,6 +124,14 @@ class LLCEstimate:
         for name in ("llc_per_chain", "llc_sem_per_chain"):
             values[name] = np.asarray(values[name], dtype=float)
         return cls(**values)
+
+
+def with_error(value: float, sem: float) -> str:
+    """Format a value as precisely as its error: `22.296 ± 0.073`."""
+    if not (math.isfinite(value) and math.isfinite(sem) and sem > 0):
+        return f"{value:.4g} ± {sem:.2g}"
+    decimals = min(max(1 - math.floor(math.log10(sem)), 0), 9)
+    return f"{value:.{decimals}f} ± {sem:.{decimals}f}"
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,16 @@ from jaxtyping import install_import_hook
 
 # Hold every annotated function on arrays to its shapes and dtypes; must precede the first import of fastvi.
 # fastvi.config is left out: it checks its own fields, and beartype refuses typing.Self on a single method.
-CHECKED = ("objective", "posterior", "kernels", "families", "geometry", "inference", "estimators", "diagnostics")
+CHECKED = (
+    "objective",
+    "posterior",
+    "kernels",
+    "families",
+    "geometry",
+    "inference",
+    "estimators",
+    "diagnostics",
+)
 install_import_hook([f"fastvi.{name}" for name in CHECKED], "beartype.beartype")
 
 # The same examples every run; a fixture that sets float64 is the same for all examples of a test.

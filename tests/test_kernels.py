@@ -1,43 +1,53 @@
 import functools
+import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 from conftest import enable_x64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastvi import kernels
 from fastvi._errors import ConfigError
-from fastvi.kernels import hutchinson, mixture_grad, noise, woodbury
+from fastvi.kernels import _dispatch, hutchinson, mixture_grad, noise, woodbury
 from fastvi.kernels.hutchinson import api as hutchinson_api
 from fastvi.kernels.hutchinson import cases as hutchinson_cases
 from fastvi.kernels.mixture_grad import api as mixture_grad_api
+from fastvi.kernels.woodbury import Mixture, cases
 from fastvi.kernels.woodbury import api as woodbury_api
-from fastvi.kernels.woodbury import cases, reference
 
 OPS = {"woodbury": woodbury_api, "mixture_grad": mixture_grad_api, "hutchinson": hutchinson_api}
-WOODBURY = [name for name in woodbury_api.IMPLEMENTATIONS if name != "reference"]
-GRADIENT = [name for name in mixture_grad_api.IMPLEMENTATIONS if name != "reference"]
-HUTCHINSON = [name for name in hutchinson_api.IMPLEMENTATIONS if name != "reference"]
+# a draw of an implementation goes to the gradient of the same name
+IMPLEMENTATIONS = sorted(
+    set(woodbury_api.IMPLEMENTATIONS) & set(mixture_grad_api.IMPLEMENTATIONS) - {"reference"}
+)
+HUTCHINSON = sorted(set(hutchinson_api.IMPLEMENTATIONS) - {"reference"})
+FLOAT32_LIMITS = {"shared_steep_crossed": (2.0, 0.1)}  # nats of log_prob, relative error of the score
 
 
-def assert_close(actual, expected, tolerance, message=""):
-    """Compare leaf by leaf in units of each leaf's largest entry."""
+def leaf_pairs(actual, expected):
     assert jax.tree_util.tree_structure(actual) == jax.tree_util.tree_structure(expected)
-    paths = jax.tree_util.tree_flatten_with_path(actual)[0]
-    for (path, got), want in zip(paths, jax.tree_util.tree_leaves(expected), strict=True):
-        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-        assert got.shape == want.shape
-        error = np.max(np.abs(got - want), initial=0.0)
+    leaves = zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree_util.tree_leaves(expected), strict=True
+    )
+    return [(jax.tree_util.keystr(path), np.asarray(got), np.asarray(want)) for (path, got), want in leaves]
+
+
+def assert_leaves_close(actual, expected, tolerance):
+    """Compare in units of each leaf's largest entry."""
+    for path, got, want in leaf_pairs(actual, expected):
         scale = np.max(np.abs(want), initial=0.0)
-        name = jax.tree_util.keystr(path)
-        assert error <= tolerance * max(scale, 1e-300) or error == 0, f"{message}{name}: {error / scale:.2e}"
+        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * scale, err_msg=path)
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def everything(mixture, stacked, cotangent, implementation):
-    """All that an implementation computes: small matrices, draws and gradients (stacked), one more density."""
+    """All that an implementation computes: small matrices, stacked draws and gradients, one more density."""
     small = woodbury.grams(mixture, implementation=implementation)
 
     def one(noise):
@@ -77,11 +87,281 @@ def sensitivity(name):
             rng = np.random.default_rng(seed)
 
             def nudge(leaf, rng=rng):
-                return leaf * (1 + rng.choice([-1, 1], leaf.shape) * 2.0**-24) if leaf.dtype.kind == "f" else leaf
+                return (
+                    leaf * (1 + rng.choice([-1, 1], leaf.shape) * 2.0**-24)
+                    if leaf.dtype.kind == "f"
+                    else leaf
+                )
 
             moved = everything(*jax.tree_util.tree_map(nudge, inputs), implementation="reference")
             largest = jax.tree_util.tree_map(
                 lambda most, new, old: np.maximum(most, np.max(np.abs(new - old), initial=0.0)),
-                largest, moved, evaluated(name, "reference"),
+                largest,
+                moved,
+                evaluated(name, "reference"),
             )
     return largest
+
+
+def natural_scale(name, path, value):
+    """The size that the error of a leaf is measured by: its largest entry, or what it is computed from."""
+    largest = np.max(np.abs(value), initial=0.0)
+    if "responsibilities" in path:  # differences of log densities
+        return max(1.0, np.max(np.abs(evaluated(name, "reference")["draw"].log_prob)))
+    return largest
+
+
+def test_every_op_is_tested():
+    folders = {path.parent.name for path in Path(kernels.__file__).parent.glob("*/api.py")}
+    assert folders == set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_unknown_implementation_is_refused(op):
+    assert {"reference", "xla"} <= set(OPS[op].IMPLEMENTATIONS)
+    with pytest.raises(ConfigError, match=f"{op}.*reference.*xla.*'cuda'"):
+        _dispatch.select(op, OPS[op].IMPLEMENTATIONS, "cuda")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", cases.CASES)
+def test_mixture_agrees_with_dense_algebra(name, implementation):
+    # the dense side solves with P of condition 1e7 and multiplies by it again: 16 - 7 digits
+    tolerance = 3e-8 if "steep" in name else 1e-12
+    for path, got, want in leaf_pairs(evaluated(name, implementation), evaluated(name, "reference")):
+        np.testing.assert_allclose(
+            got, want, rtol=0, atol=tolerance * natural_scale(name, path, want), err_msg=path
+        )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", [name for name in cases.CASES if name not in FLOAT32_LIMITS])
+def test_float32_is_as_accurate_as_its_inputs(name, implementation):
+    # 4e-6: a few roundings of the largest term; beyond that only what a change of the inputs' last bit can do,
+    # which is up to |b| = 3e3 times more in steep directions (B A_m^T cancels), whatever the algorithm.
+    expected, moved = evaluated(name, "reference"), jax.tree_util.tree_leaves(sensitivity(name))
+    pairs = leaf_pairs(evaluated(name, implementation, "float32"), expected)
+    for (path, got, want), shift in zip(pairs, moved, strict=True):
+        assert got.dtype == np.float32
+        slack = 4e-6 * natural_scale(name, path, want) + 2 * np.max(shift, initial=0.0)
+        # P^{1/2} scales the natural gradient of a core row: an error of 1e-7 in l is |b| times larger there
+        if "steep" in name and "natural" in path:
+            slack *= 4
+        np.testing.assert_allclose(got, want, rtol=0, atol=slack, err_msg=path)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FLOAT32_LIMITS)
+def test_float32_limits(name, implementation):
+    """Factors across steep directions, which a fit avoids: the gram matrix squares their condition."""
+    expected, actual = (
+        evaluated(name, "reference")["draw"],
+        evaluated(name, implementation, "float32")["draw"],
+    )
+    nats = np.max(np.abs(actual.log_prob - expected.log_prob))
+    score = np.max(np.abs(actual.score - expected.score)) / np.max(np.abs(expected.score))
+    assert (nats, score) <= FLOAT32_LIMITS[name]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "name", ["one_dimension", "core_only", "seeds", "wide_rank", "shared_masked", "component_masked"]
+)
+def test_natural_gradient_is_the_dense_metric_times_the_euclidean(name, implementation):
+    mixture = jax.tree_util.tree_map(np.float64, cases.make(cases.CASES[name])[0])
+    gradient = evaluated(name, implementation)["gradient"]
+    precision = np.eye(mixture.log_scale.size) + mixture.core.T @ mixture.core
+    covariance, euclidean, natural = np.linalg.inv(precision), gradient["euclidean"], gradient["natural"]
+    expected = euclidean._replace(
+        offsets=euclidean.offsets * np.exp(mixture.log_scale) @ covariance,
+        core=euclidean.core @ precision,
+        factors=euclidean.factors @ covariance,
+    )
+    assert_leaves_close(natural, expected, 1e-12)
+    assert np.all(natural.log_weights == 0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("prefix", ["shared", "component"])
+def test_vmap_over_chains_equals_a_loop(prefix, implementation, x64):
+    names = [prefix, f"{prefix}_masked", f"{prefix}_steep"]
+    stacked = jax.tree_util.tree_map(
+        lambda *leaves: jnp.stack(leaves), *(arguments(name, "float64") for name in names)
+    )
+    together = jax.vmap(functools.partial(everything, implementation=implementation))(*stacked)
+    for index, name in enumerate(names):
+        alone = evaluated(name, implementation)
+        # condition 1e7 times a different order of summation
+        tolerance = 1e-8 if "steep" in name else 1e-12
+        assert_leaves_close(jax.tree_util.tree_map(lambda leaf, i=index: leaf[i], together), alone, tolerance)
+
+
+@pytest.mark.parametrize("implementation", list(woodbury_api.IMPLEMENTATIONS))
+@pytest.mark.parametrize("name", ["shared", "component"])
+def test_nan_in_nan_out(name, implementation, x64):
+    mixture, stacked, cotangent = arguments(name, "float64")
+    for field in mixture._fields:
+        # the last component: not the one drawn first, so that its NaN comes in by the density alone
+        spoiled = mixture._replace(**{field: getattr(mixture, field).at[-1].set(jnp.nan)})
+        drawn = everything(spoiled, stacked, cotangent, implementation=implementation)
+        # log_prob of a draw does not depend on the mean that all components share; its place does
+        hit = drawn["draw"].displacement if field == "offsets" and name == "shared" else drawn["draw"].score
+        assert np.all(np.isnan(hit).any(axis=-1)), field
+        assert np.isnan(drawn["log_prob"]), field
+    for field in ("eps", "zeta", "z"):
+        spoiled = stacked._replace(**{field: getattr(stacked, field).at[0, 0].set(jnp.nan)})
+        drawn = everything(mixture, spoiled, cotangent, implementation=implementation)["draw"]
+        assert np.isnan(drawn.log_prob[0]), field
+        assert np.isnan(drawn.displacement[0]).any(), field
+        assert np.isfinite(drawn.log_prob[1]), field
+    gradient = everything(mixture, stacked, cotangent.at[0].set(jnp.nan), implementation=implementation)[
+        "gradient"
+    ]
+    for metric in mixture_grad.METRICS:
+        for field in ("offsets", "log_scale", "core", "factors"):
+            assert np.isnan(getattr(gradient[metric], field)).any(), (metric, field)
+
+
+@pytest.mark.parametrize("name", ["shared_masked", "component_masked"])
+def test_log_prob_can_be_differentiated(name, x64):
+    mixture, stacked, _ = arguments(name, "float64")
+    point = stacked.eps[0] + 0.3
+
+    def gradient(implementation):
+        def log_prob(mixture, point):
+            small = woodbury.grams(mixture, implementation=implementation)
+            return woodbury.log_prob(mixture, small, point, implementation=implementation)
+
+        return jax.jit(jax.grad(log_prob, argnums=(0, 1)))(mixture, point)
+
+    assert_leaves_close(gradient("xla"), gradient("reference"), 1e-11)
+
+
+@settings(max_examples=8)
+@given(
+    num_components=st.integers(1, 3),
+    rank=st.integers(0, 3),
+    num_core=st.integers(0, 3),
+    dim=st.integers(1, 6),
+    means=st.sampled_from(["center", "shared", "component"]),
+)
+def test_draws_have_the_mixture_s_density(num_components, rank, num_core, dim, means):
+    num_offsets = {"center": 0, "shared": 1, "component": num_components}[means]
+    with enable_x64(True):
+        mixture, stacked = cases.make(
+            cases.Case(num_components, rank, num_core, dim, num_offsets), jnp.float64
+        )
+
+        @jax.jit
+        def draw(mixture, stacked):
+            small = woodbury.grams(mixture)
+            return jax.vmap(lambda noise: woodbury.draw(mixture, small, noise))(stacked)
+
+        drawn = draw(mixture, stacked)
+    mixture, drawn = jax.tree_util.tree_map(np.asarray, (mixture, drawn))
+    locations = np.broadcast_to(
+        mixture.offsets.sum(0) if num_offsets == 0 else mixture.offsets, (num_components, dim)
+    )
+    scale, inner = np.exp(mixture.log_scale), np.linalg.inv(np.eye(dim) + mixture.core.T @ mixture.core)
+    covariances = [scale[:, None] * (inner + factor.T @ factor) * scale for factor in mixture.factors]
+    for index, point in enumerate(drawn.displacement):
+        parts = np.array(
+            [
+                weight + scipy.stats.multivariate_normal(mean, covariance).logpdf(point)
+                for weight, mean, covariance in zip(mixture.log_weights, locations, covariances, strict=True)
+            ]
+        )
+        share = np.exp(parts - scipy.special.logsumexp(parts))
+        pulls = [np.linalg.solve(c, m - point) for m, c in zip(locations, covariances, strict=True)]
+        np.testing.assert_allclose(drawn.log_prob[index], scipy.special.logsumexp(parts), rtol=1e-11)
+        np.testing.assert_allclose(drawn.responsibilities[index], share, atol=1e-11)
+        np.testing.assert_allclose(drawn.score[index], share @ pulls, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("rank", "dim"), [(0, 3), (1, 5), (2, 3), (3, 7), (4, 1000), (3, 2345), (2, 1001)])
+def test_factor_grams(rank, dim, implementation, x64):
+    factors = jnp.asarray(np.random.default_rng(0).normal(size=(2, rank, dim)))
+    products = woodbury.factor_grams(factors, implementation=implementation)
+    np.testing.assert_allclose(products, np.einsum("mrd,msd->mrs", factors, factors), rtol=1e-12, atol=1e-11)
+    # and they are used, not recomputed
+    mixture = Mixture(jnp.zeros(2), jnp.zeros((0, dim)), jnp.zeros(dim), jnp.zeros((0, dim)), factors)
+    small = woodbury.grams(mixture, 3 * products, implementation=implementation)
+    expected = np.eye(rank) + 3 * np.asarray(products)
+    np.testing.assert_allclose(
+        small.factor_chol @ np.swapaxes(small.factor_chol, 1, 2), expected, rtol=1e-11, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("implementation", HUTCHINSON)
+@pytest.mark.parametrize("name", hutchinson_cases.CASES)
+def test_hutchinson_agrees_with_the_dense_matrix(name, implementation, dtype):
+    case = hutchinson_cases.CASES[name]
+    with enable_x64(dtype == "float64"):
+        matrix, probes = hutchinson_cases.make(case, jnp.dtype(dtype))
+        options = {"implementation": implementation}
+        diagonal = np.float64(hutchinson.diagonal(lambda z: matrix @ z, probes, **options))
+        samples = np.float64(hutchinson.trace_samples(lambda z: matrix @ z, probes, **options))
+    matrix, probes = np.float64(matrix), np.float64(probes)
+    size = np.abs(matrix).sum(axis=1)
+    tolerance = 1e-6 if dtype == "float32" else 1e-14
+    assert np.all(np.abs(diagonal - np.mean(probes * (probes @ matrix), axis=0)) <= tolerance * size)
+    assert np.all(np.abs(samples - np.sum(probes * (probes @ matrix), axis=1)) <= tolerance * size.sum())
+    if case.diagonal:
+        np.testing.assert_allclose(diagonal, np.diag(matrix), rtol=tolerance)
+        np.testing.assert_allclose(samples, np.trace(matrix), rtol=tolerance, atol=tolerance * size.sum())
+
+
+@pytest.mark.parametrize("implementation", list(hutchinson_api.IMPLEMENTATIONS))
+def test_hutchinson_is_exact_over_all_probes(implementation):
+    matrix = np.array([[2.0, 3.0, -1.0], [3.0, -5.0, 4.0], [-1.0, 4.0, 0.5]], np.float32)
+    probes = jnp.asarray(list(itertools.product([-1.0, 1.0], repeat=3)))
+    options = {"implementation": implementation}
+    np.testing.assert_allclose(
+        hutchinson.diagonal(lambda z: matrix @ z, probes, **options), np.diag(matrix), atol=1e-6
+    )
+    samples = hutchinson.trace_samples(lambda z: matrix @ z, probes, **options)
+    np.testing.assert_allclose(np.mean(samples), np.trace(matrix), atol=1e-6)
+
+
+def test_rademacher_is_plus_or_minus_one():
+    probes = np.asarray(hutchinson.rademacher(jax.random.key(0), 100, 50))
+    assert probes.shape == (100, 50)
+    assert set(np.unique(probes)) == {-1.0, 1.0}
+    assert abs(probes.mean()) < 4 / np.sqrt(probes.size)
+    assert np.max(np.abs(np.corrcoef(probes.T) - np.eye(50))) < 0.5
+
+
+def bits(array):
+    return np.asarray(array).view(f"u{array.dtype.itemsize}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (3, 5), (2, 0), (1025,), (4, 3, 33)])
+def test_noise_has_the_bits_of_jax(shape, dtype):
+    with enable_x64(dtype == "float64"):
+        for key in (jax.random.key(0), jax.random.fold_in(jax.random.key(2**31), 5), jax.random.PRNGKey(3)):
+            actual, expected = (
+                noise.normal(key, shape, jnp.dtype(dtype)),
+                jax.random.normal(key, shape, dtype),
+            )
+            assert actual.dtype == expected.dtype
+            np.testing.assert_array_equal(bits(actual), bits(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_noise_has_the_bits_of_jax_over_chains_and_implementations(dtype):
+    with enable_x64(dtype == "float64"):
+        keys = jax.random.split(jax.random.key(7), 3)
+        actual = jax.jit(jax.vmap(lambda key: noise.normal(key, (2, 11), jnp.dtype(dtype))))(keys)
+        expected = jax.jit(jax.vmap(lambda key: jax.random.normal(key, (2, 11), dtype)))(keys)
+        np.testing.assert_array_equal(bits(actual), bits(expected))
+        key = jax.random.key(1, impl="rbg")
+        np.testing.assert_array_equal(
+            noise.normal(key, (9,), jnp.dtype(dtype)), jax.random.normal(key, (9,), dtype)
+        )
+        many = noise.normal(jax.random.key(11), (100_000,), jnp.dtype(dtype))
+        np.testing.assert_array_equal(
+            bits(many), bits(jax.random.normal(jax.random.key(11), (100_000,), dtype))
+        )

@@ -93,7 +93,7 @@ class AbstractDemo(abc.ABC):
         result.config.to_yaml(folder / CONFIG_FILE)
         plot_traces(result).savefig(folder / FIGURE_FILE, dpi=FIGURE_DPI)
         say("")
-        say(f"written in {time.perf_counter() - began:.0f} s")
+        say(f"done in {time.perf_counter() - began:.0f} s; written:")
         width = max(len(str(folder / name)) for name in CONTENTS)
         for name, what in CONTENTS.items():
             say(f"  {folder / name!s:<{width}}   {what}")

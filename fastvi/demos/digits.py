@@ -50,7 +50,7 @@ class DigitsDemo(AbstractDemo):
         seconds = time.perf_counter() - trained_at
         loss, right = float(cross_entropy(params, data)), float(accuracy(params, data))
         say(f"trained        loss {loss:.3g} nats, accuracy {100 * right:.1f} %, {seconds:.1f} s")
-        say("estimating     a minute or less on two cores ...")
+        say("estimating     under a minute on two idle cores, most of it compiling ...")
         result = self.estimate(cross_entropy, params, data, config)
         say("")
         say(result.summary())

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastvi._typing import Array, Batch, Float, Scalar
 from fastvi.demos.base import AbstractDemo, Say, check
-from fastvi.result import LLCEstimate
+from fastvi.result import LLCEstimate, with_error
 
 
 class Exact(NamedTuple):
@@ -113,6 +113,6 @@ def comparison(result: LLCEstimate, exact: Exact) -> str:
     lines = [f"{'':<15}{'estimate ± sem':>22}{'exact':>20}{'relative error':>18}"]
     for name, exact_name, estimate, sem, value in rows:
         error = f"{100 * (estimate - value) / abs(value):+.3f} %" if value else "-"
-        given = f"{estimate:.5g} ± {sem:.2g}"
+        given = with_error(estimate, sem)
         lines.append(f"{name:<15}{given:>22}{exact_name + ' ' + format(value, '.5g'):>20}{error:>18}")
     return "\n".join(lines)

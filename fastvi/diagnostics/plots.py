@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastvi._optional import import_optional
-from fastvi.result import LLCEstimate
+from fastvi.result import LLCEstimate, with_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,7 +95,7 @@ def _frame(figure: "Figure", result: LLCEstimate) -> None:
         f"localization = {result.localization:.4g}    {chains} chains × {steps:,} steps"
     )
     legend = f"faint: single steps, on minibatches;  solid: running mean of {_window(steps)} steps"
-    estimate = rf"llc  $\hat\lambda$ = {result.llc:.4g} ± {result.llc_sem:.2g}"
+    estimate = rf"llc  $\hat\lambda$ = {with_error(result.llc, result.llc_sem)}"
     figure.text(0.012, 0.955, estimate, fontsize=14, ha="left", va="center", color=INK)
     figure.text(0.988, 0.955, problem, fontsize=9.5, ha="right", va="center", color=INK)
     figure.text(0.988, 0.012, legend, fontsize=8.5, ha="right", va="bottom", color=FAINT)

@@ -43,6 +43,11 @@ class UpdateRules(NamedTuple):
     blocked: PyTree
 
 
+def num_groups(num_draws: int, antithetic: bool) -> int:
+    """Count the independent draws among `num_draws`: half of them where they come in mirrored pairs."""
+    return num_draws // 2 if antithetic and num_draws % 2 == 0 else num_draws
+
+
 class AbstractFamily(eqx.Module):
     """A parametric distribution q over w, centred on w*.
 
@@ -59,14 +64,21 @@ class AbstractFamily(eqx.Module):
     """
 
     @abc.abstractmethod
-    def sample(
-        self, params: PyTree, key: Key, num_draws: int, *, antithetic: bool, cache: PyTree = None
-    ) -> Draws:
-        """Draw; with `antithetic`, the second half mirrors the first about the means."""
+    def draw_noise(self, key: Key, num: int) -> PyTree[Float[Array, "groups ..."]]:
+        """Draw the standard normals that `num` independent draws are made of."""
+
+    @abc.abstractmethod
+    def transform(self, params: PyTree, noise: PyTree, *, mirror: bool, cache: PyTree = None) -> Draws:
+        """Turn noise to draws; with `mirror`, follow them by their mirror images about the means."""
+
+    def sample(self, params: PyTree, key: Key, num_draws: int, *, antithetic: bool) -> Draws:
+        """Draw `num_draws` times, in mirrored pairs (draw i with draw i + num_draws/2) if the number is even."""
+        groups = num_groups(num_draws, antithetic)
+        return self.transform(params, self.draw_noise(key, groups), mirror=groups < num_draws)
 
     @abc.abstractmethod
     def make_cache(self, params: PyTree) -> PyTree:
-        """Return what `sample` can take over from step to step; None gives the same draws without it."""
+        """Return what `transform` can take over from step to step; None gives the same draws without it."""
 
     @abc.abstractmethod
     def refresh_cache(self, cache: PyTree, params: PyTree, updates: PyTree) -> PyTree:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Key
-from fastvi.families.base import AbstractFamily, Blocks, Draws, SecondMoment, UpdateRules
+from fastvi.families.base import AbstractFamily, Blocks, Draws, SecondMoment, UpdateRules, num_groups
 from fastvi.kernels import mixture_grad, woodbury
 from fastvi.kernels.noise import normal
 from fastvi.kernels.woodbury import Draw, Mixture, Noise
@@ -27,6 +27,13 @@ class MFAParams(NamedTuple):
     log_scale: Float[Array, " dim"]
     core: Float[Array, "core dim"]
     factors: Float[Array, "comp rank dim"]
+
+
+class Normals(NamedTuple):
+    """Standard normals of several draws: the bulk, and those for label, factors and core."""
+
+    eps: Float[Array, "groups dim"]
+    small: Float[Array, "groups small"]
 
 
 class Record(NamedTuple):
@@ -77,8 +84,8 @@ class MFA(AbstractFamily):
         dim, rank, dtype = self.scale.size, max(self.ranks), self.scale.dtype
         key_eps, key_zeta = jax.random.split(key)
         rows = self.num_components * rank
-        eps = normal(key_eps, (rows, dim), dtype)
-        zeta = normal(key_zeta, (rows, self.noise_size), dtype)[:, : core.shape[0]]
+        eps = jax.random.normal(key_eps, (rows, dim), dtype)
+        zeta = jax.random.normal(key_zeta, (rows, self.noise_size), dtype)[:, : core.shape[0]]
         blank = Mixture(
             jnp.zeros(1, dtype), jnp.zeros((0, dim), dtype), log_scale, core, jnp.zeros((1, 0, dim), dtype)
         )
@@ -133,34 +140,42 @@ class MFA(AbstractFamily):
             cache = cache.at[label].set(product, mode="promise_in_bounds")
         return cache
 
-    def sample(self, params: MFAParams, key: Key, num_draws: int, *, antithetic: bool, cache=None) -> Draws:
-        """Draw; see `AbstractFamily.sample`."""
+    def draw_noise(self, key: Key, num: int) -> Normals:
+        """Draw normals; see `AbstractFamily.draw_noise`."""
+        key_eps, key_small = jax.random.split(key)
+        dtype = self.scale.dtype
+        small = jax.random.normal(key_small, (num, 1 + max(self.ranks) + self.noise_size), dtype)
+        return Normals(normal(key_eps, (num, self.scale.size), dtype), small)
+
+    def _noise(self, mixture: Mixture, normals: Normals) -> Noise:
+        """Sort normals into label, eps, zeta and z; the label is the quantile of the first one."""
+        num_core, rank = mixture.core.shape[0], mixture.factors.shape[1]
+        uniform = jax.scipy.special.ndtr(normals.small[:, 0])
+        label = jnp.sum(jnp.cumsum(jnp.exp(mixture.log_weights))[:-1] < uniform[:, None], axis=-1)
+        return Noise(
+            label=label,
+            eps=normals.eps,
+            zeta=normals.small[:, 1 + rank : 1 + rank + num_core],
+            z=normals.small[:, 1 : 1 + rank],
+        )
+
+    def transform(self, params: MFAParams, noise: Normals, *, mirror: bool, cache=None) -> Draws:
+        """Turn normals to draws; see `AbstractFamily.transform`."""
         mixture = self.mixture(params)
         small = woodbury.grams(mixture, cache)
-        paired = antithetic and num_draws % 2 == 0
-        noise = self._noise(mixture, key, num_draws // 2 if paired else num_draws)
-        drawn = _for_each(lambda one: woodbury.draw(mixture, small, one), noise)
-        if paired:
-            mirrored = noise._replace(eps=-noise.eps, zeta=-noise.zeta, z=-noise.z)
+        sorted_noise = self._noise(mixture, noise)
+        drawn = _for_each(lambda one: woodbury.draw(mixture, small, one), sorted_noise)
+        if mirror:
+            mirrored = sorted_noise._replace(eps=-sorted_noise.eps, zeta=-sorted_noise.zeta, z=-sorted_noise.z)
             if self.num_offsets > 1:
                 reflected = _for_each(lambda one: woodbury.draw(mixture, small, one), mirrored)
             else:
                 reflected = _reflect(drawn, mixture.offsets.sum(0))
-            noise, drawn = _concatenate(noise, mirrored), _concatenate(drawn, reflected)
+            sorted_noise, drawn = _concatenate(sorted_noise, mirrored), _concatenate(drawn, reflected)
         return Draws(
             displacement=self.scale * drawn.displacement,
             log_prob=drawn.log_prob - jnp.sum(jnp.log(self.scale)),
-            record=Record(noise, drawn, small),
-        )
-
-    def _noise(self, mixture: Mixture, key: Key, num: int) -> Noise:
-        (num_core, dim), rank, dtype = mixture.core.shape, mixture.factors.shape[1], mixture.core.dtype
-        key_label, key_eps, key_zeta, key_z = jax.random.split(key, 4)
-        return Noise(
-            label=jax.random.categorical(key_label, mixture.log_weights, shape=(num,)),
-            eps=normal(key_eps, (num, dim), dtype),
-            zeta=normal(key_zeta, (num, self.noise_size), dtype)[:, :num_core],
-            z=normal(key_z, (num, rank), dtype),
+            record=Record(sorted_noise, drawn, small),
         )
 
     def log_prob(self, params: MFAParams, displacement: Float[Array, " dim"]):
@@ -179,7 +194,7 @@ class MFA(AbstractFamily):
     def ascent(self, params, draws, log_density, log_density_grad, baseline, *, antithetic) -> MFAParams:
         """Return the natural direction, factors as blocks: one for each label drawn; see `AbstractFamily.ascent`."""
         each = self._pull_each(params, draws, log_density_grad, "natural")
-        groups = self._groups(len(each), antithetic)
+        groups = num_groups(len(each), antithetic)
         labels = draws.record.noise.label
         blocks = [
             sum(one.factors[labels[index]] for one in each[index::groups]) / len(each[index::groups])
@@ -211,17 +226,12 @@ class MFA(AbstractFamily):
             factors=None if gradient.factors is None else self._mask(gradient.factors),
         )
 
-    @staticmethod
-    def _groups(num_draws: int, antithetic: bool) -> int:
-        """Count the independent labels: mirrored pairs share theirs, draw i with draw i + groups."""
-        return num_draws // 2 if antithetic and num_draws % 2 == 0 else num_draws
-
     def _logit_gradient(self, params, draws, log_density, baseline, antithetic):
         """Rao-Blackwellise over the label, with a leave-one-out baseline over independent draws (or pairs)."""
         weights = jax.nn.softmax(params.logits / self.temperature)
         value = log_density - (1 + self.entropy_bonus) * draws.log_prob
         direction = draws.record.drawn.responsibilities - weights
-        groups = self._groups(value.shape[0], antithetic)
+        groups = num_groups(value.shape[0], antithetic)
         value, direction = value.reshape(-1, groups), direction.reshape(-1, groups, weights.size)
         if groups > 1:
             mean = jnp.mean(value, axis=0)
@@ -231,16 +241,23 @@ class MFA(AbstractFamily):
         return (centred + prior) / self.temperature
 
     def apply_updates(self, params: MFAParams, updates: MFAParams) -> MFAParams:
-        """Add updates; those of the means are in units of D^{1/2}, those of the factors are blocks."""
-        scale = jnp.exp(jnp.clip(params.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND))
+        """Add updates: means in units of D^{1/2}, factors as blocks.
+
+        The core is moved along with log_scale so that `core D^{-1/2}`, its steep directions in u, stays put: left
+        where it is, a change of D by one part in a thousand would turn a direction a thousand times steeper than
+        its neighbours into them.
+        """
+        bounded = jnp.clip(params.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND)
+        log_scale = jnp.clip(params.log_scale + updates.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND)
+        scale = jnp.exp(bounded)
         factors = params.factors
         for label, block in zip(updates.factors.index, updates.factors.values, strict=True):
             factors = factors.at[label].add(block, mode="promise_in_bounds")
         return MFAParams(
             logits=params.logits + updates.logits,
             offsets=params.offsets + scale * updates.offsets,
-            log_scale=params.log_scale + updates.log_scale,
-            core=params.core + updates.core,
+            log_scale=log_scale,
+            core=(params.core + updates.core) * jnp.exp(log_scale - bounded),
             factors=factors,
         )
 
@@ -264,7 +281,7 @@ class MFA(AbstractFamily):
         deviation = self.scale * jnp.exp(mixture.log_scale)
         weights = jnp.exp(mixture.log_weights)
         rank = mixture.factors.shape[1]
-        narrowed = jax.scipy.linalg.solve_triangular(small.core_chol, mixture.core, lower=True)
+        narrowed = small.core_half @ mixture.core
         widened = mixture.factors.reshape(-1, self.scale.size)
         location_weights = weights if self.num_offsets > 1 else jnp.ones(self.num_offsets, weights.dtype)
         return SecondMoment(
@@ -290,9 +307,7 @@ class MFA(AbstractFamily):
         core_x = x @ mixture.core.T
         values = jnp.stack([jnp.sum(x**2, -1), jnp.sum(core_x**2, -1)], axis=-1)
         num_core = mixture.core.shape[0]
-        inverse_trace = jnp.sum(
-            jax.scipy.linalg.solve_triangular(small.core_chol, jnp.eye(num_core, dtype=x.dtype), lower=True) ** 2
-        )
+        inverse_trace = jnp.sum(small.core_half**2)
         wide = jnp.sum(weights[:, None] * jnp.sum(mixture.factors**2, -1))
         wide_core = jnp.sum(weights[:, None] * jnp.sum(small.cross**2, 1))
         spread = weights_apart @ jnp.sum(apart**2, -1)
@@ -336,7 +351,7 @@ class MFA(AbstractFamily):
 def _for_each(function, stacked):
     """Apply `function` to each leading entry, unrolled: flat matvecs stay flat on CPU."""
     num = jax.tree_util.tree_leaves(stacked)[0].shape[0]
-    if num > 4:
+    if num > 2:
         return jax.lax.map(function, stacked)
     results = [function(_take(stacked, index)) for index in range(num)]
     return jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *results)

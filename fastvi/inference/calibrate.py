@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fastvi._typing import Array, Int, Key
+from fastvi._typing import Array, Int, Key, Scalar
 from fastvi.families.base import AbstractFamily
 from fastvi.inference.loop import Problem, evaluate_target
 from fastvi.objective import FlatObjective
@@ -15,7 +15,7 @@ WIDE = 1.5  # virial above which q reaches into steeper loss than its own curvat
 
 def calibrate_scale(
     family: AbstractFamily, params, objective: FlatObjective, problem: Problem, key: Key
-) -> tuple[object, Int[Array, ""]]:
+) -> tuple[Scalar, Int[Array, ""]]:
     """Shrink q as a whole while its virial exceeds `WIDE`.
 
     The virial `E_q[v . (nbeta grad L + gamma v)] / dim` is 1 at the best scale; where the loss is homogeneous of
@@ -23,27 +23,24 @@ def calibrate_scale(
     is left as it is.
 
     Returns:
-        The parameters and the number of rounds, each of `CALIBRATION_DRAWS` minibatch gradients.
+        What to add to log_scale, and the number of rounds, each of `CALIBRATION_DRAWS` minibatch gradients.
     """
 
-    def measure(shift, key_round):
+    def adjust(carry):
+        shift, round_index, _ = carry
+        key_draw, key_batch = jax.random.split(jax.random.fold_in(key, round_index))
         shifted = params._replace(log_scale=params.log_scale + shift)
-        key_draw, key_batch = jax.random.split(key_round)
         draws = family.sample(shifted, key_draw, CALIBRATION_DRAWS, antithetic=True)
         _, grad = evaluate_target(objective, problem.posterior, draws, problem.next_batch(key_batch))
-        return -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1]
+        virial = -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1]
+        wide = ~(virial <= WIDE)
+        step = jnp.clip(0.25 * jnp.log(jnp.where(wide, virial, 1.0)), 0.05, 1.0)
+        return shift - jnp.where(wide, jnp.where(jnp.isnan(step), 1.0, step), 0.0), round_index + 1, wide
 
-    def narrow(carry):
-        shift, round_index, virial = carry
-        shift = shift - jnp.clip(0.25 * jnp.log(jnp.maximum(virial, 1.0)), 0.05, 1.0)
-        return shift, round_index + 1, measure(shift, jax.random.fold_in(key, round_index + 1))
+    def unsettled(carry):
+        _, round_index, wide = carry
+        return wide & (round_index < MAX_ROUNDS)
 
-    def too_wide(carry):
-        _, round_index, virial = carry
-        return (~(virial <= WIDE)) & (round_index < MAX_ROUNDS)
-
-    zero = jnp.zeros((), params.log_scale.dtype)
-    shift, rounds, _ = jax.lax.while_loop(
-        too_wide, narrow, (zero, jnp.asarray(0), measure(zero, jax.random.fold_in(key, 0)))
-    )
-    return params._replace(log_scale=params.log_scale + shift), rounds + 1
+    start = (jnp.zeros((), params.log_scale.dtype), jnp.asarray(0), jnp.asarray(True))
+    shift, rounds, _ = jax.lax.while_loop(unsettled, adjust, start)
+    return shift, rounds

@@ -82,14 +82,12 @@ def _build(objective: Any, config: VIConfig, num_draws: int, loss_full_flat: Cal
 
     @jax.jit
     def launch(family: AbstractFamily, problem: Problem, core, key: Key, keys: Key):
-        zero = jnp.zeros_like(problem.posterior.center)
-        calibrated, rounds = calibrate_scale(family, family.init(key, core, zero), objective, problem, key)
-
-        def one(chain_key):
-            start_key = jax.random.fold_in(chain_key, _START_STREAM)
-            return init_state(family, family.init(start_key, core, calibrated.log_scale), config)
-
-        return jax.vmap(one)(keys), rounds
+        flat = jnp.zeros_like(problem.posterior.center)
+        params = jax.vmap(lambda k: family.init(jax.random.fold_in(k, _START_STREAM), core, flat))(keys)
+        first = jax.tree_util.tree_map(lambda leaf: leaf[0], params)
+        shift, rounds = calibrate_scale(family, first, objective, problem, key)
+        params = params._replace(log_scale=params.log_scale + shift)
+        return jax.vmap(lambda one: init_state(family, one, config))(params), rounds
 
     @functools.partial(jax.jit, static_argnames=("length",), donate_argnames=("state",))
     def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):

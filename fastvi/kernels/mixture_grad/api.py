@@ -35,7 +35,8 @@ def pullback(
         cotangent: Derivative of a function of the displacement, in whitened coordinates.
         metric: "euclidean" for the plain gradient. "natural" multiplies it by the leading part of the inverse
             Fisher matrix: P^{-1} D^{1/2} for offsets (which makes them steps in units of D^{1/2}), P^{-1} on the
-            right for factors, P on the right for the core. It costs no extra solve.
+            right for factors, P on the right for the core; that of log_scale is taken with `core D^{-1/2}` held
+            fixed, so that a change of scale does not turn the steep directions. It costs no extra solve.
         implementation: "xla" (default) or "reference".
 
     Returns:

@@ -21,6 +21,7 @@ def pullback(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangen
     covariance = jnp.linalg.inv(precision)
     return grad._replace(
         offsets=grad.offsets * jnp.exp(mixture.log_scale) @ covariance,
+        log_scale=grad.log_scale + jnp.sum(mixture.core * grad.core, axis=0),
         core=grad.core @ precision,
         factors=grad.factors @ covariance,
     )

@@ -7,7 +7,7 @@ core (zeta - B x_core) l^T - (B l) x_core^T.
 import jax.numpy as jnp
 
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
-from fastvi.kernels.woodbury.xla import _solve
+from fastvi.kernels.woodbury.xla import solve
 
 
 def pullback(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str) -> Mixture:
@@ -15,20 +15,24 @@ def pullback(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangen
     num_components, num_offsets = mixture.log_weights.size, mixture.offsets.shape[0]
     scale = jnp.exp(mixture.log_scale)
     h_x = scale * cotangent
-    core_l = _solve(small.core_chol, mixture.core @ h_x)  # B l = C_B^{-1} B h_x
+    core_l = solve(small.core_half, mixture.core @ h_x)  # B l = C_B^{-1} B h_x
     l_x = h_x - core_l @ mixture.core
     label = jnp.arange(num_components) == noise.label
     if metric == "natural":
         y = drawn.x_core + drawn.core_x @ mixture.core  # P x_core
         offset, factor_right, core_left, core_right = l_x, l_x, h_x, y
+        # the core's share, core * grad(core) summed over rows, from B^T (zeta - B x_core) = x_core - eps and
+        # B^T B l = h_x - l
+        moved = (drawn.x_core - noise.eps) * l_x - (h_x - l_x) * drawn.x_core
     else:
         offset, factor_right, core_left, core_right = cotangent, h_x, l_x, drawn.x_core
+        moved = 0.0
     shift = noise.zeta - drawn.core_x
     rows = label if num_offsets > 1 else jnp.ones(num_offsets, bool)
     return Mixture(
         log_weights=jnp.zeros_like(mixture.log_weights),
         offsets=rows[:, None] * offset,
-        log_scale=h_x * drawn.x,
+        log_scale=h_x * drawn.x + moved,
         core=shift[:, None] * core_left - core_l[:, None] * core_right,
         factors=(label[:, None] * noise.z)[..., None] * factor_right,
     )

@@ -21,7 +21,7 @@ class Case(NamedTuple):
         ranks: Columns in use for each component; the others are zero rows. Empty: all are in use.
         core_ranks: Rows of the core in use.
         steepness: Largest |b|^2 of a core row; the others are spread geometrically between 1 and it.
-        matched: Whether factors are shaped like P^{-1/2}, as in a fit, so that they leave steep directions alone.
+        matched: Whether factors are shaped like P^{-1/2}, as in a fit: they leave steep directions alone.
     """
 
     num_components: int = 1
@@ -49,7 +49,7 @@ CASES = {
     "shared_masked": Case(3, 3, 4, dim=33, ranks=(0, 1, 3), core_ranks=2),
     "shared_unused": Case(3, 3, 4, dim=33, ranks=(0, 0, 0), core_ranks=0),
     "shared_steep": Case(3, 3, 4, dim=33, steepness=1e7, matched=True),
-    # generic factors put 1e6 times the variance of P^{-1} into steep directions: C_m as ill-conditioned as it gets
+    # generic factors widen steep directions a million times: C_m is as ill-conditioned as it gets
     "shared_steep_crossed": Case(3, 3, 4, dim=33, steepness=1e7),
     "component": Case(3, 3, 4, dim=33, num_offsets=3),
     "component_masked": Case(3, 3, 4, dim=33, num_offsets=3, ranks=(2, 0, 3), core_ranks=3),

@@ -51,9 +51,9 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
     identity = jnp.eye(mixture.factors.shape[1], dtype=mixture.log_scale.dtype)
     core = jnp.eye(mixture.core.shape[0], dtype=mixture.log_scale.dtype) + mixture.core @ mixture.core.T
     return Grams(
-        core_chol=jnp.linalg.cholesky(core),
+        core_half=jnp.linalg.inv(jnp.linalg.cholesky(core)),
         cross=cross,
-        factor_chol=jnp.linalg.cholesky(identity + factor),
+        factor_half=jnp.linalg.inv(jnp.linalg.cholesky(identity + factor)),
         log_det=jnp.linalg.slogdet(covariances(mixture))[1],
     )
 

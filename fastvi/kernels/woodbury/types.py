@@ -21,11 +21,14 @@ class Mixture(NamedTuple):
 
 
 class Grams(NamedTuple):
-    """The small matrices that depend on the parameters alone: one evaluation serves all draws of a step."""
+    """The small matrices that depend on the parameters alone: one evaluation serves all draws of a step.
 
-    core_chol: Float[Array, "core core"]  # lower Cholesky factor of I + B B^T
+    With C = L L^T, `core_half` and `factor_half` are L^{-1}, so that C^{-1} = L^{-T} L^{-1} is two small products.
+    """
+
+    core_half: Float[Array, "core core"]  # of C_B = I + B B^T
     cross: Float[Array, "comp core rank"]  # B A_m^T
-    factor_chol: Float[Array, "comp rank rank"]  # lower Cholesky factor of I + A_m A_m^T + cross^T cross
+    factor_half: Float[Array, "comp rank rank"]  # of C_m = I + A_m A_m^T + cross^T cross
     log_det: Float[Array, " comp"]  # log |Sigma_m|
 
 

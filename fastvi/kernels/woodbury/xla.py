@@ -6,9 +6,9 @@ C_m = I + A_m A_m^T + (B A_m^T)^T (B A_m^T).
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cho_solve
 from jax.scipy.special import logsumexp
 
+from fastvi.kernels.triangular import lower_inverse
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
 
@@ -21,13 +21,13 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
     core, factors = mixture.core, mixture.factors
     num_core, (num_components, rank, dim) = core.shape[0], factors.shape
     flat = factors.reshape(num_components * rank, dim)
-    core_chol = jnp.linalg.cholesky(jnp.eye(num_core, dtype=core.dtype) + core @ core.T)
+    core_half = lower_inverse(jnp.linalg.cholesky(jnp.eye(num_core, dtype=core.dtype) + core @ core.T))
     cross = (core @ flat.T).reshape(num_core, num_components, rank).transpose(1, 0, 2)
     products = factor_grams(factors) if factor_products is None else factor_products
     inner = products + jnp.swapaxes(cross, 1, 2) @ cross
-    factor_chol = jnp.linalg.cholesky(jnp.eye(rank, dtype=core.dtype) + inner)
-    log_det = 2 * jnp.sum(mixture.log_scale) - _log_det(core_chol) + _log_det(factor_chol)
-    return Grams(core_chol, cross, factor_chol, log_det)
+    factor_half = lower_inverse(jnp.linalg.cholesky(jnp.eye(rank, dtype=core.dtype) + inner))
+    log_det = 2 * jnp.sum(mixture.log_scale) + _log_det(core_half) - _log_det(factor_half)
+    return Grams(core_half, cross, factor_half, log_det)
 
 
 def factor_grams(factors):
@@ -51,8 +51,8 @@ def factor_grams(factors):
     return jax.lax.scan(add, rest, jnp.arange(count))[0] if count else rest
 
 
-def _log_det(chol):
-    return 2 * jnp.sum(jnp.log(jnp.diagonal(chol, axis1=-2, axis2=-1)), axis=-1)
+def _log_det(triangular):
+    return 2 * jnp.sum(jnp.log(jnp.diagonal(triangular, axis1=-2, axis2=-1)), axis=-1)
 
 
 def draw(mixture: Mixture, small: Grams, noise: Noise) -> Draw:
@@ -62,7 +62,7 @@ def draw(mixture: Mixture, small: Grams, noise: Noise) -> Draw:
     cancellation in steep directions.
     """
     core, scale = mixture.core, jnp.exp(mixture.log_scale)
-    correction = _solve(small.core_chol, core @ noise.eps - noise.zeta)
+    correction = solve(small.core_half, core @ noise.eps - noise.zeta)
     x_core = noise.eps - correction @ core
     core_x = noise.zeta + correction
     x = x_core + noise.z @ mixture.factors[noise.label]
@@ -102,7 +102,7 @@ def _density_shared(mixture: Mixture, small: Grams, x, core_x):
     num_components, rank, dim = mixture.factors.shape
     flat = mixture.factors.reshape(num_components * rank, dim)
     projected = (flat @ x).reshape(num_components, rank) + jnp.einsum("mkr,k->mr", small.cross, core_x)
-    solved = _solve(small.factor_chol, projected)
+    solved = solve(small.factor_half, projected)
     quadratic = x @ x + core_x @ core_x - jnp.sum(projected * solved, axis=-1)
     logits = mixture.log_weights - 0.5 * (quadratic + small.log_det + dim * jnp.log(2 * jnp.pi).astype(x.dtype))
     weighted = jax.nn.softmax(logits)[:, None] * solved
@@ -115,7 +115,7 @@ def _density_separate(mixture: Mixture, small: Grams, x_all, core_all):
     """Do the same where each component has its own mean: x_all (comp, dim), core_all (comp, core)."""
     dim = mixture.log_scale.size
     projected = jnp.einsum("mrd,md->mr", mixture.factors, x_all) + jnp.einsum("mkr,mk->mr", small.cross, core_all)
-    solved = _solve(small.factor_chol, projected)
+    solved = solve(small.factor_half, projected)
     quadratic = jnp.sum(x_all**2, -1) + jnp.sum(core_all**2, -1) - jnp.sum(projected * solved, -1)
     logits = mixture.log_weights - 0.5 * (quadratic + small.log_det + dim * jnp.log(2 * jnp.pi).astype(x_all.dtype))
     weights = jax.nn.softmax(logits)
@@ -125,8 +125,7 @@ def _density_separate(mixture: Mixture, small: Grams, x_all, core_all):
     return logits, -(residual + core_residual @ mixture.core)
 
 
-def _solve(chol, right):
-    """Solve with lower Cholesky factors, batched over leading axes; empty systems pass through."""
-    if right.shape[-1] == 0:
-        return right
-    return cho_solve((chol, True), right[..., None])[..., 0]
+def solve(half, right):
+    """Return C^{-1} right given L^{-1} of C = L L^T, batched over leading axes."""
+    inner = jnp.einsum("...ij,...j->...i", half, right)
+    return jnp.einsum("...ji,...j->...i", half, inner)

@@ -1,0 +1,40 @@
+"""Inverse of small lower-triangular matrices in a few batched products.
+
+A batched triangular solve expands into hundreds of operations when XLA compiles it for CPU; this does not.
+"""
+
+import jax.numpy as jnp
+
+from fastvi._typing import Array, Float
+
+
+def lower_inverse(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """Invert lower-triangular matrices by doubling blocks along the diagonal.
+
+    `[[A, 0], [B, C]]^{-1} = [[A^{-1}, 0], [-C^{-1} B A^{-1}, C^{-1}]]`, from blocks of one entry up. As accurate as
+    forward substitution for the well-scaled factors of `I + G`.
+
+    Cost:
+        O(n^3) operations in 2 log2(n) batched products.
+    """
+    *batch, size, _ = matrix.shape
+    if size == 0:
+        return matrix
+    padded = 1 << (size - 1).bit_length()
+    widths = [(0, 0)] * len(batch) + [(0, padded - size)] * 2
+    whole = jnp.pad(matrix, widths) + jnp.diag((jnp.arange(padded) >= size).astype(matrix.dtype))
+    diagonal = jnp.diagonal(whole, axis1=-2, axis2=-1)
+    inverse = (1 / diagonal)[..., None, None]  # (..., blocks, width, width)
+    width = 1
+    while width < padded:
+        count = padded // (2 * width)
+        blocks = whole.reshape(*batch, count, 2 * width, count, 2 * width)
+        own = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
+        below = own[..., width:, :width]
+        pairs = inverse.reshape(*batch, count, 2, width, width)
+        first, second = pairs[..., 0, :, :], pairs[..., 1, :, :]
+        corner = -second @ below @ first
+        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        inverse = jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+        width *= 2
+    return inverse.reshape(*batch, padded, padded)[..., :size, :size]

@@ -1,0 +1,461 @@
+import dataclasses
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+from jax.scipy.special import logsumexp
+
+from fastvi.families.mfa import FACTOR_INIT, LOG_SCALE_BOUND, MFA, MFAParams
+
+MEANS = ("shared", "center", "component")
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def make(means="shared", dim=5, ranks=(2, 0, 1), num_core=3, core_mask=None, seed=0, **options):
+    """A family with a nontrivial scale and parameters of order one."""
+    rng = np.random.default_rng(seed)
+    family = MFA(
+        scale=jnp.asarray(np.exp(rng.normal(size=dim))),
+        core_mask=jnp.ones(num_core) if core_mask is None else jnp.asarray(core_mask, float),
+        ranks=tuple(ranks),
+        means=means,
+        noise_size=num_core + 1,
+        **options,
+    )
+    params = MFAParams(
+        logits=jnp.asarray(rng.normal(size=len(ranks))),
+        offsets=jnp.asarray(0.7 * rng.normal(size=(family.num_offsets, dim))),
+        log_scale=jnp.asarray(0.5 * rng.normal(size=dim)),
+        core=jnp.asarray(rng.normal(size=(num_core, dim))),
+        factors=jnp.asarray(rng.normal(size=(len(ranks), max(ranks), dim))),
+    )
+    return family, params
+
+
+def dense(family, params):
+    """Weights, means and covariances in model coordinates, from docs/math.md "Family"; of NumPy or traced."""
+    dim = family.scale.size
+    core = params.core * family.core_mask[:, None]
+    inner = jnp.linalg.inv(jnp.eye(dim) + core.T @ core)
+    deviation = family.scale * jnp.exp(params.log_scale)
+    covariances = []
+    for rank, factor in zip(family.ranks, params.factors, strict=True):
+        covariances.append(deviation[:, None] * (inner + factor[:rank].T @ factor[:rank]) * deviation)
+    means = [jnp.zeros(dim)] * len(family.ranks)
+    if family.means != "center":
+        means = [
+            family.scale * params.offsets[m if family.means == "component" else 0] for m in range(len(means))
+        ]
+    weights = jnp.exp(params.logits / family.temperature)
+    return weights / weights.sum(), jnp.stack(means), jnp.stack(covariances)
+
+
+def dense_log_prob(family, params, point):
+    parts = [
+        np.log(weight) + scipy.stats.multivariate_normal(mean, covariance).logpdf(point)
+        for weight, mean, covariance in zip(*map(np.asarray, dense(family, params)), strict=True)
+    ]
+    return scipy.special.logsumexp(parts), scipy.special.softmax(parts)
+
+
+def moments(family, params):
+    """Mean and covariance of q."""
+    weights, means, covariances = dense(family, params)
+    mean = weights @ means
+    second = jnp.einsum("m,mij->ij", weights, covariances) + jnp.einsum("m,mi,mj->ij", weights, means, means)
+    return mean, second - jnp.outer(mean, mean)
+
+
+def assert_tree_close(actual, expected, rtol):
+    assert jax.tree_util.tree_structure(actual) == jax.tree_util.tree_structure(expected)
+    for (path, got), want in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree_util.tree_leaves(expected), strict=True
+    ):
+        scale = np.max(np.abs(want), initial=1e-300)
+        np.testing.assert_allclose(got, want, rtol=0, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))
+
+
+def z_scores(samples, expected):
+    """Deviations of the mean of independent rows in units of its standard error; constants must agree."""
+    samples = np.asarray(samples).reshape(len(samples), -1)
+    error = samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
+    gap = samples.mean(axis=0) - np.ravel(expected)
+    fixed = error <= 1e-12 * np.maximum(1.0, np.abs(np.ravel(expected)))
+    assert np.all(np.abs(gap[fixed]) <= 1e-9), gap[fixed]
+    return gap[~fixed] / error[~fixed]
+
+
+# The density and the draws.
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_log_prob_is_the_density_of_a_normal_mixture(means):
+    family, params = make(means, core_mask=(1, 0, 1), temperature=1.7)
+    for point in np.random.default_rng(1).normal(size=(4, 5)):
+        expected, _ = dense_log_prob(family, params, point)
+        np.testing.assert_allclose(family.log_prob(params, jnp.asarray(point)), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_density_integrates_to_one(means):
+    family, params = make(means, dim=2, ranks=(1, 2), num_core=1)
+    mean, covariance = moments(family, params)
+    half = 12 * np.sqrt(np.diag(covariance))
+    axes = [np.linspace(m - h, m + h, 501) for m, h in zip(mean, half, strict=True)]
+    grid = jnp.asarray(np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2))
+    density = jnp.exp(jax.jit(jax.vmap(lambda v: family.log_prob(params, v)))(grid))
+    cell = (axes[0][1] - axes[0][0]) * (axes[1][1] - axes[1][0])
+    np.testing.assert_allclose(density.sum() * cell, 1.0, rtol=1e-8)
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("means", MEANS)
+def test_draws_know_their_density_and_its_gradient(means, antithetic):
+    family, params = make(means, ranks=(2, 1, 0), core_mask=(1, 1, 0))
+    draws = family.sample(params, jax.random.key(3), 4, antithetic=antithetic)
+    value_and_grad = jax.vmap(jax.value_and_grad(lambda v: family.log_prob(params, v)))
+    value, score = jax.jit(value_and_grad)(draws.displacement)
+    np.testing.assert_allclose(draws.log_prob, value, rtol=1e-11)
+    # the score is with respect to u = v / scale
+    np.testing.assert_allclose(draws.record.drawn.score, family.scale * score, rtol=1e-9, atol=1e-10)
+    for point, share in zip(draws.displacement, draws.record.drawn.responsibilities, strict=True):
+        np.testing.assert_allclose(share, dense_log_prob(family, params, np.asarray(point))[1], atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("means", "num_draws"), [("shared", 4), ("center", 4), ("component", 4), ("component", 12)]
+)
+def test_antithetic_draws_mirror_about_their_mean(means, num_draws):
+    family, params = make(means)
+    draws = family.sample(params, jax.random.key(5), num_draws, antithetic=True)
+    first, second = np.split(np.asarray(draws.displacement), 2)
+    labels = np.asarray(draws.record.noise.label)
+    np.testing.assert_array_equal(labels[: num_draws // 2], labels[num_draws // 2 :])
+    _, centers, _ = dense(family, params)
+    np.testing.assert_allclose(
+        0.5 * (first + second), np.asarray(centers)[labels[: num_draws // 2]], atol=1e-12
+    )
+    assert np.min(np.abs(first - second)) > 1e-6
+    odd = family.sample(params, jax.random.key(5), 3, antithetic=True)
+    plain = family.sample(params, jax.random.key(5), 3, antithetic=False)
+    np.testing.assert_array_equal(odd.displacement, plain.displacement)
+
+
+@pytest.mark.parametrize(
+    ("means", "antithetic"), [("shared", False), ("center", False), ("component", False), ("component", True)]
+)
+def test_draws_have_the_mean_and_covariance_of_q(means, antithetic):
+    family, params = make(means, dim=3, ranks=(2, 1), num_core=2)
+    num = 20_000
+    draws = eqx.filter_jit(family.sample)(params, jax.random.key(0), num, antithetic=antithetic)
+    mean, covariance = map(np.asarray, moments(family, params))
+    centred = np.asarray(draws.displacement) - mean
+    products = centred[:, :, None] * centred[:, None, :]
+    if antithetic:
+        centred, products = (0.5 * (half[: num // 2] + half[num // 2 :]) for half in (centred, products))
+    assert np.max(np.abs(z_scores(products, covariance)), initial=0) < 4.5
+    assert np.max(np.abs(z_scores(centred, np.zeros(3))), initial=0) < 4.5
+    weights, _, _ = dense(family, params)
+    share = np.mean(np.asarray(draws.record.noise.label) == 0)
+    assert abs(share - weights[0]) < 4.5 * np.sqrt(0.25 / (num / (1 + antithetic)))
+
+
+# Moments and control variates.
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_second_moment_is_dense(means):
+    family, params = make(means, core_mask=(1, 0, 1), temperature=0.6)
+    moment = family.second_moment(params)
+    actual = np.diag(moment.diagonal) + moment.factors.T @ (moment.weights[:, None] * moment.factors)
+    mean, covariance = moments(family, params)
+    np.testing.assert_allclose(actual, covariance + np.outer(mean, mean), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_control_variates_have_their_expectations(means):
+    family, params = make(means, core_mask=(1, 0, 1), temperature=0.6)
+    draws = family.sample(params, jax.random.key(0), 6, antithetic=True)
+    values, expected = family.control_variates(params, draws)
+    mean, covariance = map(np.asarray, moments(family, params))
+    whitener = np.diag(1 / (np.asarray(family.scale) * np.exp(params.log_scale)))
+    rows = np.asarray(params.core * family.core_mask[:, None]) @ whitener
+    metrics = [whitener @ whitener, rows.T @ rows]
+    np.testing.assert_allclose(
+        expected, [0.5 * np.trace(metric @ covariance) for metric in metrics], rtol=1e-11
+    )
+    centred = np.asarray(draws.displacement) - mean
+    forms = [0.5 * np.einsum("ni,ij,nj->n", centred, metric, centred) for metric in metrics]
+    np.testing.assert_allclose(values, np.stack(forms, -1), rtol=1e-10)
+
+
+# Masks, temperature, the start.
+
+
+def random_target(family, params, key, num_draws, antithetic):
+    draws = family.sample(params, key, num_draws, antithetic=antithetic)
+    return draws, jnp.sin(1 + jnp.arange(num_draws) * 1.0), jnp.cos(draws.displacement * 3)
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_a_rank_mask_is_zero_columns(means):
+    family, params = make(means, ranks=(1, 3, 0))
+    wide = dataclasses.replace(family, ranks=(3, 3, 3))
+    mask = np.arange(3) < np.array([1, 3, 0])[:, None]
+    zeroed = params._replace(factors=params.factors * mask[..., None])
+    point = jnp.linspace(-1.0, 1.0, 5)
+    np.testing.assert_allclose(family.log_prob(params, point), wide.log_prob(zeroed, point), rtol=1e-13)
+    key = jax.random.key(0)
+    narrow_gradient = family.pullback(
+        params, *random_target(family, params, key, 4, False), jnp.zeros(()), antithetic=False
+    )
+    wide_gradient = wide.pullback(
+        zeroed, *random_target(wide, zeroed, key, 4, False), jnp.zeros(()), antithetic=False
+    )
+    masked = wide_gradient._replace(factors=wide_gradient.factors * mask[..., None])
+    assert_tree_close(narrow_gradient, masked, 1e-12)
+    assert np.any(wide_gradient.factors != masked.factors)
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_padding_the_core_changes_nothing(means):
+    padded, params = make(means, num_core=4, core_mask=(1, 1, 0, 0))
+    family = eqx.tree_at(lambda f: f.core_mask, padded, jnp.ones(2))
+    short = params._replace(core=params.core[:2])
+    key = jax.random.key(0)
+    actual = random_target(padded, params, key, 4, True)
+    expected = random_target(family, short, key, 4, True)
+    np.testing.assert_allclose(actual[0].displacement, expected[0].displacement, rtol=1e-12)
+    np.testing.assert_allclose(actual[0].log_prob, expected[0].log_prob, rtol=1e-12)
+    gradient = padded.pullback(params, *actual, jnp.zeros(()), antithetic=True)
+    assert np.all(gradient.core[2:] == 0)
+    wanted = family.pullback(short, *expected, jnp.zeros(()), antithetic=True)
+    assert_tree_close(gradient._replace(core=gradient.core[:2]), wanted, 1e-11)
+
+
+def test_temperature_is_the_same_everywhere():
+    options = {"dirichlet": 1.5, "entropy_bonus": 0.2}
+    hot, params = make("component", temperature=2.5, **options)
+    unit, _ = make("component", **options)
+    cooled = params._replace(logits=params.logits / 2.5)
+    key = jax.random.key(1)
+    actual, expected = (random_target(f, p, key, 6, True) for f, p in ((hot, params), (unit, cooled)))
+    assert_tree_close(actual[0], expected[0], 1e-13)
+    gradient = hot.pullback(params, *actual, jnp.asarray(0.3), antithetic=True)
+    wanted = unit.pullback(cooled, *expected, jnp.asarray(0.3), antithetic=True)
+    assert_tree_close(gradient, wanted._replace(logits=wanted.logits / 2.5), 1e-12)
+    assert_tree_close(
+        hot.step_statistics(params, actual[0]), unit.step_statistics(cooled, expected[0]), 1e-12
+    )
+    np.testing.assert_allclose(hot.summary_arrays(params)["pi"], dense(hot, params)[0], rtol=1e-12)
+
+
+def test_factors_start_shaped_like_the_core_s_covariance():
+    dim, num = 4, 4000
+    family, params = make(dim=dim, ranks=(num,), num_core=2)
+    start = family.init(jax.random.key(0), params.core, params.log_scale)
+    assert np.all(start.logits == 0)
+    assert np.all(start.offsets == 0)
+    rows = np.asarray(start.factors[0]) * np.sqrt(dim) / FACTOR_INIT
+    inner = np.linalg.inv(np.eye(dim) + params.core.T @ params.core)
+    assert np.max(np.abs(z_scores(rows[:, :, None] * rows[:, None, :], inner))) < 4.5
+
+
+# The gradient.
+
+
+def target(v):
+    """A smooth log density that is not quadratic."""
+    return -jnp.sum(jnp.log(jnp.cosh(v - 0.3))) - 0.1 * jnp.sum(v) * v[0] ** 2 + 0.2 * v[0] * v[-1]
+
+
+def reparametrised(family, params, noise):
+    """The sampling map of docs/math.md by dense algebra, for one draw."""
+    core = params.core * family.core_mask[:, None]
+    columns = (np.arange(max(family.ranks)) < np.asarray(family.ranks)[:, None]).astype(float)
+    factor = (params.factors * columns[..., None])[noise.label]
+    y = noise.eps + core.T @ noise.zeta
+    x = jnp.linalg.solve(jnp.eye(family.scale.size) + core.T @ core, y) + factor.T @ noise.z
+    offset = {"center": 0.0, "shared": params.offsets.sum(0)}.get(family.means)
+    offset = params.offsets[noise.label] if offset is None else offset
+    return family.scale * (offset + jnp.exp(params.log_scale) * x)
+
+
+def test_scale_gradient_stops_at_the_bound():
+    family, params = make()
+    params = params._replace(log_scale=params.log_scale.at[1].set(LOG_SCALE_BOUND + 1))
+    gradient = family.pullback(
+        params,
+        *random_target(family, params, jax.random.key(0), 2, False),
+        jnp.zeros(()),
+        antithetic=False,
+    )
+    assert gradient.log_scale[1] == 0
+    assert np.all(np.delete(gradient.log_scale, 1) != 0)
+
+
+@pytest.mark.parametrize(
+    ("means", "num_draws", "antithetic"),
+    [
+        ("shared", 1, True),
+        ("shared", 4, True),
+        ("center", 3, False),
+        ("component", 3, False),
+        ("component", 4, True),
+    ],
+)
+def test_pullback_is_the_gradient_along_the_path(means, num_draws, antithetic):
+    family, params = make(means, core_mask=(1, 0, 1), entropy_bonus=0.3)
+    draws = family.sample(params, jax.random.key(2), num_draws, antithetic=antithetic)
+
+    def objective(params, frozen):
+        """Sticking the landing: the parameters inside log q are held."""
+
+        def one(noise):
+            v = reparametrised(family, params, noise)
+            return target(v) - 1.3 * family.log_prob(frozen, v), v
+
+        values, points = jax.vmap(one)(draws.record.noise)
+        return jnp.mean(values), points
+
+    expected, points = jax.jit(jax.grad(objective, has_aux=True))(params, params)
+    np.testing.assert_allclose(draws.displacement, points, rtol=1e-11)
+    value, grad = jax.vmap(jax.value_and_grad(target))(draws.displacement)
+    actual = family.pullback(params, draws, value, grad, jnp.zeros(()), antithetic=antithetic)
+    assert_tree_close(actual._replace(logits=expected.logits), expected, 1e-8)
+
+
+def gaussian_elbo(family, params, hessian, pull, nats):
+    """E_q[-v.Hv/2 + b.v] + nats times the entropy, for one component."""
+    _, (mean,), (covariance,) = dense(family, params)
+    like = -0.5 * (jnp.trace(hessian @ covariance) + mean @ hessian @ mean) + pull @ mean
+    return like + nats * 0.5 * jnp.linalg.slogdet(covariance)[1]
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_pullback_is_unbiased_on_a_quadratic(antithetic):
+    family, params = make(dim=3, ranks=(2,), num_core=2, entropy_bonus=0.4)
+    root = jnp.asarray(np.random.default_rng(4).normal(size=(3, 3)))
+    hessian, pull = root @ root.T + jnp.eye(3), jnp.asarray([0.5, -1.0, 2.0])
+    exact = jax.grad(lambda p: gaussian_elbo(family, p, hessian, pull, 1.4))(params)
+
+    def one(key):
+        draws = family.sample(params, key, 2, antithetic=antithetic)
+        points = draws.displacement
+        value = -0.5 * jnp.sum(points * (points @ hessian), -1) + points @ pull
+        return family.pullback(
+            params, draws, value, pull - points @ hessian, jnp.zeros(()), antithetic=antithetic
+        )
+
+    samples = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000))
+    for name in ("offsets", "log_scale", "core", "factors"):
+        got, want = np.asarray(getattr(samples, name)), np.asarray(getattr(exact, name))
+        assert np.max(np.abs(z_scores(got, want)), initial=0) < 4.5, name
+        error = got.reshape(len(got), -1).std(axis=0) / np.sqrt(len(got))
+        assert np.max(np.abs(want.ravel()) / np.maximum(error, 1e-12)) > 20, f"{name}: the test has no power"
+
+
+@pytest.mark.parametrize("means", ["shared", "component"])
+def test_natural_direction_ascends(means):
+    family, params = make(means, ranks=(2, 2, 2))
+    draws = family.sample(params, jax.random.key(2), 4, antithetic=True)
+    value, grad = jax.vmap(jax.value_and_grad(target))(draws.displacement)
+    arguments = (params, draws, value, grad, jnp.zeros(()))
+    euclidean = family.pullback(*arguments, antithetic=True)
+    updates = family.ascent(*arguments, antithetic=True)
+    moved = jax.tree_util.tree_map(jnp.subtract, family.apply_updates(params, updates), params)
+    core, scale = params.core, jnp.exp(params.log_scale)
+    precision = jnp.eye(5) + core.T @ core
+    expected = euclidean._replace(
+        # updates of offsets are in units of D^{1/2}: D^{1/2} P^{-1} D^{1/2} h
+        offsets=(euclidean.offsets * scale) @ jnp.linalg.inv(precision) * scale,
+        core=euclidean.core @ precision,
+        # averaged over the draws of each label, two of the four here
+        factors=2 * euclidean.factors @ jnp.linalg.inv(precision),
+    )
+    assert_tree_close(moved, expected, 1e-10)
+
+
+# The gradient of the weights.
+
+
+@functools.cache
+def logit_problem(means):
+    """A family in one dimension and, by quadrature, d/d logits of E_q[target - 1.3 log q]."""
+    family, params = make(means, dim=1, ranks=(1, 2, 0), num_core=1, temperature=1.6, entropy_bonus=0.3)
+    params = params._replace(offsets=2 * params.offsets)
+    _, centers, covariances = dense(family, params)
+
+    @jax.grad
+    def gradient(logits):
+        grid = jnp.linspace(-1.0, 1.0, 20_001) * (
+            10 * jnp.sqrt(jnp.max(covariances)) + jnp.max(jnp.abs(centers))
+        )
+        value = jax.vmap(lambda point: target(point[None]))(grid)
+        residual = (grid[:, None] - centers[:, 0]) / jnp.sqrt(covariances[:, 0, 0])
+        parts = (
+            jax.nn.log_softmax(logits / 1.6)
+            - 0.5 * residual**2
+            - 0.5 * jnp.log(2 * jnp.pi * covariances[:, 0, 0])
+        )
+        log_q = logsumexp(parts, axis=1)
+        return jnp.sum(jnp.exp(log_q) * (value - 1.3 * log_q)) * (grid[1] - grid[0])
+
+    return family, params, np.asarray(jax.jit(gradient)(params.logits))
+
+
+@pytest.mark.parametrize(
+    ("means", "num_draws", "antithetic"),
+    [
+        ("shared", 1, False),
+        ("shared", 4, True),
+        ("component", 1, False),
+        ("component", 2, False),
+        ("component", 2, True),
+        ("component", 4, False),
+        ("component", 4, True),
+    ],
+)
+def test_logit_gradient_is_unbiased(means, num_draws, antithetic):
+    family, params, exact = logit_problem(means)
+
+    def one(key):
+        draws = family.sample(params, key, num_draws, antithetic=antithetic)
+        value, grad = jax.vmap(jax.value_and_grad(target))(draws.displacement)
+        return family.pullback(params, draws, value, grad, jnp.asarray(-0.7), antithetic=antithetic).logits
+
+    samples = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000)))
+    assert np.max(np.abs(z_scores(samples, exact))) < 4
+    assert np.max(np.abs(exact) / samples.std(axis=0)) * np.sqrt(len(samples)) > 20
+
+
+def test_independent_draws_replace_the_baseline():
+    """With two groups or more the value that is passed in has no influence; with one it is subtracted."""
+    family, params = make("component")
+
+    def logits(num_draws, antithetic, baseline):
+        inputs = random_target(family, params, jax.random.key(0), num_draws, antithetic)
+        return np.asarray(
+            family.pullback(params, *inputs, jnp.asarray(baseline), antithetic=antithetic).logits
+        )
+
+    np.testing.assert_array_equal(logits(4, True, 0.0), logits(4, True, 9.0))
+    np.testing.assert_array_equal(logits(2, False, 0.0), logits(2, False, 9.0))
+    share = family.sample(params, jax.random.key(0), 2, antithetic=True).record.drawn.responsibilities
+    expected = -9.0 * np.mean(np.asarray(share) - np.asarray(dense(family, params)[0]), axis=0)
+    np.testing.assert_allclose(logits(2, True, 9.0) - logits(2, True, 0.0), expected, atol=1e-12)
+
+
+def test_dirichlet_prior_is_its_log_density_s_gradient():
+    family, params = make(temperature=1.6, dirichlet=2.5, entropy_bonus=0.3)
+    draws = family.sample(params, jax.random.key(0), 3, antithetic=False)
+    # values that are all equal leave the prior alone
+    value = 1.3 * draws.log_prob + 5.0
+    actual = family.pullback(params, draws, value, draws.displacement, jnp.zeros(()), antithetic=False).logits
+    expected = jax.grad(lambda logits: 1.5 * jnp.sum(jax.nn.log_softmax(logits / 1.6)))(params.logits)
+    np.testing.assert_allclose(actual, expected, atol=1e-12)

@@ -18,9 +18,9 @@ from fastvi.diagnostics.plots import batch_llc, plot_traces
 from fastvi.result import with_error
 
 SMALL_FIT = "M: 1\nr: 0\neval_samples: 32\nwhitening_mode: none\n"
-DIGITS = ["demo", "digits", "--hidden", "4", "--train-steps", "300", "--steps", "120", "--num-chains", "2"]
+DIGITS = ["demo", "digits", "--hidden", "4", "--train-steps", "300", "--steps", "100", "--num-chains", "2"]
 QUADRATIC = ["demo", "quadratic", "--dim", "8", "--num-data", "200", "--batch-size", "200"]
-QUADRATIC += ["--steps", "120", "--num-chains", "2", "--seed", "3", "--localization", "0.5"]
+QUADRATIC += ["--steps", "100", "--num-chains", "2", "--seed", "3", "--localization", "0.5"]
 QUICK = {"digits": ["demo", "digits", "--train-steps", "1"], "quadratic": ["demo", "quadratic"]}
 
 
@@ -68,9 +68,9 @@ def test_a_demo_prints_the_summary_of_what_it_saved(demo):
 
 
 def test_a_demo_honours_its_options(demo):
-    assert demo.result.traces["elbo"].shape == (2, 120)
+    assert demo.result.traces["elbo"].shape == (2, 100)
     assert demo.result.config == VIConfig.create(
-        {"M": 1, "r": 0, "eval_samples": 32, "steps": 120, "batch_size": demo.json["config"]["batch_size"]}
+        {"M": 1, "r": 0, "eval_samples": 32, "steps": 100, "batch_size": demo.json["config"]["batch_size"]}
     )
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fastvi import kernels
 from fastvi._errors import ConfigError
-from fastvi.kernels import _dispatch, hutchinson, mixture_grad, noise, woodbury
+from fastvi.kernels import _dispatch, hutchinson, mixture_grad, noise, triangular, woodbury
 from fastvi.kernels.hutchinson import api as hutchinson_api
 from fastvi.kernels.hutchinson import cases as hutchinson_cases
 from fastvi.kernels.mixture_grad import api as mixture_grad_api
@@ -27,6 +27,7 @@ IMPLEMENTATIONS = sorted(
     set(woodbury_api.IMPLEMENTATIONS) & set(mixture_grad_api.IMPLEMENTATIONS) - {"reference"}
 )
 HUTCHINSON = sorted(set(hutchinson_api.IMPLEMENTATIONS) - {"reference"})
+FLOAT32 = [name for name, case in cases.CASES.items() if case.dim > 5 and name != "shared_steep_crossed"]
 FLOAT32_LIMITS = {"shared_steep_crossed": (2.0, 0.1)}  # nats of log_prob, relative error of the score
 
 
@@ -135,9 +136,9 @@ def test_mixture_agrees_with_dense_algebra(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", [name for name in cases.CASES if name not in FLOAT32_LIMITS])
+@pytest.mark.parametrize("name", FLOAT32)
 def test_float32_is_as_accurate_as_its_inputs(name, implementation):
-    # 4e-6: a few roundings of the largest term; beyond that only what a change of the inputs' last bit can do,
+    # 4e-6: a few roundings of the largest term; beyond it only what a change of the last input bit can do,
     # which is up to |b| = 3e3 times more in steep directions (B A_m^T cancels), whatever the algorithm.
     expected, moved = evaluated(name, "reference"), jax.tree_util.tree_leaves(sensitivity(name))
     pairs = leaf_pairs(evaluated(name, implementation, "float32"), expected)
@@ -174,6 +175,8 @@ def test_natural_gradient_is_the_dense_metric_times_the_euclidean(name, implemen
     covariance, euclidean, natural = np.linalg.inv(precision), gradient["euclidean"], gradient["natural"]
     expected = euclidean._replace(
         offsets=euclidean.offsets * np.exp(mixture.log_scale) @ covariance,
+        # moving log_scale moves the core along, so that core D^{-1/2} stays
+        log_scale=euclidean.log_scale + np.sum(mixture.core * euclidean.core, axis=-2),
         core=euclidean.core @ precision,
         factors=euclidean.factors @ covariance,
     )
@@ -237,7 +240,7 @@ def test_log_prob_can_be_differentiated(name, x64):
     assert_leaves_close(gradient("xla"), gradient("reference"), 1e-11)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     num_components=st.integers(1, 3),
     rank=st.integers(0, 3),
@@ -287,10 +290,23 @@ def test_factor_grams(rank, dim, implementation, x64):
     # and they are used, not recomputed
     mixture = Mixture(jnp.zeros(2), jnp.zeros((0, dim)), jnp.zeros(dim), jnp.zeros((0, dim)), factors)
     small = woodbury.grams(mixture, 3 * products, implementation=implementation)
-    expected = np.eye(rank) + 3 * np.asarray(products)
-    np.testing.assert_allclose(
-        small.factor_chol @ np.swapaxes(small.factor_chol, 1, 2), expected, rtol=1e-11, atol=1e-9
+    whitened = (
+        small.factor_half @ (np.eye(rank) + 3 * np.asarray(products)) @ np.swapaxes(small.factor_half, 1, 2)
     )
+    np.testing.assert_allclose(whitened, np.broadcast_to(np.eye(rank), whitened.shape), atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 8, 33])
+def test_lower_inverse(size, x64):
+    matrix = np.tril(np.random.default_rng(size).normal(size=(3, size, size)), -1) + 2 * np.eye(size)
+    inverse = triangular.lower_inverse(jnp.asarray(matrix))
+    np.testing.assert_allclose(inverse @ matrix, np.broadcast_to(np.eye(size), matrix.shape), atol=1e-10)
+    np.testing.assert_allclose(inverse, np.linalg.inv(matrix), rtol=1e-9, atol=1e-9)
+    assert np.all(np.triu(inverse, 1) == 0)
+    if size > 1:
+        spoiled = triangular.lower_inverse(jnp.asarray(matrix).at[0, 1, 0].set(jnp.nan))
+        assert np.isnan(spoiled[0]).any()
+        assert np.isfinite(spoiled[1:]).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

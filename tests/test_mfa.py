@@ -22,6 +22,7 @@ def make(means="shared", dim=5, ranks=(2, 0, 1), num_core=3, core_mask=None, see
     family = MFA(
         scale=jnp.asarray(np.exp(rng.normal(size=dim))),
         core_mask=jnp.ones(num_core) if core_mask is None else jnp.asarray(core_mask, float),
+        trust=jnp.ones(()),
         ranks=tuple(ranks),
         means=means,
         noise_size=num_core + 1,
@@ -360,25 +361,62 @@ def test_pullback_is_unbiased_on_a_quadratic(antithetic):
         assert np.max(np.abs(want.ravel()) / np.maximum(error, 1e-12)) > 20, f"{name}: the test has no power"
 
 
-@pytest.mark.parametrize("means", ["shared", "component"])
-def test_natural_direction_ascends(means):
-    family, params = make(means, ranks=(2, 2, 2))
+def natural_updates(means, **options):
+    family, params = make(means, ranks=(2, 1, 2), **options)
     draws = family.sample(params, jax.random.key(2), 4, antithetic=True)
     value, grad = jax.vmap(jax.value_and_grad(target))(draws.displacement)
     arguments = (params, draws, value, grad, jnp.zeros(()))
     euclidean = family.pullback(*arguments, antithetic=True)
-    updates = family.ascent(*arguments, antithetic=True)
-    moved = jax.tree_util.tree_map(jnp.subtract, family.apply_updates(params, updates), params)
+    return family, params, euclidean, family.ascent(*arguments, antithetic=True)
+
+
+@pytest.mark.parametrize("means", ["shared", "component"])
+def test_ascent_is_a_metric_times_the_gradient(means):
+    family, params, euclidean, updates = natural_updates(means)
+
+    def moved(step):
+        scaled = jax.tree_util.tree_map(
+            lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else step * leaf, updates
+        )
+        return family.apply_updates(params, scaled)
+
+    assert_tree_close(moved(0.0), params, 1e-15)
+    _, direction = jax.jvp(moved, (0.0,), (1.0,))
     core, scale = params.core, jnp.exp(params.log_scale)
     precision = jnp.eye(5) + core.T @ core
-    expected = euclidean._replace(
+    log_scale = euclidean.log_scale + jnp.sum(core * euclidean.core, axis=0)
+    expected = MFAParams(
+        logits=euclidean.logits,
         # updates of offsets are in units of D^{1/2}: D^{1/2} P^{-1} D^{1/2} h
         offsets=(euclidean.offsets * scale) @ jnp.linalg.inv(precision) * scale,
-        core=euclidean.core @ precision,
+        log_scale=log_scale,
+        core=euclidean.core @ precision + core * log_scale,
         # averaged over the draws of each label, two of the four here
         factors=2 * euclidean.factors @ jnp.linalg.inv(precision),
     )
-    assert_tree_close(moved, expected, 1e-10)
+    assert_tree_close(direction, expected, 1e-10)
+    slope = sum(jnp.vdot(g, d) for g, d in zip(euclidean, direction, strict=True))
+    assert slope > 0
+
+
+def test_a_change_of_scale_leaves_the_steep_directions():
+    family, params, _, updates = natural_updates("shared")
+    still = updates._replace(core=jnp.zeros_like(params.core))
+    after = family.apply_updates(params, still)
+    assert np.min(np.abs(after.log_scale - params.log_scale)) > 1e-3
+    steep, before = (p.core * jnp.exp(-p.log_scale) for p in (after, params))
+    np.testing.assert_allclose(steep, before, rtol=1e-12)
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_the_cache_follows_the_parameters(means):
+    family, params, _, updates = natural_updates(means)
+    after = family.apply_updates(params, updates)
+    cache = family.refresh_cache(family.make_cache(params), after, updates)
+    assert_tree_close(cache, family.make_cache(after), 1e-12)
+    noise = family.draw_noise(jax.random.key(0), 2)
+    plain, cached = (family.transform(after, noise, mirror=True, cache=c) for c in (None, cache))
+    assert_tree_close(cached, plain, 1e-11)
 
 
 # The gradient of the weights.

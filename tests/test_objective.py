@@ -276,7 +276,7 @@ def test_bad_data_is_refused(data, n_data, message):
 
 def test_good_data_is_kept():
     data, count = check_data(
-        {"x": np.ones((3, 2), np.float32), "y": np.arange(3), "m": [True, False, True]}, 3
+        {"x": np.ones((3, 2), np.float32), "y": np.arange(3), "m": np.array([True, False, True])}, 3
     )
     assert count == 3
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree_util.tree_leaves(data))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._typing import Array, Float, Key
+from fastvi._typing import Array, Float, Key, Scalar
 from fastvi.families.base import AbstractFamily, Blocks, Draws, SecondMoment, UpdateRules, num_groups
 from fastvi.kernels import mixture_grad, woodbury
 from fastvi.kernels.noise import normal
@@ -16,7 +16,7 @@ from fastvi.kernels.woodbury import Draw, Mixture, Noise
 LOG_SCALE_BOUND = 20.0  # |log D^{1/2}| in whitened coordinates: exp(2 * 20) stays finite in float32
 FACTOR_INIT = 0.1  # norm of a factor's rows at the start, in standard deviations
 # A factor's row has dim entries, so equal steps per entry would turn it by sqrt(dim) steps.
-FACTOR_RATE = 2.0
+CORE_RATE, FACTOR_RATE = 5.0, 2.0
 
 
 class MFAParams(NamedTuple):
@@ -50,6 +50,8 @@ class MFA(AbstractFamily):
     Attributes:
         scale: S^{-1}, the model-space length of one whitened unit.
         core_mask: 1 for rows of the core in use, 0 for padding.
+        trust: Factor on the learning rates of all but the logits: small where the start is trusted, whose precision
+            is known from all data at once and which minibatch noise can only make worse.
         ranks: Columns in use for each component.
         means: "shared", "center" or "component".
         noise_size: Normals drawn for the core, at least its rows: draws do not depend on the padding.
@@ -60,6 +62,7 @@ class MFA(AbstractFamily):
 
     scale: Float[Array, " dim"]
     core_mask: Float[Array, " core"]
+    trust: Scalar
     ranks: tuple[int, ...] = eqx.field(static=True)
     means: str = eqx.field(static=True)
     noise_size: int = eqx.field(static=True)
@@ -266,10 +269,11 @@ class MFA(AbstractFamily):
 
         A factor moves only when its component is drawn, in one of M steps, and takes sqrt(M) times as long a step.
         """
-        row = min(1.0, FACTOR_RATE / float(np.sqrt(self.scale.size)))
-        lazy = row * float(np.sqrt(self.num_components))
+        root = float(np.sqrt(self.scale.size))
+        core = min(1.0, CORE_RATE / root) * self.trust
+        lazy = min(1.0, FACTOR_RATE / root) * float(np.sqrt(self.num_components)) * self.trust
         return UpdateRules(
-            rates=MFAParams(logits=1.0, offsets=1.0, log_scale=1.0, core=row, factors=lazy),
+            rates=MFAParams(logits=1.0, offsets=self.trust, log_scale=self.trust, core=core, factors=lazy),
             shared_rows=MFAParams(logits=False, offsets=True, log_scale=False, core=True, factors=True),
             blocked=MFAParams(logits=False, offsets=False, log_scale=False, core=False, factors=True),
         )

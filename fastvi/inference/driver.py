@@ -18,7 +18,7 @@ from fastvi.inference.calibrate import CALIBRATION_DRAWS
 from fastvi.inference.loop import Problem, State
 from fastvi.inference.optimizer import Horizon
 from fastvi.inference.programs import Outcome, Programs, build_family
-from fastvi.inference.schedule import DECAY_FRACTION, MIN_WINDOW, decay_length, elbo_trend
+from fastvi.inference.schedule import DECAY_FRACTION, FLAT_LOOKS, MIN_WINDOW, decay_length, elbo_trend, is_balanced
 
 CHUNK = 100  # steps between looks at the traces
 MAX_ADAPTIVE_WARMUP = 100  # steps; a run that stops by itself is not planned to last
@@ -81,7 +81,7 @@ def run_fit(
     limit = rank_limit(config, problem.posterior.center.size, problem.posterior.center.dtype.itemsize)
     rank = limit if traced else min(limit, -(-int(start.rank) // BLOCK) * BLOCK)
     family = build_family(config, start, rank)
-    state, rounds = clock.time(
+    family, state, rounds = clock.time(
         "adaptation", lambda: programs.launch(family, problem, start.core[:rank], key, chain_keys)
     )
     chunk = CHUNK if early_stop or report is not _silent else config.steps
@@ -107,7 +107,7 @@ def _run_chunks(
     report: Callable[[Progress], None],
 ) -> tuple[State, dict[str, Array], bool | None]:
     """Run the steps; with `early_stop`, at the peak rate until the ELBO is flat, then through the decay."""
-    parts, done, converged = [], 0, None
+    parts, done, looks, converged = [], 0, 0, None
     warmup = config.lr_warmup_frac * config.steps
     decay_start, end = warmup, config.steps
     if early_stop:
@@ -130,9 +130,12 @@ def _run_chunks(
         report(Progress("fit", done, end, float(np.mean(elbo[:, -length:]))))
         if not np.all(np.isfinite(elbo[:, -1])):
             break
-        if early_stop and not converged and done >= MIN_WINDOW and done < decay_start and elbo_trend(elbo).is_flat:
-            converged = True
-            decay_start, end = done, min(config.steps, done + -(-decay_length(done) // chunk) * chunk)
+        if early_stop and not converged and MIN_WINDOW <= done < decay_start:
+            settled = elbo_trend(elbo).is_flat and is_balanced(np.asarray(part["virial"]))
+            looks = looks + 1 if settled else 0
+            if looks == FLAT_LOOKS:
+                converged = True
+                decay_start, end = done, min(config.steps, done + -(-decay_length(done) // chunk) * chunk)
     traces = {name: jnp.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
     return state, traces, converged
 

@@ -158,7 +158,7 @@ def _scaled(updates, factors, rate):
     """Multiply each update by the learning rate and its factor."""
 
     def scale(factor, update):
-        step = rate * factor
+        step = jnp.asarray(rate * factor)
         if isinstance(update, Blocks):
             return update._replace(values=update.values * step.astype(update.values.dtype))
         return update * step.astype(update.dtype)

@@ -1,5 +1,6 @@
 """The compiled stages of a fit: prepare, launch, steps, finish. One set for each objective and configuration."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from fastvi.inference.loop import Problem, State, init_state, run_steps
 from fastvi.inference.optimizer import Horizon
 from fastvi.objective import FlatObjective, full_data_loss
 
+TRUSTED_RATE = 0.25  # factor on learning rates where the start passed the virial check at once
 CACHED_PROGRAMS = 32  # sets of compiled stages kept; each holds its objective alive
 
 
@@ -35,13 +37,13 @@ class Programs(NamedTuple):
 
     Attributes:
         prepare: `(problem, key, whitener_scale) -> Start`.
-        launch: `(family, problem, core, key, chain_keys) -> (State, rounds of calibration)`.
+        launch: `(family, problem, core, key, chain_keys) -> (family, State, rounds of calibration)`.
         steps: `(family, problem, state, chain_keys, first_step, horizon, length) -> (State, traces)`.
         finish: `(family, problem, params, chain_keys) -> Outcome`.
     """
 
     prepare: Callable[..., Start]
-    launch: Callable[..., tuple[State, Int[Array, ""]]]
+    launch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
     steps: Callable[..., tuple[State, dict[str, Float[Array, "chains steps"]]]]
     finish: Callable[..., Outcome]
 
@@ -82,12 +84,16 @@ def _build(objective: Any, config: VIConfig, num_draws: int, loss_full_flat: Cal
 
     @jax.jit
     def launch(family: AbstractFamily, problem: Problem, core, key: Key, keys: Key):
+        """Initialise the chains; a start that passes the virial check at once is changed more slowly."""
         flat = jnp.zeros_like(problem.posterior.center)
         params = jax.vmap(lambda k: family.init(jax.random.fold_in(k, _START_STREAM), core, flat))(keys)
         first = jax.tree_util.tree_map(lambda leaf: leaf[0], params)
         shift, rounds = calibrate_scale(family, first, objective, problem, key)
         params = params._replace(log_scale=params.log_scale + shift)
-        return jax.vmap(lambda one: init_state(family, one, config))(params), rounds
+        trusted = (rounds == 1) & (jnp.sum(family.core_mask) > 0)
+        trust = jnp.where(trusted, TRUSTED_RATE, 1.0).astype(family.trust.dtype)
+        family = dataclasses.replace(family, trust=trust)
+        return family, jax.vmap(lambda one: init_state(family, one, config))(params), rounds
 
     @functools.partial(jax.jit, static_argnames=("length",), donate_argnames=("state",))
     def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
@@ -135,6 +141,7 @@ def build_family(config: VIConfig, start: Start, core_rows: int) -> AbstractFami
     """Instantiate the configured family with `core_rows` rows of core (a padding of the rows in use)."""
     return FAMILIES[config.family](
         scale=start.scale,
+        trust=jnp.ones((), start.scale.dtype),
         core_mask=(jnp.arange(core_rows) < start.rank).astype(start.scale.dtype),
         ranks=tuple(min(rank, start.scale.size) for rank in config.ranks),
         means=config.means,

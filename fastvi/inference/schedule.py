@@ -7,10 +7,12 @@ import numpy as np
 WINDOW_FRACTION = 0.5  # share of the steps so far that the trend is read from
 MIN_WINDOW = 100
 NUM_BLOCKS = 10
-NOISE_SIGMAS = 2.0
+NOISE_SIGMAS = 1.0  # with looks in a row below: a drift as large as its noise is not missed twice
+FLAT_LOOKS = 2
+VIRIAL_TOLERANCE = 0.05
 NEGLIGIBLE_NATS = 0.5  # a gain over the window below this moves llc by less than its Monte Carlo error
 DECAY_FRACTION = 0.25  # steps of the final decay, relative to those before it
-MIN_DECAY = 300
+MIN_DECAY = 200
 
 
 class Trend(NamedTuple):
@@ -42,6 +44,16 @@ def elbo_trend(elbo: np.ndarray) -> Trend:
     residual = blocks - blocks.mean() - slope * time
     error = float(np.sqrt(residual @ residual / (NUM_BLOCKS - 2) / (time @ time)))
     return Trend(slope, error, window)
+
+
+def is_balanced(virial: np.ndarray) -> bool:
+    """Say whether the virial (chains, steps) of the latest steps is 1 within tolerance or noise.
+
+    A q that is too wide or too narrow still has somewhere to go, however noisy the ELBO.
+    """
+    means = virial.reshape(virial.shape[0], -1, virial.shape[1] // NUM_BLOCKS or 1).mean(axis=(0, 2))
+    error = float(np.std(means, ddof=1) / np.sqrt(means.size)) if means.size > 1 else np.inf
+    return abs(float(means.mean()) - 1) <= max(VIRIAL_TOLERANCE, 2 * error)
 
 
 def decay_length(steps_before: int) -> int:

@@ -1,0 +1,283 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastvi.estimators.control_variate import hessian_columns, regress
+from fastvi.estimators.llc import evaluate, make_excess_fn
+from fastvi.families.mfa import MFA, MFAParams
+from fastvi.inference.loop import Problem
+from fastvi.objective import make_flat_objective
+from fastvi.posterior import LocalPosterior
+
+pytestmark = pytest.mark.usefixtures("x64")
+DIM, NBETA, GAMMA = 4, 40.0, 3.0
+
+
+def z_score(samples, expected):
+    samples = np.asarray(samples)
+    return (samples.mean() - expected) / (samples.std(ddof=1) / np.sqrt(samples.size))
+
+
+# The regression.
+
+
+def synthetic(seed, units=24, slope=(2.0, -3.0), noise=0.1):
+    """Values of mean 5 with two columns of mean zero, one of them skewed."""
+    rng = np.random.default_rng(seed)
+    columns = np.stack([rng.normal(size=units), 1e-3 * (rng.exponential(size=units) - 1)], -1)
+    values = (
+        5
+        + columns @ [slope[0], slope[1] * 1e3]
+        + noise * rng.normal(size=units)
+        + 0.2 * columns[:, 0] ** 2
+        - 0.2
+    )
+    return jnp.asarray(values), jnp.asarray(columns)
+
+
+def test_regression_is_unbiased_and_cuts_the_variance():
+    values, columns = map(jnp.stack, zip(*(synthetic(seed) for seed in range(2000)), strict=True))
+    fit = jax.jit(jax.vmap(regress))(values, columns)
+    assert abs(z_score(fit.mean, 5.0)) < 3.5
+    plain, corrected = np.var(values.mean(1)), np.var(fit.mean)
+    assert plain / corrected > 20
+    # the stated error is the error: residual variance over the number of units
+    assert 0.85 < np.mean(fit.residual_variance) / 24 / corrected < 1.25
+    np.testing.assert_allclose(np.mean(fit.coefficients, axis=0), [2.0, -3e3], rtol=0.02)
+
+
+def test_regression_leaves_nothing_of_an_exact_fit():
+    values, columns = synthetic(0)
+    fit = regress(7 + columns @ jnp.asarray([1.0, 500.0]), columns)
+    np.testing.assert_allclose(fit.mean, 7, rtol=1e-10)
+    np.testing.assert_allclose(fit.coefficients, [1.0, 500.0], rtol=1e-8)
+    assert fit.residual_variance < 1e-18
+
+
+def test_regression_uses_the_other_half_s_coefficients():
+    values, columns = synthetic(1)
+    fit = regress(values, columns)
+
+    def coefficients(part):
+        design = np.column_stack([np.ones(12), columns[part]])
+        return np.linalg.lstsq(design, values[part], rcond=None)[0][1:]
+
+    halves = slice(0, 12), slice(12, 24)
+    residual = [values[a] - columns[a] @ coefficients(b) for a, b in (halves, halves[::-1])]
+    np.testing.assert_allclose(fit.mean, np.mean(residual), rtol=1e-10)
+    np.testing.assert_allclose(fit.residual_variance, np.var(np.concatenate(residual), ddof=1), rtol=1e-9)
+
+
+def test_regression_copes_with_useless_columns():
+    values, columns = synthetic(2)
+    collinear = jnp.concatenate([columns, 3 * columns[:, :1], jnp.zeros((24, 1))], axis=1)
+    np.testing.assert_allclose(regress(values, collinear).mean, regress(values, columns).mean, rtol=1e-9)
+    none = regress(values, columns[:, :0])
+    np.testing.assert_allclose(none.mean, values.mean(), rtol=1e-12)
+    np.testing.assert_allclose(none.residual_variance, np.var(values, ddof=1), rtol=1e-12)
+    few = regress(values[:8], columns[:8])
+    np.testing.assert_allclose(few.mean, values[:8].mean(), rtol=1e-12)
+    np.testing.assert_array_equal(few.coefficients, 0)
+
+
+# The estimate on a target whose answer is known.
+
+
+@functools.cache
+def family(means):
+    rng = np.random.default_rng(1)
+    q = MFA(
+        scale=jnp.asarray([0.1, 0.2, 0.3, 0.15]),
+        core_mask=jnp.ones(2),
+        trust=jnp.ones(()),
+        ranks=(2, 1),
+        means=means,
+        noise_size=2,
+    )
+    params = MFAParams(
+        logits=jnp.asarray([0.4, -0.3]),
+        offsets=jnp.asarray(0.5 * rng.normal(size=(q.num_offsets, DIM))),
+        log_scale=jnp.asarray(0.3 * rng.normal(size=DIM)),
+        core=jnp.asarray(rng.normal(size=(2, DIM))),
+        factors=jnp.asarray(0.5 * rng.normal(size=(2, 2, DIM))),
+    )
+    return q, params
+
+
+def second_moment(q, params):
+    """E_q[v v^T] by dense algebra."""
+    inner = np.linalg.inv(np.eye(DIM) + params.core.T @ params.core)
+    deviation = np.asarray(q.scale * jnp.exp(params.log_scale))
+    weights = np.exp(params.logits) / np.exp(params.logits).sum()
+    total = np.zeros((DIM, DIM))
+    for m, rank in enumerate(q.ranks):
+        factor = np.asarray(params.factors[m, :rank])
+        mean = np.asarray(q.scale * params.offsets[m if q.means == "component" else 0])
+        total += weights[m] * (
+            deviation[:, None] * (inner + factor.T @ factor) * deviation + np.outer(mean, mean)
+        )
+    return total
+
+
+def dense_hessian(seed=3):
+    root = np.random.default_rng(seed).normal(size=(DIM, DIM))
+    return jnp.asarray(root @ root.T + np.diag([0.0, 1.0, 2.0, 3.0]))
+
+
+def problem_for(loss):
+    center = jnp.asarray([1.0, -2.0, 0.5, 3.0])
+    posterior = LocalPosterior(center, jnp.asarray(NBETA), jnp.asarray(GAMMA))
+    problem = Problem(posterior, jnp.zeros((3, 1)), num_data=3, batch_size=3)
+    return make_flat_objective(lambda w, batch: loss(w - center) + 0 * jnp.mean(batch)), problem
+
+
+def evaluations(q, params, loss, control_variate, num_keys=200, num_draws=64):
+    objective, problem = problem_for(loss)
+    excess_fn = make_excess_fn(objective, problem)
+    reference = objective.loss(problem.posterior.center, problem.data)
+
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        return evaluate(
+            q,
+            params,
+            objective,
+            problem,
+            excess_fn,
+            reference,
+            key,
+            num_draws=num_draws,
+            control_variate=control_variate,
+            trace_probes=4,
+        )
+
+    return run(jax.random.split(jax.random.key(0), num_keys))
+
+
+@pytest.mark.parametrize("means", ["shared", "component"])
+@pytest.mark.parametrize("control_variate", ["auto", "hvp", "none"])
+def test_llc_is_unbiased_where_q_is_wrong(control_variate, means):
+    q, params = family(means)
+    hessian, slope = dense_hessian(), jnp.asarray([0.3, -0.2, 0.1, 0.4])
+    # at an offset of 5 nats, and with a slope at w*: differences are paired, odd terms have mean b . E[v]
+    result = evaluations(q, params, lambda v: 5.0 + 0.5 * v @ hessian @ v + slope @ v, control_variate)
+    weights = jax.nn.softmax(params.logits)
+    mean = q.scale * (weights @ params.offsets if means == "component" else params.offsets[0])
+    exact = NBETA * (0.5 * np.trace(hessian @ second_moment(q, params)) + slope @ mean)
+    assert abs(z_score(result.llc_mc, exact)) < 3
+    assert abs(z_score(result.llc, exact)) < 3
+    # the error that is stated is the error
+    assert 0.75 < np.mean(result.llc_sem**2) / np.var(result.llc) < 1.35
+    reduction = np.var(result.llc_mc) / np.var(result.llc)
+    if control_variate == "none":
+        np.testing.assert_allclose(result.llc, result.llc_mc, rtol=1e-12)
+        np.testing.assert_allclose(result.variance_reduction, 1.0, rtol=1e-9)
+    else:
+        assert reduction > 1.5
+        assert 0.5 < np.median(result.variance_reduction) / reduction < 2
+
+
+def test_elbo_is_log_density_minus_log_q():
+    q, params = family("shared")
+    hessian = dense_hessian()
+    result = evaluations(q, params, lambda v: 0.7 + 0.5 * v @ hessian @ v, "none", num_keys=3)
+    draws = [
+        q.sample(params, jax.random.split(key)[0], 64, antithetic=True)
+        for key in jax.random.split(jax.random.key(0), 3)
+    ]
+    for index, draw in enumerate(draws):
+        v = np.asarray(draw.displacement)
+        excess = 0.5 * np.einsum("ni,ij,nj->n", v, hessian, v)
+        weight = -NBETA * (0.7 + excess) - 0.5 * GAMMA * np.sum(v**2, -1) - draw.log_prob
+        np.testing.assert_allclose(result.excess[index], excess, atol=1e-12)
+        np.testing.assert_allclose(result.log_weight[index], weight, rtol=1e-10)
+        np.testing.assert_allclose(result.elbo[index], weight.mean(), rtol=1e-10)
+        np.testing.assert_allclose(result.log_weight_sd[index], weight.std(ddof=1), rtol=1e-8)
+
+
+def laplace(hessian):
+    """The family's exact posterior of a quadratic: no factors, all directions but one in the core."""
+    values, vectors = np.linalg.eigh(NBETA * np.asarray(hessian) + GAMMA * np.eye(DIM))
+    core = (np.sqrt(values[1:] / values[0] - 1) * vectors[:, 1:]).T
+    q = MFA(
+        scale=jnp.full(DIM, values[0] ** -0.5),
+        core_mask=jnp.ones(DIM - 1),
+        trust=jnp.ones(()),
+        ranks=(0,),
+        means="shared",
+        noise_size=DIM - 1,
+    )
+    params = MFAParams(
+        jnp.zeros(1), jnp.zeros((1, DIM)), jnp.zeros(DIM), jnp.asarray(core), jnp.zeros((1, 0, DIM))
+    )
+    return q, params
+
+
+@pytest.mark.parametrize("control_variate", ["auto", "hvp"])
+def test_variance_falls_near_a_quadratic(control_variate):
+    hessian = dense_hessian()
+    q, params = laplace(hessian)
+    result = evaluations(q, params, lambda v: 0.5 * v @ hessian @ v, control_variate)
+    covariance = np.linalg.inv(NBETA * hessian + GAMMA * np.eye(DIM))
+    # lambda = 1/2 sum n beta h / (n beta h + gamma), and elbo = log Z at the exact posterior
+    exact = 0.5 * NBETA * np.trace(hessian @ covariance)
+    assert abs(z_score(result.llc, exact)) < 3
+    log_z = 0.5 * DIM * np.log(2 * np.pi) + 0.5 * np.linalg.slogdet(covariance)[1]
+    np.testing.assert_allclose(result.log_weight, log_z, rtol=1e-9)
+    if control_variate == "auto":  # q's own curvature spans the Hessian: nothing is left
+        np.testing.assert_allclose(result.llc, exact, rtol=1e-8)
+    # with a quartic part the columns no longer fit all of it
+    bent = evaluations(q, params, lambda v: 0.5 * v @ hessian @ v + 5 * jnp.sum(v**4), control_variate)
+    quartic = 5 * 3 * np.sum(np.diag(covariance) ** 2)
+    assert abs(z_score(bent.llc, exact + NBETA * quartic)) < 3
+    if control_variate == "auto":
+        assert np.median(bent.variance_reduction) > 10
+        assert np.var(bent.llc_mc) / np.var(bent.llc) > 10
+
+
+@pytest.mark.parametrize("means", ["shared", "component"])
+def test_trace_term_covers_the_whole_second_moment(means):
+    """On a diagonal Hessian the probes are exact: no part of tr(H E[v v^T]) may be missing."""
+    q, params = family(means)
+    diagonal = jnp.asarray([1.0, 0.5, 3.0, -0.7])
+    objective, problem = problem_for(lambda v: 0.5 * jnp.sum(diagonal * v**2))
+    draws = q.sample(params, jax.random.key(0), 6, antithetic=True)
+    columns, expected, variance = hessian_columns(q, params, objective, problem, draws, jax.random.key(1), 3)
+    exact = 0.5 * NBETA * np.sum(diagonal * np.diag(second_moment(q, params)))
+    np.testing.assert_allclose(expected, [exact], rtol=1e-10)
+    np.testing.assert_allclose(variance, [0.0], atol=1e-20)
+    values = 0.5 * NBETA * np.sum(diagonal * draws.displacement**2, -1)
+    np.testing.assert_allclose(columns[:, 0], values, rtol=1e-10)
+    result = evaluations(q, params, lambda v: 0.5 * jnp.sum(diagonal * v**2), "hvp", num_keys=4)
+    np.testing.assert_allclose(result.trace_term, exact, rtol=1e-8)
+    np.testing.assert_allclose(result.llc, exact, rtol=1e-8)
+
+
+def test_probes_are_unbiased_and_know_their_error():
+    q, params = family("shared")
+    hessian = dense_hessian()
+    objective, problem = problem_for(lambda v: 0.5 * v @ hessian @ v)
+    draws = q.sample(params, jax.random.key(0), 2, antithetic=True)
+
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        return hessian_columns(q, params, objective, problem, draws, key, 8)[1:]
+
+    expected, variance = run(jax.random.split(jax.random.key(2), 500))
+    exact = 0.5 * NBETA * np.trace(hessian @ second_moment(q, params))
+    assert abs(z_score(expected[:, 0], exact)) < 3
+    assert 0.8 < np.mean(variance) / np.var(expected) < 1.25
+
+
+def test_a_given_full_loss_is_paired():
+    objective, problem = problem_for(lambda v: 0.5 * v @ v)
+    w = problem.posterior.center + jnp.asarray([1.0, 0.0, 2.0, 0.0])
+    np.testing.assert_allclose(make_excess_fn(objective, problem)(w), 2.5, rtol=1e-12)
+    given = make_excess_fn(objective, problem, lambda w: 10 * jnp.sum(w**2))
+    center = problem.posterior.center
+    np.testing.assert_allclose(given(w), 10 * (w @ w - center @ center), rtol=1e-12)

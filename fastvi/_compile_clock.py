@@ -18,10 +18,11 @@ class CompileClock:
         self.seconds = 0.0
         self.programs = 0
 
-    def listen(self, event: str, duration: float, **_: Any) -> None:
+    def listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         """Add one event."""
+        del kwargs
         if event in COMPILE_EVENTS:
-            self.seconds += duration
+            self.seconds += duration_secs
             self.programs += event == COMPILE_EVENTS[-1]
 
 

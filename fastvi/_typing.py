@@ -7,10 +7,12 @@ Axis vocabulary of the jaxtyping annotations: `dim` parameters of the model, `co
 
 from typing import Any, TypeAlias
 
+import jaxtyping
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 Batch: TypeAlias = PyTree[Array]
 Scalar: TypeAlias = Float[Array, ""]
 Key: TypeAlias = PRNGKeyArray
+Keys: TypeAlias = jaxtyping.Key[Array, " chains"]
 
-__all__ = ["Any", "Array", "Batch", "Bool", "Float", "Int", "Key", "PyTree", "Scalar"]
+__all__ = ["Any", "Array", "Batch", "Bool", "Float", "Int", "Key", "Keys", "PyTree", "Scalar"]

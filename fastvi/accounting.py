@@ -34,7 +34,7 @@ class Work:
 
 def count_work(fit: Fit, problem: Problem, config: VIConfig, num_draws: int, num_chains: int) -> Work:
     """Count the work of a finished fit over all chains."""
-    steps, dim = fit.traces["elbo"].shape[1], problem.posterior.center.size
+    steps = fit.traces["elbo"].shape[1]
     share = problem.batch_size / problem.num_data
     subset = min(1.0, CURVATURE_EXAMPLES / problem.num_data)
     moment = MOMENT_GRADIENTS if config.whitening in ("rmsprop", "adam") else 0
@@ -43,7 +43,7 @@ def count_work(fit: Fit, problem: Problem, config: VIConfig, num_draws: int, num
     draws = config.eval_samples - config.eval_samples % 2
     evaluation_hvp = 0
     if config.control_variate == "hvp":
-        rows = fit.family.num_moment_terms(dim)
+        rows = fit.family.num_moment_terms
         evaluation_hvp = num_chains * (draws + rows + config.trace_probes)
     return Work(
         n_full_loss=num_chains * draws,

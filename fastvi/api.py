@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -230,7 +231,12 @@ def fit(
     data, num_data = check_data(data, _check_count("n_data", n_data))
     nbeta = _positive_scalar("beta", beta) * num_data
     problem = _problem(center, data, num_data, nbeta, gamma, config, "beta")
-    check_loss(objective, center, jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data), "objective")
+    check_loss(
+        objective,
+        center,
+        jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data),
+        "objective",
+    )
     num_draws = _draws_per_step(config, 1)
     key = as_key(rng_key)
     finished = run_fit(
@@ -248,7 +254,10 @@ def fit(
     traces = {name: trace[0] for name, trace in finished.traces.items()}
     traces["cumulative_fge"] = work.fge_per_step * jnp.arange(1, config.steps + 1, dtype=dtype)
     to_loss = 1 / problem.posterior.nbeta
-    mean_loss, plain_loss = reference_loss + evaluation.llc * to_loss, reference_loss + evaluation.llc_mc * to_loss
+    mean_loss, plain_loss = (
+        reference_loss + evaluation.llc * to_loss,
+        reference_loss + evaluation.llc_mc * to_loss,
+    )
     return {
         "lambda_hat": evaluation.llc,
         "traces": traces,
@@ -348,9 +357,7 @@ def run_vi(
     llc, traces, extras, work = jax.block_until_ready(jax.jit(jax.vmap(one_chain))(keys))
     shape = traces["elbo"].shape
     control = {name: value for name, value in extras["cv_info"].items() if name != "trace_term"}
-    repeated = {
-        name: jnp.broadcast_to(value[:, None], shape) for name, value in {"llc": llc, **control}.items()
-    }
+    repeated = {name: jnp.broadcast_to(value[:, None], shape) for name, value in {"llc": llc, **control}.items()}
     settings = VIConfig.create(config)
     return SamplerRunResult(
         traces={
@@ -361,9 +368,22 @@ def run_vi(
             "energy": traces["elbo"],
             "is_divergent": ~jnp.isfinite(traces["elbo"]),
         },
-        timings={"adaptation": 0.0, "sampling": time.perf_counter() - began, "total": time.perf_counter() - began},
+        timings={
+            "adaptation": 0.0,
+            "sampling": time.perf_counter() - began,
+            "total": time.perf_counter() - began,
+        },
         work={
-            **{k: (str(v) if isinstance(v, str) else float(np.mean(v)) if k.startswith(("fge", "total")) else int(np.mean(v))) for k, v in work.items()},
+            **{
+                k: (
+                    str(v)
+                    if isinstance(v, str)
+                    else float(np.mean(v))
+                    if k.startswith(("fge", "total"))
+                    else int(np.mean(v))
+                )
+                for k, v in work.items()
+            },
             "lambda_hat_mean": float(jnp.mean(llc)),
             "lambda_hat_std": float(jnp.std(llc)),
             "Eq_Ln_mean": float(jnp.mean(extras["Eq_Ln"])),
@@ -376,13 +396,15 @@ def run_vi(
     )
 
 
-def as_key(key: Any) -> Key:
+def as_key(key: Any) -> Any:
     """Accept an int seed, a legacy uint32 key or a typed key.
 
     Raises:
         ConfigError: If it is none of these.
     """
-    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+    if isinstance(key, (int, np.integer)):
+        if isinstance(key, bool):
+            raise ConfigError(f"key must be an int or a jax random key; got {_describe(key)}.")
         return jax.random.key(int(key))
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ():
@@ -401,12 +423,16 @@ def _describe(value: Any) -> str:
 def _check_settings(config: VIConfig, localization: Any) -> Any:
     """Refuse what this release or this process cannot do; return the dtype of the fit."""
     config.check_available()
-    if config.gamma is not None and not isinstance(localization, jax.core.Tracer) and config.gamma != float(localization):
+    if (
+        config.gamma is not None
+        and not isinstance(localization, jax.core.Tracer)
+        and config.gamma != float(localization)
+    ):
         raise ConfigError(
             f"gamma is given twice and differs: {config.gamma} in the config, {float(localization)} as argument. "
             "Drop it from the config."
         )
-    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+    if config.dtype == "float64" and jnp.result_type(np.float64) != np.float64:
         raise ConfigError('dtype "float64" needs jax.config.update("jax_enable_x64", True) before any array is made.')
     return jnp.dtype(config.dtype)
 
@@ -474,6 +500,3 @@ def _whitener_scale(whitener: Any, center: Float[Array, " dim"]) -> Float[Array,
     if np.shape(root) == ():
         return None
     return normalized_scale(jnp.asarray(root, center.dtype) ** 2)
-
-
-

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -58,9 +59,7 @@ class CallableObjective:
         return self.loss_fn(w, batch), self.grad_fn(w, batch)
 
 
-def make_flat_objective(
-    loss_minibatch_flat: LossFn, grad_loss_minibatch: LossFn | None = None
-) -> CallableObjective:
+def make_flat_objective(loss_minibatch_flat: LossFn, grad_loss_minibatch: LossFn | None = None) -> CallableObjective:
     """Build a `FlatObjective` from a flat loss and, optionally, its own gradient.
 
     Args:
@@ -73,7 +72,10 @@ def make_flat_objective(
     Raises:
         DataError: If an argument cannot be called.
     """
-    for name, value in (("loss_minibatch_flat", loss_minibatch_flat), ("grad_loss_minibatch", grad_loss_minibatch)):
+    for name, value in (
+        ("loss_minibatch_flat", loss_minibatch_flat),
+        ("grad_loss_minibatch", grad_loss_minibatch),
+    ):
         if not callable(value) and not (value is None and name == "grad_loss_minibatch"):
             raise DataError(f"{name} must be a function (w, batch) -> array; got {type(value).__name__}.")
     return CallableObjective(loss_minibatch_flat, grad_loss_minibatch)
@@ -89,7 +91,7 @@ class TreeStructure:
     static_leaves: tuple[Hashable, ...]
 
     @property
-    def dim(self) -> int:
+    def num_parameters(self) -> int:
         """Count the parameters."""
         return sum(math.prod(shape) for shape in self.shapes if shape is not None)
 
@@ -127,9 +129,7 @@ class TreeObjective:
         return jax.value_and_grad(self.loss)(w, batch)
 
 
-def ravel_loss(
-    loss_fn: LossFn, params: PyTree, dtype: Any = jnp.float32
-) -> tuple[TreeObjective, Float[Array, " dim"]]:
+def ravel_loss(loss_fn: LossFn, params: PyTree, dtype: Any = jnp.float32) -> tuple[TreeObjective, Float[Array, " dim"]]:
     """Flatten a loss on a parameter pytree.
 
     Floating-point array leaves become coordinates of `w`. Callables, strings and Python scalars (activation
@@ -226,10 +226,10 @@ def _numeric_leaf(leaf: Any, name: str) -> Array:
     if isinstance(leaf, jax.core.Tracer):
         return leaf
     array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-    if array.dtype == object or not (
-        jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.bool_)
-    ):
-        raise DataError(f"{name} has dtype {array.dtype}; data must be numeric arrays. Encode strings and objects first.")
+    if array.dtype == object or not (jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.bool_)):
+        raise DataError(
+            f"{name} has dtype {array.dtype}; data must be numeric arrays. Encode strings and objects first."
+        )
     if array.ndim == 0:
         raise DataError(f"{name} is a scalar; every data array needs a leading axis of examples.")
     if jnp.issubdtype(array.dtype, jnp.inexact) and not bool(np.all(np.isfinite(np.asarray(array)))):

@@ -29,6 +29,6 @@ class LocalPosterior(eqx.Module):
         """Differentiate `log_density` given the gradient of the mean loss there."""
         return -self.nbeta * loss_grad - self.gamma * displacement
 
-    def learning_coefficient(self, excess_loss: Scalar) -> Scalar:
+    def learning_coefficient(self, excess_loss: Float[Array, "*draws"]) -> Float[Array, "*draws"]:
         """Turn `E[L_n(w)] - L_n(center)` into the local learning coefficient."""
         return self.nbeta * excess_loss

@@ -101,7 +101,9 @@ class LLCEstimate:
         values["health"] = [dataclasses.asdict(finding) for finding in self.health]
         values["config"] = self.config.to_dict()
         (folder / RESULT_FILE).write_text(json.dumps(_plain(values), indent=2) + "\n", encoding="utf-8")
-        np.savez_compressed(folder / TRACES_FILE, log_weights=log_weights, **{f"trace_{k}": v for k, v in traces.items()})
+        np.savez_compressed(
+            folder / TRACES_FILE, log_weights=log_weights, **{f"trace_{k}": v for k, v in traces.items()}
+        )
         return folder
 
     @classmethod
@@ -114,7 +116,9 @@ class LLCEstimate:
         folder = Path(folder)
         for name in (RESULT_FILE, TRACES_FILE):
             if not (folder / name).is_file():
-                raise DataError(f"{folder} holds no saved estimate: {name} is missing. Pass the folder given to save().")
+                raise DataError(
+                    f"{folder} holds no saved estimate: {name} is missing. Pass the folder given to save()."
+                )
         values = _restored(json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")))
         with np.load(folder / TRACES_FILE) as arrays:
             values["log_weights"] = arrays["log_weights"]
@@ -150,5 +154,7 @@ def _plain(value: Any) -> Any:
 def _restored(value: Any) -> Any:
     """Undo `_plain` where JSON lacks a value."""
     if isinstance(value, dict):
-        return float(value["non_finite"]) if set(value) == {"non_finite"} else {k: _restored(v) for k, v in value.items()}
+        return (
+            float(value["non_finite"]) if set(value) == {"non_finite"} else {k: _restored(v) for k, v in value.items()}
+        )
     return [_restored(item) for item in value] if isinstance(value, list) else value

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 # Hold the annotated functions on arrays to their shapes and dtypes; must precede the first import of fastvi.
-# Not fastvi.config (beartype refuses typing.Self on a single method) nor fastvi.objective, which says itself what is
-# wrong with the data, parameters and functions that people pass.
+# Not fastvi.config (beartype refuses typing.Self on a single method) nor fastvi.objective, which says itself what
+# is wrong with the data, parameters and functions that people pass.
 CHECKED = ("kernels", "families", "geometry", "estimators")
 install_import_hook([f"fastvi.{name}" for name in CHECKED], "beartype.beartype")
 

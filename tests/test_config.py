@@ -188,9 +188,7 @@ def test_families_example():
 
 
 def test_interpolations_resolve_against_the_whole_tree():
-    tree = OmegaConf.create(
-        {"widths": [9, 9], "rate": 0.3, "vi": {"lr": "${rate}", "flow_hidden": "${widths}"}}
-    )
+    tree = OmegaConf.create({"widths": [9, 9], "rate": 0.3, "vi": {"lr": "${rate}", "flow_hidden": "${widths}"}})
     config = VIConfig.create(tree.vi)
     assert (config.lr, config.flow.hidden) == (0.3, (9, 9))
 
@@ -202,9 +200,7 @@ def test_unresolved_omegaconf_entries_are_refused(entry):
 
 
 def test_overrides_replace_what_the_source_says():
-    config = VIConfig.create(
-        {"algo": "mfa", "steps": 3, "flow": {"depth": 6, "bins": 3}}, algo="flow", flow_depth=2
-    )
+    config = VIConfig.create({"algo": "mfa", "steps": 3, "flow": {"depth": 6, "bins": 3}}, algo="flow", flow_depth=2)
     assert config == VIConfig(family="flow", steps=3, flow=FlowConfig(depth=2, bins=3))
     assert config.replace(steps=4, flow={"bins": 4}) == VIConfig(
         family="flow", steps=4, flow=FlowConfig(depth=2, bins=4)

@@ -49,9 +49,7 @@ def dense(family, params):
         covariances.append(deviation[:, None] * (inner + factor[:rank].T @ factor[:rank]) * deviation)
     means = [jnp.zeros(dim)] * len(family.ranks)
     if family.means != "center":
-        means = [
-            family.scale * params.offsets[m if family.means == "component" else 0] for m in range(len(means))
-        ]
+        means = [family.scale * params.offsets[m if family.means == "component" else 0] for m in range(len(means))]
     weights = jnp.exp(params.logits / family.temperature)
     return weights / weights.sum(), jnp.stack(means), jnp.stack(covariances)
 
@@ -128,9 +126,7 @@ def test_draws_know_their_density_and_its_gradient(means, antithetic):
         np.testing.assert_allclose(share, dense_log_prob(family, params, np.asarray(point))[1], atol=1e-11)
 
 
-@pytest.mark.parametrize(
-    ("means", "num_draws"), [("shared", 4), ("center", 4), ("component", 4), ("component", 12)]
-)
+@pytest.mark.parametrize(("means", "num_draws"), [("shared", 4), ("center", 4), ("component", 4), ("component", 12)])
 def test_antithetic_draws_mirror_about_their_mean(means, num_draws):
     family, params = make(means)
     draws = family.sample(params, jax.random.key(5), num_draws, antithetic=True)
@@ -138,9 +134,7 @@ def test_antithetic_draws_mirror_about_their_mean(means, num_draws):
     labels = np.asarray(draws.record.noise.label)
     np.testing.assert_array_equal(labels[: num_draws // 2], labels[num_draws // 2 :])
     _, centers, _ = dense(family, params)
-    np.testing.assert_allclose(
-        0.5 * (first + second), np.asarray(centers)[labels[: num_draws // 2]], atol=1e-12
-    )
+    np.testing.assert_allclose(0.5 * (first + second), np.asarray(centers)[labels[: num_draws // 2]], atol=1e-12)
     assert np.min(np.abs(first - second)) > 1e-6
     odd = family.sample(params, jax.random.key(5), 3, antithetic=True)
     plain = family.sample(params, jax.random.key(5), 3, antithetic=False)
@@ -187,9 +181,7 @@ def test_control_variates_have_their_expectations(means):
     whitener = np.diag(1 / (np.asarray(family.scale) * np.exp(params.log_scale)))
     rows = np.asarray(params.core * family.core_mask[:, None]) @ whitener
     metrics = [whitener @ whitener, rows.T @ rows]
-    np.testing.assert_allclose(
-        expected, [0.5 * np.trace(metric @ covariance) for metric in metrics], rtol=1e-11
-    )
+    np.testing.assert_allclose(expected, [0.5 * np.trace(metric @ covariance) for metric in metrics], rtol=1e-11)
     centred = np.asarray(draws.displacement) - mean
     forms = [0.5 * np.einsum("ni,ij,nj->n", centred, metric, centred) for metric in metrics]
     np.testing.assert_allclose(values, np.stack(forms, -1), rtol=1e-10)
@@ -215,9 +207,7 @@ def test_a_rank_mask_is_zero_columns(means):
     narrow_gradient = family.pullback(
         params, *random_target(family, params, key, 4, False), jnp.zeros(()), antithetic=False
     )
-    wide_gradient = wide.pullback(
-        zeroed, *random_target(wide, zeroed, key, 4, False), jnp.zeros(()), antithetic=False
-    )
+    wide_gradient = wide.pullback(zeroed, *random_target(wide, zeroed, key, 4, False), jnp.zeros(()), antithetic=False)
     masked = wide_gradient._replace(factors=wide_gradient.factors * mask[..., None])
     assert_tree_close(narrow_gradient, masked, 1e-12)
     assert np.any(wide_gradient.factors != masked.factors)
@@ -250,9 +240,7 @@ def test_temperature_is_the_same_everywhere():
     gradient = hot.pullback(params, *actual, jnp.asarray(0.3), antithetic=True)
     wanted = unit.pullback(cooled, *expected, jnp.asarray(0.3), antithetic=True)
     assert_tree_close(gradient, wanted._replace(logits=wanted.logits / 2.5), 1e-12)
-    assert_tree_close(
-        hot.step_statistics(params, actual[0]), unit.step_statistics(cooled, expected[0]), 1e-12
-    )
+    assert_tree_close(hot.step_statistics(params, actual[0]), unit.step_statistics(cooled, expected[0]), 1e-12)
     np.testing.assert_allclose(hot.summary_arrays(params)["pi"], dense(hot, params)[0], rtol=1e-12)
 
 
@@ -349,9 +337,7 @@ def test_pullback_is_unbiased_on_a_quadratic(antithetic):
         draws = family.sample(params, key, 2, antithetic=antithetic)
         points = draws.displacement
         value = -0.5 * jnp.sum(points * (points @ hessian), -1) + points @ pull
-        return family.pullback(
-            params, draws, value, pull - points @ hessian, jnp.zeros(()), antithetic=antithetic
-        )
+        return family.pullback(params, draws, value, pull - points @ hessian, jnp.zeros(()), antithetic=antithetic)
 
     samples = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000))
     for name in ("offsets", "log_scale", "core", "factors"):
@@ -431,16 +417,10 @@ def logit_problem(means):
 
     @jax.grad
     def gradient(logits):
-        grid = jnp.linspace(-1.0, 1.0, 20_001) * (
-            10 * jnp.sqrt(jnp.max(covariances)) + jnp.max(jnp.abs(centers))
-        )
+        grid = jnp.linspace(-1.0, 1.0, 20_001) * (10 * jnp.sqrt(jnp.max(covariances)) + jnp.max(jnp.abs(centers)))
         value = jax.vmap(lambda point: target(point[None]))(grid)
         residual = (grid[:, None] - centers[:, 0]) / jnp.sqrt(covariances[:, 0, 0])
-        parts = (
-            jax.nn.log_softmax(logits / 1.6)
-            - 0.5 * residual**2
-            - 0.5 * jnp.log(2 * jnp.pi * covariances[:, 0, 0])
-        )
+        parts = jax.nn.log_softmax(logits / 1.6) - 0.5 * residual**2 - 0.5 * jnp.log(2 * jnp.pi * covariances[:, 0, 0])
         log_q = logsumexp(parts, axis=1)
         return jnp.sum(jnp.exp(log_q) * (value - 1.3 * log_q)) * (grid[1] - grid[0])
 
@@ -478,9 +458,7 @@ def test_independent_draws_replace_the_baseline():
 
     def logits(num_draws, antithetic, baseline):
         inputs = random_target(family, params, jax.random.key(0), num_draws, antithetic)
-        return np.asarray(
-            family.pullback(params, *inputs, jnp.asarray(baseline), antithetic=antithetic).logits
-        )
+        return np.asarray(family.pullback(params, *inputs, jnp.asarray(baseline), antithetic=antithetic).logits)
 
     np.testing.assert_array_equal(logits(4, True, 0.0), logits(4, True, 9.0))
     np.testing.assert_array_equal(logits(2, False, 0.0), logits(2, False, 9.0))

@@ -69,9 +69,7 @@ def built(name):
         params, predict = MODELS[name]()
         loss = squared_error(predict)
         objective, w = ravel_loss(loss, params, jnp.float64)
-        both = jax.jit(
-            lambda w, b: (objective.grad(w, b), objective.value_and_grad(w, b), objective.loss(w, b))
-        )
+        both = jax.jit(lambda w, b: (objective.grad(w, b), objective.value_and_grad(w, b), objective.loss(w, b)))
         _CACHE[name] = objective, w, both, jax.jit(objective.loss)
     return _CACHE[name]
 
@@ -100,7 +98,7 @@ def test_flat_loss_is_the_tree_s(name, x64):
     data = tuple(map(jnp.asarray, DATA))
     np.testing.assert_allclose(objective.loss(w, data), squared_error(predict)(params, data), rtol=1e-6)
     arrays = [leaf for leaf in jax.tree_util.tree_leaves(params) if eqx.is_array_like(leaf) and np.ndim(leaf)]
-    assert objective.structure.dim == w.size == sum(leaf.size for leaf in arrays)
+    assert objective.structure.num_parameters == w.size == sum(leaf.size for leaf in arrays)
     np.testing.assert_array_equal(w, np.concatenate([np.ravel(leaf) for leaf in arrays]))
 
 

@@ -37,10 +37,7 @@ def gradients(seed, steps=20):
     rng = np.random.default_rng(seed)
     scale = {name: np.exp(rng.normal(size=leaf.shape)) for name, leaf in PARAMS.items()}
     return [
-        {
-            name: jnp.asarray(scale[name] * rng.normal(size=leaf.shape), jnp.float32)
-            for name, leaf in PARAMS.items()
-        }
+        {name: jnp.asarray(scale[name] * rng.normal(size=leaf.shape), jnp.float32) for name, leaf in PARAMS.items()}
         for _ in range(steps)
     ]
 
@@ -182,9 +179,7 @@ def test_clipping_can_be_turned_off(limit, norm):
 def rates(schedule, warmup=0, decay_start=0, end=100):
     config = VIConfig(lr=0.5, lr_schedule=schedule)
     horizon = Horizon(*map(jnp.asarray, (warmup, decay_start, end)))
-    return np.asarray(
-        jax.vmap(lambda step: jnp.asarray(learning_rate(config, horizon, step)))(jnp.arange(end + 1))
-    )
+    return np.asarray(jax.vmap(lambda step: jnp.asarray(learning_rate(config, horizon, step)))(jnp.arange(end + 1)))
 
 
 def test_learning_rate_schedules():
@@ -202,9 +197,7 @@ def test_learning_rate_phases(schedule):
     np.testing.assert_allclose(values[9:41], 0.5, rtol=1e-6)
     assert np.all(np.diff(values[40:]) < 0)
     np.testing.assert_allclose(values[-1], 0.5 * FINAL_RATE, rtol=1e-5)
-    np.testing.assert_allclose(
-        rates("none", warmup=10)[:11], 0.5 * np.minimum(1, np.arange(1, 12) / 10), rtol=1e-6
-    )
+    np.testing.assert_allclose(rates("none", warmup=10)[:11], 0.5 * np.minimum(1, np.arange(1, 12) / 10), rtol=1e-6)
 
 
 def test_elapsed_decay_runs_from_0_to_1():

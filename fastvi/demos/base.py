@@ -73,9 +73,7 @@ class AbstractDemo(abc.ABC):
         self.out.mkdir(parents=True, exist_ok=True)
         return settings
 
-    def estimate(
-        self, loss_fn: Callable[..., Any], params: PyTree, data: Batch, config: VIConfig
-    ) -> LLCEstimate:
+    def estimate(self, loss_fn: Callable[..., Any], params: PyTree, data: Batch, config: VIConfig) -> LLCEstimate:
         """Estimate the learning coefficient with these options."""
         return estimate_llc(
             loss_fn,

@@ -60,9 +60,7 @@ class DigitsDemo(AbstractDemo):
 
 def load_digits() -> Batch:
     """Return images, scaled to [0, 1], and labels."""
-    datasets = import_optional(
-        "sklearn.datasets", extra="cli", distribution="scikit-learn", purpose="the digits demo"
-    )
+    datasets = import_optional("sklearn.datasets", extra="cli", distribution="scikit-learn", purpose="the digits demo")
     images, labels = datasets.load_digits(return_X_y=True)
     return jnp.asarray(images / BRIGHTEST, jnp.float32), jnp.asarray(labels, jnp.int32)
 

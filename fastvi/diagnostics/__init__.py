@@ -1,0 +1,1 @@
+"""What a careful reader notices in a run: findings and figures."""

@@ -77,7 +77,8 @@ def _not_a_minimum(evidence: Evidence) -> Finding | None:
     negative = evidence.llc_per_chain.mean() < -2 * np.sqrt(np.mean(evidence.llc_sem_per_chain**2))
     if not negative and not evidence.newton_decrement > GRADIENT_TOLERANCE:
         return None
-    observed = f"w* is not a minimum: a Newton step from w* would lower n beta L_n by about {evidence.newton_decrement:.2g} nats"
+    gain = f"{evidence.newton_decrement:.2g} nats"
+    observed = f"w* is not a minimum: a Newton step from w* would lower n beta L_n by about {gain}"
     observed += ", and llc is negative." if negative else "."
     return Finding(
         "error" if negative else "warning",
@@ -152,7 +153,7 @@ def _core_truncated(evidence: Evidence) -> Finding | None:
     return Finding(
         "note",
         "core_truncated",
-        f"The core is full: rank {evidence.rank}, and {evidence.wanted_rank} or more directions are steeper than the rest.",
+        f"The core is full ({evidence.rank} rows); {evidence.wanted_rank} directions or more are steeper than the rest.",
         "More steep directions than the core has rows; the diagonal has to cover those left out.",
         "Raise curvature_rank if memory allows.",
     )

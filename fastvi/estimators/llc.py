@@ -65,7 +65,9 @@ def evaluate(
     pairs = num_draws // 2
     draws = family.sample(params, key_draw, 2 * pairs, antithetic=True)
     excess = jax.lax.map(
-        lambda v: excess_fn(posterior.center + v), draws.displacement, batch_size=min(EVALUATION_GROUP, 2 * pairs)
+        lambda v: excess_fn(posterior.center + v),
+        draws.displacement,
+        batch_size=min(EVALUATION_GROUP, 2 * pairs),
     )
     contribution = posterior.learning_coefficient(excess)
     log_density = jax.vmap(posterior.log_density)(draws.displacement, reference_loss + excess)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 
-from fastvi._typing import Array, Float, Int, Key, PyTree, Scalar
+from fastvi._typing import Array, Bool, Float, Int, Key, PyTree, Scalar
 
 
 class Draws(NamedTuple):
@@ -62,6 +62,21 @@ class AbstractFamily(eqx.Module):
 
     A family holds no loop, optimiser, trace or file. Arrays inside it are fixed coordinates and masks.
     """
+
+    scale: eqx.AbstractVar[Float[Array, " dim"]]
+
+    @property
+    @abc.abstractmethod
+    def num_moment_terms(self) -> int:
+        """Count the rows of `second_moment`'s factors."""
+
+    @abc.abstractmethod
+    def init(self, key: Key, core: Float[Array, "core dim"], log_scale: Float[Array, " dim"]) -> PyTree:
+        """Start at a precision core and a scale in whitened coordinates."""
+
+    @abc.abstractmethod
+    def trusting(self, trusted: Bool[Array, ""]) -> "AbstractFamily":
+        """Return the family as it learns from a start that already agrees with the loss, where `trusted`."""
 
     @abc.abstractmethod
     def draw_noise(self, key: Key, num: int) -> PyTree[Float[Array, "groups ..."]]:

@@ -1,6 +1,7 @@
 """Mixture of factor analyzers with a shared precision core and free means."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -17,16 +18,20 @@ LOG_SCALE_BOUND = 20.0  # |log D^{1/2}| in whitened coordinates: exp(2 * 20) sta
 FACTOR_INIT = 0.1  # norm of a factor's rows at the start, in standard deviations
 # A factor's row has dim entries, so equal steps per entry would turn it by sqrt(dim) steps.
 CORE_RATE, FACTOR_RATE = 5.0, 2.0
+TRUSTED_RATE = 0.25  # factor on learning rates where the start agrees with the loss at once
 
 
 class MFAParams(NamedTuple):
-    """Parameters in whitened coordinates u = (w - center) / scale."""
+    """Parameters in whitened coordinates u = (w - center) / scale; also the shape of what belongs to each of them.
 
-    logits: Float[Array, " comp"]
-    offsets: Float[Array, "locs dim"]
-    log_scale: Float[Array, " dim"]
-    core: Float[Array, "core dim"]
-    factors: Float[Array, "comp rank dim"]
+    Arrays: logits (comp,), offsets (locs, dim), log_scale (dim,), core (core, dim), factors (comp, rank, dim).
+    """
+
+    logits: Any
+    offsets: Any
+    log_scale: Any
+    core: Any
+    factors: Any
 
 
 class Normals(NamedTuple):
@@ -76,22 +81,28 @@ class MFA(AbstractFamily):
         return len(self.ranks)
 
     @property
+    def num_moment_terms(self) -> int:
+        """Count core rows, factor rows and means."""
+        return self.core_mask.size + self.num_components * max(self.ranks) + self.num_offsets
+
+    def trusting(self, trusted):
+        """Slow down where there is a core to keep; see `AbstractFamily.trusting`."""
+        slow = trusted & (jnp.sum(self.core_mask) > 0)
+        return dataclasses.replace(self, trust=jnp.where(slow, TRUSTED_RATE, 1.0).astype(self.trust.dtype))
+
+    @property
     def num_offsets(self) -> int:
         """Count the free means."""
         return {"center": 0, "shared": 1, "component": self.num_components}[self.means]
 
-    def init(
-        self, key: Key, core: Float[Array, "core dim"], log_scale: Float[Array, " dim"]
-    ) -> MFAParams:
+    def init(self, key: Key, core: Float[Array, "core dim"], log_scale: Float[Array, " dim"]) -> MFAParams:
         """Start at the given core and scale, with equal weights and small factors shaped like P^{-1/2}."""
         dim, rank, dtype = self.scale.size, max(self.ranks), self.scale.dtype
         key_eps, key_zeta = jax.random.split(key)
         rows = self.num_components * rank
         eps = jax.random.normal(key_eps, (rows, dim), dtype)
         zeta = jax.random.normal(key_zeta, (rows, self.noise_size), dtype)[:, : core.shape[0]]
-        blank = Mixture(
-            jnp.zeros(1, dtype), jnp.zeros((0, dim), dtype), log_scale, core, jnp.zeros((1, 0, dim), dtype)
-        )
+        blank = Mixture(jnp.zeros(1, dtype), jnp.zeros((0, dim), dtype), log_scale, core, jnp.zeros((1, 0, dim), dtype))
         small = woodbury.grams(blank)
 
         def shape_row(eps_row, zeta_row):
@@ -207,7 +218,9 @@ class MFA(AbstractFamily):
         mean = jax.tree_util.tree_map(lambda *leaves: sum(leaves) / len(leaves), *rest)
         logits = self._logit_gradient(params, draws, log_density, baseline, antithetic)
         restricted = self._restrict(params, MFAParams(logits, *mean[1:4], factors=None))
-        return restricted._replace(factors=Blocks(labels[:groups], self._mask_blocks(jnp.stack(blocks), labels[:groups])))
+        return restricted._replace(
+            factors=Blocks(labels[:groups], self._mask_blocks(jnp.stack(blocks), labels[:groups]))
+        )
 
     def _pull_each(self, params, draws: Draws, log_density_grad, metric: str) -> list[Mixture]:
         mixture, record = self.mixture(params), draws.record
@@ -215,9 +228,7 @@ class MFA(AbstractFamily):
         each = []
         for index in range(log_density_grad.shape[0]):
             noise, drawn = _take((record.noise, record.drawn), index)
-            each.append(
-                mixture_grad.pullback(mixture, record.small, noise, drawn, cotangents[index], metric=metric)
-            )
+            each.append(mixture_grad.pullback(mixture, record.small, noise, drawn, cotangents[index], metric=metric))
         return each
 
     def _restrict(self, params: MFAParams, gradient: MFAParams) -> MFAParams:
@@ -291,7 +302,9 @@ class MFA(AbstractFamily):
         return SecondMoment(
             diagonal=deviation**2,
             factors=jnp.concatenate([narrowed * deviation, widened * deviation, mixture.offsets * self.scale]),
-            weights=jnp.concatenate([-jnp.ones(narrowed.shape[0], weights.dtype), jnp.repeat(weights, rank), location_weights]),
+            weights=jnp.concatenate(
+                [-jnp.ones(narrowed.shape[0], weights.dtype), jnp.repeat(weights, rank), location_weights]
+            ),
         )
 
     def control_variates(self, params: MFAParams, draws: Draws):
@@ -317,7 +330,10 @@ class MFA(AbstractFamily):
         spread = weights_apart @ jnp.sum(apart**2, -1)
         spread_core = weights_apart @ jnp.sum((apart @ mixture.core.T) ** 2, -1)
         expected = jnp.stack(
-            [x.shape[-1] - num_core + inverse_trace + wide + spread, num_core - inverse_trace + wide_core + spread_core]
+            [
+                x.shape[-1] - num_core + inverse_trace + wide + spread,
+                num_core - inverse_trace + wide_core + spread_core,
+            ]
         )
         return 0.5 * values, 0.5 * expected
 

@@ -1,0 +1,1 @@
+"""The loop that fits q, and what surrounds it: schedule, stages, driver."""

@@ -6,19 +6,26 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._typing import Array, Key
+from fastvi._typing import Array, Key, Keys
 from fastvi.config import VIConfig
 from fastvi.families.base import AbstractFamily
-from fastvi.geometry.start import Start, rank_limit
 from fastvi.geometry.curvature import BLOCK
-from fastvi.inference.calibrate import CALIBRATION_DRAWS
+from fastvi.geometry.start import Start, rank_limit
 from fastvi.inference.loop import Problem, State
 from fastvi.inference.optimizer import Horizon
 from fastvi.inference.programs import Outcome, Programs, build_family
-from fastvi.inference.schedule import DECAY_FRACTION, FLAT_LOOKS, MIN_WINDOW, decay_length, elbo_trend, is_balanced
+from fastvi.inference.schedule import (
+    DECAY_FRACTION,
+    FLAT_LOOKS,
+    MIN_WINDOW,
+    decay_length,
+    elbo_trend,
+    is_balanced,
+)
 
 CHUNK = 100  # steps between looks at the traces
 MAX_ADAPTIVE_WARMUP = 100  # steps; a run that stops by itself is not planned to last
@@ -52,7 +59,7 @@ def run_fit(
     problem: Problem,
     config: VIConfig,
     key: Key,
-    chain_keys: Key,
+    chain_keys: Keys,
     *,
     whitener_scale: Array | None = None,
     early_stop: bool = False,
@@ -86,7 +93,16 @@ def run_fit(
     )
     chunk = CHUNK if early_stop or report is not _silent else config.steps
     state, traces, converged = _run_chunks(
-        programs, family, problem, config, state, chain_keys, clock, chunk=chunk, early_stop=early_stop, report=report
+        programs,
+        family,
+        problem,
+        config,
+        state,
+        chain_keys,
+        clock,
+        chunk=chunk,
+        early_stop=early_stop,
+        report=report,
     )
     report(Progress("evaluation", config.steps, config.steps, float("nan")))
     outcome = clock.time("evaluation", lambda: programs.finish(family, problem, state.params, chain_keys))
@@ -99,7 +115,7 @@ def _run_chunks(
     problem: Problem,
     config: VIConfig,
     state: State,
-    keys: Key,
+    keys: Keys,
     clock: "Clock",
     *,
     chunk: int,
@@ -108,6 +124,7 @@ def _run_chunks(
 ) -> tuple[State, dict[str, Array], bool | None]:
     """Run the steps; with `early_stop`, at the peak rate until the ELBO is flat, then through the decay."""
     parts, done, looks, converged = [], 0, 0, None
+    run = programs.traced_steps if clock.traced else programs.steps
     warmup = config.lr_warmup_frac * config.steps
     decay_start, end = warmup, config.steps
     if early_stop:
@@ -118,7 +135,7 @@ def _run_chunks(
         horizon = Horizon(*(jnp.asarray(x, jnp.float32) for x in (warmup, decay_start, end)))
         state, part = clock.time(
             "sampling",
-            lambda state=state, done=done, horizon=horizon, length=length: programs.steps(
+            lambda state=state, done=done, horizon=horizon, length=length: run(
                 family, problem, state, keys, jnp.asarray(done), horizon, length=length
             ),
         )

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fastvi._typing import Array, Batch, Float, Int, Key, PyTree, Scalar
+from fastvi._typing import Array, Batch, Float, Int, Key, Keys, PyTree, Scalar
 from fastvi.config import VIConfig
 from fastvi.families.base import AbstractFamily, Blocks, Draws, num_groups
 from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer
@@ -78,7 +78,7 @@ def run_steps(
     config: VIConfig,
     num_draws: int,
     state: State,
-    keys: Key,
+    keys: Keys,
     first_step: Int[Array, ""],
     horizon: Horizon,
     length: int,
@@ -140,11 +140,12 @@ def run_steps(
         return (State(params, opt_state, baseline, cache, slow), randomness(key, step + 1)), trace
 
     def body(carry, step):
+        state, ahead = carry
         rate = learning_rate(config, horizon, step)
         refresh = step % config.eval_every == 0
         elapsed = elapsed_decay(horizon, step)
         carry, trace = jax.vmap(one_chain, in_axes=(0, 0, 0, None, None, None, None))(
-            *carry, keys, step, rate, elapsed, refresh
+            state, ahead, keys, step, rate, elapsed, refresh
         )
         return carry, {**trace, "lr": jnp.broadcast_to(rate, keys.shape[:1])}
 

@@ -29,8 +29,9 @@ def clip_by_typical_norm(max_ratio: float) -> optax.GradientTransformation:
     """Clip gradients whose norm exceeds `max_ratio` times the running root mean square of earlier norms.
 
     A bound in units of the gradient's own noise touches outliers only. A fixed bound on single-sample gradients,
-    whose norm grows with the dimension, rescales nearly all of them and biases the fit. The bound grows with the square root of
-    the number of steps, as for a truncated mean, so that heavy tails are cut early on but not in the limit.
+    whose norm grows with the dimension, rescales nearly all of them and biases the fit. The bound grows with the
+    square root of the number of steps, as for a truncated mean, so that heavy tails are cut early on but not in
+    the limit.
     """
 
     def init(params):
@@ -47,7 +48,8 @@ def clip_by_typical_norm(max_ratio: float) -> optax.GradientTransformation:
         square = jnp.minimum(norm, bound) ** 2
         mean_square = TYPICAL_NORM_DECAY * state.mean_square + (1 - TYPICAL_NORM_DECAY) * square
         clipped = jax.tree_util.tree_map(
-            lambda leaf: leaf * factor.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf, updates
+            lambda leaf: leaf * factor.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf,
+            updates,
         )
         return clipped, TypicalNormState(mean_square.astype(state.mean_square.dtype), state.count + 1)
 
@@ -109,8 +111,8 @@ def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArg
             jax.tree_util.tree_map(unseen, params, rules.blocked),
         )
 
-    def update(updates, state, params=None, *, elapsed):
-        del params
+    def update(updates, state, params=None, *, elapsed, **extra_args):
+        del params, extra_args
         gain = (1 - ADAM_B2) * (1 - elapsed) ** 2
         treedef = jax.tree_util.tree_structure(updates, is_leaf=is_leaf)
         columns = [treedef.flatten_up_to(tree) for tree in (updates, *state, rules.shared_rows)]
@@ -177,12 +179,12 @@ class Horizon(NamedTuple):
     end: Scalar
 
 
-def elapsed_decay(horizon: Horizon, step: Scalar) -> Scalar:
+def elapsed_decay(horizon: Horizon, step: Scalar | int) -> Scalar:
     """Return the share of the decay phase that lies behind, from 0 to 1."""
     return jnp.clip((step - horizon.decay_start) / jnp.maximum(horizon.end - horizon.decay_start, 1), 0.0, 1.0)
 
 
-def learning_rate(config: VIConfig, horizon: Horizon, step: Scalar) -> Scalar:
+def learning_rate(config: VIConfig, horizon: Horizon, step: Scalar | int) -> Scalar:
     """Evaluate the schedule; it reaches `FINAL_RATE` times the peak at the end of the horizon."""
     warm = jnp.minimum(1.0, (step + 1) / jnp.maximum(horizon.warmup, 1))
     elapsed = elapsed_decay(horizon, step)

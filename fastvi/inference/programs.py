@@ -1,15 +1,13 @@
 """The compiled stages of a fit: prepare, launch, steps, finish. One set for each objective and configuration."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fastvi._typing import Array, Float, Int, Key, Scalar
+from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
 from fastvi.config import VIConfig
 from fastvi.estimators.llc import Evaluation, evaluate, make_excess_fn
 from fastvi.families import FAMILIES
@@ -20,7 +18,6 @@ from fastvi.inference.loop import Problem, State, init_state, run_steps
 from fastvi.inference.optimizer import Horizon
 from fastvi.objective import FlatObjective, full_data_loss
 
-TRUSTED_RATE = 0.25  # factor on learning rates where the start passed the virial check at once
 CACHED_PROGRAMS = 32  # sets of compiled stages kept; each holds its objective alive
 
 
@@ -38,13 +35,16 @@ class Programs(NamedTuple):
     Attributes:
         prepare: `(problem, key, whitener_scale) -> Start`.
         launch: `(family, problem, core, key, chain_keys) -> (family, State, rounds of calibration)`.
-        steps: `(family, problem, state, chain_keys, first_step, horizon, length) -> (State, traces)`.
+        steps: `(family, problem, state, chain_keys, first_step, horizon, length) -> (State, traces)`; it
+            consumes the state.
+        traced_steps: The same inside a trace, where nothing can be donated.
         finish: `(family, problem, params, chain_keys) -> Outcome`.
     """
 
     prepare: Callable[..., Start]
     launch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
     steps: Callable[..., tuple[State, dict[str, Float[Array, "chains steps"]]]]
+    traced_steps: Callable[..., tuple[State, dict[str, Float[Array, "chains steps"]]]]
     finish: Callable[..., Outcome]
 
 
@@ -78,31 +78,26 @@ def _build(objective: Any, config: VIConfig, num_draws: int, loss_full_flat: Cal
         if problem.num_data > CURVATURE_EXAMPLES:
             index = jax.random.choice(key_subset, problem.num_data, (CURVATURE_EXAMPLES,), replace=False)
             subset = jax.tree_util.tree_map(lambda leaf: leaf[index], problem.data)
-        return make_start(
-            objective, problem.posterior, subset, problem.next_batch, config, key_start, whitener_scale
-        )
+        return make_start(objective, problem.posterior, subset, problem.next_batch, config, key_start, whitener_scale)
 
     @jax.jit
-    def launch(family: AbstractFamily, problem: Problem, core, key: Key, keys: Key):
+    def launch(family: AbstractFamily, problem: Problem, core, key: Key, keys: Keys):
         """Initialise the chains; a start that passes the virial check at once is changed more slowly."""
         flat = jnp.zeros_like(problem.posterior.center)
         params = jax.vmap(lambda k: family.init(jax.random.fold_in(k, _START_STREAM), core, flat))(keys)
         first = jax.tree_util.tree_map(lambda leaf: leaf[0], params)
         shift, rounds = calibrate_scale(family, first, objective, problem, key)
         params = params._replace(log_scale=params.log_scale + shift)
-        trusted = (rounds == 1) & (jnp.sum(family.core_mask) > 0)
-        trust = jnp.where(trusted, TRUSTED_RATE, 1.0).astype(family.trust.dtype)
-        family = dataclasses.replace(family, trust=trust)
+        family = family.trusting(rounds == 1)
         return family, jax.vmap(lambda one: init_state(family, one, config))(params), rounds
 
-    @functools.partial(jax.jit, static_argnames=("length",), donate_argnames=("state",))
     def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
-        return run_steps(
-            family, objective, problem, config, num_draws, state, keys, first_step, horizon, length
-        )
+        return run_steps(family, objective, problem, config, num_draws, state, keys, first_step, horizon, length)
+
+    donating = jax.jit(steps, static_argnames=("length",), donate_argnames=("state",))
 
     @jax.jit
-    def finish(family: AbstractFamily, problem: Problem, params, keys: Key) -> Outcome:
+    def finish(family: AbstractFamily, problem: Problem, params, keys: Keys) -> Outcome:
         reference_loss = (
             full_data_loss(objective, problem.posterior.center, problem.data)
             if loss_full_flat is None
@@ -129,7 +124,7 @@ def _build(objective: Any, config: VIConfig, num_draws: int, loss_full_flat: Cal
         evaluation, arrays = jax.lax.map(one, (params, keys))
         return Outcome(evaluation, reference_loss, arrays)
 
-    return Programs(prepare, launch, steps, finish)
+    return Programs(prepare, launch, donating, steps, finish)
 
 
 # Streams of a chain's key beside its step indices.

@@ -26,8 +26,8 @@ def normal(key: Key, shape: tuple[int, ...], dtype=jnp.float32) -> Float[Array, 
         Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
     """
     words, size, dtype = _threefry_words(key), math.prod(shape), np.dtype(dtype)
-    inlined = words is not None and 0 < size < 2**32 and dtype in (np.float32, np.float64)
-    if not inlined or not jax.config.jax_threefry_partitionable:
+    fits = 0 < size < 2**32 and dtype in (np.float32, np.float64)
+    if words is None or not fits or not getattr(jax.config, "jax_threefry_partitionable", False):
         return jax.random.normal(key, shape, dtype)
     return _normal(*words, shape, dtype)
 

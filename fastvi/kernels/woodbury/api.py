@@ -5,7 +5,17 @@ from fastvi.kernels import _dispatch
 from fastvi.kernels.woodbury import reference, xla
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
-__all__ = ["IMPLEMENTATIONS", "Draw", "Grams", "Mixture", "Noise", "draw", "factor_grams", "grams", "log_prob"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Draw",
+    "Grams",
+    "Mixture",
+    "Noise",
+    "draw",
+    "factor_grams",
+    "grams",
+    "log_prob",
+]
 
 IMPLEMENTATIONS = {"reference": reference, "xla": xla}
 

@@ -11,7 +11,6 @@ from jax.scipy.special import logsumexp
 from fastvi.kernels.triangular import lower_inverse
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
-
 PAIRWISE_RANK = 2  # up to here products of single rows are as fast as anything
 GRAM_CHUNK = 1000  # entries of dim that stay in cache together
 

@@ -1,0 +1,80 @@
+"""How long jax traces and compiles before a default estimate at d = 1e4 runs, and before the second one."""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+from harness import record
+from problems import BATCH, tanh_network
+
+from fastvi import LocalPosterior, VIConfig, estimate_llc, make_flat_objective
+from fastvi.inference.driver import CHUNK
+from fastvi.inference.loop import Problem
+from fastvi.inference.optimizer import Horizon
+from fastvi.inference.programs import build_family, programs_for
+
+SIZE, NUM_DATA = 10_000, 2_000
+CHAINS, DRAWS = 4, 2  # defaults of estimate_llc
+STEPS = 2 * CHUNK  # the programs are those of a fit of any length
+ASKED = {"first estimate": 6.0, "second estimate": 0.0}  # seconds
+
+
+def stage_rows():
+    """Trace, lower and compile each stage by itself."""
+    loss, center, data = tanh_network(SIZE, NUM_DATA)
+    posterior = LocalPosterior(center, jnp.float32(NUM_DATA / math.log(NUM_DATA)), jnp.float32(1.0))
+    problem = Problem(posterior, data, NUM_DATA, BATCH)
+    config = VIConfig()
+    programs = programs_for(make_flat_objective(loss), config, DRAWS, None)
+    key, keys = jax.random.key(0), jax.random.split(jax.random.key(1), CHAINS)
+    horizon = Horizon(*(jnp.asarray(x, jnp.float32) for x in (10, 10, CHUNK)))
+    rows = []
+
+    def compiled(stage, function, *args, **static):
+        began = time.perf_counter()
+        lowered = function.lower(*args, **static)
+        middle = time.perf_counter()
+        program = lowered.compile()
+        end = time.perf_counter()
+        rows.append(_row(stage, center.size, middle - began, end - middle, program.as_text().count("\n")))
+        return program(*args)
+
+    start = compiled("prepare", programs.prepare, problem, key, None)
+    rank = start.core.shape[0]
+    family = build_family(config, start, rank)
+    family, state, _ = compiled("launch", programs.launch, family, problem, start.core, key, keys)
+    arguments = (family, problem, state, keys, jnp.asarray(0), horizon)
+    state, _ = compiled("steps", programs.steps, *arguments, length=CHUNK)
+    compiled("finish", programs.finish, family, problem, state.params, keys)
+    return rows
+
+
+def _row(stage, dim, trace, compile_, lines):
+    known = trace != ""
+    return {
+        "stage": stage,
+        "d": dim,
+        "trace_s": trace,
+        "compile_s": compile_,
+        "total_s": trace + compile_ if known else compile_,
+        "asked_s": ASKED.get(stage, ""),
+        "hlo_lines": lines,
+    }
+
+
+def test_compile(benchmark):
+    loss, center, data = tanh_network(SIZE, NUM_DATA)
+
+    def estimate(seed):
+        return estimate_llc(loss, center, data, key=seed, steps=STEPS, progress=False, throw=False)
+
+    jax.clear_caches()
+    first = benchmark.pedantic(estimate, args=(0,), rounds=1)
+    second = estimate(1)
+    totals = [
+        _row(stage, center.size, "", result.timings["compile"], "")
+        for stage, result in (("first estimate", first), ("second estimate", second))
+    ]
+    jax.clear_caches()
+    record("compile", [*stage_rows(), *totals])

@@ -1,0 +1,134 @@
+"""What every benchmark shares: alternating timings, rows in bench/results, and a memory-bandwidth yardstick."""
+
+import csv
+import datetime
+import functools
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import fastvi
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+TABLES: dict[str, list[dict[str, Any]]] = {}  # rows of this run, printed by conftest.py at its end
+
+
+def interleaved(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Time each candidate once per round, in turn, so that a busy spell of the machine falls on all of them.
+
+    Args:
+        candidates: Functions without arguments; what they return is waited for.
+        rounds: Rounds after one untimed call of each.
+
+    Returns:
+        The least seconds of each.
+    """
+    for call in candidates.values():
+        jax.block_until_ready(call())
+    best = dict.fromkeys(candidates, float("inf"))
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            best[name] = min(best[name], seconds(call))
+    return best
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Time one call."""
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - began
+
+
+def copy_bandwidth(megabytes: int = 256, rounds: int = 5) -> float:
+    """Return GB/s of a large copy by one thread, bytes read plus bytes written."""
+    source = np.ones(megabytes * 2**20 // 8)
+    target = np.empty_like(source)
+    np.copyto(target, source)
+    best = min(seconds(lambda: np.copyto(target, source)) for _ in range(rounds))
+    return 2 * source.nbytes / best / 1e9
+
+
+def bytes_accessed(compiled: Any) -> float:
+    """Return the bytes that XLA's cost analysis counts for a compiled program; a loop's body counts once."""
+    analysis = compiled.cost_analysis() or {}
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    return float(analysis.get("bytes accessed", float("nan")))
+
+
+def record(table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows to bench/results/<table>.csv, each followed by when, where and on what code it was measured.
+
+    Raises:
+        ValueError: If the file holds other columns.
+    """
+    context = {**_environment(), "load_average": round(os.getloadavg()[0], 2)}
+    context["copy_gb_per_s"] = _rounded(copy_bandwidth())
+    full = [{**{name: _rounded(value) for name, value in row.items()}, **context} for row in rows]
+    TABLES.setdefault(table, []).extend(dict(row) for row in rows)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{table}.csv"
+    columns = list(full[0])
+    is_new = not path.exists()
+    if not is_new:
+        with path.open(newline="") as file:
+            present = next(csv.reader(file))
+        if present != columns:
+            raise ValueError(f"{path} has columns {present}, not {columns}. Move it away to start a new one.")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(full)
+
+
+def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Align rows for a terminal."""
+    cells = [list(rows[0]), *([str(_rounded(value)) for value in row.values()] for row in rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+@functools.cache
+def _environment() -> dict[str, Any]:
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
+        "device": jax.devices()[0].device_kind,
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "fastvi": fastvi.__version__,
+        "commit": _commit(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Return the commit, marked where files of the package differ from it."""
+    folder = pathlib.Path(fastvi.__file__).parent
+
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("-modified" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

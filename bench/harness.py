@@ -92,7 +92,8 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Align rows for a terminal."""
     cells = [list(rows[0]), *([str(_rounded(value)) for value in row.values()] for row in rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
+    return "\n".join("  ".join(line) for line in padded)
 
 
 def _rounded(value: Any) -> Any:
@@ -126,9 +127,11 @@ def _commit() -> str:
     folder = pathlib.Path(fastvi.__file__).parent
 
     def git(*args):
-        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("-modified" if git("status", "--porcelain", ".") else "")
+        suffix = "-modified" if git("status", "--porcelain", ".") else ""
+        return git("rev-parse", "--short", "HEAD") + suffix
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

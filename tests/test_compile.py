@@ -18,7 +18,9 @@ def loss(w, batch):
 def test_nothing_is_compiled_twice():
     def estimate(seed, shift, **changes):
         data = (DATA[0] + shift,)
-        return fastvi.estimate_llc(loss, {"a": jnp.zeros(4)}, data, **({"key": jax.random.key(seed)} | SETTINGS | changes))
+        return fastvi.estimate_llc(
+            loss, {"a": jnp.zeros(4)}, data, **({"key": jax.random.key(seed)} | SETTINGS | changes)
+        )
 
     first = estimate(0, 0.0)
     compiled = CLOCK.programs

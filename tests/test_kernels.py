@@ -263,7 +263,6 @@ def test_draws_have_the_mixture_s_density(num_components, rank, num_core, dim, m
         np.testing.assert_allclose(drawn.score[index], share @ pulls, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.xfail(reason="logits carry terms of size dim that all components share", strict=True)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_responsibilities_keep_their_digits_in_high_dimension(implementation):
     dim, rng, results = 100_000, np.random.default_rng(0), []

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,18 @@ NBETA = COUNT / math.log(COUNT)
 
 def no_data(count=COUNT):
     return jnp.zeros((count, 1))
+
+
+def tell(name, result, *more):
+    """Show what was measured, under `pytest -s`."""
+    words = f"llc {result.llc:.4f} +- {result.llc_sem:.4f}, elbo {result.elbo:.3f}"
+    work = f"{result.traces['elbo'].shape[1]} steps, {result.work['total_fge']:.0f} FGE"
+    findings = [finding.name for finding in result.health]
+    say(f"{name}: {words}, {work}, {findings}", *more)
+
+
+def say(*words):
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
 
 
 def rotation(seed, dim):
@@ -54,7 +67,7 @@ def test_rotated_quadratic_of_condition_1e4(dim):
         progress=False,
     )
     llc, log_z = quadratic_llc(curvatures, NBETA, 1e-3), quadratic_log_z(curvatures, NBETA, 1e-3, dim)
-    print(f"d={dim}: llc {result.llc:.4f} of {llc:.4f}, elbo {result.elbo:.3f} of {log_z:.3f}, {result.work['total_fge']:.0f} FGE")
+    tell(f"quadratic {dim}", result, "truth", llc, log_z)
     assert result.llc == pytest.approx(llc, rel=0.01)
     assert result.elbo == pytest.approx(log_z, abs=0.5)
     assert not [finding for finding in result.health if finding.severity != "note"]
@@ -79,13 +92,17 @@ def regression():
         batch_size=256,
         progress=False,
     )
-    return result, quadratic_llc(curvatures, nbeta, gamma), quadratic_log_z(curvatures, nbeta, gamma, dim, loss), loss
+    return (
+        result,
+        quadratic_llc(curvatures, nbeta, gamma),
+        quadratic_log_z(curvatures, nbeta, gamma, dim, loss),
+        loss,
+    )
 
 
 def test_least_squares_on_minibatches(regression):
     result, llc, log_z, loss = regression
-    print(f"least squares: llc {result.llc:.4f} +- {result.llc_sem:.4f} of {llc:.4f}, elbo {result.elbo:.3f} of {log_z:.3f}, "
-          f"{result.work['total_fge']:.0f} FGE, per chain {result.llc_per_chain}")
+    tell("least squares", result, "truth", llc, log_z, "per chain", result.llc_per_chain)
     assert result.llc == pytest.approx(llc, rel=0.01)
     assert result.elbo == pytest.approx(log_z, abs=0.5)
     assert result.init_loss == pytest.approx(loss, rel=1e-4)
@@ -101,7 +118,7 @@ def test_few_steep_directions_among_flat_ones():
         quadratic(curvatures, basis), jnp.zeros(dim), no_data(), localization=gamma, progress=False
     )
     llc, log_z = quadratic_llc(curvatures, NBETA, gamma), quadratic_log_z(curvatures, NBETA, gamma, dim)
-    print(f"20 of 2000: llc {result.llc:.4f} of {llc:.4f}, elbo {result.elbo:.3f} of {log_z:.3f}, {result.curvature['rank']}")
+    tell("20 of 2000", result, "truth", llc, log_z, "rank", result.curvature["rank"])
     assert result.llc == pytest.approx(llc, rel=0.02)
     assert result.curvature["rank"] == steep
 
@@ -134,8 +151,8 @@ def deep_linear():
 
 def test_deep_linear_net(deep_linear):
     default, plain = deep_linear
-    for name, result in (("default", default), ("k=0, centred", plain)):
-        print(f"deep linear {name}: llc {result.llc:.3f} elbo {result.elbo:.3f}, {result.traces['elbo'].shape[1]} steps")
+    for name, result in (("deep linear", default), ("k=0, centred", plain)):
+        tell(name, result)
     assert default.llc == pytest.approx(8.0, rel=0.25)  # long HMC
     assert default.elbo > plain.elbo + 10
 
@@ -147,8 +164,7 @@ def test_singular_llc_follows_the_virial():
         lambda w, batch: (w[0] * w[1]) ** 2, jnp.zeros(dim), no_data(), localization=gamma, progress=False
     )
     radius2 = result.traces["radius2"][:, -100:].mean()
-    print(f"(w1 w2)^2: llc {result.llc:.4f} +- {result.llc_sem:.4f}, by the virial {(dim - gamma * radius2) / 4:.4f}, "
-          f"{[str(f) for f in result.health]}")
+    tell("(w1 w2)^2", result, "by the virial", (dim - gamma * radius2) / 4)
     assert np.isfinite(result.llc)
     assert np.isfinite(result.elbo)
     assert abs(result.llc - (dim - gamma * radius2) / 4) < 3 * result.llc_sem
@@ -173,7 +189,7 @@ def test_seeds_family_on_an_axis_aligned_quadratic():
         vi_cfg={"M": 8, "r": 2, "curvature_rank": 0, "means": "center", "lr_schedule": None, "steps": 5000},
     )
     llc = quadratic_llc(curvatures, 1000 / math.log(1000), gamma)
-    print(f"seeds' family: {result['lambda_hat']:.4f} +- {result['extras']['llc_sem']:.4f} of {llc:.4f}")
+    say("lambda_hat", result["lambda_hat"], "+-", result["extras"]["llc_sem"], "truth", llc)
     assert float(result["lambda_hat"]) == pytest.approx(llc, rel=0.02)
 
 
@@ -220,7 +236,7 @@ def test_llc_sem_is_the_error_of_the_evaluation():
     llc, sem = map(np.asarray, jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 200)))
     within = np.mean(np.abs(llc - llc.mean()) < sem)
     ratio = llc.std(ddof=1) / sem.mean()
-    print(f"llc {llc.mean():.4f}, std {llc.std(ddof=1):.4f}, sem {sem.mean():.4f}, ratio {ratio:.3f}, within {within:.3f}")
+    say(f"llc {llc.mean():.4f}, std {llc.std(ddof=1):.4f}, sem {sem.mean():.4f}, {ratio=:.3f}, {within=:.3f}")
     assert 0.5 < within < 0.85
     assert 0.7 < ratio < 1.5
 
@@ -242,7 +258,7 @@ def test_digits_richer_families_come_closer():
         )
     ]
     for result in results:
-        print(f"digits: llc {result.llc:.2f} +- {result.llc_sem:.2f}, elbo {result.elbo:.1f}, {result.work['total_fge']:.0f} FGE")
+        tell("digits", result)
     centred, shared, core = results
     assert centred.llc > shared.llc > core.llc > 47
     assert centred.elbo < shared.elbo < core.elbo

@@ -153,7 +153,7 @@ def _core_truncated(evidence: Evidence) -> Finding | None:
     return Finding(
         "note",
         "core_truncated",
-        f"The core is full ({evidence.rank} rows); {evidence.wanted_rank} directions or more are steeper than the rest.",
+        f"The core is full ({evidence.rank} rows); {evidence.wanted_rank} or more directions are steeper.",
         "More steep directions than the core has rows; the diagonal has to cover those left out.",
         "Raise curvature_rank if memory allows.",
     )

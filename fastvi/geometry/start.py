@@ -84,7 +84,7 @@ def make_start(
     probes = hutchinson.rademacher(key_trace, TRACE_PROBES, dim, dtype)
     images = precision(probes)
     mean = jnp.mean(jnp.sum(probes * images, -1)) / dim
-    floor = jnp.maximum(posterior.gamma * jnp.mean(scale**2), RELATIVE_FLOOR * jnp.abs(mean))
+    floor = jnp.maximum(posterior.gamma * jnp.min(scale**2), RELATIVE_FLOOR * jnp.abs(mean))
     if limit == 0:
         spectrum = Spectrum(jnp.zeros(0, dtype), jnp.zeros((0, dim), dtype), jnp.asarray(0))
     elif dim <= DENSE_DIM:
@@ -108,7 +108,9 @@ def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit, slope) ->
     # trace of the complement of the Ritz space, by the probes with that space projected out
     beyond = probes - (probes @ vectors.T) @ vectors
     complement = jnp.maximum(dim - spectrum.size, 0)
-    complement_trace = jnp.where(complement > 0, jnp.mean(jnp.sum(beyond * images, -1)), 0.0)
+    # the probes' own share of the complement in the denominator makes this exact for a constant remainder
+    share = jnp.maximum(jnp.sum(beyond**2), jnp.finfo(beyond.dtype).tiny)
+    complement_trace = jnp.where(complement > 0, complement * jnp.sum(beyond * images) / share, 0.0)
     # cross terms between the space and its complement vanish for exact Ritz spaces
     mean_beyond = jnp.where(complement > 0, jnp.maximum(complement_trace / jnp.maximum(complement, 1), floor), floor)
     smallest = jnp.min(jnp.where(jnp.arange(size) < spectrum.size, values, jnp.inf), initial=jnp.inf)

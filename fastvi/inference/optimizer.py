@@ -111,8 +111,9 @@ def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArg
             jax.tree_util.tree_map(unseen, params, rules.blocked),
         )
 
-    def update(updates, state, params=None, *, elapsed, **extra_args):
-        del params, extra_args
+    def update(updates, state, params=None, **extra_args):
+        del params
+        elapsed = jnp.asarray(extra_args["elapsed"])
         gain = (1 - ADAM_B2) * (1 - elapsed) ** 2
         treedef = jax.tree_util.tree_structure(updates, is_leaf=is_leaf)
         columns = [treedef.flatten_up_to(tree) for tree in (updates, *state, rules.shared_rows)]

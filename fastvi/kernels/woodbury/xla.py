@@ -4,10 +4,13 @@ Symbols follow docs/math.md, section "Family": B = core, A_m = factors[m], C_B =
 C_m = I + A_m A_m^T + (B A_m^T)^T (B A_m^T).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
+from fastvi._typing import Array, Float, Scalar
 from fastvi.kernels.triangular import lower_inverse
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
@@ -72,17 +75,17 @@ def draw(mixture: Mixture, small: Grams, noise: Noise) -> Draw:
     if num_offsets > 1:
         x_all = x + (offset - mixture.offsets) / scale
         core_all = core_full + ((offset - mixture.offsets) / scale) @ core.T
-        logits, score_x = _density_separate(mixture, small, x_all, core_all)
+        density = _density_separate(mixture, small, x_all, core_all)
     else:
-        logits, score_x = _density_shared(mixture, small, x, core_full)
+        density = _density_shared(mixture, small, x, core_full)
     return Draw(
         x=x,
         x_core=x_core,
         core_x=core_x,
         displacement=displacement,
-        log_prob=logsumexp(logits),
-        responsibilities=jax.nn.softmax(logits),
-        score=score_x / scale,
+        log_prob=density.log_prob,
+        responsibilities=density.responsibilities,
+        score=density.score / scale,
     )
 
 
@@ -91,37 +94,55 @@ def log_prob(mixture: Mixture, small: Grams, displacement):
     scale = jnp.exp(mixture.log_scale)
     if mixture.offsets.shape[0] > 1:
         x_all = (displacement - mixture.offsets) / scale
-        return logsumexp(_density_separate(mixture, small, x_all, x_all @ mixture.core.T)[0])
+        return _density_separate(mixture, small, x_all, x_all @ mixture.core.T).log_prob
     x = (displacement - mixture.offsets.sum(0)) / scale
-    return logsumexp(_density_shared(mixture, small, x, mixture.core @ x)[0])
+    return _density_shared(mixture, small, x, mixture.core @ x).log_prob
 
 
-def _density_shared(mixture: Mixture, small: Grams, x, core_x):
-    """Return log pi_m + log q_m and the score in units of D^{1/2} where all components share their mean."""
+class Density(NamedTuple):
+    """Log density, responsibilities and, in units of D^{1/2}, the score at a point."""
+
+    log_prob: Scalar
+    responsibilities: Float[Array, " comp"]
+    score: Float[Array, " dim"]
+
+
+def _density_shared(mixture: Mixture, small: Grams, x, core_x) -> Density:
+    """Evaluate the density where all components share their mean."""
     num_components, rank, dim = mixture.factors.shape
     flat = mixture.factors.reshape(num_components * rank, dim)
     projected = (flat @ x).reshape(num_components, rank) + jnp.einsum("mkr,k->mr", small.cross, core_x)
     solved = solve(small.factor_half, projected)
-    quadratic = x @ x + core_x @ core_x - jnp.sum(projected * solved, axis=-1)
-    logits = mixture.log_weights - 0.5 * (quadratic + small.log_det + dim * jnp.log(2 * jnp.pi).astype(x.dtype))
-    weighted = jax.nn.softmax(logits)[:, None] * solved
+    log_prob, weights = _combine(mixture, small, x @ x + core_x @ core_x, -jnp.sum(projected * solved, axis=-1))
+    weighted = weights[:, None] * solved
     residual = x - weighted.reshape(-1) @ flat
     core_residual = core_x - jnp.einsum("mkr,mr->k", small.cross, weighted)
-    return logits, -(residual + core_residual @ mixture.core)
+    return Density(log_prob, weights, -(residual + core_residual @ mixture.core))
 
 
-def _density_separate(mixture: Mixture, small: Grams, x_all, core_all):
+def _density_separate(mixture: Mixture, small: Grams, x_all, core_all) -> Density:
     """Do the same where each component has its own mean: x_all (comp, dim), core_all (comp, core)."""
-    dim = mixture.log_scale.size
     projected = jnp.einsum("mrd,md->mr", mixture.factors, x_all) + jnp.einsum("mkr,mk->mr", small.cross, core_all)
     solved = solve(small.factor_half, projected)
-    quadratic = jnp.sum(x_all**2, -1) + jnp.sum(core_all**2, -1) - jnp.sum(projected * solved, -1)
-    logits = mixture.log_weights - 0.5 * (quadratic + small.log_det + dim * jnp.log(2 * jnp.pi).astype(x_all.dtype))
-    weights = jax.nn.softmax(logits)
+    common = x_all[0] @ x_all[0] + core_all[0] @ core_all[0]
+    apart = jnp.sum((x_all - x_all[0]) * (x_all + x_all[0]), -1)
+    core_apart = jnp.sum((core_all - core_all[0]) * (core_all + core_all[0]), -1)
+    log_prob, weights = _combine(mixture, small, common, apart + core_apart - jnp.sum(projected * solved, -1))
     weighted = weights[:, None] * solved
     residual = weights @ x_all - jnp.einsum("mr,mrd->d", weighted, mixture.factors)
     core_residual = weights @ core_all - jnp.einsum("mkr,mr->k", small.cross, weighted)
-    return logits, -(residual + core_residual @ mixture.core)
+    return Density(log_prob, weights, -(residual + core_residual @ mixture.core))
+
+
+def _combine(mixture: Mixture, small: Grams, common, own):
+    """Mix components whose quadratic forms are `common + own`.
+
+    Terms that all share are of size dim and stay out of the softmax, which would lose its digits to them.
+    """
+    relative = mixture.log_weights - 0.5 * (own - _log_det(small.factor_half))
+    shared = common + 2 * jnp.sum(mixture.log_scale) + _log_det(small.core_half)
+    constant = mixture.log_scale.size * jnp.log(2 * jnp.pi).astype(relative.dtype)
+    return logsumexp(relative) - 0.5 * (shared + constant), jax.nn.softmax(relative)
 
 
 def solve(half, right):

@@ -1,0 +1,107 @@
+"""The documents say what the package does: examples run, tables are complete, links lead somewhere."""
+
+import dataclasses
+import doctest
+import inspect
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+import fastvi
+from fastvi import FlowConfig, VIConfig, api
+from fastvi.diagnostics import health
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def config_rows(heading):
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", section, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("cls", [VIConfig, FlowConfig], ids=lambda cls: cls.__name__)
+def test_configuration_page_lists_every_field_with_its_default(cls):
+    expected = {
+        field.name: "FlowConfig()" if field.name == "flow" else repr(field.default) for field in dataclasses.fields(cls)
+    }
+    assert config_rows(cls.__name__) == expected
+
+
+@pytest.fixture
+def short_fits(monkeypatch):
+    """Cut fits short: an example shows how to call, the numbers have tests of their own."""
+    create = VIConfig.create.__func__
+
+    def short(cls, source=None, /, **overrides):
+        config = create(cls, source, **overrides)
+        return dataclasses.replace(config, steps=min(config.steps, 20), eval_samples=4)
+
+    monkeypatch.setattr(VIConfig, "create", classmethod(short))
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/first-estimate.md"])
+def test_examples_run(name, short_fits, capsys):
+    blocks = python_blocks(ROOT / name)
+    assert len(blocks) >= 2
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, name, "exec"), namespace)
+    assert "llc" in capsys.readouterr().out
+    if "out" in namespace:
+        assert jax.numpy.isfinite(namespace["out"]["lambda_hat"])
+
+
+def test_example_of_estimate_llc_gives_the_number_it_shows():
+    tests = doctest.DocTestFinder(recurse=False).find(api.estimate_llc, "estimate_llc", module=api)
+    assert sum(len(test.examples) for test in tests) > 0
+    for test in tests:
+        assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_diagnostics_page_names_every_finding_and_trace():
+    text = (DOCS / "diagnostics.md").read_text(encoding="utf-8")
+    names = re.findall(r'Finding\(\s*(?:"\w+"[^,]*),\s*"(\w+)"', inspect.getsource(health))
+    assert len(names) >= 7
+    objective = fastvi.make_flat_objective(lambda w, batch: 0.5 * w @ w)
+    data = (jax.numpy.ones((10, 1)),)
+    config = {"steps": 2, "eval_samples": 4}
+    result = fastvi.fit(
+        rng_key=0,
+        objective=objective,
+        wstar_flat=jax.numpy.zeros(2),
+        data=data,
+        n_data=10,
+        beta=0.5,
+        gamma=1.0,
+        vi_cfg=config,
+    )
+    missing = [name for name in [*names, *result["traces"]] if f"`{name}`" not in text]
+    assert not missing
+
+
+def test_api_page_lists_every_public_name():
+    listed = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert {f"fastvi.{name}" for name in fastvi.__all__} <= set(listed)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_documents_lead_to_files(page):
+    targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert not [target for target in targets if not (page.parent / target).is_file()]
+
+
+def test_math_page_has_the_sections_that_comments_name():
+    sections = re.findall(r"^## (.+)$", (DOCS / "math.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sections == ["Target", "Coordinates", "Family", "Gradients", "Start", "Stopping", "Estimate", "Work"]
+    for path in (ROOT / "fastvi").rglob("*.py"):
+        for name in re.findall(r'docs/math\.md "(\w+)"', path.read_text(encoding="utf-8")):
+            assert name in sections, path

@@ -8,7 +8,7 @@ from fastvi.families.base import AbstractFamily
 from fastvi.inference.loop import Problem, evaluate_target
 from fastvi.objective import FlatObjective
 
-CALIBRATION_DRAWS = 8
+CALIBRATION_DRAWS = 32  # the virial of a Gaussian in d dimensions then has a standard deviation of sqrt(1 / (8 d))
 MAX_ROUNDS = 16
 WIDE = 1.5  # virial above which q reaches into steeper loss than its own curvature claims
 

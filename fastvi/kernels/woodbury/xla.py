@@ -124,10 +124,8 @@ def _density_separate(mixture: Mixture, small: Grams, x_all, core_all) -> Densit
     """Do the same where each component has its own mean: x_all (comp, dim), core_all (comp, core)."""
     projected = jnp.einsum("mrd,md->mr", mixture.factors, x_all) + jnp.einsum("mkr,mk->mr", small.cross, core_all)
     solved = solve(small.factor_half, projected)
-    common = x_all[0] @ x_all[0] + core_all[0] @ core_all[0]
-    apart = jnp.sum((x_all - x_all[0]) * (x_all + x_all[0]), -1)
-    core_apart = jnp.sum((core_all - core_all[0]) * (core_all + core_all[0]), -1)
-    log_prob, weights = _combine(mixture, small, common, apart + core_apart - jnp.sum(projected * solved, -1))
+    own = jnp.sum(x_all**2, -1) + jnp.sum(core_all**2, -1) - jnp.sum(projected * solved, -1)
+    log_prob, weights = _combine(mixture, small, jnp.zeros((), own.dtype), own)
     weighted = weights[:, None] * solved
     residual = weights @ x_all - jnp.einsum("mr,mrd->d", weighted, mixture.factors)
     core_residual = weights @ core_all - jnp.einsum("mkr,mr->k", small.cross, weighted)

@@ -143,7 +143,6 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
         wanted_rank=int(start.wanted_rank),
         rank_limit=rank_limit(config, posterior.center.size, posterior.center.dtype.itemsize),
         newton_decrement=float(start.newton_decrement),
-        localization=float(posterior.gamma),
     )
     return LLCEstimate(
         llc=float(np.mean(evaluation.llc)),

@@ -42,7 +42,6 @@ class Evidence:
     wanted_rank: int
     rank_limit: int
     newton_decrement: float
-    localization: float
 
 
 def health_findings(evidence: Evidence) -> tuple[Finding, ...]:

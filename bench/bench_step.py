@@ -49,7 +49,7 @@ def sgld_scan(objective, problem):
 def fastvi_scan(objective, problem):
     """Run the steps of a fit with one chain, one draw a step and no core."""
     config = VIConfig(M=COMPONENTS, r=RANK, curvature_rank=0, steps=STEPS)
-    programs = programs_for(objective, config, 1, None)
+    programs = programs_for(objective, config, 1, None).plain
     keys = jax.random.split(jax.random.key(1), 1)
     flat = jnp.zeros_like(problem.posterior.center)
     family = build_family(config, types.SimpleNamespace(scale=flat + 0.01, rank=0), 0)
@@ -58,7 +58,7 @@ def fastvi_scan(objective, problem):
     horizon = Horizon(*(jnp.asarray(x, jnp.float32) for x in (10, 10, STEPS)))
 
     def run(state, keys):
-        return programs.traced_steps(family, problem, state, keys, jnp.asarray(0), horizon, length=STEPS)
+        return programs.steps(family, problem, state, keys, jnp.asarray(0), horizon, length=STEPS)
 
     compiled = jax.jit(run).lower(state, keys).compile()
     return compiled, lambda: compiled(state, keys)

@@ -1,11 +1,12 @@
 """Fast variational inference on the local posterior of a trained model, and its local learning coefficient."""
 
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
-from fastvi.api import SamplerRunResult, estimate_llc, fit, run_vi
+from fastvi.api import estimate_llc
 from fastvi.config import FlowConfig, VIConfig
 from fastvi.objective import FlatObjective, make_flat_objective, ravel_loss
 from fastvi.posterior import LocalPosterior
 from fastvi.result import LLCEstimate
+from fastvi.sampler import SamplerRunResult, fit, run_vi
 
 __version__ = "0.1.0"
 

@@ -8,11 +8,11 @@ Axis vocabulary of the jaxtyping annotations: `dim` parameters of the model, `co
 from typing import Any, TypeAlias
 
 import jaxtyping
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 Batch: TypeAlias = PyTree[Array]
 Scalar: TypeAlias = Float[Array, ""]
 Key: TypeAlias = PRNGKeyArray
 Keys: TypeAlias = jaxtyping.Key[Array, " chains"]
 
-__all__ = ["Any", "Array", "Batch", "Bool", "Float", "Int", "Key", "Keys", "PyTree", "Scalar"]
+__all__ = ["Any", "Array", "Batch", "Bool", "Float", "Int", "Key", "Keys", "PyTree", "Scalar", "UInt32"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fastvi
-from fastvi._compile_clock import CLOCK
+from fastvi.compilation import CLOCK
 
 DATA = (np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32),)
 SETTINGS = {"num_chains": 2, "steps": 50, "early_stop": False, "progress": False}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastvi.estimators.control_variate import hessian_columns, regress
-from fastvi.estimators.llc import evaluate, make_excess_fn
+from fastvi.estimators.llc import EVALUATION_BLOCK, evaluate, make_excess_fn
 from fastvi.families.mfa import MFA, MFAParams
 from fastvi.inference.loop import Problem
 from fastvi.objective import make_flat_objective
@@ -178,7 +178,7 @@ def test_elbo_is_log_density_minus_log_q():
     hessian = dense_hessian()
     result = evaluations(q, params, lambda v: 0.7 + 0.5 * v @ hessian @ v, "none", num_keys=3)
     draws = [
-        q.sample(params, jax.random.split(key)[0], 64, antithetic=True)
+        q.sample(params, key, 64, antithetic=True, block=EVALUATION_BLOCK)
         for key in jax.random.split(jax.random.key(0), 3)
     ]
     for index, draw in enumerate(draws):

@@ -11,6 +11,8 @@ from fastvi.families.base import AbstractFamily
 from fastvi.inference.loop import Problem
 from fastvi.objective import FlatObjective, excess_loss
 
+EVALUATION_BLOCK = 2**31 + 2**16  # counters of a chain's key beyond those of its steps and its start
+PROBE_STREAM = 2**31
 EVALUATION_GROUP = 8  # draws whose full-data losses are evaluated together
 
 
@@ -61,9 +63,8 @@ def evaluate(
         `num_draws` full losses; "hvp" adds a Hessian-vector product for each draw, probe and factor row.
     """
     posterior = problem.posterior
-    key_draw, key_probe = jax.random.split(key)
     pairs = num_draws // 2
-    draws = family.sample(params, key_draw, 2 * pairs, antithetic=True)
+    draws = family.sample(params, key, 2 * pairs, antithetic=True, block=EVALUATION_BLOCK)
     excess = jax.lax.map(
         lambda v: excess_fn(posterior.center + v),
         draws.displacement,
@@ -74,7 +75,7 @@ def evaluate(
     trace_variance = jnp.zeros_like(reference_loss)
     if control_variate == "hvp":
         columns, expected, trace_variance = hessian_columns(
-            family, params, objective, problem, draws, key_probe, trace_probes
+            family, params, objective, problem, draws, jax.random.fold_in(key, PROBE_STREAM), trace_probes
         )
     elif control_variate == "auto":
         columns, expected = family.control_variates(params, draws)

@@ -9,10 +9,11 @@ from fastvi._typing import Array, Bool, Float, Int, Key, PyTree, Scalar
 
 
 class Draws(NamedTuple):
-    """Draws from q: `displacement` is w - center in model coordinates, `log_prob` the density of w."""
+    """Draws from q: `displacement` is w - center in model coordinates; `log_prob` and `score` belong to w there."""
 
     displacement: Float[Array, "draws dim"]
     log_prob: Float[Array, " draws"]
+    score: Float[Array, "draws dim"]
     record: Any  # what the family needs to pull gradients back
 
 
@@ -43,6 +44,9 @@ class UpdateRules(NamedTuple):
     blocked: PyTree
 
 
+NOISE_BLOCKS = 2  # blocks of a key's counters that one call of `draw_noise` may use
+
+
 def num_groups(num_draws: int, antithetic: bool) -> int:
     """Count the independent draws among `num_draws`: half of them where they come in mirrored pairs."""
     return num_draws // 2 if antithetic and num_draws % 2 == 0 else num_draws
@@ -71,7 +75,9 @@ class AbstractFamily(eqx.Module):
         """Count the rows of `second_moment`'s factors."""
 
     @abc.abstractmethod
-    def init(self, key: Key, core: Float[Array, "core dim"], log_scale: Float[Array, " dim"]) -> PyTree:
+    def init(
+        self, key: Key, core: Float[Array, "core dim"], log_scale: Float[Array, " dim"], block: Array | int = 0
+    ) -> PyTree:
         """Start at a precision core and a scale in whitened coordinates."""
 
     @abc.abstractmethod
@@ -79,17 +85,17 @@ class AbstractFamily(eqx.Module):
         """Return the family as it learns from a start that already agrees with the loss, where `trusted`."""
 
     @abc.abstractmethod
-    def draw_noise(self, key: Key, num: int) -> PyTree[Float[Array, "groups ..."]]:
-        """Draw the standard normals that `num` independent draws are made of."""
+    def draw_noise(self, key: Key, num: int, block: Array | int = 0) -> PyTree[Array]:
+        """Draw what `num` independent draws are made of, from the key's counters `block` to `block + NOISE_BLOCKS`."""
 
     @abc.abstractmethod
     def transform(self, params: PyTree, noise: PyTree, *, mirror: bool, cache: PyTree = None) -> Draws:
         """Turn noise to draws; with `mirror`, follow them by their mirror images about the means."""
 
-    def sample(self, params: PyTree, key: Key, num_draws: int, *, antithetic: bool) -> Draws:
+    def sample(self, params: PyTree, key: Key, num_draws: int, *, antithetic: bool, block: Array | int = 0) -> Draws:
         """Draw `num_draws` times, in mirrored pairs (draw i with draw i + num_draws/2) if the number is even."""
         groups = num_groups(num_draws, antithetic)
-        return self.transform(params, self.draw_noise(key, groups), mirror=groups < num_draws)
+        return self.transform(params, self.draw_noise(key, groups, block), mirror=groups < num_draws)
 
     @abc.abstractmethod
     def make_cache(self, params: PyTree) -> PyTree:

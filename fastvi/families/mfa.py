@@ -11,7 +11,7 @@ import numpy as np
 from fastvi._typing import Array, Float, Key, Scalar
 from fastvi.families.base import AbstractFamily, Blocks, Draws, SecondMoment, UpdateRules, num_groups
 from fastvi.kernels import mixture_grad, woodbury
-from fastvi.kernels.noise import normal
+from fastvi.kernels.noise import normal, words
 from fastvi.kernels.woodbury import Draw, Mixture, Noise
 
 LOG_SCALE_BOUND = 20.0  # |log D^{1/2}| in whitened coordinates: exp(2 * 20) stays finite in float32
@@ -35,10 +35,10 @@ class MFAParams(NamedTuple):
 
 
 class Normals(NamedTuple):
-    """Standard normals of several draws: the bulk, and those for label, factors and core."""
+    """Noise of several draws: uniform for the label, standard normal for bulk, factors and core in one array."""
 
-    eps: Float[Array, "groups dim"]
-    small: Float[Array, "groups small"]
+    quantile: Float[Array, " groups"]
+    normals: Float[Array, "groups all"]
 
 
 class Record(NamedTuple):
@@ -95,21 +95,15 @@ class MFA(AbstractFamily):
         """Count the free means."""
         return {"center": 0, "shared": 1, "component": self.num_components}[self.means]
 
-    def init(self, key: Key, core: Float[Array, "core dim"], log_scale: Float[Array, " dim"]) -> MFAParams:
+    def init(
+        self, key: Key, core: Float[Array, "core dim"], log_scale: Float[Array, " dim"], block: Array | int = 0
+    ) -> MFAParams:
         """Start at the given core and scale, with equal weights and small factors shaped like P^{-1/2}."""
         dim, rank, dtype = self.scale.size, max(self.ranks), self.scale.dtype
-        key_eps, key_zeta = jax.random.split(key)
         rows = self.num_components * rank
-        eps = jax.random.normal(key_eps, (rows, dim), dtype)
-        zeta = jax.random.normal(key_zeta, (rows, self.noise_size), dtype)[:, : core.shape[0]]
-        blank = Mixture(jnp.zeros(1, dtype), jnp.zeros((0, dim), dtype), log_scale, core, jnp.zeros((1, 0, dim), dtype))
-        small = woodbury.grams(blank)
-
-        def shape_row(eps_row, zeta_row):
-            noise = Noise(jnp.asarray(0), eps_row, zeta_row, jnp.zeros(0, dtype))
-            return woodbury.draw(blank, small, noise).x
-
-        factors = jax.lax.map(lambda pair: shape_row(*pair), (eps, zeta)).reshape(self.num_components, rank, dim)
+        noise = normal(key, (rows, dim + self.noise_size), dtype, block=block)
+        eps, zeta = noise[:, :dim], noise[:, dim : dim + core.shape[0]]
+        factors = woodbury.precision_root(core, eps, zeta).reshape(self.num_components, rank, dim)
         return MFAParams(
             logits=jnp.zeros(self.num_components, dtype),
             offsets=jnp.zeros((self.num_offsets, dim), dtype),
@@ -154,23 +148,21 @@ class MFA(AbstractFamily):
             cache = cache.at[label].set(product, mode="promise_in_bounds")
         return cache
 
-    def draw_noise(self, key: Key, num: int) -> Normals:
-        """Draw normals; see `AbstractFamily.draw_noise`."""
-        key_eps, key_small = jax.random.split(key)
-        dtype = self.scale.dtype
-        small = jax.random.normal(key_small, (num, 1 + max(self.ranks) + self.noise_size), dtype)
-        return Normals(normal(key_eps, (num, self.scale.size), dtype), small)
+    def draw_noise(self, key: Key, num: int, block: Array | int = 0) -> Normals:
+        """Draw noise; see `AbstractFamily.draw_noise`."""
+        dtype, size = self.scale.dtype, self.scale.size + max(self.ranks) + self.noise_size
+        quantile = (words(key, num, block=block + 1) >> 8).astype(dtype) * 2**-24
+        return Normals(quantile, normal(key, (num, size), dtype, block=block))
 
-    def _noise(self, mixture: Mixture, normals: Normals) -> Noise:
-        """Sort normals into label, eps, zeta and z; the label is the quantile of the first one."""
-        num_core, rank = mixture.core.shape[0], mixture.factors.shape[1]
-        uniform = jax.scipy.special.ndtr(normals.small[:, 0])
-        label = jnp.sum(jnp.cumsum(jnp.exp(mixture.log_weights))[:-1] < uniform[:, None], axis=-1)
+    def _noise(self, mixture: Mixture, drawn: Normals) -> Noise:
+        """Sort noise into label, eps, zeta and z."""
+        dim, (num_core, rank) = self.scale.size, (mixture.core.shape[0], mixture.factors.shape[1])
+        label = jnp.sum(jnp.cumsum(jnp.exp(mixture.log_weights))[:-1] < drawn.quantile[:, None], axis=-1)
         return Noise(
             label=label,
-            eps=normals.eps,
-            zeta=normals.small[:, 1 + rank : 1 + rank + num_core],
-            z=normals.small[:, 1 : 1 + rank],
+            eps=drawn.normals[:, :dim],
+            zeta=drawn.normals[:, dim + rank : dim + rank + num_core],
+            z=drawn.normals[:, dim : dim + rank],
         )
 
     def transform(self, params: MFAParams, noise: Normals, *, mirror: bool, cache=None) -> Draws:
@@ -189,6 +181,7 @@ class MFA(AbstractFamily):
         return Draws(
             displacement=self.scale * drawn.displacement,
             log_prob=drawn.log_prob - jnp.sum(jnp.log(self.scale)),
+            score=drawn.score / self.scale,
             record=Record(sorted_noise, drawn, small),
         )
 
@@ -356,7 +349,7 @@ class MFA(AbstractFamily):
         return {
             "D_sqrt_min": jnp.min(deviation),
             "D_sqrt_max": jnp.max(deviation),
-            "D_sqrt_med": jnp.median(deviation),
+            "D_sqrt_med": jnp.sort(deviation)[deviation.size // 2],
             "A_col_norm_max": jnp.max(rows, initial=0.0),
         }
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Int, Key, Scalar
-from fastvi.families.base import AbstractFamily
+from fastvi.families.base import NOISE_BLOCKS, AbstractFamily
 from fastvi.inference.loop import Problem, evaluate_target
 from fastvi.objective import FlatObjective
 
@@ -28,10 +28,10 @@ def calibrate_scale(
 
     def adjust(carry):
         shift, round_index, _ = carry
-        key_draw, key_batch = jax.random.split(jax.random.fold_in(key, round_index))
+        block = (NOISE_BLOCKS + 1) * round_index
         shifted = params._replace(log_scale=params.log_scale + shift)
-        draws = family.sample(shifted, key_draw, CALIBRATION_DRAWS, antithetic=True)
-        _, grad = evaluate_target(objective, problem.posterior, draws, problem.next_batch(key_batch))
+        draws = family.sample(shifted, key, CALIBRATION_DRAWS, antithetic=True, block=block)
+        _, grad = evaluate_target(objective, problem.posterior, draws, problem.next_batch(key, block + NOISE_BLOCKS))
         virial = -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1]
         wide = ~(virial <= WIDE)
         step = jnp.clip(0.25 * jnp.log(jnp.where(wide, virial, 1.0)), 0.05, 1.0)

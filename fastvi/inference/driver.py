@@ -10,14 +10,15 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._typing import Array, Key, Keys
+from fastvi._typing import Array, Keys
+from fastvi.compilation import Ahead
 from fastvi.config import VIConfig
 from fastvi.families.base import AbstractFamily
 from fastvi.geometry.curvature import BLOCK
 from fastvi.geometry.start import Start, rank_limit
 from fastvi.inference.loop import Problem, State
 from fastvi.inference.optimizer import Horizon
-from fastvi.inference.programs import Outcome, Programs, build_family
+from fastvi.inference.programs import Outcome, Programs, Stages, build_family
 from fastvi.inference.schedule import (
     DECAY_FRACTION,
     FLAT_LOOKS,
@@ -27,6 +28,7 @@ from fastvi.inference.schedule import (
     is_balanced,
 )
 
+START_SEED = 0
 CHUNK = 100  # steps between looks at the traces
 MAX_ADAPTIVE_WARMUP = 100  # steps; a run that stops by itself is not planned to last
 
@@ -55,10 +57,9 @@ class Fit:
 
 
 def run_fit(
-    programs: Programs,
+    stages: Stages,
     problem: Problem,
     config: VIConfig,
-    key: Key,
     chain_keys: Keys,
     *,
     whitener_scale: Array | None = None,
@@ -67,11 +68,13 @@ def run_fit(
 ) -> Fit:
     """Run all stages.
 
+    What the chains share, the start from the curvature at w*, is random but the same for every key: a fit of the same
+    problem by another key has the same core and needs no other program.
+
     Args:
-        programs: The compiled stages.
+        stages: The stages.
         problem: Target and data.
         config: The configuration.
-        key: Key of what the chains share: the curvature start.
         chain_keys: One key for each chain.
         whitener_scale: S^{-1} from outside, in place of the configured whitening.
         early_stop: Whether to stop when the ELBO is flat; needs concrete values.
@@ -81,17 +84,19 @@ def run_fit(
         The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are zero.
     """
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves((problem, chain_keys)))
-    clock = Clock(traced)
+    clock, programs = Clock(traced), stages.plain if traced else stages.compiled
     report = report or _silent
     report(Progress("curvature", 0, config.steps, float("nan")))
+    key = jax.random.key(START_SEED)
     start = clock.time("adaptation", lambda: programs.prepare(problem, key, whitener_scale))
     limit = rank_limit(config, problem.posterior.center.size, problem.posterior.center.dtype.itemsize)
     rank = limit if traced else min(limit, -(-int(start.rank) // BLOCK) * BLOCK)
-    family = build_family(config, start, rank)
-    family, state, rounds = clock.time(
-        "adaptation", lambda: programs.launch(family, problem, start.core[:rank], key, chain_keys)
-    )
-    chunk = CHUNK if early_stop or report is not _silent else config.steps
+    chunk = min(CHUNK, config.steps) if early_stop or report is not _silent else config.steps
+    launch_arguments = (build_family(config, start, rank), problem, start.core[:rank], key, chain_keys)
+    if traced:
+        family, state, rounds = programs.launch(*launch_arguments)
+    else:
+        family, state, rounds = clock.time("adaptation", lambda: _launch(programs, launch_arguments, chunk))
     state, traces, converged = _run_chunks(
         programs,
         family,
@@ -109,6 +114,23 @@ def run_fit(
     return Fit(family, state.params, start, outcome, traces, rounds, clock.seconds, converged)
 
 
+def _launch(programs: Programs, arguments: tuple, chunk: int) -> tuple[AbstractFamily, State, Array]:
+    """Run the launch, with the programs of the later stages compiling beside it."""
+    _, problem, _, _, chain_keys = arguments
+    ahead = Ahead()
+    traced = programs.launch.trace(*arguments)
+    ahead.compile("launch", traced.lower())
+    family, state, _ = traced.out_info
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    horizon = Horizon(scalar, scalar, scalar)
+    ahead.compile("steps", programs.steps.lower(family, problem, state, chain_keys, step, horizon, length=chunk))
+    ahead.compile("finish", programs.finish.lower(family, problem, state.params, chain_keys))
+    ahead.wait(("launch", "steps", "finish"))
+    ahead.close()
+    return programs.launch(*arguments)
+
+
 def _run_chunks(
     programs: Programs,
     family: AbstractFamily,
@@ -124,7 +146,6 @@ def _run_chunks(
 ) -> tuple[State, dict[str, Array], bool | None]:
     """Run the steps; with `early_stop`, at the peak rate until the ELBO is flat, then through the decay."""
     parts, done, looks, converged = [], 0, 0, None
-    run = programs.traced_steps if clock.traced else programs.steps
     warmup = config.lr_warmup_frac * config.steps
     decay_start, end = warmup, config.steps
     if early_stop:
@@ -135,8 +156,8 @@ def _run_chunks(
         horizon = Horizon(*(jnp.asarray(x, jnp.float32) for x in (warmup, decay_start, end)))
         state, part = clock.time(
             "sampling",
-            lambda state=state, done=done, horizon=horizon, length=length: run(
-                family, problem, state, keys, jnp.asarray(done), horizon, length=length
+            lambda state=state, done=done, horizon=horizon, length=length: programs.steps(
+                family, problem, state, keys, jnp.int32(done), horizon, length=length
             ),
         )
         parts.append(part)

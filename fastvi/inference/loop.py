@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Batch, Float, Int, Key, Keys, PyTree, Scalar
 from fastvi.config import VIConfig
-from fastvi.families.base import AbstractFamily, Blocks, Draws, num_groups
+from fastvi.families.base import NOISE_BLOCKS, AbstractFamily, Blocks, Draws, num_groups
 from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer
+from fastvi.kernels.noise import words
 from fastvi.objective import FlatObjective
 from fastvi.posterior import LocalPosterior
 
@@ -24,13 +25,12 @@ class Problem(eqx.Module):
     num_data: int = eqx.field(static=True)
     batch_size: int = eqx.field(static=True)
 
-    def next_batch(self, key: Key) -> Batch:
+    def next_batch(self, key: Key, block: Array | int = 0) -> Batch:
         """Draw a minibatch with replacement, or return all data when the batch is that large."""
         if self.batch_size >= self.num_data:
             return self.data
         # uneven by at most num_data / 2^32, and a third of the work of randint
-        bits = jax.random.bits(key, (self.batch_size,), jnp.uint32)
-        index = (bits % jnp.uint32(self.num_data)).astype(jnp.int32)
+        index = (words(key, self.batch_size, block=block) % jnp.uint32(self.num_data)).astype(jnp.int32)
         return jax.tree_util.tree_map(lambda leaf: leaf[index], self.data)
 
 
@@ -111,13 +111,12 @@ def run_steps(
     groups = num_groups(num_draws, config.antithetic)
 
     def randomness(key, step):
-        key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step))
-        return key_batch, family.draw_noise(key_noise, groups)
+        return family.draw_noise(key, groups, (NOISE_BLOCKS + 1) * step)
 
-    def one_chain(state: State, random, key, step, rate, elapsed, refresh):
-        key_batch, noise = random
+    def one_chain(state: State, noise, key, step, rate, elapsed, refresh):
+        batch = problem.next_batch(key, (NOISE_BLOCKS + 1) * step + NOISE_BLOCKS)
         draws = family.transform(state.params, noise, mirror=groups < num_draws, cache=state.cache)
-        value, grad = evaluate_target(objective, problem.posterior, draws, problem.next_batch(key_batch))
+        value, grad = evaluate_target(objective, problem.posterior, draws, batch)
         baseline = jnp.where(step == 0, jnp.mean(value - draws.log_prob), state.baseline)
         ascent = family.ascent(state.params, draws, value, grad, baseline, antithetic=config.antithetic)
         updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=elapsed)
@@ -139,20 +138,23 @@ def run_steps(
         }
         return (State(params, opt_state, baseline, cache, slow), randomness(key, step + 1)), trace
 
-    def body(carry, step):
-        state, ahead = carry
-        rate = learning_rate(config, horizon, step)
-        refresh = step % config.eval_every == 0
-        elapsed = elapsed_decay(horizon, step)
-        carry, trace = jax.vmap(one_chain, in_axes=(0, 0, 0, None, None, None, None))(
-            state, ahead, keys, step, rate, elapsed, refresh
-        )
-        return carry, {**trace, "lr": jnp.broadcast_to(rate, keys.shape[:1])}
+    names = []
 
+    def body(carry, planned):
+        state, ahead = carry
+        carry, trace = jax.vmap(one_chain, in_axes=(0, 0, 0, None, None, None, None))(state, ahead, keys, *planned)
+        names[:] = trace
+        # one array for all scalars: XLA would write each by a loop of its own
+        return carry, jnp.stack(list(trace.values()))
+
+    steps = first_step + jnp.arange(length)
+    rates = learning_rate(config, horizon, steps)
+    plan = (steps, rates, elapsed_decay(horizon, steps), steps % config.eval_every == 0)
     # noise is drawn one step ahead: as part of the carry it is computed once, not again by each of its readers
     ahead = jax.vmap(randomness, in_axes=(0, None))(keys, first_step)
-    (state, _), traces = jax.lax.scan(body, (state, ahead), first_step + jnp.arange(length))
-    return state, jax.tree_util.tree_map(lambda leaf: jnp.moveaxis(leaf, 0, 1), traces)
+    (state, _), stacked = jax.lax.scan(body, (state, ahead), plan)
+    traces = dict(zip(names, jnp.moveaxis(stacked, 0, 2), strict=True))
+    return state, {**traces, "lr": jnp.broadcast_to(rates, (keys.size, length)).astype(stacked.dtype)}
 
 
 def _scaled(updates, factors, rate):

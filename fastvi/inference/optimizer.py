@@ -69,14 +69,15 @@ def gradient_norm(updates: PyTree) -> Scalar:
 class MomentState(NamedTuple):
     """Moments in the structure of the parameters.
 
-    `square` has a last axis of length 1 where a row shares it; `unseen` is the weight that the zeros of the start
-    still have in mean and square or, for leaves updated block by block, in the square of each block. Those have no
-    first moment.
+    `square` has a last axis of length 1 where a row shares it. `unseen` is the weight that the zeros of the start
+    still have in mean and square, and `block_unseen` that in the square of each block of the leaves that are updated
+    block by block (empty for the others). Those have no first moment.
     """
 
     mean: PyTree
     square: PyTree
-    unseen: PyTree
+    unseen: tuple[Scalar, Scalar]
+    block_unseen: PyTree
 
 
 def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArgs:
@@ -100,29 +101,34 @@ def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArg
         def mean(leaf, blocked):
             return jnp.zeros(0, leaf.dtype) if blocked else jnp.zeros_like(leaf)
 
-        def unseen(leaf, blocked):
-            return jnp.ones(leaf.shape[0] if blocked else 2, leaf.dtype)
+        def block_unseen(leaf, blocked):
+            return jnp.ones(leaf.shape[0] if blocked else 0, leaf.dtype)
 
         zero = jax.tree_util.tree_map(jnp.zeros_like, params)
         square = jax.tree_util.tree_map(_square, zero, rules.shared_rows)
         return MomentState(
             jax.tree_util.tree_map(mean, params, rules.blocked),
             square,
-            jax.tree_util.tree_map(unseen, params, rules.blocked),
+            (jnp.ones(()), jnp.ones(())),
+            jax.tree_util.tree_map(block_unseen, params, rules.blocked),
         )
 
     def update(updates, state, params=None, **extra_args):
         del params
         elapsed = jnp.asarray(extra_args["elapsed"])
         gain = (1 - ADAM_B2) * (1 - elapsed) ** 2
+        unseen = (ADAM_B1 * state.unseen[0], ((1 - gain) * state.unseen[1]).astype(state.unseen[1].dtype))
+        correction = (1 / (1 - unseen[0]), 1 / (1 - unseen[1]))
         treedef = jax.tree_util.tree_structure(updates, is_leaf=is_leaf)
-        columns = [treedef.flatten_up_to(tree) for tree in (updates, *state, rules.shared_rows)]
+        trees = (updates, state.mean, state.square, state.block_unseen, rules.shared_rows)
         stepped = [
-            (_step_blocks if _is_blocks(leaf) else _step)(leaf, mean, square, unseen, shared, gain)
-            for leaf, mean, square, unseen, shared in zip(*columns, strict=True)
+            _step_blocks(leaf, mean, square, waiting, shared, gain)
+            if _is_blocks(leaf)
+            else (*_step(leaf, mean, square, shared, gain, correction), waiting)
+            for leaf, mean, square, waiting, shared in zip(*map(treedef.flatten_up_to, trees), strict=True)
         ]
-        scaled, *moments = (treedef.unflatten(column) for column in zip(*stepped, strict=True))
-        return scaled, MomentState(*moments)
+        scaled, mean, square, waiting = (treedef.unflatten(column) for column in zip(*stepped, strict=True))
+        return scaled, MomentState(mean, square, unseen, waiting)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -135,15 +141,12 @@ def _square(leaf, shared):
     return jnp.mean(leaf**2, axis=-1, keepdims=True) if shared else leaf**2
 
 
-def _step(gradient, mean, square, unseen, shared, gain):
+def _step(gradient, mean, square, shared, gain, correction):
     """Advance the moments of one leaf; return the scaled gradient and the moments."""
-    gain = gain.astype(gradient.dtype)
+    gain, first, second = (scalar.astype(gradient.dtype) for scalar in (gain, *correction))
     mean = ADAM_B1 * mean + (1 - ADAM_B1) * gradient
     square = square + gain * (_square(gradient, shared) - square)
-    unseen = unseen * jnp.stack([jnp.full_like(gain, ADAM_B1), 1 - gain])
-    weight = 1 - unseen
-    scaled = mean * ((1 / weight[0]) / (jnp.sqrt(square / weight[1]) + ADAM_EPS))
-    return scaled, mean, square, unseen
+    return mean * (first / (jnp.sqrt(square * second) + ADAM_EPS)), mean, square
 
 
 def _step_blocks(gradient: Blocks, mean, square, unseen, shared, gain):

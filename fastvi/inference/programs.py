@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
+from fastvi.compilation import quick_compilation
 from fastvi.config import VIConfig
 from fastvi.estimators.llc import Evaluation, evaluate, make_excess_fn
 from fastvi.families import FAMILIES
@@ -30,22 +31,27 @@ class Outcome(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Jitted stages.
+    """The stages, compiled for calls from the host or plain for use inside a trace.
 
     Attributes:
         prepare: `(problem, key, whitener_scale) -> Start`.
         launch: `(family, problem, core, key, chain_keys) -> (family, State, rounds of calibration)`.
-        steps: `(family, problem, state, chain_keys, first_step, horizon, length) -> (State, traces)`; it
+        steps: `(family, problem, state, chain_keys, first_step, horizon, length) -> (State, traces)`; compiled, it
             consumes the state.
-        traced_steps: The same inside a trace, where nothing can be donated.
         finish: `(family, problem, params, chain_keys) -> Outcome`.
     """
 
     prepare: Callable[..., Start]
     launch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
     steps: Callable[..., tuple[State, dict[str, Float[Array, "chains steps"]]]]
-    traced_steps: Callable[..., tuple[State, dict[str, Float[Array, "chains steps"]]]]
     finish: Callable[..., Outcome]
+
+
+class Stages(NamedTuple):
+    """One set of stages in both forms."""
+
+    compiled: Programs
+    plain: Programs
 
 
 class Identity:
@@ -55,10 +61,8 @@ class Identity:
         self.value = value
 
 
-def programs_for(
-    objective: FlatObjective, config: VIConfig, num_draws: int, loss_full_flat: Callable | None
-) -> Programs:
-    """Return the compiled stages for these functions; the same functions and configuration share them."""
+def programs_for(objective: FlatObjective, config: VIConfig, num_draws: int, loss_full_flat: Callable | None) -> Stages:
+    """Return the stages for these functions; the same functions and configuration share them, compiled."""
     try:
         hash(objective)
     except TypeError:
@@ -67,11 +71,10 @@ def programs_for(
 
 
 @functools.lru_cache(maxsize=CACHED_PROGRAMS)
-def _build(objective: Any, config: VIConfig, num_draws: int, loss_full_flat: Callable | None) -> Programs:
+def _build(objective: Any, config: VIConfig, num_draws: int, loss_full_flat: Callable | None) -> Stages:
     if isinstance(objective, Identity):
         objective = objective.value
 
-    @jax.jit
     def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
         key_subset, key_start = jax.random.split(key)
         subset = problem.data
@@ -80,11 +83,10 @@ def _build(objective: Any, config: VIConfig, num_draws: int, loss_full_flat: Cal
             subset = jax.tree_util.tree_map(lambda leaf: leaf[index], problem.data)
         return make_start(objective, problem.posterior, subset, problem.next_batch, config, key_start, whitener_scale)
 
-    @jax.jit
     def launch(family: AbstractFamily, problem: Problem, core, key: Key, keys: Keys):
         """Initialise the chains; a start that passes the virial check at once is changed more slowly."""
         flat = jnp.zeros_like(problem.posterior.center)
-        params = jax.vmap(lambda k: family.init(jax.random.fold_in(k, _START_STREAM), core, flat))(keys)
+        params = jax.vmap(lambda k: family.init(k, core, flat, _START_BLOCK))(keys)
         first = jax.tree_util.tree_map(lambda leaf: leaf[0], params)
         shift, rounds = calibrate_scale(family, first, objective, problem, key)
         params = params._replace(log_scale=params.log_scale + shift)
@@ -94,9 +96,6 @@ def _build(objective: Any, config: VIConfig, num_draws: int, loss_full_flat: Cal
     def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
         return run_steps(family, objective, problem, config, num_draws, state, keys, first_step, horizon, length)
 
-    donating = jax.jit(steps, static_argnames=("length",), donate_argnames=("state",))
-
-    @jax.jit
     def finish(family: AbstractFamily, problem: Problem, params, keys: Keys) -> Outcome:
         reference_loss = (
             full_data_loss(objective, problem.posterior.center, problem.data)
@@ -114,7 +113,7 @@ def _build(objective: Any, config: VIConfig, num_draws: int, loss_full_flat: Cal
                 problem,
                 excess_fn,
                 reference_loss,
-                jax.random.fold_in(chain_key, _EVALUATION_STREAM),
+                chain_key,
                 num_draws=config.eval_samples,
                 control_variate=config.control_variate,
                 trace_probes=config.trace_probes,
@@ -124,12 +123,17 @@ def _build(objective: Any, config: VIConfig, num_draws: int, loss_full_flat: Cal
         evaluation, arrays = jax.lax.map(one, (params, keys))
         return Outcome(evaluation, reference_loss, arrays)
 
-    return Programs(prepare, launch, donating, steps, finish)
+    once = quick_compilation()
+    compiled = Programs(
+        prepare=jax.jit(prepare, compiler_options=once),
+        launch=jax.jit(launch, compiler_options=once),
+        steps=jax.jit(steps, static_argnames=("length",), donate_argnames=("state",)),
+        finish=jax.jit(finish, compiler_options=once),
+    )
+    return Stages(compiled, Programs(prepare, launch, steps, finish))
 
 
-# Streams of a chain's key beside its step indices.
-_START_STREAM = 2**31 - 1
-_EVALUATION_STREAM = 2**31 - 2
+_START_BLOCK = 2**31  # counters of a chain's key beyond those of its steps; the evaluation's follow
 
 
 def build_family(config: VIConfig, start: Start, core_rows: int) -> AbstractFamily:

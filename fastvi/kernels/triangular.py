@@ -3,9 +3,40 @@
 A batched triangular solve expands into hundreds of operations when XLA compiles it for CPU; this does not.
 """
 
+import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 
 from fastvi._typing import Array, Float
+
+
+@jax.custom_jvp
+def inverse_root(gram: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """Return the lower triangular X with `X^T X = (I + gram)^{-1}`.
+
+    Cost:
+        O(n^3) operations.
+    """
+    return _inverse_root(gram)
+
+
+@inverse_root.defjvp
+def _inverse_root_jvp(primals, tangents):
+    root = inverse_root(*primals)
+    inner = jnp.tril(root @ tangents[0] @ root.T)
+    return root, -(inner - 0.5 * jnp.diag(jnp.diagonal(inner))) @ root
+
+
+@sequential_vmap  # chain after chain: LAPACK solves one matrix, while a batch would expand
+def _inverse_root(gram):
+    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    root = cholesky(identity + gram)
+    return jax.lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
+
+
+def cholesky(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """Factorise symmetric matrices without symmetrising them first; NaN where one is not positive definite."""
+    return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
 
 
 def lower_inverse(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:

@@ -1,5 +1,5 @@
-"""Standard normal noise with the bits of jax.random.normal, in one fused loop."""
+"""Random numbers with the bits of jax.random, in one fused loop."""
 
-from fastvi.kernels.noise.threefry import normal
+from fastvi.kernels.noise.threefry import normal, words
 
-__all__ = ["normal"]
+__all__ = ["normal", "words"]

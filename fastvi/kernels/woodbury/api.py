@@ -15,6 +15,7 @@ __all__ = [
     "factor_grams",
     "grams",
     "log_prob",
+    "precision_root",
 ]
 
 IMPLEMENTATIONS = {"reference": reference, "xla": xla}
@@ -47,6 +48,13 @@ def grams(
         One read of core and factors; O((core^2 + comp rank (rank + core)) dim) operations.
     """
     return _dispatch.select("woodbury", IMPLEMENTATIONS, implementation).grams(mixture, factor_products)
+
+
+def precision_root(
+    core: Float[Array, "core dim"], eps: Float[Array, "rows dim"], zeta: Float[Array, "rows core"]
+) -> Float[Array, "rows dim"]:
+    """Turn standard normals into rows distributed as N(0, P^{-1}) with P = I + core^T core."""
+    return xla.precision_root(core, eps, zeta)
 
 
 def draw(mixture: Mixture, small: Grams, noise: Noise, *, implementation: str | None = None) -> Draw:

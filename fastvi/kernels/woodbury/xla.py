@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
 from fastvi._typing import Array, Float, Scalar
-from fastvi.kernels.triangular import lower_inverse
+from fastvi.kernels.triangular import cholesky, inverse_root, lower_inverse
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
 PAIRWISE_RANK = 2  # up to here products of single rows are as fast as anything
@@ -23,11 +23,11 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
     core, factors = mixture.core, mixture.factors
     num_core, (num_components, rank, dim) = core.shape[0], factors.shape
     flat = factors.reshape(num_components * rank, dim)
-    core_half = lower_inverse(jnp.linalg.cholesky(jnp.eye(num_core, dtype=core.dtype) + core @ core.T))
+    core_half = inverse_root(core @ core.T)
     cross = (core @ flat.T).reshape(num_core, num_components, rank).transpose(1, 0, 2)
     products = factor_grams(factors) if factor_products is None else factor_products
     inner = products + jnp.swapaxes(cross, 1, 2) @ cross
-    factor_half = lower_inverse(jnp.linalg.cholesky(jnp.eye(rank, dtype=core.dtype) + inner))
+    factor_half = lower_inverse(cholesky(jnp.eye(rank, dtype=core.dtype) + inner))
     log_det = 2 * jnp.sum(mixture.log_scale) + _log_det(core_half) - _log_det(factor_half)
     return Grams(core_half, cross, factor_half, log_det)
 
@@ -55,6 +55,12 @@ def factor_grams(factors):
 
 def _log_det(triangular):
     return 2 * jnp.sum(jnp.log(jnp.diagonal(triangular, axis1=-2, axis2=-1)), axis=-1)
+
+
+def precision_root(core, eps, zeta):
+    """Compute `eps - B^T C_B^{-1} (B eps - zeta)` for rows of eps and zeta."""
+    half = inverse_root(core @ core.T)
+    return eps - ((eps @ core.T - zeta) @ half.T @ half) @ core
 
 
 def draw(mixture: Mixture, small: Grams, noise: Noise) -> Draw:

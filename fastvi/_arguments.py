@@ -1,0 +1,134 @@
+"""Checks of what callers pass to the entry points: the rule, what came, the likely fix."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._errors import ConfigError, DataError
+from fastvi._typing import Array, Batch, Float
+from fastvi.config import VIConfig
+from fastvi.geometry.whitening import normalized_scale
+from fastvi.inference.loop import Problem
+from fastvi.posterior import LocalPosterior
+
+DEFAULT_BATCH_SIZE = 256
+SMALL_DIM = 32  # below it draws are cheap and tails matter: more of them, in proportion
+
+
+def as_key(key: Any) -> Any:
+    """Accept an int seed, a legacy uint32 key or a typed key.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+    if isinstance(key, (int, np.integer)):
+        if isinstance(key, bool):
+            raise ConfigError(f"key must be an int or a jax random key; got {_describe(key)}.")
+        return jax.random.key(int(key))
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if typed and shape == ():
+        return key
+    if dtype is not None and not typed and dtype == np.uint32 and shape == (2,):
+        return jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
+    raise ConfigError(f"key must be an int, jax.random.key(...) or jax.random.PRNGKey(...); got {_describe(key)}.")
+
+
+def _describe(value: Any) -> str:
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"an array {value.dtype}{list(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_settings(config: VIConfig, localization: Any) -> Any:
+    """Refuse what this release or this process cannot do; return the dtype of the fit."""
+    config.check_available()
+    if (
+        config.gamma is not None
+        and not isinstance(localization, jax.core.Tracer)
+        and config.gamma != float(localization)
+    ):
+        raise ConfigError(
+            f"gamma is given twice and differs: {config.gamma} in the config, {float(localization)} as argument. "
+            "Drop it from the config."
+        )
+    if config.dtype == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        raise ConfigError('dtype "float64" needs jax.config.update("jax_enable_x64", True) before any array is made.')
+    return jnp.dtype(config.dtype)
+
+
+def make_problem(
+    center: Float[Array, " dim"], data: Batch, num_data: int, nbeta: Any, localization: Any, config: VIConfig, name: str
+) -> Problem:
+    """Assemble target and data in the dtype of the fit."""
+    dtype = center.dtype
+    config.check_against(center.size, num_data)
+    nbeta, gamma = positive_scalar(name, nbeta), nonnegative_scalar("localization", localization)
+    cast = jax.tree_util.tree_map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, data
+    )
+    posterior = LocalPosterior(center, jnp.asarray(nbeta, dtype), jnp.asarray(gamma, dtype))
+    return Problem(posterior, cast, num_data, config.batch_size or min(DEFAULT_BATCH_SIZE, num_data))
+
+
+def draws_per_step(config: VIConfig, dim: int) -> int:
+    """Return the draws of a step of `estimate_llc`: a mirrored pair, or more in few dimensions."""
+    return 2 * max(1, SMALL_DIM // dim) if config.samples_per_step is None else config.samples_per_step
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ConfigError(f"{name} must be an integer >= 1; got {value!r} ({type(value).__name__}).")
+    return int(value)
+
+
+def _scalar(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> Any:
+    """Check a number; one that is being traced can only be checked for its shape."""
+    if isinstance(value, jax.core.Tracer) and value.shape == ():
+        return value
+    if isinstance(value, (bool, str)) or value is None or np.shape(value) != ():
+        raise ConfigError(f"{name} must be a number {rule}; got {_describe(value)}.")
+    number = float(value)
+    if not (math.isfinite(number) and holds(number)):
+        raise ConfigError(f"{name} must be a number {rule}; got {number}.")
+    return number
+
+
+def positive_scalar(name: str, value: Any) -> Any:
+    """Return a positive number, or a traced one as it is."""
+    return _scalar(name, value, "> 0 (for example 1/log(n) for beta, n/log(n) for nbeta)", lambda x: x > 0)
+
+
+def nonnegative_scalar(name: str, value: Any) -> Any:
+    """Return a number of at least 0, or a traced one as it is."""
+    return _scalar(name, value, ">= 0", lambda x: x >= 0)
+
+
+def flat_vector(wstar: Any, dtype: Any) -> Float[Array, " dim"]:
+    """Return w* in the dtype of the fit."""
+    if np.ndim(wstar) != 1 or not np.size(wstar) or not jnp.issubdtype(jnp.result_type(wstar), jnp.floating):
+        raise DataError(f"wstar_flat must be a floating-point vector of shape (dim,); got {_describe(wstar)}.")
+    if not isinstance(wstar, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(wstar))):
+        raise DataError("wstar_flat holds NaN or infinity; the centre must be finite. Did training diverge?")
+    return jnp.asarray(wstar).astype(dtype)
+
+
+def whitener_scale(whitener: Any, center: Float[Array, " dim"]) -> Float[Array, " dim"] | None:
+    """Read S^{-1} off a whitener; a scalar A_sqrt is the identity."""
+    if whitener is None:
+        return None
+    root = getattr(whitener, "A_sqrt", None)
+    if root is None or np.shape(root) not in ((), center.shape):
+        raise ConfigError(
+            f"whitener.A_sqrt must have shape () or {center.shape}; got "
+            f"{'no such attribute' if root is None else np.shape(root)}."
+        )
+    if np.shape(root) == ():
+        return None
+    return normalized_scale(jnp.asarray(root, center.dtype) ** 2)

@@ -1,0 +1,258 @@
+"""`fit` and `run_vi`: the contracts of a sampler backend, in flat coordinates."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fastvi._arguments import (
+    as_key,
+    check_count,
+    check_settings,
+    flat_vector,
+    make_problem,
+    positive_scalar,
+    whitener_scale,
+)
+from fastvi._errors import ConfigError
+from fastvi._typing import Array, Batch, Float, Keys
+from fastvi.accounting import Work, count_work
+from fastvi.config import VIConfig
+from fastvi.inference.driver import Fit, run_fit
+from fastvi.inference.loop import Problem
+from fastvi.inference.programs import programs_for
+from fastvi.objective import FlatObjective, check_data, check_loss, make_flat_objective
+
+
+class _StaticText(str):
+    """Text inside a result that `jax.jit` may return: a pytree node without leaves."""
+
+
+jax.tree_util.register_static(_StaticText)
+
+
+def fit(
+    *,
+    rng_key: Any,
+    objective: FlatObjective,
+    wstar_flat: Float[Array, " dim"],
+    data: Batch,
+    n_data: int,
+    beta: Any,
+    gamma: Any,
+    vi_cfg: Any = None,
+    whitener: Any = None,
+    loss_full_flat: Callable[[Float[Array, " dim"]], Array] | None = None,
+) -> dict[str, Any]:
+    """Fit one chain in flat coordinates: the contract of a sampler backend.
+
+    Fixed number of steps, one gradient a step unless `samples_per_step` says otherwise; works plainly and inside
+    `jax.jit` and `jax.vmap` over `rng_key`. A fit that is not finite returns NaN and `result_code` 1.
+
+    Args:
+        rng_key: Typed or legacy jax key, or an int.
+        objective: Mean loss per example and its gradient on a flat vector and a batch.
+        wstar_flat: w*, shape (dim,).
+        data: Pytree of arrays with `n_data` examples.
+        n_data: Number of examples n.
+        beta: Inverse temperature.
+        gamma: Strength of the localizer.
+        vi_cfg: Anything `VIConfig.create` reads.
+        whitener: Object with `A_sqrt`, shape (dim,) or (): a diagonal geometry of which the shape is used.
+        loss_full_flat: `(w) -> L_n(w)`; the objective on `data` in chunks when left out.
+
+    Returns:
+        lambda_hat (); traces, each (steps,); extras with Eq_Ln, Ln_wstar, Eq_Ln_mc, Eq_Ln_cv, llc_sem, elbo, pi,
+        D_sqrt, result_code, cv_info; timings in seconds (zero under a trace); work.
+
+    Raises:
+        ConfigError: If an option is unknown or impossible.
+        DataError: If the data, w* or the objective cannot be used.
+    """
+    run = _run(
+        _Target(objective, wstar_flat, data, n_data, beta, gamma, loss_full_flat, whitener),
+        VIConfig.create(vi_cfg),
+        as_key(rng_key)[None],
+    )
+    llc, traces, extras = jax.tree_util.tree_map(lambda leaf: leaf[0], (run.llc, run.traces, run.extras))
+    return {
+        "lambda_hat": llc,
+        "traces": traces,
+        "extras": extras,
+        "timings": {
+            "adaptation": run.seconds["adaptation"],
+            "sampling": run.seconds["sampling"] + run.seconds["evaluation"],
+        },
+        "work": {"sampler_flavour": _StaticText(run.config.family), **run.work.as_dict()},
+    }
+
+
+class SamplerRunResult(NamedTuple):
+    """What `run_vi` returns: traces of shape (chains, steps), seconds, counts."""
+
+    traces: dict[str, Array]
+    timings: dict[str, float]
+    work: dict[str, Any]
+
+
+def run_vi(
+    key: Any,
+    posterior: Any,
+    data: Batch,
+    config: Any,
+    num_chains: int,
+    loss_minibatch_flat: Callable[[Float[Array, " dim"], Batch], Array],
+    grad_loss_minibatch: Callable[[Float[Array, " dim"], Batch], Array] | None,
+    loss_full_flat: Callable[..., Array],
+    n_data: int | None = None,
+    beta: Any = None,
+    gamma: Any = None,
+) -> SamplerRunResult:
+    """Run several chains of `fit` under the contract of a sampler.
+
+    Args:
+        key: Typed or legacy key, or an int.
+        posterior: Object with `flat0`, the centre w* of shape (dim,), or that vector itself.
+        data: Pytree of arrays with a common leading axis.
+        config: Anything `VIConfig.create` reads.
+        num_chains: Number of independent chains, vmapped.
+        loss_minibatch_flat: `(w, batch) -> mean loss`.
+        grad_loss_minibatch: Its gradient, or None for autodiff.
+        loss_full_flat: `(w) -> L_n(w)`.
+        n_data: Number of examples; read off the data when left out.
+        beta: Inverse temperature, required.
+        gamma: Strength of the localizer, required.
+
+    Returns:
+        Traces (chains, steps): those of `fit` and, repeated along steps, llc, Eq_Ln_mc, Eq_Ln_cv,
+        variance_reduction, acceptance_rate, energy (the ELBO) and is_divergent. Ln is NaN: VI does not sample it.
+
+    Raises:
+        ConfigError: If beta or gamma is missing or an option impossible.
+        DataError: If the data cannot be used.
+    """
+    for name, value in (("beta", beta), ("gamma", gamma)):
+        if value is None:
+            raise ConfigError(f"{name} must be given to run_vi; got None. Use beta=1/log(n) and gamma=1 to begin with.")
+    began = time.perf_counter()
+    check_count("num_chains", num_chains)
+    objective = make_flat_objective(loss_minibatch_flat, grad_loss_minibatch)
+    num_data = check_data(data, n_data)[1]
+    run = _run(
+        _Target(objective, getattr(posterior, "flat0", posterior), data, num_data, beta, gamma, loss_full_flat, None),
+        VIConfig.create(config),
+        jax.random.split(as_key(key), num_chains),
+    )
+    shape, dtype = run.traces["elbo"].shape, run.traces["elbo"].dtype
+    control = {name: value for name, value in run.extras["cv_info"].items() if name != "trace_term"}
+    repeated = {name: jnp.broadcast_to(value[:, None], shape) for name, value in {"llc": run.llc, **control}.items()}
+    return SamplerRunResult(
+        traces={
+            **run.traces,
+            **repeated,
+            "Ln": jnp.full(shape, jnp.nan, dtype),
+            "acceptance_rate": jnp.ones(shape, dtype),
+            "energy": run.traces["elbo"],
+            "is_divergent": ~jnp.isfinite(run.traces["elbo"]),
+        },
+        timings={
+            "adaptation": run.seconds["adaptation"],
+            "sampling": run.seconds["sampling"] + run.seconds["evaluation"],
+            "total": time.perf_counter() - began,
+        },
+        work={
+            "sampler_flavour": run.config.family,
+            **run.work.as_dict(),
+            "lambda_hat_mean": float(jnp.mean(run.llc)),
+            "lambda_hat_std": float(jnp.std(run.llc)),
+            "Eq_Ln_mean": float(jnp.mean(run.extras["Eq_Ln"])),
+            "Eq_Ln_std": float(jnp.std(run.extras["Eq_Ln"])),
+            "Ln_wstar": float(run.extras["Ln_wstar"][0]),
+            "beta": float(beta),
+            "n_data": num_data,
+            "steps": run.config.steps,
+        },
+    )
+
+
+class _Target(NamedTuple):
+    """What is fitted, as the callers pass it."""
+
+    objective: FlatObjective
+    wstar_flat: Any
+    data: Batch
+    n_data: int
+    beta: Any
+    gamma: Any
+    loss_full_flat: Callable | None
+    whitener: Any
+
+
+class _Run(NamedTuple):
+    """Finished chains: llc (chains,), traces (chains, steps), extras with a leading axis of chains."""
+
+    llc: Float[Array, " chains"]
+    traces: dict[str, Array]
+    extras: dict[str, Any]
+    seconds: dict[str, float]
+    work: Work
+    config: VIConfig
+
+
+def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
+    """Check the arguments, run the chains for a fixed number of steps, and collect what the contracts name."""
+    dtype = check_settings(config, target.gamma)
+    if config.early_stop:
+        raise ConfigError("early_stop must be off in fit, whose traces have a fixed length: use estimate_llc for it.")
+    center = flat_vector(target.wstar_flat, dtype)
+    data, num_data = check_data(target.data, check_count("n_data", target.n_data))
+    nbeta = positive_scalar("beta", target.beta) * num_data
+    problem = make_problem(center, data, num_data, nbeta, target.gamma, config, "beta")
+    first = jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data)
+    check_loss(target.objective, center, first, "objective")
+    num_draws = 1 if config.samples_per_step is None else config.samples_per_step
+    finished = run_fit(
+        programs_for(target.objective, config, num_draws, target.loss_full_flat),
+        problem,
+        config,
+        chain_keys,
+        whitener_scale=whitener_scale(target.whitener, center),
+    )
+    work = count_work(finished, problem, config, num_draws, 1)
+    steps = jnp.arange(1, config.steps + 1, dtype=dtype)
+    cumulative = jnp.broadcast_to(work.fge_per_step * steps, finished.traces["elbo"].shape)
+    return _Run(
+        llc=finished.outcome.evaluation.llc,
+        traces={**finished.traces, "cumulative_fge": cumulative},
+        extras=_extras(finished, problem),
+        seconds=finished.seconds,
+        work=work,
+        config=config,
+    )
+
+
+def _extras(finished: Fit, problem: Problem) -> dict[str, Any]:
+    """Collect values beside the estimate, each with a leading axis of chains."""
+    evaluation, nbeta = finished.outcome.evaluation, problem.posterior.nbeta
+    reference_loss = finished.outcome.reference_loss.astype(evaluation.llc.dtype)
+    mean_loss, plain_loss = reference_loss + evaluation.llc / nbeta, reference_loss + evaluation.llc_mc / nbeta
+    finite = jnp.isfinite(evaluation.llc + finished.traces["elbo"][:, -1])
+    return {
+        "Eq_Ln": mean_loss,
+        "Ln_wstar": jnp.broadcast_to(reference_loss, mean_loss.shape),
+        "Eq_Ln_mc": plain_loss,
+        "Eq_Ln_cv": mean_loss,
+        "llc_sem": evaluation.llc_sem,
+        "elbo": evaluation.elbo,
+        "log_weight_sd": evaluation.log_weight_sd,
+        "result_code": (~finite).astype(jnp.int32),
+        "cv_info": {
+            "Eq_Ln_mc": plain_loss,
+            "Eq_Ln_cv": mean_loss,
+            "variance_reduction": evaluation.variance_reduction,
+            "trace_term": evaluation.trace_term,
+        },
+        **finished.outcome.arrays,
+    }

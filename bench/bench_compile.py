@@ -9,13 +9,14 @@ from harness import record
 from problems import BATCH, tanh_network
 
 from fastvi import LocalPosterior, VIConfig, estimate_llc, make_flat_objective
+from fastvi._arguments import settle
 from fastvi.inference.driver import CHUNK
 from fastvi.inference.loop import Problem
 from fastvi.inference.optimizer import Horizon
 from fastvi.inference.programs import build_family, programs_for
 
 SIZE, NUM_DATA = 10_000, 2_000
-CHAINS, DRAWS = 4, 2  # defaults of estimate_llc
+CHAINS = 4  # default of estimate_llc
 STEPS = 2 * CHUNK  # the programs are those of a fit of any length
 ASKED = {"first estimate": 6.0, "second estimate": 0.0}  # seconds
 
@@ -25,8 +26,8 @@ def stage_rows():
     loss, center, data = tanh_network(SIZE, NUM_DATA)
     posterior = LocalPosterior(center, jnp.float32(NUM_DATA / math.log(NUM_DATA)), jnp.float32(1.0))
     problem = Problem(posterior, data, NUM_DATA, BATCH)
-    config = VIConfig()
-    programs = programs_for(make_flat_objective(loss), config, DRAWS, None)
+    config = settle(VIConfig(), center.size)
+    programs = programs_for(make_flat_objective(loss), config, None).compiled
     key, keys = jax.random.key(0), jax.random.split(jax.random.key(1), CHAINS)
     horizon = Horizon(*(jnp.asarray(x, jnp.float32) for x in (10, 10, CHUNK)))
     rows = []

@@ -11,6 +11,7 @@ from harness import bytes_accessed, interleaved, record
 from problems import BATCH, tanh_network
 
 from fastvi import LocalPosterior, VIConfig, make_flat_objective
+from fastvi._arguments import settle
 from fastvi.inference.loop import Problem, init_state
 from fastvi.inference.optimizer import Horizon
 from fastvi.inference.programs import build_family, programs_for
@@ -48,8 +49,8 @@ def sgld_scan(objective, problem):
 
 def fastvi_scan(objective, problem):
     """Run the steps of a fit with one chain, one draw a step and no core."""
-    config = VIConfig(M=COMPONENTS, r=RANK, curvature_rank=0, steps=STEPS)
-    programs = programs_for(objective, config, 1, None).plain
+    config = settle(VIConfig(M=COMPONENTS, r=RANK, curvature_rank=0, steps=STEPS), problem.posterior.center.size, 1)
+    programs = programs_for(objective, config, None).plain
     keys = jax.random.split(jax.random.key(1), 1)
     flat = jnp.zeros_like(problem.posterior.center)
     family = build_family(config, types.SimpleNamespace(scale=flat + 0.01, rank=0), 0)

@@ -17,7 +17,9 @@ from fastvi.inference.loop import Problem
 from fastvi.posterior import LocalPosterior
 
 DEFAULT_BATCH_SIZE = 256
-SMALL_DIM = 32  # below it draws are cheap and tails matter: more of them, in proportion
+EVALUATION_DRAWS = 64
+SMALL_DIM = 32  # below it draws are cheap and tails matter: more of them, by the square of the proportion
+MAX_STEP_DRAWS, MAX_EVALUATION_DRAWS = 256, 2048
 
 
 def as_key(key: Any) -> Any:
@@ -76,9 +78,18 @@ def make_problem(
     return Problem(posterior, cast, num_data, config.batch_size or min(DEFAULT_BATCH_SIZE, num_data))
 
 
-def draws_per_step(config: VIConfig, dim: int) -> int:
-    """Return the draws of a step of `estimate_llc`: a mirrored pair, or more in few dimensions."""
-    return 2 * max(1, SMALL_DIM // dim) if config.samples_per_step is None else config.samples_per_step
+def settle(config: VIConfig, dim: int, default_draws: int | None = None) -> VIConfig:
+    """Fill in the numbers of draws that depend on the dimension.
+
+    A step of `estimate_llc` takes a mirrored pair, or more in few dimensions; `default_draws` overrides that.
+    """
+    more = max(1, (SMALL_DIM // dim) ** 2)
+    step = min(2 * more, MAX_STEP_DRAWS) if default_draws is None else default_draws
+    given = config.samples_per_step, config.eval_samples
+    return config.replace(
+        samples_per_step=step if given[0] is None else given[0],
+        eval_samples=min(EVALUATION_DRAWS * more, MAX_EVALUATION_DRAWS) if given[1] is None else given[1],
+    )
 
 
 def check_count(name: str, value: Any) -> int:

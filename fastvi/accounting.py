@@ -32,8 +32,9 @@ class Work:
         return {**dataclasses.asdict(self), "total_fge": total}
 
 
-def count_work(fit: Fit, problem: Problem, config: VIConfig, num_draws: int, num_chains: int) -> Work:
+def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int) -> Work:
     """Count the work of a finished fit over all chains."""
+    num_draws = config.samples_per_step
     steps = fit.traces["elbo"].shape[1]
     share = problem.batch_size / problem.num_data
     subset = min(1.0, CURVATURE_EXAMPLES / problem.num_data)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fastvi._arguments import as_key, check_count, check_settings, draws_per_step, make_problem
+from fastvi._arguments import as_key, check_count, check_settings, make_problem, settle
 from fastvi._errors import DataError, NonFiniteError
 from fastvi._typing import Batch, PyTree
 from fastvi.accounting import Work, count_work
@@ -85,6 +85,7 @@ def estimate_llc(
     check_count("num_chains", num_chains)
     dtype = check_settings(settings, localization)
     objective, center = ravel_loss(loss_fn, params, dtype)
+    settings = settle(settings, center.size)
     data, num_data = check_data(data)
     if nbeta is None:
         if num_data < 2:
@@ -92,10 +93,9 @@ def estimate_llc(
         nbeta = num_data / math.log(num_data)
     problem = make_problem(center, data, num_data, nbeta, localization, settings, "nbeta")
     check_loss(objective, center, jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data))
-    num_draws = draws_per_step(settings, center.size)
     status = StatusLine() if progress is True else None
     fit = run_fit(
-        programs_for(objective, settings, num_draws, None),
+        programs_for(objective, settings, None),
         problem,
         settings,
         jax.random.split(as_key(key), num_chains),
@@ -105,7 +105,7 @@ def estimate_llc(
     if status is not None:
         status.close()
     timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}
-    result = _estimate(fit, problem, settings, count_work(fit, problem, settings, num_draws, num_chains), timings)
+    result = _estimate(fit, problem, settings, count_work(fit, problem, settings, num_chains), timings)
     if throw and result.health and result.health[0].name == "non_finite":
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
     return result

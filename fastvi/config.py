@@ -216,7 +216,7 @@ class VIConfig(_CheckedFields):
         antithetic: Whether to draw in pairs mirrored about the component's mean.
         early_stop: Whether to stop at convergence; None means yes in `estimate_llc`, no in `fit`.
         eval_every: Steps between records of the metrics.
-        eval_samples: Draws of the final estimate.
+        eval_samples: Draws of the final estimate; None means 64, and more in fewer than 32 dimensions.
         control_variate: Control variate of the final estimate.
         trace_probes: Hutchinson probes per trace.
         whitening_mode: Diagonal whitening measured at the center before the fit.
@@ -252,7 +252,7 @@ class VIConfig(_CheckedFields):
     antithetic: bool = True
     early_stop: Annotated[bool | None, _boolean] = None
     eval_every: Annotated[int, _integer] = 50
-    eval_samples: Annotated[int, partial(_integer, minimum=4)] = 64
+    eval_samples: Annotated[int | None, partial(_integer, minimum=4)] = None
     control_variate: Literal["auto", "hvp", "none"] = "auto"
     trace_probes: Annotated[int, _integer] = 16
     whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
@@ -325,7 +325,8 @@ class VIConfig(_CheckedFields):
         latent = self.d_latent if self.family == "flow" else None
         bounded_by_dim = {rank_field: self.rank, "curvature_rank": self.curvature_rank, "d_latent": latent}
         for name, size in bounded_by_dim.items():
-            if isinstance(size, int) and size > dim:
+            is_default = name == "r" and size == _DEFAULT_RANK  # cut to fit
+            if isinstance(size, int) and size > dim and not is_default:
                 raise _refusal(name, f"<= dim={dim}", getattr(self, name), f"use {dim} or less")
         if self.batch_size is not None and self.batch_size > n_data:
             raise _refusal("batch_size", f"<= n_data={n_data}", self.batch_size, f"use {n_data} or less")

@@ -14,6 +14,7 @@ from fastvi._arguments import (
     flat_vector,
     make_problem,
     positive_scalar,
+    settle,
     whitener_scale,
 )
 from fastvi._errors import ConfigError
@@ -207,20 +208,20 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     if config.early_stop:
         raise ConfigError("early_stop must be off in fit, whose traces have a fixed length: use estimate_llc for it.")
     center = flat_vector(target.wstar_flat, dtype)
+    config = settle(config, center.size, default_draws=1)
     data, num_data = check_data(target.data, check_count("n_data", target.n_data))
     nbeta = positive_scalar("beta", target.beta) * num_data
     problem = make_problem(center, data, num_data, nbeta, target.gamma, config, "beta")
     first = jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data)
     check_loss(target.objective, center, first, "objective")
-    num_draws = 1 if config.samples_per_step is None else config.samples_per_step
     finished = run_fit(
-        programs_for(target.objective, config, num_draws, target.loss_full_flat),
+        programs_for(target.objective, config, target.loss_full_flat),
         problem,
         config,
         chain_keys,
         whitener_scale=whitener_scale(target.whitener, center),
     )
-    work = count_work(finished, problem, config, num_draws, 1)
+    work = count_work(finished, problem, config, 1)
     steps = jnp.arange(1, config.steps + 1, dtype=dtype)
     cumulative = jnp.broadcast_to(work.fge_per_step * steps, finished.traces["elbo"].shape)
     return _Run(

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Key, Scalar
 from fastvi.estimators.control_variate import hessian_columns, regress
-from fastvi.families.base import AbstractFamily
+from fastvi.estimators.stein import even_monomials, stein_columns
+from fastvi.families.base import AbstractFamily, Draws
 from fastvi.inference.loop import Problem
 from fastvi.objective import FlatObjective, excess_loss
 
@@ -78,7 +79,7 @@ def evaluate(
             family, params, objective, problem, draws, jax.random.fold_in(key, PROBE_STREAM), trace_probes
         )
     elif control_variate == "auto":
-        columns, expected = family.control_variates(params, draws)
+        columns, expected = quadratic_columns(family, params, draws, pairs)
     else:
         columns, expected = jnp.zeros((2 * pairs, 0), contribution.dtype), jnp.zeros(0, contribution.dtype)
     fit = regress(_pair_mean(contribution), _pair_mean(columns - expected))
@@ -97,6 +98,19 @@ def evaluate(
         excess=excess,
         log_weight=log_weight,
     )
+
+
+def quadratic_columns(family: AbstractFamily, params, draws: Draws, pairs: int):
+    """Return the family's own control variates or, in few dimensions, polynomials that reach further."""
+    exponents = even_monomials(draws.displacement.shape[1], pairs)
+    if exponents.shape[0] == 0:
+        return family.control_variates(params, draws)
+    center = jnp.mean(draws.displacement, axis=0)
+    moment = family.second_moment(params)
+    spread = moment.diagonal + jnp.sum(moment.weights[:, None] * moment.factors**2, axis=0) - center**2
+    unit = jnp.sqrt(jnp.maximum(spread, moment.diagonal))
+    columns = stein_columns((draws.displacement - center) / unit, draws.score * unit, exponents)
+    return columns, jnp.zeros(exponents.shape[0], columns.dtype)
 
 
 def _pair_mean(values):

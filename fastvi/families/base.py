@@ -36,7 +36,7 @@ class UpdateRules(NamedTuple):
     """How the optimiser treats each parameter: pytrees in the structure of the parameters.
 
     `rates` is the factor on the learning rate, `shared_rows` whether a row (the last axis) shares one second moment,
-    `blocked` whether `ascent` gives the gradient as `Blocks`.
+    `blocked` whether `ascent` gives the gradient as `Blocks` (worth it while a step has few draws).
     """
 
     rates: PyTree
@@ -140,8 +140,8 @@ class AbstractFamily(eqx.Module):
         """Add the optimiser's updates, given in the coordinates of `ascent`."""
 
     @abc.abstractmethod
-    def update_rules(self) -> UpdateRules:
-        """Say how the optimiser treats each parameter."""
+    def update_rules(self, groups: int) -> UpdateRules:
+        """Say how the optimiser treats each parameter where a step has `groups` independent draws."""
 
     @abc.abstractmethod
     def second_moment(self, params: PyTree) -> SecondMoment:

@@ -1,6 +1,7 @@
 """Mixture of factor analyzers with a shared precision core and free means."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -18,6 +19,7 @@ LOG_SCALE_BOUND = 20.0  # |log D^{1/2}| in whitened coordinates: exp(2 * 20) sta
 FACTOR_INIT = 0.1  # norm of a factor's rows at the start, in standard deviations
 # A factor's row has dim entries, so equal steps per entry would turn it by sqrt(dim) steps.
 CORE_RATE, FACTOR_RATE = 5.0, 2.0
+MAX_BLOCKS = 2  # independent draws of a step up to which each moves the factors of its own component alone
 TRUSTED_RATE = 0.25  # factor on learning rates where the start agrees with the loss at once
 
 
@@ -142,6 +144,8 @@ class MFA(AbstractFamily):
 
     def refresh_cache(self, cache, params: MFAParams, updates: MFAParams):
         """Recompute the products of the components that moved."""
+        if not isinstance(updates.factors, Blocks):
+            return self.make_cache(params)
         for label in updates.factors.index:
             block = params.factors.at[label].get(mode="promise_in_bounds")[None]
             product = woodbury.factor_grams(self._mask_blocks(block, label[None]))[0]
@@ -193,31 +197,37 @@ class MFA(AbstractFamily):
 
     def pullback(self, params, draws, log_density, log_density_grad, baseline, *, antithetic) -> MFAParams:
         """Return the STL and Rao-Blackwellised gradient; see `AbstractFamily.pullback`."""
-        each = self._pull_each(params, draws, log_density_grad, "euclidean")
-        mean = jax.tree_util.tree_map(lambda *leaves: sum(leaves) / len(leaves), *each)
+        mean = _mean_over_draws(self._pull_each(params, draws, log_density_grad, "euclidean"))
         logits = self._logit_gradient(params, draws, log_density, baseline, antithetic)
         return self._restrict(params, MFAParams(logits, *mean[1:]))
 
     def ascent(self, params, draws, log_density, log_density_grad, baseline, *, antithetic) -> MFAParams:
-        """Return the natural direction, factors as blocks: one for each label drawn; see `AbstractFamily.ascent`."""
+        """Return the natural direction, factors as blocks for the few labels drawn; see `AbstractFamily.ascent`."""
         each = self._pull_each(params, draws, log_density_grad, "natural")
-        groups = num_groups(len(each), antithetic)
         labels = draws.record.noise.label
+        groups = num_groups(labels.size, antithetic)
+        if groups > MAX_BLOCKS:
+            mean = _mean_over_draws(each)
+            logits = self._logit_gradient(params, draws, log_density, baseline, antithetic)
+            return self._restrict(params, MFAParams(logits, *mean[1:]))
         blocks = [
             sum(one.factors[labels[index]] for one in each[index::groups]) / len(each[index::groups])
             for index in range(groups)
         ]
-        rest = [one._replace(factors=jnp.zeros(0)) for one in each]
-        mean = jax.tree_util.tree_map(lambda *leaves: sum(leaves) / len(leaves), *rest)
+        mean = _mean_over_draws([one._replace(factors=jnp.zeros(0)) for one in each])
         logits = self._logit_gradient(params, draws, log_density, baseline, antithetic)
         restricted = self._restrict(params, MFAParams(logits, *mean[1:4], factors=None))
         return restricted._replace(
             factors=Blocks(labels[:groups], self._mask_blocks(jnp.stack(blocks), labels[:groups]))
         )
 
-    def _pull_each(self, params, draws: Draws, log_density_grad, metric: str) -> list[Mixture]:
+    def _pull_each(self, params, draws: Draws, log_density_grad, metric: str) -> "list[Mixture] | Mixture":
+        """Pull every draw back: few as a list, whose rank-1 terms fuse into the update, many as one stacked tree."""
         mixture, record = self.mixture(params), draws.record
         cotangents = self.scale * log_density_grad - (1 + self.entropy_bonus) * record.drawn.score
+        if cotangents.shape[0] > 2 * MAX_BLOCKS:
+            pull = functools.partial(mixture_grad.pullback, mixture, record.small, metric=metric)
+            return jax.vmap(pull)(record.noise, record.drawn, cotangents)
         each = []
         for index in range(log_density_grad.shape[0]):
             noise, drawn = _take((record.noise, record.drawn), index)
@@ -258,8 +268,11 @@ class MFA(AbstractFamily):
         log_scale = jnp.clip(params.log_scale + updates.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND)
         scale = jnp.exp(bounded)
         factors = params.factors
-        for label, block in zip(updates.factors.index, updates.factors.values, strict=True):
-            factors = factors.at[label].add(block, mode="promise_in_bounds")
+        if isinstance(updates.factors, Blocks):
+            for label, block in zip(updates.factors.index, updates.factors.values, strict=True):
+                factors = factors.at[label].add(block, mode="promise_in_bounds")
+        else:
+            factors = factors + updates.factors
         return MFAParams(
             logits=params.logits + updates.logits,
             offsets=params.offsets + scale * updates.offsets,
@@ -268,18 +281,21 @@ class MFA(AbstractFamily):
             factors=factors,
         )
 
-    def update_rules(self) -> UpdateRules:
+    def update_rules(self, groups: int) -> UpdateRules:
         """Turn rows of core and factors by equal angles whatever the dimension, and keep their directions.
 
-        A factor moves only when its component is drawn, in one of M steps, and takes sqrt(M) times as long a step.
+        With few draws a factor moves only when its component is drawn, in one of M steps, and takes sqrt(M) times as
+        long a step.
         """
+        lazily = groups <= MAX_BLOCKS
         root = float(np.sqrt(self.scale.size))
         core = min(1.0, CORE_RATE / root) * self.trust
-        lazy = min(1.0, FACTOR_RATE / root) * float(np.sqrt(self.num_components)) * self.trust
+        stride = float(np.sqrt(self.num_components)) if lazily else 1.0
+        lazy = min(1.0, FACTOR_RATE / root) * stride * self.trust
         return UpdateRules(
             rates=MFAParams(logits=1.0, offsets=self.trust, log_scale=self.trust, core=core, factors=lazy),
             shared_rows=MFAParams(logits=False, offsets=True, log_scale=False, core=True, factors=True),
-            blocked=MFAParams(logits=False, offsets=False, log_scale=False, core=False, factors=True),
+            blocked=MFAParams(logits=False, offsets=False, log_scale=False, core=False, factors=lazily),
         )
 
     def second_moment(self, params: MFAParams) -> SecondMoment:
@@ -368,6 +384,13 @@ def _for_each(function, stacked):
         return jax.lax.map(function, stacked)
     results = [function(_take(stacked, index)) for index in range(num)]
     return jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def _mean_over_draws(each):
+    """Average a list of trees, or one stacked tree."""
+    if isinstance(each, list):
+        return jax.tree_util.tree_map(lambda *leaves: sum(leaves) / len(leaves), *each)
+    return jax.tree_util.tree_map(lambda leaf: jnp.mean(leaf, axis=0), each)
 
 
 def _take(stacked, index):

@@ -173,7 +173,10 @@ def _run_chunks(
             looks = looks + 1 if settled else 0
             if looks == FLAT_LOOKS:
                 converged = True
-                decay_start, end = done, min(config.steps, done + -(-decay_length(done) // chunk) * chunk)
+                decay_start, end = (
+                    done,
+                    min(config.steps, done + -(-decay_length(done, problem.posterior.center.size) // chunk) * chunk),
+                )
     traces = {name: jnp.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
     return state, traces, converged
 

@@ -64,11 +64,16 @@ def init_state(family: AbstractFamily, params: PyTree, config: VIConfig) -> Stat
     dtype = jax.tree_util.tree_leaves(params)[0].dtype
     return State(
         params=params,
-        opt_state=make_optimizer(config, family.update_rules()).init(params),
+        opt_state=make_optimizer(config, family.update_rules(draw_groups(config))).init(params),
         baseline=jnp.zeros((), dtype),
         cache=family.make_cache(params),
         slow=family.slow_statistics(params),
     )
+
+
+def draw_groups(config: VIConfig) -> int:
+    """Count the independent draws of a step."""
+    return num_groups(config.samples_per_step, config.antithetic)
 
 
 def run_steps(
@@ -76,7 +81,6 @@ def run_steps(
     objective: FlatObjective,
     problem: Problem,
     config: VIConfig,
-    num_draws: int,
     state: State,
     keys: Keys,
     first_step: Int[Array, ""],
@@ -92,7 +96,6 @@ def run_steps(
         objective: The loss.
         problem: Target and data, shared by the chains.
         config: The configuration.
-        num_draws: Draws from q at each step.
         state: States stacked over chains.
         keys: One key for each chain.
         first_step: Index of the first step.
@@ -103,12 +106,11 @@ def run_steps(
         The new state and the traces.
 
     Cost:
-        `num_draws` minibatch gradients for each step and chain.
+        `config.samples_per_step` minibatch gradients for each step and chain.
     """
-    rules = family.update_rules()
+    num_draws, groups = config.samples_per_step, draw_groups(config)
+    rules = family.update_rules(groups)
     optimizer = make_optimizer(config, rules)
-
-    groups = num_groups(num_draws, config.antithetic)
 
     def randomness(key, step):
         return family.draw_noise(key, groups, (NOISE_BLOCKS + 1) * step)

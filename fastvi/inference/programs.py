@@ -61,17 +61,17 @@ class Identity:
         self.value = value
 
 
-def programs_for(objective: FlatObjective, config: VIConfig, num_draws: int, loss_full_flat: Callable | None) -> Stages:
+def programs_for(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> Stages:
     """Return the stages for these functions; the same functions and configuration share them, compiled."""
     try:
         hash(objective)
     except TypeError:
-        return _build(Identity(objective), config, num_draws, loss_full_flat)
-    return _build(objective, config, num_draws, loss_full_flat)
+        return _build(Identity(objective), config, loss_full_flat)
+    return _build(objective, config, loss_full_flat)
 
 
 @functools.lru_cache(maxsize=CACHED_PROGRAMS)
-def _build(objective: Any, config: VIConfig, num_draws: int, loss_full_flat: Callable | None) -> Stages:
+def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) -> Stages:
     if isinstance(objective, Identity):
         objective = objective.value
 
@@ -94,7 +94,7 @@ def _build(objective: Any, config: VIConfig, num_draws: int, loss_full_flat: Cal
         return family, jax.vmap(lambda one: init_state(family, one, config))(params), rounds
 
     def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
-        return run_steps(family, objective, problem, config, num_draws, state, keys, first_step, horizon, length)
+        return run_steps(family, objective, problem, config, state, keys, first_step, horizon, length)
 
     def finish(family: AbstractFamily, problem: Problem, params, keys: Keys) -> Outcome:
         reference_loss = (

@@ -13,6 +13,7 @@ VIRIAL_TOLERANCE = 0.05
 NEGLIGIBLE_NATS = 0.5  # a gain over the window below this moves llc by less than its Monte Carlo error
 DECAY_FRACTION = 0.25  # steps of the final decay, relative to those before it
 MIN_DECAY = 200
+SMALL_DIM, MAX_SMALL_FACTOR = 32, 8
 
 
 class Trend(NamedTuple):
@@ -56,6 +57,10 @@ def is_balanced(virial: np.ndarray) -> bool:
     return abs(float(means.mean()) - 1) <= max(VIRIAL_TOLERANCE, 2 * error)
 
 
-def decay_length(steps_before: int) -> int:
-    """Return the length of the final decay after `steps_before` steps at the peak rate."""
-    return max(MIN_DECAY, int(DECAY_FRACTION * steps_before))
+def decay_length(steps_before: int, dim: int) -> int:
+    """Return the length of the final decay after `steps_before` steps at the peak rate.
+
+    In few dimensions steps are cheap, and a single direction whose scale is still noisy shows in the estimate.
+    """
+    shortest = MIN_DECAY * min(MAX_SMALL_FACTOR, max(1, SMALL_DIM // dim))
+    return max(shortest, int(DECAY_FRACTION * steps_before))

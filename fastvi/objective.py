@@ -309,6 +309,18 @@ def excess_loss(
     return _chunked_mean(lambda chunk: objective.loss(w, chunk) - objective.loss(reference, chunk), data)
 
 
+def full_data_value_and_grad(
+    objective: FlatObjective, w: Float[Array, " dim"], data: Batch, reference_loss: Scalar
+) -> tuple[Scalar, Float[Array, " dim"]]:
+    """Evaluate `L_n(w) - reference_loss` and the gradient of L_n on all data, chunk by chunk."""
+
+    def chunk_statistic(chunk):
+        value, grad = objective.value_and_grad(w, chunk)
+        return value - reference_loss, grad
+
+    return _chunked_mean(chunk_statistic, data)
+
+
 def full_data_hvp(
     objective: FlatObjective, w: Float[Array, " dim"], data: Batch
 ) -> Callable[[Float[Array, " dim"]], Float[Array, " dim"]]:
@@ -318,8 +330,8 @@ def full_data_hvp(
     return lambda tangent: _chunked_mean(lambda chunk: hvp_operator(objective, w, chunk)(tangent), data)
 
 
-def _chunked_mean(statistic: Callable[[Batch], Array], data: Batch) -> Array:
-    """Average a mean-per-example statistic over chunks, weighted by their sizes."""
+def _chunked_mean(statistic: Callable[[Batch], Any], data: Batch) -> Any:
+    """Average a mean-per-example statistic, an array or a tree of them, over chunks weighted by their sizes."""
     length = jax.tree_util.tree_leaves(data)[0].shape[0]
     if length <= EVALUATION_CHUNK:
         return statistic(data)
@@ -328,8 +340,15 @@ def _chunked_mean(statistic: Callable[[Batch], Array], data: Batch) -> Array:
     stacked = jax.tree_util.tree_map(
         lambda leaf: leaf[:covered].reshape(num_chunks, EVALUATION_CHUNK, *leaf.shape[1:]), data
     )
-    mean = jnp.mean(jax.lax.map(statistic, stacked), axis=0)
+    zero = jax.tree_util.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(statistic, data))
+
+    def add(total, chunk):
+        return jax.tree_util.tree_map(jnp.add, total, statistic(chunk)), None
+
+    total, _ = jax.lax.scan(add, zero, stacked)
+    mean = jax.tree_util.tree_map(lambda leaf: leaf / num_chunks, total)
     if covered == length:
         return mean
     rest = statistic(jax.tree_util.tree_map(lambda leaf: leaf[covered:], data))
-    return (mean * covered + rest * (length - covered)) / length
+    share = covered / length
+    return jax.tree_util.tree_map(lambda a, b: a * share + b * (1 - share), mean, rest)

@@ -4,6 +4,7 @@ import abc
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax.numpy as jnp
 
 from fastvi._typing import Array, Bool, Float, Int, Key, PyTree, Scalar
 
@@ -23,6 +24,36 @@ class SecondMoment(NamedTuple):
     diagonal: Float[Array, " dim"]
     factors: Float[Array, "terms dim"]
     weights: Float[Array, " terms"]
+
+
+class LinearMap(eqx.Module):
+    """`v = center + scale * (x + basis^T stretch basis x)`: a map from round coordinates to displacements.
+
+    `basis` has orthonormal rows, `stretch` is symmetric, so `I + basis^T stretch basis` is the root of a covariance.
+    """
+
+    center: Float[Array, " dim"]
+    scale: Float[Array, " dim"]
+    basis: Float[Array, "terms dim"]
+    stretch: Float[Array, "terms terms"]
+
+    def displacement(self, x: Float[Array, " dim"]) -> Float[Array, " dim"]:
+        """Map round coordinates to a displacement from the centre of the problem."""
+        return self.center + self.scale * self._root(x)
+
+    def pull_back(self, gradient: Float[Array, " dim"]) -> Float[Array, " dim"]:
+        """Map a gradient with respect to the displacement to one in round coordinates."""
+        return self._root(self.scale * gradient)
+
+    def round(self, displacement: Float[Array, " dim"]) -> Float[Array, " dim"]:
+        """Invert `displacement`."""
+        x = (displacement - self.center) / self.scale
+        identity = jnp.eye(self.stretch.shape[0], dtype=self.stretch.dtype)
+        inverse = jnp.linalg.inv(identity + self.stretch) - identity
+        return x + (inverse @ (self.basis @ x)) @ self.basis
+
+    def _root(self, x):
+        return x + (self.stretch @ (self.basis @ x)) @ self.basis
 
 
 class Blocks(NamedTuple):
@@ -63,6 +94,7 @@ class AbstractFamily(eqx.Module):
        definite matrix times it.
     3. `second_moment` is E_q[v v^T].
     4. `control_variates` have the stated expectations under q.
+    5. `linear_map` maps standard normals to draws with q's mean and covariance, that of the means' spread left out.
 
     A family holds no loop, optimiser, trace or file. Arrays inside it are fixed coordinates and masks.
     """
@@ -152,6 +184,10 @@ class AbstractFamily(eqx.Module):
         self, params: PyTree, draws: Draws
     ) -> tuple[Float[Array, "draws columns"], Float[Array, " columns"]]:
         """Return functions of the draws, quadratic in v, and their exact expectations."""
+
+    @abc.abstractmethod
+    def linear_map(self, params: PyTree) -> LinearMap:
+        """Return q's mean and a root of its covariance: what makes the posterior round as far as q knows it."""
 
     @abc.abstractmethod
     def step_statistics(self, params: PyTree, draws: Draws) -> dict[str, Scalar]:

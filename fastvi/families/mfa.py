@@ -10,9 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Key, Scalar
-from fastvi.families.base import AbstractFamily, Blocks, Draws, SecondMoment, UpdateRules, num_groups
+from fastvi.families.base import (
+    AbstractFamily,
+    Blocks,
+    Draws,
+    LinearMap,
+    SecondMoment,
+    UpdateRules,
+    num_groups,
+)
 from fastvi.kernels import mixture_grad, woodbury
 from fastvi.kernels.noise import normal, words
+from fastvi.kernels.triangular import cholesky, lower_inverse
 from fastvi.kernels.woodbury import Draw, Mixture, Noise
 
 LOG_SCALE_BOUND = 20.0  # |log D^{1/2}| in whitened coordinates: exp(2 * 20) stays finite in float32
@@ -315,6 +324,20 @@ class MFA(AbstractFamily):
                 [-jnp.ones(narrowed.shape[0], weights.dtype), jnp.repeat(weights, rank), location_weights]
             ),
         )
+
+    def linear_map(self, params: MFAParams) -> LinearMap:
+        """Return the root of q's covariance about its mean; see `AbstractFamily.linear_map`."""
+        mixture, dim = self.mixture(params), self.scale.size
+        weights = jnp.exp(mixture.log_weights)
+        factors = (mixture.factors * jnp.sqrt(weights)[:, None, None]).reshape(-1, dim)
+        basis = jnp.linalg.qr(jnp.concatenate([mixture.core, factors]).T)[0].T
+        core, wide = basis @ mixture.core.T, basis @ factors.T
+        identity = jnp.eye(basis.shape[0], dtype=basis.dtype)
+        half = lower_inverse(cholesky(identity + core @ core.T))
+        values, vectors = jnp.linalg.eigh(half.T @ half + wide @ wide.T)
+        stretch = (vectors * jnp.sqrt(jnp.maximum(values, 0.0))) @ vectors.T - identity
+        center = mixture.offsets.sum(0) if self.num_offsets < 2 else weights @ mixture.offsets
+        return LinearMap(self.scale * center, self.scale * jnp.exp(mixture.log_scale), basis, stretch)
 
     def control_variates(self, params: MFAParams, draws: Draws):
         """Return |x|^2 / 2 and |B x|^2 / 2 about q's mean: q's own curvature, split into rest and core.

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from bench.truth.linear_nets import LINEAR_NETS
+from bench.truth.nets import NETS
 from bench.truth.problem import Problem
 from bench.truth.quadratics import QUADRATICS
 from bench.truth.singular import SINGULAR
 
-PROBLEMS: dict[str, Callable[[], Problem]] = {**QUADRATICS, **SINGULAR, **LINEAR_NETS}
+PROBLEMS: dict[str, Callable[[], Problem]] = {**QUADRATICS, **SINGULAR, **LINEAR_NETS, **NETS}
 
 
 def select(*sizes: str) -> Sequence[Problem]:

@@ -5,6 +5,7 @@ In warm-up all of them share one step size (dual averaging) and one metric (the 
 """
 
 import dataclasses
+import functools
 import math
 import time
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from bench.truth.problem import Problem
 from fastvi.objective import ravel_loss
 from fastvi.posterior import LocalPosterior
 
+SHORT = 32  # leapfrog steps of the longest trajectory before the first metric
 RELIABLE_R_HAT = 1.01
 BALANCED = 3.0  # standard errors that the virial may be off 1
 LONGEST_RECORD = 1_000_000  # draws of all chains after which the run stops
@@ -34,8 +36,8 @@ class Recipe:
         trajectory: Mean length of a trajectory in units of the metric; pi/2 turns a Gaussian by a quarter.
         least_step: Each draw's step is a random fraction of the tuned one, from this to 1: narrow valleys need it.
         max_leapfrogs: Longest trajectory in steps.
-        windows: Draws of each warm-up window; the metric is renewed after each but the last.
         block: Draws between two looks at convergence.
+        windows: Blocks of each warm-up window; the metric is renewed after each but the last.
         dense_dim: Largest dimension with a dense metric.
         min_draws: Draws of each chain before the run may stop.
         relative_sem: Standard error, over the value, at which the run may stop.
@@ -48,8 +50,8 @@ class Recipe:
     trajectory: float = math.pi / 2
     least_step: float = 0.5
     max_leapfrogs: int = 512
-    windows: tuple[int, ...] = (30, 30, 60, 120, 60)
-    block: int = 100
+    block: int = 50
+    windows: tuple[int, ...] = (1, 1, 1, 2, 1)
     dense_dim: int = 300
     min_draws: int = 200
     relative_sem: float = 0.01
@@ -158,27 +160,26 @@ def start_tuning(step: float) -> Tuning:
     return Tuning(log_step, log_step, zero, zero, log_step + math.log(2.0))
 
 
-def make_block(evaluate, recipe: Recipe, *, is_tuning: bool, is_dense: bool):
-    """Compile `(context, point, keys, tuning, metric, longest) -> point, tuning, moments, draws`."""
-
-    def body(context, metric, longest, carry, key):
-        point, tuning, moments = carry
-        step = jnp.exp(tuning.log_step if is_tuning else tuning.average)
-        point, accept, leapfrogs = draw(evaluate, context, point, key, step, metric, recipe, longest)
-        tuning = tune(tuning, accept, recipe.target_accept) if is_tuning else tuning
-        second = point.v.T @ point.v if is_dense else jnp.sum(point.v**2, axis=0)
-        moments = Moments(moments.count + len(point.v), moments.first + point.v.sum(axis=0), moments.second + second)
-        draws = Draws(point.energy, jnp.sum(point.v * point.grad, axis=1), accept, leapfrogs)
-        return (point, tuning, moments), draws
+def make_block(evaluate, recipe: Recipe, *, is_dense: bool):
+    """Compile `(context, point, keys, tuning, metric, longest, is_tuning) -> point, tuning, moments, draws`."""
 
     @jax.jit
-    def block(context, point, keys, tuning, metric, longest):
+    def block(context, point, keys, tuning, metric, longest, is_tuning):
+        def body(carry, key):
+            point, tuning, moments = carry
+            step = jnp.exp(jnp.where(is_tuning, tuning.log_step, tuning.average))
+            point, accept, leapfrogs = draw(evaluate, context, point, key, step, metric, recipe, longest)
+            tuned = tune(tuning, accept, recipe.target_accept)
+            tuning = jax.tree_util.tree_map(lambda new, old: jnp.where(is_tuning, new, old), tuned, tuning)
+            second = point.v.T @ point.v if is_dense else jnp.sum(point.v**2, axis=0)
+            sums = Moments(jnp.float32(len(point.v)), point.v.sum(axis=0), second)
+            draws = Draws(point.energy, jnp.sum(point.v * point.grad, axis=1), accept, leapfrogs)
+            return (point, tuning, jax.tree_util.tree_map(jnp.add, moments, sums)), draws
+
         dim = point.v.shape[1]
         moments = Moments(jnp.float32(0), jnp.zeros(dim), jnp.zeros((dim, dim) if is_dense else dim))
-        carry, draws = jax.lax.scan(
-            lambda carry, key: body(context, metric, longest, carry, key), (point, tuning, moments), keys
-        )
-        return *carry, draws
+        (point, tuning, moments), draws = jax.lax.scan(body, (point, tuning, moments), keys)
+        return point, tuning, moments, draws
 
     return block
 
@@ -197,25 +198,32 @@ def metric_of(moments: Moments, *, is_dense: bool):
     return jnp.asarray(np.linalg.cholesky((basis * spectrum) @ basis.T), jnp.float32)
 
 
-def warm_up(problem, recipe, evaluate, context, dim, key):
-    """Start the chains, tune the step size and the metric; return what sampling needs and the gradients spent."""
-    key_start, *keys = jax.random.split(key, len(recipe.windows) + 1)
-    spread = jnp.linspace(0.0, 1.0, recipe.chains)[:, None] / math.sqrt(problem.gamma)
-    point = evaluate(spread * jax.random.normal(key_start, (recipe.chains, dim)), context)
-    is_dense = dim <= recipe.dense_dim
-    block = make_block(evaluate, recipe, is_tuning=True, is_dense=is_dense)
-    metric = jnp.full(dim, 1 / math.sqrt(problem.gamma))
-    metric = jnp.diag(metric) if is_dense else metric
-    tuning, gradients = start_tuning(0.1), 0
-    for index, (window, key_window) in enumerate(zip(recipe.windows, keys, strict=True)):
-        longest = 32 if index == 0 else recipe.max_leapfrogs
-        key_list = jax.random.split(key_window, window)
-        point, tuning, moments, draws = block(context, point, key_list, tuning, metric, longest)
-        gradients += int(draws.leapfrogs.sum())
+def warm_up(recipe, block, point, metric, key):
+    """Tune the step size and the metric; return what sampling needs and the leapfrog steps spent."""
+    tuning, leapfrogs = start_tuning(0.1), 0
+    for index, (window, key_window) in enumerate(
+        zip(recipe.windows, jax.random.split(key, len(recipe.windows)), strict=True)
+    ):
+        longest = SHORT if index == 0 else recipe.max_leapfrogs
+        sums = []
+        for key_block in jax.random.split(key_window, window):
+            keys = jax.random.split(key_block, recipe.block)
+            point, tuning, moments, draws = block(point, keys, tuning, metric, longest, True)
+            sums.append(moments)
+            leapfrogs += int(draws.leapfrogs.sum())
         if index < len(recipe.windows) - 1:
-            metric = metric_of(moments, is_dense=is_dense)
+            metric = metric_of(jax.tree_util.tree_map(lambda *parts: sum(parts), *sums), is_dense=metric.ndim == 2)
             tuning = start_tuning(math.exp(tuning.average))
-    return point, tuning, metric, gradients
+    return point, tuning, metric, leapfrogs
+
+
+def first_point(problem, recipe, evaluate, dim, key):
+    """Start the chains between w* and draws of the localizer, whose spread is also the first metric."""
+    scale = 1 / math.sqrt(problem.gamma)
+    spread = scale * jnp.linspace(0.0, 1.0, recipe.chains)[:, None]
+    metric = jnp.full(dim, scale)
+    metric = jnp.diag(metric) if dim <= recipe.dense_dim else metric
+    return evaluate(spread * jax.random.normal(key, (recipe.chains, dim))), metric
 
 
 def sample(problem: Problem, recipe: Recipe) -> dict[str, Any]:
@@ -227,17 +235,18 @@ def sample(problem: Problem, recipe: Recipe) -> dict[str, Any]:
     """
     began = time.monotonic()
     evaluate, context, dim = target_of(problem)
-    key_warm, key = jax.random.split(jax.random.key(recipe.seed))
-    point, tuning, metric, gradients = warm_up(problem, recipe, evaluate, context, dim, key_warm)
-    block = make_block(evaluate, recipe, is_tuning=False, is_dense=False)
+    key_start, key_warm, key = jax.random.split(jax.random.key(recipe.seed), 3)
+    point, metric = first_point(problem, recipe, lambda v: evaluate(v, context), dim, key_start)
+    block = functools.partial(make_block(evaluate, recipe, is_dense=metric.ndim == 2), context)
+    point, tuning, metric, leapfrogs = warm_up(recipe, block, point, metric, key_warm)
     record: list[Draws] = []
     while True:
         key, key_block = jax.random.split(key)
         keys = jax.random.split(key_block, recipe.block)
-        point, _, _, draws = block(context, point, keys, tuning, metric, recipe.max_leapfrogs)
+        point, _, _, draws = block(point, keys, tuning, metric, recipe.max_leapfrogs, False)
         record.append(jax.tree_util.tree_map(np.asarray, draws))
         summary = _summary(record, dim, recipe)
-        summary["gradients"] = recipe.chains * (gradients + summary.pop("leapfrogs"))
+        summary["gradients"] = recipe.chains * (leapfrogs + summary.pop("leapfrogs"))
         summary["seconds"] = time.monotonic() - began
         is_long_enough = summary["draws"] >= recipe.min_draws
         if is_long_enough and summary["converged"]:
@@ -248,10 +257,10 @@ def sample(problem: Problem, recipe: Recipe) -> dict[str, Any]:
 
 
 def _summary(record: list[Draws], dim: int, recipe: Recipe) -> dict[str, Any]:
-    draws = Draws(*(np.concatenate(parts) for parts in zip(*record, strict=True)))
-    value, effective = float(np.mean(draws.energy, dtype=np.float64)), effective_sample_size(draws.energy)
-    sem, r_hat = float(np.std(draws.energy) / math.sqrt(effective)), split_r_hat(draws.energy)
-    virial = draws.virial / dim
+    energy, virial, accept, leapfrogs = (np.concatenate(parts) for parts in zip(*record, strict=True))
+    value, effective = float(np.mean(energy, dtype=np.float64)), effective_sample_size(energy)
+    sem, r_hat = float(np.std(energy) / math.sqrt(effective)), split_r_hat(energy)
+    virial = virial / dim
     virial_mean = float(np.mean(virial, dtype=np.float64))
     virial_sem = float(np.std(virial) / math.sqrt(effective_sample_size(virial)))
     is_balanced = abs(virial_mean - 1) < BALANCED * virial_sem
@@ -262,9 +271,9 @@ def _summary(record: list[Draws], dim: int, recipe: Recipe) -> dict[str, Any]:
         "ess": effective,
         "virial": virial_mean,
         "virial_sem": virial_sem,
-        "accept": float(draws.accept.mean()),
-        "least_accept": float(draws.accept.mean(axis=0).min()),
-        "draws": len(draws.energy),
-        "leapfrogs": int(draws.leapfrogs.sum()),
+        "accept": float(accept.mean()),
+        "least_accept": float(accept.mean(axis=0).min()),
+        "draws": len(energy),
+        "leapfrogs": int(leapfrogs.sum()),
         "converged": bool(r_hat < RELIABLE_R_HAT and sem < recipe.relative_sem * abs(value) and is_balanced),
     }

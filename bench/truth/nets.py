@@ -71,9 +71,8 @@ def _descend(start, inputs, outputs):
         return np.concatenate([weights.reshape(len(inputs), -1), slopes, features], axis=1)
 
     flat = np.concatenate([value.ravel() for value in start.values()])
-    found = scipy.optimize.least_squares(
-        residuals, flat, jacobian, method="lm", xtol=1e-12, ftol=1e-15, gtol=1e-12, max_nfev=20_000
-    )
+    tolerances = {"xtol": 1e-12, "ftol": 1e-15, "gtol": 1e-12, "max_nfev": 20_000}
+    found = scipy.optimize.least_squares(residuals, flat, jacobian, method="lm", **tolerances)  # pyright: ignore
     return {key: value.astype(np.float32) for key, value in unravel(found.x).items()}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-LOWEST = -18.0  # log of the smallest |w|: what lies below holds a share of about its exponential
+LOWEST = -24.0  # log of the smallest |w|: what lies below holds a share of about its exponential
 TAIL = 11.0  # standard deviations of the localizer after which its tail is cut
 TOLERANCE = 1e-7
 
@@ -65,7 +65,7 @@ def sphere_answer(dim: int, nbeta: float, gamma: float) -> tuple[float, float]:
     highest = 1.0 + TAIL / np.sqrt(gamma)
 
     def rule(spacing):
-        radius = np.exp(np.arange(LOWEST, np.log(highest), spacing))[:, None]
+        radius = np.exp(np.arange(LOWEST / dim, np.log(highest), spacing))[:, None]
         nodes, weights = np.polynomial.legendre.leggauss(int(2 / spacing))
         angle, weights = np.pi / 2 * (nodes + 1), weights * np.sin(np.pi / 2 * (nodes + 1)) ** (dim - 2)
         energy = nbeta * (radius**2 - 1) ** 2

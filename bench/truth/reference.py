@@ -77,7 +77,7 @@ def hmc_row(problem: Problem, recipe: Recipe) -> dict[str, Any]:
         recipe = dataclasses.replace(recipe, least_step=0.05, target_accept=0.9)
     result = sample(problem, recipe)
     settings = {name: getattr(recipe, name) for name in ("chains", "seed", "trajectory", "least_step")}
-    warm_up = sum(recipe.windows)
+    warm_up = recipe.block * sum(recipe.windows)
     course = {name: result.pop(name) for name in ("draws", "step", "gradients", "seconds", "accept", "least_accept")}
     return {**result, "recipe": {**settings, "warm_up": warm_up, **course}}
 

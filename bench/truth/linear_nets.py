@@ -3,6 +3,7 @@
 Inputs have unit covariance, so the mean loss over them is 1/2 |W_L ... W_1 - T|^2 (Frobenius).
 """
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 
 from bench.truth.aoyagi import deep_linear_learning_coefficient
 from bench.truth.problem import Problem, no_data, rotation
+from bench.truth.quadrature import two_unit_answer
 
 COUNT = 10_000
 AOYAGI = "Aoyagi 2024, every layer of the rank of the product"
@@ -91,6 +93,24 @@ def reduced_rank_regression(name, widths, rank, gamma, count=1000, noise=0.3) ->
     )
 
 
+def two_unit_linear(name, inputs, outputs, gamma, size="fast") -> Problem:
+    """Return two linear layers with two units between them, at zero, which is also the target: known by quadrature."""
+    problem = deep_linear(name, (inputs, 2, outputs), 0, gamma, size)
+    exact = functools.partial(two_unit_answer, inputs, outputs, problem.nbeta, gamma)
+
+    def loss_fn(params, batch):  # |W_2 W_1|^2 without the product
+        return 0.5 * jnp.sum((params["W2"].T @ params["W2"]) * (params["W1"] @ params["W1"].T))
+
+    return dataclasses.replace(problem, loss_fn=loss_fn, exact=exact, exact_method="quadrature")
+
+
+TWO_UNITS = {
+    "two_unit_linear_3_4": (3, 4, 1.0),
+    "two_unit_linear_50_50_g10": (50, 50, 10.0),
+    "two_unit_linear_250_250_g10": (250, 250, 10.0, "medium"),
+    "two_unit_linear_2500_2500_g10": (2500, 2500, 10.0, "medium"),
+}
+
 # name: widths, rank, gamma, size
 DEGENERATE = {
     "deep_linear_2x5_g100": ((5, 5, 5), 2, 100.0),
@@ -121,6 +141,7 @@ SMOOTH = {
 LINEAR_NETS = (
     {name: functools.partial(deep_linear, name, *settings) for name, settings in DEGENERATE.items()}
     | {name: functools.partial(deep_linear, name, *settings, is_regular=True) for name, settings in SMOOTH.items()}
+    | {name: functools.partial(two_unit_linear, name, *settings) for name, settings in TWO_UNITS.items()}
     | {
         "reduced_rank_6_3_5": lambda: reduced_rank_regression("reduced_rank_6_3_5", (6, 3, 5), 1, 1.0),
         "reduced_rank_5_5_5_g100": lambda: reduced_rank_regression("reduced_rank_5_5_5_g100", (5, 5, 5), 2, 100.0),

@@ -74,3 +74,29 @@ def sphere_answer(dim: int, nbeta: float, gamma: float) -> tuple[float, float]:
         return float((mass * energy).sum() / mass.sum())
 
     return refined(rule, 0.02)
+
+
+def two_unit_answer(inputs: int, outputs: int, nbeta: float, gamma: float) -> tuple[float, float]:
+    """Integrate L = 1/2 |W_2 W_1|^2 around zero for two hidden linear units, over the eigenvalues of W_1 W_1^T.
+
+    W_2 given W_1 is Gaussian and integrates to prod_i (gamma + nbeta e_i)^(-outputs/2); the eigenvalues then have the
+    Wishart weight prod_i e_i^((inputs - 3)/2) exp(-gamma e_i / 2) |e_1 - e_2|. Here e_2 = e_1 x with x a logistic.
+    """
+    highest = 2 * np.log((np.sqrt(inputs) + TAIL) / np.sqrt(gamma))
+
+    def rule(spacing):
+        largest = np.arange(highest + LOWEST, highest, spacing)[:, None]
+        slope = np.arange(LOWEST, -LOWEST, spacing)
+        ratio, gap = -np.log1p(np.exp(-slope)), -np.log1p(np.exp(slope))
+        logs = (largest, largest + ratio)
+        log_weight = 3 * largest + ratio + 2 * gap  # dx = x (1 - x) d slope, e_1 - e_2 = e_1 (1 - x), d e_1 = e_1 d log
+        energy = np.zeros(())
+        for log in logs:
+            value = np.exp(log)
+            log_weight = log_weight + (inputs - 3) / 2 * log - 0.5 * gamma * value
+            log_weight = log_weight - outputs / 2 * np.log(gamma + nbeta * value)
+            energy = energy + outputs / 2 * nbeta * value / (gamma + nbeta * value)
+        weight = np.exp(log_weight - log_weight.max())
+        return float((weight * energy).sum() / weight.sum())
+
+    return refined(rule, 0.08)

@@ -25,10 +25,9 @@ def layer_product(params):
 
 def degenerate_layers(widths, rank):
     """Return layers with `rank` singular values 1 and the others 0, each in its own rotated bases."""
-    bases = [rotation(10 + side, width) for side, width in enumerate(widths)]
-    return {
-        f"W{i + 1}": (bases[i + 1][:, :rank] @ bases[i][:, :rank].T).astype(np.float32) for i in range(len(widths) - 1)
-    }
+    draws = [np.random.default_rng(10 + side).normal(size=(width, rank)) for side, width in enumerate(widths)]
+    bases = [np.linalg.qr(draw)[0] for draw in draws]
+    return {f"W{i + 1}": (bases[i + 1] @ bases[i].T).astype(np.float32) for i in range(len(widths) - 1)}
 
 
 def regular_layers(widths, rank):

@@ -1,7 +1,7 @@
 """Measure the answers of `PROBLEMS` and keep them in references.json, one row per problem.
 
 python -m bench.truth.reference                         every problem that is not large
-python -m bench.truth.reference crossing_2 digits_g1    these
+python -m bench.truth.reference crossing_2 digits_16_g1 these
 python -m bench.truth.reference --check sphere_10       also compare the exact answer with HMC
 """
 

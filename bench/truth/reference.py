@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> None:
     """Measure the problems asked for, cheapest first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help="problems; all that are not large when left out")
-    parser.add_argument("--seconds", type=float, default=Recipe.seconds, help="time for HMC on each problem")
+    parser.add_argument("--seconds", type=float, default=Recipe.seconds, help="time for HMC on each problem; 0: no HMC")
     parser.add_argument("--chains", type=int, default=Recipe.chains, help="parallel chains")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--sem", type=float, default=Recipe.relative_sem, help="relative error at which HMC may stop")
@@ -132,7 +132,7 @@ def main(arguments: list[str]) -> None:
     problems = [PROBLEMS[name]() for name in settings.names or PROBLEMS]
     for problem in sorted(problems, key=lambda problem: (SIZES.index(problem.size), problem.dim)):
         began = time.monotonic()
-        by_hmc = bool(settings.names) or problem.size != "large"
+        by_hmc = settings.seconds > 0 and (bool(settings.names) or problem.size != "large")
         row = measure(problem, recipe, by_hmc=by_hmc, is_checked=settings.check)
         write({problem.name: row})
         print(line(problem.name, row, time.monotonic() - began), flush=True)

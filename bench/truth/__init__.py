@@ -1,0 +1,1 @@
+"""Problems whose local learning coefficient is known, and how well: see `problems.py` and `reference.py`."""

@@ -1,0 +1,16 @@
+"""The registry of problems with known answers."""
+
+from collections.abc import Callable, Sequence
+
+from bench.truth.linear_nets import LINEAR_NETS
+from bench.truth.nets import NETS
+from bench.truth.problem import Problem
+from bench.truth.quadratics import QUADRATICS
+from bench.truth.singular import SINGULAR
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {**QUADRATICS, **SINGULAR, **LINEAR_NETS, **NETS}
+
+
+def select(*sizes: str) -> Sequence[Problem]:
+    """Build the problems of the given sizes."""
+    return [problem for problem in (build() for build in PROBLEMS.values()) if problem.size in sizes]

@@ -49,7 +49,9 @@ def sgld_scan(objective, problem):
 
 def fastvi_scan(objective, problem):
     """Run the steps of a fit with one chain, one draw a step and no core."""
-    config = settle(VIConfig(M=COMPONENTS, r=RANK, curvature_rank=0, steps=STEPS), problem.posterior.center.size, 1)
+    config = settle(
+        VIConfig(M=COMPONENTS, r=RANK, curvature_rank=0, steps=STEPS), problem.posterior.center.size, flat_contract=True
+    )
     programs = programs_for(objective, config, None).plain
     keys = jax.random.split(jax.random.key(1), 1)
     flat = jnp.zeros_like(problem.posterior.center)

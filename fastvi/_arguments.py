@@ -78,17 +78,19 @@ def make_problem(
     return Problem(posterior, cast, num_data, config.batch_size or min(DEFAULT_BATCH_SIZE, num_data))
 
 
-def settle(config: VIConfig, dim: int, default_draws: int | None = None) -> VIConfig:
+def settle(config: VIConfig, dim: int, *, flat_contract: bool = False) -> VIConfig:
     """Fill in the numbers of draws that depend on the dimension.
 
-    A step of `estimate_llc` takes a mirrored pair, or more in few dimensions; `default_draws` overrides that.
+    A step of `estimate_llc` takes a mirrored pair, and more in few dimensions; the flat contract, whose callers count
+    work, takes one draw whatever the dimension.
     """
-    more = max(1, (SMALL_DIM // dim) ** 2)
-    step = min(2 * more, MAX_STEP_DRAWS) if default_draws is None else default_draws
+    more = 1 if flat_contract else max(1, (SMALL_DIM // dim) ** 2)
+    step = 1 if flat_contract else min(2 * more, MAX_STEP_DRAWS)
+    evaluation = min(EVALUATION_DRAWS * more, MAX_EVALUATION_DRAWS)
     given = config.samples_per_step, config.eval_samples
     return config.replace(
         samples_per_step=step if given[0] is None else given[0],
-        eval_samples=min(EVALUATION_DRAWS * more, MAX_EVALUATION_DRAWS) if given[1] is None else given[1],
+        eval_samples=evaluation if given[1] is None else given[1],
     )
 
 

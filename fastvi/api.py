@@ -89,7 +89,6 @@ def estimate_llc(
     check_count("num_chains", num_chains)
     dtype = check_settings(settings, localization)
     objective, center = ravel_loss(loss_fn, params, dtype)
-    settings = settle(settings, center.size)
     data, num_data = check_data(data)
     if nbeta is None:
         if num_data < 2:
@@ -98,7 +97,7 @@ def estimate_llc(
     problem = make_problem(center, data, num_data, nbeta, localization, settings, "nbeta")
     check_loss(objective, center, jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data))
     keys = jax.random.split(as_key(key), num_chains)
-    plan, early_stop = _plan(settings)
+    plan, early_stop = _plan(settle(settings, center.size))
     status = StatusLine() if progress is True else None
     fit = run_fit(
         programs_for(objective, plan, None),
@@ -111,7 +110,7 @@ def estimate_llc(
     if status is not None:
         status.close()
     timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}
-    result = _estimate(fit, problem, settings, count_work(fit, problem, settings, num_chains), timings)
+    result = _estimate(fit, problem, settings, count_work(fit, problem, plan, num_chains), timings)
     if throw and _is_broken(result):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
     result = dataclasses.replace(result, fitted=Fitted(fit, problem, objective, keys))

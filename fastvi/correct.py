@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import DataError
@@ -123,12 +124,12 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
     llc = float(fitted.problem.posterior.nbeta) * np.asarray(evaluation.excess, float)
     first = float(np.sum(weights * llc))
     influence = weights * weights.size * (llc - first)
-    columns = np.asarray(evaluation.columns, float)
+    columns, dtype = np.asarray(evaluation.columns, float), fitted.problem.posterior.center.dtype
     pairs = influence.shape[1] // 2
     chains = []
     for values, columns_of_chain in zip(influence, columns, strict=True):
         halves = 0.5 * (values[:pairs] + values[pairs : 2 * pairs])
-        fit = regress(halves, columns_of_chain)
+        fit = regress(jnp.asarray(halves, dtype), jnp.asarray(columns_of_chain, dtype))
         chains.append((float(fit.mean), float(fit.residual_variance) / pairs))
     means, variances = map(np.asarray, zip(*chains, strict=True))
     between = means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else 0.0

@@ -205,10 +205,14 @@ class _Run(NamedTuple):
 def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     """Check the arguments, run the chains for a fixed number of steps, and collect what the contracts name."""
     dtype = check_settings(config, target.gamma)
+    if config.correction != "none":
+        raise ConfigError(
+            f"correction must be 'none' in fit and run_vi; got {config.correction!r}. Use estimate_llc for it."
+        )
     if config.early_stop:
         raise ConfigError("early_stop must be off in fit, whose traces have a fixed length: use estimate_llc for it.")
     center = flat_vector(target.wstar_flat, dtype)
-    config = settle(config, center.size, default_draws=1)
+    config = settle(config, center.size, flat_contract=True)
     data, num_data = check_data(target.data, check_count("n_data", target.n_data))
     nbeta = positive_scalar("beta", target.beta) * num_data
     problem = make_problem(center, data, num_data, nbeta, target.gamma, config, "beta")

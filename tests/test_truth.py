@@ -153,22 +153,28 @@ def test_deep_linear_net(deep_linear):
     default, plain = deep_linear
     for name, result in (("deep linear", default), ("k=0, centred", plain)):
         tell(name, result)
-    assert default.llc == pytest.approx(8.0, rel=0.25)  # long HMC
+    assert default.llc == pytest.approx(8.2, rel=0.25)  # long HMC, bench/truth
     assert default.elbo > plain.elbo + 10
 
 
-@pytest.mark.xfail(reason="64 heavy-tailed draws and a short fit: llc_sem understates the error here", strict=False)
-def test_singular_llc_follows_the_virial():
-    """L of degree 4 in v: at the best fit 4 nbeta E[L] + gamma E|v|^2 = d."""
-    dim, gamma = 2, 1.0
+@pytest.mark.parametrize(
+    ("degrees", "gamma"), [((2, 2), 1.0), ((2, 2, 2), 1e-3), ((4,), 1.0)], ids=["crossing", "triple", "quartic"]
+)
+def test_singular_llc_follows_the_virial(degrees, gamma):
+    """L homogeneous of degree D in v: at the best fit D nbeta E[L] + gamma E|v|^2 = d."""
+    dim, degree = len(degrees), sum(degrees)
     result = fastvi.estimate_llc(
-        lambda w, batch: (w[0] * w[1]) ** 2, jnp.zeros(dim), no_data(), localization=gamma, progress=False
+        lambda w, batch: jnp.prod(w ** jnp.asarray(degrees)),
+        jnp.zeros(dim),
+        no_data(1000),
+        localization=gamma,
+        progress=False,
     )
     radius2 = result.traces["radius2"][:, -100:].mean()
-    tell("(w1 w2)^2", result, "by the virial", (dim - gamma * radius2) / 4)
-    assert np.isfinite(result.llc)
-    assert np.isfinite(result.elbo)
-    assert abs(result.llc - (dim - gamma * radius2) / 4) < 3 * result.llc_sem
+    stationary = (dim - gamma * radius2) / degree
+    tell(f"monomial {degrees}", result, "by the virial", stationary)
+    assert result.llc == pytest.approx(stationary, rel=0.025)
+    assert min(result.evaluation["variance_reduction"]) > 100
 
 
 # Slow: the seeds' family, honest errors, and the order of families on a real network.
@@ -244,7 +250,7 @@ def test_llc_sem_is_the_error_of_the_evaluation():
 
 @pytest.mark.slow
 def test_digits_richer_families_come_closer():
-    """A mean, then a core, bring the estimate down towards HMC's 47 and the bound up."""
+    """A mean, then a core, bring the estimate down towards HMC's 44 and the bound up."""
     pytest.importorskip("sklearn")
     from fastvi.demos.digits import cross_entropy, init_network, load_digits, train
 
@@ -261,5 +267,5 @@ def test_digits_richer_families_come_closer():
     for result in results:
         tell("digits", result)
     centred, shared, core = results
-    assert centred.llc > shared.llc > core.llc > 47
+    assert centred.llc > shared.llc > core.llc > 44
     assert centred.elbo < shared.elbo < core.elbo

@@ -194,8 +194,8 @@ def _far_from_posterior(evidence: Evidence) -> Finding | None:
         f"q is far from the posterior: log p - log q varies by {spread:.3g} nats over draws from q.",
         "The local posterior is not a mixture of Gaussians (a singular or strongly curved minimum), so this "
         "variational llc is biased, as a rule upwards.",
-        "Read it as an upper estimate. Raising localization shrinks the region and the bias; orderings of "
-        "models estimated alike are safer than single values.",
+        'Go on to the posterior\'s own value: correction="auto", or fastvi.correct(result). Until then read it as an '
+        "upper estimate.",
     )
 
 

@@ -54,7 +54,7 @@ def fit_pareto(excess: Float[np.ndarray, " tail"]) -> tuple[float, float]:
     theta = theta / (3 * excess[int(count / 4 + 0.5) - 1]) + 1 / excess[-1]
     shapes = np.mean(np.log1p(-theta[:, None] * excess), axis=1)
     profile = count * (np.log(-(theta / shapes)) - shapes - 1)
-    weights = 1 / np.sum(np.exp(profile - profile[:, None]), axis=1)
+    weights = np.exp(profile - profile.max())
     theta_hat = float(np.sum(theta * weights) / np.sum(weights))
     shape = float(np.mean(np.log1p(-theta_hat * excess)))
     scale = -shape / theta_hat

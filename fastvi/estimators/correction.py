@@ -67,7 +67,8 @@ def start_walk(
 
 def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int[Array, " num"]:
     """Choose `num` candidates by importance weights, flattened until a good part of the candidates counts."""
-    log_weight = jnp.where(jnp.isfinite(log_weight), log_weight - jnp.max(log_weight, initial=-jnp.inf), -jnp.inf)
+    log_weight = jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf)
+    log_weight = log_weight - jnp.max(log_weight)
     powers = jnp.append(2.0 ** -jnp.arange(10), 0.0).astype(log_weight.dtype)
     flattened = jnp.where(jnp.isfinite(log_weight), powers[:, None] * log_weight, -jnp.inf)
     weights = jax.nn.softmax(flattened, axis=-1)

@@ -1,0 +1,222 @@
+"""The correction from q to the posterior: the sampler, its coordinates, its error, and the whole path."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+from test_mfa import MEANS, dense, make
+
+import fastvi
+from fastvi.diagnostics.importance import fit_pareto, pareto_smooth
+from fastvi.estimators.analysis import analyse, burn_in, drift, split_rhat, standard_error
+from fastvi.estimators.correction import parameter_blocks, resample, virial_columns
+from fastvi.estimators.hmc import Walker
+from fastvi.families.base import LinearMap
+
+COUNT = 1000
+NBETA = COUNT / math.log(COUNT)
+
+
+def no_data():
+    return jnp.zeros((COUNT, 1))
+
+
+# Coordinates.
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("means", MEANS)
+def test_linear_map_is_a_root_of_the_covariance(means):
+    family, params = make(means, dim=6, ranks=(2, 0, 1), num_core=3)
+    linear_map = family.linear_map(params)
+    weights, centers, covariances = map(np.asarray, dense(family, params))
+    root = np.asarray(jax.vmap(linear_map.displacement)(jnp.eye(6)) - linear_map.displacement(jnp.zeros(6)))
+    np.testing.assert_allclose(linear_map.center, weights @ centers, atol=1e-12)
+    np.testing.assert_allclose(root.T @ root, np.einsum("m,mij->ij", weights, covariances), rtol=1e-9)
+    point = jnp.asarray(np.random.default_rng(0).normal(size=6))
+    np.testing.assert_allclose(linear_map.round(linear_map.displacement(point)), point, rtol=1e-9)
+    gradient = jax.grad(lambda x: point @ linear_map.displacement(x))(jnp.zeros(6))
+    np.testing.assert_allclose(linear_map.pull_back(point), gradient, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_virial_columns_have_mean_zero_under_the_posterior():
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(5, 5))
+    precision = root @ root.T + np.eye(5)
+    draws = rng.multivariate_normal(rng.normal(size=5), np.linalg.inv(precision), size=40_000)
+    mean = draws.mean(0)
+    basis = np.linalg.qr(rng.normal(size=(5, 2)))[0].T
+    linear_map = LinearMap(jnp.asarray(mean), jnp.asarray(rng.uniform(0.5, 2, 5)), jnp.asarray(basis), jnp.eye(2) * 0.3)
+
+    def columns(v):
+        gradient = precision @ (v - mean)
+        walker = Walker(linear_map.round(v), jnp.zeros(()), jnp.zeros(()), gradient)
+        return virial_columns((2, 3))(v, walker, linear_map.pull_back(gradient), linear_map)
+
+    values = np.asarray(jax.vmap(columns)(jnp.asarray(draws)))
+    assert values.shape[1] == 4
+    assert np.all(np.abs(values.mean(0)) < 4 * values.std(0) / 200)
+    assert np.all(values.std(0) > 0.1)
+
+
+def test_parameter_blocks_merge_neighbours():
+    assert parameter_blocks((5, 3)) == (5, 3)
+    merged = parameter_blocks(tuple(range(1, 31)))
+    assert len(merged) == 12
+    assert sum(merged) == sum(range(1, 31))
+
+
+def test_resampling_follows_the_weights_that_it_can_afford():
+    log_weight = jnp.log(jnp.asarray([1.0, 2.0, 3.0, 4.0] * 1000))
+    chosen = np.asarray(resample(jax.random.key(0), log_weight, 20_000)) % 4
+    np.testing.assert_allclose(np.bincount(chosen) / 20_000, [0.1, 0.2, 0.3, 0.4], atol=0.015)
+    lonely = jnp.zeros(8).at[0].set(1e6).at[1].set(jnp.nan)
+    assert len(set(np.asarray(resample(jax.random.key(1), lonely, 1000)).tolist())) >= 4
+
+
+# Averages.
+
+
+def autoregressive(seed, walkers=8, length=400, memory=0.8, offset=0.0):
+    rng = np.random.default_rng(seed)
+    values = np.empty((walkers, length))
+    state = rng.normal(size=walkers)
+    for t in range(length):
+        state = memory * state + np.sqrt(1 - memory**2) * rng.normal(size=walkers)
+        values[:, t] = state + offset * np.exp(-t / 10)
+    return values
+
+
+def test_standard_error_knows_the_autocorrelation():
+    means, errors = zip(*((v.mean(), standard_error(v)) for v in map(autoregressive, range(200))), strict=True)
+    assert 0.8 < np.mean(errors) / np.std(means) < 1.5
+    assert 0.6 < np.mean(np.abs(means) < errors) < 0.9
+
+
+def test_analysis_uses_the_columns_without_bias():
+    llc, errors, reductions = [], [], []
+    for seed in range(200):
+        rng = np.random.default_rng(1000 + seed)
+        virial = rng.normal(size=(8, 60, 3))
+        values = 5 + virial @ [1.0, -2.0, 0.5] + 0.3 * rng.normal(size=(8, 60))
+        found = analyse(values, virial)
+        llc.append(found.llc)
+        errors.append(found.llc_sem)
+        reductions.append(found.variance_reduction)
+    assert abs(np.mean(llc) - 5) < 3 * np.std(llc) / np.sqrt(200)
+    assert np.median(reductions) > 30
+    assert 0.8 < np.mean(errors) / np.std(llc) < 1.6
+
+
+def test_burn_in_drift_and_rhat_see_a_transient():
+    settled, moving = autoregressive(0, memory=0.3), autoregressive(0, memory=0.3, offset=20.0)
+    assert 20 < burn_in(moving) < 120
+    assert abs(drift(settled)) < 3 < abs(drift(moving))
+    assert split_rhat(settled) < 1.02
+    apart = settled + 3 * np.arange(8)[:, None]
+    assert split_rhat(apart) > 2
+
+
+@pytest.mark.parametrize("shape", [-0.3, 0.2, 0.6, 1.0])
+def test_khat_of_known_tails(shape):
+    """Weights (1 - u)^(-k) have a Pareto tail of shape k."""
+    found = []
+    for seed in range(20):
+        uniform = np.random.default_rng(seed).uniform(size=4000)
+        found.append(pareto_smooth(np.log(scipy.stats.genpareto(shape).ppf(uniform) + 1))[1])
+    assert np.mean(found) == pytest.approx(shape, abs=0.1)
+    excess = np.sort(scipy.stats.genpareto(shape, scale=2.0).rvs(5000, random_state=1))
+    fitted = fit_pareto(excess)
+    assert fitted[0] == pytest.approx(shape, abs=0.1)
+    assert fitted[1] == pytest.approx(2.0, rel=0.1)
+
+
+def test_equal_weights_are_good():
+    weights, khat = pareto_smooth(np.full(200, -3.7))
+    np.testing.assert_allclose(weights, 1 / 200)
+    assert khat == -np.inf
+
+
+# The whole path.
+
+
+def quartic_truth(gamma):
+    """Nbeta E[w^4] under exp(-nbeta w^4 - gamma/2 w^2)."""
+
+    def weighted(power):
+        return scipy.integrate.quad(lambda w: w**power * np.exp(-NBETA * w**4 - gamma / 2 * w**2), -np.inf, np.inf)[0]
+
+    return NBETA * weighted(4) / weighted(0)
+
+
+@pytest.fixture(scope="module")
+def quartic():
+    return fastvi.estimate_llc(
+        lambda w, batch: w[0] ** 4, jnp.zeros(1), no_data(), localization=30.0, progress=False, correction="mcmc"
+    )
+
+
+def test_sampling_finds_the_posterior_s_llc(quartic):
+    truth = quartic_truth(30.0)
+    assert quartic.correction["method"] == "mcmc"
+    assert quartic.llc == pytest.approx(truth, rel=0.02)
+    assert abs(quartic.llc - truth) < 4 * quartic.llc_sem
+    assert quartic.llc_vi != quartic.llc
+    assert quartic.correction["variance_reduction"] > 10
+    assert quartic.work["total_fge"] == pytest.approx(
+        sum(quartic.work[name] for name in ("fge_curvature", "fge_fit", "fge_evaluation", "fge_correction"))
+    )
+
+
+def test_reweighting_finds_it_too(quartic):
+    again = fastvi.correct(quartic, "importance", progress=False)
+    assert again.correction["method"] == "importance"
+    assert again.llc == pytest.approx(quartic_truth(30.0), rel=0.03)
+    assert again.llc_vi == quartic.llc_vi
+
+
+def test_a_corrected_estimate_is_saved_and_read(quartic, tmp_path):
+    loaded = fastvi.LLCEstimate.load(quartic.save(tmp_path))
+    assert loaded.llc == quartic.llc
+    assert loaded.correction == quartic.correction
+    np.testing.assert_array_equal(loaded.walk_llc, quartic.walk_llc)
+    with pytest.raises(fastvi.DataError, match="no fit"):
+        fastvi.correct(loaded)
+    assert "Hamiltonian" in quartic.summary()
+
+
+def test_the_flat_contract_refuses_a_correction():
+    with pytest.raises(fastvi.ConfigError, match="correction"):
+        fastvi.fit(
+            rng_key=0,
+            objective=fastvi.make_flat_objective(lambda w, batch: w @ w),
+            wstar_flat=jnp.zeros(2),
+            data=no_data(),
+            n_data=COUNT,
+            beta=0.1,
+            gamma=1.0,
+            vi_cfg={"correction": "auto"},
+        )
+
+
+@pytest.mark.slow
+def test_deep_linear_net_against_long_hmc():
+    from bench.truth.problems import PROBLEMS
+    from bench.truth.reference import load_reference
+
+    problem, reference = PROBLEMS["deep_linear_2x5_g100"](), load_reference("deep_linear_2x5_g100")
+    result = fastvi.estimate_llc(
+        problem.loss_fn,
+        problem.params,
+        problem.data,
+        nbeta=problem.nbeta,
+        localization=problem.gamma,
+        progress=False,
+        correction="mcmc",
+    )
+    assert result.llc == pytest.approx(reference["value"] if isinstance(reference, dict) else reference.value, rel=0.05)

@@ -251,5 +251,5 @@ def test_trend_window(steps, window):
 def test_decay_length():
     assert decay_length(10, dim=50) == MIN_DECAY
     assert decay_length(100_000, dim=50) == int(DECAY_FRACTION * 100_000)
-    assert decay_length(10, dim=8) == 4 * MIN_DECAY
-    assert decay_length(10, dim=1) == 8 * MIN_DECAY
+    assert decay_length(10, dim=16) == 4 * MIN_DECAY
+    assert decay_length(10, dim=1) == 16 * MIN_DECAY

@@ -12,8 +12,8 @@ FLAT_LOOKS = 2
 VIRIAL_TOLERANCE = 0.05
 NEGLIGIBLE_NATS = 0.5  # a gain over the window below this moves llc by less than its Monte Carlo error
 DECAY_FRACTION = 0.25  # steps of the final decay, relative to those before it
-MIN_DECAY = 200
-SMALL_DIM, MAX_SMALL_FACTOR = 32, 8
+MIN_DECAY = 100
+SMALL_DIM, MAX_SMALL_FACTOR = 32, 16
 
 
 class Trend(NamedTuple):
@@ -62,5 +62,5 @@ def decay_length(steps_before: int, dim: int) -> int:
 
     In few dimensions steps are cheap, and a single direction whose scale is still noisy shows in the estimate.
     """
-    shortest = MIN_DECAY * min(MAX_SMALL_FACTOR, max(1, SMALL_DIM // dim))
+    shortest = MIN_DECAY * min(MAX_SMALL_FACTOR, max(1, (SMALL_DIM // dim) ** 2))
     return max(shortest, int(DECAY_FRACTION * steps_before))

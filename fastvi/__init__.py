@@ -3,6 +3,7 @@
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
 from fastvi.api import estimate_llc
 from fastvi.config import FlowConfig, VIConfig
+from fastvi.correct import correct
 from fastvi.objective import FlatObjective, make_flat_objective, ravel_loss
 from fastvi.posterior import LocalPosterior
 from fastvi.result import LLCEstimate
@@ -21,6 +22,7 @@ __all__ = [
     "SamplerRunResult",
     "UnavailableError",
     "VIConfig",
+    "correct",
     "estimate_llc",
     "fit",
     "make_flat_objective",

@@ -1,5 +1,6 @@
 """`estimate_llc`: the learning coefficient of a trained model, for people."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from fastvi._typing import Batch, PyTree
 from fastvi.accounting import Work, count_work
 from fastvi.compilation import CLOCK
 from fastvi.config import VIConfig
+from fastvi.correct import Fitted, correct
 from fastvi.diagnostics.health import Evidence, health_findings
 from fastvi.geometry.start import rank_limit
 from fastvi.inference.driver import Fit, Progress, run_fit
@@ -23,6 +25,8 @@ from fastvi.inference.schedule import elbo_trend
 from fastvi.objective import check_data, check_loss, ravel_loss
 from fastvi.progress import StatusLine
 from fastvi.result import LLCEstimate
+
+PREPARATION_STEPS = 200
 
 
 def estimate_llc(
@@ -93,22 +97,44 @@ def estimate_llc(
         nbeta = num_data / math.log(num_data)
     problem = make_problem(center, data, num_data, nbeta, localization, settings, "nbeta")
     check_loss(objective, center, jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data))
+    keys = jax.random.split(as_key(key), num_chains)
+    plan, early_stop = _plan(settings)
     status = StatusLine() if progress is True else None
     fit = run_fit(
-        programs_for(objective, settings, None),
+        programs_for(objective, plan, None),
         problem,
-        settings,
-        jax.random.split(as_key(key), num_chains),
-        early_stop=settings.early_stop is not False,
+        plan,
+        keys,
+        early_stop=early_stop,
         report=status or (progress if callable(progress) else None),
     )
     if status is not None:
         status.close()
     timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}
     result = _estimate(fit, problem, settings, count_work(fit, problem, settings, num_chains), timings)
-    if throw and result.health and result.health[0].name == "non_finite":
+    if throw and _is_broken(result):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
-    return result
+    result = dataclasses.replace(result, fitted=Fitted(fit, problem, objective, keys))
+    return (
+        result
+        if settings.correction == "none" or _is_broken(result)
+        else correct(result, settings.correction, progress=progress)
+    )
+
+
+def _is_broken(result: LLCEstimate) -> bool:
+    return bool(result.health) and result.health[0].name == "non_finite"
+
+
+def _plan(config: VIConfig) -> tuple[VIConfig, bool]:
+    """Return the configuration of the fit, and whether it stops by itself.
+
+    A fit that only prepares a correction is short, unless `early_stop` says otherwise: what it leaves undone costs the
+    walkers a few trajectories.
+    """
+    if config.correction == "none" or config.early_stop is not None:
+        return config, config.early_stop is not False
+    return config.replace(steps=min(config.steps, PREPARATION_STEPS)), False
 
 
 def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings: dict[str, float]) -> LLCEstimate:
@@ -167,4 +193,6 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
         log_weights=np.asarray(evaluation.log_weight),
         health=health_findings(evidence),
         config=config,
+        llc_vi=float(np.mean(evaluation.llc)),
+        llc_vi_sem=max(within, between),
     )

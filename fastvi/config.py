@@ -219,6 +219,10 @@ class VIConfig(_CheckedFields):
         eval_samples: Draws of the final estimate; None means 64, and more in fewer than 32 dimensions.
         control_variate: Control variate of the final estimate.
         trace_probes: Hutchinson probes per trace.
+        correction: What turns the variational value of `estimate_llc` into the posterior's own: "importance"
+            reweights the evaluation's draws, "mcmc" samples from q on, "auto" chooses.
+        correction_error: Relative standard error at which sampling ends.
+        correction_trajectories: Most trajectories of each walker.
         whitening_mode: Diagonal whitening measured at the center before the fit.
         whitening_decay: Decay of the moving average of squared gradients.
         use_whitening: False turns `whitening_mode` off.
@@ -255,6 +259,9 @@ class VIConfig(_CheckedFields):
     eval_samples: Annotated[int | None, partial(_integer, minimum=4)] = None
     control_variate: Literal["auto", "hvp", "none"] = "auto"
     trace_probes: Annotated[int, _integer] = 16
+    correction: Literal["none", "auto", "importance", "mcmc"] = "none"
+    correction_error: Annotated[float, _positive] = 0.02
+    correction_trajectories: Annotated[int, partial(_integer, minimum=10)] = 400
     whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
     whitening_decay: Annotated[float, _decay] = 0.99
     use_whitening: bool = True

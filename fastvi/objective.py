@@ -93,7 +93,12 @@ class TreeStructure:
     @property
     def num_parameters(self) -> int:
         """Count the parameters."""
-        return sum(math.prod(shape) for shape in self.shapes if shape is not None)
+        return sum(self.leaf_sizes)
+
+    @property
+    def leaf_sizes(self) -> tuple[int, ...]:
+        """Lengths of the array leaves' stretches of the flat vector, in order."""
+        return tuple(math.prod(shape) for shape in self.shapes if shape is not None)
 
     def unravel(self, w: Float[Array, " dim"]) -> PyTree:
         """Rebuild the pytree; half-precision leaves keep their dtype, the others take that of `w`."""

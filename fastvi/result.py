@@ -42,6 +42,12 @@ class LLCEstimate:
         log_weights: log p(w) - log q(w) at the evaluation's draws, shape (chains, draws).
         health: Findings, gravest first.
         config: The configuration that was used.
+        llc_vi: The variational value, under q: `llc` where nothing corrects it.
+        llc_vi_sem: Its standard error.
+        correction: How `llc` was corrected: method, khat and, of a run of walkers, settled, rhat, virial_z,
+            variance_reduction, walkers, trajectories, burn_in, acceptance, step_size. None for a variational value.
+        walk_llc: nbeta (L_n(w) - L_n(w*)) after each trajectory, shape (walkers, trajectories).
+        fitted: What `fastvi.correct` goes on from; not saved.
     """
 
     llc: float
@@ -63,6 +69,11 @@ class LLCEstimate:
     log_weights: np.ndarray = dataclasses.field(repr=False)
     health: tuple[Finding, ...]
     config: VIConfig
+    llc_vi: float
+    llc_vi_sem: float
+    correction: dict[str, Any] | None = None
+    walk_llc: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)), repr=False)
+    fitted: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     def summary(self) -> str:
         """Return the estimate in words, for a terminal."""
@@ -70,7 +81,7 @@ class LLCEstimate:
         steps = next(iter(self.traces.values())).shape[1]
         stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[self.converged]
         lines = [
-            f"llc            {with_error(self.llc, self.llc_sem)}   (uncorrected variational estimate)",
+            f"llc            {with_error(self.llc, self.llc_sem)}   ({self._provenance()})",
             f"per chain      {chains}",
             f"elbo           {self.elbo:.4f} nats",
             f"problem        d = {self.dim:,}, n = {self.n_data:,}, n beta = {self.nbeta:.4g}, "
@@ -79,14 +90,23 @@ class LLCEstimate:
             f"{100 * self.curvature['explained']:.3g} % of the precision's trace at w*",
             f"fit            {steps} steps x {self.llc_per_chain.size} chains ({stop})",
             f"work           {self.work['total_fge']:.0f} FGE: curvature {self.work['fge_curvature']:.0f}, "
-            f"fit {self.work['fge_fit']:.0f}, evaluation {self.work['fge_evaluation']:.0f}",
+            f"fit {self.work['fge_fit']:.0f}, evaluation {self.work['fge_evaluation']:.0f}"
+            + (f", correction {self.work['fge_correction']:.0f}" if self.correction else ""),
             f"time           {self.timings['total']:.1f} s: fit "
             f"{self.timings['adaptation'] + self.timings['sampling']:.1f} s, evaluation "
-            f"{self.timings['evaluation']:.1f} s; about {self.timings['compile']:.1f} s of it compiling",
+            f"{self.timings['evaluation']:.1f} s"
+            + (f", correction {self.timings['correction']:.1f} s" if self.correction else "")
+            + f"; about {self.timings['compile']:.1f} s of it compiling",
         ]
         findings = [str(finding) for finding in self.health] or ["none: nothing stands out"]
         wrap = TextWrapper(width=SUMMARY_WIDTH, initial_indent="  ", subsequent_indent="    ")
         return "\n".join([*lines, "findings", *map(wrap.fill, findings)])
+
+    def _provenance(self) -> str:
+        if self.correction is None:
+            return "uncorrected variational estimate"
+        methods = {"importance": "reweighted draws of q", "mcmc": "Hamiltonian Monte Carlo from q"}
+        return f"{methods[self.correction['method']]}; q alone {with_error(self.llc_vi, self.llc_vi_sem)}"
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write result.json and traces.npz into a folder, which is made if need be.
@@ -97,12 +117,13 @@ class LLCEstimate:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        traces, log_weights = values.pop("traces"), values.pop("log_weights")
+        del values["fitted"]
+        traces, log_weights, walk = (values.pop(name) for name in ("traces", "log_weights", "walk_llc"))
         values["health"] = [dataclasses.asdict(finding) for finding in self.health]
         values["config"] = self.config.to_dict()
         (folder / RESULT_FILE).write_text(json.dumps(_plain(values), indent=2) + "\n", encoding="utf-8")
         np.savez_compressed(
-            folder / TRACES_FILE, log_weights=log_weights, **{f"trace_{k}": v for k, v in traces.items()}
+            folder / TRACES_FILE, log_weights=log_weights, walk_llc=walk, **{f"trace_{k}": v for k, v in traces.items()}
         )
         return folder
 
@@ -121,7 +142,7 @@ class LLCEstimate:
                 )
         values = _restored(json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")))
         with np.load(folder / TRACES_FILE) as arrays:
-            values["log_weights"] = arrays["log_weights"]
+            values["log_weights"], values["walk_llc"] = arrays["log_weights"], arrays["walk_llc"]
             values["traces"] = {k.removeprefix("trace_"): arrays[k] for k in arrays.files if k.startswith("trace_")}
         values["health"] = tuple(Finding(**finding) for finding in values["health"])
         values["config"] = VIConfig.create(values["config"])

@@ -1,13 +1,17 @@
 """Findings: what a careful reader would notice in a run, with the cause and the next step."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
+
+from fastvi.diagnostics.importance import USABLE
 
 SEVERITIES = ("error", "warning", "note")
 VIRIAL_TOLERANCE = 0.1
 CHAIN_SPREAD_SIGMAS = 4.0
 LOG_WEIGHT_SD_FAR = 2.0  # nats; importance weights of a log-normal this wide have an effective sample of 2 %
+STILL_MATTER = ("non_finite", "not_a_minimum", "core_truncated")  # findings of a fit that a correction leaves standing
 GRADIENT_TOLERANCE = 1.0  # standard deviations of q that the minimum lies away from w*
 
 
@@ -52,6 +56,55 @@ def health_findings(evidence: Evidence) -> tuple[Finding, ...]:
     checks = (_not_a_minimum, _not_converged, _virial, _chains_disagree, _far_from_posterior, _core_truncated)
     found = [finding for check in checks if (finding := check(evidence)) is not None]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
+
+
+def correction_findings(result: Any) -> tuple[Finding, ...]:
+    """Return the findings of a corrected estimate: those of its fit that still matter, and its own."""
+    kept = [finding for finding in result.health if finding.name in STILL_MATTER]
+    checks = (_importance_unreliable, _walk_unsettled, _q_was_off)
+    found = [finding for check in checks if (finding := check(result)) is not None]
+    return tuple(sorted([*kept, *found], key=lambda finding: SEVERITIES.index(finding.severity)))
+
+
+def _importance_unreliable(result: Any) -> Finding | None:
+    details = result.correction
+    if details["method"] != "importance" or details["khat"] < USABLE:
+        return None
+    return Finding(
+        "warning",
+        "importance_unreliable",
+        f"The importance weights have k-hat {details['khat']:.2g}, above {USABLE}.",
+        "q misses part of the posterior, so a few draws carry the estimate.",
+        'Use correction="mcmc".',
+    )
+
+
+def _walk_unsettled(result: Any) -> Finding | None:
+    details = result.correction
+    if details["method"] != "mcmc" or details["settled"]:
+        return None
+    return Finding(
+        "warning",
+        "walk_unsettled",
+        f"Sampling ended unsettled after {details['trajectories']} trajectories: relative error "
+        f"{result.llc_sem / max(abs(result.llc), 1e-30):.2g}, R-hat {details['rhat']:.3g}, virial off by "
+        f"{abs(details['virial_z']):.2g} standard errors.",
+        "The walkers have not yet seen the whole posterior, or its variance is large.",
+        "Raise correction_trajectories, or fit longer with early_stop=True; llc_sem may be too small.",
+    )
+
+
+def _q_was_off(result: Any) -> Finding | None:
+    gap, noise = result.llc_vi - result.llc, np.hypot(result.llc_vi_sem, result.llc_sem)
+    if abs(gap) <= max(3 * noise, 0.05 * abs(result.llc)):
+        return None
+    return Finding(
+        "note",
+        "corrected",
+        f"q alone gives {result.llc_vi:.4g}; the correction moved it to {result.llc:.4g}.",
+        "The local posterior is not a mixture of Gaussians, or the fit was short.",
+        "Nothing to do: the corrected value is the posterior's.",
+    )
 
 
 def _non_finite(evidence: Evidence) -> Finding | None:

@@ -1,6 +1,6 @@
-"""From a fitted q to the posterior's own number: Hamiltonian Monte Carlo from q, with virial control variates."""
+"""From a fitted q to the posterior's own number: Hamiltonian Monte Carlo from draws of q."""
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._typing import Array, Float, Int, Keys
+from fastvi._typing import Array, Float, Int, Keys, Scalar
+from fastvi.estimators.analysis import Analysis, analyse
 from fastvi.estimators.hmc import FIRST_STEP, Record, Tuning, Walker, make_potential, run_trajectories
 from fastvi.families.base import AbstractFamily, LinearMap
 from fastvi.inference.loop import Problem
 from fastvi.objective import FlatObjective
 
 ROUND = 10  # trajectories between looks
+MIN_ROUNDS = 2
+RHAT_SETTLED, VIRIAL_SIGMAS = 1.1, 4.0
 MAX_BLOCKS = 12  # parameter blocks with a virial column of their own
 WALK_BLOCK = 2**31 + 2**17  # counters of a chain's key beyond those of its evaluation
 
@@ -102,91 +105,71 @@ def parameter_blocks(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(merged)
 
 
-@dataclasses.dataclass(frozen=True)
-class Analysis:
-    """What a run says: the mean after burn-in, its error, and whether to believe it."""
+class WalkPrograms(NamedTuple):
+    """Compiled stages: `start(family, problem, params, keys, reference_loss)`, `advance(problem, walk, ...)`."""
 
-    llc: float
-    llc_sem: float
-    rhat: float
-    variance_reduction: float
-    burn_in: int
-    per_walker: np.ndarray
+    start: Callable[..., Walk]
+    advance: Callable[..., tuple[Walk, Record, Int[Array, ""]]]
 
 
-def analyse(llc: Float[np.ndarray, "walkers trajectories"], virial: np.ndarray) -> Analysis:
-    """Average a run after its burn-in, with virial control variates.
+@functools.lru_cache(maxsize=32)
+def walk_programs(objective: FlatObjective, blocks: tuple[int, ...], per_chain: int) -> WalkPrograms:
+    """Return the stages for an objective; the same arguments share them."""
 
-    Coefficients come from the other half of the walkers. The error is the larger of that from the spread between
-    walkers and that from the autocorrelation within them.
-    """
-    burn = burn_in(llc)
-    kept, columns = llc[:, burn:], virial[:, burn:]
-    adjusted = _adjust(kept, columns)
-    per_walker = adjusted.mean(axis=1)
-    sem = _sem(adjusted)
-    return Analysis(
-        llc=float(per_walker.mean()),
-        llc_sem=sem,
-        rhat=split_rhat(adjusted),
-        variance_reduction=float(kept.var() / max(adjusted.var(), 1e-300)),
-        burn_in=burn,
-        per_walker=per_walker,
-    )
+    @jax.jit
+    def start(family, problem, params, keys, reference_loss):
+        return start_walk(family, objective, problem, params, keys, reference_loss, per_chain)
+
+    @functools.partial(jax.jit, donate_argnames=("walk",))
+    def advance(problem, walk, reference_loss, first):
+        return walk_round(objective, problem, blocks, walk, reference_loss, first)
+
+    return WalkPrograms(start, advance)
 
 
-def burn_in(llc: np.ndarray) -> int:
-    """Return the truncation that minimises the squared error of the mean (MSER), at most half of the run.
+class Sampled(NamedTuple):
+    """A finished run of the walkers; `gradients` counts full-data gradients of all walkers."""
 
-    References:
-        White, An Effective Truncation Heuristic for Bias Reduction in Simulation Output (1997).
-    """
-    series = llc.mean(axis=0)
-    candidates = range(series.size // 2 + 1)
-    scores = [np.sum((series[t:] - series[t:].mean()) ** 2) / (series.size - t) ** 2 for t in candidates]
-    return int(np.argmin(scores))
-
-
-def _adjust(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    halves = np.arange(values.shape[0]) % 2 == 0
-    if halves.all() or halves.sum() * values.shape[1] < 5 * (columns.shape[-1] + 1):
-        return values
-    result = np.empty_like(values)
-    for mine in (halves, ~halves):
-        other = columns[~mine].reshape(-1, columns.shape[-1])
-        target = values[~mine].ravel()
-        spread = other.std(axis=0)
-        spread = np.where(spread > 0, spread, 1.0)
-        design = np.column_stack([np.ones(target.size), other / spread])
-        slopes = np.linalg.lstsq(design, target, rcond=1e-6)[0][1:] / spread
-        result[mine] = values[mine] - columns[mine] @ slopes
-    return result
+    analysis: Analysis
+    llc: Float[np.ndarray, "walkers trajectories"]
+    acceptance: float
+    step_size: float
+    gradients: int
+    settled: bool
 
 
-def _sem(values: np.ndarray) -> float:
-    walkers, length = values.shape
-    between = values.mean(axis=1).std(ddof=1) / np.sqrt(walkers) if walkers > 1 else 0.0
-    centred = values - values.mean()
-    variance = np.mean(centred**2)
-    if variance == 0:
-        return 0.0
-    time, total = 1.0, 1.0
-    for lag in range(1, length // 2):  # initial positive sequence, chains averaged
-        rho = np.mean(centred[:, lag:] * centred[:, :-lag]) / variance
-        if rho < 0.05:
+def sample_posterior(
+    programs: WalkPrograms,
+    family: AbstractFamily,
+    problem: Problem,
+    params: Any,
+    keys: Keys,
+    reference_loss: Scalar,
+    *,
+    relative_error: float,
+    max_trajectories: int,
+    report: Callable[[int, float], None],
+) -> Sampled:
+    """Run the walkers until the error of llc is small and they agree, or to the most trajectories."""
+    walk = programs.start(family, problem, params, keys, reference_loss)
+    num_walkers = walk.walkers.x.shape[0]
+    records, gradients, settled = [], num_walkers, False
+    while not settled and len(records) * ROUND < max_trajectories:
+        walk, record, leaps = programs.advance(problem, walk, reference_loss, jnp.int32(len(records) * ROUND))
+        records.append(jax.device_get(record))
+        gradients += num_walkers * int(leaps)
+        columns = zip(*records, strict=True)
+        llc, virial, acceptance = (np.concatenate(parts, axis=1).astype(float) for parts in columns)
+        if not np.all(np.isfinite(llc)):
             break
-        total += 2 * rho
-        time = total
-    within = np.sqrt(variance * time / values.size)
-    return float(max(between, within))
-
-
-def split_rhat(values: np.ndarray) -> float:
-    """Compare means of half-walkers with the variance within them; 1 where they agree."""
-    half = values.shape[1] // 2
-    if half < 2:
-        return float("inf")
-    parts = np.concatenate([values[:, :half], values[:, -half:]])
-    within = parts.var(axis=1, ddof=1).mean()
-    between = half * parts.mean(axis=1).var(ddof=1)
-    return float(np.sqrt(((half - 1) / half * within + between / half) / within)) if within > 0 else 1.0
+        analysis = analyse(llc, virial)
+        report(len(records) * ROUND, analysis.llc)
+        settled = (
+            analysis.llc_sem <= relative_error * abs(analysis.llc)
+            and analysis.rhat < RHAT_SETTLED
+            and abs(analysis.virial_z) < VIRIAL_SIGMAS
+            and len(records) >= MIN_ROUNDS
+        )
+    analysis = analyse(llc, virial)
+    step = float(jnp.exp(walk.tuning.log_step))
+    return Sampled(analysis, llc, float(acceptance[:, analysis.burn_in :].mean()), step, gradients, settled)

@@ -12,6 +12,7 @@ from fastvi.objective import FlatObjective, full_data_value_and_grad
 
 TARGET_ACCEPTANCE = 0.8
 TRAJECTORY = 1.6  # mean length of a trajectory in q's standard deviations: a quarter of a period
+SHORTEST = 0.5  # smallest step relative to the adapted one
 MAX_LEAPFROG = 64
 FIRST_STEP = 0.6  # times dim^(-1/4), the scaling of the optimal step in a round Gaussian
 ADAPTATION_GAIN, ADAPTATION_DECAY = 0.6, 0.6  # Robbins-Monro on the log step: sum diverges, sum of squares does not
@@ -107,9 +108,9 @@ def run_trajectories(
 
 
 def _plan(tuning: Tuning, key: Key) -> tuple[Scalar, Int[Array, ""]]:
-    """Draw step size and number of steps: jittered, so that no trajectory closes on itself for good."""
+    """Draw step size and number of steps: uneven, for narrow places, and so that no trajectory closes on itself."""
     jitter, stretch = jax.random.uniform(key, (2,))
-    step = jnp.exp(tuning.log_step) * (0.9 + 0.2 * jitter)
+    step = jnp.exp(tuning.log_step) * (SHORTEST + (1 - SHORTEST) * jitter)
     leaps = jnp.clip(jnp.ceil(TRAJECTORY * (0.5 + stretch) / step), 1, MAX_LEAPFROG)
     return step, leaps.astype(jnp.int32)
 

@@ -28,6 +28,7 @@ class Evaluation(NamedTuple):
     elbo: Scalar
     log_weight_sd: Scalar
     excess: Float[Array, " draws"]
+    columns: Float[Array, "pairs columns"]
     log_weight: Float[Array, " draws"]
 
 
@@ -96,6 +97,7 @@ def evaluate(
         elbo=jnp.mean(log_weight),
         log_weight_sd=jnp.std(log_weight, ddof=1),
         excess=excess,
+        columns=_pair_mean(columns - expected),
         log_weight=log_weight,
     )
 

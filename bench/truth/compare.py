@@ -57,6 +57,7 @@ FASTVI: dict[str, dict[str, Any]] = {
     "correction=mcmc": {"correction": "mcmc"},
     "correction=mcmc error=0.05": {"correction": "mcmc", "correction_error": 0.05},
 }
+MCLMC_SHARES = (0.125, 0.25, 0.5, 1.0)
 BATCHES = 20  # of the batch means that give the error of a single chain
 
 
@@ -193,8 +194,21 @@ def measure(problem: Problem, method: str, seeds, budget: float) -> tuple[list[d
     elif method == "hmc":
         courses = samplers.hmc(problem, LEAPFROGS, seeds, budget)
     else:
-        courses = samplers.mclmc(problem, seeds, budget)
+        return mclmc_rows(problem, seeds, budget)
     return sampler_rows(problem, method, courses, budget)
+
+
+def mclmc_rows(problem: Problem, seeds, budget: float) -> tuple[list[dict], list[dict]]:
+    """Run MCLMC within several budgets: it plans its tuning by what it may spend, so that a run has no early answer."""
+    rows, curves = [], []
+    for share in MCLMC_SHARES:
+        within = share * budget
+        courses = samplers.mclmc(problem, seeds, within)
+        named = {(f"within={within:g}", seed): course for (_, seed), course in courses.items()}
+        found = sampler_rows(problem, "mclmc", named, within)
+        rows += found[0]
+        curves += found[1]
+    return rows, curves
 
 
 def append_curves(rows: list[dict], path: pathlib.Path = CURVES) -> None:

@@ -54,8 +54,7 @@ LEAPFROGS = (8, 32)
 FASTVI: dict[str, dict[str, Any]] = {
     "correction=none": {"correction": "none"},
     "correction=auto": {"correction": "auto"},
-    "correction=mcmc": {"correction": "mcmc"},
-    "correction=mcmc error=0.05": {"correction": "mcmc", "correction_error": 0.05},
+    "correction=auto error=0.05": {"correction": "auto", "correction_error": 0.05},
 }
 MCLMC_SHARES = (0.125, 0.25, 0.5, 1.0)
 BATCHES = 20  # of the batch means that give the error of a single chain
@@ -176,6 +175,8 @@ def fastvi_rows(problem: Problem, seeds, budget: float) -> tuple[list[dict], lis
                 **options,
             )
             elapsed, fge = time.perf_counter() - began, result.work["total_fge"]
+            how = result.correction["method"] if result.correction else "none"
+            print(f"  {knob}, seed {seed}: {result.llc:.4g}, {fge:.0f} FGE, by {how}", file=sys.stderr, flush=True)
             values = (seed, budget, fge, result.llc, result.llc_sem, elapsed)
             mine.append(make_row(problem, "fastvi", knob, *values))
         rows += mine

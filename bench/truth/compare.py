@@ -54,7 +54,6 @@ LEAPFROGS = (8, 32)
 FASTVI: dict[str, dict[str, Any]] = {
     "correction=none": {"correction": "none"},
     "correction=auto": {"correction": "auto"},
-    "correction=auto error=0.05": {"correction": "auto", "correction_error": 0.05},
 }
 MCLMC_SHARES = (0.125, 0.25, 0.5, 1.0)
 BATCHES = 20  # of the batch means that give the error of a single chain

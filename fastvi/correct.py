@@ -22,6 +22,7 @@ from fastvi.progress import StatusLine
 from fastvi.result import LLCEstimate
 
 WALKERS = 8  # at least; a multiple of the chains
+SMALL_DIM, MOST_PER_CHAIN = 32, 64  # in few dimensions walkers are cheap, and arms of the posterior narrow
 
 
 class Fitted(NamedTuple):
@@ -130,9 +131,8 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
         fit = regress(halves, columns_of_chain)
         chains.append((float(fit.mean), float(fit.residual_variance) / pairs))
     means, variances = map(np.asarray, zip(*chains, strict=True))
-    sem = max(
-        np.sqrt(variances.mean() / means.size), means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else 0.0
-    )
+    between = means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else 0.0
+    sem = max(np.sqrt(variances.mean() / means.size), between)
     effective = float(1 / np.sum(weights**2))
     return _Values(first + means.mean(), float(sem), first + means, np.zeros((0, 0)), 0, {"effective_draws": effective})
 
@@ -140,7 +140,8 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
 def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None] | None) -> _Values:
     """Run the walkers."""
     chains = fitted.keys.size
-    per_chain = -(-WALKERS // chains)
+    dim = fitted.problem.posterior.center.size
+    per_chain = max(-(-WALKERS // chains), min(MOST_PER_CHAIN, (SMALL_DIM // dim) ** 2))
     sizes = fitted.objective.structure.leaf_sizes
     most = config.correction_trajectories
 

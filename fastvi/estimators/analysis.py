@@ -7,6 +7,7 @@ import numpy as np
 from fastvi._typing import Float
 
 POINTS_PER_COLUMN = 5  # records that a regression coefficient takes
+LEAST_BURN_IN = 5  # at least this part of a run is discarded
 NEGLIGIBLE_CORRELATION = 0.05
 
 
@@ -18,6 +19,7 @@ class Analysis:
     llc_sem: float
     rhat: float
     virial_z: float
+    drift_z: float
     variance_reduction: float
     burn_in: int
     per_walker: Float[np.ndarray, " walkers"]
@@ -31,7 +33,7 @@ def analyse(
     Coefficients come from the other half of the walkers. The error is the larger of that from the spread between
     walkers and that from the autocorrelation within them.
     """
-    burn = burn_in(llc)
+    burn = max(burn_in(llc), burn_in(_adjust(llc, virial)), llc.shape[1] // LEAST_BURN_IN)
     total = virial[:, burn:].sum(axis=-1)
     error = standard_error(total)
     kept, columns = llc[:, burn:], virial[:, burn:]
@@ -42,6 +44,7 @@ def analyse(
         llc_sem=standard_error(adjusted),
         rhat=split_rhat(adjusted),
         virial_z=float(total.mean() / error) if error > 0 else 0.0,
+        drift_z=drift(adjusted),
         variance_reduction=float(kept.var() / max(adjusted.var(), 1e-300)),
         burn_in=burn,
         per_walker=per_walker,
@@ -93,6 +96,16 @@ def standard_error(values: Float[np.ndarray, "walkers trajectories"]) -> float:
         time += 2 * rho
     within = np.sqrt(variance * time / values.size)
     return float(max(between, within))
+
+
+def drift(values: Float[np.ndarray, "walkers trajectories"]) -> float:
+    """Return the change of the mean from the first half to the second, in its standard errors over walkers."""
+    half = values.shape[1] // 2
+    if half == 0 or values.shape[0] < 2:
+        return 0.0
+    change = values[:, -half:].mean(axis=1) - values[:, :half].mean(axis=1)
+    error = change.std(ddof=1) / np.sqrt(change.size)
+    return float(change.mean() / error) if error > 0 else 0.0
 
 
 def split_rhat(values: np.ndarray) -> float:

@@ -8,16 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._typing import Array, Float, Int, Keys, Scalar
+from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
 from fastvi.estimators.analysis import Analysis, analyse
-from fastvi.estimators.hmc import FIRST_STEP, Record, Tuning, Walker, make_potential, run_trajectories
+from fastvi.estimators.hmc import FIRST_STEP, TRAJECTORY, Record, Tuning, Walker, make_potential, run_trajectories
+from fastvi.estimators.llc import make_excess_fn
 from fastvi.families.base import AbstractFamily, LinearMap
 from fastvi.inference.loop import Problem
 from fastvi.objective import FlatObjective
 
 ROUND = 10  # trajectories between looks
 MIN_ROUNDS = 2
-RHAT_SETTLED, VIRIAL_SIGMAS = 1.1, 4.0
+RHAT_SETTLED, VIRIAL_SIGMAS, DRIFT_SIGMAS = 1.05, 3.0, 2.0
+LENGTHEN_AT = (4, 8, 16, 32)  # rounds after which walkers that are not settled get trajectories twice as long
+CANDIDATES, EFFECTIVE_SHARE = 4, 0.5  # draws of q for each walker, and how many of them must count
 MAX_BLOCKS = 12  # parameter blocks with a virial column of their own
 WALK_BLOCK = 2**31 + 2**17  # counters of a chain's key beyond those of its evaluation
 
@@ -37,24 +40,41 @@ def start_walk(
     problem: Problem,
     params: Any,
     keys: Keys,
-    reference_loss,
-    per_chain,
+    reference_loss: Scalar,
+    per_chain: int,
 ) -> Walk:
-    """Draw `per_chain` walkers from the q of every chain."""
+    """Place `per_chain` walkers at draws from the q of every chain, the likelier ones under the posterior."""
     evaluate = make_potential(objective, problem, reference_loss)
+    posterior, candidates = problem.posterior, CANDIDATES * per_chain
+    excess_fn = make_excess_fn(objective, problem)
 
     def chain(chain_params, key):
         linear_map = family.linear_map(chain_params)
-        draws = family.sample(chain_params, key, per_chain, antithetic=False, block=WALK_BLOCK)
-        return jax.vmap(lambda v: evaluate(linear_map, linear_map.round(v)))(draws.displacement), linear_map
+        draws = family.sample(chain_params, key, candidates, antithetic=False, block=WALK_BLOCK)
+        excess = jax.lax.map(lambda v: excess_fn(posterior.center + v), draws.displacement, batch_size=per_chain)
+        log_weight = jax.vmap(posterior.log_density)(draws.displacement, excess) - draws.log_prob
+        chosen = resample(jax.random.fold_in(key, WALK_BLOCK - 1), log_weight, per_chain)
+        return jax.vmap(lambda v: evaluate(linear_map, linear_map.round(v)))(draws.displacement[chosen]), linear_map
 
-    walkers, maps = jax.vmap(chain)(params, keys)
+    walkers, maps = jax.lax.map(lambda pair: chain(*pair), (params, keys))
     flat = jax.tree_util.tree_map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), walkers)
     repeated = jax.tree_util.tree_map(lambda leaf: jnp.repeat(leaf, per_chain, axis=0), maps)
     walk_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, WALK_BLOCK), per_chain))(keys)
-    dim = problem.posterior.center.size
-    step = jnp.log(FIRST_STEP * dim**-0.25).astype(problem.posterior.center.dtype)
-    return Walk(repeated, flat, Tuning(step, jnp.asarray(0)), walk_keys.reshape(-1))
+    dim, dtype = posterior.center.size, posterior.center.dtype
+    step = jnp.log(FIRST_STEP * dim**-0.25).astype(dtype)
+    return Walk(repeated, flat, Tuning(step, jnp.asarray(0), jnp.asarray(TRAJECTORY, dtype)), walk_keys.reshape(-1))
+
+
+def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int[Array, " num"]:
+    """Choose `num` candidates by importance weights, flattened until a good part of the candidates counts."""
+    log_weight = jnp.where(jnp.isfinite(log_weight), log_weight - jnp.max(log_weight, initial=-jnp.inf), -jnp.inf)
+    powers = jnp.append(2.0 ** -jnp.arange(10), 0.0).astype(log_weight.dtype)
+    flattened = jnp.where(jnp.isfinite(log_weight), powers[:, None] * log_weight, -jnp.inf)
+    weights = jax.nn.softmax(flattened, axis=-1)
+    effective = 1 / jnp.sum(weights**2, axis=-1)
+    enough = effective >= EFFECTIVE_SHARE * log_weight.size
+    level = jnp.argmax(enough.at[-1].set(True))
+    return jax.random.categorical(key, flattened[level], shape=(num,))
 
 
 def walk_round(
@@ -168,8 +188,11 @@ def sample_posterior(
             analysis.llc_sem <= relative_error * abs(analysis.llc)
             and analysis.rhat < RHAT_SETTLED
             and abs(analysis.virial_z) < VIRIAL_SIGMAS
+            and abs(analysis.drift_z) < DRIFT_SIGMAS
             and len(records) >= MIN_ROUNDS
         )
+        if not settled and len(records) in LENGTHEN_AT:
+            walk = walk._replace(tuning=walk.tuning._replace(length=2 * walk.tuning.length))
     analysis = analyse(llc, virial)
     step = float(jnp.exp(walk.tuning.log_step))
     return Sampled(analysis, llc, float(acceptance[:, analysis.burn_in :].mean()), step, gradients, settled)

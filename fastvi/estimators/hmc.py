@@ -11,9 +11,9 @@ from fastvi.inference.loop import Problem
 from fastvi.objective import FlatObjective, full_data_value_and_grad
 
 TARGET_ACCEPTANCE = 0.8
-TRAJECTORY = 1.6  # mean length of a trajectory in q's standard deviations: a quarter of a period
+TRAJECTORY = 1.6  # first mean length of a trajectory in q's standard deviations: a quarter of a period
 SHORTEST = 0.5  # smallest step relative to the adapted one
-MAX_LEAPFROG = 64
+MAX_LEAPFROG = 512
 FIRST_STEP = 0.6  # times dim^(-1/4), the scaling of the optimal step in a round Gaussian
 ADAPTATION_GAIN, ADAPTATION_DECAY = 0.6, 0.6  # Robbins-Monro on the log step: sum diverges, sum of squares does not
 
@@ -28,10 +28,11 @@ class Walker(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """Step size and the number of trajectories that it has been adapted for."""
+    """Step size, the trajectories that it has been adapted for, and the mean length of a trajectory."""
 
     log_step: Scalar
     count: Int[Array, ""]
+    length: Scalar
 
 
 class Record(NamedTuple):
@@ -111,7 +112,7 @@ def _plan(tuning: Tuning, key: Key) -> tuple[Scalar, Int[Array, ""]]:
     """Draw step size and number of steps: uneven, for narrow places, and so that no trajectory closes on itself."""
     jitter, stretch = jax.random.uniform(key, (2,))
     step = jnp.exp(tuning.log_step) * (SHORTEST + (1 - SHORTEST) * jitter)
-    leaps = jnp.clip(jnp.ceil(TRAJECTORY * (0.5 + stretch) / step), 1, MAX_LEAPFROG)
+    leaps = jnp.clip(jnp.ceil(tuning.length * (0.5 + stretch) / step), 1, MAX_LEAPFROG)
     return step, leaps.astype(jnp.int32)
 
 
@@ -139,4 +140,5 @@ def _adapt(tuning: Tuning, acceptance) -> Tuning:
     """Move the log step towards the target acceptance by a vanishing amount."""
     gain = ADAPTATION_GAIN * (tuning.count + 1.0) ** -ADAPTATION_DECAY
     change = gain * (acceptance - TARGET_ACCEPTANCE) / TARGET_ACCEPTANCE
-    return Tuning(tuning.log_step + change.astype(tuning.log_step.dtype), tuning.count + 1)
+    log_step = tuning.log_step + change.astype(tuning.log_step.dtype)
+    return Tuning(log_step, tuning.count + 1, tuning.length)

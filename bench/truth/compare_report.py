@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from bench import harness
-from bench.truth.compare import CURVES, FASTVI, REFINED, SUBSET, TABLE
+from bench.truth.compare import CURVES, FASTVI, SUBSET, TABLE
 
 FIGURE = pathlib.Path(__file__).parents[2] / "docs" / "figures" / "error-versus-fge.png"
 SHOWN = ("crossing_2", "deep_linear_2x5_g10", "tanh_3_g1", "digits_16_g1")
-NEIGHBOUR = REFINED[1] ** 2  # from one step size of the grid to the next
 
 Rows = list[dict[str, Any]]
 
@@ -112,15 +111,18 @@ def report() -> str:
         ("Median |error| over seeds at the end of the run, per cent", by_problem(results, _error_cell)),
         ("FGE at the end of the run, median", by_problem(results, _fge_cell)),
         ("FGE from which the median |error| stays below 5 % (10 %)", by_problem(results, _reach_cell)),
-        ("|error| in per cent at the best step size, at a third of it and at three times", sensitivity(results)),
+        (
+            "Median |error| in per cent at the best step size; the largest up to four times below it, and above",
+            sensitivity(results),
+        ),
     ]
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts)
 
 
 def summary(results: Results) -> str:
     """Return one line for each entry."""
-    header = ["method", "problems", "median error", "worst median", "worst run", "below 5 %", "FGE to 5 %, median"]
-    lines = [[*header, "diverged runs"]]
+    header = ["method", "problems", "FGE, median", "median error, %", "worst median", "worst run", "below 5 %"]
+    lines = [[*header, "FGE to 5 %, median", "diverged runs"]]
     for entry in ENTRIES:
         found = [(name, knob) for name in results.problems if (knob := results.chosen(name, entry)) is not None]
         if not found:
@@ -132,6 +134,7 @@ def summary(results: Results) -> str:
             [
                 entry.label,
                 str(len(found)),
+                _number(float(np.median([float(row["fge"]) for row in runs]))),
                 _per_cent(float(np.median(errors))),
                 _per_cent(max(errors)),
                 _per_cent(max(abs(float(row["relative_error"])) for row in runs)),
@@ -169,19 +172,20 @@ def _reach_cell(results: Results, problem: str, entry: Entry) -> str:
 
 def sensitivity(results: Results) -> str:
     """Return how much a wrong step size costs the two samplers without rejection."""
-    lines = [["problem", "SGLD: step", "best", "/3.2", "x3.2", "RMSProp-SGLD: step", "best", "/3.2", "x3.2"]]
+    lines = [["problem", "SGLD: step", "best", "below", "above", "RMSProp-SGLD: step", "best", "below", "above"]]
     for problem in results.problems:
         cells = [problem]
         for method in ("sgld", "rmsprop_sgld"):
-            steps = {float(knob.split("=")[1]): knob for knob in results.knobs(problem, method)}
-            if not steps:
+            knobs = results.knobs(problem, method)
+            errors = {float(knob.split("=")[1]): results.error(problem, method, knob) for knob in knobs}
+            if not errors:
                 cells += [""] * 4
                 continue
-            best = min(steps, key=lambda step: results.error(problem, method, steps[step]))
-            wanted = (best, best / NEIGHBOUR, best * NEIGHBOUR)
-            near = [[step for step in steps if abs(math.log(step / other)) < 0.1] for other in wanted]
-            errors = [_per_cent(results.error(problem, method, steps[step[0]])) if step else "" for step in near]
-            cells += [f"{best:.2g}", *errors]
+            best = min(errors, key=lambda step: errors[step])
+            near = {step: error for step, error in errors.items() if abs(math.log(step / best)) < math.log(4)}
+            below = max((error for step, error in near.items() if step < best), default=math.nan)
+            above = max((error for step, error in near.items() if step > best), default=math.nan)
+            cells += [f"{best:.2g}", *map(_per_cent, (errors[best], below, above))]
         lines.append(cells)
     return _markdown(lines)
 
@@ -208,15 +212,17 @@ def draw_figure(results: Results) -> None:
         axis.axhline(0.05, color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=problem, xlabel="full-gradient equivalents, all chains", ylim=(1e-3, 3))
     np.atleast_1d(axes)[0].set_ylabel("|relative error|, median over seeds")
-    handles, labels = np.atleast_1d(axes)[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    lines = {line.get_label(): line for axis in np.atleast_1d(axes) for line in axis.get_lines()[:-1]}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False)
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, dpi=110)
     plt.close(figure)
 
 
 def _per_cent(error: float) -> str:
-    return f"{100 * error:.2g}" if error < 10 else "above 1000"
+    if math.isnan(error):
+        return ""
+    return f"{100 * error:.3g}" if error < 10 else "above 1000"
 
 
 def _number(value: float) -> str:

@@ -82,10 +82,13 @@ class Results:
         return min(knobs, key=lambda knob: self.error(problem, entry.method, knob), default=None)
 
     def curve(self, problem: str, entry: Entry) -> list[tuple[float, float]]:
-        """Return (FGE, median error) in order of work; of fastvi and MCLMC one point for each run."""
+        """Return (FGE, median error) in order of work: of fastvi one point, of MCLMC one for each budget."""
         knob = self.chosen(problem, entry)
         if knob is None:
             return []
+        if entry.method == "fastvi":
+            work = float(np.median([float(row["fge"]) for row in self.runs[problem, "fastvi", knob]]))
+            return [(work, self.error(problem, "fastvi", knob))]
         if entry.method == "mclmc":
             ends = [self.curves[problem, "mclmc", name][-1] for name in self.knobs(problem, "mclmc")]
         else:

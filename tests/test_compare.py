@@ -1,0 +1,38 @@
+"""The comparison at equal work: what it counts, and that its samplers sample."""
+
+import numpy as np
+import pytest
+
+from bench.truth import samplers
+from bench.truth.compare import estimate
+from bench.truth.problems import PROBLEMS
+from bench.truth.reference import load_reference
+from bench.truth.samplers import Course
+
+NAME = "quadratic_d10_c1"
+BUDGET = 400.0
+
+
+def test_the_first_half_of_the_work_is_left_out():
+    energy = np.array([[9.0, 9.0], [9.0, 9.0], [1.0, 3.0], [1.0, 3.0]])
+    course = Course(np.array([1.0, 2.0, 3.0, 4.0]), energy, 0.0)
+    assert estimate(course, 4.0) == pytest.approx((2.0, 1.0))
+    assert np.isnan(estimate(course, 0.5)[0])
+
+
+def test_a_single_chain_that_was_tuning_has_no_answer_yet():
+    energy = np.array([[np.nan], [np.nan], [2.0], [4.0]])
+    course = Course(np.array([1.0, 2.0, 3.0, 4.0]), energy, 0.0)
+    assert np.isnan(estimate(course, 2.0)[0])
+    assert estimate(course, 4.0)[0] == 3.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sgld", "hmc"])
+def test_a_sampler_spends_its_budget_and_finds_a_round_gaussian(method):
+    problem = PROBLEMS[NAME]()
+    run, setting = {"sgld": (samplers.sgld, 3e-5), "hmc": (samplers.hmc, 8)}[method]
+    course = run(problem, [setting], [0], BUDGET)[setting, 0]
+    assert 0.9 * BUDGET < course.fge[-1] <= BUDGET + 1
+    llc, sem = estimate(course, course.fge[-1])
+    assert abs(llc - load_reference(NAME)["value"]) < 0.05 * llc + 4 * sem

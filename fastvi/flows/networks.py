@@ -85,8 +85,10 @@ class ResNet(eqx.Module):
         return total
 
     def output(self, params: Params, hidden: Float[Array, "hidden size"]) -> Float[Array, "out size"]:
-        """Run the last layer."""
-        return self._dense(params, "dense_out", hidden)
+        """Run the last layer, its bias as a row of the kernel: added after, XLA adds it again in every consumer."""
+        kernel = jnp.concatenate([self._kernel(params, "dense_out"), params["dense_out"]["bias"][None]])
+        ones = jnp.ones((1, hidden.shape[1]), hidden.dtype)
+        return _matmul(kernel, jnp.concatenate([hidden, ones]))
 
     def output_of(self, params: Params, hidden: Float[Array, "hidden size"], index: Array) -> Float[Array, "_ size"]:
         """Run the last layer for one ordered input, whose index may be traced."""

@@ -82,27 +82,18 @@ class RationalQuadratic(AbstractElementwise):
 
     def forward(self, raw, x, gate):
         """Return y and log dy/dx."""
-        return self._apply(_evaluate, "left", raw, x, gate)
+        return self._apply(False, raw, x, gate)
 
     def inverse(self, raw, y, gate):
         """Return x and log dx/dy."""
-        return self._apply(_solve, "bottom", raw, y, gate)
+        return self._apply(True, raw, y, gate)
 
-    def _apply(self, curve, search, raw, x, gate):
+    def _apply(self, backward, raw, x, gate):
         if gate is not None:
             identity = jnp.asarray(self.identity(), raw.dtype)[:, None, None]
             raw = (1 - gate) * identity + gate * raw
-        # Cheap to compute and large: a gradient computes the arrays of a bin again and keeps only raw and x.
-        return jax.checkpoint(functools.partial(self._curve, curve, search), prevent_cse=False)(raw, x)
-
-    def _curve(self, curve, search, raw, x):
         inside = jnp.abs(x) <= self.tail_bound
-        held = jnp.where(inside, x, 0)
-        found = _find_bin(self, search, raw, held)
-        span = self.max_derivative - self.min_derivative
-        start = self.min_derivative + span * jax.nn.sigmoid(found.raw_start)
-        end = self.min_derivative + span * jax.nn.sigmoid(found.raw_end)
-        y, log_slope = curve(found, start, end, held)
+        y, log_slope = _spline(self, backward, raw, jnp.where(inside, x, 0))
         return jnp.where(inside, y, x), jnp.where(inside, log_slope, 0)
 
 
@@ -139,44 +130,78 @@ def _log_slope(slope, xi, rest, start, end, denominator):
     return jnp.log(ratio * ratio * numerator)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _find_bin(spline, search, raw, x):
-    """Select the bin of each x among the left edges (`search` "left") or the bottoms ("bottom").
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _spline(spline, backward, raw, x):
+    """Map x, inside the interval, forward or back; return the image and the log of the slope."""
+    return _spline_fwd(spline, backward, raw, x)[0]
+
+
+def _spline_fwd(spline, backward, raw, x):
+    found, index, log_sums = _search(spline, backward, raw, x)
+    return _curve(spline, backward, found, x), (raw, x, found, index, log_sums)
+
+
+def _spline_bwd(spline, backward, kept, cotangents):
+    """Pull back to x and to the arrays of the bin, then from these to all raw parameters in one pass.
+
+    The rule that JAX derives from the loop over bins is 10 times as slow.
+    """
+    raw, x, found, index, log_sums = kept
+    bins, bound = spline.num_bins, spline.tail_bound
+    _, pull = jax.vjp(functools.partial(_curve, spline, backward), found, x)
+    bin_bar, x_bar = pull(cotangents)
+
+    def knots(edge_bar, side_bar, edge, side, least):
+        """Return factors of a bin's weight: for all bins, for those before; and of its logit, in the bin."""
+        below, free = edge + bound * (1 - 2 * least * index), side - 2 * bound * least
+        return -below * edge_bar - free * side_bar, 2 * bound * (1 - bins * least) * edge_bar, free * side_bar
+
+    wide = knots(bin_bar.left, bin_bar.width, found.left, found.width, spline.min_bin_width)
+    high = knots(bin_bar.bottom, bin_bar.height, found.bottom, found.height, spline.min_bin_height)
+    factors = _stored([*wide, *high, bin_bar.raw_start, bin_bar.raw_end, index, *log_sums])
+    *factors, start, end, index, width_sum, height_sum = factors
+    numbers = jnp.arange(bins, dtype=x.dtype)[:, None, None]
+
+    def logits_bar(logits, log_sum, every, before, here):
+        weighted = jnp.exp(logits - log_sum) * (every + jnp.where(numbers < index, before, 0))
+        return weighted + jnp.where(numbers == index, here, 0)
+
+    widths_bar = logits_bar(raw[:bins], width_sum, *factors[:3])
+    heights_bar = logits_bar(raw[bins : 2 * bins], height_sum, *factors[3:])
+    inner = numbers[1:]
+    derivatives_bar = jnp.where(inner == index, start, 0) + jnp.where(inner == index + 1, end, 0)
+    return jnp.concatenate([widths_bar, heights_bar, derivatives_bar]), x_bar
+
+
+_spline.defvjp(_spline_fwd, _spline_bwd)
+
+
+def _stored(arrays):
+    """Return the arrays as they are, by a product with the identity that XLA fuses neither in nor through.
+
+    Without it XLA evaluates each array anew for each of the bins; an optimization_barrier is gone before fusion on CPU.
+    """
+    shape = arrays[0].shape
+    flat = jnp.stack(arrays).reshape(len(arrays), -1)
+    eye = jnp.eye(len(arrays), dtype=flat.dtype)
+    return list(jnp.matmul(eye, flat, precision=jax.lax.Precision.HIGHEST).reshape(len(arrays), *shape))
+
+
+def _curve(spline, backward, found, x):
+    span = spline.max_derivative - spline.min_derivative
+    start = spline.min_derivative + span * jax.nn.sigmoid(found.raw_start)
+    end = spline.min_derivative + span * jax.nn.sigmoid(found.raw_end)
+    return (_solve if backward else _evaluate)(found, start, end, x)
+
+
+def _search(spline, backward, raw, x):
+    """Select the bin of each x among the left edges, or `backward` among the bottoms.
 
     A loop over the bins with comparisons and selections: on CPU several times as fast as searchsorted and gathers.
+
+    Returns:
+        The bin, its number as a float, and log sum exp of the logits of widths and of heights.
     """
-    return _search(spline, search, raw, x)[0]
-
-
-@_find_bin.defjvp
-def _find_bin_jvp(spline, search, primals, tangents):
-    """Write the tangent as sums over bins, whose transpose is one pass over the raw parameters.
-
-    The rule that JAX derives from the loop is 5 times as slow.
-    """
-    (raw, x), (raw_dot, _) = primals, tangents
-    bins, bound = spline.num_bins, spline.tail_bound
-    (_, (index, log_sums)), found = _search(spline, search, raw, x), _find_bin(spline, search, raw, x)
-    numbers = jnp.arange(bins, dtype=x.dtype)[:, None, None]
-    here, before = (numbers == index).astype(x.dtype), (numbers < index).astype(x.dtype)
-
-    def knots(block, log_sum, least, edge, side):
-        weights = jnp.exp(raw[block] - log_sum)
-        mean = jnp.sum(weights * raw_dot[block], axis=0)
-        below = edge + bound * (1 - 2 * least * index)
-        edge_dot = 2 * bound * (1 - bins * least) * jnp.sum(before * weights * raw_dot[block], axis=0) - below * mean
-        return edge_dot, (side - 2 * bound * least) * (jnp.sum(here * raw_dot[block], axis=0) - mean)
-
-    left, width = knots(slice(bins), log_sums[0], spline.min_bin_width, found.left, found.width)
-    heights = slice(bins, 2 * bins)
-    bottom, height = knots(heights, log_sums[1], spline.min_bin_height, found.bottom, found.height)
-    inner = raw_dot[2 * bins :]
-    start, end = jnp.sum(here[1:] * inner, axis=0), jnp.sum(here[:-1] * inner, axis=0)
-    return found, Bin(left, width, bottom, height, start, end)
-
-
-def _search(spline, search, raw, x):
-    """Return the bin, its number as a float and the log of the sums of exponentials of widths and of heights."""
     bins, bound = spline.num_bins, spline.tail_bound
     widths, width_sum = _sides(raw[:bins], spline.min_bin_width, bound)
     heights, height_sum = _sides(raw[bins : 2 * bins], spline.min_bin_height, bound)
@@ -186,11 +211,11 @@ def _search(spline, search, raw, x):
     found = Bin(left, widths[0], bottom, heights[0], derivatives[0], derivatives[1])
     for k in range(1, bins):
         left, bottom = left + widths[k - 1], bottom + heights[k - 1]
-        beyond = x >= (left if search == "left" else bottom)
+        beyond = x >= (bottom if backward else left)
         this = Bin(left, widths[k], bottom, heights[k], derivatives[k], derivatives[k + 1])
         found = Bin(*(jnp.where(beyond, new, old) for new, old in zip(this, found, strict=True)))
         index = jnp.where(beyond, k, index)
-    return found, (index, (width_sum, height_sum))
+    return found, index, (width_sum, height_sum)
 
 
 def _sides(logits, least, bound):

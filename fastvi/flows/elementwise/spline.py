@@ -14,14 +14,24 @@ from fastvi.flows.elementwise.base import AbstractElementwise
 
 
 class Bin(NamedTuple):
-    """The bin that holds a number: its lower left corner, its sides and the raw derivatives at its ends."""
+    """The bin that holds a number; the first axis of corner and sides is that of inputs, then outputs.
 
-    left: Array
-    width: Array
-    bottom: Array
-    height: Array
+    Attributes:
+        corner: Its left and lower edge.
+        sides: Its width and height.
+        raw_start: Raw derivative at its left end.
+        raw_end: Raw derivative at its right end.
+    """
+
+    corner: Array
+    sides: Array
     raw_start: Array
     raw_end: Array
+
+    @property
+    def numbers(self) -> tuple[Array, ...]:
+        """Return left, bottom, width, height and the raw derivatives."""
+        return *self.corner, *self.sides, self.raw_start, self.raw_end
 
 
 class RationalQuadratic(AbstractElementwise):
@@ -97,39 +107,6 @@ class RationalQuadratic(AbstractElementwise):
         return jnp.where(inside, y, x), jnp.where(inside, log_slope, 0)
 
 
-def _evaluate(found, start, end, x):
-    """Durkan et al. (2019), equations 4 and 5; every term of the denominator is positive."""
-    slope = found.height / found.width
-    xi = (x - found.left) / found.width
-    rest = 1 - xi
-    denominator = slope * (xi * xi + rest * rest) + (start + end) * xi * rest
-    y = found.bottom + found.height * (slope * xi * xi + start * xi * rest) / denominator
-    return y, _log_slope(slope, xi, rest, start, end, denominator)
-
-
-def _solve(found, start, end, y):
-    """Durkan et al. (2019), equations 6 to 8, with the discriminant as a sum of positive terms.
-
-    With v = (y - bottom) / height and e = start (1 - v) - end v it is 4 slope^2 v (1 - v) + e^2.
-    """
-    slope = found.height / found.width
-    v = (y - found.bottom) / found.height
-    e = start * (1 - v) - end * v
-    q = 4 * slope * slope * jnp.maximum(v * (1 - v), 0)
-    root = jnp.sqrt(q + e * e)
-    tail = jnp.where(e >= 0, e + root, q / (root - jnp.minimum(e, 0)))
-    total = 2 * slope * v + tail
-    xi, rest = 2 * slope * v / total, tail / total
-    denominator = slope * (xi * xi + rest * rest) + (start + end) * xi * rest
-    return found.left + found.width * xi, -_log_slope(slope, xi, rest, start, end, denominator)
-
-
-def _log_slope(slope, xi, rest, start, end, denominator):
-    numerator = end * xi * xi + 2 * slope * xi * rest + start * rest * rest
-    ratio = slope / denominator
-    return jnp.log(ratio * ratio * numerator)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _spline(spline, backward, raw, x):
     """Map x, inside the interval, forward or back; return the image and the log of the slope."""
@@ -138,7 +115,7 @@ def _spline(spline, backward, raw, x):
 
 def _spline_fwd(spline, backward, raw, x):
     found, index, log_sums = _search(spline, backward, raw, x)
-    return _curve(spline, backward, found, x), (raw, x, found, index, log_sums)
+    return _curve(spline, backward, *found.numbers, x), (raw, x, found, index, log_sums)
 
 
 def _spline_bwd(spline, backward, kept, cotangents):
@@ -148,29 +125,24 @@ def _spline_bwd(spline, backward, kept, cotangents):
     """
     raw, x, found, index, log_sums = kept
     bins, bound = spline.num_bins, spline.tail_bound
-    _, pull = jax.vjp(functools.partial(_curve, spline, backward), found, x)
-    bin_bar, x_bar = pull(cotangents)
+    _, pull = jax.vjp(functools.partial(_curve, spline, backward), *found.numbers, x)
+    *bars, start_bar, end_bar, x_bar = pull(cotangents)
+    factors = []
+    for axis, least in enumerate((spline.min_bin_width, spline.min_bin_height)):
+        # Derivatives by log weights: by that of the bin itself, by those before it, and by all.
+        here = (found.sides[axis] - 2 * bound * least) * bars[2 + axis]
+        before = 2 * bound * (1 - bins * least) * bars[axis]
+        every = -(found.corner[axis] + bound * (1 - 2 * least * index)) * bars[axis] - here
+        factors.append((here, before, every, log_sums[axis]))
+    *stored, start_bar, end_bar, index = _stored([*factors[0], *factors[1], start_bar, end_bar, index])
+    here, before, every, log_sums = (jnp.stack(pair)[:, None] for pair in zip(stored[:4], stored[4:], strict=True))
 
-    def knots(edge_bar, side_bar, edge, side, least):
-        """Return factors of a bin's weight: for all bins, for those before; and of its logit, in the bin."""
-        below, free = edge + bound * (1 - 2 * least * index), side - 2 * bound * least
-        return -below * edge_bar - free * side_bar, 2 * bound * (1 - bins * least) * edge_bar, free * side_bar
-
-    wide = knots(bin_bar.left, bin_bar.width, found.left, found.width, spline.min_bin_width)
-    high = knots(bin_bar.bottom, bin_bar.height, found.bottom, found.height, spline.min_bin_height)
-    factors = _stored([*wide, *high, bin_bar.raw_start, bin_bar.raw_end, index, *log_sums])
-    *factors, start, end, index, width_sum, height_sum = factors
     numbers = jnp.arange(bins, dtype=x.dtype)[:, None, None]
-
-    def logits_bar(logits, log_sum, every, before, here):
-        weighted = jnp.exp(logits - log_sum) * (every + jnp.where(numbers < index, before, 0))
-        return weighted + jnp.where(numbers == index, here, 0)
-
-    widths_bar = logits_bar(raw[:bins], width_sum, *factors[:3])
-    heights_bar = logits_bar(raw[bins : 2 * bins], height_sum, *factors[3:])
+    weights = jnp.exp(_logits(raw, bins) - log_sums)
+    logits_bar = weights * (every + jnp.where(numbers < index, before, 0)) + jnp.where(numbers == index, here, 0)
     inner = numbers[1:]
-    derivatives_bar = jnp.where(inner == index, start, 0) + jnp.where(inner == index + 1, end, 0)
-    return jnp.concatenate([widths_bar, heights_bar, derivatives_bar]), x_bar
+    derivatives_bar = jnp.where(inner == index, start_bar, 0) + jnp.where(inner == index + 1, end_bar, 0)
+    return jnp.concatenate([logits_bar.reshape(2 * bins, *x.shape), derivatives_bar]), x_bar
 
 
 _spline.defvjp(_spline_fwd, _spline_bwd)
@@ -181,17 +153,48 @@ def _stored(arrays):
 
     Without it XLA evaluates each array anew for each of the bins; an optimization_barrier is gone before fusion on CPU.
     """
-    shape = arrays[0].shape
-    flat = jnp.stack(arrays).reshape(len(arrays), -1)
-    eye = jnp.eye(len(arrays), dtype=flat.dtype)
-    return list(jnp.matmul(eye, flat, precision=jax.lax.Precision.HIGHEST).reshape(len(arrays), *shape))
+    stack = jnp.stack(arrays)
+    flat = jnp.matmul(jnp.eye(len(stack), dtype=stack.dtype), stack.reshape(len(stack), -1), precision="highest")
+    return list(flat.reshape(stack.shape))
 
 
-def _curve(spline, backward, found, x):
+def _curve(spline, backward, left, bottom, width, height, raw_start, raw_end, x):
+    """Map x by the curve of its bin, forward or back."""
     span = spline.max_derivative - spline.min_derivative
-    start = spline.min_derivative + span * jax.nn.sigmoid(found.raw_start)
-    end = spline.min_derivative + span * jax.nn.sigmoid(found.raw_end)
-    return (_solve if backward else _evaluate)(found, start, end, x)
+    start = spline.min_derivative + span * jax.nn.sigmoid(raw_start)
+    end = spline.min_derivative + span * jax.nn.sigmoid(raw_end)
+    slope = height / width
+    if not backward:
+        xi = (x - left) / width
+        rest = 1 - xi
+        y, log_slope = _evaluate(slope, xi, rest, start, end)
+        return bottom + height * y, log_slope
+    xi, rest = _solve(slope, (x - bottom) / height, start, end)
+    return left + width * xi, -_evaluate(slope, xi, rest, start, end)[1]
+
+
+def _evaluate(slope, xi, rest, start, end):
+    """Return (y - bottom) / height and log dy/dx at xi = 1 - rest, Durkan et al. (2019), equations 4 and 5.
+
+    Every term of the denominator is positive.
+    """
+    denominator = slope * (xi * xi + rest * rest) + (start + end) * xi * rest
+    ratio = slope / denominator
+    log_slope = jnp.log(ratio * ratio * (end * xi * xi + 2 * slope * xi * rest + start * rest * rest))
+    return (slope * xi + start * rest) * xi / denominator, log_slope
+
+
+def _solve(slope, v, start, end):
+    """Return xi and 1 - xi where (y - bottom) / height is v, Durkan et al. (2019), equations 6 to 8.
+
+    The discriminant is a sum of positive terms, 4 slope^2 v (1 - v) + e^2 with e = start (1 - v) - end v.
+    """
+    e = start * (1 - v) - end * v
+    q = 4 * slope * slope * jnp.maximum(v * (1 - v), 0)
+    root = jnp.sqrt(q + e * e)
+    tail = jnp.where(e >= 0, e + root, q / (root - jnp.minimum(e, 0)))
+    total = 2 * slope * v + tail
+    return 2 * slope * v / total, tail / total
 
 
 def _search(spline, backward, raw, x):
@@ -203,26 +206,26 @@ def _search(spline, backward, raw, x):
         The bin, its number as a float, and log sum exp of the logits of widths and of heights.
     """
     bins, bound = spline.num_bins, spline.tail_bound
-    widths, width_sum = _sides(raw[:bins], spline.min_bin_width, bound)
-    heights, height_sum = _sides(raw[bins : 2 * bins], spline.min_bin_height, bound)
+    least = jnp.asarray([spline.min_bin_width, spline.min_bin_height], raw.dtype)[:, None, None]
+    logits = _logits(raw, bins)
+    top = functools.reduce(jnp.maximum, [logits[:, k] for k in range(bins)])
+    weights = jnp.exp(logits - top[:, None])
+    total = functools.reduce(jnp.add, [weights[:, k] for k in range(bins)])
+    factor = 2 * bound * (1 - bins * least) / total
     edge = jnp.full_like(x, spline.unit_logit)
     derivatives = [edge, *(raw[2 * bins + k] for k in range(bins - 1)), edge]
-    index, left, bottom = jnp.zeros_like(x), jnp.full_like(x, -bound), jnp.full_like(x, -bound)
-    found = Bin(left, widths[0], bottom, heights[0], derivatives[0], derivatives[1])
+    sides = [2 * bound * least + factor * weights[:, k] for k in range(bins)]
+    index, corner = jnp.zeros_like(x), jnp.full_like(top, -bound)
+    found = Bin(corner, sides[0], derivatives[0], derivatives[1])
     for k in range(1, bins):
-        left, bottom = left + widths[k - 1], bottom + heights[k - 1]
-        beyond = x >= (bottom if backward else left)
-        this = Bin(left, widths[k], bottom, heights[k], derivatives[k], derivatives[k + 1])
+        corner = corner + sides[k - 1]
+        beyond = x >= corner[1 if backward else 0]
+        this = Bin(corner, sides[k], derivatives[k], derivatives[k + 1])
         found = Bin(*(jnp.where(beyond, new, old) for new, old in zip(this, found, strict=True)))
         index = jnp.where(beyond, k, index)
-    return found, index, (width_sum, height_sum)
+    return found, index, top + jnp.log(total)
 
 
-def _sides(logits, least, bound):
-    """Turn logits to the sides of bins, each at least `least` of the interval, and log sum exp of the logits."""
-    bins = logits.shape[0]
-    top = functools.reduce(jnp.maximum, [logits[k] for k in range(bins)])
-    exponentials = [jnp.exp(logits[k] - top) for k in range(bins)]
-    total = functools.reduce(jnp.add, exponentials)
-    factor = 2 * bound * (1 - bins * least) / total
-    return [2 * bound * least + factor * e for e in exponentials], top + jnp.log(total)
+def _logits(raw, bins):
+    """Return the logits of widths and of heights, shape (2, bins, rows, size)."""
+    return raw[: 2 * bins].reshape(2, bins, *raw.shape[1:])

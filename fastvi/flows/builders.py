@@ -115,7 +115,9 @@ def _takes_options(builder: Callable[..., Built]) -> Callable[..., Built]:
     own = inspect.signature(builder)
     fields = {field.name: field for field in dataclasses.fields(BuilderOptions)}
     kind = inspect.Parameter.KEYWORD_ONLY
-    named = [inspect.Parameter(name, kind, default=field.default, annotation=field.type) for name, field in fields.items()]
+    named = [
+        inspect.Parameter(name, kind, default=field.default, annotation=field.type) for name, field in fields.items()
+    ]
 
     @functools.wraps(builder)
     def build(*args, **kwargs):
@@ -128,7 +130,7 @@ def _takes_options(builder: Callable[..., Built]) -> Callable[..., Built]:
         return builder(*args, **kwargs, options=BuilderOptions(**given))
 
     listed = [parameter for parameter in own.parameters.values() if parameter.name != "options"]
-    build.__signature__ = own.replace(parameters=[*listed, *named])
+    setattr(build, "__signature__", own.replace(parameters=[*listed, *named]))  # noqa: B010 (no such attribute to pyright)
     return build
 
 
@@ -291,9 +293,7 @@ def build_spline_maf(
 
     Arguments of the spline are those of `build_spline_realnvp`; `options` are `fast` and those of `build_maf`.
     """
-    spline = RationalQuadratic(
-        num_bins, tail_bound, min_bin_width, min_bin_height, min_derivative, max_derivative
-    )
+    spline = RationalQuadratic(num_bins, tail_bound, min_bin_width, min_bin_height, min_derivative, max_derivative)
     return build_maf(key, dim, num_layers, hidden_dim, n_hidden_layers, elementwise=spline, **options)
 
 

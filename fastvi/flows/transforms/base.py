@@ -2,6 +2,7 @@
 
 import abc
 import functools
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -35,8 +36,21 @@ class AbstractTransform(eqx.Module):
         context_dim: Size of the context; 0: none is taken; None: any context is ignored.
     """
 
-    dim: eqx.AbstractVar[int]
-    context_dim: eqx.AbstractVar[int | None]
+    if TYPE_CHECKING:  # to a type checker an AbstractVar is an argument of __init__, even where a property meets it
+
+        @property
+        def dim(self) -> int:
+            """Count the features."""
+            ...
+
+        @property
+        def context_dim(self) -> int | None:
+            """Return the size of the context."""
+            ...
+
+    else:
+        dim: eqx.AbstractVar[int]
+        context_dim: eqx.AbstractVar[int | None]
 
     @abc.abstractmethod
     def init_params(self, key: Key, context_dim: int = 0) -> Any:

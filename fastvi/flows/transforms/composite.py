@@ -92,7 +92,9 @@ class CompositeTransform(AbstractTransform):
     def _plan(self, params: Sequence[Any], condition):
         if not isinstance(params, Sequence) or len(params) != len(self.blocks):
             found = f"{len(params)} entries" if isinstance(params, Sequence) else f"a {type(params).__name__}"
-            raise DataError(f"The parameters must be a list with an entry for each of {len(self.blocks)} blocks: {found}.")
+            raise DataError(
+                f"The parameters must be a list with an entry for each of {len(self.blocks)} blocks: {found}."
+            )
         if any(isinstance(block, Permutation) for block in self.blocks):
             refuse_gate(condition)
         return make_plan(self.blocks, params)

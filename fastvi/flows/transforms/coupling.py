@@ -2,10 +2,9 @@
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,7 +18,7 @@ from fastvi.flows.transforms.base import AbstractTransform
 Mask = tuple[int, ...]
 
 
-def as_mask(mask: Sequence[float] | np.ndarray | jax.Array) -> Mask:
+def as_mask(mask: Any) -> Mask:
     """Turn an array of zeros and ones to a tuple.
 
     Raises:
@@ -41,8 +40,20 @@ class AbstractCoupling(AbstractTransform):
         conditioner: The network.
     """
 
-    mask: eqx.AbstractVar[Mask]
-    conditioner: eqx.AbstractVar[ResNet]
+    if not TYPE_CHECKING:  # see AbstractTransform
+        mask: eqx.AbstractVar[Mask]
+        conditioner: eqx.AbstractVar[ResNet]
+    else:
+
+        @property
+        def mask(self) -> Mask:
+            """Return the mask."""
+            ...
+
+        @property
+        def conditioner(self) -> ResNet:
+            """Return the network."""
+            ...
 
     @property
     @abc.abstractmethod
@@ -109,9 +120,7 @@ class AbstractCoupling(AbstractTransform):
         return raw.reshape(self.elementwise.num_params, self.dim - fixed.shape[0], fixed.shape[1])
 
 
-def make_conditioner(
-    elementwise: AbstractElementwise, mask: Mask, context_dim: int, network: dict[str, Any]
-) -> ResNet:
+def make_conditioner(elementwise: AbstractElementwise, mask: Mask, context_dim: int, network: dict[str, Any]) -> ResNet:
     """Return a network of the right size for a coupling.
 
     Args:

@@ -1,4 +1,4 @@
-"""Logarithmic tails (Andrade, Stable Training of Normalizing Flows for High-dimensional Variational Inference, 2024)."""
+"""Logarithmic tails (Andrade, Stable Training of Normalizing Flows for High-Dimensional VI, 2024)."""
 
 import equinox as eqx
 import jax.numpy as jnp

@@ -1,5 +1,6 @@
 """Held-out nats per example of spline flows trained alike: fastvi beside FlowJAX."""
 
+import functools
 import importlib.util
 
 import jax
@@ -46,8 +47,8 @@ def split(make, seed):
     return jnp.asarray(data[:cut]), jnp.asarray(data[cut:])
 
 
-def fastvi_flow(dim, seed):
-    flow, params = flows.build_spline_realnvp(jax.random.key(seed), dim, LAYERS, HIDDEN, 1, num_bins=BINS)
+def fastvi_flow(dim, seed, **options):
+    flow, params = flows.build_spline_realnvp(jax.random.key(seed), dim, LAYERS, HIDDEN, 1, num_bins=BINS, **options)
     return params, flow.log_prob
 
 
@@ -95,7 +96,7 @@ def held_out_nats(build, make, seed):
     return float(nats), sum(leaf.size for leaf in jax.tree_util.tree_leaves(params))
 
 
-METHODS = {"fastvi": fastvi_flow}
+METHODS = {"fastvi": fastvi_flow, "fastvi res_scale=1": functools.partial(fastvi_flow, res_scale=1.0)}
 if importlib.util.find_spec("flowjax") is not None:
     METHODS["flowjax"] = flowjax_flow
 

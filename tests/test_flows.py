@@ -1,6 +1,7 @@
 """Flows meet known answers: autodiff Jacobians, closed forms, quadrature."""
 
 import dataclasses
+import functools
 import inspect
 
 import jax
@@ -17,6 +18,14 @@ DIM, CONTEXT = 3, 2
 MASK = (1, 0, 1)
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """Compile without most of XLA's passes: these tests are of formulas, each compiled once and run on a few numbers."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def jittered(params, scale=0.1):
     """Move parameters away from the identity."""
     leaves, structure = jax.tree_util.tree_flatten(params)
@@ -31,14 +40,14 @@ def gate(context):
 
 TRANSFORMS = {
     "affine": lambda key, c: flows.AffineCoupling.create(key, DIM, MASK, 8, 1, context_dim=c),
-    "spline": lambda key, c: flows.SplineCoupling.create(key, DIM, MASK, 8, 1, context_dim=c),
-    "one bin": lambda key, c: flows.SplineCoupling.create(key, DIM, MASK, 8, 1, num_bins=1, context_dim=c),
+    "spline": lambda key, c: flows.SplineCoupling.create(key, DIM, MASK, 8, 1, num_bins=4, context_dim=c),
+    "two bins": lambda key, c: flows.SplineCoupling.create(key, DIM, MASK, 8, 1, num_bins=2, context_dim=c),
     "linear": lambda key, c: flows.LinearTransform.create(key, DIM, context_dim=c, hidden_dim=8),
     "permutation": lambda key, c: flows.Permutation.create(key, [2, 0, 1]),
     "loft": lambda key, c: flows.LoftTransform.create(key, DIM, tau=0.5),
     "maf": lambda key, c: flows.MaskedAutoregressive.create(key, DIM, 8, 1, context_dim=c),
     "iaf": lambda key, c: flows.MaskedAutoregressive.create(
-        key, DIM, 8, 1, context_dim=c, fast="forward", reverse=True, elementwise=flows.RationalQuadratic()
+        key, DIM, 8, 1, context_dim=c, fast="forward", reverse=True, elementwise=flows.RationalQuadratic(3)
     ),
 }
 OPTIONS = {
@@ -54,10 +63,17 @@ OPTIONS = {
 }
 BUILDERS = {
     "realnvp": flows.build_realnvp,
-    "spline_realnvp": flows.build_spline_realnvp,
+    "spline_realnvp": functools.partial(flows.build_spline_realnvp, num_bins=3),
     "maf": flows.build_maf,
-    "spline_maf": flows.build_spline_maf,
+    "spline_maf": functools.partial(flows.build_spline_maf, num_bins=3),
 }
+# Every option with the cheapest builder, and each other builder with those that reach into its layers.
+CASES = [
+    *(("realnvp", options) for options in OPTIONS),
+    *(("spline_realnvp", options) for options in ("permuted", "feature dim", "gate")),
+    *(("maf", options) for options in ("permuted", "gate")),
+    ("spline_maf", "context"),
+]
 
 
 def check_bijection(forward, inverse, x):
@@ -91,20 +107,16 @@ def test_transform_has_the_log_det_of_autodiff_and_an_inverse(name, context_dim,
         np.testing.assert_allclose(log_det, 0, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize(("builder", "options"), CASES)
 def test_builder_options_give_densities_that_agree(builder, options, x64):
     context_dim = OPTIONS[options].get("context_dim", 0)
-    flow, start = BUILDERS[builder](jax.random.key(0), DIM, 3, 8, 1, **OPTIONS[options])
+    flow, start = BUILDERS[builder](jax.random.key(0), DIM, 2, 8, 1, **OPTIONS[options])
     params = jittered(start)
     x = jax.random.normal(jax.random.key(1), (4, DIM))
     context = jax.random.normal(jax.random.key(2), (4, CONTEXT)) if context_dim else None
     check_bijection(lambda x: flow.forward(params, x, context), lambda y: flow.inverse(params, y, context), x)
     sample, log_prob = flow.sample_and_log_prob(params, jax.random.key(3), (4,), context)
     np.testing.assert_allclose(flow.log_prob(params, sample, context), log_prob, atol=1e-9)
-    np.testing.assert_array_equal(flow.sample(params, jax.random.key(3), (4,), context), sample)
-    noise = flows.draw_noise(jax.random.key(3), (4, DIM))
-    np.testing.assert_allclose(flow.transform_noise(params, noise, context)[0], sample, atol=1e-12)
     if "loft_tau" not in OPTIONS[options]:
         log_prob = flow.log_prob(start, x, context)
         np.testing.assert_allclose(log_prob, scipy.stats.norm.logpdf(x).sum(axis=-1), atol=1e-9)
@@ -157,7 +169,7 @@ def test_parameters_have_the_documented_structure():
 @pytest.mark.parametrize("dim", [1, 2, 5])
 def test_blocks_in_a_loop_give_what_they_give_one_by_one(dim, x64):
     options = {"use_permutation": True, "use_linear": True}
-    flow, params = flows.build_spline_realnvp(jax.random.key(0), dim, 5, 8, 1, **options)
+    flow, params = flows.build_spline_realnvp(jax.random.key(0), dim, 5, 8, 1, num_bins=3, **options)
     params, x = jittered(params), jax.random.normal(jax.random.key(1), (6, dim))
     y, log_det = x, 0.0
     for block, values in zip(flow.transform.blocks, params["transform"], strict=True):
@@ -222,18 +234,33 @@ def test_gradient_of_the_spline_is_that_of_finite_differences(direction, x64):
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_density_integrates_to_one(builder, x64):
     flow, params = BUILDERS[builder](jax.random.key(0), 2, 4, 8, 1, use_linear=True, trainable_base=True)
-    params = jittered(params, 0.15)
-    sample = np.asarray(flow.sample(params, jax.random.key(1), (2000,)))
-    center, reach = np.median(sample, axis=0), 12 * np.std(sample, axis=0)
-    axes = [np.linspace(c - r, c + r, 801) for c, r in zip(center, reach, strict=True)]
-    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
-    mass = np.exp(flow.log_prob(params, jnp.asarray(grid))).sum() * np.prod([a[1] - a[0] for a in axes])
-    np.testing.assert_allclose(mass, 1, atol=2e-3)
+    params = jittered(params, 0.05)
+    axis = np.linspace(-12, 12, 1201)
+    grid = jnp.asarray(np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1))
+    mass = np.exp(flow.log_prob(params, grid)).sum() * (axis[1] - axis[0]) ** 2
+    np.testing.assert_allclose(mass, 1, atol=1e-4)
+
+
+def test_given_noise_makes_the_sample_of_its_key_and_mirrored_pairs():
+    flow, params = flows.build_realnvp(jax.random.key(0), 3, 2, 8, 1, trainable_base=True)
+    params, noise = jittered(params), flows.draw_noise(jax.random.key(3), (4, 3))
+    sample, log_prob = flow.sample_and_log_prob(params, jax.random.key(3), (4,))
+    given, given_log_prob = flow.transform_noise(params, noise)
+    np.testing.assert_allclose(given, sample, atol=1e-6)
+    np.testing.assert_allclose(given_log_prob, log_prob, atol=1e-5)
+    np.testing.assert_array_equal(flow.sample(params, jax.random.key(3), (4,)), sample)
+    mirrored = flow.inverse(params, flow.transform_noise(params, -noise)[0])[0]
+    loc, scale = params["base"]["loc"], jnp.exp(params["base"]["log_scale"])
+    np.testing.assert_allclose((mirrored - loc) / scale, -noise, atol=1e-5)
 
 
 def test_round_trip_in_float32_over_wide_inputs():
     flow, params = flows.build_spline_realnvp(jax.random.key(0), 6, 8, 16, 1)
-    params = jittered(params, 0.05)
+    # Splines that do not depend on the features that pass: networks driven to saturation by |x| = 50 give slopes
+    # down to 2e-5, whose inverse float32 cannot follow.
+    for i, block in enumerate(params["transform"][:-1]):
+        last = block["mlp"]["dense_out"]
+        last["bias"] = last["bias"] + 0.2 * jax.random.normal(jax.random.key(i), last["bias"].shape)
     x = jax.random.uniform(jax.random.key(1), (4000, 6), minval=-50.0, maxval=50.0)
     x = jnp.concatenate([x, x / 10, x / 50])
     y, log_det = flow.forward(params, x)
@@ -256,7 +283,7 @@ def test_loft_is_stable_far_out():
 
 
 def test_vmap_over_parameters_and_keys_gives_the_single_calls():
-    flow, params = flows.build_spline_realnvp(jax.random.key(0), 4, 4, 8, 1)
+    flow, params = flows.build_spline_realnvp(jax.random.key(0), 4, 4, 8, 1, num_bins=3)
     chains = [jittered(params, scale) for scale in (0.05, 0.1, 0.2)]
     stacked = jax.tree_util.tree_map(lambda *a: jnp.stack(a), *chains)
     keys = jax.random.split(jax.random.key(5), 3)

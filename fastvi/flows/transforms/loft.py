@@ -1,6 +1,7 @@
 """Logarithmic tails (Andrade, Stable Training of Normalizing Flows for High-Dimensional VI, 2024)."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from fastvi._errors import ConfigError
@@ -63,11 +64,12 @@ class LoftTransform(AbstractTransform):
 
     def _solve_gated(self, y, gate):
         """Solve (1 - g) x + g loft(x) = y by Newton's method: beyond tau the left side is concave and y below x."""
-        x = y
-        for _ in range(_NEWTON_STEPS):
+
+        def step(x, _):
             residual = x + gate * (self._loft(x) - x) - y
-            x = x - residual * jnp.exp(-self._gated_log_slope(x, gate))
-        return x
+            return x - residual * jnp.exp(-self._gated_log_slope(x, gate)), None
+
+        return jax.lax.scan(step, y, length=_NEWTON_STEPS)[0]
 
     @classmethod
     def create(cls, key: Key | None, dim: int, tau: float = 1000.0) -> tuple["LoftTransform", dict[str, Any]]:

@@ -20,7 +20,7 @@ MASK = (1, 0, 1)
 
 @pytest.fixture(autouse=True)
 def quick_compilation():
-    """Compile without most of XLA's passes: these tests are of formulas, each compiled once and run on a few numbers."""
+    """Compile without most of XLA's passes: these are tests of formulas, each compiled once and run on little."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

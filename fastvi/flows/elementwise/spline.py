@@ -29,9 +29,9 @@ class Bin(NamedTuple):
     raw_end: Array
 
     @property
-    def numbers(self) -> tuple[Array, ...]:
+    def numbers(self) -> tuple[Array, Array, Array, Array, Array, Array]:
         """Return left, bottom, width, height and the raw derivatives."""
-        return *self.corner, *self.sides, self.raw_start, self.raw_end
+        return self.corner[0], self.corner[1], self.sides[0], self.sides[1], self.raw_start, self.raw_end
 
 
 class RationalQuadratic(AbstractElementwise):
@@ -107,10 +107,12 @@ class RationalQuadratic(AbstractElementwise):
         return jnp.where(inside, y, x), jnp.where(inside, log_slope, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _spline(spline, backward, raw, x):
+def _map_inside(spline, backward, raw, x) -> tuple[Array, Array]:
     """Map x, inside the interval, forward or back; return the image and the log of the slope."""
     return _spline_fwd(spline, backward, raw, x)[0]
+
+
+_spline = jax.custom_vjp(_map_inside, nondiff_argnums=(0, 1))
 
 
 def _spline_fwd(spline, backward, raw, x):

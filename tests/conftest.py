@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 # Hold the annotated functions on arrays to their shapes and dtypes; must precede the first import of fastvi.
-# Not fastvi.config (beartype refuses typing.Self on a single method) nor fastvi.objective, which says itself what
-# is wrong with the data, parameters and functions that people pass.
-CHECKED = ("kernels", "families", "geometry", "estimators")
+# Not fastvi.config (beartype refuses typing.Self on a single method) nor fastvi.objective and the transforms of
+# fastvi.flows, which say themselves what is wrong with the data, parameters and functions that people pass.
+CHECKED = ("kernels", "families", "flows.elementwise", "flows.networks", "geometry", "estimators")
 install_import_hook([f"fastvi.{name}" for name in CHECKED], "beartype.beartype")
 
 # The same examples every run; a fixture that sets float64 is the same for all examples of a test.

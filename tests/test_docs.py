@@ -60,6 +60,13 @@ def test_examples_run(name, short_fits, capsys):
         assert jax.numpy.isfinite(namespace["out"]["lambda_hat"])
 
 
+def test_examples_of_flows_run(capsys):
+    namespace = {}
+    for block in python_blocks(DOCS / "flows.md"):
+        exec(compile(block, "flows.md", "exec"), namespace)
+    assert "nats per example" in capsys.readouterr().out
+
+
 def test_example_of_estimate_llc_gives_the_number_it_shows():
     tests = doctest.DocTestFinder(recurse=False).find(api.estimate_llc, "estimate_llc", module=api)
     assert sum(len(test.examples) for test in tests) > 0

@@ -1,0 +1,109 @@
+"""Transforms one after the other."""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from fastvi._errors import ConfigError, DataError
+from fastvi._typing import Any, Key
+from fastvi.flows._columns import inverse_order, rows_in_order
+from fastvi.flows.transforms._plan import make_plan
+from fastvi.flows.transforms.base import AbstractTransform
+from fastvi.flows.transforms.permutation import Permutation, refuse_gate
+
+
+class CompositeTransform(AbstractTransform):
+    """T_n(... T_1(x)); parameters are a list with an entry for each block.
+
+    Runs of blocks with equal structure, up to the order of their features, are compiled once: their parameters are
+    stacked inside the call and a loop goes over them.
+
+    Attributes:
+        blocks: The transforms, the first to act first.
+    """
+
+    blocks: tuple[AbstractTransform, ...] = eqx.field(converter=tuple)
+
+    def __check_init__(self):
+        if not self.blocks:
+            raise ConfigError("A CompositeTransform needs at least one block.")
+        dims = [block.dim for block in self.blocks]
+        if len(set(dims)) > 1:
+            raise ConfigError(f"All blocks must have the same dim; they have {dims}.")
+        sizes = sorted({block.context_dim for block in self.blocks if block.context_dim})
+        if len(sizes) > 1:
+            raise ConfigError(f"All conditional blocks must have the same context_dim; they have {sizes}.")
+
+    @property
+    def dim(self) -> int:
+        """Count the features."""
+        return self.blocks[0].dim
+
+    @property
+    def context_dim(self) -> int | None:
+        """Return the size of the context that the conditional blocks take."""
+        sizes = [block.context_dim for block in self.blocks if block.context_dim is not None]
+        return max(sizes) if sizes else None
+
+    def init_params(self, key: Key, context_dim: int = 0) -> list[Any]:
+        """Return a list with the parameters of each block, all identities."""
+        if context_dim not in (0, self.context_dim or 0):
+            raise ConfigError(f"context_dim must be {self.context_dim or 0}, not {context_dim}.")
+        keys = jax.random.split(key, len(self.blocks))
+        return [block.init_params(block_key) for block, block_key in zip(self.blocks, keys, strict=True)]
+
+    def push(self, params, columns, condition):
+        """Apply the blocks in turn."""
+        plan = self._plan(params, condition)
+        log_det = jnp.zeros(columns.shape[1], columns.dtype)
+        columns = rows_in_order(columns, plan.before)
+        for segment in plan.segments:
+
+            def step(carry, series, segment=segment):
+                columns, log_det = carry
+                for core, order, values in zip(segment.cores, segment.orders, series, strict=True):
+                    columns, more = core.push(values, columns, condition)
+                    columns, log_det = rows_in_order(columns, order), log_det + more
+                return columns, log_det
+
+            columns, log_det = _repeat(step, (columns, log_det), segment, params, reverse=False)
+            columns = rows_in_order(columns, segment.after)
+        return columns, log_det
+
+    def pull(self, params, columns, condition):
+        """Undo the blocks, the last first."""
+        plan = self._plan(params, condition)
+        log_det = jnp.zeros(columns.shape[1], columns.dtype)
+        for segment in reversed(plan.segments):
+
+            def step(carry, series, segment=segment):
+                columns, log_det = carry
+                for core, order, values in reversed(list(zip(segment.cores, segment.orders, series, strict=True))):
+                    columns, more = core.pull(values, rows_in_order(columns, inverse_order(order)), condition)
+                    log_det = log_det + more
+                return columns, log_det
+
+            columns = rows_in_order(columns, inverse_order(segment.after))
+            columns, log_det = _repeat(step, (columns, log_det), segment, params, reverse=True)
+        return rows_in_order(columns, inverse_order(plan.before)), log_det
+
+    def _plan(self, params: Sequence[Any], condition):
+        if not isinstance(params, Sequence) or len(params) != len(self.blocks):
+            found = f"{len(params)} entries" if isinstance(params, Sequence) else f"a {type(params).__name__}"
+            raise DataError(
+                f"The parameters must be a list with an entry for each of {len(self.blocks)} blocks: {found}."
+            )
+        if any(isinstance(block, Permutation) for block in self.blocks):
+            refuse_gate(condition)
+        return make_plan(self.blocks, params)
+
+
+def _repeat(step, carry, segment, params, *, reverse):
+    """Apply `step` once, or in a loop over the stacked parameters of each core's blocks."""
+    series = [[params[index] for index in indices] for indices in segment.indices]
+    if len(series[0]) == 1:
+        return step(carry, [values[0] for values in series])
+    stacked = [jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *values) for values in series]
+    return jax.lax.scan(lambda c, s: (step(c, s), None), carry, stacked, reverse=reverse)[0]

@@ -11,7 +11,6 @@ from harness import bytes_accessed, interleaved, record
 from problems import BATCH, tanh_network
 
 from fastvi import LocalPosterior, VIConfig, make_flat_objective
-from fastvi._arguments import settle
 from fastvi.inference.loop import Problem, init_state
 from fastvi.inference.optimizer import Horizon
 from fastvi.inference.programs import build_family, programs_for
@@ -49,9 +48,7 @@ def sgld_scan(objective, problem):
 
 def fastvi_scan(objective, problem):
     """Run the steps of a fit with one chain, one draw a step and no core."""
-    config = settle(
-        VIConfig(M=COMPONENTS, r=RANK, curvature_rank=0, steps=STEPS), problem.posterior.center.size, flat_contract=True
-    )
+    config = VIConfig(M=COMPONENTS, r=RANK, curvature_rank=0, steps=STEPS)
     programs = programs_for(objective, config, None).plain
     keys = jax.random.split(jax.random.key(1), 1)
     flat = jnp.zeros_like(problem.posterior.center)

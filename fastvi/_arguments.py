@@ -17,7 +17,6 @@ from fastvi.inference.loop import Problem
 from fastvi.posterior import LocalPosterior
 
 DEFAULT_BATCH_SIZE = 256
-EVALUATION_DRAWS = 64
 SMALL_DIM = 32  # below it draws are cheap and tails matter: more of them, by the square of the proportion
 MAX_STEP_DRAWS, MAX_EVALUATION_DRAWS = 256, 2048
 
@@ -78,19 +77,13 @@ def make_problem(
     return Problem(posterior, cast, num_data, config.batch_size or min(DEFAULT_BATCH_SIZE, num_data))
 
 
-def settle(config: VIConfig, dim: int, *, flat_contract: bool = False) -> VIConfig:
-    """Fill in the numbers of draws that depend on the dimension.
-
-    A step of `estimate_llc` takes a mirrored pair, and more in few dimensions; the flat contract, whose callers count
-    work, takes one draw whatever the dimension.
-    """
-    more = 1 if flat_contract else max(1, (SMALL_DIM // dim) ** 2)
-    step = 1 if flat_contract else min(2 * more, MAX_STEP_DRAWS)
-    evaluation = min(EVALUATION_DRAWS * more, MAX_EVALUATION_DRAWS)
-    given = config.samples_per_step, config.eval_samples
+def settle(config: VIConfig, dim: int) -> VIConfig:
+    """Fill in the draws of a step and of the evaluation as `estimate_llc` takes them: more in few dimensions."""
+    more = max(1, (SMALL_DIM // dim) ** 2)
+    step, evaluation = config.samples_per_step, config.eval_samples
     return config.replace(
-        samples_per_step=step if given[0] is None else given[0],
-        eval_samples=evaluation if given[1] is None else given[1],
+        samples_per_step=min(2 * more, MAX_STEP_DRAWS) if step is None else step,
+        eval_samples=min(config.evaluation_draws * more, MAX_EVALUATION_DRAWS) if evaluation is None else evaluation,
     )
 
 

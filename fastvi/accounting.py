@@ -34,14 +34,14 @@ class Work:
 
 def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int) -> Work:
     """Count the work of a finished fit over all chains."""
-    num_draws = config.samples_per_step
+    num_draws = config.step_draws
     steps = fit.traces["elbo"].shape[1]
     share = problem.batch_size / problem.num_data
     subset = min(1.0, CURVATURE_EXAMPLES / problem.num_data)
     moment = MOMENT_GRADIENTS if config.whitening in ("rmsprop", "adam") else 0
     diagonal = DIAGONAL_PROBES if config.whitening == "hvp_diag" else 0
     start_hvp = _concrete(fit.start.num_hvp) + diagonal
-    draws = config.eval_samples - config.eval_samples % 2
+    draws = config.evaluation_draws
     evaluation_hvp = 0
     if config.control_variate == "hvp":
         rows = fit.family.num_moment_terms

@@ -16,7 +16,7 @@ COMPILE_EVENTS = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
-QUICK_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
+QUICK_OPTIONS: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}
 WORKERS = 2
 
 

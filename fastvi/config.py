@@ -25,6 +25,7 @@ _ALIASES = {"algo": "family"}
 _ALIASES |= {"flow_type": "flow.template", "flow_depth": "flow.depth", "flow_hidden": "flow.hidden"}
 _SEEDS_PRUNE_THRESHOLD = 1e-3
 _DEFAULT_RANK = 2
+_DEFAULT_EVALUATION_DRAWS = 64
 
 
 def _refusal(name: str, rule: str, value: Any, fix: str) -> ConfigError:
@@ -315,6 +316,17 @@ class VIConfig(_CheckedFields):
     def ranks(self) -> tuple[int, ...]:
         """Rank of each of the M components."""
         return (self.r,) * self.M if self.r_per_component is None else self.r_per_component
+
+    @property
+    def step_draws(self) -> int:
+        """Draws of one step."""
+        return 1 if self.samples_per_step is None else self.samples_per_step
+
+    @property
+    def evaluation_draws(self) -> int:
+        """Draws of the final estimate: an even number, mirrored pairs."""
+        draws = _DEFAULT_EVALUATION_DRAWS if self.eval_samples is None else self.eval_samples
+        return draws - draws % 2
 
     @property
     def rank(self) -> int:

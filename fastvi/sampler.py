@@ -14,7 +14,6 @@ from fastvi._arguments import (
     flat_vector,
     make_problem,
     positive_scalar,
-    settle,
     whitener_scale,
 )
 from fastvi._errors import ConfigError
@@ -212,7 +211,6 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     if config.early_stop:
         raise ConfigError("early_stop must be off in fit, whose traces have a fixed length: use estimate_llc for it.")
     center = flat_vector(target.wstar_flat, dtype)
-    config = settle(config, center.size, flat_contract=True)
     data, num_data = check_data(target.data, check_count("n_data", target.n_data))
     nbeta = positive_scalar("beta", target.beta) * num_data
     problem = make_problem(center, data, num_data, nbeta, target.gamma, config, "beta")

@@ -230,7 +230,7 @@ class MFA(AbstractFamily):
             factors=Blocks(labels[:groups], self._mask_blocks(jnp.stack(blocks), labels[:groups]))
         )
 
-    def _pull_each(self, params, draws: Draws, log_density_grad, metric: str) -> "list[Mixture] | Mixture":
+    def _pull_each(self, params, draws: Draws, log_density_grad, metric: str) -> Any:
         """Pull every draw back: few as a list, whose rank-1 terms fuse into the update, many as one stacked tree."""
         mixture, record = self.mixture(params), draws.record
         cotangents = self.scale * log_density_grad - (1 + self.entropy_bonus) * record.drawn.score

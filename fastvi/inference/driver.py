@@ -121,7 +121,7 @@ def _launch(programs: Programs, arguments: tuple, chunk: int) -> tuple[AbstractF
     traced = programs.launch.trace(*arguments)
     ahead.compile("launch", traced.lower())
     family, state, _ = traced.out_info
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     horizon = Horizon(scalar, scalar, scalar)
     ahead.compile("steps", programs.steps.lower(family, problem, state, chain_keys, step, horizon, length=chunk))

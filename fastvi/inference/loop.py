@@ -73,7 +73,7 @@ def init_state(family: AbstractFamily, params: PyTree, config: VIConfig) -> Stat
 
 def draw_groups(config: VIConfig) -> int:
     """Count the independent draws of a step."""
-    return num_groups(config.samples_per_step, config.antithetic)
+    return num_groups(config.step_draws, config.antithetic)
 
 
 def run_steps(
@@ -106,9 +106,9 @@ def run_steps(
         The new state and the traces.
 
     Cost:
-        `config.samples_per_step` minibatch gradients for each step and chain.
+        `config.step_draws` minibatch gradients for each step and chain.
     """
-    num_draws, groups = config.samples_per_step, draw_groups(config)
+    num_draws, groups = config.step_draws, draw_groups(config)
     rules = family.update_rules(groups)
     optimizer = make_optimizer(config, rules)
 

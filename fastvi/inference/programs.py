@@ -114,7 +114,7 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
                 excess_fn,
                 reference_loss,
                 chain_key,
-                num_draws=config.eval_samples,
+                num_draws=config.evaluation_draws,
                 control_variate=config.control_variate,
                 trace_probes=config.trace_probes,
             )

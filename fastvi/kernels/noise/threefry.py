@@ -32,7 +32,8 @@ def normal(key: Key, shape: tuple[int, ...], dtype=jnp.float32, *, block: Array 
     fits = 0 < size < 2**32 and dtype in (np.float32, np.float64)
     if words is None or not fits:
         return jax.random.normal(_block_key(key, block), shape, dtype)
-    return _inverse_cdf(_random_bits(*words, jnp.uint32(block), size, dtype.itemsize), dtype).reshape(shape)
+    bits = _random_bits(*words, jnp.uint32(block), size, dtype.itemsize)
+    return jnp.asarray(_inverse_cdf(bits, dtype)).reshape(shape)
 
 
 def words(key: Key, size: int, *, block: Array | int = 0) -> UInt32[Array, " size"]:

@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastvi._errors import ConfigError
 from fastvi._optional import import_optional
@@ -39,7 +39,8 @@ class AbstractDemo(abc.ABC):
         steps: Largest number of steps, 5000 when left out; the fit stops by itself when the ELBO is flat.
         batch_size: Examples per minibatch of the fit, 256 when left out.
         lr: Peak learning rate of the fit, 0.01 when left out.
-        config: YAML file with any settings of the fit; the three options above override it.
+        correction: Whether to go on from q to the posterior's own value, "none" when left out.
+        config: YAML file with any settings of the fit; the four options above override it.
     """
 
     out: Path
@@ -49,6 +50,7 @@ class AbstractDemo(abc.ABC):
     steps: int | None = None
     batch_size: int | None = None
     lr: float | None = None
+    correction: Literal["none", "auto", "importance", "mcmc"] | None = None
     config: Path | None = None
 
     @abc.abstractmethod
@@ -67,7 +69,7 @@ class AbstractDemo(abc.ABC):
         check(0 <= self.seed < 2**32, "seed", "an integer from 0 to 2**32 - 1", self.seed)
         check(self.num_chains >= 1, "num_chains", "1 or more", self.num_chains)
         check(0 <= self.localization < float("inf"), "localization", "a number from 0", self.localization)
-        given = {name: getattr(self, name) for name in ("steps", "batch_size", "lr")}
+        given = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "correction")}
         settings = VIConfig.create(self.config, **{k: v for k, v in given.items() if v is not None})
         settings.check_available()
         self.out.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,8 @@ def run_fit(
         The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are zero.
     """
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves((problem, chain_keys)))
-    clock, programs = Clock(traced), stages.plain if traced else stages.compiled
+    dim = problem.posterior.center.size
+    clock, programs = Clock(traced), stages.plain if traced else stages.for_work(config.steps, dim)
     report = report or _silent
     report(Progress("curvature", 0, config.steps, float("nan")))
     key = jax.random.key(START_SEED)

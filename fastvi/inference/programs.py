@@ -19,6 +19,7 @@ from fastvi.inference.loop import Problem, State, init_state, run_steps
 from fastvi.inference.optimizer import Horizon
 from fastvi.objective import FlatObjective, full_data_loss
 
+QUICK_WORK = 1e8  # steps times dim up to which a second of compilation outweighs a quarter of the steps' time
 CACHED_PROGRAMS = 32  # sets of compiled stages kept; each holds its objective alive
 
 
@@ -48,10 +49,15 @@ class Programs(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """One set of stages in both forms."""
+    """One set of stages in all forms."""
 
+    quick: Programs
     compiled: Programs
     plain: Programs
+
+    def for_work(self, steps: int, dim: int) -> Programs:
+        """Return the compiled stages, with steps that compile sooner and run slower where there are few of them."""
+        return self.quick if steps * dim <= QUICK_WORK else self.compiled
 
 
 class Identity:
@@ -130,7 +136,8 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
         steps=jax.jit(steps, static_argnames=("length",), donate_argnames=("state",)),
         finish=jax.jit(finish, compiler_options=once),
     )
-    return Stages(compiled, Programs(prepare, launch, steps, finish))
+    quick_steps = jax.jit(steps, static_argnames=("length",), donate_argnames=("state",), compiler_options=once)
+    return Stages(compiled._replace(steps=quick_steps), compiled, Programs(prepare, launch, steps, finish))
 
 
 _START_BLOCK = 2**31  # counters of a chain's key beyond those of its steps; the evaluation's follow

@@ -66,6 +66,27 @@ def quick_compilation() -> dict[str, Any] | None:
     return QUICK_OPTIONS
 
 
+class Identity:
+    """Compare by identity, for values that cannot be hashed."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+def cache_key(value: Any) -> Any:
+    """Return the value, or where it cannot be hashed a stand-in for it."""
+    try:
+        hash(value)
+    except TypeError:
+        return Identity(value)
+    return value
+
+
+def from_cache_key(key: Any) -> Any:
+    """Return what `cache_key` was given."""
+    return key.value if isinstance(key, Identity) else key
+
+
 class Ahead:
     """Compile programs in the background while earlier ones compile or run.
 

@@ -28,7 +28,9 @@ class StatusLine:
         self.stage, self.shown = progress.stage, now
         text = f"fastvi: {progress.stage}"
         if progress.stage == "fit":
-            text += f" {progress.step}/{progress.steps} steps, elbo {progress.elbo:.2f}"
+            text += f" {progress.step}/{progress.steps} steps, elbo {progress.value:.2f}"
+        if progress.stage == "correction":
+            text += f" {progress.step}/{progress.steps} trajectories at most, llc {progress.value:.4g}"
         text += f" [{now - self.began:.0f} s]"
         self.stream.write(f"\r\x1b[K{text}" if self.interactive else f"{text}\n")
         self.stream.flush()

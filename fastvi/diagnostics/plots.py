@@ -115,7 +115,8 @@ def _draw_llc(axes: "Axes", result: LLCEstimate) -> None:
     values = batch_llc(result)
     means = _draw_chains(axes, values)
     low, high = result.llc - result.llc_sem, result.llc + result.llc_sem
-    axes.axhspan(low, high, color=INK, alpha=0.18, linewidth=0, zorder=3, label="final llc ± sem, all data")
+    label = f"{'corrected' if result.correction else 'final'} llc ± sem, all data"
+    axes.axhspan(low, high, color=INK, alpha=0.18, linewidth=0, zorder=3, label=label)
     axes.axhline(result.llc, color=INK, linewidth=1, zorder=3)
     _set_limits(axes, values, means, include=(low, high))
     axes.set(title=r"llc on minibatches:  $n\beta\,(L_B(w) - L_n(w^*))$", ylabel="nats", xlabel="step")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
+from fastvi.compilation import cache_key, from_cache_key
 from fastvi.estimators.analysis import Analysis, analyse
 from fastvi.estimators.hmc import FIRST_STEP, TRAJECTORY, Record, Tuning, Walker, make_potential, run_trajectories
 from fastvi.estimators.llc import make_excess_fn
@@ -133,9 +134,14 @@ class WalkPrograms(NamedTuple):
     advance: Callable[..., tuple[Walk, Record, Int[Array, ""]]]
 
 
-@functools.lru_cache(maxsize=32)
 def walk_programs(objective: FlatObjective, blocks: tuple[int, ...], per_chain: int) -> WalkPrograms:
     """Return the stages for an objective; the same arguments share them."""
+    return _walk_programs(cache_key(objective), blocks, per_chain)
+
+
+@functools.lru_cache(maxsize=32)
+def _walk_programs(key: Any, blocks: tuple[int, ...], per_chain: int) -> WalkPrograms:
+    objective = from_cache_key(key)
 
     @jax.jit
     def start(family, problem, params, keys, reference_loss):

@@ -34,12 +34,12 @@ MAX_ADAPTIVE_WARMUP = 100  # steps; a run that stops by itself is not planned to
 
 
 class Progress(NamedTuple):
-    """What a progress callback is told."""
+    """What a progress callback is told; `value` is the ELBO of a fit, the llc so far of a correction."""
 
     stage: str
     step: int
     steps: int
-    elbo: float
+    value: float
 
 
 @dataclasses.dataclass

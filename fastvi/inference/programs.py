@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
-from fastvi.compilation import quick_compilation
+from fastvi.compilation import cache_key, from_cache_key, quick_compilation
 from fastvi.config import VIConfig
 from fastvi.estimators.llc import Evaluation, evaluate, make_excess_fn
 from fastvi.families import FAMILIES
@@ -60,26 +60,14 @@ class Stages(NamedTuple):
         return self.quick if steps * dim <= QUICK_WORK else self.compiled
 
 
-class Identity:
-    """Compare by identity, for objectives that cannot be hashed."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-
 def programs_for(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> Stages:
     """Return the stages for these functions; the same functions and configuration share them, compiled."""
-    try:
-        hash(objective)
-    except TypeError:
-        return _build(Identity(objective), config, loss_full_flat)
-    return _build(objective, config, loss_full_flat)
+    return _build(cache_key(objective), config, loss_full_flat)
 
 
 @functools.lru_cache(maxsize=CACHED_PROGRAMS)
 def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) -> Stages:
-    if isinstance(objective, Identity):
-        objective = objective.value
+    objective = from_cache_key(objective)
 
     def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
         key_subset, key_start = jax.random.split(key)
@@ -129,15 +117,20 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
         evaluation, arrays = jax.lax.map(one, (params, keys))
         return Outcome(evaluation, reference_loss, arrays)
 
+    return _compiled(Programs(prepare, launch, steps, finish))
+
+
+def _compiled(plain: Programs) -> Stages:
     once = quick_compilation()
+    jit_steps = functools.partial(jax.jit, plain.steps, static_argnames=("length",), donate_argnames=("state",))
     compiled = Programs(
-        prepare=jax.jit(prepare, compiler_options=once),
-        launch=jax.jit(launch, compiler_options=once),
-        steps=jax.jit(steps, static_argnames=("length",), donate_argnames=("state",)),
-        finish=jax.jit(finish, compiler_options=once),
+        prepare=jax.jit(plain.prepare, compiler_options=once),
+        launch=jax.jit(plain.launch, compiler_options=once),
+        steps=jit_steps(),
+        finish=jax.jit(plain.finish, compiler_options=once),
     )
-    quick_steps = jax.jit(steps, static_argnames=("length",), donate_argnames=("state",), compiler_options=once)
-    return Stages(compiled._replace(steps=quick_steps), compiled, Programs(prepare, launch, steps, finish))
+    quick = compiled._replace(steps=jit_steps(compiler_options=once))
+    return Stages(quick, compiled, plain)
 
 
 _START_BLOCK = 2**31  # counters of a chain's key beyond those of its steps; the evaluation's follow

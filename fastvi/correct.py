@@ -22,6 +22,7 @@ from fastvi.objective import TreeObjective
 from fastvi.progress import StatusLine
 from fastvi.result import LLCEstimate
 
+EFFECTIVE_SHARE = 0.5  # of the draws that must count for "auto" to reweight them
 WALKERS = 8  # at least; a multiple of the chains
 SMALL_DIM, MOST_PER_CHAIN = 32, 64  # in few dimensions walkers are cheap, and arms of the posterior narrow
 
@@ -46,7 +47,8 @@ def correct(
 
     "importance" reweights the draws of the evaluation (Pareto-smoothed) and costs nothing more; it can be trusted
     while k-hat is below 0.7. "mcmc" runs Hamiltonian Monte Carlo from draws of q on all data, in the coordinates that
-    q makes round, with virial control variates. "auto" reweights where k-hat is below 0.5 and samples otherwise.
+    q makes round, with virial control variates. "auto" reweights where k-hat is below 0.5, half of the
+    draws count and the error is below `correction_error`, and samples otherwise.
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
@@ -74,7 +76,10 @@ def correct(
     method, weights, khat = _choose(fitted, config)
     status = StatusLine() if progress is True else None
     report = status or (progress if callable(progress) else None)
-    values = _reweight(fitted, weights) if method == "importance" else _sample(fitted, config, report)
+    values = _reweight(fitted, weights) if method == "importance" else None
+    too_rough = values is not None and values.llc_sem > config.correction_error * abs(values.llc)
+    if values is None or (too_rough and config.correction == "auto"):
+        method, values = "mcmc", _sample(fitted, config, report)
     if status is not None:
         status.close()
     details = {"method": method, "khat": khat, **values.details}
@@ -114,7 +119,8 @@ def _choose(fitted: Fitted, config: VIConfig) -> tuple[str, Float[np.ndarray, "c
     weights, khat = pareto_smooth(log_weight.ravel())
     method = config.correction
     if method == "auto":
-        method = "importance" if khat < GOOD else "mcmc"
+        effective = 1 / np.sum(weights**2)
+        method = "importance" if khat < GOOD and effective >= EFFECTIVE_SHARE * weights.size else "mcmc"
     return method, weights.reshape(log_weight.shape), khat
 
 

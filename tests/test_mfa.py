@@ -181,9 +181,12 @@ def test_control_variates_have_their_expectations(means):
     whitener = np.diag(1 / (np.asarray(family.scale) * np.exp(params.log_scale)))
     rows = np.asarray(params.core * family.core_mask[:, None]) @ whitener
     metrics = [whitener @ whitener, rows.T @ rows]
-    np.testing.assert_allclose(expected, [0.5 * np.trace(metric @ covariance) for metric in metrics], rtol=1e-11)
+    about_center = 0.5 * np.trace(covariance + np.outer(mean, mean))
+    traces = [0.5 * np.trace(metric @ covariance) for metric in metrics]
+    np.testing.assert_allclose(expected, [*traces, about_center], rtol=1e-11)
     centred = np.asarray(draws.displacement) - mean
     forms = [0.5 * np.einsum("ni,ij,nj->n", centred, metric, centred) for metric in metrics]
+    forms.append(0.5 * np.sum(np.asarray(draws.displacement) ** 2, -1))
     np.testing.assert_allclose(values, np.stack(forms, -1), rtol=1e-10)
 
 

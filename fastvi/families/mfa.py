@@ -340,8 +340,9 @@ class MFA(AbstractFamily):
         return LinearMap(self.scale * center, self.scale * jnp.exp(mixture.log_scale), basis, stretch)
 
     def control_variates(self, params: MFAParams, draws: Draws):
-        """Return |x|^2 / 2 and |B x|^2 / 2 about q's mean: q's own curvature, split into rest and core.
+        """Return |x|^2 / 2 and |B x|^2 / 2 about q's mean, q's own curvature split into rest and core, and |v|^2 / 2.
 
+        Where q is the posterior of a quadratic loss, that loss is their combination: the last is the localizer's share.
         Their expectations follow from E[x_core x_core^T] = P^{-1} without cancellation in steep directions.
         """
         mixture, small = self.mixture(params), draws.record.small
@@ -354,7 +355,9 @@ class MFA(AbstractFamily):
         weights_apart = weights if self.num_offsets > 1 else jnp.zeros(0, weights.dtype)
         x = (draws.record.drawn.displacement - center) / jnp.exp(mixture.log_scale)
         core_x = x @ mixture.core.T
-        values = jnp.stack([jnp.sum(x**2, -1), jnp.sum(core_x**2, -1)], axis=-1)
+        radius2 = jnp.sum(draws.displacement**2, -1)
+        values = jnp.stack([jnp.sum(x**2, -1), jnp.sum(core_x**2, -1), radius2], axis=-1)
+        moment = self.second_moment(params)
         num_core = mixture.core.shape[0]
         inverse_trace = jnp.sum(small.core_half**2)
         wide = jnp.sum(weights[:, None] * jnp.sum(mixture.factors**2, -1))
@@ -365,6 +368,7 @@ class MFA(AbstractFamily):
             [
                 x.shape[-1] - num_core + inverse_trace + wide + spread,
                 num_core - inverse_trace + wide_core + spread_core,
+                jnp.sum(moment.diagonal) + moment.weights @ jnp.sum(moment.factors**2, -1),
             ]
         )
         return 0.5 * values, 0.5 * expected

@@ -14,11 +14,11 @@ from fastvi._typing import Array, Batch, Float
 from fastvi.config import VIConfig
 from fastvi.geometry.whitening import normalized_scale
 from fastvi.inference.loop import Problem
+from fastvi.inference.schedule import few_dimensions_factor
 from fastvi.posterior import LocalPosterior
 
 DEFAULT_BATCH_SIZE = 256
-SMALL_DIM = 32  # below it draws are cheap and tails matter: more of them, by the square of the proportion
-MAX_STEP_DRAWS, MAX_EVALUATION_DRAWS = 256, 2048
+MAX_STEP_FACTOR, MAX_EVALUATION_FACTOR = 128, 32  # in few dimensions
 
 
 def as_key(key: Any) -> Any:
@@ -79,11 +79,11 @@ def make_problem(
 
 def settle(config: VIConfig, dim: int) -> VIConfig:
     """Fill in the draws of a step and of the evaluation as `estimate_llc` takes them: more in few dimensions."""
-    more = max(1, (SMALL_DIM // dim) ** 2)
     step, evaluation = config.samples_per_step, config.eval_samples
+    more = config.evaluation_draws * few_dimensions_factor(dim, MAX_EVALUATION_FACTOR)
     return config.replace(
-        samples_per_step=min(2 * more, MAX_STEP_DRAWS) if step is None else step,
-        eval_samples=min(config.evaluation_draws * more, MAX_EVALUATION_DRAWS) if evaluation is None else evaluation,
+        samples_per_step=2 * few_dimensions_factor(dim, MAX_STEP_FACTOR) if step is None else step,
+        eval_samples=more if evaluation is None else evaluation,
     )
 
 

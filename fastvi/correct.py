@@ -18,13 +18,14 @@ from fastvi.estimators.control_variate import regress
 from fastvi.estimators.correction import parameter_blocks, sample_posterior, walk_programs
 from fastvi.inference.driver import Fit, Progress
 from fastvi.inference.loop import Problem
+from fastvi.inference.schedule import few_dimensions_factor
 from fastvi.objective import TreeObjective
 from fastvi.progress import StatusLine
 from fastvi.result import LLCEstimate
 
 EFFECTIVE_SHARE = 0.5  # of the draws that must count for "auto" to reweight them
 WALKERS = 8  # at least; a multiple of the chains
-SMALL_DIM, MOST_PER_CHAIN = 32, 64  # in few dimensions walkers are cheap, and arms of the posterior narrow
+MOST_PER_CHAIN = 64  # in few dimensions walkers are cheap, and arms of the posterior narrow
 
 
 class Fitted(NamedTuple):
@@ -148,7 +149,7 @@ def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None]
     """Run the walkers."""
     chains = fitted.keys.size
     dim = fitted.problem.posterior.center.size
-    per_chain = max(-(-WALKERS // chains), min(MOST_PER_CHAIN, (SMALL_DIM // dim) ** 2))
+    per_chain = max(-(-WALKERS // chains), few_dimensions_factor(dim, MOST_PER_CHAIN))
     sizes = fitted.objective.structure.leaf_sizes
     most = config.correction_trajectories
 

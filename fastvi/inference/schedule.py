@@ -13,7 +13,8 @@ VIRIAL_TOLERANCE = 0.05
 NEGLIGIBLE_NATS = 0.5  # a gain over the window below this moves llc by less than its Monte Carlo error
 DECAY_FRACTION = 0.25  # steps of the final decay, relative to those before it
 MIN_DECAY = 100
-SMALL_DIM, MAX_SMALL_FACTOR = 32, 16
+MAX_DECAY_FACTOR = 16
+FEW_DIMENSIONS = 32
 
 
 class Trend(NamedTuple):
@@ -57,10 +58,15 @@ def is_balanced(virial: np.ndarray) -> bool:
     return abs(float(means.mean()) - 1) <= max(VIRIAL_TOLERANCE, 2 * error)
 
 
+def few_dimensions_factor(dim: int, most: int) -> int:
+    """Return how many times more work to do in few dimensions, where it is cheap and tails matter; 1 elsewhere."""
+    return min(most, max(1, (FEW_DIMENSIONS // dim) ** 2))
+
+
 def decay_length(steps_before: int, dim: int) -> int:
     """Return the length of the final decay after `steps_before` steps at the peak rate.
 
     In few dimensions steps are cheap, and a single direction whose scale is still noisy shows in the estimate.
     """
-    shortest = MIN_DECAY * min(MAX_SMALL_FACTOR, max(1, (SMALL_DIM // dim) ** 2))
+    shortest = MIN_DECAY * few_dimensions_factor(dim, MAX_DECAY_FACTOR)
     return max(shortest, int(DECAY_FRACTION * steps_before))

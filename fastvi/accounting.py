@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 from fastvi.config import VIConfig
-from fastvi.geometry.start import CURVATURE_EXAMPLES
 from fastvi.geometry.whitening import DIAGONAL_PROBES, MOMENT_GRADIENTS
 from fastvi.inference.calibrate import CALIBRATION_DRAWS
 from fastvi.inference.driver import Fit
@@ -37,7 +36,7 @@ def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int) ->
     num_draws = config.step_draws
     steps = fit.traces["elbo"].shape[1]
     share = problem.batch_size / problem.num_data
-    subset = min(1.0, CURVATURE_EXAMPLES / problem.num_data)
+    subset = min(1.0, config.hessian_examples / problem.num_data)
     moment = MOMENT_GRADIENTS if config.whitening in ("rmsprop", "adam") else 0
     diagonal = DIAGONAL_PROBES if config.whitening == "hvp_diag" else 0
     start_hvp = _concrete(fit.start.num_hvp) + diagonal

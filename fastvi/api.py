@@ -26,7 +26,8 @@ from fastvi.objective import check_data, check_loss, ravel_loss
 from fastvi.progress import StatusLine
 from fastvi.result import LLCEstimate
 
-PREPARATION_STEPS = 200
+DEFAULT_CHAINS = 4  # of a fit that nothing corrects
+PREPARATION = {"steps": 200, "batch_size": 64, "samples_per_step": 1, "eval_samples": 32, "curvature_examples": 512}
 
 
 def estimate_llc(
@@ -38,16 +39,17 @@ def estimate_llc(
     nbeta: float | None = None,
     localization: float = 1.0,
     config: Any = None,
-    num_chains: int = 4,
+    num_chains: int | None = None,
     progress: bool | Callable[[Progress], None] = True,
     throw: bool = True,
     **overrides: Any,
 ) -> LLCEstimate:
     """Estimate the local learning coefficient of a trained model.
 
-    Fits q to `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)` by variational inference on several independent
-    chains and returns lambda-hat = nbeta (E_q[L_n(w)] - L_n(w*)), its error, and findings on whether to believe
-    it. Variational values are upper estimates at singular points; a finding says so where it applies.
+    Fits q to the local posterior `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)` by variational inference, then
+    corrects what q says: by importance weights where they allow it, else by walkers that start at draws of q. Returns
+    lambda-hat = nbeta (E[L_n(w)] - L_n(w*)), its error, and findings on whether to believe it. `llc` is the posterior's
+    own value, `llc_vi` that of q, which is too large at singular points; with `correction="none"` both are q's.
 
     Args:
         loss_fn: `(params, batch) -> mean loss per example`, in nats.
@@ -57,7 +59,8 @@ def estimate_llc(
         nbeta: n times the inverse temperature; n / log n when left out.
         localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates.
         config: A `VIConfig`, or anything `VIConfig.create` reads.
-        num_chains: Independent fits; two or more let `llc_sem` see the spread of the fits.
+        num_chains: Independent fits; two or more let `llc_vi_sem` see the spread of the fits. None means 4 where
+            nothing corrects them, else 1.
         progress: Whether to show a status line on stderr, or a function that receives `Progress`.
         throw: Whether to raise when the fit or the evaluation is not finite; otherwise a finding says so.
         **overrides: Fields of `VIConfig`.
@@ -71,7 +74,7 @@ def estimate_llc(
         NonFiniteError: If NaN or infinity appears, unless `throw` is False.
 
     Cost:
-        `estimate.work`; with n = 1,797 and the defaults 1,000 to 6,000 full gradients for all chains.
+        `estimate.work`; with the defaults some 100 to 3,000 full gradients, at most `correction_budget` and the fit's.
 
     References:
         Lau et al., The Local Learning Coefficient (2024).
@@ -86,7 +89,8 @@ def estimate_llc(
     """
     began, compiled = time.perf_counter(), CLOCK.seconds
     settings = VIConfig.create(config, **overrides)
-    check_count("num_chains", num_chains)
+    if num_chains is not None:
+        check_count("num_chains", num_chains)
     dtype = check_settings(settings, localization)
     objective, center = ravel_loss(loss_fn, params, dtype)
     data, num_data = check_data(data)
@@ -94,10 +98,11 @@ def estimate_llc(
         if num_data < 2:
             raise DataError("nbeta defaults to n / log n, which needs at least 2 examples; got 1. Pass nbeta.")
         nbeta = num_data / math.log(num_data)
-    problem = make_problem(center, data, num_data, nbeta, localization, settings, "nbeta")
+    plan, early_stop, num_chains = _plan(settings, num_data, num_chains)
+    problem = make_problem(center, data, num_data, nbeta, localization, plan, "nbeta")
     check_loss(objective, center, jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data))
     keys = jax.random.split(as_key(key), num_chains)
-    plan, early_stop = _plan(settle(settings, center.size))
+    plan = settle(plan, center.size)
     status = StatusLine() if progress is True else None
     fit = run_fit(
         programs_for(objective, plan, None),
@@ -117,7 +122,7 @@ def estimate_llc(
     return (
         result
         if settings.correction == "none" or _is_broken(result)
-        else correct(result, settings.correction, progress=progress)
+        else correct(result, settings.correction or "auto", progress=progress)
     )
 
 
@@ -125,15 +130,22 @@ def _is_broken(result: LLCEstimate) -> bool:
     return bool(result.health) and result.health[0].name == "non_finite"
 
 
-def _plan(config: VIConfig) -> tuple[VIConfig, bool]:
-    """Return the configuration of the fit, and whether it stops by itself.
+def _plan(config: VIConfig, num_data: int, num_chains: int | None) -> tuple[VIConfig, bool, int]:
+    """Return the configuration of the fit, whether it stops by itself, and its chains.
 
-    A fit that only prepares a correction is short, unless `early_stop` says otherwise: what it leaves undone costs the
-    walkers a few trajectories.
+    A fit that only prepares a correction is one short chain on little data, where the configuration leaves that open:
+    what it leaves undone costs the walkers a few steps.
     """
-    if config.correction == "none" or config.early_stop is not None:
-        return config, config.early_stop is not False
-    return config.replace(steps=min(config.steps, PREPARATION_STEPS)), False
+    if config.correction == "none" or config.early_stop:
+        return config, config.early_stop is not False, num_chains or DEFAULT_CHAINS
+    default = VIConfig()
+    batch = min(PREPARATION["batch_size"], num_data)
+    changes = {
+        name: value
+        for name, value in {**PREPARATION, "batch_size": batch}.items()
+        if getattr(config, name) == getattr(default, name)
+    }
+    return config.replace(**changes), False, num_chains or 1
 
 
 def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings: dict[str, float]) -> LLCEstimate:
@@ -191,7 +203,7 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
         traces=traces,
         log_weights=np.asarray(evaluation.log_weight),
         health=health_findings(evidence),
-        config=config,
+        config=config.replace(correction="none"),
         llc_vi=float(np.mean(evaluation.llc)),
         llc_vi_sem=max(within, between),
     )

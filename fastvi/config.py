@@ -26,6 +26,8 @@ _ALIASES |= {"flow_type": "flow.template", "flow_depth": "flow.depth", "flow_hid
 _SEEDS_PRUNE_THRESHOLD = 1e-3
 _DEFAULT_RANK = 2
 _DEFAULT_EVALUATION_DRAWS = 64
+_DEFAULT_CURVATURE_EXAMPLES = 4096
+CORRECTIONS = ("none", "auto", "importance", "mcmc")
 
 
 def _refusal(name: str, rule: str, value: Any, fix: str) -> ConfigError:
@@ -202,6 +204,8 @@ class VIConfig(_CheckedFields):
         r_per_component: Ranks of the M components, one each, instead of `r`.
         means: "shared" and "component" are learned, one or M of them; "center" is fixed.
         curvature_rank: Rows of the shared precision core; "auto" takes them from the Hessian's spectrum.
+        curvature_examples: Examples that the Hessian at w* is averaged over; None means 4096, and 512 where the fit
+            only prepares a correction.
         mixture_cap: Upper bound on M for pruning; not in this release.
         prune_threshold: Weight below which a component is pruned; no effect unless `mixture_cap` is set.
         alpha_dirichlet_prior: Concentration of a Dirichlet prior on the mixture weights, if any.
@@ -221,9 +225,10 @@ class VIConfig(_CheckedFields):
         control_variate: Control variate of the final estimate.
         trace_probes: Hutchinson probes per trace.
         correction: What turns the variational value of `estimate_llc` into the posterior's own: "importance"
-            reweights the evaluation's draws, "mcmc" samples from q on, "auto" chooses.
+            reweights the evaluation's draws, "mcmc" samples from q on, "auto" chooses, "none" leaves it; None means
+            "auto" in `estimate_llc` and "none" in `fit`.
         correction_error: Relative standard error at which sampling ends.
-        correction_trajectories: Most trajectories of each walker.
+        correction_budget: Most full-gradient equivalents that sampling takes.
         whitening_mode: Diagonal whitening measured at the center before the fit.
         whitening_decay: Decay of the moving average of squared gradients.
         use_whitening: False turns `whitening_mode` off.
@@ -242,6 +247,7 @@ class VIConfig(_CheckedFields):
     r_per_component: Annotated[tuple[int, ...] | None, _ranks] = None
     means: Literal["shared", "center", "component"] = "shared"
     curvature_rank: Annotated[Literal["auto"] | int, _auto_or_integer] = "auto"
+    curvature_examples: Annotated[int | None, _integer] = None
     mixture_cap: Annotated[int | None, _integer] = None
     prune_threshold: Annotated[float | None, _fraction] = _SEEDS_PRUNE_THRESHOLD
     alpha_dirichlet_prior: Annotated[float | None, _positive] = None
@@ -260,9 +266,9 @@ class VIConfig(_CheckedFields):
     eval_samples: Annotated[int | None, partial(_integer, minimum=4)] = None
     control_variate: Literal["auto", "hvp", "none"] = "auto"
     trace_probes: Annotated[int, _integer] = 16
-    correction: Literal["none", "auto", "importance", "mcmc"] = "none"
+    correction: Annotated[Literal["none", "auto", "importance", "mcmc"] | None, partial(_choice, choices=CORRECTIONS)] = None
     correction_error: Annotated[float, _positive] = 0.02
-    correction_trajectories: Annotated[int, partial(_integer, minimum=10)] = 400
+    correction_budget: Annotated[float, _positive] = 20_000.0
     whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
     whitening_decay: Annotated[float, _decay] = 0.99
     use_whitening: bool = True
@@ -327,6 +333,11 @@ class VIConfig(_CheckedFields):
         """Draws of the final estimate: an even number, mirrored pairs."""
         draws = _DEFAULT_EVALUATION_DRAWS if self.eval_samples is None else self.eval_samples
         return draws - draws % 2
+
+    @property
+    def hessian_examples(self) -> int:
+        """Examples of the Hessian at w*, before they are cut to the data."""
+        return _DEFAULT_CURVATURE_EXAMPLES if self.curvature_examples is None else self.curvature_examples
 
     @property
     def rank(self) -> int:

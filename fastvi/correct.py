@@ -15,7 +15,7 @@ from fastvi.config import VIConfig
 from fastvi.diagnostics.health import correction_findings
 from fastvi.diagnostics.importance import GOOD, pareto_smooth
 from fastvi.estimators.control_variate import regress
-from fastvi.estimators.correction import parameter_blocks, sample_posterior, walk_programs
+from fastvi.estimators.correction import BIN_LENGTH, Sampler, parameter_blocks, sample_posterior, walk_programs
 from fastvi.inference.driver import Fit, Progress
 from fastvi.inference.loop import Problem
 from fastvi.inference.schedule import few_dimensions_factor
@@ -25,7 +25,7 @@ from fastvi.result import LLCEstimate
 
 EFFECTIVE_SHARE = 0.5  # of the draws that must count for "auto" to reweight them
 WALKERS = 8  # at least; a multiple of the chains
-MOST_PER_CHAIN = 64  # in few dimensions walkers are cheap, and arms of the posterior narrow
+MOST_IN_FEW_DIMENSIONS = 64  # times as many there: they are cheap, and arms of the posterior narrow
 
 
 class Fitted(NamedTuple):
@@ -47,15 +47,16 @@ def correct(
     """Turn the variational value of a finished estimate into the posterior's own.
 
     "importance" reweights the draws of the evaluation (Pareto-smoothed) and costs nothing more; it can be trusted
-    while k-hat is below 0.7. "mcmc" runs Hamiltonian Monte Carlo from draws of q on all data, in the coordinates that
-    q makes round, with virial control variates. "auto" reweights where k-hat is below 0.5, half of the
-    draws count and the error is below `correction_error`, and samples otherwise.
+    while k-hat is below 0.7. "mcmc" runs underdamped Langevin dynamics from draws of q in the coordinates that q makes
+    round, on blocks of the data as small as the noise of their gradients allows, with virial control variates. "auto"
+    reweights where k-hat is below 0.5, half of the draws count and the error is below `correction_error`, and samples
+    otherwise.
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
         correction: "auto", "importance" or "mcmc".
         progress: Whether to show a status line on stderr, or a function that receives `Progress`.
-        **overrides: `correction_error` and `correction_trajectories` of `VIConfig`.
+        **overrides: `correction_error` and `correction_budget` of `VIConfig`.
 
     Returns:
         A new estimate whose llc, llc_sem and findings are the corrected ones; `llc_vi` keeps the old value.
@@ -65,7 +66,7 @@ def correct(
         DataError: If the result was loaded from disk and holds no fit.
 
     Cost:
-        "mcmc": some 500 to 3,000 full gradients.
+        "mcmc": some 50 to 3,000 full gradients, at most `correction_budget`.
     """
     fitted = result.fitted
     if fitted is None:
@@ -84,8 +85,8 @@ def correct(
     if status is not None:
         status.close()
     details = {"method": method, "khat": khat, **values.details}
-    work = {**result.work, "n_correction_gradients": values.gradients, "fge_correction": float(values.gradients)}
-    work["total_fge"] = result.work["total_fge"] + values.gradients
+    work = {**result.work, "fge_correction": values.work}
+    work["total_fge"] = result.work["total_fge"] + values.work
     seconds = time.perf_counter() - began
     timings = {**result.timings, "correction": seconds, "total": result.timings["total"] + seconds}
     timings["compile"] += CLOCK.seconds - compiled
@@ -109,8 +110,8 @@ class _Values(NamedTuple):
     llc: float
     llc_sem: float
     per_chain: Float[np.ndarray, " chains"]
-    walk: Float[np.ndarray, "walkers trajectories"]
-    gradients: int
+    walk: Float[np.ndarray, "walkers bins"]
+    work: float
     details: dict[str, Any]
 
 
@@ -147,38 +148,42 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
 
 def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None] | None) -> _Values:
     """Run the walkers."""
-    chains = fitted.keys.size
-    dim = fitted.problem.posterior.center.size
-    per_chain = max(-(-WALKERS // chains), few_dimensions_factor(dim, MOST_PER_CHAIN))
-    sizes = fitted.objective.structure.leaf_sizes
-    most = config.correction_trajectories
+    chains, dim = fitted.keys.size, fitted.problem.posterior.center.size
+    per_chain = -(-WALKERS * few_dimensions_factor(dim, MOST_IN_FEW_DIMENSIONS) // chains)
+    budget, evaluation = config.correction_budget, fitted.fit.outcome.evaluation
 
-    def tell(done: int, llc: float) -> None:
+    def tell(done: float, llc: float) -> None:
         if report is not None:
-            report(Progress("correction", done, most, llc))
+            report(Progress("correction", int(done), int(budget), llc))
 
-    run = sample_posterior(
-        walk_programs(fitted.objective, parameter_blocks(sizes), per_chain),
+    programs = walk_programs(fitted.objective, parameter_blocks(fitted.objective.structure.leaf_sizes))
+    walk = programs.start(
         fitted.fit.family,
         fitted.problem,
         fitted.fit.params,
         fitted.keys,
-        fitted.fit.outcome.reference_loss,
-        relative_error=config.correction_error,
-        max_trajectories=most,
-        report=tell,
+        evaluation.log_weight,
+        evaluation.excess,
+        num_walkers=chains * per_chain,
     )
+    sampler = Sampler(programs, fitted.problem, walk, fitted.fit.outcome.reference_loss, budget)
+    run = sample_posterior(sampler, relative_error=config.correction_error, report=tell)
     analysis = run.analysis
     details = {
         "settled": run.settled,
         "rhat": analysis.rhat,
         "virial_z": analysis.virial_z,
         "variance_reduction": analysis.variance_reduction,
+        "systematic": analysis.systematic,
         "walkers": run.llc.shape[0],
-        "trajectories": run.llc.shape[1],
-        "burn_in": analysis.burn_in,
-        "acceptance": run.acceptance,
+        "steps": run.llc.shape[1] * BIN_LENGTH,
+        "burn_in": analysis.burn_in * BIN_LENGTH,
+        "data_blocks": run.level.num_blocks,
+        "energy_error": run.level.energy_error,
         "step_size": run.step_size,
+        "returned": run.returned,
     }
-    per_chain_llc = analysis.per_walker.reshape(chains, per_chain).mean(axis=1)
-    return _Values(analysis.llc, analysis.llc_sem, per_chain_llc, run.llc, run.gradients, details)
+    per_chain_llc = analysis.per_walker.reshape(-1, WALKERS).mean(axis=0) if chains == 1 else None
+    if per_chain_llc is None:
+        per_chain_llc = analysis.per_walker.reshape(chains, per_chain).mean(axis=1)
+    return _Values(analysis.llc, analysis.llc_sem, per_chain_llc, run.llc, run.work, details)

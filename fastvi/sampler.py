@@ -204,7 +204,7 @@ class _Run(NamedTuple):
 def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     """Check the arguments, run the chains for a fixed number of steps, and collect what the contracts name."""
     dtype = check_settings(config, target.gamma)
-    if config.correction != "none":
+    if config.correction not in (None, "none"):
         raise ConfigError(
             f"correction must be 'none' in fit and run_vi; got {config.correction!r}. Use estimate_llc for it."
         )

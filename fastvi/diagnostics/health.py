@@ -86,11 +86,11 @@ def _walk_unsettled(result: Any) -> Finding | None:
     return Finding(
         "warning",
         "walk_unsettled",
-        f"Sampling ended unsettled after {details['trajectories']} trajectories: relative error "
+        f"Sampling ended unsettled after {details['steps']} steps of {details['walkers']} walkers: relative error "
         f"{result.llc_sem / max(abs(result.llc), 1e-30):.2g}, R-hat {details['rhat']:.3g}, virial off by "
         f"{abs(details['virial_z']):.2g} standard errors.",
         "The walkers have not yet seen the whole posterior, or its variance is large.",
-        "Raise correction_trajectories, or fit longer with early_stop=True; llc_sem may be too small.",
+        "Raise correction_budget, or fit longer with early_stop=True; llc_sem may be too small.",
     )
 
 

@@ -9,14 +9,21 @@ from fastvi._typing import Float
 POINTS_PER_COLUMN = 5  # records that a regression coefficient takes
 LEAST_BURN_IN = 5  # at least this part of a run is discarded
 NEGLIGIBLE_CORRELATION = 0.05
+DOUBT = 0.3  # part of what the virial columns take off llc that may be left: they see bias to first order
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What a run says: the mean after burn-in, its error, and whether to believe it."""
+    """What a run says: the mean after burn-in, its error, and whether to believe it.
+
+    `added` is what the dynamics added to llc and the virial columns took off again, `systematic` the part of
+    `llc_sem` that stands for what they may have missed of it.
+    """
 
     llc: float
     llc_sem: float
+    added: float
+    systematic: float
     rhat: float
     virial_z: float
     drift_z: float
@@ -39,9 +46,13 @@ def analyse(
     kept, columns = llc[:, burn:], virial[:, burn:]
     adjusted = _adjust(kept, columns)
     per_walker = adjusted.mean(axis=1)
+    added = float((kept - adjusted).mean())
+    systematic = DOUBT * max(0.0, abs(added) - 2 * standard_error(kept - adjusted))
     return Analysis(
         llc=float(per_walker.mean()),
-        llc_sem=standard_error(adjusted),
+        llc_sem=float(np.hypot(standard_error(adjusted), systematic)),
+        added=added,
+        systematic=systematic,
         rhat=split_rhat(adjusted),
         virial_z=float(total.mean() / error) if error > 0 else 0.0,
         drift_z=drift(adjusted),

@@ -1,6 +1,7 @@
-"""From a fitted q to the posterior's own number: Hamiltonian Monte Carlo from draws of q."""
+"""From a fitted q to the posterior's own number: underdamped Langevin dynamics from draws of q."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,27 +10,46 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
-from fastvi.compilation import cache_key, from_cache_key
+from fastvi.compilation import cache_key, from_cache_key, quick_compilation
 from fastvi.estimators.analysis import Analysis, analyse
-from fastvi.estimators.hmc import FIRST_STEP, TRAJECTORY, Record, Tuning, Walker, make_potential, run_trajectories
-from fastvi.estimators.llc import make_excess_fn
+from fastvi.estimators.blocks import Anchor, block_counts, gradient_noise, make_anchor, split_data
+from fastvi.estimators.langevin import (
+    FRICTION_TIME,
+    Record,
+    Tuning,
+    Walker,
+    make_potential,
+    refresh,
+    run_steps,
+    start_tuning,
+)
+from fastvi.estimators.llc import EVALUATION_BLOCK
 from fastvi.families.base import AbstractFamily, LinearMap
 from fastvi.inference.loop import Problem
 from fastvi.objective import FlatObjective
 
-ROUND = 10  # trajectories between looks
-MIN_ROUNDS = 2
-RHAT_SETTLED, VIRIAL_SIGMAS, DRIFT_SIGMAS = 1.05, 3.0, 2.0
-LENGTHEN_AT = (4, 8, 16, 32)  # rounds after which walkers that are not settled get trajectories twice as long
-CANDIDATES, EFFECTIVE_SHARE = 4, 0.5  # draws of q for each walker, and how many of them must count
-MAX_BLOCKS = 12  # parameter blocks with a virial column of their own
+BINS, BIN_LENGTH = 4, 4  # records of a round, and the steps averaged in each
+ROUND = BINS * BIN_LENGTH
+MIN_BINS = 8
+RHAT_SETTLED, DRIFT_SIGMAS = 1.1, 2.5
+EFFECTIVE_SHARE = 0.5  # part of q's draws that must count when walkers are chosen among them
+MAX_COLUMNS = 12  # parameter blocks with a virial column of their own
 WALK_BLOCK = 2**31 + 2**17  # counters of a chain's key beyond those of its evaluation
+NOISE_POINTS = 2  # walkers at which the noise of the gradients is measured
+BURN_IN_NOISE = 0.3  # share of llc that this noise may add while walkers move in from q
+BURN_IN_CHANGE = 0.1  # of llc from one half of a run to the next, at which they have moved in
+MAX_BURN_IN = 20  # rounds
+ENERGY_ERROR = 5e-4  # of the first steps
+PRECISE_ENERGY_ERROR = 2e-4  # at a relative error of 2 %; the bias grows as the cube root
+REFINEMENTS = 3  # how many times the dynamics are made more exact
+FEWER_BLOCKS, LESS_ENERGY_ERROR = 4, 8
+CHECK_GROWTH = 1.15  # of a run between looks at its averages
 
 
 class Walk(NamedTuple):
-    """Where the walkers are."""
+    """Where the walkers are, and how they move."""
 
-    maps: LinearMap
+    linear_map: LinearMap
     walkers: Walker
     tuning: Tuning
     keys: Keys
@@ -37,33 +57,36 @@ class Walk(NamedTuple):
 
 def start_walk(
     family: AbstractFamily,
-    objective: FlatObjective,
     problem: Problem,
     params: Any,
     keys: Keys,
-    reference_loss: Scalar,
-    per_chain: int,
+    log_weight: Float[Array, "chains draws"],
+    excess: Float[Array, "chains draws"],
+    num_walkers: int,
 ) -> Walk:
-    """Place `per_chain` walkers at draws from the q of every chain, the likelier ones under the posterior."""
-    evaluate = make_potential(objective, problem, reference_loss)
-    posterior, candidates = problem.posterior, CANDIDATES * per_chain
-    excess_fn = make_excess_fn(objective, problem)
+    """Place walkers at the evaluation's draws from the q of every chain, the likelier ones under the posterior.
 
-    def chain(chain_params, key):
-        linear_map = family.linear_map(chain_params)
-        draws = family.sample(chain_params, key, candidates, antithetic=False, block=WALK_BLOCK)
-        excess = jax.lax.map(lambda v: excess_fn(posterior.center + v), draws.displacement, batch_size=per_chain)
-        log_weight = jax.vmap(posterior.log_density)(draws.displacement, excess) - draws.log_prob
-        chosen = resample(jax.random.fold_in(key, WALK_BLOCK - 1), log_weight, per_chain)
-        return jax.vmap(lambda v: evaluate(linear_map, linear_map.round(v)))(draws.displacement[chosen]), linear_map
+    Cost:
+        None: the draws have been evaluated.
+    """
+    chains, num_draws = log_weight.shape
+    per_chain = num_walkers // chains
+    linear_map = family.linear_map(jax.tree_util.tree_map(lambda leaf: leaf[0], params))
 
-    walkers, maps = jax.lax.map(lambda pair: chain(*pair), (params, keys))
-    flat = jax.tree_util.tree_map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), walkers)
-    repeated = jax.tree_util.tree_map(lambda leaf: jnp.repeat(leaf, per_chain, axis=0), maps)
-    walk_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, WALK_BLOCK), per_chain))(keys)
-    dim, dtype = posterior.center.size, posterior.center.dtype
-    step = jnp.log(FIRST_STEP * dim**-0.25).astype(dtype)
-    return Walk(repeated, flat, Tuning(step, jnp.asarray(0), jnp.asarray(TRAJECTORY, dtype)), walk_keys.reshape(-1))
+    def chain(inputs):
+        chain_params, key, weights, energies = inputs
+        draws = family.sample(chain_params, key, num_draws, antithetic=True, block=EVALUATION_BLOCK)
+        chosen = resample(jax.random.fold_in(key, WALK_BLOCK - 1), weights, per_chain)
+        return jax.vmap(linear_map.round)(draws.displacement[chosen]), energies[chosen]
+
+    x, energies = jax.lax.map(chain, (params, keys, log_weight, excess))
+    x, energies = x.reshape(num_walkers, -1), energies.reshape(-1)
+    walk_keys = jax.random.split(jax.random.fold_in(keys[0], WALK_BLOCK), num_walkers)
+    momentum = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, WALK_BLOCK), x.shape[1:], x.dtype))(
+        walk_keys
+    )
+    walkers = Walker(x, momentum, jnp.zeros_like(x), jnp.zeros_like(energies), energies)
+    return Walk(linear_map, walkers, start_tuning(x.shape[1], x.dtype), walk_keys)
 
 
 def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int[Array, " num"]:
@@ -79,23 +102,6 @@ def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int
     return jax.random.categorical(key, flattened[level], shape=(num,))
 
 
-def walk_round(
-    objective: FlatObjective,
-    problem: Problem,
-    blocks: tuple[int, ...],
-    walk: Walk,
-    reference_loss,
-    first: Int[Array, ""],
-) -> tuple[Walk, Record, Int[Array, ""]]:
-    """Run `ROUND` trajectories of every walker."""
-    evaluate = make_potential(objective, problem, reference_loss)
-    walkers, tuning, record, spent = run_trajectories(
-        evaluate, walk.maps, walk.walkers, walk.tuning, walk.keys, first, virial_columns(blocks), ROUND
-    )
-    llc = problem.posterior.learning_coefficient(record.llc)
-    return Walk(walk.maps, walkers, tuning, walk.keys), record._replace(llc=llc), spent
-
-
 def virial_columns(blocks: tuple[int, ...]) -> Callable[..., Float[Array, " columns"]]:
     """Return functions of mean zero under the posterior: `tr G - (G v) . grad(-log p)` for a few fixed G.
 
@@ -108,19 +114,19 @@ def virial_columns(blocks: tuple[int, ...]) -> Callable[..., Float[Array, " colu
     ends = np.cumsum(blocks)
     starts = ends - np.asarray(blocks)
 
-    def columns(displacement, walker: Walker, pulled, linear_map: LinearMap):
-        work = displacement * walker.gradient
+    def columns(linear_map: LinearMap, displacement, gradient, x, pulled):
+        work = displacement * gradient
         own = [stop - start - jnp.sum(work[start:stop]) for start, stop in zip(starts, ends, strict=True)]
-        along = linear_map.basis.shape[0] - (linear_map.basis @ walker.x) @ (linear_map.basis @ pulled)
-        return jnp.stack([*own, along, linear_map.center @ walker.gradient])
+        along = linear_map.basis.shape[0] - (linear_map.basis @ x) @ (linear_map.basis @ pulled)
+        return jnp.stack([*own, along, linear_map.center @ gradient])
 
     return columns
 
 
 def parameter_blocks(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Merge neighbouring leaves until at most `MAX_BLOCKS` are left."""
+    """Merge neighbouring leaves until at most `MAX_COLUMNS` are left."""
     merged = list(sizes)
-    while len(merged) > MAX_BLOCKS:
+    while len(merged) > MAX_COLUMNS:
         pairs = [a + b for a, b in zip(merged, merged[1:], strict=False)]
         at = int(np.argmin(pairs))
         merged[at : at + 2] = [pairs[at]]
@@ -128,78 +134,213 @@ def parameter_blocks(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class WalkPrograms(NamedTuple):
-    """Compiled stages: `start(family, problem, params, keys, reference_loss)`, `advance(problem, walk, ...)`."""
+    """Compiled stages of a walk.
+
+    Attributes:
+        start: `(family, problem, params, keys, log_weight, excess, num_walkers) -> Walk`.
+        noise: `(problem, linear_map, x of some walkers, reference_loss, index) -> noise of the gradients`.
+        enter: `(problem, walk, reference_loss, index, first) -> (Anchor, Walk)`: from now on by these blocks.
+        advance: `(problem, anchor, walk, reference_loss, energy_error, first) -> (Walk, Record)`.
+    """
 
     start: Callable[..., Walk]
-    advance: Callable[..., tuple[Walk, Record, Int[Array, ""]]]
+    noise: Callable[..., Scalar]
+    enter: Callable[..., tuple[Anchor, Walk]]
+    advance: Callable[..., tuple[Walk, Record]]
 
 
-def walk_programs(objective: FlatObjective, blocks: tuple[int, ...], per_chain: int) -> WalkPrograms:
+def walk_programs(objective: FlatObjective, blocks: tuple[int, ...]) -> WalkPrograms:
     """Return the stages for an objective; the same arguments share them."""
-    return _walk_programs(cache_key(objective), blocks, per_chain)
+    return _walk_programs(cache_key(objective), blocks)
 
 
 @functools.lru_cache(maxsize=32)
-def _walk_programs(key: Any, blocks: tuple[int, ...], per_chain: int) -> WalkPrograms:
-    objective = from_cache_key(key)
+def _walk_programs(key: Any, blocks: tuple[int, ...]) -> WalkPrograms:
+    objective, column_fn = from_cache_key(key), virial_columns(blocks)
+    jit = functools.partial(jax.jit, compiler_options=quick_compilation())
 
-    @jax.jit
-    def start(family, problem, params, keys, reference_loss):
-        return start_walk(family, objective, problem, params, keys, reference_loss, per_chain)
+    def noise(problem, linear_map, x, reference_loss, index):
+        anchor = make_anchor(objective, problem, linear_map.center, reference_loss, index)
+        return gradient_noise(objective, problem, anchor, jax.vmap(linear_map.displacement)(x), linear_map.pull_back)
 
-    @functools.partial(jax.jit, donate_argnames=("walk",))
-    def advance(problem, walk, reference_loss, first):
-        return walk_round(objective, problem, blocks, walk, reference_loss, first)
+    def enter(problem, walk: Walk, reference_loss, index, first):
+        center = walk.linear_map.displacement(jnp.mean(walk.walkers.x, axis=0))
+        anchor = make_anchor(objective, problem, center, reference_loss, index)
+        evaluate = make_potential(objective, problem, walk.linear_map, reference_loss)
+        return anchor, walk._replace(walkers=refresh(evaluate, anchor, walk.walkers, walk.keys, first))
 
-    return WalkPrograms(start, advance)
+    def advance(problem, anchor, walk: Walk, reference_loss, energy_error, first):
+        walkers, tuning, record = run_steps(
+            make_potential(objective, problem, walk.linear_map, reference_loss),
+            walk.linear_map,
+            anchor,
+            walk.walkers,
+            walk.tuning,
+            walk.keys,
+            first,
+            functools.partial(column_fn, walk.linear_map),
+            energy_error=energy_error,
+            bins=BINS,
+            bin_length=BIN_LENGTH,
+        )
+        llc = problem.posterior.learning_coefficient(record.llc)
+        return walk._replace(walkers=walkers, tuning=tuning), record._replace(llc=llc)
+
+    return WalkPrograms(jit(start_walk, static_argnames=("num_walkers",)), jit(noise), jit(enter), jit(advance))
+
+
+class Level(NamedTuple):
+    """How exact the dynamics are."""
+
+    num_blocks: int
+    energy_error: float
 
 
 class Sampled(NamedTuple):
-    """A finished run of the walkers; `gradients` counts full-data gradients of all walkers."""
+    """A finished run; `work` is in full-data gradients, all walkers together."""
 
     analysis: Analysis
-    llc: Float[np.ndarray, "walkers trajectories"]
-    acceptance: float
+    llc: Float[np.ndarray, "walkers bins"]
+    level: Level
     step_size: float
-    gradients: int
+    returned: float
+    work: float
     settled: bool
 
 
+class Sampler:
+    """The walkers of one run, with what they have spent."""
+
+    def __init__(self, programs: WalkPrograms, problem: Problem, walk: Walk, reference_loss: Scalar, budget: float):
+        self.programs, self.problem, self.walk = programs, problem, walk
+        self.reference_loss, self.budget = reference_loss, budget
+        self.counts = block_counts(problem.num_data, problem.posterior.center.size)
+        self.work, self.steps, self.returned = 0.0, 0, 0.0
+        self.level, self.anchor, self.cost = Level(0, ENERGY_ERROR), None, 0.0
+
+    @property
+    def num_walkers(self) -> int:
+        """Count the walkers."""
+        return self.walk.walkers.x.shape[0]
+
+    def noise(self) -> float:
+        """Measure the noise of gradients on the smallest blocks, per block of data left out."""
+        if len(self.counts) == 1:
+            return 0.0
+        index = split_data(self.problem.num_data, self.counts[0])
+        points = self.walk.walkers.x[: min(NOISE_POINTS, self.num_walkers)]
+        value = self.programs.noise(self.problem, self.walk.linear_map, points, self.reference_loss, index)
+        self.work += 2 + points.shape[0]
+        return float(value) / (index.shape[0] - 1)
+
+    def affordable(self, noise: float, llc: float, share: float) -> int:
+        """Return the most blocks with which noise raises llc by no more than a share of it.
+
+        Noise of variance V per step heats a direction by `step * V * friction time / 2`, and half of that is llc.
+        """
+        heat = noise * float(self.walk.tuning.step) * FRICTION_TIME / 4
+        good = [count for count in self.counts if heat * (count - 1) <= share * abs(llc)]
+        return good[0] if good else 1
+
+    def enter(self, level: Level) -> None:
+        """Go on by another number of blocks or energy error."""
+        if level.num_blocks != self.level.num_blocks:
+            index = split_data(self.problem.num_data, level.num_blocks)
+            first = jnp.int32(self.steps)
+            self.anchor, self.walk = self.programs.enter(self.problem, self.walk, self.reference_loss, index, first)
+            self.cost = self.num_walkers * index.shape[1] / self.problem.num_data
+            self.work += self.cost + (2 if level.num_blocks > 1 else 0)
+        if level.energy_error != self.level.energy_error:
+            fresh = start_tuning(self.walk.walkers.x.shape[1], self.walk.tuning.step.dtype)
+            factor = (level.energy_error / self.level.energy_error) ** (1 / 6)
+            self.walk = self.walk._replace(tuning=fresh._replace(step=factor * self.walk.tuning.step))
+        self.level = level
+
+    def advance(self) -> Record:
+        """Run one round."""
+        self.walk, record = self.programs.advance(
+            self.problem,
+            self.anchor,
+            self.walk,
+            self.reference_loss,
+            jnp.float32(self.level.energy_error),
+            jnp.int32(self.steps),
+        )
+        record = Record(*(np.asarray(leaf, float) for leaf in jax.device_get(record)))
+        self.steps += ROUND
+        self.work += ROUND * self.cost
+        self.returned += float(record.returned.sum())
+        return record
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether another round would exceed the budget."""
+        return self.work + ROUND * self.cost > self.budget
+
+
 def sample_posterior(
-    programs: WalkPrograms,
-    family: AbstractFamily,
-    problem: Problem,
-    params: Any,
-    keys: Keys,
-    reference_loss: Scalar,
-    *,
-    relative_error: float,
-    max_trajectories: int,
-    report: Callable[[int, float], None],
+    sampler: Sampler, *, relative_error: float, report: Callable[[float, float], None]
 ) -> Sampled:
-    """Run the walkers until the error of llc is small and they agree, or to the most trajectories."""
-    walk = programs.start(family, problem, params, keys, reference_loss)
-    num_walkers = walk.walkers.x.shape[0]
-    records, gradients, settled = [], num_walkers, False
-    while not settled and len(records) * ROUND < max_trajectories:
-        walk, record, leaps = programs.advance(problem, walk, reference_loss, jnp.int32(len(records) * ROUND))
-        records.append(jax.device_get(record))
-        gradients += num_walkers * int(leaps)
-        columns = zip(*records, strict=True)
-        llc, virial, acceptance = (np.concatenate(parts, axis=1).astype(float) for parts in columns)
+    """Run the walkers until the error of llc is small and they agree, or the budget is spent.
+
+    Gradients come from blocks of the data as small as their noise allows: it may add `BURN_IN_NOISE` to llc while the
+    walkers move in from q, and `relative_error` afterwards. What the virial columns take off llc measures what noise
+    and step size have added to it; where that is too much, blocks are made larger and steps shorter.
+    """
+    noise = sampler.noise()
+    start = float(sampler.problem.posterior.learning_coefficient(jnp.mean(sampler.walk.walkers.excess)))
+    precise = PRECISE_ENERGY_ERROR * min(2.5, (relative_error / 0.02) ** 3)
+    if sampler.affordable(noise, start, relative_error) < (burn := sampler.affordable(noise, start, BURN_IN_NOISE)):
+        llc = _move_in(sampler, Level(burn, ENERGY_ERROR), report)
+        burn = sampler.affordable(sampler.noise(), llc, relative_error)
+    sampler.enter(Level(burn, precise))
+    return _produce(sampler, relative_error, report)
+
+
+def _move_in(sampler: Sampler, level: Level, report) -> float:
+    """Run until llc has stopped moving much; return it."""
+    sampler.enter(level)
+    means: list[float] = []
+    while len(means) < MAX_BURN_IN and not sampler.is_spent:
+        means.append(float(sampler.advance().llc.mean()))
+        report(sampler.work, means[-1])
+        if not math.isfinite(means[-1]):
+            break
+        half = len(means) // 2
+        if half and abs(np.mean(means[:half]) - np.mean(means[half:])) < BURN_IN_CHANGE * abs(means[-1]):
+            break
+    return means[-1]
+
+
+def _produce(sampler: Sampler, relative_error: float, report) -> Sampled:
+    """Gather records until they settle, at more exact levels where need be."""
+    records: list[Record] = []
+    refinements, looked, settled = 0, 0, False
+    analysis, llc = None, np.zeros((sampler.num_walkers, 0))
+    while analysis is None or not (settled or sampler.is_spent):
+        records.append(sampler.advance())
+        if len(records) < CHECK_GROWTH * looked and not sampler.is_spent:
+            continue
+        looked = len(records)
+        llc, virial = (np.concatenate([getattr(r, name) for r in records], axis=1) for name in ("llc", "virial"))
+        analysis = analyse(llc, virial)
+        report(sampler.work, analysis.llc)
         if not np.all(np.isfinite(llc)):
             break
-        analysis = analyse(llc, virial)
-        report(len(records) * ROUND, analysis.llc)
+        wanted = relative_error * abs(analysis.llc)
+        if analysis.added > 0 and analysis.systematic > 0.5 * wanted and refinements < REFINEMENTS:
+            refinements += 1
+            sampler.enter(
+                Level(max(1, sampler.level.num_blocks // FEWER_BLOCKS), sampler.level.energy_error / LESS_ENERGY_ERROR)
+            )
+            records, looked = [], 0
+            continue
         settled = (
-            analysis.llc_sem <= relative_error * abs(analysis.llc)
+            analysis.llc_sem <= wanted
             and analysis.rhat < RHAT_SETTLED
-            and abs(analysis.virial_z) < VIRIAL_SIGMAS
             and abs(analysis.drift_z) < DRIFT_SIGMAS
-            and len(records) >= MIN_ROUNDS
+            and llc.shape[1] >= MIN_BINS
         )
-        if not settled and len(records) in LENGTHEN_AT:
-            walk = walk._replace(tuning=walk.tuning._replace(length=2 * walk.tuning.length))
-    analysis = analyse(llc, virial)
-    step = float(jnp.exp(walk.tuning.log_step))
-    return Sampled(analysis, llc, float(acceptance[:, analysis.burn_in :].mean()), step, gradients, settled)
+    step = float(sampler.walk.tuning.step)
+    returned = sampler.returned * sampler.num_walkers * BIN_LENGTH
+    return Sampled(analysis, llc, sampler.level, step, returned, sampler.work, settled)

@@ -18,7 +18,6 @@ DENSE_DIM = 64  # up to here the whole Hessian is as cheap as a Krylov space
 OVERSAMPLING = 2 * BLOCK
 TRACE_PROBES = 8
 RELATIVE_FLOOR = 1e-6  # smallest precision relative to the mean one, where gamma is zero or nearly so
-CURVATURE_EXAMPLES = 4096  # data points that the Hessian at w* is averaged over
 
 
 class Start(eqx.Module):

@@ -13,7 +13,7 @@ from fastvi.config import VIConfig
 from fastvi.estimators.llc import Evaluation, evaluate, make_excess_fn
 from fastvi.families import FAMILIES
 from fastvi.families.base import AbstractFamily
-from fastvi.geometry.start import CURVATURE_EXAMPLES, Start, make_start, rank_limit
+from fastvi.geometry.start import Start, make_start, rank_limit
 from fastvi.inference.calibrate import calibrate_scale
 from fastvi.inference.loop import Problem, State, init_state, run_steps
 from fastvi.inference.optimizer import Horizon
@@ -72,8 +72,8 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
     def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
         key_subset, key_start = jax.random.split(key)
         subset = problem.data
-        if problem.num_data > CURVATURE_EXAMPLES:
-            index = jax.random.choice(key_subset, problem.num_data, (CURVATURE_EXAMPLES,), replace=False)
+        if problem.num_data > config.hessian_examples:
+            index = jax.random.choice(key_subset, problem.num_data, (config.hessian_examples,), replace=False)
             subset = jax.tree_util.tree_map(lambda leaf: leaf[index], problem.data)
         return make_start(objective, problem.posterior, subset, problem.next_batch, config, key_start, whitener_scale)
 

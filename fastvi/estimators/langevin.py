@@ -1,0 +1,177 @@
+"""Underdamped Langevin dynamics on the local posterior, in the coordinates that a fitted q makes round."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
+from fastvi.estimators.blocks import Anchor, anchored_value_and_grad
+from fastvi.families.base import LinearMap
+from fastvi.inference.loop import Problem
+from fastvi.objective import FlatObjective
+
+FRICTION_TIME = 2.0  # after which a momentum is forgotten, in q's standard deviations: slow directions are wider
+HOLD = 2  # steps that a walker keeps its block of data: every other step conserves an energy but for its own error
+FIRST_STEP = 0.3  # times dim^(-1/4), the scaling of the step at constant energy error in a round Gaussian
+SHRINK, GROW = 0.8, 1.1  # bounds on what one step changes of the step size
+WIDTH = 9.0  # of the log-normal window that outliers of the energy error fall out of: 6 x 1.5, as blackjax has it
+FIRST_MEMORY, LAST_MEMORY = 20.0, 100.0  # steps that the running mean of the energy error covers
+WORST_ERROR = 1e3  # nats of energy error at which a step is taken back and the momentum reversed
+
+
+class Walker(NamedTuple):
+    """A point with what the next step needs.
+
+    `gradient` is that of the potential `-log p` in v, estimated on `block`; `potential` is the one it belongs to.
+    """
+
+    x: Float[Array, " dim"]
+    momentum: Float[Array, " dim"]
+    gradient: Float[Array, " dim"]
+    potential: Scalar
+    excess: Scalar
+
+
+class Tuning(NamedTuple):
+    """Step size, and the running means that set it."""
+
+    step: Scalar
+    total: Scalar
+    weight: Scalar
+    count: Int[Array, ""]
+
+
+class Record(NamedTuple):
+    """What is kept of each bin of steps: `llc` is nbeta (L_n - L_n(w*)), `virial` has mean zero under the posterior."""
+
+    llc: Float[Array, " bins"]
+    virial: Float[Array, "bins columns"]
+    energy_error: Float[Array, " bins"]
+    returned: Float[Array, " bins"]
+
+
+def start_tuning(dim: int, dtype) -> Tuning:
+    """Return the tuning before the first step."""
+    zero = jnp.zeros((), dtype)
+    return Tuning(jnp.asarray(FIRST_STEP * dim**-0.25, dtype), zero, zero + 1e-6, jnp.asarray(0))
+
+
+def make_potential(objective: FlatObjective, problem: Problem, linear_map: LinearMap, reference_loss: Scalar):
+    """Return `(anchor, x, momentum, block) -> Walker`."""
+    posterior = problem.posterior
+
+    def evaluate(anchor: Anchor, x, momentum, block) -> Walker:
+        v = linear_map.displacement(x)
+        excess, gradient, surrogate = anchored_value_and_grad(objective, problem, anchor, reference_loss, v, block)
+        gradient = -posterior.log_density_grad(v, gradient)
+        return Walker(x, momentum, gradient, -posterior.log_density(v, surrogate), excess)
+
+    return evaluate
+
+
+def run_steps(
+    evaluate,
+    linear_map: LinearMap,
+    anchor: Anchor,
+    walkers: Walker,
+    tuning: Tuning,
+    keys: Keys,
+    first: Int[Array, ""],
+    columns_fn,
+    *,
+    energy_error: Scalar,
+    bins: int,
+    bin_length: int,
+) -> tuple[Walker, Tuning, Record]:
+    """Run `bins * bin_length` steps of every walker side by side, adapting one step size for all.
+
+    A step is half a kick, a drift and half a kick (leapfrog), then friction and noise; nothing is rejected. The step
+    size keeps the variance of the leapfrog's energy error per dimension at `energy_error`; the bias of the stationary
+    distribution is of the order of its cube root.
+
+    Args:
+        evaluate: From `make_potential`.
+        linear_map: The round coordinates.
+        anchor: What makes gradients on blocks precise.
+        walkers: Points, stacked.
+        tuning: The step size.
+        keys: One key for each walker.
+        first: Index of the first step.
+        columns_fn: `(displacement, gradient, x, gradient in x) -> columns`, all of mean zero.
+        energy_error: Variance of the energy error of a step over the dimension.
+        bins: Records to keep.
+        bin_length: Steps averaged in each.
+
+    Returns:
+        Walkers, tuning, and records with a leading axis of walkers.
+
+    References:
+        Leimkuhler & Matthews, Molecular Dynamics (2015); Robnik & Seljak, Fluctuation without dissipation (2023) for
+        the control of the energy error; Baker et al., Control variates for SGMCMC (2019).
+    """
+    num_blocks, dim = anchor.block_loss.shape[0], walkers.x.shape[1]
+    held = HOLD if num_blocks > 1 else 1
+
+    def advance(walker: Walker, key, step, index):
+        block = jax.random.randint(jax.random.fold_in(key, index // held), (), 0, num_blocks)
+        force = linear_map.pull_back(walker.gradient)
+        half = walker.momentum - 0.5 * step * force
+        moved = evaluate(anchor, walker.x + step * half, half, block)
+        pulled = linear_map.pull_back(moved.gradient)
+        end = half - 0.5 * step * pulled
+        error = moved.potential - walker.potential + 0.5 * (jnp.sum(end**2) - jnp.sum(walker.momentum**2))
+        kept = jnp.exp(-step / FRICTION_TIME)
+        noise = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, index), 1), end.shape, end.dtype)
+        moved = moved._replace(momentum=kept * end + jnp.sqrt(1 - kept**2) * noise)
+        is_lost = ~(jnp.abs(error) < WORST_ERROR)
+        back = walker._replace(momentum=-walker.momentum)
+        walker = jax.tree_util.tree_map(lambda old, new: jnp.where(is_lost, old, new), back, moved)
+        columns = columns_fn(
+            linear_map.displacement(walker.x), walker.gradient, walker.x, jnp.where(is_lost, force, pulled)
+        )
+        return walker, (walker.excess, columns, jnp.where(is_lost, WORST_ERROR, error), is_lost)
+
+    def one_step(carry, index):
+        walkers, tuning = carry
+        walkers, (excess, columns, error, lost) = jax.vmap(advance, in_axes=(0, 0, None, None))(
+            walkers, keys, tuning.step, index
+        )
+        error = jnp.mean(error**2) / dim
+        is_clean = index % held == held - 1  # the block at both ends is the same
+        tuned = _adapt(tuning, error, energy_error)
+        tuning = jax.tree_util.tree_map(lambda new, old: jnp.where(is_clean, new, old), tuned, tuning)
+        return (walkers, tuning), (excess, columns, jnp.where(is_clean, error, jnp.nan), jnp.mean(lost))
+
+    def one_bin(carry, start):
+        carry, (excess, columns, error, lost) = jax.lax.scan(one_step, carry, start + jnp.arange(bin_length))
+        return carry, Record(excess.mean(0), columns.mean(0), jnp.nanmean(error), lost.mean())
+
+    starts = first + bin_length * jnp.arange(bins)
+    (walkers, tuning), record = jax.lax.scan(one_bin, (walkers, tuning), starts)
+    swapped = record._replace(llc=record.llc.T, virial=jnp.swapaxes(record.virial, 0, 1))
+    return walkers, tuning, swapped
+
+
+def _adapt(tuning: Tuning, error: Scalar, target: Scalar) -> Tuning:
+    """Move the step size to where the mean energy error, which grows as its sixth power, meets the target."""
+    ratio = jnp.minimum(error / target, 1e6) + 1e-8
+    weight = jnp.exp(-0.5 * (jnp.log(ratio) / WIDTH) ** 2)
+    memory = jnp.minimum(FIRST_MEMORY + tuning.count, LAST_MEMORY)
+    decay = (memory - 1) / (memory + 1)
+    total = decay * tuning.total + weight * ratio / tuning.step**6
+    weights = decay * tuning.weight + weight
+    step = jnp.clip((total / weights) ** (-1 / 6), SHRINK * tuning.step, GROW * tuning.step)
+    dtype = tuning.step.dtype
+    return Tuning(step.astype(dtype), total.astype(dtype), weights.astype(dtype), tuning.count + 1)
+
+
+def refresh(evaluate, anchor: Anchor, walkers: Walker, keys: Keys, index: Int[Array, ""]) -> Walker:
+    """Evaluate the walkers anew, on the block that their next step begins with."""
+    num_blocks = anchor.block_loss.shape[0]
+
+    def one(walker: Walker, key: Key) -> Walker:
+        block = jax.random.randint(jax.random.fold_in(key, index // HOLD), (), 0, num_blocks)
+        return evaluate(anchor, walker.x, walker.momentum, block)
+
+    return jax.vmap(one)(walkers, keys)

@@ -9,6 +9,7 @@ from fastvi._typing import Float
 POINTS_PER_COLUMN = 5  # records that a regression coefficient takes
 LEAST_BURN_IN = 5  # at least this part of a run is discarded
 NEGLIGIBLE_CORRELATION = 0.05
+ROUNDING = 2e-5  # of a mean in single precision
 DOUBT = 0.3  # part of what the virial columns take off llc that may be left: they see bias to first order
 
 
@@ -16,8 +17,9 @@ DOUBT = 0.3  # part of what the virial columns take off llc that may be left: th
 class Analysis:
     """What a run says: the mean after burn-in, its error, and whether to believe it.
 
-    `added` is what the dynamics added to llc and the virial columns took off again, `systematic` the part of
-    `llc_sem` that stands for what they may have missed of it.
+    `added` is what the virial columns take off llc. Where it is positive, the dynamics have added it: noisy gradients
+    and finite steps heat. Where it is negative, the walkers have not yet spread along wide directions; llc, which hardly
+    feels these, is then read without the columns. `systematic` is the part of `llc_sem` that stands for either.
     """
 
     llc: float
@@ -25,6 +27,7 @@ class Analysis:
     added: float
     systematic: float
     rhat: float
+    rhat_radius: float
     virial_z: float
     drift_z: float
     variance_reduction: float
@@ -33,29 +36,36 @@ class Analysis:
 
 
 def analyse(
-    llc: Float[np.ndarray, "walkers trajectories"], virial: Float[np.ndarray, "walkers trajectories columns"]
+    llc: Float[np.ndarray, "walkers bins"],
+    virial: Float[np.ndarray, "walkers bins columns"],
+    radius2: Float[np.ndarray, "walkers bins"] | None = None,
 ) -> Analysis:
     """Average a run after its burn-in, with virial control variates.
 
     Coefficients come from the other half of the walkers. The error is the larger of that from the spread between
     walkers and that from the autocorrelation within them.
     """
-    burn = max(burn_in(llc), burn_in(_adjust(llc, virial)), llc.shape[1] // LEAST_BURN_IN)
+    others = [] if radius2 is None else [radius2]
+    burn = max(llc.shape[1] // LEAST_BURN_IN, *map(burn_in, [llc, _adjust(llc, virial), *others]))
     total = virial[:, burn:].sum(axis=-1)
     error = standard_error(total)
     kept, columns = llc[:, burn:], virial[:, burn:]
     adjusted = _adjust(kept, columns)
-    per_walker = adjusted.mean(axis=1)
     added = float((kept - adjusted).mean())
-    systematic = DOUBT * max(0.0, abs(added) - 2 * standard_error(kept - adjusted))
+    significant = max(0.0, abs(added) - 2 * standard_error(kept - adjusted))
+    systematic = DOUBT * significant
+    if added < 0 and significant:
+        adjusted = kept
+    per_walker = adjusted.mean(axis=1)
     return Analysis(
         llc=float(per_walker.mean()),
-        llc_sem=float(np.hypot(standard_error(adjusted), systematic)),
+        llc_sem=float(np.hypot(standard_error(adjusted), max(systematic, ROUNDING * abs(per_walker.mean())))),
         added=added,
         systematic=systematic,
         rhat=split_rhat(adjusted),
+        rhat_radius=max((split_rhat(r[:, burn:]) for r in others), default=1.0),
         virial_z=float(total.mean() / error) if error > 0 else 0.0,
-        drift_z=drift(adjusted),
+        drift_z=max((drift(values) for values in [adjusted, *(r[:, burn:] for r in others)]), key=abs),
         variance_reduction=float(kept.var() / max(adjusted.var(), 1e-300)),
         burn_in=burn,
         per_walker=per_walker,
@@ -91,7 +101,7 @@ def _adjust(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return result
 
 
-def standard_error(values: Float[np.ndarray, "walkers trajectories"]) -> float:
+def standard_error(values: Float[np.ndarray, "walkers bins"]) -> float:
     """Return the error of the mean: from the spread of the walkers or the correlation within them, if larger."""
     walkers, length = values.shape
     between = values.mean(axis=1).std(ddof=1) / np.sqrt(walkers) if walkers > 1 else 0.0
@@ -109,7 +119,7 @@ def standard_error(values: Float[np.ndarray, "walkers trajectories"]) -> float:
     return float(max(between, within))
 
 
-def drift(values: Float[np.ndarray, "walkers trajectories"]) -> float:
+def drift(values: Float[np.ndarray, "walkers bins"]) -> float:
     """Return the change of the mean from the first half to the second, in its standard errors over walkers."""
     half = values.shape[1] // 2
     if half == 0 or values.shape[0] < 2:

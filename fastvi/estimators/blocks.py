@@ -32,12 +32,12 @@ class Anchor(NamedTuple):
 
 
 def block_counts(num_data: int, dim: int) -> tuple[int, ...]:
-    """Return the numbers of blocks to choose from, most first: powers of four down to all data at once."""
+    """Return the numbers of blocks to choose from, most first: powers of two down to all data at once."""
     counts, count = [], MAX_BLOCKS
     while count > 1:
         if count * MIN_BLOCK <= num_data and count * dim <= TABLE_FLOATS:
             counts.append(count)
-        count //= 4
+        count //= 2
     return (*counts, 1)
 
 

@@ -14,7 +14,6 @@ from fastvi.compilation import cache_key, from_cache_key, quick_compilation
 from fastvi.estimators.analysis import Analysis, analyse
 from fastvi.estimators.blocks import Anchor, block_counts, gradient_noise, make_anchor, split_data
 from fastvi.estimators.langevin import (
-    FRICTION_TIME,
     Record,
     Tuning,
     Walker,
@@ -31,7 +30,8 @@ from fastvi.objective import FlatObjective
 BINS, BIN_LENGTH = 4, 4  # records of a round, and the steps averaged in each
 ROUND = BINS * BIN_LENGTH
 MIN_BINS = 8
-RHAT_SETTLED, DRIFT_SIGMAS = 1.1, 2.5
+FRICTION_TIME, WIDEST = 2.0, 8.0  # for a posterior as wide as q; for a wider one up to so many times as long
+RHAT_SETTLED, RHAT_RADIUS_SETTLED, DRIFT_SIGMAS = 1.1, 1.2, 2.5
 EFFECTIVE_SHARE = 0.5  # part of q's draws that must count when walkers are chosen among them
 MAX_COLUMNS = 12  # parameter blocks with a virial column of their own
 WALK_BLOCK = 2**31 + 2**17  # counters of a chain's key beyond those of its evaluation
@@ -39,10 +39,13 @@ NOISE_POINTS = 2  # walkers at which the noise of the gradients is measured
 BURN_IN_NOISE = 0.3  # share of llc that this noise may add while walkers move in from q
 BURN_IN_CHANGE = 0.1  # of llc from one half of a run to the next, at which they have moved in
 MAX_BURN_IN = 20  # rounds
-ENERGY_ERROR = 5e-4  # of the first steps
+ENERGY_ERROR = 5e-4  # of the first steps, in nats^2 per effective dimension
 PRECISE_ENERGY_ERROR = 2e-4  # at a relative error of 2 %; the bias grows as the cube root
+LEAST_DIMENSIONS = 0.1  # effective dimensions, at least, of each dimension
 REFINEMENTS = 3  # how many times the dynamics are made more exact
 FEWER_BLOCKS, LESS_ENERGY_ERROR = 4, 8
+NOISE_SHARE = 0.5  # of relative_error that noise of the gradients may add to llc
+REFINE_AT = 0.75  # systematic error over the wanted one
 CHECK_GROWTH = 1.15  # of a run between looks at its averages
 
 
@@ -140,7 +143,8 @@ class WalkPrograms(NamedTuple):
         start: `(family, problem, params, keys, log_weight, excess, num_walkers) -> Walk`.
         noise: `(problem, linear_map, x of some walkers, reference_loss, index) -> noise of the gradients`.
         enter: `(problem, walk, reference_loss, index, first) -> (Anchor, Walk)`: from now on by these blocks.
-        advance: `(problem, anchor, walk, reference_loss, energy_error, first) -> (Walk, Record)`.
+        advance: `(problem, anchor, walk, reference_loss, energy_error, friction_time, first) ->
+            (Walk, Record)`.
     """
 
     start: Callable[..., Walk]
@@ -169,7 +173,7 @@ def _walk_programs(key: Any, blocks: tuple[int, ...]) -> WalkPrograms:
         evaluate = make_potential(objective, problem, walk.linear_map, reference_loss)
         return anchor, walk._replace(walkers=refresh(evaluate, anchor, walk.walkers, walk.keys, first))
 
-    def advance(problem, anchor, walk: Walk, reference_loss, energy_error, first):
+    def advance(problem, anchor, walk: Walk, reference_loss, energy_error, friction_time, first):
         walkers, tuning, record = run_steps(
             make_potential(objective, problem, walk.linear_map, reference_loss),
             walk.linear_map,
@@ -179,6 +183,7 @@ def _walk_programs(key: Any, blocks: tuple[int, ...]) -> WalkPrograms:
             walk.keys,
             first,
             functools.partial(column_fn, walk.linear_map),
+            friction_time=friction_time,
             energy_error=energy_error,
             bins=BINS,
             bin_length=BIN_LENGTH,
@@ -217,30 +222,31 @@ class Sampler:
         self.counts = block_counts(problem.num_data, problem.posterior.center.size)
         self.work, self.steps, self.returned = 0.0, 0, 0.0
         self.level, self.anchor, self.cost = Level(0, ENERGY_ERROR), None, 0.0
+        self.block_noise, self.allowed_heat = 0.0, 0.0
+        self.llc = float(problem.posterior.learning_coefficient(jnp.mean(walk.walkers.excess)))
 
     @property
     def num_walkers(self) -> int:
         """Count the walkers."""
         return self.walk.walkers.x.shape[0]
 
-    def noise(self) -> float:
+    def measure_noise(self) -> None:
         """Measure the noise of gradients on the smallest blocks, per block of data left out."""
         if len(self.counts) == 1:
-            return 0.0
+            return
         index = split_data(self.problem.num_data, self.counts[0])
         points = self.walk.walkers.x[: min(NOISE_POINTS, self.num_walkers)]
         value = self.programs.noise(self.problem, self.walk.linear_map, points, self.reference_loss, index)
         self.work += 2 + points.shape[0]
-        return float(value) / (index.shape[0] - 1)
+        self.block_noise = float(value) / (index.shape[0] - 1)
 
-    def affordable(self, noise: float, llc: float, share: float) -> int:
-        """Return the most blocks with which noise raises llc by no more than a share of it.
+    def affordable(self, llc: float) -> int:
+        """Return the most blocks with which noise adds no more than this to llc.
 
         Noise of variance V per step heats a direction by `step * V * friction time / 2`, and half of that is llc.
         """
-        heat = noise * float(self.walk.tuning.step) * FRICTION_TIME / 4
-        good = [count for count in self.counts if heat * (count - 1) <= share * abs(llc)]
-        return good[0] if good else 1
+        heat = self._heat(FRICTION_TIME)
+        return next((count for count in self.counts if heat * (count - 1) <= abs(llc)), 1)
 
     def enter(self, level: Level) -> None:
         """Go on by another number of blocks or energy error."""
@@ -263,7 +269,8 @@ class Sampler:
             self.anchor,
             self.walk,
             self.reference_loss,
-            jnp.float32(self.level.energy_error),
+            jnp.float32(self.level.energy_error * self.effective_dimensions),
+            jnp.float32(self.friction_time),
             jnp.int32(self.steps),
         )
         record = Record(*(np.asarray(leaf, float) for leaf in jax.device_get(record)))
@@ -271,6 +278,27 @@ class Sampler:
         self.work += ROUND * self.cost
         self.returned += float(record.returned.sum())
         return record
+
+    @property
+    def friction_time(self) -> float:
+        """Time after which momentum is forgotten.
+
+        What it takes to cross the posterior as wide as it has been seen, or as much less as the noise asks for.
+        """
+        x = self.walk.walkers.x
+        width = math.sqrt(float(jnp.mean(x**2))) if self.steps else 1.0
+        cool = self.allowed_heat / max(self._heat(1.0) * (self.level.num_blocks - 1), 1e-30)
+        return FRICTION_TIME * max(1.0, min(width, WIDEST, cool / FRICTION_TIME))
+
+    def _heat(self, friction_time: float) -> float:
+        """Return what gradient noise adds to llc, for each block of data but one."""
+        return self.block_noise * float(self.walk.tuning.step) * friction_time / 4
+
+    @property
+    def effective_dimensions(self) -> float:
+        """Twice the llc, which is what a quadratic loss has in as many dimensions, within bounds."""
+        dim = self.problem.posterior.center.size
+        return float(np.clip(2 * self.llc, LEAST_DIMENSIONS * dim, dim))
 
     @property
     def is_spent(self) -> bool:
@@ -287,13 +315,16 @@ def sample_posterior(
     walkers move in from q, and `relative_error` afterwards. What the virial columns take off llc measures what noise
     and step size have added to it; where that is too much, blocks are made larger and steps shorter.
     """
-    noise = sampler.noise()
-    start = float(sampler.problem.posterior.learning_coefficient(jnp.mean(sampler.walk.walkers.excess)))
-    precise = PRECISE_ENERGY_ERROR * min(2.5, (relative_error / 0.02) ** 3)
-    if sampler.affordable(noise, start, relative_error) < (burn := sampler.affordable(noise, start, BURN_IN_NOISE)):
-        llc = _move_in(sampler, Level(burn, ENERGY_ERROR), report)
-        burn = sampler.affordable(sampler.noise(), llc, relative_error)
-    sampler.enter(Level(burn, precise))
+    sampler.measure_noise()
+    precise = min(ENERGY_ERROR, PRECISE_ENERGY_ERROR * (relative_error / 0.02) ** 3)
+    share = NOISE_SHARE * relative_error
+    rough = sampler.affordable(BURN_IN_NOISE * sampler.llc)
+    if sampler.affordable(share * sampler.llc) < rough:
+        sampler.allowed_heat = BURN_IN_NOISE * abs(sampler.llc)
+        sampler.llc = _move_in(sampler, Level(rough, ENERGY_ERROR), report)
+        sampler.measure_noise()
+    sampler.allowed_heat = share * abs(sampler.llc)
+    sampler.enter(Level(sampler.affordable(sampler.allowed_heat), precise))
     return _produce(sampler, relative_error, report)
 
 
@@ -322,25 +353,35 @@ def _produce(sampler: Sampler, relative_error: float, report) -> Sampled:
         if len(records) < CHECK_GROWTH * looked and not sampler.is_spent:
             continue
         looked = len(records)
-        llc, virial = (np.concatenate([getattr(r, name) for r in records], axis=1) for name in ("llc", "virial"))
-        analysis = analyse(llc, virial)
+        llc, virial, radius2 = (
+            np.concatenate([getattr(r, name) for r in records], axis=1) for name in ("llc", "virial", "radius2")
+        )
+        analysis = analyse(llc, virial, radius2)
         report(sampler.work, analysis.llc)
         if not np.all(np.isfinite(llc)):
             break
         wanted = relative_error * abs(analysis.llc)
-        if analysis.added > 0 and analysis.systematic > 0.5 * wanted and refinements < REFINEMENTS:
+        sampler.llc = analysis.llc
+        if analysis.added > 0 and analysis.systematic > REFINE_AT * wanted and refinements < REFINEMENTS:
             refinements += 1
-            sampler.enter(
-                Level(max(1, sampler.level.num_blocks // FEWER_BLOCKS), sampler.level.energy_error / LESS_ENERGY_ERROR)
-            )
+            sampler.enter(_finer(sampler, analysis.added))
             records, looked = [], 0
             continue
         settled = (
             analysis.llc_sem <= wanted
             and analysis.rhat < RHAT_SETTLED
+            and analysis.rhat_radius < RHAT_RADIUS_SETTLED
             and abs(analysis.drift_z) < DRIFT_SIGMAS
             and llc.shape[1] >= MIN_BINS
         )
     step = float(sampler.walk.tuning.step)
     returned = sampler.returned * sampler.num_walkers * BIN_LENGTH
     return Sampled(analysis, llc, sampler.level, step, returned, sampler.work, settled)
+
+
+def _finer(sampler: Sampler, added: float) -> Level:
+    """Return the next level: larger blocks where noise can be to blame for what was added, and shorter steps."""
+    level = sampler.level
+    sampler.allowed_heat = min(sampler.allowed_heat, added / FEWER_BLOCKS)
+    blocks = sampler.affordable(sampler.allowed_heat)
+    return Level(min(level.num_blocks, blocks), level.energy_error / LESS_ENERGY_ERROR)

@@ -11,7 +11,6 @@ from fastvi.families.base import LinearMap
 from fastvi.inference.loop import Problem
 from fastvi.objective import FlatObjective
 
-FRICTION_TIME = 2.0  # after which a momentum is forgotten, in q's standard deviations: slow directions are wider
 HOLD = 2  # steps that a walker keeps its block of data: every other step conserves an energy but for its own error
 FIRST_STEP = 0.3  # times dim^(-1/4), the scaling of the step at constant energy error in a round Gaussian
 SHRINK, GROW = 0.8, 1.1  # bounds on what one step changes of the step size
@@ -43,9 +42,10 @@ class Tuning(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What is kept of each bin of steps: `llc` is nbeta (L_n - L_n(w*)), `virial` has mean zero under the posterior."""
+    """What is kept of each bin of steps: means of nbeta (L_n - L_n(w*)), of |w - w*|^2, of the virial columns."""
 
     llc: Float[Array, " bins"]
+    radius2: Float[Array, " bins"]
     virial: Float[Array, "bins columns"]
     energy_error: Float[Array, " bins"]
     returned: Float[Array, " bins"]
@@ -80,15 +80,16 @@ def run_steps(
     first: Int[Array, ""],
     columns_fn,
     *,
+    friction_time: Scalar,
     energy_error: Scalar,
     bins: int,
     bin_length: int,
 ) -> tuple[Walker, Tuning, Record]:
     """Run `bins * bin_length` steps of every walker side by side, adapting one step size for all.
 
-    A step is half a kick, a drift and half a kick (leapfrog), then friction and noise; nothing is rejected. The step
-    size keeps the variance of the leapfrog's energy error per dimension at `energy_error`; the bias of the stationary
-    distribution is of the order of its cube root.
+    A step is half a kick, half a drift, friction and noise, half a drift, half a kick (BAOAB): positions are sampled
+    without bias where the potential is quadratic, and nothing is rejected. The step size keeps the mean square
+    of the energy error, the change of the energy less the heat, at `energy_error`.
 
     Args:
         evaluate: From `make_potential`.
@@ -99,7 +100,8 @@ def run_steps(
         keys: One key for each walker.
         first: Index of the first step.
         columns_fn: `(displacement, gradient, x, gradient in x) -> columns`, all of mean zero.
-        energy_error: Variance of the energy error of a step over the dimension.
+        friction_time: After which a momentum is forgotten, in q's standard deviations.
+        energy_error: Mean square of the energy error of a step, in nats^2.
         bins: Records to keep.
         bin_length: Steps averaged in each.
 
@@ -110,47 +112,51 @@ def run_steps(
         Leimkuhler & Matthews, Molecular Dynamics (2015); Robnik & Seljak, Fluctuation without dissipation (2023) for
         the control of the energy error; Baker et al., Control variates for SGMCMC (2019).
     """
-    num_blocks, dim = anchor.block_loss.shape[0], walkers.x.shape[1]
+    num_blocks = anchor.block_loss.shape[0]
     held = HOLD if num_blocks > 1 else 1
 
     def advance(walker: Walker, key, step, index):
         block = jax.random.randint(jax.random.fold_in(key, index // held), (), 0, num_blocks)
         force = linear_map.pull_back(walker.gradient)
-        half = walker.momentum - 0.5 * step * force
-        moved = evaluate(anchor, walker.x + step * half, half, block)
+        before = walker.momentum - 0.5 * step * force
+        kept = jnp.exp(-step / friction_time)
+        noise = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, index), 1), before.shape, before.dtype)
+        after = kept * before + jnp.sqrt(1 - kept**2) * noise
+        moved = evaluate(anchor, walker.x + 0.5 * step * (before + after), after, block)
         pulled = linear_map.pull_back(moved.gradient)
-        end = half - 0.5 * step * pulled
-        error = moved.potential - walker.potential + 0.5 * (jnp.sum(end**2) - jnp.sum(walker.momentum**2))
-        kept = jnp.exp(-step / FRICTION_TIME)
-        noise = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, index), 1), end.shape, end.dtype)
-        moved = moved._replace(momentum=kept * end + jnp.sqrt(1 - kept**2) * noise)
+        moved = moved._replace(momentum=after - 0.5 * step * pulled)
+        heat = _kinetic(after) - _kinetic(before)
+        error = moved.potential - walker.potential + _kinetic(moved.momentum) - _kinetic(walker.momentum) - heat
         is_lost = ~(jnp.abs(error) < WORST_ERROR)
         back = walker._replace(momentum=-walker.momentum)
         walker = jax.tree_util.tree_map(lambda old, new: jnp.where(is_lost, old, new), back, moved)
-        columns = columns_fn(
-            linear_map.displacement(walker.x), walker.gradient, walker.x, jnp.where(is_lost, force, pulled)
-        )
-        return walker, (walker.excess, columns, jnp.where(is_lost, WORST_ERROR, error), is_lost)
+        v = linear_map.displacement(walker.x)
+        columns = columns_fn(v, walker.gradient, walker.x, jnp.where(is_lost, force, pulled))
+        return walker, (walker.excess, v @ v, columns, jnp.where(is_lost, WORST_ERROR, error), is_lost)
 
     def one_step(carry, index):
         walkers, tuning = carry
-        walkers, (excess, columns, error, lost) = jax.vmap(advance, in_axes=(0, 0, None, None))(
+        walkers, (excess, radius2, columns, error, lost) = jax.vmap(advance, in_axes=(0, 0, None, None))(
             walkers, keys, tuning.step, index
         )
-        error = jnp.mean(error**2) / dim
+        error = jnp.mean(error**2)
         is_clean = index % held == held - 1  # the block at both ends is the same
         tuned = _adapt(tuning, error, energy_error)
         tuning = jax.tree_util.tree_map(lambda new, old: jnp.where(is_clean, new, old), tuned, tuning)
-        return (walkers, tuning), (excess, columns, jnp.where(is_clean, error, jnp.nan), jnp.mean(lost))
+        return (walkers, tuning), (excess, radius2, columns, jnp.where(is_clean, error, jnp.nan), jnp.mean(lost))
 
     def one_bin(carry, start):
-        carry, (excess, columns, error, lost) = jax.lax.scan(one_step, carry, start + jnp.arange(bin_length))
-        return carry, Record(excess.mean(0), columns.mean(0), jnp.nanmean(error), lost.mean())
+        carry, (excess, radius2, columns, error, lost) = jax.lax.scan(one_step, carry, start + jnp.arange(bin_length))
+        return carry, Record(excess.mean(0), radius2.mean(0), columns.mean(0), jnp.nanmean(error), lost.mean())
 
     starts = first + bin_length * jnp.arange(bins)
     (walkers, tuning), record = jax.lax.scan(one_bin, (walkers, tuning), starts)
-    swapped = record._replace(llc=record.llc.T, virial=jnp.swapaxes(record.virial, 0, 1))
+    swapped = record._replace(llc=record.llc.T, radius2=record.radius2.T, virial=jnp.swapaxes(record.virial, 0, 1))
     return walkers, tuning, swapped
+
+
+def _kinetic(momentum: Float[Array, " dim"]) -> Scalar:
+    return 0.5 * jnp.sum(momentum**2)
 
 
 def _adapt(tuning: Tuning, error: Scalar, target: Scalar) -> Tuning:

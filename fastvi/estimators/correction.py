@@ -35,7 +35,7 @@ RHAT_SETTLED, RHAT_RADIUS_SETTLED, DRIFT_SIGMAS = 1.1, 1.2, 2.5
 EFFECTIVE_SHARE = 0.5  # part of q's draws that must count when walkers are chosen among them
 MAX_COLUMNS = 12  # parameter blocks with a virial column of their own
 WALK_BLOCK = 2**31 + 2**17  # counters of a chain's key beyond those of its evaluation
-NOISE_POINTS = 2  # walkers at which the noise of the gradients is measured
+NOISE_POINTS = 4  # walkers at which the noise of the gradients is measured
 BURN_IN_NOISE = 0.3  # share of llc that this noise may add while walkers move in from q
 BURN_IN_CHANGE = 0.1  # of llc from one half of a run to the next, at which they have moved in
 MAX_BURN_IN = 20  # rounds
@@ -45,6 +45,7 @@ LEAST_DIMENSIONS = 0.1  # effective dimensions, at least, of each dimension
 REFINEMENTS = 3  # how many times the dynamics are made more exact
 FEWER_BLOCKS, LESS_ENERGY_ERROR = 4, 8
 NOISE_SHARE = 0.5  # of relative_error that noise of the gradients may add to llc
+NOISE_SLACK = 1.5  # on what a new measurement of the noise allows
 REFINE_AT = 0.75  # systematic error over the wanted one
 CHECK_GROWTH = 1.15  # of a run between looks at its averages
 
@@ -346,7 +347,7 @@ def _move_in(sampler: Sampler, level: Level, report) -> float:
 def _produce(sampler: Sampler, relative_error: float, report) -> Sampled:
     """Gather records until they settle, at more exact levels where need be."""
     records: list[Record] = []
-    refinements, looked, settled = 0, 0, False
+    refinements, looked, measured, settled = 0, 0, 1, False
     analysis, llc = None, np.zeros((sampler.num_walkers, 0))
     while analysis is None or not (settled or sampler.is_spent):
         records.append(sampler.advance())
@@ -367,6 +368,14 @@ def _produce(sampler: Sampler, relative_error: float, report) -> Sampled:
             sampler.enter(_finer(sampler, analysis.added))
             records, looked = [], 0
             continue
+        if sampler.level.num_blocks > 1 and looked >= 2 * measured:
+            measured = looked
+            sampler.measure_noise()
+            blocks = sampler.affordable(NOISE_SLACK * sampler.allowed_heat)
+            if blocks < sampler.level.num_blocks:  # noisier here than where the walkers came from
+                sampler.enter(sampler.level._replace(num_blocks=sampler.affordable(sampler.allowed_heat)))
+                records, looked, measured = [], 0, 1
+                continue
         settled = (
             analysis.llc_sem <= wanted
             and analysis.rhat < RHAT_SETTLED

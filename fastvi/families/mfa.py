@@ -12,6 +12,7 @@ import numpy as np
 from fastvi._typing import Array, Float, Key, Scalar
 from fastvi.families.base import (
     AbstractFamily,
+    Annealed,
     Blocks,
     Draws,
     LinearMap,
@@ -21,7 +22,7 @@ from fastvi.families.base import (
 )
 from fastvi.kernels import mixture_grad, woodbury
 from fastvi.kernels.noise import normal, words
-from fastvi.kernels.triangular import cholesky, lower_inverse
+from fastvi.kernels.triangular import inverse_root
 from fastvi.kernels.woodbury import Draw, Mixture, Noise
 
 LOG_SCALE_BOUND = 20.0  # |log D^{1/2}| in whitened coordinates: exp(2 * 20) stays finite in float32
@@ -74,6 +75,8 @@ class MFA(AbstractFamily):
         temperature: T in pi = softmax(logits / T).
         dirichlet: alpha_0 of the prior on pi (1: none).
         entropy_bonus: lambda_H in the objective E[ell] - (1 + lambda_H) E[log q].
+        prunes: Whether logits may be minus infinity: components without weight.
+        annealed: Temperature and entropy bonus of the current step, in place of the fields above.
     """
 
     scale: Float[Array, " dim"]
@@ -85,6 +88,22 @@ class MFA(AbstractFamily):
     temperature: float = eqx.field(static=True, default=1.0)
     dirichlet: float = eqx.field(static=True, default=1.0)
     entropy_bonus: float = eqx.field(static=True, default=0.0)
+    prunes: bool = eqx.field(static=True, default=False)
+    annealed: Annealed | None = None
+
+    @property
+    def heat(self) -> Any:
+        """Temperature in effect."""
+        return self.temperature if self.annealed is None else self.annealed.temperature
+
+    @property
+    def entropy_weight(self) -> Any:
+        """Weight of -log q in the objective: 1 + lambda_H in effect."""
+        return 1 + (self.entropy_bonus if self.annealed is None else self.annealed.entropy_bonus)
+
+    def log_weights(self, params: MFAParams) -> Float[Array, " comp"]:
+        """Evaluate log pi."""
+        return jax.nn.log_softmax(params.logits / self.heat)
 
     @property
     def num_components(self) -> int:
@@ -126,7 +145,7 @@ class MFA(AbstractFamily):
     def mixture(self, params: MFAParams) -> Mixture:
         """Return the mixture that the kernels see: temperature, masks and the bound on scales applied."""
         return Mixture(
-            log_weights=jax.nn.log_softmax(params.logits / self.temperature),
+            log_weights=self.log_weights(params),
             offsets=params.offsets,
             log_scale=jnp.clip(params.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND),
             core=params.core * self.core_mask[:, None],
@@ -170,7 +189,9 @@ class MFA(AbstractFamily):
     def _noise(self, mixture: Mixture, drawn: Normals) -> Noise:
         """Sort noise into label, eps, zeta and z."""
         dim, (num_core, rank) = self.scale.size, (mixture.core.shape[0], mixture.factors.shape[1])
-        label = jnp.sum(jnp.cumsum(jnp.exp(mixture.log_weights))[:-1] < drawn.quantile[:, None], axis=-1)
+        ends = jnp.cumsum(jnp.exp(mixture.log_weights))
+        ends = ends / ends[-1] if self.prunes else ends  # rounding must not reach a component without weight
+        label = jnp.sum(ends[:-1] <= drawn.quantile[:, None], axis=-1)
         return Noise(
             label=label,
             eps=drawn.normals[:, :dim],
@@ -233,7 +254,7 @@ class MFA(AbstractFamily):
     def _pull_each(self, params, draws: Draws, log_density_grad, metric: str) -> Any:
         """Pull every draw back: few as a list, whose rank-1 terms fuse into the update, many as one stacked tree."""
         mixture, record = self.mixture(params), draws.record
-        cotangents = self.scale * log_density_grad - (1 + self.entropy_bonus) * record.drawn.score
+        cotangents = self.scale * log_density_grad - self.entropy_weight * record.drawn.score
         if cotangents.shape[0] > 2 * MAX_BLOCKS:
             pull = functools.partial(mixture_grad.pullback, mixture, record.small, metric=metric)
             return jax.vmap(pull)(record.noise, record.drawn, cotangents)
@@ -254,8 +275,8 @@ class MFA(AbstractFamily):
 
     def _logit_gradient(self, params, draws, log_density, baseline, antithetic):
         """Rao-Blackwellise over the label, with a leave-one-out baseline over independent draws (or pairs)."""
-        weights = jax.nn.softmax(params.logits / self.temperature)
-        value = log_density - (1 + self.entropy_bonus) * draws.log_prob
+        weights = jnp.exp(self.log_weights(params))
+        value = log_density - self.entropy_weight * draws.log_prob
         direction = draws.record.drawn.responsibilities - weights
         groups = num_groups(value.shape[0], antithetic)
         value, direction = value.reshape(-1, groups), direction.reshape(-1, groups, weights.size)
@@ -263,8 +284,9 @@ class MFA(AbstractFamily):
             mean = jnp.mean(value, axis=0)
             baseline = (jnp.sum(mean) - mean) / (groups - 1)
         centred = jnp.mean(direction * (value - baseline)[..., None], axis=(0, 1))
-        prior = (self.dirichlet - 1) * (1 - self.num_components * weights)
-        return (centred + prior) / self.temperature
+        alive = weights > 0 if self.prunes else jnp.ones_like(weights)
+        prior = (self.dirichlet - 1) * (alive - jnp.sum(alive) * weights)
+        return (centred + prior) / self.heat
 
     def apply_updates(self, params: MFAParams, updates: MFAParams) -> MFAParams:
         """Add updates: means in units of D^{1/2}, factors as blocks.
@@ -333,7 +355,7 @@ class MFA(AbstractFamily):
         basis = jnp.linalg.qr(jnp.concatenate([mixture.core, factors]).T)[0].T
         core, wide = basis @ mixture.core.T, basis @ factors.T
         identity = jnp.eye(basis.shape[0], dtype=basis.dtype)
-        half = lower_inverse(cholesky(identity + core @ core.T))
+        half = inverse_root(core @ core.T).root
         values, vectors = jnp.linalg.eigh(half.T @ half + wide @ wide.T)
         stretch = (vectors * jnp.sqrt(jnp.maximum(values, 0.0))) @ vectors.T - identity
         center = mixture.offsets.sum(0) if self.num_offsets < 2 else weights @ mixture.offsets
@@ -375,20 +397,25 @@ class MFA(AbstractFamily):
 
     def step_statistics(self, params: MFAParams, draws: Draws):
         """Trace the weights and how decided the responsibilities are."""
-        log_weights = jax.nn.log_softmax(params.logits / self.temperature)
-        weights = jnp.exp(log_weights)
+        weights = jnp.exp(self.log_weights(params))
         responsibilities = draws.record.drawn.responsibilities
+        alive = weights > 0
+        effective = {"effective_M": jnp.sum(alive).astype(weights.dtype)} if self.prunes else {}
         return {
             "resp_entropy": jnp.mean(jnp.sum(jax.scipy.special.entr(responsibilities), axis=-1)),
-            "pi_min": jnp.min(weights),
+            "pi_min": jnp.min(weights, where=alive, initial=1.0) if self.prunes else jnp.min(weights),
             "pi_max": jnp.max(weights),
-            "pi_entropy": -jnp.sum(weights * log_weights),
+            "pi_entropy": jnp.sum(jax.scipy.special.entr(weights)),
+            "cholesky_ridge": draws.record.small.ridged,
+            **effective,
         }
 
     def slow_statistics(self, params: MFAParams):
         """Trace the spread of D^{1/2} in model coordinates and the largest factor row."""
         deviation = self._deviation(params)
         rows = jnp.sqrt(jnp.sum(self._mask(params.factors) ** 2, axis=-1))
+        if self.prunes:
+            rows = rows * (self.log_weights(params) > -jnp.inf)[:, None]
         return {
             "D_sqrt_min": jnp.min(deviation),
             "D_sqrt_max": jnp.max(deviation),
@@ -401,7 +428,7 @@ class MFA(AbstractFamily):
 
     def summary_arrays(self, params: MFAParams):
         """Return pi and D^{1/2} in model coordinates."""
-        return {"pi": jax.nn.softmax(params.logits / self.temperature), "D_sqrt": self._deviation(params)}
+        return {"pi": jnp.exp(self.log_weights(params)), "D_sqrt": self._deviation(params)}
 
 
 def _for_each(function, stacked):

@@ -169,7 +169,7 @@ def _run_chunks(
         report(Progress("fit", done, end, float(np.mean(elbo[:, -length:]))))
         if not np.all(np.isfinite(elbo[:, -1])):
             break
-        if early_stop and not converged and MIN_WINDOW <= done < decay_start:
+        if early_stop and not converged and max(MIN_WINDOW, config.settled_after) <= done < decay_start:
             settled = elbo_trend(elbo).is_flat and is_balanced(np.asarray(part["virial"]))
             looks = looks + 1 if settled else 0
             if looks == FLAT_LOOKS:

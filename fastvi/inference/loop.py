@@ -1,5 +1,6 @@
 """The one driver of every family: a scan over steps with the chains vmapped inside."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 from fastvi._typing import Array, Batch, Float, Int, Key, Keys, PyTree, Scalar
 from fastvi.config import VIConfig
 from fastvi.families.base import NOISE_BLOCKS, AbstractFamily, Blocks, Draws, num_groups
+from fastvi.inference.annealing import annealed
 from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer
 from fastvi.kernels.noise import words
+from fastvi.inference.pruning import prune
 from fastvi.objective import FlatObjective
 from fastvi.posterior import LocalPosterior
 
@@ -108,7 +111,7 @@ def run_steps(
     Cost:
         `config.step_draws` minibatch gradients for each step and chain.
     """
-    num_draws, groups = config.step_draws, draw_groups(config)
+    settled_family, num_draws, groups = family, config.step_draws, draw_groups(config)
     rules = family.update_rules(groups)
     optimizer = make_optimizer(config, rules)
 
@@ -116,6 +119,7 @@ def run_steps(
         return family.draw_noise(key, groups, (NOISE_BLOCKS + 1) * step)
 
     def one_chain(state: State, noise, key, step, rate, elapsed, refresh):
+        family = _at_step(settled_family, config, step)
         batch = problem.next_batch(key, (NOISE_BLOCKS + 1) * step + NOISE_BLOCKS)
         draws = family.transform(state.params, noise, mirror=groups < num_draws, cache=state.cache)
         value, grad = evaluate_target(objective, problem.posterior, draws, batch)
@@ -124,6 +128,8 @@ def run_steps(
         updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=elapsed)
         updates = _scaled(updates, rules.rates, rate)
         params = family.apply_updates(state.params, updates)
+        if config.prunes:
+            params, opt_state = _pruned(family, params, opt_state, config, step)
         cache = family.refresh_cache(state.cache, params, updates)
         elbo = jnp.mean(value - draws.log_prob)
         slow = jax.lax.cond(refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params)
@@ -172,4 +178,19 @@ def _scaled(updates, factors, rate):
 
 
 def _objective_value(family, value, draws):
-    return jnp.mean(value - (1 + family.entropy_bonus) * draws.log_prob)
+    return jnp.mean(value - family.entropy_weight * draws.log_prob)
+
+
+def _at_step(family, config: VIConfig, step):
+    return dataclasses.replace(family, annealed=annealed(config, step)) if config.anneals else family
+
+
+def _pruned(family, params, opt_state, config: VIConfig, step):
+    """Prune after every `eval_every` steps."""
+    return jax.lax.cond(
+        (step + 1) % config.eval_every == 0,
+        lambda p, o: prune(p, o, jnp.exp(family.log_weights(p)), config),
+        lambda p, o: (p, o),
+        params,
+        opt_state,
+    )

@@ -145,7 +145,8 @@ def build_family(config: VIConfig, start: Start, core_rows: int) -> AbstractFami
         ranks=tuple(min(rank, start.scale.size) for rank in config.ranks),
         means=config.means,
         noise_size=rank_limit(config, start.scale.size, start.scale.dtype.itemsize),
-        temperature=config.alpha_temperature,
+        temperature=1.0 if config.alpha_temperature_frac > 0 else config.alpha_temperature,
         dirichlet=1.0 if config.alpha_dirichlet_prior is None else config.alpha_dirichlet_prior,
-        entropy_bonus=config.entropy_bonus,
+        entropy_bonus=0.0 if config.entropy_bonus_steps is not None else config.entropy_bonus,
+        prunes=config.prunes,
     )

@@ -24,7 +24,7 @@ from fastvi.inference.programs import programs_for
 from fastvi.inference.schedule import elbo_trend
 from fastvi.objective import check_data, check_loss, ravel_loss
 from fastvi.progress import StatusLine
-from fastvi.result import LLCEstimate
+from fastvi.result import LLCEstimate, kept_scales
 
 DEFAULT_CHAINS = 4  # of a fit that nothing corrects
 PREPARATION = {"steps": 200, "batch_size": 64, "samples_per_step": 1, "eval_samples": 32, "curvature_examples": 512}
@@ -202,8 +202,16 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
         timings=timings,
         traces=traces,
         log_weights=np.asarray(evaluation.log_weight),
+        draws={"excess_loss": np.asarray(evaluation.excess), "log_q": np.asarray(evaluation.log_prob)},
+        family_arrays=_family_arrays(outcome.arrays),
         health=health_findings(evidence),
         config=config.replace(correction="none"),
         llc_vi=float(np.mean(evaluation.llc)),
         llc_vi_sem=max(within, between),
     )
+
+
+def _family_arrays(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Move the family's arrays to the host, with the scales thinned out."""
+    found = {name: np.asarray(array) for name, array in arrays.items()}
+    return {**found, "D_sqrt": kept_scales(found["D_sqrt"])} if "D_sqrt" in found else found

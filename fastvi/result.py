@@ -15,7 +15,9 @@ from fastvi.config import VIConfig
 from fastvi.diagnostics.health import Finding
 
 SUMMARY_WIDTH = 100
+MOST_SCALES = 4096  # entries of D^{1/2} that a result keeps
 RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
+ARRAY_GROUPS = {"traces": "trace_", "draws": "draw_", "family_arrays": "family_"}  # and the prefix of their names there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,9 @@ class LLCEstimate:
         timings: Seconds in compile, adaptation, sampling, evaluation, total.
         traces: Arrays of shape (chains, steps).
         log_weights: log p(w) - log q(w) at the evaluation's draws, shape (chains, draws).
+        draws: The evaluation's draws: excess_loss L_n(w) - L_n(w*) and log_q, each of shape (chains, draws).
+        family_arrays: What the fitted q looks like, each with a first axis of chains: pi, D_sqrt (sorted, at most
+            `MOST_SCALES` quantiles of it), factor_norm2 (component, rank).
         health: Findings, gravest first.
         config: The configuration that was used.
         llc_vi: The variational value, under q: `llc` where nothing corrects it.
@@ -73,6 +78,8 @@ class LLCEstimate:
     llc_vi_sem: float
     correction: dict[str, Any] | None = None
     walk_llc: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)), repr=False)
+    draws: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    family_arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     fitted: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     def summary(self) -> str:
@@ -118,13 +125,13 @@ class LLCEstimate:
         folder.mkdir(parents=True, exist_ok=True)
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["fitted"]
-        traces, log_weights, walk = (values.pop(name) for name in ("traces", "log_weights", "walk_llc"))
+        arrays = {name: values.pop(name) for name in ("log_weights", "walk_llc")}
+        for group, prefix in ARRAY_GROUPS.items():
+            arrays |= {prefix + name: array for name, array in values.pop(group).items()}
         values["health"] = [dataclasses.asdict(finding) for finding in self.health]
         values["config"] = self.config.to_dict()
         (folder / RESULT_FILE).write_text(json.dumps(_plain(values), indent=2) + "\n", encoding="utf-8")
-        np.savez_compressed(
-            folder / TRACES_FILE, log_weights=log_weights, walk_llc=walk, **{f"trace_{k}": v for k, v in traces.items()}
-        )
+        np.savez_compressed(folder / TRACES_FILE, **arrays)
         return folder
 
     @classmethod
@@ -143,7 +150,8 @@ class LLCEstimate:
         values = _restored(json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")))
         with np.load(folder / TRACES_FILE) as arrays:
             values["log_weights"], values["walk_llc"] = arrays["log_weights"], arrays["walk_llc"]
-            values["traces"] = {k.removeprefix("trace_"): arrays[k] for k in arrays.files if k.startswith("trace_")}
+            for group, prefix in ARRAY_GROUPS.items():
+                values[group] = {k.removeprefix(prefix): arrays[k] for k in arrays.files if k.startswith(prefix)}
         values["health"] = tuple(Finding(**finding) for finding in values["health"])
         values["config"] = VIConfig.create(values["config"])
         for name in ("llc_per_chain", "llc_sem_per_chain"):
@@ -157,6 +165,14 @@ def with_error(value: float, sem: float) -> str:
         return f"{value:.4g} ± {sem:.2g}"
     decimals = min(max(1 - math.floor(math.log10(sem)), 0), 9)
     return f"{value:.{decimals}f} ± {sem:.{decimals}f}"
+
+
+def kept_scales(deviations: np.ndarray) -> np.ndarray:
+    """Sort each chain's D^{1/2}, shape (chains, dim), and keep at most `MOST_SCALES` evenly spaced quantiles."""
+    ordered = np.sort(deviations, axis=1)
+    if ordered.shape[1] <= MOST_SCALES:
+        return ordered
+    return ordered[:, np.linspace(0, ordered.shape[1] - 1, MOST_SCALES).round().astype(int)]
 
 
 def _plain(value: Any) -> Any:

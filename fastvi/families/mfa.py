@@ -413,22 +413,30 @@ class MFA(AbstractFamily):
     def slow_statistics(self, params: MFAParams):
         """Trace the spread of D^{1/2} in model coordinates and the largest factor row."""
         deviation = self._deviation(params)
-        rows = jnp.sqrt(jnp.sum(self._mask(params.factors) ** 2, axis=-1))
-        if self.prunes:
-            rows = rows * (self.log_weights(params) > -jnp.inf)[:, None]
+        norms = jnp.sqrt(self._factor_norm2(params))[np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]]
         return {
             "D_sqrt_min": jnp.min(deviation),
             "D_sqrt_max": jnp.max(deviation),
             "D_sqrt_med": jnp.sort(deviation)[deviation.size // 2],
-            "A_col_norm_max": jnp.max(rows, initial=0.0),
+            "A_col_norm_p95": jnp.quantile(norms, 0.95) if norms.size else jnp.zeros((), deviation.dtype),
+            "A_col_norm_max": jnp.max(norms, initial=0.0),
         }
+
+    def _factor_norm2(self, params):
+        """Return |A_m row|^2 of every component, zero for masked rows and pruned components."""
+        norm2 = jnp.sum(self._mask(params.factors) ** 2, axis=-1)
+        return norm2 * (params.logits > -jnp.inf)[:, None] if self.prunes else norm2
 
     def _deviation(self, params):
         return self.scale * jnp.exp(jnp.clip(params.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND))
 
     def summary_arrays(self, params: MFAParams):
-        """Return pi and D^{1/2} in model coordinates."""
-        return {"pi": jnp.exp(self.log_weights(params)), "D_sqrt": self._deviation(params)}
+        """Return pi, D^{1/2} in model coordinates, and the squared lengths of the factors' rows."""
+        return {
+            "pi": jnp.exp(self.log_weights(params)),
+            "D_sqrt": self._deviation(params),
+            "factor_norm2": self._factor_norm2(params),
+        }
 
 
 def _for_each(function, stacked):

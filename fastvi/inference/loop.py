@@ -12,8 +12,8 @@ from fastvi.config import VIConfig
 from fastvi.families.base import NOISE_BLOCKS, AbstractFamily, Blocks, Draws, num_groups
 from fastvi.inference.annealing import annealed
 from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer
-from fastvi.kernels.noise import words
 from fastvi.inference.pruning import prune
+from fastvi.kernels.noise import words
 from fastvi.objective import FlatObjective
 from fastvi.posterior import LocalPosterior
 

@@ -9,9 +9,7 @@ from fastvi.families.mfa import MFAParams
 from fastvi.inference.optimizer import MomentState
 
 
-def kept_components(
-    weights: Float[Array, " comp"], threshold: float | None, cap: int | None
-) -> Bool[Array, " comp"]:
+def kept_components(weights: Float[Array, " comp"], threshold: float | None, cap: int | None) -> Bool[Array, " comp"]:
     """Choose the most components whose renormalised weights all reach `threshold`, at most `cap`, at least one.
 
     The lightest goes first and the others share its weight, so that equal weights below the threshold do not all go.

@@ -11,7 +11,6 @@ from jax.custom_batching import custom_vmap, sequential_vmap
 
 from fastvi._typing import Array, Float
 
-
 RIDGE = 5e-5  # relative, of the second attempt
 
 

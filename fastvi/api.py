@@ -17,6 +17,7 @@ from fastvi.compilation import CLOCK
 from fastvi.config import VIConfig
 from fastvi.correct import Fitted, correct
 from fastvi.diagnostics.health import Evidence, health_findings
+from fastvi.diagnostics.importance import assess_importance
 from fastvi.geometry.start import rank_limit
 from fastvi.inference.driver import Fit, Progress, run_fit
 from fastvi.inference.loop import Problem
@@ -173,6 +174,11 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
         wanted_rank=int(start.wanted_rank),
         rank_limit=rank_limit(config, posterior.center.size, posterior.center.dtype.itemsize),
         newton_decrement=float(start.newton_decrement),
+        importance=assess_importance(evaluation.log_weight),
+        radius2=traces["radius2"],
+        localization=float(posterior.gamma),
+        dim=posterior.center.size,
+        **_mixture_evidence(outcome.arrays, config),
     )
     return LLCEstimate(
         llc=float(np.mean(evaluation.llc)),
@@ -196,7 +202,7 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
         },
         evaluation={
             name: np.asarray(getattr(evaluation, name), float).tolist()
-            for name in ("elbo", "llc_mc", "variance_reduction", "trace_term", "log_weight_sd")
+            for name in ("elbo", "llc", "llc_mc", "variance_reduction", "trace_term", "log_weight_sd")
         },
         work=work.as_dict(),
         timings=timings,
@@ -215,3 +221,15 @@ def _family_arrays(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
     """Move the family's arrays to the host, with the scales thinned out."""
     found = {name: np.asarray(array) for name, array in arrays.items()}
     return {**found, "D_sqrt": kept_scales(found["D_sqrt"])} if "D_sqrt" in found else found
+
+
+def _mixture_evidence(arrays: dict[str, Any], config: VIConfig) -> dict[str, Any]:
+    """Read off weights and factors; a rank is called unused only where somebody asked for more than the default."""
+    if "pi" not in arrays:
+        return {}
+    asked = config.r_per_component is not None or config.r > VIConfig().r
+    return {
+        "num_components": arrays["pi"].shape[1],
+        "dominant_weight": float(np.mean(np.max(arrays["pi"], axis=1))),
+        "longest_factor": float(np.max(arrays["factor_norm2"])) if asked and arrays["factor_norm2"].size else None,
+    }

@@ -13,6 +13,7 @@ import numpy as np
 from fastvi._errors import DataError
 from fastvi.config import VIConfig
 from fastvi.diagnostics.health import Finding
+from fastvi.diagnostics.importance import Importance, assess_importance
 
 SUMMARY_WIDTH = 100
 MOST_SCALES = 4096  # entries of D^{1/2} that a result keeps
@@ -37,7 +38,7 @@ class LLCEstimate:
         dim: Number of parameters.
         converged: Whether the stopping rule was met before the cap on steps; None without the rule.
         curvature: What is known of the spectrum at w*: rank, wanted_rank, explained, trace, spectrum.
-        evaluation: Per chain: elbo, llc_mc, variance_reduction, trace_term, log_weight_sd.
+        evaluation: Per chain, of q alone: elbo, llc, llc_mc, variance_reduction, trace_term, log_weight_sd.
         work: Raw counts and total_fge, in full-gradient equivalents.
         timings: Seconds in compile, adaptation, sampling, evaluation, total.
         traces: Arrays of shape (chains, steps).
@@ -87,12 +88,14 @@ class LLCEstimate:
         chains = "  ".join(f"{value:.4g}" for value in self.llc_per_chain)
         steps = next(iter(self.traces.values())).shape[1]
         stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[self.converged]
+        khat, word, effective = self.importance
         lines = [
             f"llc            {with_error(self.llc, self.llc_sem)}   ({self._provenance()})",
             f"per chain      {chains}",
             f"elbo           {self.elbo:.4f} nats",
             f"problem        d = {self.dim:,}, n = {self.n_data:,}, n beta = {self.nbeta:.4g}, "
             f"localization = {self.localization:.4g}, L_n(w*) = {self.init_loss:.4g}",
+            f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} of {self.log_weights.size} draws of q count",
             f"core           rank {self.curvature['rank']} of {self.dim:,}, explains "
             f"{100 * self.curvature['explained']:.3g} % of the precision's trace at w*",
             f"fit            {steps} steps x {self.llc_per_chain.size} chains ({stop})",
@@ -108,6 +111,23 @@ class LLCEstimate:
         findings = [str(finding) for finding in self.health] or ["none: nothing stands out"]
         wrap = TextWrapper(width=SUMMARY_WIDTH, initial_indent="  ", subsequent_indent="    ")
         return "\n".join([*lines, "findings", *map(wrap.fill, findings)])
+
+    @property
+    def importance(self) -> Importance:
+        """How well draws of q stand for the posterior: k-hat, its word, effective draws."""
+        return assess_importance(self.log_weights)
+
+    def to_arviz(self) -> Any:
+        """Convert to arviz; see `fastvi.diagnostics.arviz.to_arviz`."""
+        from fastvi.diagnostics.arviz import to_arviz
+
+        return to_arviz(self)
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Write a page for a browser; see `fastvi.diagnostics.report.write_report`."""
+        from fastvi.diagnostics.report import write_report
+
+        return write_report(self, path)
 
     def _provenance(self) -> str:
         if self.correction is None:

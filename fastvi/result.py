@@ -18,6 +18,7 @@ from fastvi.diagnostics.importance import Importance, assess_importance
 SUMMARY_WIDTH = 100
 MOST_SCALES = 4096  # entries of D^{1/2} that a result keeps
 RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
+EVENTS_FOLDER = Path("diagnostics") / "tb"
 ARRAY_GROUPS = {"traces": "trace_", "draws": "draw_", "family_arrays": "family_"}  # and the prefix of their names there
 
 
@@ -90,7 +91,7 @@ class LLCEstimate:
         stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[self.converged]
         khat, word, effective = self.importance
         lines = [
-            f"llc            {with_error(self.llc, self.llc_sem)}   ({self._provenance()})",
+            f"llc            {with_error(self.llc, self.llc_sem)}   ({self.provenance})",
             f"per chain      {chains}",
             f"elbo           {self.elbo:.4f} nats",
             f"problem        d = {self.dim:,}, n = {self.n_data:,}, n beta = {self.nbeta:.4g}, "
@@ -129,7 +130,9 @@ class LLCEstimate:
 
         return write_report(self, path)
 
-    def _provenance(self) -> str:
+    @property
+    def provenance(self) -> str:
+        """Say where `llc` comes from, in words."""
         if self.correction is None:
             return "uncorrected variational estimate"
         methods = {"importance": "reweighted draws of q", "mcmc": "Hamiltonian Monte Carlo from q"}
@@ -137,6 +140,8 @@ class LLCEstimate:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write result.json and traces.npz into a folder, which is made if need be.
+
+        With `tensorboard=True` in the configuration, events for TensorBoard go to `diagnostics/tb` in it.
 
         Returns:
             The folder.
@@ -152,6 +157,10 @@ class LLCEstimate:
         values["config"] = self.config.to_dict()
         (folder / RESULT_FILE).write_text(json.dumps(_plain(values), indent=2) + "\n", encoding="utf-8")
         np.savez_compressed(folder / TRACES_FILE, **arrays)
+        if self.config.tensorboard:
+            from fastvi.diagnostics.tensorboard import write_events
+
+            write_events(self, folder / EVENTS_FOLDER)
         return folder
 
     @classmethod

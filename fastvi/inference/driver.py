@@ -34,12 +34,16 @@ MAX_ADAPTIVE_WARMUP = 100  # steps; a run that stops by itself is not planned to
 
 
 class Progress(NamedTuple):
-    """What a progress callback is told; `value` is the ELBO of a fit, the llc so far of a correction."""
+    """What a progress callback is told; `value` is the ELBO of a fit, the llc so far of a correction.
+
+    `traces`, of shape (chains, steps), are those of the fit since the report before.
+    """
 
     stage: str
     step: int
     steps: int
     value: float
+    traces: dict[str, Array] | None = None
 
 
 @dataclasses.dataclass
@@ -166,7 +170,7 @@ def _run_chunks(
         if not early_stop and report is _silent:
             continue
         elbo = np.concatenate([np.asarray(part["elbo"]) for part in parts], axis=1)
-        report(Progress("fit", done, end, float(np.mean(elbo[:, -length:]))))
+        report(Progress("fit", done, end, float(np.mean(elbo[:, -length:])), part))
         if not np.all(np.isfinite(elbo[:, -1])):
             break
         if early_stop and not converged and max(MIN_WINDOW, config.settled_after) <= done < decay_start:

@@ -41,9 +41,11 @@ def to_arviz(result: LLCEstimate) -> Any:
         "optimization": _dataset(xarray, dict(result.traces), ("chain", "step")),
         "constant_data": _dataset(xarray, _constants(result), ()),
     }
-    if hasattr(arviz, "InferenceData"):
-        return arviz.InferenceData(**groups)
-    return xarray.DataTree.from_dict(groups)
+    container = getattr(arviz, "InferenceData", None)
+    trees = getattr(xarray, "DataTree", None)
+    if container is None or container is trees:  # arviz 1.0 and later
+        return xarray.DataTree.from_dict(groups)
+    return container(**groups)
 
 
 def _has_walk(result: LLCEstimate) -> bool:

@@ -131,6 +131,12 @@ class LLCEstimate:
         return write_report(self, path)
 
     @property
+    def walk_burn_in(self) -> int:
+        """Records of `walk_llc` that the corrected value leaves out."""
+        details, length = self.correction or {}, self.walk_llc.shape[-1]
+        return int(details.get("burn_in", 0) * length // max(details.get("steps", length), 1))
+
+    @property
     def provenance(self) -> str:
         """Say where `llc` comes from, in words."""
         if self.correction is None:

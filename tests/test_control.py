@@ -27,6 +27,7 @@ def bowl(w, batch):
 def fit_bowl(**options):
     """Fit a quadratic whose best single Gaussian has llc = 1/2 sum_i nbeta h_i / (nbeta h_i + gamma)."""
     settings = {"num_chains": 2, "progress": False, "nbeta": 3.0, "early_stop": False, "samples_per_step": 8}
+    settings["correction"] = "none"
     return estimate_llc(bowl, jnp.zeros(4), DATA, **settings | options)
 
 
@@ -135,6 +136,7 @@ def test_a_dirichlet_prior_keeps_the_weights_apart_from_zero():
             nbeta=100.0,
             progress=False,
             early_stop=False,
+            correction="none",
             M=4,
             r=1,
             steps=400,
@@ -264,6 +266,7 @@ def test_whitening_smooths_the_fit_of_an_anisotropic_network(anisotropic):
     """The seeds' family, centred and without a core, to which the scales of the parameters matter most."""
     seeds_family = {"curvature_rank": 0, "means": "center", "M": 4}
     options = {"steps": 600, "batch_size": 64, "samples_per_step": 1, "early_stop": False, "num_chains": 16}
+    options["correction"] = "none"
     jumps, last, ends = {}, {}, {}
     for mode in ("none", "rmsprop"):
         result = estimate_llc(*anisotropic, key=5, progress=False, whitening_mode=mode, **seeds_family, **options)

@@ -80,8 +80,7 @@ def _side_by_side(draws: np.ndarray) -> np.ndarray:
 
 def _walk(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the walkers after their burn-in, and the work that each record took."""
-    details = result.correction or {}
-    burn, (walkers, length) = int(details.get("burn_in", 0)), result.walk_llc.shape
+    burn, (walkers, length) = result.walk_burn_in, result.walk_llc.shape
     llc = np.asarray(result.walk_llc, float)[:, burn:]
     before = result.work["total_fge"] - result.work["fge_correction"]
     work = before / walkers + result.work["fge_correction"] / walkers * np.arange(burn + 1, length + 1) / length

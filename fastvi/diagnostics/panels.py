@@ -226,14 +226,14 @@ def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the walkers of the correction, and the value that they end at."""
     details, values = result.correction or {}, np.asarray(result.walk_llc, float)
     means = draw_chains(axes, values)
-    burn = int(details.get("burn_in", 0))
+    burn = result.walk_burn_in
     axes.axvspan(0, burn, color=FAINT, alpha=0.12, linewidth=0, label="burn-in")
     axes.axhspan(result.llc - result.llc_sem, result.llc + result.llc_sem, color=INK, alpha=0.3, zorder=3, linewidth=0)
     axes.axhline(result.llc, color=INK, linewidth=1, zorder=3, label="corrected llc ± sem")
     set_limits(axes, values[:, burn:], means[:, burn:] if means.shape[1] > burn else means, include=(result.llc,))
     title = f"walkers:  R-hat {details.get('rhat', float('nan')):.3f}, variance reduced "
     title += f"{details.get('variance_reduction', float('nan')):.2g} times"
-    axes.set(title=title, ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$", xlabel="trajectory")
+    axes.set(title=title, ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$", xlabel="record")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="upper right")
 

@@ -180,8 +180,6 @@ def _final_mean(result: LLCEstimate) -> dict[str, float]:
 def _final_of_chain(result: LLCEstimate, chain: int) -> dict[str, float]:
     evaluation = {name: values[chain] for name, values in result.evaluation.items()}
     return {
-        "llc": float(result.llc_per_chain[chain]),
-        "lambda_hat": float(result.llc_per_chain[chain]),
         "llc_vi": evaluation["llc"],
         "Eq_Ln_mc": result.init_loss + evaluation["llc_mc"] / result.nbeta,
         "Eq_Ln_cv": result.init_loss + evaluation["llc"] / result.nbeta,

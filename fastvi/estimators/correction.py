@@ -307,9 +307,7 @@ class Sampler:
         return self.work + ROUND * self.cost > self.budget
 
 
-def sample_posterior(
-    sampler: Sampler, *, relative_error: float, report: Callable[[float, float], None]
-) -> Sampled:
+def sample_posterior(sampler: Sampler, *, relative_error: float, report: Callable[[float, float], None]) -> Sampled:
     """Run the walkers until the error of llc is small and they agree, or the budget is spent.
 
     Gradients come from blocks of the data as small as their noise allows: it may add `BURN_IN_NOISE` to llc while the

@@ -87,7 +87,7 @@ class LLCEstimate:
     def summary(self) -> str:
         """Return the estimate in words, for a terminal."""
         chains = "  ".join(f"{value:.4g}" for value in self.llc_per_chain)
-        steps = next(iter(self.traces.values())).shape[1]
+        chains_run, steps = next(iter(self.traces.values())).shape
         stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[self.converged]
         khat, word, effective = self.importance
         lines = [
@@ -99,7 +99,7 @@ class LLCEstimate:
             f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} of {self.log_weights.size} draws of q count",
             f"core           rank {self.curvature['rank']} of {self.dim:,}, explains "
             f"{100 * self.curvature['explained']:.3g} % of the precision's trace at w*",
-            f"fit            {steps} steps x {self.llc_per_chain.size} chains ({stop})",
+            f"fit            {steps} steps x {chains_run} chains ({stop})",
             f"work           {self.work['total_fge']:.0f} FGE: curvature {self.work['fge_curvature']:.0f}, "
             f"fit {self.work['fge_fit']:.0f}, evaluation {self.work['fge_evaluation']:.0f}"
             + (f", correction {self.work['fge_correction']:.0f}" if self.correction else ""),

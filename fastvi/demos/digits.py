@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +57,13 @@ class DigitsDemo(AbstractDemo):
         say(result.summary())
         self.write(result, say, began)
         return result
+
+
+def target() -> tuple[Callable[[PyTree, Batch], Scalar], PyTree, Batch]:
+    """Train the demo's network and return loss, parameters and data, as `fastvi llc` takes them."""
+    data, defaults = load_digits(), DigitsDemo()
+    params = init_network(jax.random.key(defaults.seed), defaults.hidden)
+    return cross_entropy, train(params, data, defaults.train_steps, defaults.train_lr), data
 
 
 def load_digits() -> Batch:

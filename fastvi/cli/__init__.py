@@ -1,7 +1,7 @@
-"""The command line: `fastvi demo digits`, `fastvi demo quadratic`.
+"""The command line: `fastvi llc`, `report`, `compare`, `sweep` and `demo`.
 
-A command is a dataclass whose fields are the options and whose docstring is the help, with a method
-`run(say)`. Adding one is an entry in `COMMANDS`.
+A command is a dataclass whose fields are the options (those without a default are positional) and whose docstring is
+the help, with a method `run(say)`, which may return an exit status. Adding one is an entry in `COMMANDS`.
 """
 
 import sys
@@ -10,9 +10,12 @@ from typing import Annotated, Any, Union
 
 from fastvi import ConfigError, DataError, NonFiniteError, UnavailableError, __version__
 from fastvi._optional import MissingExtraError, import_optional
+from fastvi.cli.llc import Llc
+from fastvi.cli.runs import Compare, Report
+from fastvi.cli.sweep import Sweep
 from fastvi.demos import DEMOS
 
-COMMANDS: Mapping[str, Any] = {"demo": DEMOS}
+COMMANDS: Mapping[str, Any] = {"llc": Llc, "report": Report, "compare": Compare, "sweep": Sweep, "demo": DEMOS}
 GROUP_HELP = {"demo": "Complete runs on a laptop: train, estimate, plot, write a folder."}
 DESCRIPTION = (
     "Estimate the local learning coefficient of a trained model by variational inference. "
@@ -30,14 +33,15 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments after the program's name; those of the process when left out.
 
     Returns:
-        The exit status: 0; 2 after an error, told on one line of stderr; 130 when interrupted.
+        The exit status: 0; 1 where runs of a sweep failed; 2 after an error, told on one line of stderr; 130 when
+        interrupted.
     """
     args = sys.argv[1:] if args is None else list(args)
     if args[:1] == ["--version"]:
         _say(f"fastvi {__version__}")
         return 0
     try:
-        _parse(args).run(_say)
+        status = _parse(args).run(_say)
     except EXPECTED_ERRORS as error:
         message = " ".join(str(error).split())
         sys.stderr.write(f"fastvi: error: {message}\n")
@@ -45,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\nfastvi: interrupted\n")
         return INTERRUPTED
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 def _parse(args: Sequence[str]) -> Any:
@@ -56,7 +60,7 @@ def _parse(args: Sequence[str]) -> Any:
         prog="fastvi",
         description=DESCRIPTION,
         args=args,
-        config=(tyro.conf.OmitArgPrefixes,),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs),
     )
 
 

@@ -109,8 +109,6 @@ ESTIMATE_CASES = {
     "key of floats": ({"key": jnp.zeros(2)}, ConfigError, ["key", "float32[2]"]),
     "several keys": ({"key": jax.random.split(jax.random.key(0), 2)}, ConfigError, ["key", "[2]"]),
     "flow family": ({"family": "flow"}, UnavailableError, ["family", "flow"]),
-    "tensorboard": ({"tensorboard": True}, UnavailableError, ["tensorboard"]),
-    "mixture cap": ({"mixture_cap": 4}, UnavailableError, ["mixture_cap"]),
     "float64 without x64": ({"dtype": "float64"}, ConfigError, ["dtype", "float64"]),
     "unknown dtype": ({"dtype": "float16"}, ConfigError, ["dtype", "float16"]),
 }

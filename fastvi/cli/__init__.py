@@ -4,6 +4,7 @@ A command is a dataclass whose fields are the options (those without a default a
 the help, with a method `run(say)`, which may return an exit status. Adding one is an entry in `COMMANDS`.
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union
@@ -18,8 +19,8 @@ from fastvi.demos import DEMOS
 COMMANDS: Mapping[str, Any] = {"llc": Llc, "report": Report, "compare": Compare, "sweep": Sweep, "demo": DEMOS}
 GROUP_HELP = {"demo": "Complete runs on a laptop: train, estimate, plot, write a folder."}
 DESCRIPTION = (
-    "Estimate the local learning coefficient of a trained model by variational inference. "
-    "`fastvi --version` shows the version."
+    "Estimate the local learning coefficient of a trained model by variational\n"
+    "inference. `fastvi --version` shows the version."
 )
 
 FAILURE, INTERRUPTED = 2, 130
@@ -73,10 +74,21 @@ def _choice(tyro: Any, commands: Mapping[str, Any]) -> Any:
             marker = tyro.conf.subcommand(name, constructor=group, description=GROUP_HELP[name])
             members.append(Annotated[Any, marker])
         else:
+            _name_arguments(tyro, command)
             members.append(Annotated[command, tyro.conf.subcommand(name)])
     if len(members) == 1:  # tyro makes no subcommand of a union of one
         members.append(Annotated[None, tyro.conf.Suppress])
     return Union[tuple(members)]  # noqa: UP007  # built at run time
+
+
+def _name_arguments(tyro: Any, command: Any) -> None:
+    """Show arguments by the names that their fields give; a list of lists collects repeated options."""
+    for field in dataclasses.fields(command):
+        if "metavar" in field.metadata:
+            markers = (tyro.conf.arg(metavar=field.metadata["metavar"]),)
+            if field.metadata.get("repeated"):
+                markers += (tyro.conf.UseAppendAction,)
+            command.__annotations__[field.name] = Annotated[(field.type, *markers)]
 
 
 def _group(choice: Any) -> Any:

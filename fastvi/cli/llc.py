@@ -19,7 +19,7 @@ class Llc:
     Attributes:
         target: module:function returning (loss_fn, params, data), or a run folder to redo.
         config: YAML file with settings of the fit.
-        set: Settings that override it, NAME=VALUE ...
+        set: Settings that override it, for example --set M=16 r=4.
         out: Folder for the results; runs/NAME when left out.
         seed: Seed of everything random.
         localization: Strength gamma of the Gaussian that ties w to w*; 1 when left out.
@@ -28,9 +28,11 @@ class Llc:
         quiet: Print the estimate alone, on one line.
     """
 
-    target: str
+    target: str = dataclasses.field(metadata={"metavar": "TARGET"})
     config: Path | None = None
-    set: tuple[str, ...] = ()
+    set: tuple[tuple[str, ...], ...] = dataclasses.field(
+        default=(), metadata={"metavar": "NAME=VALUE [NAME=VALUE ...]", "repeated": True}
+    )
     out: Path | None = None
     seed: int | None = None
     localization: float | None = None
@@ -43,9 +45,12 @@ class Llc:
         began = time.perf_counter()
         check_packages()
         target, before, config = resolve(self.target)
-        config = VIConfig.create(self.config if self.config is not None else config, **parse_settings(self.set))
+        config = VIConfig.create(
+            self.config if self.config is not None else config,
+            **parse_settings([pair for pairs in self.set for pair in pairs]),
+        )
         config.check_available()
-        origin = self._origin(target, before, config)
+        origin, config = self._origin(target, before, config), config.replace(gamma=None)
         folder = self.out or _default_folder(self.target, redo=before is not None)
         tell = _silent if self.quiet else say
         tell(f"target         {target}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastvi._errors import ConfigError
 from fastvi.cli.table import describe, format_table
 from fastvi.demos.base import Say
 from fastvi.diagnostics.style import DASHED, INK, STYLE, chain_color, import_matplotlib, running_mean, window_of
@@ -17,11 +18,11 @@ class Report:
     """Write the report page of a run again, and print its summary.
 
     Attributes:
-        run: Run folder.
+        run_folder: Run folder.
         out: HTML file; report.html in the run folder when left out.
     """
 
-    run_folder: Path
+    run_folder: Path = dataclasses.field(metadata={"metavar": "RUN"})
     out: Path | None = None
 
     def run(self, say: Say) -> None:
@@ -41,11 +42,13 @@ class Compare:
         out: PNG file for a figure.
     """
 
-    run_folders: tuple[Path, ...]
+    run_folders: tuple[Path, ...] = dataclasses.field(metadata={"metavar": "RUN [RUN ...]"})
     out: Path | None = None
 
     def run(self, say: Say) -> None:
         """Read, tell, draw."""
+        if not self.run_folders:
+            raise ConfigError("compare takes one run folder or more, for example fastvi compare runs/a runs/b.")
         results = {str(folder): LLCEstimate.load(folder) for folder in self.run_folders}
         for line in format_table([{"run": name, **describe(result)} for name, result in results.items()]):
             say(line)
@@ -66,7 +69,7 @@ def draw_comparison(results: dict[str, LLCEstimate]):
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 1.6 + 0.35 * max(len(results), 6)), facecolor="white", layout="constrained")
         llc, elbo = figure.subplots(1, 2)
-        for place, (name, result) in enumerate(results.items()):
+        for place, result in enumerate(results.values()):
             color = chain_color(place)
             llc.errorbar(result.llc, place, xerr=result.llc_sem, fmt="o", color=color, capsize=3)
             llc.plot(result.llc_vi, place, "|", color=color, markersize=12)

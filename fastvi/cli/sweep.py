@@ -27,12 +27,8 @@ ENTRIES = ("target", "out", "base", "grid", *RUN_OPTIONS)
 class Sweep:
     """Estimate under every combination of a grid of settings.
 
-    The YAML file names a target, as `fastvi llc` takes it, and a grid: settings of the fit, gamma (the
-    localization), nbeta or seed, each with a list of values; `base` holds settings that all runs share. Runs that
-    are complete are kept, so that an interrupted sweep goes on when started again.
-
     Attributes:
-        config: The YAML file.
+        config: YAML file with a target and a grid; started again, an interrupted sweep goes on.
         out: Folder of the sweep; runs/NAME of the file when neither it nor the file says.
         quiet: Print the table alone.
     """
@@ -160,7 +156,7 @@ def _cell(target: str, base: VIConfig, shared: dict[str, Any], values: dict[str,
             nbeta=options.get("nbeta"),
             num_chains=options.get("num_chains"),
         ),
-        config=config,
+        config=config.replace(gamma=None),  # the localization alone needs no program of its own
     )
 
 

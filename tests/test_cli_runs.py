@@ -38,7 +38,7 @@ def wrong():
 
 CONSTANT = 4
 """
-FAST = ["--set", "M=1", "r=0", "steps=60", "--set", "correction=none", "early_stop=false", "eval_samples=16"]
+FAST = ["--set", "M=1", "r=0", "steps=60", "--set", "correction=none", "early_stop=false", "eval_samples=256"]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_a_wrong_sweep_is_refused_before_it_runs(entries, message, tmp_path):
 
 
 def test_an_interrupted_sweep_goes_on(model, monkeypatch, tmp_path):
-    base = {"r": 0, "M": 1, "steps": 60, "correction": "none", "early_stop": False, "eval_samples": 16}
+    base = {"r": 0, "M": 1, "steps": 60, "correction": "none", "early_stop": False, "eval_samples": 256}
     grid = {"gamma": [0.5, 2.0], "nbeta": [5.0, 10.0]}
     sweep = {"target": "cli_model:target", "out": str(tmp_path / "out"), "num_chains": 2, "base": base, "grid": grid}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))

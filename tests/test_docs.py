@@ -11,6 +11,7 @@ import pytest
 
 import fastvi
 from fastvi import FlowConfig, VIConfig, api
+from fastvi.cli.sweep import read_plan
 from fastvi.diagnostics import health
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,35 @@ def test_examples_run(name, short_fits, capsys):
     assert "llc" in capsys.readouterr().out
     if "out" in namespace:
         assert jax.numpy.isfinite(namespace["out"]["lambda_hat"])
+
+
+def test_examples_of_diagnostics_run(short_fits, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in python_blocks(DOCS / "diagnostics.md"):
+        exec(compile(block, "diagnostics.md", "exec"), namespace)
+    assert "[" in capsys.readouterr().out
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "panels.png").is_file()
+    assert list((tmp_path / "runs" / "live").glob("events*"))
+
+
+def test_every_page_with_examples_is_run():
+    assert {page.name for page in PAGES if python_blocks(page)} == {
+        "README.md",
+        "first-estimate.md",
+        "flows.md",
+        "diagnostics.md",
+    }
+
+
+@pytest.mark.parametrize(
+    "block", re.findall(r"^```yaml\n(.*?)^```", (DOCS / "sweeps.md").read_text("utf-8"), re.S | re.M)
+)
+def test_examples_of_sweeps_are_plans(block, tmp_path):
+    (tmp_path / "sweep.yaml").write_text(block)
+    cells = read_plan(tmp_path / "sweep.yaml").cells
+    assert len({cell.name for cell in cells}) == len(cells) >= 3
 
 
 def test_examples_of_flows_run(capsys):

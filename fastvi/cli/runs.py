@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,11 @@ from fastvi.demos.base import Say
 from fastvi.diagnostics.style import DASHED, INK, STYLE, chain_color, import_matplotlib, running_mean, window_of
 from fastvi.result import LLCEstimate
 from fastvi.runs import REPORT_FILE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LONGEST_NAME = 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +55,12 @@ class Compare:
         """Read, tell, draw."""
         if not self.run_folders:
             raise ConfigError("compare takes one run folder or more, for example fastvi compare runs/a runs/b.")
-        results = {str(folder): LLCEstimate.load(folder) for folder in self.run_folders}
-        for line in format_table([{"run": name, **describe(result)} for name, result in results.items()]):
+        results = [
+            (name, LLCEstimate.load(folder)) for name, folder in zip(self._names(), self.run_folders, strict=True)
+        ]
+        for line in format_table([{"run": name, **describe(result)} for name, result in results]):
             say(line)
-        problems = {(result.n_data, result.dim, result.nbeta, result.localization) for result in results.values()}
+        problems = {(result.n_data, result.dim, result.nbeta, result.localization) for _, result in results}
         if len(problems) > 1:
             say("the runs differ in n, d, n beta or localization: their llc and elbo are of different targets")
         if self.out is not None:
@@ -60,8 +68,15 @@ class Compare:
             draw_comparison(results).savefig(self.out, dpi=150)
             say(f"written: {self.out}")
 
+    def _names(self) -> list[str]:
+        """Name each run by its folder, or where two have the same name by the end of its path."""
+        short = [folder.resolve().name for folder in self.run_folders]
+        paths = [str(folder) for folder in self.run_folders]
+        full = [path if len(path) <= LONGEST_NAME else "…" + path[1 - LONGEST_NAME :] for path in paths]
+        return short if len(set(short)) == len(short) else full
 
-def draw_comparison(results: dict[str, LLCEstimate]):
+
+def draw_comparison(results: list[tuple[str, LLCEstimate]]) -> "Figure":
     """Draw llc with errors and the ELBO's running mean of each run."""
     matplotlib = import_matplotlib()
     from matplotlib.figure import Figure
@@ -69,7 +84,7 @@ def draw_comparison(results: dict[str, LLCEstimate]):
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 1.6 + 0.35 * max(len(results), 6)), facecolor="white", layout="constrained")
         llc, elbo = figure.subplots(1, 2)
-        for place, result in enumerate(results.values()):
+        for place, result in enumerate(result for _, result in results):
             color = chain_color(place)
             llc.errorbar(result.llc, place, xerr=result.llc_sem, fmt="o", color=color, capsize=3)
             llc.plot(result.llc_vi, place, "|", color=color, markersize=12)
@@ -79,11 +94,11 @@ def draw_comparison(results: dict[str, LLCEstimate]):
                 np.arange(values.shape[1] - window + 1) + window / 2, running_mean(values, window)[0], color=color
             )
             elbo.axhline(result.elbo, color=color, linewidth=0.8, linestyle=DASHED)
-        llc.set_yticks(range(len(results)), list(results), color=INK)
+        llc.set_yticks(range(len(results)), [name for name, _ in results], color=INK)
         llc.invert_yaxis()
         llc.set(title="llc ± sem;  | q alone", xlabel="llc")
         elbo.set(title="ELBO,  running mean over chains;  dashed: final", xlabel="step", ylabel="nats")
-        elbo.set_ylim(*_bulk([np.asarray(result.traces["elbo"], float) for result in results.values()]))
+        elbo.set_ylim(*_bulk([np.asarray(result.traces["elbo"], float) for _, result in results]))
     return figure
 
 

@@ -159,27 +159,8 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
     chains = evaluation.llc.size
     within = float(np.sqrt(np.mean(evaluation.llc_sem.astype(float) ** 2) / chains))
     between = float(np.std(evaluation.llc, ddof=1) / np.sqrt(chains)) if chains > 1 else 0.0
-    trend = elbo_trend(traces["elbo"])
     posterior = problem.posterior
-    evidence = Evidence(
-        llc_per_chain=np.asarray(evaluation.llc, float),
-        llc_sem_per_chain=np.asarray(evaluation.llc_sem, float),
-        elbo=traces["elbo"],
-        virial=traces["virial"][:, -max(1, min(steps // 4, 500)) :].mean(axis=0),
-        log_weight_sd=np.asarray(evaluation.log_weight_sd, float),
-        elbo_gain=trend.gain,
-        elbo_gain_error=trend.error,
-        converged=fit.converged,
-        rank=int(start.rank),
-        wanted_rank=int(start.wanted_rank),
-        rank_limit=rank_limit(config, posterior.center.size, posterior.center.dtype.itemsize),
-        newton_decrement=float(start.newton_decrement),
-        importance=assess_importance(evaluation.log_weight),
-        radius2=traces["radius2"],
-        localization=float(posterior.gamma),
-        dim=posterior.center.size,
-        **_mixture_evidence(outcome.arrays, config),
-    )
+    evidence = _evidence(fit, problem, config, traces)
     return LLCEstimate(
         llc=float(np.mean(evaluation.llc)),
         llc_sem=max(within, between),
@@ -214,6 +195,32 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
         config=config.replace(correction="none"),
         llc_vi=float(np.mean(evaluation.llc)),
         llc_vi_sem=max(within, between),
+    )
+
+
+def _evidence(fit: Fit, problem: Problem, config: VIConfig, traces: dict[str, np.ndarray]) -> Evidence:
+    """Collect what findings are read from."""
+    outcome, start = jax.device_get(fit.outcome), jax.device_get(fit.start)
+    evaluation, posterior = outcome.evaluation, problem.posterior
+    steps, trend = traces["elbo"].shape[1], elbo_trend(traces["elbo"])
+    return Evidence(
+        llc_per_chain=np.asarray(evaluation.llc, float),
+        llc_sem_per_chain=np.asarray(evaluation.llc_sem, float),
+        elbo=traces["elbo"],
+        virial=traces["virial"][:, -max(1, min(steps // 4, 500)) :].mean(axis=0),
+        log_weight_sd=np.asarray(evaluation.log_weight_sd, float),
+        elbo_gain=trend.gain,
+        elbo_gain_error=trend.error,
+        converged=fit.converged,
+        rank=int(start.rank),
+        wanted_rank=int(start.wanted_rank),
+        rank_limit=rank_limit(config, posterior.center.size, posterior.center.dtype.itemsize),
+        newton_decrement=float(start.newton_decrement),
+        importance=assess_importance(evaluation.log_weight),
+        radius2=traces["radius2"],
+        localization=float(posterior.gamma),
+        dim=posterior.center.size,
+        **_mixture_evidence(outcome.arrays, config),
     )
 
 

@@ -125,10 +125,10 @@ def draw_spectrum(axes: "Axes", result: LLCEstimate) -> None:
 
     values, rank = spectrum_of(result), int(result.curvature["rank"])
     index = np.arange(1, values.size + 1)
-    blue, dots = CHAIN_COLORS[0], {"markersize": 4}
-    axes.plot(index[:rank], values[:rank], "o", color=blue, label=f"in the core, rank {rank}", **dots)
-    rest = {"color": FAINT, "markerfacecolor": "white", "label": "covered by the diagonal"}
-    axes.plot(index[rank:], values[rank:], "o", **rest, **dots)
+    blue, white = CHAIN_COLORS[0], "white"
+    axes.plot(index[:rank], values[:rank], "o", color=blue, markersize=4, label=f"in the core, rank {rank}")
+    (rest,) = axes.plot(index[rank:], values[rank:], "o", color=FAINT, markersize=4, markerfacecolor=white)
+    rest.set_label("covered by the diagonal")
     axes.axvline(rank + 0.5, color=blue, linewidth=0.8, linestyle=(0, (1, 2)))
     plain = result.config.whitening == "none"
     if plain and result.localization > 0:
@@ -224,6 +224,8 @@ def draw_importance(axes: "Axes", result: LLCEstimate) -> None:
 
 def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the walkers of the correction, and the value that they end at."""
+    from matplotlib.ticker import MaxNLocator
+
     details, values = result.correction or {}, np.asarray(result.walk_llc, float)
     means = draw_chains(axes, values)
     burn = result.walk_burn_in
@@ -234,7 +236,7 @@ def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
     title = f"walkers:  R-hat {details.get('rhat', float('nan')):.3f}, variance reduced "
     title += f"{details.get('variance_reduction', float('nan')):.2g} times"
     axes.set(title=title, ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$", xlabel="record")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper right")
 
 

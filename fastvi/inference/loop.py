@@ -131,19 +131,10 @@ def run_steps(
         if config.prunes:
             params, opt_state = _pruned(family, params, opt_state, config, step)
         cache = family.refresh_cache(state.cache, params, updates)
-        elbo = jnp.mean(value - draws.log_prob)
         slow = jax.lax.cond(refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params)
         baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * _objective_value(family, value, draws)
-        trace = {
-            "elbo": elbo,
-            "elbo_like": jnp.mean(value),
-            "logq": jnp.mean(draws.log_prob),
-            "radius2": jnp.mean(jnp.sum(draws.displacement**2, axis=-1)),
-            "virial": -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1],
-            "grad_norm": gradient_norm(ascent),
-            **family.step_statistics(params, draws),
-            **slow,
-        }
+        trace = {**_statistics(draws, value, grad), "grad_norm": gradient_norm(ascent)}
+        trace |= {**family.step_statistics(params, draws), **slow}
         return (State(params, opt_state, baseline, cache, slow), randomness(key, step + 1)), trace
 
     names = []
@@ -163,6 +154,17 @@ def run_steps(
     (state, _), stacked = jax.lax.scan(body, (state, ahead), plan)
     traces = dict(zip(names, jnp.moveaxis(stacked, 0, 2), strict=True))
     return state, {**traces, "lr": jnp.broadcast_to(rates, (keys.size, length)).astype(stacked.dtype)}
+
+
+def _statistics(draws: Draws, value, grad) -> dict[str, Scalar]:
+    """Return what is traced of the draws of a step."""
+    return {
+        "elbo": jnp.mean(value - draws.log_prob),
+        "elbo_like": jnp.mean(value),
+        "logq": jnp.mean(draws.log_prob),
+        "radius2": jnp.mean(jnp.sum(draws.displacement**2, axis=-1)),
+        "virial": -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1],
+    }
 
 
 def _scaled(updates, factors, rate):

@@ -15,7 +15,7 @@ from fastvi.config import VIConfig
 from fastvi.diagnostics.health import Finding
 from fastvi.diagnostics.importance import Importance, assess_importance
 
-SUMMARY_WIDTH = 100
+SUMMARY_WIDTH = 80
 MOST_SCALES = 4096  # entries of D^{1/2} that a result keeps
 RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
 EVENTS_FOLDER = Path("diagnostics") / "tb"
@@ -111,7 +111,7 @@ class LLCEstimate:
         ]
         findings = [str(finding) for finding in self.health] or ["none: nothing stands out"]
         wrap = TextWrapper(width=SUMMARY_WIDTH, initial_indent="  ", subsequent_indent="    ")
-        return "\n".join([*lines, "findings", *map(wrap.fill, findings)])
+        return "\n".join([*map(_folded, lines), "findings", *map(wrap.fill, findings)])
 
     @property
     def importance(self) -> Importance:
@@ -200,6 +200,14 @@ def with_error(value: float, sem: float) -> str:
         return f"{value:.4g} ± {sem:.2g}"
     decimals = min(max(1 - math.floor(math.log10(sem)), 0), 9)
     return f"{value:.{decimals}f} ± {sem:.{decimals}f}"
+
+
+def _folded(line: str) -> str:
+    """Break a line of the summary where it is too long, but not around `=` and `±`."""
+    wrap = TextWrapper(width=SUMMARY_WIDTH, subsequent_indent=15 * " ", break_on_hyphens=False)
+    for sign in ("=", "±"):
+        line = line.replace(f" {sign} ", f"\u00a0{sign}\u00a0")
+    return wrap.fill(line).replace("\u00a0", " ")
 
 
 def kept_scales(deviations: np.ndarray) -> np.ndarray:

@@ -5,9 +5,11 @@ the help, with a method `run(say)`, which may return an exit status. Adding one 
 """
 
 import dataclasses
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Union, get_type_hints
 
 from fastvi import ConfigError, DataError, NonFiniteError, UnavailableError, __version__
 from fastvi._optional import MissingExtraError, import_optional
@@ -18,11 +20,9 @@ from fastvi.demos import DEMOS
 
 COMMANDS: Mapping[str, Any] = {"llc": Llc, "report": Report, "compare": Compare, "sweep": Sweep, "demo": DEMOS}
 GROUP_HELP = {"demo": "Complete runs on a laptop: train, estimate, plot, write a folder."}
-DESCRIPTION = (
-    "Estimate the local learning coefficient of a trained model by variational\n"
-    "inference. `fastvi --version` shows the version."
-)
+DESCRIPTION = "Estimate the local learning coefficient of a trained model.\n\n`fastvi --version` shows the version."
 
+UNTOLD_DEFAULTS = (None, False, (), dataclasses.MISSING)  # a help text has nothing to say of these
 FAILURE, INTERRUPTED = 2, 130
 EXPECTED_ERRORS = (ConfigError, DataError, NonFiniteError, UnavailableError, MissingExtraError, OSError)
 
@@ -44,8 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         status = _parse(args).run(_say)
     except EXPECTED_ERRORS as error:
-        message = " ".join(str(error).split())
-        sys.stderr.write(f"fastvi: error: {message}\n")
+        sys.stderr.write(f"{_fold('fastvi: error: ' + ' '.join(str(error).split()))}\n")
         return FAILURE
     except KeyboardInterrupt:
         sys.stderr.write("\nfastvi: interrupted\n")
@@ -61,7 +60,12 @@ def _parse(args: Sequence[str]) -> Any:
         prog="fastvi",
         description=DESCRIPTION,
         args=args,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs),
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.PositionalRequiredArgs,
+            tyro.conf.DisallowNone,
+            tyro.conf.FlagCreatePairsOff,
+        ),
     )
 
 
@@ -83,12 +87,13 @@ def _choice(tyro: Any, commands: Mapping[str, Any]) -> Any:
 
 def _name_arguments(tyro: Any, command: Any) -> None:
     """Show arguments by the names that their fields give; a list of lists collects repeated options."""
+    hints = get_type_hints(command)
     for field in dataclasses.fields(command):
-        if "metavar" in field.metadata:
-            markers = (tyro.conf.arg(metavar=field.metadata["metavar"]),)
-            if field.metadata.get("repeated"):
-                markers += (tyro.conf.UseAppendAction,)
-            command.__annotations__[field.name] = Annotated[(field.type, *markers)]
+        hint = "" if any(field.default is default for default in UNTOLD_DEFAULTS) else None
+        markers = (tyro.conf.arg(metavar=field.metadata.get("metavar"), help_behavior_hint=hint),)
+        if field.metadata.get("repeated"):
+            markers += (tyro.conf.UseAppendAction,)
+        command.__annotations__[field.name] = Annotated[(hints[field.name], *markers)]
 
 
 def _group(choice: Any) -> Any:
@@ -97,6 +102,11 @@ def _group(choice: Any) -> Any:
 
     chosen.__annotations__ = {"command": choice}
     return chosen
+
+
+def _fold(text: str) -> str:
+    """Break a line between words where a terminal would break it anywhere."""
+    return textwrap.fill(text, shutil.get_terminal_size().columns - 1) if sys.stderr.isatty() else text
 
 
 def _say(line: str) -> None:

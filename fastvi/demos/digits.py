@@ -20,7 +20,9 @@ PIXELS, CLASSES, BRIGHTEST = 64, 10, 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DigitsDemo(AbstractDemo):
-    """Train a 64-hidden-10 tanh network on scikit-learn's 1,797 digits and estimate its learning coefficient.
+    """Train a small digits classifier and estimate its learning coefficient.
+
+    The model is a 64-hidden-10 tanh network on the 1797 digits of scikit-learn.
 
     Attributes:
         hidden: Units of the hidden layer.

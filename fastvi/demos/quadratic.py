@@ -24,7 +24,9 @@ class Exact(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuadraticDemo(AbstractDemo):
-    """Estimate on a rotated quadratic loss with minibatch noise, and compare with the exact values.
+    """Estimate on a linear regression and compare with the exact values.
+
+    The loss is a rotated quadratic, with minibatch noise.
 
     Attributes:
         dim: Number of parameters d.

@@ -235,8 +235,9 @@ def _mixture_evidence(arrays: dict[str, Any], config: VIConfig) -> dict[str, Any
     if "pi" not in arrays:
         return {}
     asked = config.r_per_component is not None or config.r > VIConfig().r
+    norms = arrays.get("factor_norm2", np.zeros(0))
     return {
         "num_components": arrays["pi"].shape[1],
         "dominant_weight": float(np.mean(np.max(arrays["pi"], axis=1))),
-        "longest_factor": float(np.max(arrays["factor_norm2"])) if asked and arrays["factor_norm2"].size else None,
+        "longest_factor": float(np.max(norms)) if asked and norms.size else None,
     }

@@ -18,7 +18,7 @@ from fastvi.diagnostics.importance import Importance, assess_importance
 from fastvi.diagnostics.panels import PANELS
 from fastvi.diagnostics.plots import plot_panels
 from fastvi.diagnostics.report import write_report
-from fastvi.diagnostics.tensorboard import LiveEvents, reduce_traces, write_events
+from fastvi.diagnostics.tensorboard import Events, LiveEvents, reduce_traces, write_events
 
 DATA = (jnp.zeros((20, 1)),)
 TAGS = {
@@ -167,6 +167,16 @@ def test_windows_may_end_early():
     np.testing.assert_array_equal(windows.steps, [2, 5, 6])
     np.testing.assert_array_equal(windows.values["elbo"], [[1, 4, 6], [8, 11, 13]])
     np.testing.assert_array_equal(windows.values["lr"], [[2, 5, 6], [9, 12, 13]])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_traces_of_any_family_keep_their_names(tmp_path):
+    names = ("sigma_perp", "latent_logdet_mean", "latent_scale_min", "latent_scale_max")
+    events = Events(tmp_path)
+    events.write_traces({name: np.full((2, 3), 1.5 + place) for place, name in enumerate(names)}, every=3)
+    events.close()
+    read = read_events(tmp_path / "chain_1")
+    assert [read.Scalars(f"vi/{name}")[0].value for name in names] == [1.5, 2.5, 3.5, 4.5]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -241,7 +241,7 @@ def _khat(evidence: Evidence) -> Finding | None:
     return Finding(
         "warning",
         "khat",
-        f"Importance weights of q's draws are {word}: k-hat {khat:.2g}, {effective:.3g} draws count.",
+        f"Importance weights of q's draws are {word}: k-hat {khat:.2g}, {effective:.3g} effective draws.",
         "The posterior reaches where q hardly goes.",
         'Use correction="mcmc"; a better q needs more components (M), a larger rank (r) or a flow.',
     )

@@ -152,13 +152,15 @@ def draw_learning_rate(axes: "Axes", result: LLCEstimate) -> None:
 
 def draw_weights(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the mixture weights of each chain, heaviest first."""
-    weights = np.sort(np.asarray(result.family_arrays["pi"], float), axis=1)[:, ::-1][:, :MOST_BARS]
+    weights = np.sort(np.asarray(result.family_arrays["pi"], float), axis=1)[:, ::-1]
+    equal = 1 / weights.shape[1]
+    weights = weights[:, :MOST_BARS]
     chains, count = weights.shape
     width = 0.8 / chains
     for chain, row in enumerate(weights):
         at = np.arange(1, count + 1) - 0.4 + width * (chain + 0.5)
         axes.bar(at, row, width=width, color=chain_color(chain), linewidth=0)
-    axes.axhline(1 / result.config.M, color=INK, linewidth=1, linestyle=DASHED, label="equal weights")
+    axes.axhline(equal, color=INK, linewidth=1, linestyle=DASHED, label="equal weights")
     axes.set(title=r"mixture weights $\pi$, sorted, by chain", ylabel="weight", xlabel="component, heaviest first")
     axes.set_xticks(np.arange(1, count + 1, max(1, count // 16)))
     axes.legend(loc="upper right")
@@ -218,7 +220,7 @@ def draw_importance(axes: "Axes", result: LLCEstimate) -> None:
         axes.set_yscale("log")
         axes.set_ylim(1e-8, 2)
         axes.legend(loc="lower left")
-    title = f"importance weights:  k-hat {khat:.2g} ({word}), {effective:.3g} draws count"
+    title = f"importance weights:  k-hat {khat:.2g} ({word}), {effective:.3g} effective draws"
     axes.set(title=title, ylabel="share of the weight", xlabel="draw of q, heaviest first")
 
 

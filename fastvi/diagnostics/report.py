@@ -120,7 +120,7 @@ def _numbers(result: LLCEstimate) -> dict[str, str]:
         "llc": with_error(result.llc, result.llc_sem),
         "llc of q alone": with_error(result.llc_vi, result.llc_vi_sem),
         "elbo": f"{result.elbo:.4f} nats",
-        "k-hat": f"{khat:.3g} ({word}); {effective:.3g} of {result.log_weights.size} draws of q count",
+        "k-hat": f"{khat:.3g} ({word}); {effective:.3g} effective of {result.log_weights.size} draws of q",
         "loss at w*": f"{result.init_loss:.6g} nats",
         "work": f"{result.work['total_fge']:.0f} full-gradient equivalents",
         "time": f"{result.timings['total']:.1f} s, of which {result.timings['compile']:.1f} s compiling",

@@ -96,7 +96,7 @@ class LLCEstimate:
             f"elbo           {self.elbo:.4f} nats",
             f"problem        d = {self.dim:,}, n = {self.n_data:,}, n beta = {self.nbeta:.4g}, "
             f"localization = {self.localization:.4g}, L_n(w*) = {self.init_loss:.4g}",
-            f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} effective of {self.log_weights.size} draws of q",
+            f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} effective of {self.log_weights.size} draws",
             f"core           rank {self.curvature['rank']} of {self.dim:,}, explains "
             f"{100 * self.curvature['explained']:.3g} % of the precision's trace at w*",
             f"fit            {steps} steps x {chains_run} chains ({stop})",

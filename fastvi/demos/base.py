@@ -25,11 +25,11 @@ class AbstractDemo(abc.ABC):
         out: Folder for the results, made if need be; files of an earlier run in it are replaced.
         seed: Seed of everything random.
         localization: Strength gamma of the Gaussian that ties w to w*.
-        num_chains: Independent fits; without a correction their spread goes into the error. Chosen when left out.
+        num_chains: Independent fits; 4 when left out, 1 where a correction follows.
         steps: Most steps of the fit; chosen when left out.
         batch_size: Examples per minibatch of the fit; chosen when left out.
         lr: Peak learning rate of the fit, 0.01 when left out.
-        correction: How to go on from q to the posterior's own value; "none" leaves it at q. "auto" when left out.
+        correction: Whether to go on from q to the posterior's own value, "auto" when left out.
         config: YAML file with any settings of the fit; the four options above override it.
     """
 

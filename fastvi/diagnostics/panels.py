@@ -72,7 +72,7 @@ def draw_elbo(axes: "Axes", result: LLCEstimate) -> None:
     means = draw_chains(axes, values, label_chains=True, band=True)
     axes.axhline(result.elbo, color=INK, linewidth=1, linestyle=DASHED, label="final, all data")
     set_limits(axes, values, means, include=(result.elbo,))
-    axes.set(title="ELBO,  mean ± standard deviation of steps", ylabel="nats", xlabel="step")
+    axes.set(title="ELBO:  mean ± standard deviation of steps", ylabel="nats", xlabel="step")
     axes.legend(loc="lower right", ncols=2 if len(values) > 2 else 1)
 
 

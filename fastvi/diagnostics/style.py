@@ -90,7 +90,8 @@ def draw_chains(
             low, high = mean - spread[chain], mean + spread[chain]
             axes.fill_between(centers, low, high, color=color, alpha=0.6 * RAW_ALPHA, linewidth=0, zorder=1)
         axes.plot(centers, mean, color=color, linewidth=1.6, zorder=2.5, label=label)
-    axes.set_xlim(where[0], max(where[-1], where[0] + 1e-9))
+    if np.all(np.isfinite(where[[0, -1]])):
+        axes.set_xlim(where[0], max(where[-1], where[0] + 1e-9))
     return means
 
 

@@ -237,7 +237,7 @@ def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
     set_limits(axes, values[:, burn:], means[:, burn:] if means.shape[1] > burn else means, include=(result.llc,))
     title = f"walkers:  R-hat {details.get('rhat', float('nan')):.3f}, variance reduced "
     title += f"{details.get('variance_reduction', float('nan')):.2g} times"
-    axes.set(title=title, ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$", xlabel="record")
+    axes.set(title=title, ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$", xlabel="bin of steps")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper right")
 
@@ -252,7 +252,9 @@ def _has_array(name: str) -> Callable[[LLCEstimate], bool]:
 
 PANELS = {
     "elbo": Panel(draw_elbo, _always, "Rises, then levels off within its noise. Still rising: raise steps."),
-    "llc": Panel(draw_llc, _always, "Chains agree and level off at the final value."),
+    "llc": Panel(
+        draw_llc, _always, "Chains agree and level off. A corrected value may lie far off: then q is not the posterior."
+    ),
     "walk": Panel(
         draw_walk, lambda result: result.walk_llc.size > 0, "Walkers mix: no trend after the burn-in, R-hat near 1."
     ),

@@ -39,7 +39,7 @@ def test_configuration_page_lists_every_field_with_its_default(cls):
 
 @pytest.fixture
 def short_fits(monkeypatch):
-    """Cut fits short and leave out the default correction: an example shows how to call, numbers are tested elsewhere."""
+    """Cut fits short, without a walk: an example shows how to call, the numbers have tests of their own."""
     create = VIConfig.create.__func__
 
     def short(cls, source=None, /, **overrides):

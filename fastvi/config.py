@@ -266,7 +266,9 @@ class VIConfig(_CheckedFields):
     eval_samples: Annotated[int | None, partial(_integer, minimum=4)] = None
     control_variate: Literal["auto", "hvp", "none"] = "auto"
     trace_probes: Annotated[int, _integer] = 16
-    correction: Annotated[Literal["none", "auto", "importance", "mcmc"] | None, partial(_choice, choices=CORRECTIONS)] = None
+    correction: Annotated[
+        Literal["none", "auto", "importance", "mcmc"] | None, partial(_choice, choices=CORRECTIONS)
+    ] = None
     correction_error: Annotated[float, _positive] = 0.02
     correction_budget: Annotated[float, _positive] = 20_000.0
     whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"

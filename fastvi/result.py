@@ -45,8 +45,9 @@ class LLCEstimate:
         llc_vi: The variational value, under q: `llc` where nothing corrects it.
         llc_vi_sem: Its standard error.
         correction: How `llc` was corrected: method, khat and, of a run of walkers, settled, rhat, virial_z,
-            variance_reduction, walkers, trajectories, burn_in, acceptance, step_size. None for a variational value.
-        walk_llc: nbeta (L_n(w) - L_n(w*)) after each trajectory, shape (walkers, trajectories).
+            variance_reduction, systematic, walkers, steps, burn_in, data_blocks, energy_error, step_size, returned.
+            None for a variational value.
+        walk_llc: nbeta (L_n(w) - L_n(w*)), means over bins of four steps, shape (walkers, bins).
         fitted: What `fastvi.correct` goes on from; not saved.
     """
 
@@ -105,7 +106,7 @@ class LLCEstimate:
     def _provenance(self) -> str:
         if self.correction is None:
             return "uncorrected variational estimate"
-        methods = {"importance": "reweighted draws of q", "mcmc": "Hamiltonian Monte Carlo from q"}
+        methods = {"importance": "reweighted draws of q", "mcmc": "Langevin dynamics from q"}
         return f"{methods[self.correction['method']]}; q alone {with_error(self.llc_vi, self.llc_vi_sem)}"
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

@@ -17,7 +17,7 @@ from fastvi.demos.quadratic import exact_values, make_regression
 from fastvi.diagnostics.plots import batch_llc, plot_traces
 from fastvi.result import with_error
 
-SMALL_FIT = "M: 1\nr: 0\neval_samples: 32\nwhitening_mode: none\n"
+SMALL_FIT = "M: 1\nr: 0\neval_samples: 32\nwhitening_mode: none\ncorrection: none\n"
 DIGITS = ["demo", "digits", "--hidden", "4", "--train-steps", "300", "--steps", "100", "--num-chains", "2"]
 QUADRATIC = ["demo", "quadratic", "--dim", "8", "--num-data", "200", "--batch-size", "200"]
 QUADRATIC += ["--steps", "100", "--num-chains", "2", "--seed", "3", "--localization", "0.5"]
@@ -70,7 +70,14 @@ def test_a_demo_prints_the_summary_of_what_it_saved(demo):
 def test_a_demo_honours_its_options(demo):
     assert demo.result.traces["elbo"].shape == (2, 100)
     assert demo.result.config == VIConfig.create(
-        {"M": 1, "r": 0, "eval_samples": 32, "steps": 100, "batch_size": demo.json["config"]["batch_size"]}
+        {
+            "M": 1,
+            "r": 0,
+            "eval_samples": 32,
+            "correction": "none",
+            "steps": 100,
+            "batch_size": demo.json["config"]["batch_size"],
+        }
     )
 
 

@@ -35,18 +35,18 @@ class AbstractDemo(abc.ABC):
         out: Folder for the results, made if need be; files of an earlier run in it are replaced.
         seed: Seed of everything random.
         localization: Strength gamma of the Gaussian that ties w to w*.
-        num_chains: Independent fits, whose spread goes into the error.
+        num_chains: Independent fits; 4 when left out, 1 where a correction follows.
         steps: Largest number of steps, 5000 when left out; the fit stops by itself when the ELBO is flat.
         batch_size: Examples per minibatch of the fit, 256 when left out.
         lr: Peak learning rate of the fit, 0.01 when left out.
-        correction: Whether to go on from q to the posterior's own value, "none" when left out.
+        correction: Whether to go on from q to the posterior's own value, "auto" when left out.
         config: YAML file with any settings of the fit; the four options above override it.
     """
 
     out: Path
     seed: int = 0
     localization: float = 1.0
-    num_chains: int = 4
+    num_chains: int | None = None
     steps: int | None = None
     batch_size: int | None = None
     lr: float | None = None
@@ -67,7 +67,7 @@ class AbstractDemo(abc.ABC):
         import_matplotlib()
         import_optional("yaml", extra="cli", distribution="PyYAML", purpose=f"writing {CONFIG_FILE}")
         check(0 <= self.seed < 2**32, "seed", "an integer from 0 to 2**32 - 1", self.seed)
-        check(self.num_chains >= 1, "num_chains", "1 or more", self.num_chains)
+        check(self.num_chains is None or self.num_chains >= 1, "num_chains", "1 or more", self.num_chains)
         check(0 <= self.localization < float("inf"), "localization", "a number from 0", self.localization)
         given = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "correction")}
         settings = VIConfig.create(self.config, **{k: v for k, v in given.items() if v is not None})

@@ -115,16 +115,19 @@ def virial_columns(blocks: tuple[int, ...]) -> Callable[..., Float[Array, " colu
     Args:
         blocks: Lengths of the blocks, in order.
     """
-    ends = np.cumsum(blocks)
-    starts = ends - np.asarray(blocks)
 
     def columns(linear_map: LinearMap, displacement, gradient, x, pulled):
-        work = displacement * gradient
-        own = [stop - start - jnp.sum(work[start:stop]) for start, stop in zip(starts, ends, strict=True)]
+        own = block_virials(displacement * gradient, blocks)
         along = linear_map.basis.shape[0] - (linear_map.basis @ x) @ (linear_map.basis @ pulled)
         return jnp.stack([*own, along, linear_map.center @ gradient])
 
     return columns
+
+
+def block_virials(work, blocks: tuple[int, ...]) -> list:
+    """Return `length - sum of v * grad(-log p)` of each block, for v * grad(-log p) of shape (..., dim)."""
+    ends = np.cumsum(blocks)
+    return [length - work[..., end - length : end].sum(axis=-1) for length, end in zip(blocks, ends, strict=True)]
 
 
 def parameter_blocks(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -307,9 +310,7 @@ class Sampler:
         return self.work + ROUND * self.cost > self.budget
 
 
-def sample_posterior(
-    sampler: Sampler, *, relative_error: float, report: Callable[[float, float], None]
-) -> Sampled:
+def sample_posterior(sampler: Sampler, *, relative_error: float, report: Callable[[float, float], None]) -> Sampled:
     """Run the walkers until the error of llc is small and they agree, or the budget is spent.
 
     Gradients come from blocks of the data as small as their noise allows: it may add `BURN_IN_NOISE` to llc while the

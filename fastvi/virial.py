@@ -51,7 +51,8 @@ class VirialLLC:
         """Return the estimate in words."""
         lines = [
             f"llc      {self.llc:.4g} ± {self.llc_sem:.2g}   (plain mean {self.plain:.4g} ± {self.plain_sem:.2g})",
-            f"virial   variance reduced {self.variance_reduction:.3g} times; off by {self.virial_z:.2g} standard errors",
+            f"virial   variance reduced {self.variance_reduction:.3g} times; "
+            f"off by {self.virial_z:.2g} standard errors",
             f"chains   R-hat {self.rhat:.3f}, {self.burn_in} draws of each discarded",
         ]
         if not self.is_consistent:
@@ -73,8 +74,8 @@ def virial_llc(
     """Estimate the learning coefficient from a sampler's chains, with control variates of mean zero.
 
     For each block of parameters `length - v . grad(-log p)` with v = w - w* has mean zero under the local posterior
-    `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)`; so has the slope along the mean of the chains. What they explain of
-    L_n is taken away. Works for HMC and NUTS, and for SGLD if `gradients` are those of full data or of a minibatch
+    `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)`; so has the slope along the mean of the chains. What they explain
+    of L_n is taken away. Works for HMC and NUTS, and for SGLD if `gradients` are those of full data or of a minibatch
     drawn afresh at each sample; the losses may be of minibatches too.
 
     Args:

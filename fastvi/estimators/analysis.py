@@ -19,8 +19,9 @@ class Analysis:
     """What a run says: the mean after burn-in, its error, and whether to believe it.
 
     `added` is what the virial columns take off llc. Where it is positive, the dynamics have added it: noisy gradients
-    and finite steps heat. Where it is negative, the walkers have not yet spread along wide directions; llc, which hardly
-    feels these, is then read without the columns. `systematic` is the part of `llc_sem` that stands for either.
+    and finite steps heat. Where it is negative beyond doubt, the walkers have not yet spread along wide directions;
+    llc, which hardly feels these, is then read without the columns. `systematic` is the part of `llc_sem` that stands
+    for either.
     """
 
     llc: float

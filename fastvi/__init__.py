@@ -8,6 +8,7 @@ from fastvi.objective import FlatObjective, make_flat_objective, ravel_loss
 from fastvi.posterior import LocalPosterior
 from fastvi.result import LLCEstimate
 from fastvi.sampler import SamplerRunResult, fit, run_vi
+from fastvi.virial import VirialLLC, virial_llc
 
 __version__ = "0.1.0"
 
@@ -22,10 +23,12 @@ __all__ = [
     "SamplerRunResult",
     "UnavailableError",
     "VIConfig",
+    "VirialLLC",
     "correct",
     "estimate_llc",
     "fit",
     "make_flat_objective",
     "ravel_loss",
     "run_vi",
+    "virial_llc",
 ]

@@ -134,10 +134,10 @@ def _is_broken(result: LLCEstimate) -> bool:
 def _plan(config: VIConfig, num_data: int, num_chains: int | None) -> tuple[VIConfig, bool, int]:
     """Return the configuration of the fit, whether it stops by itself, and its chains.
 
-    A fit that only prepares a correction is one short chain on little data, where the configuration leaves that open:
+    A fit that only prepares a walk is one short chain on little data, where the configuration leaves that open:
     what it leaves undone costs the walkers a few steps.
     """
-    if config.correction == "none" or config.early_stop:
+    if config.correction in ("none", "importance") or config.early_stop:
         return config, config.early_stop is not False, num_chains or DEFAULT_CHAINS
     default = VIConfig()
     batch = min(PREPARATION["batch_size"], num_data)

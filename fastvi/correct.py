@@ -142,8 +142,8 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
     means, variances = map(np.asarray, zip(*chains, strict=True))
     between = means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else 0.0
     sem = max(np.sqrt(variances.mean() / means.size), between)
-    effective = float(1 / np.sum(weights**2))
-    return _Values(first + means.mean(), float(sem), first + means, np.zeros((0, 0)), 0, {"effective_draws": effective})
+    llc, details = float(first + means.mean()), {"effective_draws": float(1 / np.sum(weights**2))}
+    return _Values(llc, float(sem), first + means, np.zeros((0, 0)), 0, details)
 
 
 def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None] | None) -> _Values:

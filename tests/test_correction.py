@@ -14,7 +14,6 @@ import fastvi
 from fastvi.diagnostics.importance import fit_pareto, pareto_smooth
 from fastvi.estimators.analysis import analyse, burn_in, drift, split_rhat, standard_error
 from fastvi.estimators.correction import parameter_blocks, resample, virial_columns
-from fastvi.estimators.hmc import Walker
 from fastvi.families.base import LinearMap
 
 COUNT = 1000
@@ -55,8 +54,7 @@ def test_virial_columns_have_mean_zero_under_the_posterior():
 
     def columns(v):
         gradient = precision @ (v - mean)
-        walker = Walker(linear_map.round(v), jnp.zeros(()), jnp.zeros(()), gradient)
-        return virial_columns((2, 3))(v, walker, linear_map.pull_back(gradient), linear_map)
+        return virial_columns((2, 3))(linear_map, v, gradient, linear_map.round(v), linear_map.pull_back(gradient))
 
     values = np.asarray(jax.vmap(columns)(jnp.asarray(draws)))
     assert values.shape[1] == 4
@@ -173,11 +171,13 @@ def test_sampling_finds_the_posterior_s_llc(quartic):
     )
 
 
-def test_reweighting_finds_it_too(quartic):
-    again = fastvi.correct(quartic, "importance", progress=False)
-    assert again.correction["method"] == "importance"
-    assert again.llc == pytest.approx(quartic_truth(30.0), rel=0.03)
-    assert again.llc_vi == quartic.llc_vi
+def test_reweighting_finds_it_too():
+    result = fastvi.estimate_llc(
+        lambda w, batch: w[0] ** 4, jnp.zeros(1), no_data(), localization=30.0, progress=False, correction="importance"
+    )
+    assert result.correction["method"] == "importance"
+    assert result.llc == pytest.approx(quartic_truth(30.0), rel=0.03)
+    assert abs(result.llc - quartic_truth(30.0)) < 4 * result.llc_sem
 
 
 def test_a_corrected_estimate_is_saved_and_read(quartic, tmp_path):
@@ -187,7 +187,7 @@ def test_a_corrected_estimate_is_saved_and_read(quartic, tmp_path):
     np.testing.assert_array_equal(loaded.walk_llc, quartic.walk_llc)
     with pytest.raises(fastvi.DataError, match="no fit"):
         fastvi.correct(loaded)
-    assert "Hamiltonian" in quartic.summary()
+    assert "Langevin" in quartic.summary()
 
 
 def test_the_flat_contract_refuses_a_correction():
@@ -219,4 +219,4 @@ def test_deep_linear_net_against_long_hmc():
         progress=False,
         correction="mcmc",
     )
-    assert result.llc == pytest.approx(reference["value"] if isinstance(reference, dict) else reference.value, rel=0.05)
+    assert result.llc == pytest.approx(reference["value"], rel=0.05)

@@ -53,8 +53,8 @@ REFINED = (10**-0.25, 10**0.25)  # two more step sizes beside the best of the gr
 LEAPFROGS = (8, 32)
 FASTVI: dict[str, dict[str, Any]] = {
     "correction=none": {"correction": "none"},
-    "correction=auto": {"correction": "auto"},
-    "correction=mcmc short": {"correction": "mcmc", "correction_trajectories": 20, "eval_samples": 16},
+    "correction_error=0.05": {"correction_error": 0.05},
+    "defaults": {},
 }
 MCLMC_SHARES = (0.125, 0.25, 0.5, 1.0)
 BATCHES = 20  # of the batch means that give the error of a single chain

@@ -17,6 +17,7 @@ from fastvi.estimators.langevin import (
     Record,
     Tuning,
     Walker,
+    heat,
     make_potential,
     refresh,
     run_steps,
@@ -36,7 +37,7 @@ EFFECTIVE_SHARE = 0.5  # part of q's draws that must count when walkers are chos
 MAX_COLUMNS = 12  # parameter blocks with a virial column of their own
 WALK_BLOCK = 2**31 + 2**17  # counters of a chain's key beyond those of its evaluation
 NOISE_POINTS = 4  # walkers at which the noise of the gradients is measured
-BURN_IN_NOISE = 0.3  # share of llc that this noise may add while walkers move in from q
+BURN_IN_NOISE = 0.6  # share of llc that this noise may add while walkers move in from q
 BURN_IN_CHANGE = 0.1  # of llc from one half of a run to the next, at which they have moved in
 MAX_BURN_IN = 20  # rounds
 ENERGY_ERROR = 5e-4  # of the first steps, in nats^2 per effective dimension
@@ -44,7 +45,7 @@ PRECISE_ENERGY_ERROR = 2e-4  # at a relative error of 2 %; the bias grows as the
 LEAST_DIMENSIONS = 0.1  # effective dimensions, at least, of each dimension
 REFINEMENTS = 3  # how many times the dynamics are made more exact
 FEWER_BLOCKS, LESS_ENERGY_ERROR = 4, 8
-NOISE_SHARE = 0.5  # of relative_error that noise of the gradients may add to llc
+NOISE_SHARE = 1.0  # of relative_error that noise of the gradients may add to llc, before control variates
 NOISE_SLACK = 1.5  # on what a new measurement of the noise allows
 REFINE_AT = 0.75  # systematic error over the wanted one
 CHECK_GROWTH = 1.15  # of a run between looks at its averages
@@ -115,16 +116,19 @@ def virial_columns(blocks: tuple[int, ...]) -> Callable[..., Float[Array, " colu
     Args:
         blocks: Lengths of the blocks, in order.
     """
-    ends = np.cumsum(blocks)
-    starts = ends - np.asarray(blocks)
 
     def columns(linear_map: LinearMap, displacement, gradient, x, pulled):
-        work = displacement * gradient
-        own = [stop - start - jnp.sum(work[start:stop]) for start, stop in zip(starts, ends, strict=True)]
+        own = block_virials(displacement * gradient, blocks)
         along = linear_map.basis.shape[0] - (linear_map.basis @ x) @ (linear_map.basis @ pulled)
         return jnp.stack([*own, along, linear_map.center @ gradient])
 
     return columns
+
+
+def block_virials(work, blocks: tuple[int, ...]) -> list:
+    """Return `length - sum of v * grad(-log p)` of each block, for v * grad(-log p) of shape (..., dim)."""
+    ends = np.cumsum(blocks)
+    return [length - work[..., end - length : end].sum(axis=-1) for length, end in zip(blocks, ends, strict=True)]
 
 
 def parameter_blocks(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -244,10 +248,11 @@ class Sampler:
     def affordable(self, llc: float) -> int:
         """Return the most blocks with which noise adds no more than this to llc.
 
-        Noise of variance V per step heats a direction by `step * V * friction time / 2`, and half of that is llc.
+        Noise of variance V held for HOLD steps heats a direction by `HOLD * step * V * friction time / 2`, and half of
+        that is llc.
         """
-        heat = self._heat(FRICTION_TIME)
-        return next((count for count in self.counts if heat * (count - 1) <= abs(llc)), 1)
+        added = self._heat(FRICTION_TIME)
+        return next((count for count in self.counts if added * (count - 1) <= abs(llc)), 1)
 
     def enter(self, level: Level) -> None:
         """Go on by another number of blocks or energy error."""
@@ -274,7 +279,7 @@ class Sampler:
             jnp.float32(self.friction_time),
             jnp.int32(self.steps),
         )
-        record = Record(*(np.asarray(leaf, float) for leaf in jax.device_get(record)))
+        record = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, float), jax.device_get(record))
         self.steps += ROUND
         self.work += ROUND * self.cost
         self.returned += float(record.returned.sum())
@@ -293,7 +298,7 @@ class Sampler:
 
     def _heat(self, friction_time: float) -> float:
         """Return what gradient noise adds to llc, for each block of data but one."""
-        return self.block_noise * float(self.walk.tuning.step) * friction_time / 4
+        return heat(self.block_noise, float(self.walk.tuning.step), friction_time)
 
     @property
     def effective_dimensions(self) -> float:

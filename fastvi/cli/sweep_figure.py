@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOG_FROM = 5.0  # a numeric axis that spans more than this factor is logarithmic
+ASIDE = 0.012  # of the axis, between lines
 
 
 def draw_sweep(results: list[tuple[dict[str, Any], LLCEstimate]]) -> "Figure":
@@ -32,7 +33,7 @@ def draw_sweep(results: list[tuple[dict[str, Any], LLCEstimate]]) -> "Figure":
         figure = Figure(figsize=(12, 4), facecolor="white", layout="constrained")
         panels = figure.subplots(1, 3)
         for color, (label, places) in enumerate(lines.items()):
-            at = positions[places]
+            at = _beside(positions, color - 0.5 * (len(lines) - 1))[places]
             kept = [results[place][1] for place in places]
             style = {"color": chain_color(color), "linewidth": 1.4, "markersize": 4}
             sems = [result.llc_sem for result in kept]
@@ -57,11 +58,22 @@ def _positions(values: list[Any]) -> tuple[np.ndarray, list[str] | None]:
     return np.asarray([labels.index(str(value)) for value in values], float), labels
 
 
+def _beside(positions: np.ndarray, place: float) -> np.ndarray:
+    """Move the points of a line a little aside, so that lines that coincide are all seen."""
+    if _is_logarithmic(positions):
+        return positions * (positions.max() / positions.min()) ** (ASIDE * place)
+    return positions + ASIDE * place * max(np.ptp(positions), 1.0)
+
+
+def _is_logarithmic(positions: np.ndarray) -> bool:
+    return bool(positions.min() > 0 and positions.max() > LOG_FROM * positions.min())
+
+
 def _label_axis(axes: Any, positions: np.ndarray, labels: list[str] | None) -> None:
     if labels is not None:
         axes.set_xticks(range(len(labels)), labels)
         return
-    if positions.min() > 0 and positions.max() > LOG_FROM * positions.min():
+    if _is_logarithmic(positions):
         axes.set_xscale("log")
     ticks = np.unique(positions)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -51,10 +51,12 @@ GRID = tuple(10 ** (exponent / 2) for exponent in range(-11, -1))
 GRID_LARGE = tuple(10 ** (exponent / 2) for exponent in range(-10, -3))
 REFINED = (10**-0.25, 10**0.25)  # two more step sizes beside the best of the grid
 LEAPFROGS = (8, 32)
+BUDGETS = (30, 100, 300, 1000, 3000, 10_000)  # of a correction
 FASTVI: dict[str, dict[str, Any]] = {
     "correction=none": {"correction": "none"},
     "correction_error=0.05": {"correction_error": 0.05},
     "defaults": {},
+    **{f"correction_budget={most}": {"correction_budget": most, "correction_error": 0.05} for most in BUDGETS},
 }
 MCLMC_SHARES = (0.125, 0.25, 0.5, 1.0)
 BATCHES = 20  # of the batch means that give the error of a single chain

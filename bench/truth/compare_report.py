@@ -90,7 +90,7 @@ class Results:
             return []
         if entry.method == "fastvi":
             knobs = [knob] if entry.knob != "within=budget" else [f"correction_budget={most}" for most in BUDGETS]
-            return sorted(self.point(problem, name) for name in knobs if self.runs[problem, "fastvi", name])
+            return sorted(self.point(problem, name) for name in knobs if (problem, "fastvi", name) in self.runs)
         if entry.method == "mclmc":
             ends = [self.curves[problem, "mclmc", name][-1] for name in self.knobs(problem, "mclmc")]
         else:

@@ -120,7 +120,7 @@ def _choose(fitted: Fitted, config: VIConfig) -> tuple[str, Float[np.ndarray, "c
     """Return the method, and the smoothed weights with their k-hat."""
     log_weight = np.asarray(fitted.fit.outcome.evaluation.log_weight, float)
     weights, khat = pareto_smooth(log_weight.ravel())
-    method = config.correction
+    method: str = config.correction or "auto"
     if method == "auto":
         effective = 1 / np.sum(weights**2)
         method = "importance" if khat < GOOD and effective >= EFFECTIVE_SHARE * weights.size else "mcmc"

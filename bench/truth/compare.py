@@ -2,7 +2,7 @@
 
 python -m bench.truth.compare                                    the subset below, five seeds
 python -m bench.truth.compare --problems digits_16_g1 --seeds 2 --budget 2000 --methods fastvi hmc
-python -m bench.truth.compare --report                           tables of what was measured, and the figure
+python -m bench.truth.compare --report                           write tables and the figure into README and docs
 """
 
 import argparse
@@ -231,12 +231,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=4000.0, help="FGE of each run, all chains together")
-    parser.add_argument("--report", action="store_true", help="print tables and draw the figure; measure nothing")
+    parser.add_argument("--report", action="store_true", help="write tables and the figure; measure nothing")
     settings = parser.parse_args(arguments)
     if settings.report:
         from bench.truth.compare_report import report
 
-        print(report())
+        report()
         return
     for name in settings.problems:
         problem, rows, curves = PROBLEMS[name](), [], []

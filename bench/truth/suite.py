@@ -2,12 +2,11 @@
 
 python -m bench.truth.suite                                  every problem of at most 5,000 dimensions, five seeds
 python -m bench.truth.suite --problems tanh_3_g1 --seeds 2   these
-python -m bench.truth.suite --report                         the tables of what was measured; write them into docs/accuracy.md
+python -m bench.truth.suite --report                         write the tables of what was measured into docs/accuracy.md
 """
 
 import argparse
 import csv
-import pathlib
 import sys
 import time
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench import harness
+from bench.publish import ACCURACY, publish
 from bench.truth.linear_nets import deep_linear
 from bench.truth.problem import Problem
 from bench.truth.problems import PROBLEMS
@@ -23,7 +23,6 @@ from fastvi import estimate_llc
 
 TABLE = "suite"
 LARGEST = 5000
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "accuracy.md"
 SCALING = {  # deep linear networks at their most degenerate point, in the limit of weak localization
     f"theory_{len(widths) - 1}x{widths[0]}": (widths, rank)
     for widths, rank in (
@@ -119,8 +118,8 @@ def table(found: dict[str, list[dict[str, str]]]) -> str:
         )
     every = np.concatenate([np.abs(numbers(found[name], "relative_error")) for name in PROBLEMS if name in found])
     total = (
-        f"Over {len(medians)} problems and {runs} runs: the median of the medians is {100 * np.median(medians):.2g} %, the "
-        f"largest {100 * max(medians):.2g} %; the worst run {100 * every.max():.2g} %. The answer is within three "
+        f"Over {len(medians)} problems and {runs} runs: the median of the medians is "
+        f"{100 * np.median(medians):.2g} %, the largest {100 * max(medians):.2g} %; the worst run {100 * every.max():.2g} %. The answer is within three "
         f"`llc_sem`, or the run is flagged, in {covered} of {runs} runs."
     )
     return "\n".join([*lines, "", total])
@@ -145,20 +144,6 @@ def scaling_table(found: dict[str, list[dict[str, str]]]) -> str:
     return "\n".join([*lines, "", f"Spearman's rank correlation with theory: {spearman:.3f}."])
 
 
-def publish(page: pathlib.Path, name: str, text: str) -> None:
-    """Replace what stands between two comments of a page.
-
-    Raises:
-        ValueError: If the page has no such comments.
-    """
-    begin, end = f"<!-- {name}: written by bench -->\n", f"\n<!-- end of {name} -->"
-    content = page.read_text(encoding="utf-8")
-    if begin not in content or end not in content:
-        raise ValueError(f"{page} has no place for {name!r}.")
-    before, rest = content.split(begin)
-    page.write_text(before + begin + text + end + rest.split(end)[1], encoding="utf-8")
-
-
 def main(arguments: list[str]) -> None:
     """Measure, or report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,7 +155,7 @@ def main(arguments: list[str]) -> None:
     if settings.report:
         found = load()
         for name, text in (("suite", table(found)), ("scaling", scaling_table(found))):
-            publish(PAGE, name, text)
+            publish(ACCURACY, name, text)
             print(text)
         return
     references = load_references()

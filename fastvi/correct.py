@@ -26,6 +26,7 @@ from fastvi.result import LLCEstimate
 EFFECTIVE_SHARE = 0.5  # of the draws that must count for "auto" to reweight them
 WALKERS = 8  # at least; a multiple of the chains
 MOST_IN_FEW_DIMENSIONS = 64  # times as many there: they are cheap, and arms of the posterior narrow
+FULL_CROWD_ERROR = 0.02  # relative error that takes so many
 
 
 class Fitted(NamedTuple):
@@ -119,7 +120,7 @@ def _choose(fitted: Fitted, config: VIConfig) -> tuple[str, Float[np.ndarray, "c
     """Return the method, and the smoothed weights with their k-hat."""
     log_weight = np.asarray(fitted.fit.outcome.evaluation.log_weight, float)
     weights, khat = pareto_smooth(log_weight.ravel())
-    method = config.correction
+    method: str = config.correction or "auto"
     if method == "auto":
         effective = 1 / np.sum(weights**2)
         method = "importance" if khat < GOOD and effective >= EFFECTIVE_SHARE * weights.size else "mcmc"
@@ -149,7 +150,8 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
 def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None] | None) -> _Values:
     """Run the walkers."""
     chains, dim = fitted.keys.size, fitted.problem.posterior.center.size
-    per_chain = -(-WALKERS * few_dimensions_factor(dim, MOST_IN_FEW_DIMENSIONS) // chains)
+    most = MOST_IN_FEW_DIMENSIONS * min(1.0, (FULL_CROWD_ERROR / config.correction_error) ** 2)
+    per_chain = -(-WALKERS * few_dimensions_factor(dim, max(1, round(most))) // chains)
     budget, evaluation = config.correction_budget, fitted.fit.outcome.evaluation
 
     def tell(done: float, llc: float) -> None:

@@ -17,8 +17,8 @@ from fastvi.families.base import AbstractFamily
 from fastvi.geometry.curvature import BLOCK
 from fastvi.geometry.start import Start, rank_limit
 from fastvi.inference.loop import Problem, State
-from fastvi.inference.optimizer import Horizon
-from fastvi.inference.programs import Outcome, Programs, Stages, build_family
+from fastvi.inference.optimizer import Horizon, fixed_phases
+from fastvi.inference.programs import Outcome, Programs, Stages, build_family, start_key
 from fastvi.inference.schedule import (
     DECAY_FRACTION,
     FLAT_LOOKS,
@@ -28,7 +28,6 @@ from fastvi.inference.schedule import (
     is_balanced,
 )
 
-START_SEED = 0
 CHUNK = 100  # steps between looks at the traces
 MAX_ADAPTIVE_WARMUP = 100  # steps; a run that stops by itself is not planned to last
 
@@ -84,20 +83,19 @@ def run_fit(
         The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are zero.
     """
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves((problem, chain_keys)))
+    if traced:
+        return Fit(*stages.whole(problem, chain_keys, whitener_scale), Clock().seconds, None)
     dim = problem.posterior.center.size
-    clock, programs = Clock(traced), stages.plain if traced else stages.for_work(config.steps, dim)
+    clock, programs = Clock(), stages.for_work(config.steps, dim)
     report = report or _silent
     report(Progress("curvature", 0, config.steps, float("nan")))
-    key = jax.random.key(START_SEED)
+    key = start_key()
     start = clock.time("adaptation", lambda: programs.prepare(problem, key, whitener_scale))
     limit = rank_limit(config, problem.posterior.center.size, problem.posterior.center.dtype.itemsize)
-    rank = limit if traced else min(limit, -(-int(start.rank) // BLOCK) * BLOCK)
+    rank = min(limit, -(-int(start.rank) // BLOCK) * BLOCK)
     chunk = min(CHUNK, config.steps) if early_stop or report is not _silent else config.steps
     launch_arguments = (build_family(config, start, rank), problem, start.core[:rank], key, chain_keys)
-    if traced:
-        family, state, rounds = programs.launch(*launch_arguments)
-    else:
-        family, state, rounds = clock.time("adaptation", lambda: _launch(programs, launch_arguments, chunk))
+    family, state, rounds = clock.time("adaptation", lambda: _launch(programs, launch_arguments, chunk))
     state, traces, converged = _run_chunks(
         programs,
         family,
@@ -147,8 +145,7 @@ def _run_chunks(
 ) -> tuple[State, dict[str, Array], bool | None]:
     """Run the steps; with `early_stop`, at the peak rate until the ELBO is flat, then through the decay."""
     parts, done, looks, converged = [], 0, 0, None
-    warmup = config.lr_warmup_frac * config.steps
-    decay_start, end = warmup, config.steps
+    warmup, decay_start, end = fixed_phases(config)
     if early_stop:
         warmup = min(warmup, MAX_ADAPTIVE_WARMUP)
         decay_start, converged = config.steps / (1 + DECAY_FRACTION), False
@@ -183,16 +180,13 @@ def _run_chunks(
 
 
 class Clock:
-    """Sum the seconds of each stage, waiting for results; under a trace of jax there is nothing to time."""
+    """Sum the seconds of each stage, waiting for results."""
 
-    def __init__(self, traced: bool):
-        self.traced = traced
+    def __init__(self):
         self.seconds = {"adaptation": 0.0, "sampling": 0.0, "evaluation": 0.0}
 
     def time(self, stage: str, call: Callable[[], Any]) -> Any:
         """Run a stage."""
-        if self.traced:
-            return call()
         began = time.perf_counter()
         result = jax.block_until_ready(call())
         self.seconds[stage] += time.perf_counter() - began

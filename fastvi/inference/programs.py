@@ -16,7 +16,7 @@ from fastvi.families.base import AbstractFamily
 from fastvi.geometry.start import Start, make_start, rank_limit
 from fastvi.inference.calibrate import calibrate_scale
 from fastvi.inference.loop import Problem, State, init_state, run_steps
-from fastvi.inference.optimizer import Horizon
+from fastvi.inference.optimizer import Horizon, fixed_phases
 from fastvi.objective import FlatObjective, full_data_loss
 
 QUICK_WORK = 1e8  # steps times dim up to which a second of compilation outweighs a quarter of the steps' time
@@ -49,11 +49,18 @@ class Programs(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """One set of stages in all forms."""
+    """One set of stages in all forms.
+
+    Attributes:
+        quick: Compiled sooner, run slower.
+        compiled: Compiled for speed.
+        whole: `(problem, chain_keys, whitener_scale)` -> family, params, Start, Outcome, traces, rounds: a fit of fixed
+            length as one program, for use inside a trace.
+    """
 
     quick: Programs
     compiled: Programs
-    plain: Programs
+    whole: Callable[..., tuple[AbstractFamily, Any, Start, Outcome, dict[str, Array], Scalar]]
 
     def for_work(self, steps: int, dim: int) -> Programs:
         """Return the compiled stages, with steps that compile sooner and run slower where there are few of them."""
@@ -117,10 +124,10 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
         evaluation, arrays = jax.lax.map(one, (params, keys))
         return Outcome(evaluation, reference_loss, arrays)
 
-    return _compiled(Programs(prepare, launch, steps, finish))
+    return _compiled(Programs(prepare, launch, steps, finish), config)
 
 
-def _compiled(plain: Programs) -> Stages:
+def _compiled(plain: Programs, config: VIConfig) -> Stages:
     once = quick_compilation()
     jit_steps = functools.partial(jax.jit, plain.steps, static_argnames=("length",), donate_argnames=("state",))
     compiled = Programs(
@@ -130,10 +137,28 @@ def _compiled(plain: Programs) -> Stages:
         finish=jax.jit(plain.finish, compiler_options=once),
     )
     quick = compiled._replace(steps=jit_steps(compiler_options=once))
-    return Stages(quick, compiled, plain)
+    return Stages(quick, compiled, jax.jit(functools.partial(_whole, plain, config)))
 
 
+def _whole(plain: Programs, config: VIConfig, problem: Problem, keys: Keys, whitener_scale: Array | None) -> tuple:
+    """Run all stages; the core has all the rows that it may have, since their number is not known."""
+    key, center = start_key(), problem.posterior.center
+    start = plain.prepare(problem, key, whitener_scale)
+    rank = rank_limit(config, center.size, center.dtype.itemsize)
+    family, state, rounds = plain.launch(build_family(config, start, rank), problem, start.core[:rank], key, keys)
+    horizon = Horizon(*(jnp.asarray(step, jnp.float32) for step in fixed_phases(config)))
+    state, traces = plain.steps(family, problem, state, keys, jnp.int32(0), horizon, length=config.steps)
+    outcome = plain.finish(family, problem, state.params, keys)
+    return family, state.params, start, outcome, traces, rounds
+
+
+START_SEED = 0
 _START_BLOCK = 2**31  # counters of a chain's key beyond those of its steps; the evaluation's follow
+
+
+def start_key() -> Key:
+    """Return the key of what the chains share, the same for every fit."""
+    return jax.random.key(START_SEED)
 
 
 def build_family(config: VIConfig, start: Start, core_rows: int) -> AbstractFamily:

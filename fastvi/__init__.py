@@ -6,6 +6,7 @@ from fastvi.config import FlowConfig, VIConfig
 from fastvi.correct import correct
 from fastvi.objective import FlatObjective, make_flat_objective, ravel_loss
 from fastvi.posterior import LocalPosterior
+from fastvi.restriction import restrict
 from fastvi.result import LLCEstimate
 from fastvi.sampler import SamplerRunResult, fit, run_vi
 from fastvi.virial import VirialLLC, virial_llc
@@ -29,6 +30,7 @@ __all__ = [
     "fit",
     "make_flat_objective",
     "ravel_loss",
+    "restrict",
     "run_vi",
     "virial_llc",
 ]

@@ -23,6 +23,7 @@ from fastvi.inference.schedule import few_dimensions_factor
 from fastvi.objective import TreeObjective
 from fastvi.progress import StatusLine
 from fastvi.result import LLCEstimate
+from fastvi.streaming import uncorrected
 
 EFFECTIVE_SHARE = 0.5  # of the draws that must count for "auto" to reweight them
 RELINEARISATIONS = 3
@@ -78,6 +79,8 @@ def correct(
     config = result.config.replace(correction=correction, **overrides)
     if config.correction == "none":
         return result
+    if not fitted.problem.holds_all:
+        uncorrected(config.correction)
     began, compiled = time.perf_counter(), CLOCK.seconds
     method, weights, khat = _choose(fitted, config)
     status = StatusLine() if progress is True else None

@@ -4,6 +4,7 @@ from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableEr
 from fastvi.api import estimate_llc
 from fastvi.config import FlowConfig, VIConfig
 from fastvi.correct import correct
+from fastvi.curve import LLCCurve, llc_curve
 from fastvi.objective import FlatObjective, make_flat_objective, ravel_loss
 from fastvi.posterior import LocalPosterior
 from fastvi.restriction import restrict
@@ -18,6 +19,7 @@ __all__ = [
     "DataError",
     "FlatObjective",
     "FlowConfig",
+    "LLCCurve",
     "LLCEstimate",
     "LocalPosterior",
     "NonFiniteError",
@@ -28,6 +30,7 @@ __all__ = [
     "correct",
     "estimate_llc",
     "fit",
+    "llc_curve",
     "make_flat_objective",
     "ravel_loss",
     "restrict",

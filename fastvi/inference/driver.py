@@ -179,7 +179,7 @@ def _begin(
         converged = False
     key = start_key()
     if options.warm is not None:
-        start = options.warm.start
+        start = _known_before(options.warm.start)
         launched = programs.relaunch(options.warm.family, problem, options.warm.params, key)
     else:
         start = programs.prepare(problem, key, whitener_scale)
@@ -190,6 +190,12 @@ def _begin(
         )
     family, state, rounds = launched
     return Course(family, state, start, rounds, phases, converged=converged)
+
+
+def _known_before(start: Start) -> Start:
+    """Return the start of another fit as one that cost nothing and says nothing of the slope at this w*."""
+    none, unknown = jnp.zeros_like(start.num_hvp), jnp.full_like(start.newton_decrement, jnp.nan)
+    return dataclasses.replace(start, num_hvp=none, newton_decrement=unknown)
 
 
 def _launch(

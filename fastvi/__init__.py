@@ -5,6 +5,7 @@ from fastvi.api import estimate_llc
 from fastvi.config import FlowConfig, VIConfig
 from fastvi.correct import correct
 from fastvi.curve import LLCCurve, llc_curve
+from fastvi.expectation import DataLLC, example_losses, llc_on
 from fastvi.objective import FlatObjective, make_flat_objective, ravel_loss
 from fastvi.posterior import LocalPosterior
 from fastvi.restriction import restrict
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ConfigError",
     "DataError",
+    "DataLLC",
     "FlatObjective",
     "FlowConfig",
     "LLCCurve",
@@ -29,8 +31,10 @@ __all__ = [
     "VirialLLC",
     "correct",
     "estimate_llc",
+    "example_losses",
     "fit",
     "llc_curve",
+    "llc_on",
     "make_flat_objective",
     "ravel_loss",
     "restrict",

@@ -19,9 +19,12 @@ STREAM_SEED = 0
 
 def is_stream(data: Any) -> bool:
     """Say whether data are an iterable of batches rather than a pytree of arrays."""
+    if not isinstance(data, Iterable) or hasattr(data, "dtype") or isinstance(data, (str, bytes)):
+        return False
+    if isinstance(data, Iterator):  # which jax warns of
+        return True
     leaves = jax.tree_util.tree_leaves(data)
-    is_leaf = len(leaves) == 1 and leaves[0] is data
-    return is_leaf and isinstance(data, Iterable) and not hasattr(data, "dtype") and not isinstance(data, (str, bytes))
+    return len(leaves) == 1 and leaves[0] is data
 
 
 class HostStream(AbstractStream):
@@ -35,7 +38,7 @@ class HostStream(AbstractStream):
         num_rows: Examples of a window.
     """
 
-    def __init__(self, batches: Iterable[Any], dtype: Any, seed: Any, batch_size: int, most_bytes: int = WINDOW_BYTES):
+    def __init__(self, batches: Iterable[Any], dtype: Any, seed: Any, batch_size: int, most_bytes: int | None = None):
         if isinstance(batches, Iterator):
             raise DataError(
                 f"data is a {type(batches).__name__}, which can be read only once; pass an object whose __iter__ "
@@ -45,6 +48,7 @@ class HostStream(AbstractStream):
         self._seed = [int(word) for word in np.ravel(np.asarray(jax.random.key_data(seed)))]
         self.num_data, self._example = self._survey()
         bytes_each = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in self._leaves(self._example))
+        most_bytes = WINDOW_BYTES if most_bytes is None else most_bytes
         self._steps = CHUNK * max(1, most_bytes // max(bytes_each, 1) // (batch_size * CHUNK))
         self.num_rows = min(self.num_data, self._steps * batch_size)
         self._held: tuple[int, Batch] | None = None

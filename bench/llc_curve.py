@@ -18,8 +18,9 @@ from fastvi.demos.digits import cross_entropy, init_network, load_digits
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS, FIGURE = ROOT / "bench/results/llc_curve.json", ROOT / "docs/figures/llc-over-training.png"
 HIDDEN, LR, FIRST, LAST, COUNT = 16, 3e-3, 300, 6000, 20
-LONG_STEPS = 10_000
-BUDGETS = {"cold": (False, 5000), "cold, fifth of the steps": (False, 1000), "warm": (True, 1000)}
+LONG_STEPS = 8000
+OPTIONS = {"correction": "none", "num_chains": 1, "eval_samples": 256, "progress": False}
+BUDGETS = {"warm": (True, 600), "cold": (False, 3000), "cold, as few steps": (False, 600)}
 
 
 def training_checkpoints():
@@ -47,7 +48,7 @@ def measure() -> dict:
     data, times, kept = training_checkpoints()
     rows = {"training_step": times.tolist()}
     for name, (warm, steps) in {**BUDGETS, "long": (False, LONG_STEPS)}.items():
-        curve = llc_curve(cross_entropy, kept, data, correction="none", steps=steps, warm_start=warm, progress=False)
+        curve = llc_curve(cross_entropy, kept, data, steps=steps, warm_start=warm, **OPTIONS)
         rows[name] = {
             "llc": curve.llc.tolist(),
             "llc_sem": curve.llc_sem.tolist(),

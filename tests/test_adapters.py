@@ -126,19 +126,24 @@ def test_flax_nnx():
     same(*nnx_loss(model, mean_squared), ("b1", "w1", "b2", "w2"))
 
 
+def layer_arrays(model):
+    first, second = model.layers
+    return first.weight, first.bias, second.weight, second.bias
+
+
 def test_equinox():
     from fastvi.integrations.equinox import equinox_loss
 
     model = eqx.nn.MLP(2, 1, WIDTH, 1, activation=jnp.tanh, key=jax.random.key(0))
-    leaves = lambda m: (m.layers[0].weight, m.layers[0].bias, m.layers[1].weight, m.layers[1].bias)
-    model = eqx.tree_at(leaves, model, tuple(map(jnp.asarray, (W1.T, B1, W2.T, B2))))
+    model = eqx.tree_at(layer_arrays, model, tuple(map(jnp.asarray, (W1.T, B1, W2.T, B2))))
     same(*equinox_loss(model, mean_squared), ("w1", "b1", "w2", "b2"), transposed=True)
 
 
 def test_numpyro():
     numpyro = pytest.importorskip("numpyro")
-    from fastvi.integrations.numpyro import numpyro_loss
     from numpyro import distributions as dist
+
+    from fastvi.integrations.numpyro import numpyro_loss
 
     def model(inputs, targets):
         weights = {
@@ -172,6 +177,7 @@ def test_numpyro():
 def test_torch():
     pytest.importorskip("torchax", reason="torchax and torch are large, and not in the test group")
     import torch
+
     from fastvi.integrations.torch import torch_loss
 
     model = torch.nn.Sequential(torch.nn.Linear(2, WIDTH), torch.nn.Tanh(), torch.nn.Linear(WIDTH, 1))

@@ -120,6 +120,6 @@ def test_curve_over_checkpoints():
     assert [estimate.fitted is None for estimate in curve.estimates] == [True, True, True, False]
     with pytest.raises(fastvi.DataError, match="at least one checkpoint"):
         fastvi.llc_curve(loss, [], (inputs,), **OPTIONS)
+    sizes = [np.zeros(6, np.float32), np.zeros(5, np.float32)]
     with pytest.raises(fastvi.DataError, match="checkpoint 1 has 5 parameters, the one before 6"):
-        sizes = [np.zeros(6, np.float32), np.zeros(5, np.float32)]
         fastvi.llc_curve(lambda w, batch: jnp.sum(w**2), sizes, (inputs,), **OPTIONS)

@@ -107,6 +107,13 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
     def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
         return run_steps(family, objective, problem, config, state, keys, first_step, horizon, length)
 
+    finish, excess_on, conclude = _evaluation(objective, config, loss_full_flat)
+    return _compiled(Programs(prepare, launch, steps, finish, relaunch, excess_on, conclude), config)
+
+
+def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> tuple[Callable, ...]:
+    """Return the stages after the last step: on the problem's data, or on a stream's chunk by chunk."""
+
     def excess_on(family: AbstractFamily, problem: Problem, params, keys: Keys, batch):
         center = problem.posterior.center
 
@@ -148,7 +155,7 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
         evaluation, arrays = jax.lax.map(one, (params, keys, excess))
         return Outcome(evaluation, reference_loss, arrays)
 
-    return _compiled(Programs(prepare, launch, steps, finish, relaunch, excess_on, conclude), config)
+    return finish, excess_on, conclude
 
 
 def _compiled(plain: Programs, config: VIConfig) -> Stages:

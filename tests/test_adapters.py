@@ -52,7 +52,7 @@ def by_hand(order, transposed=False):
     return fastvi.estimate_llc(loss_fn, params, (X, Y), key=3, **OPTIONS)
 
 
-def same(loss_fn, params, order, transposed=False):
+def assert_same(loss_fn, params, order, transposed=False):
     result = fastvi.estimate_llc(loss_fn, params, (X, Y), key=3, **OPTIONS)
     expected = by_hand(order, transposed)
     assert result.dim == 4 * WIDTH + 1
@@ -74,7 +74,7 @@ def test_haiku():
         "linear": {"w": jnp.asarray(W1), "b": jnp.asarray(B1)},
         "linear_1": {"w": jnp.asarray(W2), "b": jnp.asarray(B2)},
     }
-    same(haiku_loss(transformed, mean_squared), params, ("b1", "w1", "b2", "w2"))
+    assert_same(haiku_loss(transformed, mean_squared), params, ("b1", "w1", "b2", "w2"))
 
 
 def test_haiku_with_state():
@@ -104,7 +104,7 @@ def test_flax_linen():
 
     first, second = {"kernel": W1, "bias": B1}, {"kernel": W2, "bias": B2}
     variables = {"params": {"Dense_0": first, "Dense_1": second}, "batch_stats": {}}
-    same(*linen_loss(Network(), variables, mean_squared), ("b1", "w1", "b2", "w2"))
+    assert_same(*linen_loss(Network(), variables, mean_squared), ("b1", "w1", "b2", "w2"))
     with pytest.raises(fastvi.DataError, match="collection"):
         linen_loss(Network(), {"batch_stats": {}}, mean_squared)
 
@@ -123,7 +123,7 @@ def test_flax_nnx():
     model = Network(nnx.Rngs(0))
     for layer, kernel, bias in ((model.first, W1, B1), (model.second, W2, B2)):
         layer.kernel, layer.bias = nnx.Param(jnp.asarray(kernel)), nnx.Param(jnp.asarray(bias))
-    same(*nnx_loss(model, mean_squared), ("b1", "w1", "b2", "w2"))
+    assert_same(*nnx_loss(model, mean_squared), ("b1", "w1", "b2", "w2"))
 
 
 def layer_arrays(model):
@@ -136,7 +136,7 @@ def test_equinox():
 
     model = eqx.nn.MLP(2, 1, WIDTH, 1, activation=jnp.tanh, key=jax.random.key(0))
     model = eqx.tree_at(layer_arrays, model, tuple(map(jnp.asarray, (W1.T, B1, W2.T, B2))))
-    same(*equinox_loss(model, mean_squared), ("w1", "b1", "w2", "b2"), transposed=True)
+    assert_same(*equinox_loss(model, mean_squared), ("w1", "b1", "w2", "b2"), transposed=True)
 
 
 def test_numpyro():
@@ -185,7 +185,7 @@ def test_torch():
         for layer, kernel, bias in ((model[0], W1, B1), (model[2], W2, B2)):
             layer.weight.copy_(torch.from_numpy(kernel.T.copy()))
             layer.bias.copy_(torch.from_numpy(bias))
-    same(*torch_loss(model, mean_squared), ("b1", "w1", "b2", "w2"), transposed=True)
+    assert_same(*torch_loss(model, mean_squared), ("b1", "w1", "b2", "w2"), transposed=True)
 
 
 @pytest.mark.parametrize(

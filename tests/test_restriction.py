@@ -116,8 +116,11 @@ def test_curve_over_checkpoints():
     cold = fastvi.llc_curve(loss, checkpoints[:2], (inputs,), **OPTIONS, warm_start=False)
     assert curve.total_fge[0] == cold.total_fge[0] == pytest.approx(cold.total_fge[1])
     assert np.all(curve.total_fge[1:] < cold.total_fge[1])
+    assert [estimate.work["n_minibatch_grads"] for estimate in curve.estimates] == [1600, 268, 268, 268]
     assert curve.estimates[1].work["n_hvp"] == 0
     assert [estimate.fitted is None for estimate in curve.estimates] == [True, True, True, False]
+    with pytest.raises(fastvi.ConfigError, match="got warm_start=False"):
+        fastvi.llc_curve(loss, checkpoints, (inputs,), **OPTIONS, warm_start=False, warm_steps=5)
     with pytest.raises(fastvi.DataError, match="at least one checkpoint"):
         fastvi.llc_curve(loss, [], (inputs,), **OPTIONS)
     sizes = [np.zeros(6, np.float32), np.zeros(5, np.float32)]

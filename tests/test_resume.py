@@ -45,7 +45,7 @@ def crash(*paths):
     raise Interrupted
 
 
-def same_bits(result, whole):
+def assert_same_bits(result, whole):
     assert result.traces.keys() == whole.traces.keys()
     for name, trace in whole.traces.items():
         assert np.array_equal(result.traces[name], trace, equal_nan=True), name
@@ -74,19 +74,19 @@ def test_interrupted_at_a_random_step(attempt, whole, tmp_path, monkeypatch):
             with suppress(Interrupted):  # where the progress was complete already, nothing is written
                 estimate(tmp_path)
     begun = []
-    same_bits(estimate(tmp_path, lambda p: begun.append(p.step) if p.stage == "fit" else None), whole)
+    assert_same_bits(estimate(tmp_path, lambda p: begun.append(p.step) if p.stage == "fit" else None), whole)
     assert len(begun) < steps // 100 or stop <= 100
 
 
 def test_a_finished_fit_is_not_run_again(whole, tmp_path):
     estimate(tmp_path)
     seen = []
-    same_bits(estimate(tmp_path, lambda p: seen.append(p.stage)), whole)
+    assert_same_bits(estimate(tmp_path, lambda p: seen.append(p.stage)), whole)
     assert "fit" not in seen
 
 
 def test_keeping_progress_changes_nothing(whole):
-    same_bits(estimate(), whole)
+    assert_same_bits(estimate(), whole)
 
 
 @pytest.mark.parametrize(
@@ -135,4 +135,4 @@ def test_killed(whole, tmp_path):
         killed += process.wait() == -signal.SIGKILL
     assert killed >= 3
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-    same_bits(fastvi.LLCEstimate.load(tmp_path / "result"), whole)
+    assert_same_bits(fastvi.LLCEstimate.load(tmp_path / "result"), whole)

@@ -175,9 +175,10 @@ def test_numpyro():
 
 
 def test_torch():
+    torch = pytest.importorskip("torch", reason="torchax and torch are large, and not in the test group")
+    if "dim_Dimname" not in torch.ops.aten.prod.overloads():
+        pytest.skip("torchax 0.0.13 does not import under a torch without named dimensions, such as 2.15")
     pytest.importorskip("torchax", reason="torchax and torch are large, and not in the test group")
-    import torch
-
     from fastvi.integrations.torch import torch_loss
 
     model = torch.nn.Sequential(torch.nn.Linear(2, WIDTH), torch.nn.Tanh(), torch.nn.Linear(WIDTH, 1))

@@ -14,8 +14,6 @@ from fastvi.config import VIConfig
 from fastvi.inference.driver import Progress
 from fastvi.result import LLCEstimate
 
-WARM_SHARE = 6  # the digits network, in bench/llc_curve.py: later fits of 100 steps lose nothing to fits of 600
-
 
 @dataclasses.dataclass(frozen=True)
 class LLCCurve:
@@ -76,8 +74,7 @@ def llc_curve(
         num_chains: Independent fits.
         progress: As for `estimate_llc`.
         warm_start: Whether to begin at the q before; otherwise every fit begins at the curvature.
-        warm_steps: Steps of every fit but the first; when left out a sixth of `steps`, or as many as prepare a
-            correction where there is one.
+        warm_steps: Steps of every fit but the first, at most; those of the first when left out.
         **overrides: Fields of `VIConfig`.
 
     Returns:
@@ -112,6 +109,4 @@ def _later(settings: VIConfig, warm_start: bool, warm_steps: int | None) -> VICo
         if not warm_start:
             raise ConfigError("warm_steps is of fits that begin at another's q; got warm_start=False. Leave one out.")
         return settings.replace(steps=check_count("warm_steps", warm_steps))
-    if warm_start and settings.correction == "none":
-        return settings.replace(steps=-(-settings.steps // WARM_SHARE))
     return settings

@@ -95,6 +95,11 @@ def draw(rows: dict) -> None:
     twin.plot(times, rows["init_loss"], "0.6", lw=1)
     twin.set(yscale="log", ylabel="training loss (grey)")
     axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8)
+    for axis in axes:
+        axis.set_xticks([300, 1000, 3000, 6000], ["300", "1,000", "3,000", "6,000"])
+        axis.set_xticks([], minor=True)
+    axes[2].set_yticks([200, 500, 1000, 2000, 5000], ["200", "500", "1,000", "2,000", "5,000"])
+    axes[2].set_yticks([], minor=True)
     figure.savefig(FIGURE, dpi=130)
 
 

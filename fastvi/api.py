@@ -2,16 +2,17 @@
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fastvi._arguments import as_key, check_count, check_settings, make_problem, settle
+from fastvi._arguments import DEFAULT_BATCH_SIZE, as_key, check_count, check_settings, make_problem, settle
 from fastvi._errors import DataError, NonFiniteError
-from fastvi._typing import Batch, PyTree
+from fastvi._typing import Batch, Key, PyTree
 from fastvi.accounting import Work, count_work
 from fastvi.compilation import CLOCK
 from fastvi.config import VIConfig
@@ -19,13 +20,16 @@ from fastvi.correct import Fitted, correct
 from fastvi.diagnostics.health import Evidence, health_findings
 from fastvi.diagnostics.importance import assess_importance
 from fastvi.geometry.start import rank_limit
-from fastvi.inference.driver import Fit, Progress, run_fit
+from fastvi.inference.driver import Fit, Options, Progress, run_fit
 from fastvi.inference.loop import Problem
 from fastvi.inference.programs import programs_for
 from fastvi.inference.schedule import elbo_trend
-from fastvi.objective import check_data, check_loss, ravel_loss
+from fastvi.objective import TreeObjective, check_data, check_loss, ravel_loss
 from fastvi.progress import StatusLine
+from fastvi.restriction import restrict
 from fastvi.result import LLCEstimate, kept_scales
+from fastvi.resume import FolderKeeper, identify
+from fastvi.streaming import HostStream, is_stream, uncorrected
 
 DEFAULT_CHAINS = 4  # of a fit that nothing corrects
 PREPARATION = {"steps": 200, "batch_size": 64, "samples_per_step": 1, "eval_samples": 32, "curvature_examples": 512}
@@ -43,6 +47,8 @@ def estimate_llc(
     num_chains: int | None = None,
     progress: bool | Callable[[Progress], None] = True,
     throw: bool = True,
+    param_mask: Any = None,
+    resume_from: str | os.PathLike[str] | None = None,
     **overrides: Any,
 ) -> LLCEstimate:
     """Estimate the local learning coefficient of a trained model.
@@ -55,7 +61,9 @@ def estimate_llc(
     Args:
         loss_fn: `(params, batch) -> mean loss per example`, in nats.
         params: Trained parameters w*, any pytree with floating-point arrays.
-        data: Pytree of arrays with a common leading axis of examples; `batch` has the same structure.
+        data: Pytree of arrays with a common leading axis of examples; `batch` has the same structure. Or an object
+            that gives such batches from host memory each time it is iterated over: then the only correction is
+            "importance".
         key: An int seed or a jax random key.
         nbeta: n times the inverse temperature; n / log n when left out.
         localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates.
@@ -64,6 +72,8 @@ def estimate_llc(
             nothing corrects them, else 1.
         progress: Whether to show a status line on stderr, or a function that receives `Progress`.
         throw: Whether to raise when the fit or the evaluation is not finite; otherwise a finding says so.
+        param_mask: Which parameters vary, see `fastvi.restrict`; all when left out.
+        resume_from: Folder in which the fit keeps its progress and, if there is some, goes on from it.
         **overrides: Fields of `VIConfig`.
 
     Returns:
@@ -88,31 +98,77 @@ def estimate_llc(
         >>> round(result.llc, 1)
         1.9
     """
-    began, compiled = time.perf_counter(), CLOCK.seconds
     settings = VIConfig.create(config, **overrides)
-    if num_chains is not None:
-        check_count("num_chains", num_chains)
-    dtype = check_settings(settings, localization)
+    if param_mask is not None:
+        loss_fn, params = restrict(loss_fn, params, param_mask)
+    target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
+    return run_estimate(target, num_chains, progress=progress, throw=throw, resume_from=resume_from)
+
+
+class Target(NamedTuple):
+    """What is estimated, checked; `config` is the one asked for."""
+
+    objective: TreeObjective
+    problem: Problem
+    config: VIConfig
+    key: Key
+    stream: HostStream | None
+
+
+def assemble(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    data: Any,
+    nbeta: float | None,
+    localization: float,
+    config: VIConfig,
+    key: Key,
+) -> Target:
+    """Check loss, parameters and data, and put them together."""
+    dtype = check_settings(config, localization)
     objective, center = ravel_loss(loss_fn, params, dtype)
-    data, num_data = check_data(data)
+    stream = None
+    if is_stream(data):
+        stream = HostStream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
+        config = config.replace(correction=uncorrected(config.correction))
+        data, num_data = stream.window(0), stream.num_data
+        stream = stream if stream.num_rows < num_data else None
+    else:
+        data, num_data = check_data(data)
     if nbeta is None:
         if num_data < 2:
             raise DataError("nbeta defaults to n / log n, which needs at least 2 examples; got 1. Pass nbeta.")
         nbeta = num_data / math.log(num_data)
-    plan, early_stop, num_chains = _plan(settings, num_data, num_chains)
-    problem = make_problem(center, data, num_data, nbeta, localization, plan, "nbeta")
+    problem = make_problem(center, data, num_data, nbeta, localization, config, "nbeta")
     check_loss(objective, center, jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data))
-    keys = jax.random.split(as_key(key), num_chains)
-    plan = settle(plan, center.size)
+    return Target(objective, problem, config, key, stream)
+
+
+def run_estimate(
+    target: Target,
+    num_chains: int | None = None,
+    *,
+    progress: bool | Callable[[Progress], None] = True,
+    throw: bool = True,
+    resume_from: str | os.PathLike[str] | None = None,
+    warm: Fit | None = None,
+) -> LLCEstimate:
+    """Fit, evaluate and correct, from the curvature at w* or from the q of another fit."""
+    began, compiled = time.perf_counter(), CLOCK.seconds
+    if num_chains is not None:
+        check_count("num_chains", num_chains)
+    objective, problem, settings, key, stream = target
+    plan, early_stop, num_chains = _plan(settings, problem.num_data, num_chains)
+    problem = dataclasses.replace(problem, batch_size=plan.batch_size or problem.batch_size)
+    plan = settle(plan, problem.posterior.center.size)
+    keys = jax.random.split(key, num_chains)
+    keeper = None
+    if resume_from is not None:
+        keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
     status = StatusLine() if progress is True else None
-    fit = run_fit(
-        programs_for(objective, plan, None),
-        problem,
-        plan,
-        keys,
-        early_stop=early_stop,
-        report=status or (progress if callable(progress) else None),
-    )
+    report = status or (progress if callable(progress) else None)
+    options = Options(early_stop, report, warm, keeper, stream)
+    fit = run_fit(programs_for(objective, plan, None), problem, plan, keys, options=options)
     if status is not None:
         status.close()
     timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,8 +23,11 @@ from fastvi.inference.schedule import few_dimensions_factor
 from fastvi.objective import TreeObjective
 from fastvi.progress import StatusLine
 from fastvi.result import LLCEstimate
+from fastvi.streaming import uncorrected
 
 EFFECTIVE_SHARE = 0.5  # of the draws that must count for "auto" to reweight them
+RELINEARISATIONS = 3
+ROUNDING = 1e-4  # of a weighted mean, whose log weights are differences of numbers of the size of the ELBO
 WALKERS = 8  # at least; a multiple of the chains
 MOST_IN_FEW_DIMENSIONS = 64  # times as many there: they are cheap, and arms of the posterior narrow
 FULL_CROWD_ERROR = 0.02  # relative error that takes so many
@@ -75,6 +79,8 @@ def correct(
     config = result.config.replace(correction=correction, **overrides)
     if config.correction == "none":
         return result
+    if not fitted.problem.holds_all:
+        uncorrected(config.correction)
     began, compiled = time.perf_counter(), CLOCK.seconds
     method, weights, khat = _choose(fitted, config)
     status = StatusLine() if progress is True else None
@@ -117,9 +123,14 @@ class _Values(NamedTuple):
 
 
 def _choose(fitted: Fitted, config: VIConfig) -> tuple[str, Float[np.ndarray, "chains draws"], float]:
-    """Return the method, and the smoothed weights with their k-hat."""
+    """Return the method, and the weights with their k-hat: smoothed only where their tail is heavy.
+
+    Smoothing light tails would add noise that no error accounts for.
+    """
     log_weight = np.asarray(fitted.fit.outcome.evaluation.log_weight, float)
     weights, khat = pareto_smooth(log_weight.ravel())
+    if khat < GOOD:
+        weights = np.asarray(jax.nn.softmax(log_weight.ravel()), float)
     method: str = config.correction or "auto"
     if method == "auto":
         effective = 1 / np.sum(weights**2)
@@ -128,23 +139,27 @@ def _choose(fitted: Fitted, config: VIConfig) -> tuple[str, Float[np.ndarray, "c
 
 
 def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Values:
-    """Average under self-normalised weights, with the control variates of q on the linearised ratio."""
+    """Average under self-normalised weights, with the control variates of q on the linearised ratio.
+
+    The ratio is linearised about its own result, else the noise of the weights times what the control variates have
+    taken off is left.
+    """
     evaluation = fitted.fit.outcome.evaluation
     llc = float(fitted.problem.posterior.nbeta) * np.asarray(evaluation.excess, float)
-    first = float(np.sum(weights * llc))
-    influence = weights * weights.size * (llc - first)
     columns, dtype = np.asarray(evaluation.columns, float), fitted.problem.posterior.center.dtype
-    pairs = influence.shape[1] // 2
-    chains = []
-    for values, columns_of_chain in zip(influence, columns, strict=True):
-        halves = 0.5 * (values[:pairs] + values[pairs : 2 * pairs])
-        fit = regress(jnp.asarray(halves, dtype), jnp.asarray(columns_of_chain, dtype))
-        chains.append((float(fit.mean), float(fit.residual_variance) / pairs))
-    means, variances = map(np.asarray, zip(*chains, strict=True))
+    pairs, value = llc.shape[1] // 2, float(np.sum(weights * llc))
+    means = variances = np.zeros(llc.shape[0])
+    for _ in range(RELINEARISATIONS):
+        influence = weights * weights.size * (llc - value)
+        halves = 0.5 * (influence[:, :pairs] + influence[:, pairs : 2 * pairs])
+        fits = [regress(jnp.asarray(y, dtype), jnp.asarray(x, dtype)) for y, x in zip(halves, columns, strict=True)]
+        means = value + np.array([float(fit.mean) for fit in fits])
+        variances = np.array([float(fit.residual_variance) / pairs for fit in fits])
+        value = float(means.mean())
     between = means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else 0.0
-    sem = max(np.sqrt(variances.mean() / means.size), between)
-    llc, details = float(first + means.mean()), {"effective_draws": float(1 / np.sum(weights**2))}
-    return _Values(llc, float(sem), first + means, np.zeros((0, 0)), 0, details)
+    sem = max(np.sqrt(variances.mean() / means.size), between, ROUNDING * abs(value))
+    details = {"effective_draws": float(1 / np.sum(weights**2))}
+    return _Values(value, float(sem), means, np.zeros((0, 0)), 0, details)
 
 
 def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None] | None) -> _Values:

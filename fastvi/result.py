@@ -29,7 +29,7 @@ class LLCEstimate:
     Attributes:
         llc: lambda-hat = nbeta (E_q[L_n(w)] - L_n(w*)), mean over chains.
         llc_sem: Standard error of `llc` from Monte Carlo, including the spread of the fits.
-        llc_per_chain: One value for each chain, shape (chains,).
+        llc_per_chain: One value for each chain, or for each share of the walkers, shape (chains,).
         llc_sem_per_chain: Error of each chain's evaluation alone, shape (chains,).
         elbo: Lower bound on log of the posterior's normalising constant, in nats, mean over chains.
         init_loss: L_n(w*), in nats.
@@ -88,19 +88,20 @@ class LLCEstimate:
     def summary(self) -> str:
         """Return the estimate in words, for a terminal."""
         chains = "  ".join(f"{value:.4g}" for value in self.llc_per_chain)
-        chains_run, steps = next(iter(self.traces.values())).shape
+        fits, steps = next(iter(self.traces.values())).shape
+        is_walk = self.correction is not None and self.correction["method"] == "mcmc"
         stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[self.converged]
         khat, word, effective = self.importance
         lines = [
             f"llc            {with_error(self.llc, self.llc_sem)}   ({self.provenance})",
-            f"per chain      {chains}",
+            f"{'per walkers' if is_walk else 'per chain':<15}{chains}",
             f"elbo           {self.elbo:.4f} nats",
             f"problem        d = {self.dim:,}, n = {self.n_data:,}, n beta = {self.nbeta:.4g}, "
             f"localization = {self.localization:.4g}, L_n(w*) = {self.init_loss:.4g}",
             f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} effective of {self.log_weights.size} draws",
             f"core           rank {self.curvature['rank']} of {self.dim:,}, explains "
             f"{100 * self.curvature['explained']:.3g} % of the precision's trace at w*",
-            f"fit            {steps} steps x {chains_run} chains ({stop})",
+            f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} ({stop})",
             f"work           {self.work['total_fge']:.0f} FGE: curvature {self.work['fge_curvature']:.0f}, "
             f"fit {self.work['fge_fit']:.0f}, evaluation {self.work['fge_evaluation']:.0f}"
             + (f", correction {self.work['fge_correction']:.0f}" if self.correction else ""),
@@ -143,7 +144,8 @@ class LLCEstimate:
         if self.correction is None:
             return "uncorrected variational estimate"
         methods = {"importance": "reweighted draws of q", "mcmc": "Langevin dynamics from q"}
-        return f"{methods[self.correction['method']]}; q alone {with_error(self.llc_vi, self.llc_vi_sem)}"
+        short = " after a short fit" if self.converged is None else ""
+        return f"{methods[self.correction['method']]}; q alone{short} {with_error(self.llc_vi, self.llc_vi_sem)}"
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write result.json and traces.npz into a folder, which is made if need be.

@@ -50,7 +50,7 @@ def short_fits(monkeypatch):
     monkeypatch.setattr(VIConfig, "create", classmethod(short))
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/first-estimate.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/first-estimate.md", "docs/adapters.md"])
 def test_examples_run(name, short_fits, capsys):
     blocks = python_blocks(ROOT / name)
     assert len(blocks) >= 2
@@ -96,6 +96,12 @@ def test_examples_of_flows_run(capsys):
     for block in python_blocks(DOCS / "flows.md"):
         exec(compile(block, "flows.md", "exec"), namespace)
     assert "nats per example" in capsys.readouterr().out
+
+
+def test_example_of_a_curve_runs(short_fits, capsys):
+    (block,) = python_blocks(DOCS / "llc-over-training.md")
+    exec(compile(block, "llc-over-training.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_example_of_estimate_llc_gives_the_number_it_shows():

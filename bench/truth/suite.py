@@ -118,8 +118,8 @@ def table(found: dict[str, list[dict[str, str]]]) -> str:
         )
     every = np.concatenate([np.abs(numbers(found[name], "relative_error")) for name in PROBLEMS if name in found])
     total = (
-        f"Over {len(medians)} problems and {runs} runs: the median of the medians is "
-        f"{100 * np.median(medians):.2g} %, the largest {100 * max(medians):.2g} %; the worst run {100 * every.max():.2g} %. The answer is within three "
+        f"Over {len(medians)} problems and {runs} runs: the median of the medians is {100 * np.median(medians):.2g} %, "
+        f"the largest {100 * max(medians):.2g} %; the worst run {100 * every.max():.2g} %. The answer is within three "
         f"`llc_sem`, or the run is flagged, in {covered} of {runs} runs."
     )
     return "\n".join([*lines, "", total])

@@ -125,7 +125,7 @@ def _q_was_off(result: Any) -> Finding | None:
         "note",
         "corrected",
         f"q alone gives {result.llc_vi:.4g}; the correction moved it to {result.llc:.4g}.",
-        "The local posterior is not a mixture of Gaussians, or the fit was short.",
+        "The local posterior is not a mixture of Gaussians, or the fit was only as long as sampling needs.",
         "Nothing to do: the corrected value is the posterior's.",
     )
 

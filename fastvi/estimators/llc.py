@@ -45,6 +45,7 @@ def evaluate(
     num_draws: int,
     control_variate: str,
     trace_probes: int,
+    excess: Float[Array, " draws"] | None = None,
 ) -> Evaluation:
     """Estimate `nbeta (E_q[L_n] - L_n(w*))` on all data.
 
@@ -61,18 +62,15 @@ def evaluate(
         num_draws: Draws from q, rounded down to an even number (antithetic pairs).
         control_variate: "auto" (q's own curvature; free), "hvp" (Hessian at w*) or "none".
         trace_probes: Hutchinson probes of "hvp".
+        excess: What `excess_fn` gives at the draws, where it is known already.
 
     Cost:
         `num_draws` full losses; "hvp" adds a Hessian-vector product for each draw, probe and factor row.
     """
     posterior = problem.posterior
     pairs = num_draws // 2
-    draws = family.sample(params, key, 2 * pairs, antithetic=True, block=EVALUATION_BLOCK)
-    excess = jax.lax.map(
-        lambda v: excess_fn(posterior.center + v),
-        draws.displacement,
-        batch_size=min(EVALUATION_GROUP, 2 * pairs),
-    )
+    draws = evaluation_draws(family, params, key, num_draws)
+    excess = excess_at(draws, posterior.center, excess_fn) if excess is None else excess
     contribution = posterior.learning_coefficient(excess)
     log_density = jax.vmap(posterior.log_density)(draws.displacement, reference_loss + excess)
     trace_variance = jnp.zeros_like(reference_loss)
@@ -102,6 +100,17 @@ def evaluate(
         log_weight=log_weight,
         log_prob=draws.log_prob,
     )
+
+
+def evaluation_draws(family: AbstractFamily, params, key: Key, num_draws: int) -> Draws:
+    """Return the draws that a chain is evaluated at, in mirrored pairs."""
+    return family.sample(params, key, 2 * (num_draws // 2), antithetic=True, block=EVALUATION_BLOCK)
+
+
+def excess_at(draws: Draws, center: Float[Array, " dim"], excess_fn) -> Float[Array, " draws"]:
+    """Evaluate `excess_fn` at every draw, a group at a time."""
+    group = min(EVALUATION_GROUP, draws.displacement.shape[0])
+    return jax.lax.map(lambda v: excess_fn(center + v), draws.displacement, batch_size=group)
 
 
 def quadratic_columns(family: AbstractFamily, params, draws: Draws, pairs: int):

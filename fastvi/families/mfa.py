@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -139,7 +140,7 @@ class MFA(AbstractFamily):
             offsets=jnp.zeros((self.num_offsets, dim), dtype),
             log_scale=log_scale,
             core=core * self.core_mask[:, None],
-            factors=self._mask(factors * (FACTOR_INIT / np.sqrt(dim))),
+            factors=self._mask(factors * (FACTOR_INIT / math.sqrt(dim))),
         )
 
     def mixture(self, params: MFAParams) -> Mixture:

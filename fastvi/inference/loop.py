@@ -21,17 +21,36 @@ BASELINE_DECAY = 0.95
 
 
 class Problem(eqx.Module):
-    """The target and the data that minibatches come from."""
+    """The target and the data that minibatches come from: all of it or, of a stream, a window of uniform draws."""
 
     posterior: LocalPosterior
     data: Batch
     num_data: int = eqx.field(static=True)
     batch_size: int = eqx.field(static=True)
 
+    @property
+    def num_rows(self) -> int:
+        """Count the examples at hand."""
+        return jax.tree_util.tree_leaves(self.data)[0].shape[0]
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether all data are at hand."""
+        return self.num_rows == self.num_data
+
     def next_batch(self, key: Key, block: Array | int = 0) -> Batch:
-        """Draw a minibatch with replacement, or return all data when the batch is that large."""
+        """Draw a minibatch with replacement, or return all data when the batch is that large.
+
+        A window is used up from a place of the key's own on: its examples are independent draws already, and reusing
+        them would draw q towards the minimum of the window's loss.
+        """
         if self.batch_size >= self.num_data:
             return self.data
+        if not self.holds_all:
+            first = words(key, 1)[0] % jnp.uint32(self.num_rows)
+            used = jnp.asarray(block, jnp.uint32) // (NOISE_BLOCKS + 1) * self.batch_size
+            index = (first + (used + jnp.arange(self.batch_size, dtype=jnp.uint32)) % self.num_rows) % self.num_rows
+            return jax.tree_util.tree_map(lambda leaf: leaf[index.astype(jnp.int32)], self.data)
         # uneven by at most num_data / 2^32, and a third of the work of randint
         index = (words(key, self.batch_size, block=block) % jnp.uint32(self.num_data)).astype(jnp.int32)
         return jax.tree_util.tree_map(lambda leaf: leaf[index], self.data)

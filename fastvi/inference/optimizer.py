@@ -183,6 +183,12 @@ class Horizon(NamedTuple):
     end: Scalar
 
 
+def fixed_phases(config: VIConfig) -> tuple[float, float, int]:
+    """Return the `Horizon` of a fit that runs all its steps: warm-up, then decay."""
+    warmup = config.lr_warmup_frac * config.steps
+    return warmup, warmup, config.steps
+
+
 def elapsed_decay(horizon: Horizon, step: Scalar | int) -> Scalar:
     """Return the share of the decay phase that lies behind, from 0 to 1."""
     return jnp.clip((step - horizon.decay_start) / jnp.maximum(horizon.end - horizon.decay_start, 1), 0.0, 1.0)

@@ -79,6 +79,8 @@ def test_every_page_with_examples_is_run():
         "first-estimate.md",
         "flows.md",
         "diagnostics.md",
+        "adapters.md",
+        "llc-over-training.md",
     }
 
 

@@ -48,6 +48,7 @@ FEWER_BLOCKS, LESS_ENERGY_ERROR = 4, 8
 NOISE_SHARE = 1.0  # of relative_error that noise of the gradients may add to llc, before control variates
 NOISE_SLACK = 1.5  # on what a new measurement of the noise allows
 REFINE_AT = 0.75  # systematic error over the wanted one
+NUMBERS_PER_FGE = 2e5  # coordinates that walkers may move for each FGE of the budget: ten minutes at d = 1e5
 CHECK_GROWTH = 1.15  # of a run between looks at its averages
 
 
@@ -309,7 +310,8 @@ class Sampler:
     @property
     def is_spent(self) -> bool:
         """Whether another round would exceed the budget."""
-        return self.work + ROUND * self.cost > self.budget
+        numbers = (self.steps + ROUND) * self.walk.walkers.x.size
+        return self.work + ROUND * self.cost > self.budget or numbers > NUMBERS_PER_FGE * self.budget
 
 
 def sample_posterior(sampler: Sampler, *, relative_error: float, report: Callable[[float, float], None]) -> Sampled:

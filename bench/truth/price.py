@@ -1,6 +1,6 @@
 """Is the curvature at w*, or the one averaged over q, the better start of a fit?
 
-By Price's theorem the best Gaussian q has the precision `gamma + nbeta E_q[H(w)]`, not that at w*. Here a short fit gives
+By Price's theorem the best Gaussian q has the precision `gamma + nbeta E_q[H(w)]`, not that at w*. A short fit gives
 a q, the Hessian is averaged over draws of it (that of the loss averaged over shifts by these draws), and a second fit
 starts there; the other lane takes the same total of steps from the curvature at w*.
 

@@ -207,6 +207,26 @@ def test_walkers_move_to_another_posterior():
     np.testing.assert_allclose(new, old, atol=1e-4)
 
 
+@pytest.mark.parametrize("budget", [0.1, 30])
+def test_a_small_budget_ends_early_and_says_so(budget):
+    """Noisy data: walkers would move in by small blocks first."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 12)).astype(np.float32)
+    y = np.tanh(x @ rng.normal(size=12)).astype(np.float32) + 0.3 * rng.normal(size=400).astype(np.float32)
+    result = fastvi.estimate_llc(
+        lambda w, batch: jnp.mean((jnp.tanh(batch[0] @ w) - batch[1]) ** 2),
+        jnp.zeros(12),
+        (x, y),
+        progress=False,
+        correction="mcmc",
+        correction_budget=budget,
+        steps=50,
+    )
+    assert result.work["fge_correction"] < budget + 200
+    assert not result.correction["settled"]
+    assert "walk_unsettled" in [finding.name for finding in result.health]
+
+
 def test_a_corrected_estimate_is_saved_and_read(quartic, tmp_path):
     loaded = fastvi.LLCEstimate.load(quartic.save(tmp_path))
     assert loaded.llc == quartic.llc

@@ -387,7 +387,7 @@ def _move_in(sampler: Sampler, level: Level, report) -> float:
         half = len(means) // 2
         if half and abs(np.mean(means[:half]) - np.mean(means[half:])) < BURN_IN_CHANGE * abs(means[-1]):
             break
-    return means[-1]
+    return means[-1] if means else sampler.llc
 
 
 def _produce(sampler: Sampler, relative_error: float, report) -> Sampled:

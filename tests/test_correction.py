@@ -222,7 +222,7 @@ def test_a_small_budget_ends_early_and_says_so(budget):
         correction_budget=budget,
         steps=50,
     )
-    assert result.work["fge_correction"] < budget + 200
+    assert result.work["fge_correction"] < budget + 32 * 18  # a round of 32 walkers and what comes before
     assert not result.correction["settled"]
     assert "walk_unsettled" in [finding.name for finding in result.health]
 

@@ -28,6 +28,7 @@ _DEFAULT_RANK = 2
 _DEFAULT_EVALUATION_DRAWS = 64
 _DEFAULT_CURVATURE_EXAMPLES = 4096
 CORRECTIONS = ("none", "auto", "importance", "mcmc")
+FULL_LATENT_DIM, AUTO_LATENT_DIM = 64, 8  # d_latent="auto": all of up to so many dimensions, else so many
 
 
 def _refusal(name: str, rule: str, value: Any, fix: str) -> ConfigError:
@@ -73,6 +74,10 @@ def _integer(name: str, value: Any, fix: str, minimum: int = 1) -> int:
 
 def _auto_or_integer(name: str, value: Any, fix: str) -> int | str:
     return "auto" if isinstance(value, str) and value == "auto" else _integer(name, value, fix, minimum=0)
+
+
+def _auto_or_positive(name: str, value: Any, fix: str) -> int | str:
+    return "auto" if isinstance(value, str) and value == "auto" else _integer(name, value, fix)
 
 
 def _number(name: str, value: Any, fix: str, bound: str, holds: Callable[[float], bool]) -> float:
@@ -278,9 +283,9 @@ class VIConfig(_CheckedFields):
     dtype: Literal["float32", "float64"] = "float32"
     tensorboard: bool = False
     gamma: Annotated[float | None, _nonnegative] = None
-    backend: Literal["flowjax", "nux", "fastvi"] = "flowjax"
-    d_latent: Annotated[int, _integer] = 8
-    sigma_perp: Annotated[float, _positive] = 1e-3
+    backend: Literal["native", "flowjax", "nux"] = "native"
+    d_latent: Annotated[Literal["auto"] | int, _auto_or_positive] = "auto"
+    sigma_perp: Annotated[float | None, _positive] = None
     flow: Annotated[FlowConfig, _flow] = FlowConfig()
 
     def __post_init__(self) -> None:
@@ -352,6 +357,12 @@ class VIConfig(_CheckedFields):
         """The whitening in effect: `whitening_mode`, or "none" when `use_whitening` is False."""
         return self.whitening_mode if self.use_whitening else "none"
 
+    def latent_dim(self, dim: int) -> int:
+        """Return `d_latent`, or where it is "auto" as many dimensions as a flow handles well."""
+        if self.d_latent == "auto":
+            return dim if dim <= FULL_LATENT_DIM else AUTO_LATENT_DIM
+        return int(self.d_latent)
+
     def check_against(self, dim: int, n_data: int) -> None:
         """Raise ConfigError for a rank or latent dimension above `dim`, or a minibatch above `n_data`."""
         rank_field = "r" if self.r_per_component is None else "r_per_component"
@@ -365,9 +376,7 @@ class VIConfig(_CheckedFields):
             raise _refusal("batch_size", f"<= n_data={n_data}", self.batch_size, f"use {n_data} or less")
 
     def check_available(self) -> None:
-        """Raise UnavailableError for the flow family, TensorBoard or pruning."""
-        if self.family == "flow":
-            raise UnavailableError("the flow family is not part of this release; use family='mfa'")
+        """Raise UnavailableError for TensorBoard or pruning."""
         if self.tensorboard:
             raise UnavailableError("tensorboard is not part of this release; use tensorboard=False")
         if self.mixture_cap is not None:

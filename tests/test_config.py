@@ -105,6 +105,9 @@ FAMILIES_CONFIG = VIConfig(
     batch_size=256,
     gamma=0.001,
     lr_schedule="none",
+    backend="flowjax",
+    d_latent=8,
+    sigma_perp=1e-3,
     flow=FlowConfig(template="maf", hidden=(128, 128)),
 )
 
@@ -266,6 +269,8 @@ def configs(draw):
     }
     return VIConfig.create(
         family=draw(st.sampled_from(["mfa", "flow"])),
+        d_latent=draw(st.just("auto") | natural),
+        latent_basis=draw(st.sampled_from(["curvature", "random", [[1.0, 0.0], [0.5, 1e-3], [0.0, 2.0]]])),
         M=components,
         r_per_component=draw(st.none() | ranks),
         curvature_rank=draw(st.just("auto") | natural),

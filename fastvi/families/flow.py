@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Key, PyTree, Scalar
-from fastvi.families.backends import BACKENDS, AbstractBackend
+from fastvi.basis import Basis
+from fastvi.families.backends import AbstractBackend, find_backend
+from fastvi.families.backends.base import standard_log_prob
 from fastvi.families.base import AbstractFamily, Draws, Geometry, LinearMap, SecondMoment, UpdateRules
 from fastvi.families.lift import Lift, Lifted, LiftParams, core_root, make_frame
 from fastvi.kernels.noise import normal
@@ -69,17 +71,24 @@ class Flow(AbstractFamily):
     def create(cls, config, geometry: Geometry):
         """Build the family on the leading curvature directions; see `AbstractFamily.create`."""
         dim, dtype = geometry.scale.size, geometry.scale.dtype
-        latent = config.latent_dim(dim)
-        leading = jnp.zeros((0, dim), dtype)
-        core = geometry.core
-        size = min(dim, max(latent, core.shape[0]))
+        latent, key = config.latent_dim(dim), jax.random.key(FRAME_SEED)
+        core, leading = geometry.core, jnp.zeros((0, dim), dtype)
+        if isinstance(config.latent_basis, Basis):
+            leading = jnp.asarray(config.latent_basis.columns.T, dtype) / geometry.scale
+        elif config.latent_basis == "random":
+            leading = normal(key, (latent, dim), dtype)
+        beyond = 0 if config.lift == "injective" else core.shape[0]
+        size = min(dim, max(latent, leading.shape[0] + beyond))
+        # Where the flow covers everything the model's own coordinates, layer by layer, suit its masks best.
+        whole = latent == dim and config.latent_basis == "curvature"
         return cls(
             scale=geometry.scale,
             unit=geometry.unit,
-            lift=Lift(make_frame(leading, core, size, jax.random.key(FRAME_SEED))),
+            lift=Lift(jnp.eye(dim, dtype=dtype) if whole else make_frame(leading, core, size, key)),
             trust=jnp.ones((), dtype),
-            backend=BACKENDS[config.backend](latent, config.flow),
-            free_mean=config.means != "center",
+            backend=find_backend(config.backend)(latent, config.flow),
+            free_mean=config.means != "center" and config.lift == "core",
+            learn_sigma=config.learn_sigma_perp,
             sigma=config.sigma_perp,
             entropy_bonus=config.entropy_bonus,
         )
@@ -138,9 +147,9 @@ class Flow(AbstractFamily):
         z_score = jax.grad(lambda z: jnp.sum(self.backend.log_prob(frozen, z)))(z)
         latent = jnp.concatenate([z, rest], axis=-1)
         latent_score = jnp.concatenate([z_score, -rest], axis=-1)
-        lifted = self.lift.push(params.lift, noise, own, latent, log_prob + _normal_log_prob(rest))
+        lifted = self.lift.push(params.lift, noise, own, latent, log_prob + standard_log_prob(rest))
         score = self.lift.score(params.lift, lifted, latent_score)
-        log_det = _normal_log_prob(base) - log_prob
+        log_det = standard_log_prob(base) - log_prob
         return Draws(
             displacement=self.scale * lifted.u,
             log_prob=lifted.log_prob - jnp.sum(jnp.log(self.scale)),
@@ -162,7 +171,7 @@ class Flow(AbstractFamily):
         """Evaluate log q; see `AbstractFamily.log_prob`."""
         latent, rest = self.lift.pull(params.lift, displacement / self.scale)
         z, other = latent[: self.latent_dim], latent[self.latent_dim :]
-        own = self.backend.log_prob(params.flow, z[None])[0] + _normal_log_prob(other)
+        own = self.backend.log_prob(params.flow, z[None])[0] + standard_log_prob(other)
         return own + rest - jnp.sum(jnp.log(self.scale))
 
     def pullback(self, params, draws, log_density, log_density_grad, baseline, *, antithetic) -> FlowParams:
@@ -302,7 +311,3 @@ class Flow(AbstractFamily):
             "D_sqrt": self.scale * jnp.exp(params.lift.log_sigma),
             "latent_covariance": self.unit**2 * self._latent_covariance(params, MOMENT_DRAWS),
         }
-
-
-def _normal_log_prob(x):
-    return -0.5 * jnp.sum(x**2, -1) - 0.5 * x.shape[-1] * jnp.log(2 * jnp.pi).astype(x.dtype)

@@ -5,10 +5,13 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from fastvi._errors import ConfigError
 from fastvi._typing import Array, Float, Key, PyTree
 from fastvi.config import FlowConfig
+
+SPLINE_BOUND = 6.0  # standard deviations of the base that splines reach
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,3 +60,8 @@ class AbstractBackend(abc.ABC):
         if len(set(widths)) > 1:
             raise ConfigError(f"flow.hidden must name equal widths for this backend; got {widths}: use {[max(widths)]}.")
         return widths[0]
+
+
+def standard_log_prob(z: Float[Array, "*batch latent"]) -> Float[Array, "*batch"]:
+    """Return the log density of N(0, I)."""
+    return -0.5 * jnp.sum(z**2, axis=-1) - 0.5 * z.shape[-1] * jnp.log(2 * jnp.pi).astype(z.dtype)

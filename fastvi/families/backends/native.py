@@ -3,11 +3,13 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Key
-from fastvi.families.backends.base import AbstractBackend
+from fastvi.families.backends.base import SPLINE_BOUND, AbstractBackend
 from fastvi.flows import Flow, build_maf, build_realnvp, build_spline_maf, build_spline_realnvp
+from fastvi.kernels.noise import normal
 
 BUILDERS = {
     "realnvp": (build_realnvp, {}),
@@ -15,16 +17,15 @@ BUILDERS = {
     "spline_coupling": (build_spline_realnvp, {}),
     "nsf_ar": (build_spline_maf, {"fast": "forward"}),
 }
-SPLINE_OPTIONS = {"tail_bound": 6.0, "min_derivative": 1e-3}  # in standard deviations of the base
+SPLINE_OPTIONS = {"tail_bound": SPLINE_BOUND, "min_derivative": 1e-3}
 
 
 class NativeBackend(AbstractBackend):
     """Flow of this package; autoregressive ones draw in one pass."""
 
     def init(self, key):
-        """Return the builder's parameters, of the identity, with last layers drawn at `init_scale`."""
-        key_build, key_last = jax.random.split(key)
-        return _perturb(self._build(key_build)[1], key_last, self.config.init_scale)
+        """Return the identity with kernels drawn anew, last layers at `init_scale`."""
+        return _with_kernels(self._build(jax.random.key(0))[1], key, self.config.init_scale)
 
     def sample_and_log_prob(self, params, noise):
         """Map the noise forward."""
@@ -56,14 +57,19 @@ class NativeBackend(AbstractBackend):
         return built[0]
 
 
-def _perturb(params, key, scale):
-    """Add noise of standard deviation scale / sqrt(fan-in) to the last kernels of networks, which start at zero."""
+def _with_kernels(params, key, last_scale):
+    """Draw every kernel with variance 1 / fan-in, those of last layers times `last_scale`, from one stream.
+
+    A stream for each, as a builder draws them, takes XLA longer to compile than all of the flow.
+    """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    moved = []
-    for index, (path, leaf) in enumerate(leaves):
-        name = jax.tree_util.keystr(path)
-        if "dense_out" in name and "kernel" in name:
-            noise = jax.random.normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)
-            leaf = leaf + scale / np.sqrt(max(leaf.shape[0], 1)) * noise
-        moved.append(leaf)
-    return jax.tree_util.tree_unflatten(structure, moved)
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    kernels = {i: leaves[i][1].shape for i, name in enumerate(names) if "kernel" in name}
+    ends = np.cumsum([int(np.prod(shape)) for shape in kernels.values()])
+    whole = jax.lax.optimization_barrier(normal(key, (int(ends[-1]),), leaves[0][1].dtype))
+    drawn = jnp.split(whole, ends[:-1])
+    filled = [leaf for _, leaf in leaves]
+    for part, (index, shape) in zip(drawn, kernels.items(), strict=True):
+        scale = last_scale if "dense_out" in names[index] else 1.0
+        filled[index] = part.reshape(shape) * (scale / np.sqrt(max(shape[0], 1)))
+    return jax.tree_util.tree_unflatten(structure, filled)

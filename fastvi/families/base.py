@@ -126,6 +126,8 @@ class AbstractFamily(eqx.Module):
     """
 
     scale: eqx.AbstractVar[Float[Array, " dim"]]
+    # nats of ELBO over the window of the stopping rule below which more steps would not change llc
+    negligible_gain: eqx.AbstractClassVar[float]
 
     entropy_bonus: eqx.AbstractVar[float]
 

@@ -1,7 +1,7 @@
 """A normalizing flow on the leading coordinates of a learned linear map."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -21,7 +21,7 @@ MOMENT_DRAWS = 4096  # latent draws that stand for the latent distribution in mo
 SCALE_DRAWS = 256  # the same for traces
 TRUSTED_RATE = 0.25  # factor on the linear map's rates where the start agrees with the loss at once
 ROOT_RATE = 5.0  # a row of the root has `frame` entries, so equal steps per entry would turn it by sqrt(frame) steps
-FLOW_RATE = 0.1  # factor on the learning rate for the flow's own parameters
+FLOW_RATE = 0.25  # factor on the learning rate for the flow's own parameters
 FLOW_DAMPING, LIFT_DAMPING = 1e-8, 0.05  # of Adam: Euclidean gradients, and natural ones, which are O(1) off the optimum
 
 
@@ -57,6 +57,7 @@ class Flow(AbstractFamily):
         entropy_bonus: lambda_H in the objective E[ell] - (1 + lambda_H) E[log q].
     """
 
+    negligible_gain: ClassVar[float] = 0.05
     scale: Float[Array, " dim"]
     unit: Scalar
     lift: Lift

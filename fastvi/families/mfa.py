@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -80,6 +80,7 @@ class MFA(AbstractFamily):
         entropy_bonus: lambda_H in the objective E[ell] - (1 + lambda_H) E[log q].
     """
 
+    negligible_gain: ClassVar[float] = 0.5
     scale: Float[Array, " dim"]
     core_mask: Float[Array, " core"]
     trust: Scalar

@@ -1,6 +1,7 @@
 """Libraries of normalizing flows that the flow family can use."""
 
 import difflib
+from typing import Any
 
 from fastvi._errors import ConfigError
 from fastvi.families.backends.base import AbstractBackend
@@ -17,7 +18,7 @@ BACKENDS: dict[str, type[AbstractBackend]] = {
 __all__ = ["BACKENDS", "AbstractBackend", "FlowJAXBackend", "NativeBackend", "NuxBackend", "register_backend"]
 
 
-def register_backend(name: str, backend: type[AbstractBackend]) -> None:
+def register_backend(name: str, backend: Any) -> None:
     """Make a library of flows available as `VIConfig(backend=name)`.
 
     Args:

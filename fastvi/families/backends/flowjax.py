@@ -1,5 +1,6 @@
 """Flows of FlowJAX (Ward, 2023)."""
 
+import dataclasses
 import functools
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from fastvi.families.backends.base import SPLINE_BOUND, AbstractBackend, standar
 LAST_LAYER = re.compile(r"\.(?:conditioner|masked_autoregressive_mlp)\.layers\[(\d+)\]")
 
 
+@dataclasses.dataclass(frozen=True)
 class FlowJAXBackend(AbstractBackend):
     """Bijection of `flowjax.flows`, the quick direction that of the draws.
 

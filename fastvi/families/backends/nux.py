@@ -1,5 +1,6 @@
 """Flows of NuX 2.0.0, whose objects are called `flow(x, params=, inverse=, rng_key=) -> (z, log-likelihood)`."""
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -17,6 +18,7 @@ HOW_TO_GET = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
 class NuxBackend(AbstractBackend):
     """`RealNVP` or `NonlinearCoupling` of NuX.
 

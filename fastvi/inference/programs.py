@@ -12,13 +12,8 @@ from fastvi.compilation import cache_key, from_cache_key, quick_compilation
 from fastvi.config import VIConfig
 from fastvi.estimators.llc import Evaluation, evaluate, evaluation_draws, excess_at, make_excess_fn
 from fastvi.families import FAMILIES
-<<<<<<< HEAD
-from fastvi.families.base import AbstractFamily
-from fastvi.geometry.start import Start, make_start, rank_limit
-=======
 from fastvi.families.base import AbstractFamily, Geometry
-from fastvi.geometry.start import CURVATURE_EXAMPLES, Start, make_start, rank_limit
->>>>>>> f24a423 (A flow family on the leading coordinates of a learned linear map)
+from fastvi.geometry.start import Start, make_start, rank_limit
 from fastvi.inference.calibrate import calibrate_scale
 from fastvi.inference.loop import Problem, State, init_state, run_steps
 from fastvi.inference.optimizer import Horizon, fixed_phases

@@ -125,7 +125,7 @@ def _basis(name: str, value: Any, fix: str) -> "str | Basis":
     if isinstance(value, str):
         return _choice(name, value, fix, ("curvature", "random"))
     try:
-        columns = np.asarray(value, float)
+        columns: Any = np.asarray(value, float)
     except (TypeError, ValueError):
         columns = np.zeros(0)
     if columns.ndim != 2 or not np.all(np.isfinite(columns)) or np.linalg.matrix_rank(columns) < columns.shape[1]:
@@ -268,8 +268,8 @@ class VIConfig(_CheckedFields):
         gamma: Localization strength; when given it must equal the one passed to the fit.
         backend: Library of the flow: "native", "flowjax", "nux" or one that `register_backend` was given.
         d_latent: Dimensions that the flow acts on; "auto" means all of up to 64, else 8.
-        sigma_perp: Standard deviation of the flow family's noise off the subspace where it starts, in the coordinates of
-            the whitener; None takes it from the curvature.
+        sigma_perp: Standard deviation of the flow family's noise off the subspace where it starts, in the
+            whitener's coordinates; None takes it from the curvature.
         learn_sigma_perp: Whether it is learned.
         lift: What the flow sits on: "core" is the learned linear map of the Laplace approximation, with a free mean;
             "injective" adds isotropic noise to a subspace, about the center.

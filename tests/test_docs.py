@@ -12,6 +12,7 @@ import pytest
 import fastvi
 from fastvi import FlowConfig, VIConfig, api
 from fastvi.diagnostics import health
+from fastvi.families import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -58,6 +59,17 @@ def test_examples_run(name, short_fits, capsys):
     assert "llc" in capsys.readouterr().out
     if "out" in namespace:
         assert jax.numpy.isfinite(namespace["out"]["lambda_hat"])
+
+
+def test_examples_of_the_flow_family_run(short_fits, capsys):
+    namespace = {}
+    try:
+        for block in python_blocks(DOCS / "vi_flow.md"):
+            exec(compile(block, "vi_flow.md", "exec"), namespace)
+    finally:
+        BACKENDS.pop("stretch", None)
+    assert jax.numpy.isfinite(namespace["result"].llc)
+    assert capsys.readouterr().out.endswith("stretch\n")
 
 
 def test_examples_of_flows_run(capsys):

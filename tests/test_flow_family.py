@@ -173,7 +173,9 @@ def test_control_variates_have_mean_zero(many):
 def test_identity_flow_is_the_laplace_approximation(case):
     dim, rank, options = CASES[case]
     rng = np.random.default_rng(4)
-    config = VIConfig.create({"family": "flow", "flow": FlowConfig(depth=2, hidden=(4,), init_scale=0.0)} | options | {"sigma_perp": None})
+    config = VIConfig.create(
+        {"family": "flow", "flow": FlowConfig(depth=2, hidden=(4,), init_scale=0.0)} | options | {"sigma_perp": None}
+    )
     scale, core = jnp.asarray(np.exp(rng.normal(size=dim))), jnp.asarray(2 * rng.normal(size=(rank, dim)))
     family = Flow.create(config, Geometry(scale, core, jnp.asarray(rank), jnp.ones(()), rank))
     params = family.init(jax.random.key(0), core, jnp.zeros(dim))

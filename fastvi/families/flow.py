@@ -22,7 +22,10 @@ SCALE_DRAWS = 256  # the same for traces
 TRUSTED_RATE = 0.25  # factor on the linear map's rates where the start agrees with the loss at once
 ROOT_RATE = 5.0  # a row of the root has `frame` entries, so equal steps per entry would turn it by sqrt(frame) steps
 FLOW_RATE = 0.25  # factor on the learning rate for the flow's own parameters
-FLOW_DAMPING, LIFT_DAMPING = 1e-8, 0.05  # of Adam: Euclidean gradients, and natural ones, which are O(1) off the optimum
+FLOW_DAMPING, LIFT_DAMPING = (
+    1e-8,
+    0.05,
+)  # of Adam: Euclidean gradients, and natural ones, which are O(1) off the optimum
 
 
 class FlowParams(NamedTuple):
@@ -124,9 +127,7 @@ class Flow(AbstractFamily):
     def widened(self, params: FlowParams, shift: Scalar) -> FlowParams:
         """Scale the linear map; see `AbstractFamily.widened`."""
         lift = params.lift
-        return params._replace(
-            lift=lift._replace(log_sigma=lift.log_sigma + shift, root=jnp.exp(shift) * lift.root)
-        )
+        return params._replace(lift=lift._replace(log_sigma=lift.log_sigma + shift, root=jnp.exp(shift) * lift.root))
 
     def draw_noise(self, key: Key, num: int, block: Array | int = 0) -> Float[Array, "groups dim"]:
         """Draw standard normals; see `AbstractFamily.draw_noise`."""
@@ -250,8 +251,9 @@ class Flow(AbstractFamily):
     def control_variates(self, params: FlowParams, draws: Draws):
         """Return Stein's functions `tr G + (G y) . score` over -2, of mean zero under any q, for three fixed G.
 
-        y is u about the mean of the linear map. G is the identity, the projection on the frame, and, in model coordinates, the
-        covariance of the linear map: where the flow is the identity, q's own curvature, its core and |v|^2, as for a Gaussian.
+        y is u about the mean of the linear map. G is the identity, the projection on the frame, and, in model
+        coordinates, the covariance of the linear map: where the flow is the identity, q's own curvature, its core and
+        |v|^2, as for a Gaussian.
         """
         lift, score, scale = params.lift, draws.record.score, self.scale
         y = draws.record.lifted.u - lift.offsets.sum(0)

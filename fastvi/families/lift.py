@@ -127,7 +127,7 @@ def make_frame(leading: Float[Array, "latent dim"], core: Float[Array, "core dim
 
 
 def core_root(frame: Float[Array, "frame dim"], core: Float[Array, "core dim"]) -> Float[Array, "frame frame"]:
-    """Return the lower-triangular root of the covariance along the frame, `E (I + B^T B)^{-1} E^T` for span(B) in span(E)."""
+    """Return the lower-triangular root of `E (I + B^T B)^{-1} E^T`, the covariance along a frame that holds B."""
     along = core @ frame.T
     flipped = jnp.eye(frame.shape[0], dtype=frame.dtype) + (along.T @ along)[::-1, ::-1]
     return lower_inverse(cholesky(flipped)).T[::-1, ::-1]

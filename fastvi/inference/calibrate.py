@@ -23,7 +23,7 @@ def calibrate_scale(
     is left as it is.
 
     Returns:
-        The shift for `AbstractFamily.widened`, and the number of rounds, each of `CALIBRATION_DRAWS` minibatch gradients.
+        The shift for `widened`, and the number of rounds, each of `CALIBRATION_DRAWS` minibatch gradients.
     """
 
     def adjust(carry):

@@ -58,7 +58,9 @@ class AbstractBackend(abc.ABC):
         """
         widths = self.config.hidden
         if len(set(widths)) > 1:
-            raise ConfigError(f"flow.hidden must name equal widths for this backend; got {widths}: use {[max(widths)]}.")
+            raise ConfigError(
+                f"flow.hidden must name equal widths for this backend; got {widths}: use {[max(widths)]}."
+            )
         return widths[0]
 
 

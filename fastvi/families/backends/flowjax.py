@@ -28,7 +28,9 @@ class FlowJAXBackend(AbstractBackend):
 
     def __post_init__(self):
         if self.dim < 2:
-            raise ConfigError(f"d_latent must be at least 2 for backend 'flowjax'; got {self.dim}: use backend='native'.")
+            raise ConfigError(
+                f"d_latent must be at least 2 for backend 'flowjax'; got {self.dim}: use backend='native'."
+            )
 
     def init(self, key):
         """Return FlowJAX's parameters, last layers times `init_scale`."""

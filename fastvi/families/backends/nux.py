@@ -29,7 +29,9 @@ class NuxBackend(AbstractBackend):
     def __post_init__(self):
         if self.config.template not in ("realnvp", "spline_coupling"):
             known = "'realnvp' and 'spline_coupling'"
-            raise ConfigError(f"NuX 2.0.0 has the templates {known}; got {self.config.template!r}: use backend='native'.")
+            raise ConfigError(
+                f"NuX 2.0.0 has the templates {known}; got {self.config.template!r}: use backend='native'."
+            )
         if self.dim % 2:
             raise ConfigError(f"d_latent must be even for backend 'nux'; got {self.dim}: use backend='native'.")
 

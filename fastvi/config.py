@@ -402,16 +402,25 @@ class VIConfig(_CheckedFields):
         """Raise ConfigError for a rank or latent dimension above `dim`, or a minibatch above `n_data`."""
         rank_field = "r" if self.r_per_component is None else "r_per_component"
         latent = self.d_latent if self.family == "flow" else None
+        if self.family == "flow":
+            self._check_flow(dim)
         bounded_by_dim = {rank_field: self.rank, "curvature_rank": self.curvature_rank, "d_latent": latent}
         for name, size in bounded_by_dim.items():
             is_default = name == "r" and size == _DEFAULT_RANK  # cut to fit
             if isinstance(size, int) and size > dim and not is_default:
                 raise _refusal(name, f"<= dim={dim}", getattr(self, name), f"use {dim} or less")
-        if isinstance(self.latent_basis, Basis) and self.latent_basis.columns.shape != (dim, self.latent_dim(dim)):
-            rule = f"an array of shape (dim={dim}, d_latent={self.latent_dim(dim)})"
-            raise _refusal("latent_basis", rule, self.latent_basis, "give one column for each latent dimension")
         if self.batch_size is not None and self.batch_size > n_data:
             raise _refusal("batch_size", f"<= n_data={n_data}", self.batch_size, f"use {n_data} or less")
+
+    def _check_flow(self, dim: int) -> None:
+        """Refuse a flow that the backend does not have."""
+        from fastvi.families.backends import find_backend
+
+        latent = self.latent_dim(dim)
+        if isinstance(self.latent_basis, Basis) and self.latent_basis.columns.shape != (dim, latent):
+            rule = f"an array of shape (dim={dim}, d_latent={latent})"
+            raise _refusal("latent_basis", rule, self.latent_basis, "give one column for each latent dimension")
+        find_backend(self.backend)(latent, self.flow)
 
     def check_available(self) -> None:
         """Raise UnavailableError for TensorBoard or pruning."""

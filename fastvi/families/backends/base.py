@@ -49,9 +49,8 @@ class AbstractBackend(abc.ABC):
         """Return the shapes of the parameters."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    @property
-    def width(self) -> int:
-        """Return the one width of the hidden layers.
+    def require_one_width(self) -> None:
+        """Refuse hidden layers of different widths.
 
         Raises:
             ConfigError: If they differ.
@@ -61,7 +60,11 @@ class AbstractBackend(abc.ABC):
             raise ConfigError(
                 f"flow.hidden must name equal widths for this backend; got {widths}: use {[max(widths)]}."
             )
-        return widths[0]
+
+    @property
+    def width(self) -> int:
+        """Return the width of the first hidden layer."""
+        return self.config.hidden[0]
 
 
 def standard_log_prob(z: Float[Array, "*batch latent"]) -> Float[Array, "*batch"]:

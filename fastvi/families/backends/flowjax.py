@@ -27,6 +27,7 @@ class FlowJAXBackend(AbstractBackend):
     """
 
     def __post_init__(self):
+        self.require_one_width()
         if self.dim < 2:
             raise ConfigError(
                 f"d_latent must be at least 2 for backend 'flowjax'; got {self.dim}: use backend='native'."

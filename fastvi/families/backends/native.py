@@ -1,5 +1,6 @@
 """Flows of `fastvi.flows`."""
 
+import dataclasses
 import functools
 
 import jax
@@ -20,8 +21,12 @@ BUILDERS = {
 SPLINE_OPTIONS = {"tail_bound": SPLINE_BOUND, "min_derivative": 1e-3}
 
 
+@dataclasses.dataclass(frozen=True)
 class NativeBackend(AbstractBackend):
     """Flow of this package; autoregressive ones draw in one pass."""
+
+    def __post_init__(self):
+        self.require_one_width()
 
     def init(self, key):
         """Return the identity with kernels drawn anew, last layers at `init_scale`."""

@@ -27,6 +27,7 @@ class NuxBackend(AbstractBackend):
     """
 
     def __post_init__(self):
+        self.require_one_width()
         if self.config.template not in ("realnvp", "spline_coupling"):
             known = "'realnvp' and 'spline_coupling'"
             raise ConfigError(

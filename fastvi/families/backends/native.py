@@ -18,7 +18,9 @@ BUILDERS = {
     "spline_coupling": (build_spline_realnvp, {}),
     "nsf_ar": (build_spline_maf, {"fast": "forward"}),
 }
-SPLINE_OPTIONS = {"tail_bound": SPLINE_BOUND, "min_derivative": 1e-3}
+# Splines steeper or flatter than these run away: float32 cannot undo four of them, and the score is wrong.
+SPLINE_OPTIONS = {"tail_bound": SPLINE_BOUND, "min_derivative": 0.05, "max_derivative": 5.0}
+FIXED_SHARE = 0.4  # of a spline's interval that its bins divide equally
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,9 @@ class NativeBackend(AbstractBackend):
     def _build(self, key: Key):
         build, options = BUILDERS[self.config.template]
         if "spline" in build.__name__:
-            options = options | SPLINE_OPTIONS | {"num_bins": self.config.bins}
+            bins = self.config.bins
+            least = dict.fromkeys(("min_bin_width", "min_bin_height"), FIXED_SHARE / bins)
+            options = options | SPLINE_OPTIONS | least | {"num_bins": bins}
         return build(
             key,
             self.dim,

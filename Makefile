@@ -9,7 +9,7 @@ SOURCES := $(wildcard fastvi tests bench)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow lint format bench check
+.PHONY: help demo test slow lint format bench docs check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,9 @@ format: $(VENV)/.stamp-lint  ## apply the style that lint checks
 
 bench: $(VENV)/.stamp-bench  ## run the benchmarks
 	$(BIN)/python -m pytest bench/ --benchmark-only
+
+docs: $(VENV)/.stamp-docs  ## build the documents as a site in site/, strictly
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 check: test lint  ## test, then lint
 
@@ -61,4 +64,8 @@ $(VENV)/.stamp-lint: pyproject.toml | $(VENV)/.stamp-venv
 
 $(VENV)/.stamp-bench: pyproject.toml | $(VENV)/.stamp-venv
 	$(INSTALL) --editable . --group test --group bench
+	@touch $@
+
+$(VENV)/.stamp-docs: pyproject.toml | $(VENV)/.stamp-venv
+	$(INSTALL) --editable . --group docs
 	@touch $@

@@ -15,11 +15,15 @@ HVP_COST = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Counts of everything that a run evaluated; `fge_per_step` is that of one chain."""
+    """Counts of everything that a run evaluated; `fge_per_step` is that of one chain.
+
+    `n_cholesky_ridge` counts factorisations during the fit that only a ridge made possible.
+    """
 
     n_full_loss: Any
     n_minibatch_grads: Any
     n_hvp: Any
+    n_cholesky_ridge: Any
     fge_curvature: Any
     fge_fit: Any
     fge_evaluation: Any
@@ -49,6 +53,7 @@ def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int) ->
         n_full_loss=num_chains * draws,
         n_minibatch_grads=steps * num_draws * num_chains,
         n_hvp=start_hvp + evaluation_hvp,
+        n_cholesky_ridge=_concrete(fit.traces["cholesky_ridge"].sum()) if "cholesky_ridge" in fit.traces else 0,
         fge_curvature=HVP_COST * subset * start_hvp
         + (0.0 if fit.warm else subset)
         + share * (moment + CALIBRATION_DRAWS * _concrete(fit.calibration_rounds)),

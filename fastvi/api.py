@@ -18,6 +18,7 @@ from fastvi.compilation import CLOCK
 from fastvi.config import VIConfig
 from fastvi.correct import Fitted, correct
 from fastvi.diagnostics.health import Evidence, health_findings
+from fastvi.diagnostics.importance import assess_importance
 from fastvi.geometry.start import rank_limit
 from fastvi.inference.driver import Fit, Options, Progress, run_fit
 from fastvi.inference.loop import Problem
@@ -26,7 +27,7 @@ from fastvi.inference.schedule import elbo_trend
 from fastvi.objective import TreeObjective, check_data, check_loss, ravel_loss
 from fastvi.progress import StatusLine
 from fastvi.restriction import restrict
-from fastvi.result import LLCEstimate
+from fastvi.result import LLCEstimate, kept_scales
 from fastvi.resume import FolderKeeper, identify
 from fastvi.streaming import HostStream, is_stream, uncorrected
 
@@ -214,22 +215,8 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
     chains = evaluation.llc.size
     within = float(np.sqrt(np.mean(evaluation.llc_sem.astype(float) ** 2) / chains))
     between = float(np.std(evaluation.llc, ddof=1) / np.sqrt(chains)) if chains > 1 else 0.0
-    trend = elbo_trend(traces["elbo"])
     posterior = problem.posterior
-    evidence = Evidence(
-        llc_per_chain=np.asarray(evaluation.llc, float),
-        llc_sem_per_chain=np.asarray(evaluation.llc_sem, float),
-        elbo=traces["elbo"],
-        virial=traces["virial"][:, -max(1, min(steps // 4, 500)) :].mean(axis=0),
-        log_weight_sd=np.asarray(evaluation.log_weight_sd, float),
-        elbo_gain=trend.gain,
-        elbo_gain_error=trend.error,
-        converged=fit.converged,
-        rank=int(start.rank),
-        wanted_rank=int(start.wanted_rank),
-        rank_limit=rank_limit(config, posterior.center.size, posterior.center.dtype.itemsize),
-        newton_decrement=float(start.newton_decrement),
-    )
+    evidence = _evidence(fit, problem, config, traces)
     return LLCEstimate(
         llc=float(np.mean(evaluation.llc)),
         llc_sem=max(within, between),
@@ -252,14 +239,61 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
         },
         evaluation={
             name: np.asarray(getattr(evaluation, name), float).tolist()
-            for name in ("elbo", "llc_mc", "variance_reduction", "trace_term", "log_weight_sd")
+            for name in ("elbo", "llc", "llc_mc", "variance_reduction", "trace_term", "log_weight_sd")
         },
         work=work.as_dict(),
         timings=timings,
         traces=traces,
         log_weights=np.asarray(evaluation.log_weight),
+        draws={"excess_loss": np.asarray(evaluation.excess), "log_q": np.asarray(evaluation.log_prob)},
+        family_arrays=_family_arrays(outcome.arrays),
         health=health_findings(evidence),
         config=config.replace(correction="none"),
         llc_vi=float(np.mean(evaluation.llc)),
         llc_vi_sem=max(within, between),
     )
+
+
+def _evidence(fit: Fit, problem: Problem, config: VIConfig, traces: dict[str, np.ndarray]) -> Evidence:
+    """Collect what findings are read from."""
+    outcome, start = jax.device_get(fit.outcome), jax.device_get(fit.start)
+    evaluation, posterior = outcome.evaluation, problem.posterior
+    steps, trend = traces["elbo"].shape[1], elbo_trend(traces["elbo"])
+    return Evidence(
+        llc_per_chain=np.asarray(evaluation.llc, float),
+        llc_sem_per_chain=np.asarray(evaluation.llc_sem, float),
+        elbo=traces["elbo"],
+        virial=traces["virial"][:, -max(1, min(steps // 4, 500)) :].mean(axis=0),
+        log_weight_sd=np.asarray(evaluation.log_weight_sd, float),
+        elbo_gain=trend.gain,
+        elbo_gain_error=trend.error,
+        converged=fit.converged,
+        rank=int(start.rank),
+        wanted_rank=int(start.wanted_rank),
+        rank_limit=rank_limit(config, posterior.center.size, posterior.center.dtype.itemsize),
+        newton_decrement=float(start.newton_decrement),
+        importance=assess_importance(evaluation.log_weight),
+        radius2=traces["radius2"],
+        localization=float(posterior.gamma),
+        dim=posterior.center.size,
+        **_mixture_evidence(outcome.arrays, config),
+    )
+
+
+def _family_arrays(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Move the family's arrays to the host, with the scales thinned out."""
+    found = {name: np.asarray(array) for name, array in arrays.items()}
+    return {**found, "D_sqrt": kept_scales(found["D_sqrt"])} if "D_sqrt" in found else found
+
+
+def _mixture_evidence(arrays: dict[str, Any], config: VIConfig) -> dict[str, Any]:
+    """Read off weights and factors; a rank is called unused only where somebody asked for more than the default."""
+    if "pi" not in arrays:
+        return {}
+    asked = config.r_per_component is not None or config.r > VIConfig().r
+    norms = arrays.get("factor_norm2", np.zeros(0))
+    return {
+        "num_components": arrays["pi"].shape[1],
+        "dominant_weight": float(np.mean(np.max(arrays["pi"], axis=1))),
+        "longest_factor": float(np.max(norms)) if asked and norms.size else None,
+    }

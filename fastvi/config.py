@@ -236,11 +236,14 @@ class VIConfig(_CheckedFields):
         curvature_rank: Rows of the shared precision core; "auto" takes them from the Hessian's spectrum.
         curvature_examples: Examples that the Hessian at w* is averaged over; None means 4096, and 512 where the fit
             only prepares a correction.
-        mixture_cap: Upper bound on M for pruning; not in this release.
-        prune_threshold: Weight below which a component is pruned; no effect unless `mixture_cap` is set.
+        mixture_cap: Most components that pruning leaves; None for no bound.
+        prune_threshold: Weight below which a component is pruned every `eval_every` steps. Pruning is on where this
+            is not the default, or `mixture_cap` is set; None means by the cap alone.
         alpha_dirichlet_prior: Concentration of a Dirichlet prior on the mixture weights, if any.
         entropy_bonus: Additional weight of the entropy of q in the objective.
+        entropy_bonus_steps: Steps after which `entropy_bonus` ends; None means never.
         alpha_temperature: Temperature of the mixture weights' softmax.
+        alpha_temperature_frac: Fraction of the steps over which `alpha_temperature` goes to 1; 0 keeps it.
         steps: Optimisation steps.
         batch_size: Examples per minibatch; None means min(256, n_data).
         lr: Peak learning rate.
@@ -264,7 +267,7 @@ class VIConfig(_CheckedFields):
         whitening_decay: Decay of the moving average of squared gradients.
         use_whitening: False turns `whitening_mode` off.
         dtype: Floating-point type of the fit.
-        tensorboard: Whether to write traces for TensorBoard; not in this release.
+        tensorboard: Whether `LLCEstimate.save` writes events for TensorBoard beside the traces.
         gamma: Localization strength; when given it must equal the one passed to the fit.
         backend: Library of the flow: "native", "flowjax", "nux" or one that `register_backend` was given.
         d_latent: Dimensions that the flow acts on; "auto" means all of up to 64, else 8.
@@ -288,7 +291,9 @@ class VIConfig(_CheckedFields):
     prune_threshold: Annotated[float | None, _fraction] = _SEEDS_PRUNE_THRESHOLD
     alpha_dirichlet_prior: Annotated[float | None, _positive] = None
     entropy_bonus: Annotated[float, _nonnegative] = 0.0
+    entropy_bonus_steps: Annotated[int | None, _integer] = None
     alpha_temperature: Annotated[float, _at_least_half] = 1.0
+    alpha_temperature_frac: Annotated[float, _fraction] = 0.0
     steps: Annotated[int, _integer] = 5000
     batch_size: Annotated[int | None, _integer] = None
     lr: Annotated[float, _positive] = 1e-2
@@ -422,14 +427,30 @@ class VIConfig(_CheckedFields):
             raise _refusal("latent_basis", rule, self.latent_basis, "give one column for each latent dimension")
         find_backend(self.backend)(latent, self.flow)
 
+    @property
+    def prunes(self) -> bool:
+        """Whether components are pruned during the fit."""
+        return self.mixture_cap is not None or self.prune_threshold not in (_SEEDS_PRUNE_THRESHOLD, None)
+
+    @property
+    def anneals(self) -> bool:
+        """Whether the temperature or the entropy bonus changes during the fit."""
+        return self.settled_after > 0
+
+    @property
+    def settled_after(self) -> int:
+        """Count the steps after which temperature and entropy bonus stay as they are."""
+        heated = math.ceil(self.alpha_temperature_frac * self.steps) if self.alpha_temperature != 1 else 0
+        ends = self.entropy_bonus > 0 and self.entropy_bonus_steps is not None
+        return max(heated, min(self.entropy_bonus_steps or 0, self.steps) if ends else 0)
+
     def check_available(self) -> None:
-        """Raise UnavailableError for TensorBoard or pruning."""
-        if self.tensorboard:
-            raise UnavailableError("tensorboard is not part of this release; use tensorboard=False")
-        if self.mixture_cap is not None:
-            raise UnavailableError("mixture_cap is not part of this release; use mixture_cap=None and set M")
-        if self.prune_threshold not in (_SEEDS_PRUNE_THRESHOLD, None):
-            raise UnavailableError("prune_threshold is not part of this release; use prune_threshold=None")
+        """Raise UnavailableError for pruning with the flow family."""
+        if self.family == "flow" and self.prunes:
+            raise UnavailableError(
+                "the flow family has no components to prune; leave out mixture_cap and prune_threshold, "
+                "or use family='mfa'"
+            )
 
 
 def _written(value: Any) -> Any:

@@ -120,8 +120,7 @@ ESTIMATE_CASES = {
         ConfigError,
         ["latent_basis", "(dim=3, d_latent=2)", "4 x 2"],
     ),
-    "tensorboard": ({"tensorboard": True}, UnavailableError, ["tensorboard"]),
-    "mixture cap": ({"mixture_cap": 4}, UnavailableError, ["mixture_cap"]),
+    "pruning of a flow": ({"family": "flow", "mixture_cap": 4}, UnavailableError, ["mixture_cap", "mfa"]),
     "float64 without x64": ({"dtype": "float64"}, ConfigError, ["dtype", "float64"]),
     "unknown dtype": ({"dtype": "float16"}, ConfigError, ["dtype", "float16"]),
 }

@@ -90,7 +90,7 @@ def test_options_reach_the_problem(digits, quadratic):
 
 
 def test_the_run_folder_is_complete_and_read_again(demo, tmp_path):
-    names = {"result.json", "traces.npz", "config.yaml", "traces.png"}
+    names = {"result.json", "traces.npz", "config.yaml", "traces.png", "report.html", "run.json"}
     assert {path.name for path in demo.folder.iterdir()} == names
     for name in names:
         assert str(demo.folder / name) in demo.text
@@ -183,12 +183,15 @@ def test_unknown_options_name_the_nearest(capsys):
     assert "--steps" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["demo", "digits"], ["demo", "quadratic"]])
-def test_help(command, capsys):
+@pytest.mark.parametrize("command", [[], ["demo"], ["demo", "digits"], ["llc"], ["report"], ["compare"], ["sweep"]])
+def test_help(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
     assert stop.value.code == 0
-    assert " ".join(["usage: fastvi", *command]) in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert " ".join(["usage: fastvi", *command]) in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -462,9 +462,8 @@ def test_values_the_problem_allows(values):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tensorboard": True}, "use tensorboard=False"),
-        ({"mixture_cap": 4}, "use mixture_cap=None"),
-        ({"prune_threshold": 0.01}, "use prune_threshold=None"),
+        ({"family": "flow", "mixture_cap": 4}, "no components to prune"),
+        ({"family": "flow", "prune_threshold": 0.01}, "use family='mfa'"),
     ],
 )
 def test_features_not_in_this_release_are_refused_on_request(values, message):
@@ -473,11 +472,19 @@ def test_features_not_in_this_release_are_refused_on_request(values, message):
         config.check_available()
 
 
-@pytest.mark.parametrize("threshold", [None, 1e-3, "1e-3"])
-def test_usual_prune_thresholds_are_available(threshold):
-    config = VIConfig.create(prune_threshold=threshold)
-    config.check_available()
-    assert config.prune_threshold in (None, 1e-3)
+@pytest.mark.parametrize(
+    ("values", "prunes"),
+    [
+        ({}, False),
+        ({"prune_threshold": "1e-3"}, False),
+        ({"prune_threshold": None}, False),
+        ({"prune_threshold": 0.01}, True),
+        ({"mixture_cap": 4}, True),
+        ({"mixture_cap": 4, "prune_threshold": None}, True),
+    ],
+)
+def test_pruning_is_on_when_asked_for(values, prunes):
+    assert VIConfig.create(values).prunes is prunes
 
 
 def test_unavailable_is_both_kinds_of_error():

@@ -11,6 +11,7 @@ import pytest
 
 import fastvi
 from fastvi import FlowConfig, VIConfig, api
+from fastvi.cli.sweep import read_plan
 from fastvi.diagnostics import health
 from fastvi.families import BACKENDS
 
@@ -39,12 +40,13 @@ def test_configuration_page_lists_every_field_with_its_default(cls):
 
 @pytest.fixture
 def short_fits(monkeypatch):
-    """Cut fits short: an example shows how to call, the numbers have tests of their own."""
+    """Cut fits short, without a walk: an example shows how to call, the numbers have tests of their own."""
     create = VIConfig.create.__func__
 
     def short(cls, source=None, /, **overrides):
         config = create(cls, source, **overrides)
-        return dataclasses.replace(config, steps=min(config.steps, 20), eval_samples=4)
+        correction = config.correction or "none"
+        return dataclasses.replace(config, steps=min(config.steps, 20), eval_samples=4, correction=correction)
 
     monkeypatch.setattr(VIConfig, "create", classmethod(short))
 
@@ -70,6 +72,38 @@ def test_examples_of_the_flow_family_run(short_fits, capsys):
         BACKENDS.pop("stretch", None)
     assert jax.numpy.isfinite(namespace["result"].llc)
     assert capsys.readouterr().out.endswith("stretch\n")
+
+
+def test_examples_of_diagnostics_run(short_fits, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in python_blocks(DOCS / "diagnostics.md"):
+        exec(compile(block, "diagnostics.md", "exec"), namespace)
+    assert "[" in capsys.readouterr().out
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "panels.png").is_file()
+    assert list((tmp_path / "runs" / "live").glob("events*"))
+
+
+def test_every_page_with_examples_is_run():
+    assert {page.name for page in PAGES if python_blocks(page)} == {
+        "README.md",
+        "first-estimate.md",
+        "flows.md",
+        "vi_flow.md",
+        "diagnostics.md",
+        "adapters.md",
+        "llc-over-training.md",
+    }
+
+
+@pytest.mark.parametrize(
+    "block", re.findall(r"^```yaml\n(.*?)^```", (DOCS / "sweeps.md").read_text("utf-8"), re.S | re.M)
+)
+def test_examples_of_sweeps_are_plans(block, tmp_path):
+    (tmp_path / "sweep.yaml").write_text(block)
+    cells = read_plan(tmp_path / "sweep.yaml").cells
+    assert len({cell.name for cell in cells}) == len(cells) >= 3
 
 
 def test_examples_of_flows_run(capsys):

@@ -30,6 +30,7 @@ class Evaluation(NamedTuple):
     excess: Float[Array, " draws"]
     columns: Float[Array, "pairs columns"]
     log_weight: Float[Array, " draws"]
+    log_prob: Float[Array, " draws"]
 
 
 def evaluate(
@@ -97,6 +98,7 @@ def evaluate(
         excess=excess,
         columns=_pair_mean(columns - expected),
         log_weight=log_weight,
+        log_prob=draws.log_prob,
     )
 
 

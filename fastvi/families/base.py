@@ -101,6 +101,13 @@ class UpdateRules(NamedTuple):
     damping: PyTree
 
 
+class Annealed(NamedTuple):
+    """Temperature of the mixture weights and entropy bonus of one step."""
+
+    temperature: Scalar
+    entropy_bonus: Scalar
+
+
 NOISE_BLOCKS = 2  # blocks of a key's counters that one call of `draw_noise` may use
 
 

@@ -12,7 +12,7 @@ from fastvi._typing import Array, Float, Key, PyTree, Scalar
 from fastvi.basis import Basis
 from fastvi.families.backends import AbstractBackend, find_backend
 from fastvi.families.backends.base import standard_log_prob
-from fastvi.families.base import AbstractFamily, Draws, Geometry, LinearMap, SecondMoment, UpdateRules
+from fastvi.families.base import AbstractFamily, Annealed, Draws, Geometry, LinearMap, SecondMoment, UpdateRules
 from fastvi.families.lift import Lift, Lifted, LiftParams, core_root, make_frame
 from fastvi.kernels.noise import normal
 
@@ -21,11 +21,11 @@ MOMENT_DRAWS = 4096  # latent draws that stand for the latent distribution in mo
 SCALE_DRAWS = 256  # the same for traces
 TRUSTED_RATE = 0.25  # factor on the linear map's rates where the start agrees with the loss at once
 ROOT_RATE = 5.0  # a row of the root has `frame` entries, so equal steps per entry would turn it by sqrt(frame) steps
-FLOW_RATE = 0.25  # factor on the learning rate for the flow's own parameters
-FLOW_DAMPING, LIFT_DAMPING = (
-    1e-8,
-    0.05,
-)  # of Adam: Euclidean gradients, and natural ones, which are O(1) off the optimum
+# Factor on the learning rate for the flow's own parameters, and the damping of Adam for them. Few draws fall in any bin
+# of a spline: at the others' rate its noise leads away from a start that is right already.
+FLOW_RATE, FLOW_DAMPING = 0.25, 1e-8
+SPLINE_RATE, SPLINE_DAMPING = 0.05, 1e-2
+LIFT_DAMPING = 0.05  # of natural gradients, which are O(1) off the optimum
 
 
 class FlowParams(NamedTuple):
@@ -58,6 +58,7 @@ class Flow(AbstractFamily):
         learn_sigma: Whether the standard deviation off the frame is learned.
         sigma: Its value at the start, in units of `unit`; None: 1.
         entropy_bonus: lambda_H in the objective E[ell] - (1 + lambda_H) E[log q].
+        annealed: Entropy bonus of the current step, in place of the field above.
     """
 
     negligible_gain: ClassVar[float] = 0.05
@@ -70,6 +71,12 @@ class Flow(AbstractFamily):
     learn_sigma: bool = eqx.field(static=True, default=True)
     sigma: float | None = eqx.field(static=True, default=None)
     entropy_bonus: float = eqx.field(static=True, default=0.0)
+    annealed: Annealed | None = None
+
+    @property
+    def entropy_weight(self) -> Any:
+        """Weight of -log q in the objective: 1 + lambda_H in effect."""
+        return 1 + (self.entropy_bonus if self.annealed is None else self.annealed.entropy_bonus)
 
     @classmethod
     def create(cls, config, geometry: Geometry):
@@ -94,7 +101,7 @@ class Flow(AbstractFamily):
             free_mean=config.means != "center" and config.lift == "core",
             learn_sigma=config.learn_sigma_perp,
             sigma=config.sigma_perp,
-            entropy_bonus=config.entropy_bonus,
+            entropy_bonus=0.0 if config.entropy_bonus_steps is not None else config.entropy_bonus,
         )
 
     @property
@@ -180,7 +187,7 @@ class Flow(AbstractFamily):
         """Return the STL gradient; see `AbstractFamily.pullback`."""
         del log_density, baseline, antithetic
         record = draws.record
-        cotangents = self.scale * log_density_grad - (1 + self.entropy_bonus) * record.score
+        cotangents = self.scale * log_density_grad - self.entropy_weight * record.score
         lift, latent = self.lift.gradient(params.lift, record.lifted, record.latent, cotangents)
         (flow,) = record.pull(latent[:, : self.latent_dim] / latent.shape[0])
         if not self.learn_sigma:
@@ -201,12 +208,14 @@ class Flow(AbstractFamily):
         """Treat the linear map as a Gaussian's, the flow's networks as networks."""
         del groups
         root = min(1.0, ROOT_RATE / float(np.sqrt(self.lift.frame.shape[0]))) * self.trust
+        splines = self.backend.config.template in ("spline_coupling", "nsf_ar")
+        rate, damping = (SPLINE_RATE, SPLINE_DAMPING) if splines else (FLOW_RATE, FLOW_DAMPING)
         rates = LiftParams(offsets=self.trust, log_sigma=self.trust, root=root)
         return UpdateRules(
-            rates=FlowParams(rates, self._each(FLOW_RATE)),
+            rates=FlowParams(rates, self._each(rate)),
             shared_rows=FlowParams(LiftParams(offsets=True, log_sigma=False, root=False), self._each(False)),
             blocked=FlowParams(LiftParams(False, False, False), self._each(False)),
-            damping=FlowParams(LiftParams(*(LIFT_DAMPING,) * 3), self._each(FLOW_DAMPING)),
+            damping=FlowParams(LiftParams(*(LIFT_DAMPING,) * 3), self._each(damping)),
         )
 
     def _each(self, value) -> PyTree:

@@ -34,12 +34,16 @@ MAX_ADAPTIVE_WARMUP = 100  # steps; a run that stops by itself is not planned to
 
 
 class Progress(NamedTuple):
-    """What a progress callback is told; `value` is the ELBO of a fit, the llc so far of a correction."""
+    """What a progress callback is told; `value` is the ELBO of a fit, the llc so far of a correction.
+
+    `traces`, of shape (chains, steps), are those of the fit since the report before.
+    """
 
     stage: str
     step: int
     steps: int
     value: float
+    traces: dict[str, Array] | None = None
 
 
 class AbstractKeeper(abc.ABC):
@@ -245,26 +249,26 @@ def _run_chunks(
         course.parts.append({name: np.asarray(trace) for name, trace in part.items()})
         course.done += length
         elbo = np.concatenate([part["elbo"] for part in course.parts], axis=1)
-        report(Progress("fit", course.done, course.phases[2], float(np.mean(elbo[:, -length:]))))
+        report(Progress("fit", course.done, course.phases[2], float(np.mean(elbo[:, -length:])), part))
         if not np.all(np.isfinite(elbo[:, -1])):
             break
         if options.early_stop and not course.converged:
-            _look(course, elbo, config.steps, problem.posterior.center.size, chunk)
+            _look(course, elbo, config, problem.posterior.center.size, chunk)
         if options.keeper is not None:
             options.keeper.save(course)
 
 
-def _look(course: Course, elbo: np.ndarray, most: int, dim: int, chunk: int) -> None:
+def _look(course: Course, elbo: np.ndarray, config: VIConfig, dim: int, chunk: int) -> None:
     """Begin the decay where the ELBO was flat at looks in a row."""
     warmup, decay_start, _ = course.phases
-    if not MIN_WINDOW <= course.done < decay_start:
+    if not max(MIN_WINDOW, config.settled_after) <= course.done < decay_start:
         return
     settled = elbo_trend(elbo).is_flat(course.family.negligible_gain) and is_balanced(course.parts[-1]["virial"])
     course.flat_looks = course.flat_looks + 1 if settled else 0
     if course.flat_looks == FLAT_LOOKS:
         course.converged = True
         decay = -(-decay_length(course.done, dim) // chunk) * chunk
-        course.phases = (warmup, course.done, min(most, course.done + decay))
+        course.phases = (warmup, course.done, min(config.steps, course.done + decay))
 
 
 def _finish(programs: Programs, arguments: tuple, stream: AbstractStream | None) -> Outcome:

@@ -1,5 +1,6 @@
 """The one driver of every family: a scan over steps with the chains vmapped inside."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 from fastvi._typing import Array, Batch, Float, Int, Key, Keys, PyTree, Scalar
 from fastvi.config import VIConfig
 from fastvi.families.base import NOISE_BLOCKS, AbstractFamily, Blocks, Draws, num_groups
+from fastvi.inference.annealing import annealed
 from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer
+from fastvi.inference.pruning import prune
 from fastvi.kernels.noise import words
 from fastvi.objective import FlatObjective
 from fastvi.posterior import LocalPosterior
@@ -127,7 +130,7 @@ def run_steps(
     Cost:
         `config.step_draws` minibatch gradients for each step and chain.
     """
-    num_draws, groups = config.step_draws, draw_groups(config)
+    settled_family, num_draws, groups = family, config.step_draws, draw_groups(config)
     rules = family.update_rules(groups)
     optimizer = make_optimizer(config, rules)
 
@@ -135,6 +138,7 @@ def run_steps(
         return family.draw_noise(key, groups, (NOISE_BLOCKS + 1) * step)
 
     def one_chain(state: State, noise, key, step, rate, elapsed, refresh):
+        family = _at_step(settled_family, config, step)
         batch = problem.next_batch(key, (NOISE_BLOCKS + 1) * step + NOISE_BLOCKS)
         draws = family.transform(state.params, noise, mirror=groups < num_draws, cache=state.cache)
         value, grad = evaluate_target(objective, problem.posterior, draws, batch)
@@ -143,20 +147,13 @@ def run_steps(
         updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=elapsed)
         updates = _scaled(updates, rules.rates, rate)
         params = family.apply_updates(state.params, updates)
+        if config.prunes:
+            params, opt_state = _pruned(family, params, opt_state, config, step)
         cache = family.refresh_cache(state.cache, params, updates)
-        elbo = jnp.mean(value - draws.log_prob)
         slow = jax.lax.cond(refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params)
         baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * _objective_value(family, value, draws)
-        trace = {
-            "elbo": elbo,
-            "elbo_like": jnp.mean(value),
-            "logq": jnp.mean(draws.log_prob),
-            "radius2": jnp.mean(jnp.sum(draws.displacement**2, axis=-1)),
-            "virial": -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1],
-            "grad_norm": gradient_norm(ascent),
-            **family.step_statistics(params, draws),
-            **slow,
-        }
+        trace = {**_statistics(draws, value, grad), "grad_norm": gradient_norm(ascent)}
+        trace |= {**family.step_statistics(params, draws), **slow}
         return (State(params, opt_state, baseline, cache, slow), randomness(key, step + 1)), trace
 
     names = []
@@ -178,6 +175,17 @@ def run_steps(
     return state, {**traces, "lr": jnp.broadcast_to(rates, (keys.size, length)).astype(stacked.dtype)}
 
 
+def _statistics(draws: Draws, value, grad) -> dict[str, Scalar]:
+    """Return what is traced of the draws of a step."""
+    return {
+        "elbo": jnp.mean(value - draws.log_prob),
+        "elbo_like": jnp.mean(value),
+        "logq": jnp.mean(draws.log_prob),
+        "radius2": jnp.mean(jnp.sum(draws.displacement**2, axis=-1)),
+        "virial": -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1],
+    }
+
+
 def _scaled(updates, factors, rate):
     """Multiply each update by the learning rate and its factor."""
 
@@ -191,4 +199,19 @@ def _scaled(updates, factors, rate):
 
 
 def _objective_value(family, value, draws):
-    return jnp.mean(value - (1 + family.entropy_bonus) * draws.log_prob)
+    return jnp.mean(value - family.entropy_weight * draws.log_prob)
+
+
+def _at_step(family, config: VIConfig, step):
+    return dataclasses.replace(family, annealed=annealed(config, step)) if config.anneals else family
+
+
+def _pruned(family, params, opt_state, config: VIConfig, step):
+    """Prune after every `eval_every` steps."""
+    return jax.lax.cond(
+        (step + 1) % config.eval_every == 0,
+        lambda p, o: prune(p, o, jnp.exp(family.log_weights(p)), config),
+        lambda p, o: (p, o),
+        params,
+        opt_state,
+    )

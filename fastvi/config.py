@@ -261,8 +261,8 @@ class VIConfig(_CheckedFields):
             reweights the evaluation's draws, "mcmc" samples from q on, "auto" chooses, "none" leaves it; None means
             "auto" in `estimate_llc` and "none" in `fit`.
         correction_error: Relative standard error at which sampling ends.
-        correction_budget: Most full-gradient equivalents that sampling takes; in some thousand dimensions or more it may
-            end before, where steps on small blocks of data cost more than their gradients.
+        correction_budget: Most full-gradient equivalents that sampling takes; in many dimensions it may end before,
+            where steps on small blocks of data cost more than their gradients.
         whitening_mode: Diagonal whitening measured at the center before the fit.
         whitening_decay: Decay of the moving average of squared gradients.
         use_whitening: False turns `whitening_mode` off.

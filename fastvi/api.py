@@ -151,7 +151,7 @@ def run_estimate(
     progress: bool | Callable[[Progress], None] = True,
     throw: bool = True,
     resume_from: str | os.PathLike[str] | None = None,
-    warm: Fit | None = None,
+    warm: Fitted | None = None,
 ) -> LLCEstimate:
     """Fit, evaluate and correct, from the curvature at w* or from the q of another fit."""
     began, compiled = time.perf_counter(), CLOCK.seconds
@@ -167,7 +167,7 @@ def run_estimate(
         keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
     status = StatusLine() if progress is True else None
     report = status or (progress if callable(progress) else None)
-    options = Options(early_stop, report, warm, keeper, stream)
+    options = Options(early_stop, report, warm and warm.fit, keeper, stream)
     fit = run_fit(programs_for(objective, plan, None), problem, plan, keys, options=options)
     if status is not None:
         status.close()
@@ -175,7 +175,7 @@ def run_estimate(
     result = _estimate(fit, problem, settings, count_work(fit, problem, plan, num_chains), timings)
     if throw and _is_broken(result):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
-    result = dataclasses.replace(result, fitted=Fitted(fit, problem, objective, keys))
+    result = dataclasses.replace(result, fitted=Fitted(fit, problem, objective, keys, warm and warm.walked))
     return (
         result
         if settings.correction == "none" or _is_broken(result)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import DataError
-from fastvi._typing import Float, Keys
+from fastvi._typing import Array, Float, Keys
 from fastvi.compilation import CLOCK
 from fastvi.config import VIConfig
 from fastvi.diagnostics.health import correction_findings
 from fastvi.diagnostics.importance import GOOD, pareto_smooth
 from fastvi.estimators.control_variate import regress
-from fastvi.estimators.correction import BIN_LENGTH, Sampler, parameter_blocks, sample_posterior, walk_programs
+from fastvi.estimators.correction import BIN_LENGTH, Sampler, Walk, parameter_blocks, sample_posterior, walk_programs
 from fastvi.inference.driver import Fit, Progress
 from fastvi.inference.loop import Problem
 from fastvi.inference.schedule import few_dimensions_factor
@@ -33,13 +33,23 @@ MOST_IN_FEW_DIMENSIONS = 64  # times as many there: they are cheap, and arms of 
 FULL_CROWD_ERROR = 0.02  # relative error that takes so many
 
 
+class Walked(NamedTuple):
+    """Where walkers have come to, about which w*, after how many corrections, and whether they agreed."""
+
+    walk: Walk
+    center: Float[Array, " dim"]
+    corrections: int
+    settled: bool
+
+
 class Fitted(NamedTuple):
-    """What a correction goes on from."""
+    """What a correction goes on from: a fit, and walkers that are already on their way."""
 
     fit: Fit
     problem: Problem
     objective: TreeObjective
     keys: Keys
+    walked: Walked | None = None
 
 
 def correct(
@@ -56,6 +66,8 @@ def correct(
     round, on blocks of the data as small as the noise of their gradients allows, with virial control variates. "auto"
     reweights where k-hat is below 0.5, half of the draws count and the error is below `correction_error`, and samples
     otherwise.
+
+    Walkers that have corrected this result before go on from where they are.
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
@@ -107,6 +119,7 @@ def correct(
         work=work,
         timings=timings,
         config=config,
+        fitted=fitted._replace(walked=values.walked or fitted.walked),
     )
     return dataclasses.replace(corrected, health=correction_findings(corrected))
 
@@ -120,6 +133,7 @@ class _Values(NamedTuple):
     walk: Float[np.ndarray, "walkers bins"]
     work: float
     details: dict[str, Any]
+    walked: Walked | None = None
 
 
 def _choose(fitted: Fitted, config: VIConfig) -> tuple[str, Float[np.ndarray, "chains draws"], float]:
@@ -174,16 +188,14 @@ def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None]
             report(Progress("correction", int(done), int(budget), llc))
 
     programs = walk_programs(fitted.objective, parameter_blocks(fitted.objective.structure.leaf_sizes))
-    walk = programs.start(
-        fitted.fit.family,
-        fitted.problem,
-        fitted.fit.params,
-        fitted.keys,
-        evaluation.log_weight,
-        evaluation.excess,
-        num_walkers=chains * per_chain,
-    )
-    sampler = Sampler(programs, fitted.problem, walk, fitted.fit.outcome.reference_loss, budget)
+    common, before = (fitted.fit.family, fitted.problem, fitted.fit.params), fitted.walked
+    if before is not None and before.walk.walkers.x.shape[0] == chains * per_chain:
+        walk = programs.move(*common, before.walk, before.center, jnp.int32(before.corrections))
+    else:
+        log_weight, excess = evaluation.log_weight, evaluation.excess
+        walk = programs.start(*common, fitted.keys, log_weight, excess, num_walkers=chains * per_chain)
+    reference_loss, has_moved_in = fitted.fit.outcome.reference_loss, before is not None and before.settled
+    sampler = Sampler(programs, fitted.problem, walk, reference_loss, budget, has_moved_in=has_moved_in)
     run = sample_posterior(sampler, relative_error=config.correction_error, report=tell)
     analysis = run.analysis
     details = {
@@ -203,4 +215,6 @@ def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None]
     per_chain_llc = analysis.per_walker.reshape(-1, WALKERS).mean(axis=0) if chains == 1 else None
     if per_chain_llc is None:
         per_chain_llc = analysis.per_walker.reshape(chains, per_chain).mean(axis=1)
-    return _Values(analysis.llc, analysis.llc_sem, per_chain_llc, run.llc, run.work, details)
+    corrections = 1 if before is None else before.corrections + 1
+    walked = Walked(sampler.walk, fitted.problem.posterior.center, corrections, run.settled)
+    return _Values(analysis.llc, analysis.llc_sem, per_chain_llc, run.llc, run.work, details, walked)

@@ -60,7 +60,8 @@ def llc_curve(
     """Estimate the local learning coefficient at every checkpoint of a training run.
 
     The first fit begins at the curvature there, every other at the q of the checkpoint before, moved to the new w* and
-    narrowed where the loss says so. A checkpoint in the middle of training is no minimum: the estimate is then of the
+    narrowed where the loss says so. Where walkers correct the estimate, they too go on from where those of the
+    checkpoint before have come to. A checkpoint in the middle of training is no minimum: the estimate is then of the
     posterior near it, and may be negative.
 
     Args:
@@ -94,8 +95,7 @@ def llc_curve(
                 f"checkpoint {len(estimates)} has {target.problem.posterior.center.size} parameters, the one before "
                 f"{before.problem.posterior.center.size}; they must be checkpoints of one model."
             )
-        warm = before.fit if before is not None and warm_start else None
-        estimate = run_estimate(target, num_chains, progress=progress, warm=warm)
+        estimate = run_estimate(target, num_chains, progress=progress, warm=before if warm_start else None)
         before = estimate.fitted
         estimates = [*(dataclasses.replace(one, fitted=None) for one in estimates), estimate]
     if not estimates:

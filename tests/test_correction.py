@@ -13,7 +13,7 @@ from test_mfa import MEANS, dense, make
 import fastvi
 from fastvi.diagnostics.importance import fit_pareto, pareto_smooth
 from fastvi.estimators.analysis import analyse, burn_in, drift, split_rhat, standard_error
-from fastvi.estimators.correction import parameter_blocks, resample, virial_columns
+from fastvi.estimators.correction import parameter_blocks, resample, virial_columns, walk_programs
 from fastvi.families.base import LinearMap
 
 COUNT = 1000
@@ -178,6 +178,33 @@ def test_reweighting_finds_it_too():
     assert result.correction["method"] == "importance"
     assert result.llc == pytest.approx(quartic_truth(30.0), rel=0.03)
     assert abs(result.llc - quartic_truth(30.0)) < 4 * result.llc_sem
+
+
+def test_walkers_go_on_from_where_they_are(quartic):
+    again = fastvi.correct(quartic, "mcmc", progress=False, correction_error=0.01)
+    truth = quartic_truth(30.0)
+    assert abs(again.llc - truth) < 4 * again.llc_sem
+    assert again.llc != quartic.llc
+    assert again.work["total_fge"] == pytest.approx(quartic.work["total_fge"] + again.work["fge_correction"])
+
+
+def test_walkers_move_to_another_posterior():
+    """At twice the precision about another minimum: the same points in space, then the new posterior's moments."""
+    first = fastvi.estimate_llc(
+        lambda w, batch: 0.5 * w @ w, jnp.zeros(40), no_data(), localization=30.0, progress=False, correction="mcmc"
+    )
+    second = fastvi.estimate_llc(
+        lambda w, batch: w @ w, jnp.full(40, 0.3), no_data(), localization=30.0, progress=False, correction="none",
+        num_chains=1, steps=200, early_stop=False,
+    )  # fmt: skip
+    moved = second.fitted._replace(walked=first.fitted.walked)
+    programs = walk_programs(moved.objective, (40,))
+    walk = programs.move(
+        moved.fit.family, moved.problem, moved.fit.params, moved.walked.walk, moved.walked.center, jnp.int32(1)
+    )
+    old = jax.vmap(first.fitted.walked.walk.linear_map.displacement)(first.fitted.walked.walk.walkers.x)
+    new = jax.vmap(walk.linear_map.displacement)(walk.walkers.x) + 0.3
+    np.testing.assert_allclose(new, old, atol=1e-4)
 
 
 def test_a_corrected_estimate_is_saved_and_read(quartic, tmp_path):

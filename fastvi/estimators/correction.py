@@ -33,6 +33,7 @@ ROUND = BINS * BIN_LENGTH
 MIN_BINS = 8
 FRICTION_TIME, WIDEST = 2.0, 8.0  # for a posterior as wide as q; for a wider one up to so many times as long
 RHAT_SETTLED, RHAT_RADIUS_SETTLED, DRIFT_SIGMAS = 1.1, 1.2, 2.5
+FULL_AGREEMENT_ERROR = 0.02  # of walkers that start at q; others are known to agree, and may at larger errors less
 EFFECTIVE_SHARE = 0.5  # part of q's draws that must count when walkers are chosen among them
 MAX_COLUMNS = 12  # parameter blocks with a virial column of their own
 WALK_BLOCK = 2**31 + 2**17  # counters of a chain's key beyond those of its evaluation
@@ -95,6 +96,33 @@ def start_walk(
     return Walk(linear_map, walkers, start_tuning(x.shape[1], x.dtype), walk_keys)
 
 
+def move_walk(
+    family: AbstractFamily,
+    problem: Problem,
+    params: Any,
+    walk: Walk,
+    center: Float[Array, " dim"],
+    shift: Int[Array, ""],
+) -> Walk:
+    """Take walkers over to another posterior: to the coordinates of its q, at the points where they are.
+
+    Args:
+        family: That of the new q.
+        problem: The new target.
+        params: The new q's, with a leading axis of chains.
+        walk: The walkers.
+        center: The w* that they were about.
+        shift: Distinguishes their keys from the old ones.
+    """
+    linear_map = family.linear_map(jax.tree_util.tree_map(lambda leaf: leaf[0], params))
+    moved = jax.vmap(walk.linear_map.displacement)(walk.walkers.x) + (center - problem.posterior.center)
+    x = jax.vmap(linear_map.round)(moved)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(walk.keys, shift)
+    momentum = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, WALK_BLOCK), x.shape[1:], x.dtype))(keys)
+    tuning = start_tuning(x.shape[1], x.dtype)._replace(step=walk.tuning.step)
+    return Walk(linear_map, walk.walkers._replace(x=x, momentum=momentum), tuning, keys)
+
+
 def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int[Array, " num"]:
     """Choose `num` candidates by importance weights, flattened until a good part of the candidates counts."""
     log_weight = jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf)
@@ -147,6 +175,7 @@ class WalkPrograms(NamedTuple):
 
     Attributes:
         start: `(family, problem, params, keys, log_weight, excess, num_walkers) -> Walk`.
+        move: `(family, problem, params, walk, center, shift) -> Walk`.
         noise: `(problem, linear_map, x of some walkers, reference_loss, index) -> noise of the gradients`.
         enter: `(problem, walk, reference_loss, index, first) -> (Anchor, Walk)`: from now on by these blocks.
         advance: `(problem, anchor, walk, reference_loss, energy_error, friction_time, first) ->
@@ -154,6 +183,7 @@ class WalkPrograms(NamedTuple):
     """
 
     start: Callable[..., Walk]
+    move: Callable[..., Walk]
     noise: Callable[..., Scalar]
     enter: Callable[..., tuple[Anchor, Walk]]
     advance: Callable[..., tuple[Walk, Record]]
@@ -197,7 +227,8 @@ def _walk_programs(key: Any, blocks: tuple[int, ...]) -> WalkPrograms:
         llc = problem.posterior.learning_coefficient(record.llc)
         return walk._replace(walkers=walkers, tuning=tuning), record._replace(llc=llc)
 
-    return WalkPrograms(jit(start_walk, static_argnames=("num_walkers",)), jit(noise), jit(enter), jit(advance))
+    start = jit(start_walk, static_argnames=("num_walkers",))
+    return WalkPrograms(start, jit(move_walk), jit(noise), jit(enter), jit(advance))
 
 
 class Level(NamedTuple):
@@ -222,7 +253,17 @@ class Sampled(NamedTuple):
 class Sampler:
     """The walkers of one run, with what they have spent."""
 
-    def __init__(self, programs: WalkPrograms, problem: Problem, walk: Walk, reference_loss: Scalar, budget: float):
+    def __init__(
+        self,
+        programs: WalkPrograms,
+        problem: Problem,
+        walk: Walk,
+        reference_loss: Scalar,
+        budget: float,
+        *,
+        has_moved_in: bool = False,
+    ):
+        self.has_moved_in = has_moved_in
         self.programs, self.problem, self.walk = programs, problem, walk
         self.reference_loss, self.budget = reference_loss, budget
         self.counts = block_counts(problem.num_data, problem.posterior.center.size)
@@ -354,6 +395,7 @@ def _produce(sampler: Sampler, relative_error: float, report) -> Sampled:
     records: list[Record] = []
     refinements, looked, measured, settled = 0, 0, 1, False
     analysis, llc = None, np.zeros((sampler.num_walkers, 0))
+    patience = max(1.0, relative_error / FULL_AGREEMENT_ERROR) if sampler.has_moved_in else 1.0
     while analysis is None or not (settled or sampler.is_spent):
         records.append(sampler.advance())
         if len(records) < CHECK_GROWTH * looked and not sampler.is_spent:
@@ -383,8 +425,8 @@ def _produce(sampler: Sampler, relative_error: float, report) -> Sampled:
                 continue
         settled = (
             analysis.llc_sem <= wanted
-            and analysis.rhat < RHAT_SETTLED
-            and analysis.rhat_radius < RHAT_RADIUS_SETTLED
+            and analysis.rhat < 1 + patience * (RHAT_SETTLED - 1)
+            and analysis.rhat_radius < 1 + patience * (RHAT_RADIUS_SETTLED - 1)
             and abs(analysis.drift_z) < DRIFT_SIGMAS
             and llc.shape[1] >= MIN_BINS
         )

@@ -6,6 +6,7 @@ from fastvi.config import FlowConfig, VIConfig
 from fastvi.correct import correct
 from fastvi.curve import LLCCurve, llc_curve
 from fastvi.expectation import DataLLC, example_losses, llc_on
+from fastvi.families import AbstractBackend, register_backend
 from fastvi.objective import FlatObjective, make_flat_objective, ravel_loss
 from fastvi.posterior import LocalPosterior
 from fastvi.restriction import restrict
@@ -16,6 +17,7 @@ from fastvi.virial import VirialLLC, virial_llc
 __version__ = "0.1.0"
 
 __all__ = [
+    "AbstractBackend",
     "ConfigError",
     "DataError",
     "DataLLC",
@@ -37,6 +39,7 @@ __all__ = [
     "llc_on",
     "make_flat_objective",
     "ravel_loss",
+    "register_backend",
     "restrict",
     "run_vi",
     "virial_llc",

@@ -13,6 +13,7 @@ import fastvi
 from fastvi import FlowConfig, VIConfig, api
 from fastvi.cli.sweep import read_plan
 from fastvi.diagnostics import health
+from fastvi.families import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -62,6 +63,17 @@ def test_examples_run(name, short_fits, capsys):
         assert jax.numpy.isfinite(namespace["out"]["lambda_hat"])
 
 
+def test_examples_of_the_flow_family_run(short_fits, capsys):
+    namespace = {}
+    try:
+        for block in python_blocks(DOCS / "vi_flow.md"):
+            exec(compile(block, "vi_flow.md", "exec"), namespace)
+    finally:
+        BACKENDS.pop("stretch", None)
+    assert jax.numpy.isfinite(namespace["result"].llc)
+    assert capsys.readouterr().out.endswith("stretch\n")
+
+
 def test_examples_of_diagnostics_run(short_fits, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
@@ -78,6 +90,7 @@ def test_every_page_with_examples_is_run():
         "README.md",
         "first-estimate.md",
         "flows.md",
+        "vi_flow.md",
         "diagnostics.md",
         "adapters.md",
         "llc-over-training.md",

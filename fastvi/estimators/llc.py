@@ -120,8 +120,8 @@ def quadratic_columns(family: AbstractFamily, params, draws: Draws, pairs: int):
         return family.control_variates(params, draws)
     center = jnp.mean(draws.displacement, axis=0)
     moment = family.second_moment(params)
-    spread = moment.diagonal + jnp.sum(moment.weights[:, None] * moment.factors**2, axis=0) - center**2
-    unit = jnp.sqrt(jnp.maximum(spread, moment.diagonal))
+    spread = moment.marginal()
+    unit = jnp.sqrt(jnp.maximum(spread - center**2, 1e-6 * spread))
     columns = stein_columns((draws.displacement - center) / unit, draws.score * unit, exponents)
     return columns, jnp.zeros(exponents.shape[0], columns.dtype)
 

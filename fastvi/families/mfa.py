@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Key, Scalar
+from fastvi.config import VIConfig
 from fastvi.families.base import (
     AbstractFamily,
     Annealed,
     Blocks,
     Draws,
+    Geometry,
     LinearMap,
     SecondMoment,
     UpdateRules,
@@ -31,6 +33,7 @@ FACTOR_INIT = 0.1  # norm of a factor's rows at the start, in standard deviation
 # A factor's row has dim entries, so equal steps per entry would turn it by sqrt(dim) steps.
 CORE_RATE, FACTOR_RATE = 5.0, 2.0
 MAX_BLOCKS = 2  # independent draws of a step up to which each moves the factors of its own component alone
+DAMPING = 0.05  # entries of natural gradients are O(1) off the optimum
 TRUSTED_RATE = 0.25  # factor on learning rates where the start agrees with the loss at once
 
 
@@ -80,6 +83,7 @@ class MFA(AbstractFamily):
         annealed: Temperature and entropy bonus of the current step, in place of the fields above.
     """
 
+    negligible_gain: ClassVar[float] = 0.5
     scale: Float[Array, " dim"]
     core_mask: Float[Array, " core"]
     trust: Scalar
@@ -105,6 +109,23 @@ class MFA(AbstractFamily):
     def log_weights(self, params: MFAParams) -> Float[Array, " comp"]:
         """Evaluate log pi."""
         return jax.nn.log_softmax(params.logits / self.heat)
+
+    @classmethod
+    def create(cls, config: VIConfig, geometry: Geometry) -> "MFA":
+        """Build the family; see `AbstractFamily.create`."""
+        dim, dtype = geometry.scale.size, geometry.scale.dtype
+        return cls(
+            scale=geometry.scale,
+            trust=jnp.ones((), dtype),
+            core_mask=(jnp.arange(geometry.core.shape[0]) < geometry.rank).astype(dtype),
+            ranks=tuple(min(rank, dim) for rank in config.ranks),
+            means=config.means,
+            noise_size=geometry.noise_size,
+            temperature=1.0 if config.alpha_temperature_frac > 0 else config.alpha_temperature,
+            dirichlet=1.0 if config.alpha_dirichlet_prior is None else config.alpha_dirichlet_prior,
+            entropy_bonus=0.0 if config.entropy_bonus_steps is not None else config.entropy_bonus,
+            prunes=config.prunes,
+        )
 
     @property
     def num_components(self) -> int:
@@ -142,6 +163,10 @@ class MFA(AbstractFamily):
             core=core * self.core_mask[:, None],
             factors=self._mask(factors * (FACTOR_INIT / math.sqrt(dim))),
         )
+
+    def widened(self, params: MFAParams, shift: Scalar) -> MFAParams:
+        """Scale D; see `AbstractFamily.widened`."""
+        return params._replace(log_scale=params.log_scale + shift)
 
     def mixture(self, params: MFAParams) -> Mixture:
         """Return the mixture that the kernels see: temperature, masks and the bound on scales applied."""
@@ -328,6 +353,7 @@ class MFA(AbstractFamily):
             rates=MFAParams(logits=1.0, offsets=self.trust, log_scale=self.trust, core=core, factors=lazy),
             shared_rows=MFAParams(logits=False, offsets=True, log_scale=False, core=True, factors=True),
             blocked=MFAParams(logits=False, offsets=False, log_scale=False, core=False, factors=lazily),
+            damping=MFAParams(*(DAMPING,) * 5),
         )
 
     def second_moment(self, params: MFAParams) -> SecondMoment:
@@ -346,6 +372,7 @@ class MFA(AbstractFamily):
             weights=jnp.concatenate(
                 [-jnp.ones(narrowed.shape[0], weights.dtype), jnp.repeat(weights, rank), location_weights]
             ),
+            coefficients=jnp.zeros((0, self.num_moment_terms), weights.dtype),
         )
 
     def linear_map(self, params: MFAParams) -> LinearMap:

@@ -263,7 +263,7 @@ def _look(course: Course, elbo: np.ndarray, config: VIConfig, dim: int, chunk: i
     warmup, decay_start, _ = course.phases
     if not max(MIN_WINDOW, config.settled_after) <= course.done < decay_start:
         return
-    settled = elbo_trend(elbo).is_flat and is_balanced(course.parts[-1]["virial"])
+    settled = elbo_trend(elbo).is_flat(course.family.negligible_gain) and is_balanced(course.parts[-1]["virial"])
     course.flat_looks = course.flat_looks + 1 if settled else 0
     if course.flat_looks == FLAT_LOOKS:
         course.converged = True

@@ -12,7 +12,7 @@ from fastvi.compilation import cache_key, from_cache_key, quick_compilation
 from fastvi.config import VIConfig
 from fastvi.estimators.llc import Evaluation, evaluate, evaluation_draws, excess_at, make_excess_fn
 from fastvi.families import FAMILIES
-from fastvi.families.base import AbstractFamily
+from fastvi.families.base import AbstractFamily, Geometry
 from fastvi.geometry.start import Start, make_start, rank_limit
 from fastvi.inference.calibrate import calibrate_scale
 from fastvi.inference.loop import Problem, State, init_state, run_steps
@@ -100,7 +100,7 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
     def relaunch(family: AbstractFamily, problem: Problem, params, key: Key):
         first = jax.tree_util.tree_map(lambda leaf: leaf[0], params)
         shift, rounds = calibrate_scale(family, first, objective, problem, key)
-        params = params._replace(log_scale=params.log_scale + shift)
+        params = jax.vmap(lambda one: family.widened(one, shift))(params)
         family = family.trusting(rounds == 1)
         return family, jax.vmap(lambda one: init_state(family, one, config))(params), rounds
 
@@ -197,15 +197,11 @@ def start_key() -> Key:
 
 def build_family(config: VIConfig, start: Start, core_rows: int) -> AbstractFamily:
     """Instantiate the configured family with `core_rows` rows of core (a padding of the rows in use)."""
-    return FAMILIES[config.family](
+    geometry = Geometry(
         scale=start.scale,
-        trust=jnp.ones((), start.scale.dtype),
-        core_mask=(jnp.arange(core_rows) < start.rank).astype(start.scale.dtype),
-        ranks=tuple(min(rank, start.scale.size) for rank in config.ranks),
-        means=config.means,
+        core=start.core[:core_rows],
+        rank=start.rank,
+        unit=1 / jnp.sqrt(start.rest),
         noise_size=rank_limit(config, start.scale.size, start.scale.dtype.itemsize),
-        temperature=1.0 if config.alpha_temperature_frac > 0 else config.alpha_temperature,
-        dirichlet=1.0 if config.alpha_dirichlet_prior is None else config.alpha_dirichlet_prior,
-        entropy_bonus=0.0 if config.entropy_bonus_steps is not None else config.entropy_bonus,
-        prunes=config.prunes,
     )
+    return FAMILIES[config.family].create(config, geometry)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Batch, Float, Int, Key, Keys, PyTree, Scalar
 from fastvi.config import VIConfig
-from fastvi.families.base import NOISE_BLOCKS, AbstractFamily, Blocks, Draws, num_groups
-from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer
+from fastvi.families.base import NOISE_BLOCKS, AbstractFamily, Draws, num_groups
+from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer, scale
 from fastvi.kernels.noise import words
 from fastvi.objective import FlatObjective
 from fastvi.posterior import LocalPosterior
@@ -162,13 +162,10 @@ def run_steps(
 def _scaled(updates, factors, rate):
     """Multiply each update by the learning rate and its factor."""
 
-    def scale(factor, update):
-        step = jnp.asarray(rate * factor)
-        if isinstance(update, Blocks):
-            return update._replace(values=update.values * step.astype(update.values.dtype))
-        return update * step.astype(update.dtype)
+    def one(factor, update):
+        return scale(update, jnp.asarray(rate * factor).astype(update.dtype))
 
-    return jax.tree_util.tree_map(scale, factors, updates)
+    return jax.tree_util.tree_map(one, factors, updates)
 
 
 def _objective_value(family, value, draws):

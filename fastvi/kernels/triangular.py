@@ -39,6 +39,19 @@ def cholesky(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
 
 
+def cholesky_inverse(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """Invert the Cholesky factor of symmetric matrices; up to two rows in closed form, which fuses."""
+    if matrix.shape[-1] == 1:
+        return 1 / jnp.sqrt(matrix)
+    if matrix.shape[-1] != 2:
+        return lower_inverse(cholesky(matrix))
+    first = 1 / jnp.sqrt(matrix[..., 0, 0])
+    corner = matrix[..., 1, 0] * first
+    second = 1 / jnp.sqrt(matrix[..., 1, 1] - corner**2)
+    rows = [[first, jnp.zeros_like(first)], [-corner * first * second, second]]
+    return jnp.stack([jnp.stack(row, -1) for row in rows], -2)
+
+
 def lower_inverse(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     """Invert lower-triangular matrices by doubling blocks along the diagonal.
 

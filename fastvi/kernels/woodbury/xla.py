@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
 from fastvi._typing import Array, Float, Scalar
-from fastvi.kernels.triangular import cholesky, inverse_root, lower_inverse
+from fastvi.kernels.triangular import cholesky_inverse, inverse_root
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
 PAIRWISE_RANK = 2  # up to here products of single rows are as fast as anything
@@ -27,7 +27,7 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
     cross = (core @ flat.T).reshape(num_core, num_components, rank).transpose(1, 0, 2)
     products = factor_grams(factors) if factor_products is None else factor_products
     inner = products + jnp.swapaxes(cross, 1, 2) @ cross
-    factor_half = lower_inverse(cholesky(jnp.eye(rank, dtype=core.dtype) + inner))
+    factor_half = cholesky_inverse(jnp.eye(rank, dtype=core.dtype) + inner)
     log_det = 2 * jnp.sum(mixture.log_scale) + _log_det(core_half) - _log_det(factor_half)
     return Grams(core_half, cross, factor_half, log_det)
 
@@ -117,13 +117,19 @@ def _density_shared(mixture: Mixture, small: Grams, x, core_x) -> Density:
     """Evaluate the density where all components share their mean."""
     num_components, rank, dim = mixture.factors.shape
     flat = mixture.factors.reshape(num_components * rank, dim)
-    projected = (flat @ x).reshape(num_components, rank) + jnp.einsum("mkr,k->mr", small.cross, core_x)
-    solved = solve(small.factor_half, projected)
-    log_prob, weights = _combine(mixture, small, x @ x + core_x @ core_x, -jnp.sum(projected * solved, axis=-1))
+    projected = (flat @ x).reshape(num_components, rank)
+    log_prob, weights, solved = shared_log_prob(mixture, small, core_x, projected, x @ x)
     weighted = weights[:, None] * solved
     residual = x - weighted.reshape(-1) @ flat
     core_residual = core_x - jnp.einsum("mkr,mr->k", small.cross, weighted)
     return Density(log_prob, weights, -(residual + core_residual @ mixture.core))
+
+
+def shared_log_prob(mixture: Mixture, small: Grams, core_x, projected, square):
+    """Return log density, weights and C_m^{-1} (A_m P x) where all means agree, given B x, A_m x and |x|^2."""
+    full = projected + jnp.einsum("mkr,k->mr", small.cross, core_x)
+    solved = solve(small.factor_half, full)
+    return (*_combine(mixture, small, square + core_x @ core_x, -jnp.sum(full * solved, axis=-1)), solved)
 
 
 def _density_separate(mixture: Mixture, small: Grams, x_all, core_all) -> Density:

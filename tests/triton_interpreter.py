@@ -1,7 +1,11 @@
 """Run Triton kernels on CPU by Triton's own interpreter, inside jit, in the place of jax-triton."""
 
+import os
+
 import jax
 import numpy as np
+
+os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it is imported
 
 
 class Storage:
@@ -42,9 +46,6 @@ class Storage:
 
 def call(kernel, *arrays, outputs, grid, aliases, **constants):
     """Stand in for `fastvi.kernels._triton.call`, with jax-triton 0.4's pointers: none for aliased outputs."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    function = InterpretedFunction(kernel[0].fn)
     places = {output: argument for argument, output in aliases.items()}
 
     def run(*arrays):
@@ -56,7 +57,7 @@ def call(kernel, *arrays, outputs, grid, aliases, **constants):
         pointers = inputs + [result for index, result in enumerate(results) if index not in places]
         # an empty array has no address
         padded = [Storage(pointer if pointer.size else np.zeros(1, pointer.dtype)) for pointer in pointers]
-        function.run(*padded, grid=grid, warmup=False, **constants)
+        kernel[0].run(*padded, grid=grid, warmup=False, **constants)
         return tuple(results)
 
     return jax.pure_callback(run, tuple(outputs), *arrays)

@@ -158,8 +158,10 @@ class MFA(AbstractFamily):
         if not isinstance(updates.factors, Blocks):
             return self.make_cache(params)
         for label in updates.factors.index:
-            block = params.factors.at[label].get(mode="promise_in_bounds")[None]
-            product = woodbury.factor_grams(self._mask_blocks(block, label[None]))[0]
+            block = params.factors.at[label].get(mode="promise_in_bounds")
+            if len(set(self.ranks)) > 1:
+                block = block * self._rank_mask(block.dtype)[label][:, None]
+            product = woodbury.factor_grams(block[None])[0]
             cache = cache.at[label].set(product, mode="promise_in_bounds")
         return cache
 

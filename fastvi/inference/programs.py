@@ -17,6 +17,7 @@ from fastvi.geometry.start import Start, make_start, rank_limit
 from fastvi.inference.calibrate import calibrate_scale
 from fastvi.inference.loop import Problem, State, init_state, run_steps
 from fastvi.inference.optimizer import Horizon
+from fastvi.inference.sharding import data_parallel_loss, over_devices
 from fastvi.objective import FlatObjective, full_data_loss
 
 QUICK_WORK = 1e8  # steps times dim up to which a second of compilation outweighs a quarter of the steps' time
@@ -90,12 +91,18 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
     def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
         return run_steps(family, objective, problem, config, state, keys, first_step, horizon, length)
 
-    def finish(family: AbstractFamily, problem: Problem, params, keys: Keys) -> Outcome:
+    def finish(family: AbstractFamily, problem: Problem, params, keys: Keys, *, spread: bool = False) -> Outcome:
+        mean_loss = data_parallel_loss if spread else full_data_loss
         reference_loss = (
-            full_data_loss(objective, problem.posterior.center, problem.data)
+            mean_loss(objective, problem.posterior.center, problem.data)
             if loss_full_flat is None
             else loss_full_flat(problem.posterior.center)
         )
+        chains = over_devices(evaluate_chains, (False, False, False, True, True)) if spread else evaluate_chains
+        evaluation, arrays = chains(family, problem, reference_loss, params, keys)
+        return Outcome(evaluation, reference_loss, arrays)
+
+    def evaluate_chains(family: AbstractFamily, problem: Problem, reference_loss, params, keys: Keys):
         excess_fn = make_excess_fn(objective, problem, loss_full_flat)
 
         def one(inputs):
@@ -114,20 +121,20 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
             )
             return evaluation, family.summary_arrays(chain_params)
 
-        evaluation, arrays = jax.lax.map(one, (params, keys))
-        return Outcome(evaluation, reference_loss, arrays)
+        return jax.lax.map(one, (params, keys))
 
     return _compiled(Programs(prepare, launch, steps, finish))
 
 
 def _compiled(plain: Programs) -> Stages:
     once = quick_compilation()
-    jit_steps = functools.partial(jax.jit, plain.steps, static_argnames=("length",), donate_argnames=("state",))
+    steps = over_devices(plain.steps, (False, False, True, True, False, False))
+    jit_steps = functools.partial(jax.jit, steps, static_argnames=("length",), donate_argnums=(2,))
     compiled = Programs(
         prepare=jax.jit(plain.prepare, compiler_options=once),
         launch=jax.jit(plain.launch, compiler_options=once),
         steps=jit_steps(),
-        finish=jax.jit(plain.finish, compiler_options=once),
+        finish=jax.jit(functools.partial(plain.finish, spread=True), compiler_options=once),
     )
     quick = compiled._replace(steps=jit_steps(compiler_options=once))
     return Stages(quick, compiled, plain)

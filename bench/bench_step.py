@@ -24,14 +24,14 @@ STEP_SIZE = 1e-6
 FACTOR_PASSES = 7  # times that a step should at most read or write all factors
 
 
-def gradient_scan(objective, problem):
+def gradient_scan(objective, problem, steps=STEPS):
     """Descend by the bare minibatch gradient: what any method has to pay."""
 
     def body(w, key):
         value, grad = objective.value_and_grad(w, problem.next_batch(key))
         return w - STEP_SIZE * grad, value
 
-    return _compile(body, problem.posterior.center)
+    return _compile(body, problem.posterior.center, steps)
 
 
 def sgld_scan(objective, problem):
@@ -117,10 +117,10 @@ def blackjax_scan(objective, problem):
     return _compile(body, start.init(posterior.center))
 
 
-def _compile(body, state):
+def _compile(body, state, steps=STEPS):
     @jax.jit
     def scan(state, key):
-        return jax.lax.scan(body, state, jax.random.split(key, STEPS))
+        return jax.lax.scan(body, state, jax.random.split(key, steps))
 
     key = jax.random.key(0)
     compiled = scan.lower(state, key).compile()

@@ -56,7 +56,9 @@ def draws(implementation, mixture, stacked):
 def test_draws_agree_with_dense_algebra(name, interpreted, x64):
     mixture, stacked = cases.make(cases.CASES.get(name, RAGGED), jnp.float64)
     # condition 1e7, as in tests/test_kernels.py
-    assert_close(draws(density, mixture, stacked), draws(reference, mixture, stacked), 3e-8 if "steep" in name else 1e-12)
+    assert_close(
+        draws(density, mixture, stacked), draws(reference, mixture, stacked), 3e-8 if "steep" in name else 1e-12
+    )
 
 
 @pytest.mark.parametrize("name", [*FLOAT32, "ragged"])

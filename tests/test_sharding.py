@@ -27,7 +27,7 @@ def spy(*args, **options):
     states.append(state)
     return state, traces, converged
 driver._run_chunks = spy
-options = dict(key=0, num_chains=4)
+options = dict(key=0, num_chains=4, M=2, r=1, curvature_rank=0)
 result = estimate_llc(loss, center, data, steps=60, progress=False, throw=False, correction="none", **options)
 at = center + 0.1
 print(json.dumps({

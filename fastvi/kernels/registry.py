@@ -1,7 +1,7 @@
 """The kernels by name, and what of them would run on this machine."""
 
+import io
 import sys
-from typing import TextIO
 
 from fastvi.kernels._dispatch import current_platform
 from fastvi.kernels.hutchinson import api as hutchinson
@@ -11,7 +11,7 @@ from fastvi.kernels.woodbury import api as woodbury
 OPS = {module.OP.name: module.OP for module in (woodbury, mixture_grad, hutchinson)}
 
 
-def show(file: TextIO | None = None) -> None:
+def show(file: io.TextIOBase | None = None) -> None:
     """Print, for this machine, which implementation of each kernel runs, and what keeps the others from it.
 
     Args:

@@ -41,10 +41,14 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dic
 
 
 class Timing(NamedTuple):
-    """Seconds of a call and its multiple of the floor in the same round: 20 %, 50 % and 80 % points of the rounds."""
+    """Seconds of a call and its multiple of the floor in the same round: 20 %, 50 % and 80 % points of the rounds.
+
+    `least` is the ratio of the least seconds of either: what is left where other programs interrupt most rounds.
+    """
 
     seconds: tuple[float, float, float]
     ratio: tuple[float, float, float]
+    least: float
 
 
 def against(floor: str, candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
@@ -56,7 +60,10 @@ def against(floor: str, candidates: Mapping[str, Callable[[], Any]], rounds: int
         for name, call in candidates.items():
             samples[name].append(seconds(call))
     base = np.asarray(samples[floor])
-    return {name: Timing(_spread(np.asarray(own)), _spread(np.asarray(own) / base)) for name, own in samples.items()}
+    return {
+        name: Timing(_spread(np.asarray(own)), _spread(np.asarray(own) / base), float(min(own) / base.min()))
+        for name, own in samples.items()
+    }
 
 
 def _spread(samples: np.ndarray) -> tuple[float, float, float]:
@@ -76,7 +83,7 @@ def score(group: str, name: str, size: int, floor: str, timing: Timing, **detail
     """
     low, median, high = timing.ratio
     row = {"group": group, "name": name, "size": size, "floor": floor}
-    row |= {"ratio": median, "ratio_p20": low, "ratio_p80": high}
+    row |= {"ratio": median, "ratio_p20": low, "ratio_p80": high, "ratio_least": timing.least}
     row |= dict(zip(("ms_p20", "ms", "ms_p80"), (1e3 * value for value in timing.seconds), strict=True))
     return row | {name: details.pop(name, "") for name in DETAILS} | details
 

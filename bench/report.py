@@ -45,13 +45,25 @@ def markdown(header, lines):
 
 def ratios(*groups):
     """Tabulate ratios with their spread, asked values and bytes."""
-    header = ["", "size", "multiple of", "measured", "20 to 80 %", "asked", "ms", "MB moved", "least MB", "peak MB"]
+    header = [
+        "",
+        "size",
+        "multiple of",
+        "measured",
+        "20 to 80 %",
+        "least",
+        "asked",
+        "ms",
+        "MB moved",
+        "least MB",
+        "peak MB",
+    ]
     lines = []
     for row in latest(load()):
         if row["group"] not in groups:
             continue
         spread = f"{number(row['ratio_p20'])} to {number(row['ratio_p80'])}"
-        cells = (row[name] for name in ("asked", "ms", "moved_mb", "least_mb", "peak_mb"))
+        cells = (row[name] for name in ("ratio_least", "asked", "ms", "moved_mb", "least_mb", "peak_mb"))
         lines.append(
             [row["name"], number(row["size"]), row["floor"], number(row["ratio"]), spread, *map(number, cells)]
         )
@@ -62,7 +74,7 @@ def speed():
     """Tabulate the step for the README: one line a dimension."""
     rows = [row for row in latest(load()) if row["group"] == "step"]
     names = [name for name in dict.fromkeys(row["name"] for row in rows) if name != "gradient"]
-    found = {(row["size"], row["name"]): number(row["ratio"]) for row in rows}
+    found = {(row["size"], row["name"]): number(row["ratio_least"]) for row in rows}
     sizes = sorted({row["size"] for row in rows}, key=int)
     return markdown(["d", *names], [[number(size), *(found.get((size, name), "") for name in names)] for size in sizes])
 

@@ -11,7 +11,16 @@ MACHINE = {"device": "cpu", "cpu": "a", "cores": "2", "load_average": "0", "jax"
 def row(date, ratio, low, high, *, name="fastvi", asked="2", **machine):
     values = {"group": "step", "name": name, "size": "1000", "floor": "gradient", "asked": asked, "date": date}
     blank = dict.fromkeys(("ms", "moved_mb", "least_mb", "peak_mb"), "")
-    return {**values, **blank, "ratio": ratio, "ratio_p20": low, "ratio_p80": high, **MACHINE, **machine}
+    return {
+        **values,
+        **blank,
+        "ratio": ratio,
+        "ratio_p20": low,
+        "ratio_p80": high,
+        "ratio_least": ratio,
+        **MACHINE,
+        **machine,
+    }
 
 
 @pytest.mark.parametrize(("low", "verdict"), [("1.0", "ok"), ("2.08", "ok"), ("2.1", "slower"), ("nan", "slower")])
@@ -35,6 +44,7 @@ def test_ratios_are_formed_round_by_round(monkeypatch):
     assert timings["floor"].ratio == (1.0, 1.0, 1.0)
     assert timings["other"].ratio == (2.0, 2.0, 2.0)
     assert timings["other"].seconds[1] == 8.0
+    assert timings["other"].least == 2.0
 
 
 def test_the_report_fills_its_marks_with_the_last_row_of_the_machine(monkeypatch):

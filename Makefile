@@ -9,7 +9,7 @@ SOURCES := $(wildcard fastvi tests bench)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow lint format bench gate check
+.PHONY: help demo test slow lint format bench gate docs check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ gate: $(VENV)/.stamp-test  ## compare the cost of a small step with the committe
 	$(BIN)/python -m pytest -q 'bench/bench_step.py::test_step[1000]' --benchmark-only
 	$(BIN)/python -m bench.gate --allow 2
 
+docs: $(VENV)/.stamp-docs  ## build the documents as a site in site/, strictly
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 check: test lint  ## test, then lint
 
 # The second form is for a Python without ensurepip; pip 25.1 is the first to read dependency groups.
@@ -65,4 +68,8 @@ $(VENV)/.stamp-lint: pyproject.toml | $(VENV)/.stamp-venv
 
 $(VENV)/.stamp-bench: pyproject.toml | $(VENV)/.stamp-venv
 	$(INSTALL) --editable . --group test --group bench
+	@touch $@
+
+$(VENV)/.stamp-docs: pyproject.toml | $(VENV)/.stamp-venv
+	$(INSTALL) --editable . --group docs
 	@touch $@

@@ -55,7 +55,7 @@ def fastvi_scan(objective, problem):
 def fastvi_program(objective, problem, *, chains, steps, rank=RANK):
     """Compile steps of several chains; the state is not donated, so that a call can be repeated."""
     config = VIConfig(M=COMPONENTS, r=rank, curvature_rank=0, steps=steps, samples_per_step=1)
-    programs = programs_for(objective, config, None).plain
+    programs = programs_for(objective, config, None).compiled
     keys = jax.random.split(jax.random.key(1), chains)
     flat = jnp.zeros_like(problem.posterior.center)
     family = build_family(config, types.SimpleNamespace(scale=flat + 0.01, rank=0), 0)

@@ -71,8 +71,10 @@ def ratios(*groups):
 
 
 def speed():
-    """Tabulate the step for the README: one line a dimension."""
+    """Tabulate the step for the README, one line a dimension; None leaves what is there."""
     rows = [row for row in latest(load()) if row["group"] == "step"]
+    if not rows:
+        return None
     names = [name for name in dict.fromkeys(row["name"] for row in rows) if name != "gradient"]
     found = {(row["size"], row["name"]): number(row["ratio_least"]) for row in rows}
     sizes = sorted({row["size"] for row in rows}, key=int)
@@ -119,7 +121,9 @@ def filled(text):
     """Return the page with every marked table replaced."""
     for name, table in TABLES.items():
         pattern = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
-        text = pattern.sub(lambda found, table=table: f"{found[1]}{table()}\n{found[2]}", text)
+        body = table()
+        if body is not None:
+            text = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
     return text
 
 

@@ -18,6 +18,7 @@ from fastvi.inference.schedule import few_dimensions_factor
 from fastvi.posterior import LocalPosterior
 
 DEFAULT_BATCH_SIZE = 256
+FLOW_STEP_DRAWS, FLOW_EVALUATION_DRAWS = (8, 128), (64, 512)  # a flow on some, on all dimensions; at least
 MAX_STEP_FACTOR, MAX_EVALUATION_FACTOR = 128, 32  # in few dimensions
 
 
@@ -78,11 +79,18 @@ def make_problem(
 
 
 def settle(config: VIConfig, dim: int) -> VIConfig:
-    """Fill in the draws of a step and of the evaluation as `estimate_llc` takes them: more in few dimensions."""
+    """Fill in the draws of a step and of the evaluation as `estimate_llc` takes them: more in few dimensions.
+
+    The gradient of a flow that bends has noise even where it fits as well as it can, unlike that of a Gaussian.
+    """
     step, evaluation = config.samples_per_step, config.eval_samples
+    draws = 2 * few_dimensions_factor(dim, MAX_STEP_FACTOR)
     more = config.evaluation_draws * few_dimensions_factor(dim, MAX_EVALUATION_FACTOR)
+    if config.family == "flow":
+        whole = config.latent_dim(dim) == dim
+        draws, more = max(draws, FLOW_STEP_DRAWS[whole]), max(more, FLOW_EVALUATION_DRAWS[whole])
     return config.replace(
-        samples_per_step=2 * few_dimensions_factor(dim, MAX_STEP_FACTOR) if step is None else step,
+        samples_per_step=draws if step is None else step,
         eval_samples=more if evaluation is None else evaluation,
     )
 

@@ -15,11 +15,15 @@ HVP_COST = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Counts of everything that a run evaluated; `fge_per_step` is that of one chain."""
+    """Counts of everything that a run evaluated; `fge_per_step` is that of one chain.
+
+    `n_cholesky_ridge` counts factorisations during the fit that only a ridge made possible.
+    """
 
     n_full_loss: Any
     n_minibatch_grads: Any
     n_hvp: Any
+    n_cholesky_ridge: Any
     fge_curvature: Any
     fge_fit: Any
     fge_evaluation: Any
@@ -37,8 +41,8 @@ def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int) ->
     steps = fit.traces["elbo"].shape[1]
     share = problem.batch_size / problem.num_data
     subset = min(1.0, config.hessian_examples / problem.num_data)
-    moment = MOMENT_GRADIENTS if config.whitening in ("rmsprop", "adam") else 0
-    diagonal = DIAGONAL_PROBES if config.whitening == "hvp_diag" else 0
+    moment = MOMENT_GRADIENTS if config.whitening in ("rmsprop", "adam") and not fit.warm else 0
+    diagonal = DIAGONAL_PROBES if config.whitening == "hvp_diag" and not fit.warm else 0
     start_hvp = _concrete(fit.start.num_hvp) + diagonal
     draws = config.evaluation_draws
     evaluation_hvp = 0
@@ -49,8 +53,9 @@ def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int) ->
         n_full_loss=num_chains * draws,
         n_minibatch_grads=steps * num_draws * num_chains,
         n_hvp=start_hvp + evaluation_hvp,
+        n_cholesky_ridge=_concrete(fit.traces["cholesky_ridge"].sum()) if "cholesky_ridge" in fit.traces else 0,
         fge_curvature=HVP_COST * subset * start_hvp
-        + subset
+        + (0.0 if fit.warm else subset)
         + share * (moment + CALIBRATION_DRAWS * _concrete(fit.calibration_rounds)),
         fge_fit=steps * num_draws * num_chains * share,
         fge_evaluation=LOSS_COST * (num_chains * draws + 1) + HVP_COST * evaluation_hvp,

@@ -2,29 +2,34 @@
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fastvi._arguments import as_key, check_count, check_settings, make_problem, settle
+from fastvi._arguments import DEFAULT_BATCH_SIZE, as_key, check_count, check_settings, make_problem, settle
 from fastvi._errors import DataError, NonFiniteError
-from fastvi._typing import Batch, PyTree
+from fastvi._typing import Batch, Key, PyTree
 from fastvi.accounting import Work, count_work
 from fastvi.compilation import CLOCK
 from fastvi.config import VIConfig
 from fastvi.correct import Fitted, correct
 from fastvi.diagnostics.health import Evidence, health_findings
+from fastvi.diagnostics.importance import assess_importance
 from fastvi.geometry.start import rank_limit
-from fastvi.inference.driver import Fit, Progress, run_fit
+from fastvi.inference.driver import Fit, Options, Progress, run_fit
 from fastvi.inference.loop import Problem
 from fastvi.inference.programs import programs_for
 from fastvi.inference.schedule import elbo_trend
-from fastvi.objective import check_data, check_loss, ravel_loss
+from fastvi.objective import TreeObjective, check_data, check_loss, ravel_loss
 from fastvi.progress import StatusLine
-from fastvi.result import LLCEstimate
+from fastvi.restriction import restrict
+from fastvi.result import LLCEstimate, kept_scales
+from fastvi.resume import FolderKeeper, identify
+from fastvi.streaming import HostStream, is_stream, uncorrected
 
 DEFAULT_CHAINS = 4  # of a fit that nothing corrects
 PREPARATION = {"steps": 200, "batch_size": 64, "samples_per_step": 1, "eval_samples": 32, "curvature_examples": 512}
@@ -42,6 +47,8 @@ def estimate_llc(
     num_chains: int | None = None,
     progress: bool | Callable[[Progress], None] = True,
     throw: bool = True,
+    param_mask: Any = None,
+    resume_from: str | os.PathLike[str] | None = None,
     **overrides: Any,
 ) -> LLCEstimate:
     """Estimate the local learning coefficient of a trained model.
@@ -54,7 +61,9 @@ def estimate_llc(
     Args:
         loss_fn: `(params, batch) -> mean loss per example`, in nats.
         params: Trained parameters w*, any pytree with floating-point arrays.
-        data: Pytree of arrays with a common leading axis of examples; `batch` has the same structure.
+        data: Pytree of arrays with a common leading axis of examples; `batch` has the same structure. Or an object
+            that gives such batches from host memory each time it is iterated over: then the only correction is
+            "importance".
         key: An int seed or a jax random key.
         nbeta: n times the inverse temperature; n / log n when left out.
         localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates.
@@ -63,6 +72,8 @@ def estimate_llc(
             nothing corrects them, else 1.
         progress: Whether to show a status line on stderr, or a function that receives `Progress`.
         throw: Whether to raise when the fit or the evaluation is not finite; otherwise a finding says so.
+        param_mask: Which parameters vary, see `fastvi.restrict`; all when left out.
+        resume_from: Folder in which the fit keeps its progress and, if there is some, goes on from it.
         **overrides: Fields of `VIConfig`.
 
     Returns:
@@ -87,38 +98,84 @@ def estimate_llc(
         >>> round(result.llc, 1)
         1.9
     """
-    began, compiled = time.perf_counter(), CLOCK.seconds
     settings = VIConfig.create(config, **overrides)
-    if num_chains is not None:
-        check_count("num_chains", num_chains)
-    dtype = check_settings(settings, localization)
+    if param_mask is not None:
+        loss_fn, params = restrict(loss_fn, params, param_mask)
+    target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
+    return run_estimate(target, num_chains, progress=progress, throw=throw, resume_from=resume_from)
+
+
+class Target(NamedTuple):
+    """What is estimated, checked; `config` is the one asked for."""
+
+    objective: TreeObjective
+    problem: Problem
+    config: VIConfig
+    key: Key
+    stream: HostStream | None
+
+
+def assemble(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    data: Any,
+    nbeta: float | None,
+    localization: float,
+    config: VIConfig,
+    key: Key,
+) -> Target:
+    """Check loss, parameters and data, and put them together."""
+    dtype = check_settings(config, localization)
     objective, center = ravel_loss(loss_fn, params, dtype)
-    data, num_data = check_data(data)
+    stream = None
+    if is_stream(data):
+        stream = HostStream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
+        config = config.replace(correction=uncorrected(config.correction))
+        data, num_data = stream.window(0), stream.num_data
+        stream = stream if stream.num_rows < num_data else None
+    else:
+        data, num_data = check_data(data)
     if nbeta is None:
         if num_data < 2:
             raise DataError("nbeta defaults to n / log n, which needs at least 2 examples; got 1. Pass nbeta.")
         nbeta = num_data / math.log(num_data)
-    plan, early_stop, num_chains = _plan(settings, num_data, num_chains)
-    problem = make_problem(center, data, num_data, nbeta, localization, plan, "nbeta")
+    problem = make_problem(center, data, num_data, nbeta, localization, config, "nbeta")
     check_loss(objective, center, jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data))
-    keys = jax.random.split(as_key(key), num_chains)
-    plan = settle(plan, center.size)
+    return Target(objective, problem, config, key, stream)
+
+
+def run_estimate(
+    target: Target,
+    num_chains: int | None = None,
+    *,
+    progress: bool | Callable[[Progress], None] = True,
+    throw: bool = True,
+    resume_from: str | os.PathLike[str] | None = None,
+    warm: Fitted | None = None,
+) -> LLCEstimate:
+    """Fit, evaluate and correct, from the curvature at w* or from the q of another fit."""
+    began, compiled = time.perf_counter(), CLOCK.seconds
+    if num_chains is not None:
+        check_count("num_chains", num_chains)
+    objective, problem, settings, key, stream = target
+    plan, early_stop, num_chains = _plan(settings, problem.num_data, num_chains)
+    problem = dataclasses.replace(problem, batch_size=plan.batch_size or problem.batch_size)
+    plan = settle(plan, problem.posterior.center.size)
+    keys = jax.random.split(key, num_chains)
+    keeper = None
+    if resume_from is not None:
+        keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
     status = StatusLine() if progress is True else None
-    fit = run_fit(
-        programs_for(objective, plan, None),
-        problem,
-        plan,
-        keys,
-        early_stop=early_stop,
-        report=status or (progress if callable(progress) else None),
-    )
+    report = status or (progress if callable(progress) else None)
+    options = Options(early_stop, report, warm and warm.fit, keeper, stream)
+    fit = run_fit(programs_for(objective, plan, None), problem, plan, keys, options=options)
     if status is not None:
         status.close()
     timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}
     result = _estimate(fit, problem, settings, count_work(fit, problem, plan, num_chains), timings)
     if throw and _is_broken(result):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
-    result = dataclasses.replace(result, fitted=Fitted(fit, problem, objective, keys))
+    result = dataclasses.replace(result, fitted=Fitted(fit, problem, objective, keys, warm and warm.walked))
     return (
         result
         if settings.correction == "none" or _is_broken(result)
@@ -133,10 +190,10 @@ def _is_broken(result: LLCEstimate) -> bool:
 def _plan(config: VIConfig, num_data: int, num_chains: int | None) -> tuple[VIConfig, bool, int]:
     """Return the configuration of the fit, whether it stops by itself, and its chains.
 
-    A fit that only prepares a correction is one short chain on little data, where the configuration leaves that open:
+    A fit that only prepares a walk is one short chain on little data, where the configuration leaves that open:
     what it leaves undone costs the walkers a few steps.
     """
-    if config.correction == "none" or config.early_stop:
+    if config.correction in ("none", "importance") or config.early_stop:
         return config, config.early_stop is not False, num_chains or DEFAULT_CHAINS
     default = VIConfig()
     batch = min(PREPARATION["batch_size"], num_data)
@@ -158,22 +215,8 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
     chains = evaluation.llc.size
     within = float(np.sqrt(np.mean(evaluation.llc_sem.astype(float) ** 2) / chains))
     between = float(np.std(evaluation.llc, ddof=1) / np.sqrt(chains)) if chains > 1 else 0.0
-    trend = elbo_trend(traces["elbo"])
     posterior = problem.posterior
-    evidence = Evidence(
-        llc_per_chain=np.asarray(evaluation.llc, float),
-        llc_sem_per_chain=np.asarray(evaluation.llc_sem, float),
-        elbo=traces["elbo"],
-        virial=traces["virial"][:, -max(1, min(steps // 4, 500)) :].mean(axis=0),
-        log_weight_sd=np.asarray(evaluation.log_weight_sd, float),
-        elbo_gain=trend.gain,
-        elbo_gain_error=trend.error,
-        converged=fit.converged,
-        rank=int(start.rank),
-        wanted_rank=int(start.wanted_rank),
-        rank_limit=rank_limit(config, posterior.center.size, posterior.center.dtype.itemsize),
-        newton_decrement=float(start.newton_decrement),
-    )
+    evidence = _evidence(fit, problem, config, traces)
     return LLCEstimate(
         llc=float(np.mean(evaluation.llc)),
         llc_sem=max(within, between),
@@ -196,14 +239,61 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
         },
         evaluation={
             name: np.asarray(getattr(evaluation, name), float).tolist()
-            for name in ("elbo", "llc_mc", "variance_reduction", "trace_term", "log_weight_sd")
+            for name in ("elbo", "llc", "llc_mc", "variance_reduction", "trace_term", "log_weight_sd")
         },
         work=work.as_dict(),
         timings=timings,
         traces=traces,
         log_weights=np.asarray(evaluation.log_weight),
+        draws={"excess_loss": np.asarray(evaluation.excess), "log_q": np.asarray(evaluation.log_prob)},
+        family_arrays=_family_arrays(outcome.arrays),
         health=health_findings(evidence),
         config=config.replace(correction="none"),
         llc_vi=float(np.mean(evaluation.llc)),
         llc_vi_sem=max(within, between),
     )
+
+
+def _evidence(fit: Fit, problem: Problem, config: VIConfig, traces: dict[str, np.ndarray]) -> Evidence:
+    """Collect what findings are read from."""
+    outcome, start = jax.device_get(fit.outcome), jax.device_get(fit.start)
+    evaluation, posterior = outcome.evaluation, problem.posterior
+    steps, trend = traces["elbo"].shape[1], elbo_trend(traces["elbo"])
+    return Evidence(
+        llc_per_chain=np.asarray(evaluation.llc, float),
+        llc_sem_per_chain=np.asarray(evaluation.llc_sem, float),
+        elbo=traces["elbo"],
+        virial=traces["virial"][:, -max(1, min(steps // 4, 500)) :].mean(axis=0),
+        log_weight_sd=np.asarray(evaluation.log_weight_sd, float),
+        elbo_gain=trend.gain,
+        elbo_gain_error=trend.error,
+        converged=fit.converged,
+        rank=int(start.rank),
+        wanted_rank=int(start.wanted_rank),
+        rank_limit=rank_limit(config, posterior.center.size, posterior.center.dtype.itemsize),
+        newton_decrement=float(start.newton_decrement),
+        importance=assess_importance(evaluation.log_weight),
+        radius2=traces["radius2"],
+        localization=float(posterior.gamma),
+        dim=posterior.center.size,
+        **_mixture_evidence(outcome.arrays, config),
+    )
+
+
+def _family_arrays(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Move the family's arrays to the host, with the scales thinned out."""
+    found = {name: np.asarray(array) for name, array in arrays.items()}
+    return {**found, "D_sqrt": kept_scales(found["D_sqrt"])} if "D_sqrt" in found else found
+
+
+def _mixture_evidence(arrays: dict[str, Any], config: VIConfig) -> dict[str, Any]:
+    """Read off weights and factors; a rank is called unused only where somebody asked for more than the default."""
+    if "pi" not in arrays:
+        return {}
+    asked = config.r_per_component is not None or config.r > VIConfig().r
+    norms = arrays.get("factor_norm2", np.zeros(0))
+    return {
+        "num_components": arrays["pi"].shape[1],
+        "dominant_weight": float(np.mean(np.max(arrays["pi"], axis=1))),
+        "longest_factor": float(np.max(norms)) if asked and norms.size else None,
+    }

@@ -15,7 +15,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, final, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from fastvi._errors import ConfigError, UnavailableError
+from fastvi.basis import Basis
 
 __all__ = ["FlowConfig", "VIConfig"]
 
@@ -28,6 +31,7 @@ _DEFAULT_RANK = 2
 _DEFAULT_EVALUATION_DRAWS = 64
 _DEFAULT_CURVATURE_EXAMPLES = 4096
 CORRECTIONS = ("none", "auto", "importance", "mcmc")
+FULL_LATENT_DIM, AUTO_LATENT_DIM = 64, 8  # d_latent="auto": all of up to so many dimensions, else so many
 
 
 def _refusal(name: str, rule: str, value: Any, fix: str) -> ConfigError:
@@ -75,6 +79,10 @@ def _auto_or_integer(name: str, value: Any, fix: str) -> int | str:
     return "auto" if isinstance(value, str) and value == "auto" else _integer(name, value, fix, minimum=0)
 
 
+def _auto_or_positive(name: str, value: Any, fix: str) -> int | str:
+    return "auto" if isinstance(value, str) and value == "auto" else _integer(name, value, fix)
+
+
 def _number(name: str, value: Any, fix: str, bound: str, holds: Callable[[float], bool]) -> float:
     """A finite float. A string that spells one is read: PyYAML follows YAML 1.1, where `1e-3` is a string."""
     number = _spelled(value)
@@ -102,6 +110,28 @@ def _integers(name: str, value: Any, fix: str, minimum: int) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
         raise _refusal(name, f"a list of integers >= {minimum}", value, f"use a list such as [4, 2]; {fix}")
     return tuple(_integer(f"{name}[{i}]", item, fix, minimum) for i, item in enumerate(value))
+
+
+def _backend(name: str, value: Any, fix: str) -> str:
+    from fastvi.families.backends import find_backend
+
+    if not isinstance(value, str):
+        raise _refusal(name, "the name of a registered backend", value, fix)
+    find_backend(value)
+    return value
+
+
+def _basis(name: str, value: Any, fix: str) -> "str | Basis":
+    if isinstance(value, str):
+        return _choice(name, value, fix, ("curvature", "random"))
+    try:
+        columns: Any = np.asarray(value, float)
+    except (TypeError, ValueError):
+        columns = np.zeros(0)
+    if columns.ndim != 2 or not np.all(np.isfinite(columns)) or np.linalg.matrix_rank(columns) < columns.shape[1]:
+        rule = "'curvature', 'random' or an array (dim, d_latent) of independent columns"
+        raise _refusal(name, rule, value, fix)
+    return Basis(columns)
 
 
 def _flow(name: str, value: Any, fix: str) -> "FlowConfig":
@@ -206,11 +236,14 @@ class VIConfig(_CheckedFields):
         curvature_rank: Rows of the shared precision core; "auto" takes them from the Hessian's spectrum.
         curvature_examples: Examples that the Hessian at w* is averaged over; None means 4096, and 512 where the fit
             only prepares a correction.
-        mixture_cap: Upper bound on M for pruning; not in this release.
-        prune_threshold: Weight below which a component is pruned; no effect unless `mixture_cap` is set.
+        mixture_cap: Most components that pruning leaves; None for no bound.
+        prune_threshold: Weight below which a component is pruned every `eval_every` steps. Pruning is on where this
+            is not the default, or `mixture_cap` is set; None means by the cap alone.
         alpha_dirichlet_prior: Concentration of a Dirichlet prior on the mixture weights, if any.
         entropy_bonus: Additional weight of the entropy of q in the objective.
+        entropy_bonus_steps: Steps after which `entropy_bonus` ends; None means never.
         alpha_temperature: Temperature of the mixture weights' softmax.
+        alpha_temperature_frac: Fraction of the steps over which `alpha_temperature` goes to 1; 0 keeps it.
         steps: Optimisation steps.
         batch_size: Examples per minibatch; None means min(256, n_data).
         lr: Peak learning rate.
@@ -228,16 +261,22 @@ class VIConfig(_CheckedFields):
             reweights the evaluation's draws, "mcmc" samples from q on, "auto" chooses, "none" leaves it; None means
             "auto" in `estimate_llc` and "none" in `fit`.
         correction_error: Relative standard error at which sampling ends.
-        correction_budget: Most full-gradient equivalents that sampling takes.
+        correction_budget: Most full-gradient equivalents that sampling takes; in many dimensions it may end before,
+            where steps on small blocks of data cost more than their gradients.
         whitening_mode: Diagonal whitening measured at the center before the fit.
         whitening_decay: Decay of the moving average of squared gradients.
         use_whitening: False turns `whitening_mode` off.
         dtype: Floating-point type of the fit.
-        tensorboard: Whether to write traces for TensorBoard; not in this release.
+        tensorboard: Whether `LLCEstimate.save` writes events for TensorBoard beside the traces.
         gamma: Localization strength; when given it must equal the one passed to the fit.
-        backend: Library of the flow.
-        d_latent: Latent dimensions of the flow.
-        sigma_perp: Standard deviation of the flow family's noise off its latent subspace.
+        backend: Library of the flow: "native", "flowjax", "nux" or one that `register_backend` was given.
+        d_latent: Dimensions that the flow acts on; "auto" means all of up to 64, else 8.
+        sigma_perp: Standard deviation of the flow family's noise off the subspace where it starts, in the
+            whitener's coordinates; None takes it from the curvature.
+        learn_sigma_perp: Whether it is learned.
+        lift: What the flow sits on: "core" is the learned linear map of the Laplace approximation, with a free mean;
+            "injective" adds isotropic noise to a subspace, about the center.
+        latent_basis: Directions that the flow acts on: of the largest curvature, random, or the columns of an array.
         flow: The flow; `create` also reads `flow_type`, `flow_depth` and `flow_hidden`.
     """
 
@@ -252,7 +291,9 @@ class VIConfig(_CheckedFields):
     prune_threshold: Annotated[float | None, _fraction] = _SEEDS_PRUNE_THRESHOLD
     alpha_dirichlet_prior: Annotated[float | None, _positive] = None
     entropy_bonus: Annotated[float, _nonnegative] = 0.0
+    entropy_bonus_steps: Annotated[int | None, _integer] = None
     alpha_temperature: Annotated[float, _at_least_half] = 1.0
+    alpha_temperature_frac: Annotated[float, _fraction] = 0.0
     steps: Annotated[int, _integer] = 5000
     batch_size: Annotated[int | None, _integer] = None
     lr: Annotated[float, _positive] = 1e-2
@@ -266,7 +307,9 @@ class VIConfig(_CheckedFields):
     eval_samples: Annotated[int | None, partial(_integer, minimum=4)] = None
     control_variate: Literal["auto", "hvp", "none"] = "auto"
     trace_probes: Annotated[int, _integer] = 16
-    correction: Annotated[Literal["none", "auto", "importance", "mcmc"] | None, partial(_choice, choices=CORRECTIONS)] = None
+    correction: Annotated[
+        Literal["none", "auto", "importance", "mcmc"] | None, partial(_choice, choices=CORRECTIONS)
+    ] = None
     correction_error: Annotated[float, _positive] = 0.02
     correction_budget: Annotated[float, _positive] = 20_000.0
     whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
@@ -275,9 +318,12 @@ class VIConfig(_CheckedFields):
     dtype: Literal["float32", "float64"] = "float32"
     tensorboard: bool = False
     gamma: Annotated[float | None, _nonnegative] = None
-    backend: Literal["flowjax", "nux", "fastvi"] = "flowjax"
-    d_latent: Annotated[int, _integer] = 8
-    sigma_perp: Annotated[float, _positive] = 1e-3
+    backend: Annotated[str, _backend] = "native"
+    d_latent: Annotated[Literal["auto"] | int, _auto_or_positive] = "auto"
+    sigma_perp: Annotated[float | None, _positive] = None
+    learn_sigma_perp: bool = True
+    lift: Literal["core", "injective"] = "core"
+    latent_basis: Annotated[str | Basis, _basis] = "curvature"
     flow: Annotated[FlowConfig, _flow] = FlowConfig()
 
     def __post_init__(self) -> None:
@@ -312,7 +358,7 @@ class VIConfig(_CheckedFields):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python values, with `flow` nested and lists for tuples, which `create` reads back."""
-        return asdict(self, dict_factory=lambda items: {k: [*v] if type(v) is tuple else v for k, v in items})
+        return asdict(self, dict_factory=lambda items: {name: _written(value) for name, value in items})
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write a YAML file, which `create` reads back; needs PyYAML."""
@@ -349,10 +395,20 @@ class VIConfig(_CheckedFields):
         """The whitening in effect: `whitening_mode`, or "none" when `use_whitening` is False."""
         return self.whitening_mode if self.use_whitening else "none"
 
+    def latent_dim(self, dim: int) -> int:
+        """Return `d_latent`, or where it is "auto" as many dimensions as a flow handles well."""
+        if self.d_latent == "auto":
+            if isinstance(self.latent_basis, Basis):
+                return self.latent_basis.columns.shape[1]
+            return dim if dim <= FULL_LATENT_DIM else AUTO_LATENT_DIM
+        return int(self.d_latent)
+
     def check_against(self, dim: int, n_data: int) -> None:
         """Raise ConfigError for a rank or latent dimension above `dim`, or a minibatch above `n_data`."""
         rank_field = "r" if self.r_per_component is None else "r_per_component"
         latent = self.d_latent if self.family == "flow" else None
+        if self.family == "flow":
+            self._check_flow(dim)
         bounded_by_dim = {rank_field: self.rank, "curvature_rank": self.curvature_rank, "d_latent": latent}
         for name, size in bounded_by_dim.items():
             is_default = name == "r" and size == _DEFAULT_RANK  # cut to fit
@@ -361,16 +417,46 @@ class VIConfig(_CheckedFields):
         if self.batch_size is not None and self.batch_size > n_data:
             raise _refusal("batch_size", f"<= n_data={n_data}", self.batch_size, f"use {n_data} or less")
 
+    def _check_flow(self, dim: int) -> None:
+        """Refuse a flow that the backend does not have."""
+        from fastvi.families.backends import find_backend
+
+        latent = self.latent_dim(dim)
+        if isinstance(self.latent_basis, Basis) and self.latent_basis.columns.shape != (dim, latent):
+            rule = f"an array of shape (dim={dim}, d_latent={latent})"
+            raise _refusal("latent_basis", rule, self.latent_basis, "give one column for each latent dimension")
+        find_backend(self.backend)(latent, self.flow)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether components are pruned during the fit."""
+        return self.mixture_cap is not None or self.prune_threshold not in (_SEEDS_PRUNE_THRESHOLD, None)
+
+    @property
+    def anneals(self) -> bool:
+        """Whether the temperature or the entropy bonus changes during the fit."""
+        return self.settled_after > 0
+
+    @property
+    def settled_after(self) -> int:
+        """Count the steps after which temperature and entropy bonus stay as they are."""
+        heated = math.ceil(self.alpha_temperature_frac * self.steps) if self.alpha_temperature != 1 else 0
+        ends = self.entropy_bonus > 0 and self.entropy_bonus_steps is not None
+        return max(heated, min(self.entropy_bonus_steps or 0, self.steps) if ends else 0)
+
     def check_available(self) -> None:
-        """Raise UnavailableError for the flow family, TensorBoard or pruning."""
-        if self.family == "flow":
-            raise UnavailableError("the flow family is not part of this release; use family='mfa'")
-        if self.tensorboard:
-            raise UnavailableError("tensorboard is not part of this release; use tensorboard=False")
-        if self.mixture_cap is not None:
-            raise UnavailableError("mixture_cap is not part of this release; use mixture_cap=None and set M")
-        if self.prune_threshold not in (_SEEDS_PRUNE_THRESHOLD, None):
-            raise UnavailableError("prune_threshold is not part of this release; use prune_threshold=None")
+        """Raise UnavailableError for pruning with the flow family."""
+        if self.family == "flow" and self.prunes:
+            raise UnavailableError(
+                "the flow family has no components to prune; leave out mixture_cap and prune_threshold, "
+                "or use family='mfa'"
+            )
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, Basis):
+        return value.tolist()
+    return [*value] if type(value) is tuple else value
 
 
 def _entries(name: str, value: Any, fix: str) -> dict[Any, Any]:

@@ -5,36 +5,51 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import DataError
-from fastvi._typing import Float, Keys
+from fastvi._typing import Array, Float, Keys
 from fastvi.compilation import CLOCK
 from fastvi.config import VIConfig
 from fastvi.diagnostics.health import correction_findings
 from fastvi.diagnostics.importance import GOOD, pareto_smooth
 from fastvi.estimators.control_variate import regress
-from fastvi.estimators.correction import BIN_LENGTH, Sampler, parameter_blocks, sample_posterior, walk_programs
+from fastvi.estimators.correction import BIN_LENGTH, Sampler, Walk, parameter_blocks, sample_posterior, walk_programs
 from fastvi.inference.driver import Fit, Progress
 from fastvi.inference.loop import Problem
 from fastvi.inference.schedule import few_dimensions_factor
 from fastvi.objective import TreeObjective
 from fastvi.progress import StatusLine
 from fastvi.result import LLCEstimate
+from fastvi.streaming import uncorrected
 
 EFFECTIVE_SHARE = 0.5  # of the draws that must count for "auto" to reweight them
+RELINEARISATIONS = 3
+ROUNDING = 1e-4  # of a weighted mean, whose log weights are differences of numbers of the size of the ELBO
 WALKERS = 8  # at least; a multiple of the chains
 MOST_IN_FEW_DIMENSIONS = 64  # times as many there: they are cheap, and arms of the posterior narrow
+FULL_CROWD_ERROR = 0.02  # relative error that takes so many
+
+
+class Walked(NamedTuple):
+    """Where walkers have come to, about which w*, after how many corrections, and whether they agreed."""
+
+    walk: Walk
+    center: Float[Array, " dim"]
+    corrections: int
+    settled: bool
 
 
 class Fitted(NamedTuple):
-    """What a correction goes on from."""
+    """What a correction goes on from: a fit, and walkers that are already on their way."""
 
     fit: Fit
     problem: Problem
     objective: TreeObjective
     keys: Keys
+    walked: Walked | None = None
 
 
 def correct(
@@ -51,6 +66,8 @@ def correct(
     round, on blocks of the data as small as the noise of their gradients allows, with virial control variates. "auto"
     reweights where k-hat is below 0.5, half of the draws count and the error is below `correction_error`, and samples
     otherwise.
+
+    Walkers that have corrected this result before go on from where they are.
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
@@ -74,6 +91,8 @@ def correct(
     config = result.config.replace(correction=correction, **overrides)
     if config.correction == "none":
         return result
+    if not fitted.problem.holds_all:
+        uncorrected(config.correction)
     began, compiled = time.perf_counter(), CLOCK.seconds
     method, weights, khat = _choose(fitted, config)
     status = StatusLine() if progress is True else None
@@ -100,6 +119,7 @@ def correct(
         work=work,
         timings=timings,
         config=config,
+        fitted=fitted._replace(walked=values.walked or fitted.walked),
     )
     return dataclasses.replace(corrected, health=correction_findings(corrected))
 
@@ -113,13 +133,19 @@ class _Values(NamedTuple):
     walk: Float[np.ndarray, "walkers bins"]
     work: float
     details: dict[str, Any]
+    walked: Walked | None = None
 
 
 def _choose(fitted: Fitted, config: VIConfig) -> tuple[str, Float[np.ndarray, "chains draws"], float]:
-    """Return the method, and the smoothed weights with their k-hat."""
+    """Return the method, and the weights with their k-hat: smoothed only where their tail is heavy.
+
+    Smoothing light tails would add noise that no error accounts for.
+    """
     log_weight = np.asarray(fitted.fit.outcome.evaluation.log_weight, float)
     weights, khat = pareto_smooth(log_weight.ravel())
-    method = config.correction
+    if khat < GOOD:
+        weights = np.asarray(jax.nn.softmax(log_weight.ravel()), float)
+    method: str = config.correction or "auto"
     if method == "auto":
         effective = 1 / np.sum(weights**2)
         method = "importance" if khat < GOOD and effective >= EFFECTIVE_SHARE * weights.size else "mcmc"
@@ -127,29 +153,34 @@ def _choose(fitted: Fitted, config: VIConfig) -> tuple[str, Float[np.ndarray, "c
 
 
 def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Values:
-    """Average under self-normalised weights, with the control variates of q on the linearised ratio."""
+    """Average under self-normalised weights, with the control variates of q on the linearised ratio.
+
+    The ratio is linearised about its own result, else the noise of the weights times what the control variates have
+    taken off is left.
+    """
     evaluation = fitted.fit.outcome.evaluation
     llc = float(fitted.problem.posterior.nbeta) * np.asarray(evaluation.excess, float)
-    first = float(np.sum(weights * llc))
-    influence = weights * weights.size * (llc - first)
     columns, dtype = np.asarray(evaluation.columns, float), fitted.problem.posterior.center.dtype
-    pairs = influence.shape[1] // 2
-    chains = []
-    for values, columns_of_chain in zip(influence, columns, strict=True):
-        halves = 0.5 * (values[:pairs] + values[pairs : 2 * pairs])
-        fit = regress(jnp.asarray(halves, dtype), jnp.asarray(columns_of_chain, dtype))
-        chains.append((float(fit.mean), float(fit.residual_variance) / pairs))
-    means, variances = map(np.asarray, zip(*chains, strict=True))
+    pairs, value = llc.shape[1] // 2, float(np.sum(weights * llc))
+    means = variances = np.zeros(llc.shape[0])
+    for _ in range(RELINEARISATIONS):
+        influence = weights * weights.size * (llc - value)
+        halves = 0.5 * (influence[:, :pairs] + influence[:, pairs : 2 * pairs])
+        fits = [regress(jnp.asarray(y, dtype), jnp.asarray(x, dtype)) for y, x in zip(halves, columns, strict=True)]
+        means = value + np.array([float(fit.mean) for fit in fits])
+        variances = np.array([float(fit.residual_variance) / pairs for fit in fits])
+        value = float(means.mean())
     between = means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else 0.0
-    sem = max(np.sqrt(variances.mean() / means.size), between)
-    effective = float(1 / np.sum(weights**2))
-    return _Values(first + means.mean(), float(sem), first + means, np.zeros((0, 0)), 0, {"effective_draws": effective})
+    sem = max(np.sqrt(variances.mean() / means.size), between, ROUNDING * abs(value))
+    details = {"effective_draws": float(1 / np.sum(weights**2))}
+    return _Values(value, float(sem), means, np.zeros((0, 0)), 0, details)
 
 
 def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None] | None) -> _Values:
     """Run the walkers."""
     chains, dim = fitted.keys.size, fitted.problem.posterior.center.size
-    per_chain = -(-WALKERS * few_dimensions_factor(dim, MOST_IN_FEW_DIMENSIONS) // chains)
+    most = MOST_IN_FEW_DIMENSIONS * min(1.0, (FULL_CROWD_ERROR / config.correction_error) ** 2)
+    per_chain = -(-WALKERS * few_dimensions_factor(dim, max(1, round(most))) // chains)
     budget, evaluation = config.correction_budget, fitted.fit.outcome.evaluation
 
     def tell(done: float, llc: float) -> None:
@@ -157,16 +188,14 @@ def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None]
             report(Progress("correction", int(done), int(budget), llc))
 
     programs = walk_programs(fitted.objective, parameter_blocks(fitted.objective.structure.leaf_sizes))
-    walk = programs.start(
-        fitted.fit.family,
-        fitted.problem,
-        fitted.fit.params,
-        fitted.keys,
-        evaluation.log_weight,
-        evaluation.excess,
-        num_walkers=chains * per_chain,
-    )
-    sampler = Sampler(programs, fitted.problem, walk, fitted.fit.outcome.reference_loss, budget)
+    common, before = (fitted.fit.family, fitted.problem, fitted.fit.params), fitted.walked
+    if before is not None and before.walk.walkers.x.shape[0] == chains * per_chain:
+        walk = programs.move(*common, before.walk, before.center, jnp.int32(before.corrections))
+    else:
+        log_weight, excess = evaluation.log_weight, evaluation.excess
+        walk = programs.start(*common, fitted.keys, log_weight, excess, num_walkers=chains * per_chain)
+    reference_loss, has_moved_in = fitted.fit.outcome.reference_loss, before is not None and before.settled
+    sampler = Sampler(programs, fitted.problem, walk, reference_loss, budget, has_moved_in=has_moved_in)
     run = sample_posterior(sampler, relative_error=config.correction_error, report=tell)
     analysis = run.analysis
     details = {
@@ -186,4 +215,6 @@ def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None]
     per_chain_llc = analysis.per_walker.reshape(-1, WALKERS).mean(axis=0) if chains == 1 else None
     if per_chain_llc is None:
         per_chain_llc = analysis.per_walker.reshape(chains, per_chain).mean(axis=1)
-    return _Values(analysis.llc, analysis.llc_sem, per_chain_llc, run.llc, run.work, details)
+    corrections = 1 if before is None else before.corrections + 1
+    walked = Walked(sampler.walk, fitted.problem.posterior.center, corrections, run.settled)
+    return _Values(analysis.llc, analysis.llc_sem, per_chain_llc, run.llc, run.work, details, walked)

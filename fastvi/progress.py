@@ -30,7 +30,7 @@ class StatusLine:
         if progress.stage == "fit":
             text += f" {progress.step}/{progress.steps} steps, elbo {progress.value:.2f}"
         if progress.stage == "correction":
-            text += f" {progress.step}/{progress.steps} trajectories at most, llc {progress.value:.4g}"
+            text += f" {progress.step}/{progress.steps} FGE at most, llc {progress.value:.4g}"
         text += f" [{now - self.began:.0f} s]"
         self.stream.write(f"\r\x1b[K{text}" if self.interactive else f"{text}\n")
         self.stream.flush()

@@ -13,9 +13,13 @@ import numpy as np
 from fastvi._errors import DataError
 from fastvi.config import VIConfig
 from fastvi.diagnostics.health import Finding
+from fastvi.diagnostics.importance import Importance, assess_importance
 
-SUMMARY_WIDTH = 100
+SUMMARY_WIDTH = 80
+MOST_SCALES = 4096  # entries of D^{1/2} that a result keeps
 RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
+EVENTS_FOLDER = Path("diagnostics") / "tb"
+ARRAY_GROUPS = {"traces": "trace_", "draws": "draw_", "family_arrays": "family_"}  # and the prefix of their names there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ class LLCEstimate:
     Attributes:
         llc: lambda-hat = nbeta (E_q[L_n(w)] - L_n(w*)), mean over chains.
         llc_sem: Standard error of `llc` from Monte Carlo, including the spread of the fits.
-        llc_per_chain: One value for each chain, shape (chains,).
+        llc_per_chain: One value for each chain, or for each share of the walkers, shape (chains,).
         llc_sem_per_chain: Error of each chain's evaluation alone, shape (chains,).
         elbo: Lower bound on log of the posterior's normalising constant, in nats, mean over chains.
         init_loss: L_n(w*), in nats.
@@ -35,18 +39,22 @@ class LLCEstimate:
         dim: Number of parameters.
         converged: Whether the stopping rule was met before the cap on steps; None without the rule.
         curvature: What is known of the spectrum at w*: rank, wanted_rank, explained, trace, spectrum.
-        evaluation: Per chain: elbo, llc_mc, variance_reduction, trace_term, log_weight_sd.
+        evaluation: Per chain, of q alone: elbo, llc, llc_mc, variance_reduction, trace_term, log_weight_sd.
         work: Raw counts and total_fge, in full-gradient equivalents.
         timings: Seconds in compile, adaptation, sampling, evaluation, total.
         traces: Arrays of shape (chains, steps).
         log_weights: log p(w) - log q(w) at the evaluation's draws, shape (chains, draws).
+        draws: The evaluation's draws: excess_loss L_n(w) - L_n(w*) and log_q, each of shape (chains, draws).
+        family_arrays: What the fitted q looks like, each with a first axis of chains: pi, D_sqrt (sorted, at most
+            `MOST_SCALES` quantiles of it), factor_norm2 (component, rank).
         health: Findings, gravest first.
         config: The configuration that was used.
         llc_vi: The variational value, under q: `llc` where nothing corrects it.
         llc_vi_sem: Its standard error.
         correction: How `llc` was corrected: method, khat and, of a run of walkers, settled, rhat, virial_z,
-            variance_reduction, walkers, trajectories, burn_in, acceptance, step_size. None for a variational value.
-        walk_llc: nbeta (L_n(w) - L_n(w*)) after each trajectory, shape (walkers, trajectories).
+            variance_reduction, systematic, walkers, steps, burn_in, data_blocks, energy_error, step_size, returned.
+            None for a variational value.
+        walk_llc: nbeta (L_n(w) - L_n(w*)), means over bins of four steps, shape (walkers, bins).
         fitted: What `fastvi.correct` goes on from; not saved.
     """
 
@@ -73,22 +81,27 @@ class LLCEstimate:
     llc_vi_sem: float
     correction: dict[str, Any] | None = None
     walk_llc: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)), repr=False)
+    draws: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    family_arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     fitted: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     def summary(self) -> str:
         """Return the estimate in words, for a terminal."""
         chains = "  ".join(f"{value:.4g}" for value in self.llc_per_chain)
-        steps = next(iter(self.traces.values())).shape[1]
+        fits, steps = next(iter(self.traces.values())).shape
+        is_walk = self.correction is not None and self.correction["method"] == "mcmc"
         stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[self.converged]
+        khat, word, effective = self.importance
         lines = [
-            f"llc            {with_error(self.llc, self.llc_sem)}   ({self._provenance()})",
-            f"per chain      {chains}",
+            f"llc            {with_error(self.llc, self.llc_sem)}   ({self.provenance})",
+            f"{'per walkers' if is_walk else 'per chain':<15}{chains}",
             f"elbo           {self.elbo:.4f} nats",
             f"problem        d = {self.dim:,}, n = {self.n_data:,}, n beta = {self.nbeta:.4g}, "
             f"localization = {self.localization:.4g}, L_n(w*) = {self.init_loss:.4g}",
+            f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} effective of {self.log_weights.size} draws",
             f"core           rank {self.curvature['rank']} of {self.dim:,}, explains "
             f"{100 * self.curvature['explained']:.3g} % of the precision's trace at w*",
-            f"fit            {steps} steps x {self.llc_per_chain.size} chains ({stop})",
+            f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} ({stop})",
             f"work           {self.work['total_fge']:.0f} FGE: curvature {self.work['fge_curvature']:.0f}, "
             f"fit {self.work['fge_fit']:.0f}, evaluation {self.work['fge_evaluation']:.0f}"
             + (f", correction {self.work['fge_correction']:.0f}" if self.correction else ""),
@@ -100,16 +113,44 @@ class LLCEstimate:
         ]
         findings = [str(finding) for finding in self.health] or ["none: nothing stands out"]
         wrap = TextWrapper(width=SUMMARY_WIDTH, initial_indent="  ", subsequent_indent="    ")
-        return "\n".join([*lines, "findings", *map(wrap.fill, findings)])
+        return "\n".join([*map(_folded, lines), "findings", *map(wrap.fill, findings)])
 
-    def _provenance(self) -> str:
+    @property
+    def importance(self) -> Importance:
+        """How well draws of q stand for the posterior: k-hat, its word, effective draws."""
+        return assess_importance(self.log_weights)
+
+    def to_arviz(self) -> Any:
+        """Convert to arviz; see `fastvi.diagnostics.arviz.to_arviz`."""
+        from fastvi.diagnostics.arviz import to_arviz
+
+        return to_arviz(self)
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Write a page for a browser; see `fastvi.diagnostics.report.write_report`."""
+        from fastvi.diagnostics.report import write_report
+
+        return write_report(self, path)
+
+    @property
+    def walk_burn_in(self) -> int:
+        """Records of `walk_llc` that the corrected value leaves out."""
+        details, length = self.correction or {}, self.walk_llc.shape[-1]
+        return int(details.get("burn_in", 0) * length // max(details.get("steps", length), 1))
+
+    @property
+    def provenance(self) -> str:
+        """Say where `llc` comes from, in words."""
         if self.correction is None:
             return "uncorrected variational estimate"
-        methods = {"importance": "reweighted draws of q", "mcmc": "Hamiltonian Monte Carlo from q"}
-        return f"{methods[self.correction['method']]}; q alone {with_error(self.llc_vi, self.llc_vi_sem)}"
+        methods = {"importance": "reweighted draws of q", "mcmc": "Langevin dynamics from q"}
+        short = " after a short fit" if self.converged is None else ""
+        return f"{methods[self.correction['method']]}; q alone{short} {with_error(self.llc_vi, self.llc_vi_sem)}"
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write result.json and traces.npz into a folder, which is made if need be.
+
+        With `tensorboard=True` in the configuration, events for TensorBoard go to `diagnostics/tb` in it.
 
         Returns:
             The folder.
@@ -118,13 +159,17 @@ class LLCEstimate:
         folder.mkdir(parents=True, exist_ok=True)
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["fitted"]
-        traces, log_weights, walk = (values.pop(name) for name in ("traces", "log_weights", "walk_llc"))
+        arrays = {name: values.pop(name) for name in ("log_weights", "walk_llc")}
+        for group, prefix in ARRAY_GROUPS.items():
+            arrays |= {prefix + name: array for name, array in values.pop(group).items()}
         values["health"] = [dataclasses.asdict(finding) for finding in self.health]
         values["config"] = self.config.to_dict()
         (folder / RESULT_FILE).write_text(json.dumps(_plain(values), indent=2) + "\n", encoding="utf-8")
-        np.savez_compressed(
-            folder / TRACES_FILE, log_weights=log_weights, walk_llc=walk, **{f"trace_{k}": v for k, v in traces.items()}
-        )
+        np.savez_compressed(folder / TRACES_FILE, **arrays)
+        if self.config.tensorboard:
+            from fastvi.diagnostics.tensorboard import write_events
+
+            write_events(self, folder / EVENTS_FOLDER)
         return folder
 
     @classmethod
@@ -143,7 +188,8 @@ class LLCEstimate:
         values = _restored(json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")))
         with np.load(folder / TRACES_FILE) as arrays:
             values["log_weights"], values["walk_llc"] = arrays["log_weights"], arrays["walk_llc"]
-            values["traces"] = {k.removeprefix("trace_"): arrays[k] for k in arrays.files if k.startswith("trace_")}
+            for group, prefix in ARRAY_GROUPS.items():
+                values[group] = {k.removeprefix(prefix): arrays[k] for k in arrays.files if k.startswith(prefix)}
         values["health"] = tuple(Finding(**finding) for finding in values["health"])
         values["config"] = VIConfig.create(values["config"])
         for name in ("llc_per_chain", "llc_sem_per_chain"):
@@ -157,6 +203,22 @@ def with_error(value: float, sem: float) -> str:
         return f"{value:.4g} ± {sem:.2g}"
     decimals = min(max(1 - math.floor(math.log10(sem)), 0), 9)
     return f"{value:.{decimals}f} ± {sem:.{decimals}f}"
+
+
+def _folded(line: str) -> str:
+    """Break a line of the summary where it is too long, but not around `=` and `±`."""
+    wrap = TextWrapper(width=SUMMARY_WIDTH, subsequent_indent=15 * " ", break_on_hyphens=False)
+    for sign in ("=", "±"):
+        line = line.replace(f" {sign} ", f"\u00a0{sign}\u00a0")
+    return wrap.fill(line).replace("\u00a0", " ")
+
+
+def kept_scales(deviations: np.ndarray) -> np.ndarray:
+    """Sort each chain's D^{1/2}, shape (chains, dim), and keep at most `MOST_SCALES` evenly spaced quantiles."""
+    ordered = np.sort(deviations, axis=1)
+    if ordered.shape[1] <= MOST_SCALES:
+        return ordered
+    return ordered[:, np.linspace(0, ordered.shape[1] - 1, MOST_SCALES).round().astype(int)]
 
 
 def _plain(value: Any) -> Any:

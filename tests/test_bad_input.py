@@ -108,9 +108,19 @@ ESTIMATE_CASES = {
     "key is a boolean": ({"key": True}, ConfigError, ["key", "True"]),
     "key of floats": ({"key": jnp.zeros(2)}, ConfigError, ["key", "float32[2]"]),
     "several keys": ({"key": jax.random.split(jax.random.key(0), 2)}, ConfigError, ["key", "[2]"]),
-    "flow family": ({"family": "flow"}, UnavailableError, ["family", "flow"]),
-    "tensorboard": ({"tensorboard": True}, UnavailableError, ["tensorboard"]),
-    "mixture cap": ({"mixture_cap": 4}, UnavailableError, ["mixture_cap"]),
+    "latent larger than the dimension": ({"family": "flow", "d_latent": 4}, ConfigError, ["d_latent", "4", "dim=3"]),
+    "unknown backend": ({"backend": "flowjx"}, ConfigError, ["backend", "'flowjx'", "did you mean 'flowjax'"]),
+    "flow layers of two widths": (
+        {"family": "flow", "flow": {"hidden": (4, 8)}},
+        ConfigError,
+        ["flow.hidden", "(4, 8)", "equal"],
+    ),
+    "basis of another shape": (
+        {"family": "flow", "latent_basis": np.eye(4, 2)},
+        ConfigError,
+        ["latent_basis", "(dim=3, d_latent=2)", "4 x 2"],
+    ),
+    "pruning of a flow": ({"family": "flow", "mixture_cap": 4}, UnavailableError, ["mixture_cap", "mfa"]),
     "float64 without x64": ({"dtype": "float64"}, ConfigError, ["dtype", "float64"]),
     "unknown dtype": ({"dtype": "float16"}, ConfigError, ["dtype", "float16"]),
 }
@@ -134,7 +144,11 @@ FIT_CASES = {
     "early_stop": ({"vi_cfg": {"early_stop": True}}, ConfigError, ["early_stop"]),
     "unknown entry": ({"vi_cfg": {"step": 10}}, ConfigError, ["step", "10", "steps"]),
     "batch larger than the data": ({"vi_cfg": {"batch_size": 64}}, ConfigError, ["batch_size", "64", "10"]),
-    "flow family by its alias": ({"vi_cfg": {"algo": "flow"}}, UnavailableError, ["flow"]),
+    "latent larger than the dimension": (
+        {"vi_cfg": {"algo": "flow", "d_latent": 4}},
+        ConfigError,
+        ["d_latent", "4", "dim=3"],
+    ),
     "objective returns a vector": (
         {"objective": objective(lambda w, b: b[0] @ w)},
         DataError,

@@ -17,7 +17,7 @@ from fastvi.demos.quadratic import exact_values, make_regression
 from fastvi.diagnostics.plots import batch_llc, plot_traces
 from fastvi.result import with_error
 
-SMALL_FIT = "M: 1\nr: 0\neval_samples: 32\nwhitening_mode: none\n"
+SMALL_FIT = "M: 1\nr: 0\neval_samples: 32\nwhitening_mode: none\ncorrection: none\n"
 DIGITS = ["demo", "digits", "--hidden", "4", "--train-steps", "300", "--steps", "100", "--num-chains", "2"]
 QUADRATIC = ["demo", "quadratic", "--dim", "8", "--num-data", "200", "--batch-size", "200"]
 QUADRATIC += ["--steps", "100", "--num-chains", "2", "--seed", "3", "--localization", "0.5"]
@@ -70,7 +70,14 @@ def test_a_demo_prints_the_summary_of_what_it_saved(demo):
 def test_a_demo_honours_its_options(demo):
     assert demo.result.traces["elbo"].shape == (2, 100)
     assert demo.result.config == VIConfig.create(
-        {"M": 1, "r": 0, "eval_samples": 32, "steps": 100, "batch_size": demo.json["config"]["batch_size"]}
+        {
+            "M": 1,
+            "r": 0,
+            "eval_samples": 32,
+            "correction": "none",
+            "steps": 100,
+            "batch_size": demo.json["config"]["batch_size"],
+        }
     )
 
 
@@ -83,7 +90,7 @@ def test_options_reach_the_problem(digits, quadratic):
 
 
 def test_the_run_folder_is_complete_and_read_again(demo, tmp_path):
-    names = {"result.json", "traces.npz", "config.yaml", "traces.png"}
+    names = {"result.json", "traces.npz", "config.yaml", "traces.png", "report.html", "run.json"}
     assert {path.name for path in demo.folder.iterdir()} == names
     for name in names:
         assert str(demo.folder / name) in demo.text
@@ -176,12 +183,15 @@ def test_unknown_options_name_the_nearest(capsys):
     assert "--steps" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["demo", "digits"], ["demo", "quadratic"]])
-def test_help(command, capsys):
+@pytest.mark.parametrize("command", [[], ["demo"], ["demo", "digits"], ["llc"], ["report"], ["compare"], ["sweep"]])
+def test_help(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
     assert stop.value.code == 0
-    assert " ".join(["usage: fastvi", *command]) in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert " ".join(["usage: fastvi", *command]) in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

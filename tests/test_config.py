@@ -105,6 +105,9 @@ FAMILIES_CONFIG = VIConfig(
     batch_size=256,
     gamma=0.001,
     lr_schedule="none",
+    backend="flowjax",
+    d_latent=8,
+    sigma_perp=1e-3,
     flow=FlowConfig(template="maf", hidden=(128, 128)),
 )
 
@@ -266,6 +269,8 @@ def configs(draw):
     }
     return VIConfig.create(
         family=draw(st.sampled_from(["mfa", "flow"])),
+        d_latent=draw(st.just("auto") | natural),
+        latent_basis=draw(st.sampled_from(["curvature", "random", [[1.0, 0.0], [0.5, 1e-3], [0.0, 2.0]]])),
         M=components,
         r_per_component=draw(st.none() | ranks),
         curvature_rank=draw(st.just("auto") | natural),
@@ -352,7 +357,7 @@ BAD = [
     ({"tensorboard": "false"}, "tensorboard", "for example False"),
     ({"gamma": -1.0}, "gamma", "null"),
     ({"backend": "flow_jax"}, "backend", "did you mean 'flowjax'"),
-    ({"sigma_perp": 0}, "sigma_perp", "for example 0.001"),
+    ({"sigma_perp": 0}, "sigma_perp", "for example None"),
 ]
 
 
@@ -457,10 +462,8 @@ def test_values_the_problem_allows(values):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"family": "flow"}, "flow family is not part of this release; use family='mfa'"),
-        ({"tensorboard": True}, "use tensorboard=False"),
-        ({"mixture_cap": 4}, "use mixture_cap=None"),
-        ({"prune_threshold": 0.01}, "use prune_threshold=None"),
+        ({"family": "flow", "mixture_cap": 4}, "no components to prune"),
+        ({"family": "flow", "prune_threshold": 0.01}, "use family='mfa'"),
     ],
 )
 def test_features_not_in_this_release_are_refused_on_request(values, message):
@@ -469,11 +472,19 @@ def test_features_not_in_this_release_are_refused_on_request(values, message):
         config.check_available()
 
 
-@pytest.mark.parametrize("threshold", [None, 1e-3, "1e-3"])
-def test_usual_prune_thresholds_are_available(threshold):
-    config = VIConfig.create(prune_threshold=threshold)
-    config.check_available()
-    assert config.prune_threshold in (None, 1e-3)
+@pytest.mark.parametrize(
+    ("values", "prunes"),
+    [
+        ({}, False),
+        ({"prune_threshold": "1e-3"}, False),
+        ({"prune_threshold": None}, False),
+        ({"prune_threshold": 0.01}, True),
+        ({"mixture_cap": 4}, True),
+        ({"mixture_cap": 4, "prune_threshold": None}, True),
+    ],
+)
+def test_pruning_is_on_when_asked_for(values, prunes):
+    assert VIConfig.create(values).prunes is prunes
 
 
 def test_unavailable_is_both_kinds_of_error():

@@ -11,7 +11,9 @@ import pytest
 
 import fastvi
 from fastvi import FlowConfig, VIConfig, api
+from fastvi.cli.sweep import read_plan
 from fastvi.diagnostics import health
+from fastvi.families import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -38,17 +40,18 @@ def test_configuration_page_lists_every_field_with_its_default(cls):
 
 @pytest.fixture
 def short_fits(monkeypatch):
-    """Cut fits short: an example shows how to call, the numbers have tests of their own."""
+    """Cut fits short, without a walk: an example shows how to call, the numbers have tests of their own."""
     create = VIConfig.create.__func__
 
     def short(cls, source=None, /, **overrides):
         config = create(cls, source, **overrides)
-        return dataclasses.replace(config, steps=min(config.steps, 20), eval_samples=4)
+        correction = config.correction or "none"
+        return dataclasses.replace(config, steps=min(config.steps, 20), eval_samples=4, correction=correction)
 
     monkeypatch.setattr(VIConfig, "create", classmethod(short))
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/first-estimate.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/first-estimate.md", "docs/adapters.md"])
 def test_examples_run(name, short_fits, capsys):
     blocks = python_blocks(ROOT / name)
     assert len(blocks) >= 2
@@ -60,11 +63,60 @@ def test_examples_run(name, short_fits, capsys):
         assert jax.numpy.isfinite(namespace["out"]["lambda_hat"])
 
 
+def test_examples_of_the_flow_family_run(short_fits, capsys):
+    namespace = {}
+    try:
+        for block in python_blocks(DOCS / "vi_flow.md"):
+            exec(compile(block, "vi_flow.md", "exec"), namespace)
+    finally:
+        BACKENDS.pop("stretch", None)
+    assert jax.numpy.isfinite(namespace["result"].llc)
+    assert capsys.readouterr().out.endswith("stretch\n")
+
+
+def test_examples_of_diagnostics_run(short_fits, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in python_blocks(DOCS / "diagnostics.md"):
+        exec(compile(block, "diagnostics.md", "exec"), namespace)
+    assert "[" in capsys.readouterr().out
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "panels.png").is_file()
+    assert list((tmp_path / "runs" / "live").glob("events*"))
+
+
+def test_every_page_with_examples_is_run():
+    assert {page.name for page in PAGES if python_blocks(page)} == {
+        "README.md",
+        "first-estimate.md",
+        "flows.md",
+        "vi_flow.md",
+        "diagnostics.md",
+        "adapters.md",
+        "llc-over-training.md",
+    }
+
+
+@pytest.mark.parametrize(
+    "block", re.findall(r"^```yaml\n(.*?)^```", (DOCS / "sweeps.md").read_text("utf-8"), re.S | re.M)
+)
+def test_examples_of_sweeps_are_plans(block, tmp_path):
+    (tmp_path / "sweep.yaml").write_text(block)
+    cells = read_plan(tmp_path / "sweep.yaml").cells
+    assert len({cell.name for cell in cells}) == len(cells) >= 3
+
+
 def test_examples_of_flows_run(capsys):
     namespace = {}
     for block in python_blocks(DOCS / "flows.md"):
         exec(compile(block, "flows.md", "exec"), namespace)
     assert "nats per example" in capsys.readouterr().out
+
+
+def test_example_of_a_curve_runs(short_fits, capsys):
+    (block,) = python_blocks(DOCS / "llc-over-training.md")
+    exec(compile(block, "llc-over-training.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_example_of_estimate_llc_gives_the_number_it_shows():

@@ -392,14 +392,6 @@ def test_factor_grams(rank, dim, implementation, x64):
     np.testing.assert_allclose(whitened, np.broadcast_to(np.eye(rank), whitened.shape), atol=1e-10)
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 3, 5])
-def test_cholesky_inverse(size, x64):
-    root = np.random.default_rng(size).normal(size=(3, size, size))
-    matrix = root @ np.swapaxes(root, 1, 2) + np.eye(size)
-    expected = np.linalg.inv(np.linalg.cholesky(matrix))
-    np.testing.assert_allclose(triangular.cholesky_inverse(jnp.asarray(matrix)), expected, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
 def test_upper_median(size, dtype):

@@ -65,6 +65,7 @@ def test_rotated_quadratic_of_condition_1e4(dim):
         no_data(),
         localization=1e-3,
         progress=False,
+        correction="none",
     )
     llc, log_z = quadratic_llc(curvatures, NBETA, 1e-3), quadratic_log_z(curvatures, NBETA, 1e-3, dim)
     tell(f"quadratic {dim}", result, "truth", llc, log_z)
@@ -91,6 +92,7 @@ def regression():
         localization=gamma,
         batch_size=256,
         progress=False,
+        correction="none",
     )
     return (
         result,
@@ -115,7 +117,7 @@ def test_few_steep_directions_among_flat_ones():
     basis = np.linalg.qr(np.random.default_rng(3).normal(size=(dim, steep)))[0].T
     curvatures = np.logspace(-1, 1, steep)
     result = fastvi.estimate_llc(
-        quadratic(curvatures, basis), jnp.zeros(dim), no_data(), localization=gamma, progress=False
+        quadratic(curvatures, basis), jnp.zeros(dim), no_data(), localization=gamma, progress=False, correction="none"
     )
     llc, log_z = quadratic_llc(curvatures, NBETA, gamma), quadratic_log_z(curvatures, NBETA, gamma, dim)
     tell("20 of 2000", result, "truth", llc, log_z, "rank", result.curvature["rank"])
@@ -144,7 +146,14 @@ def deep_linear_net(turned=True):
 def deep_linear():
     loss_fn, params = deep_linear_net()
     estimate = functools.partial(
-        fastvi.estimate_llc, loss_fn, params, no_data(), localization=100.0, progress=False, num_chains=2
+        fastvi.estimate_llc,
+        loss_fn,
+        params,
+        no_data(),
+        localization=100.0,
+        progress=False,
+        num_chains=2,
+        correction="none",
     )
     return estimate(), estimate(curvature_rank=0, means="center")
 
@@ -169,6 +178,7 @@ def test_singular_llc_follows_the_virial(degrees, gamma):
         no_data(1000),
         localization=gamma,
         progress=False,
+        correction="none",
     )
     radius2 = result.traces["radius2"][:, -100:].mean()
     stationary = (dim - gamma * radius2) / degree
@@ -257,7 +267,7 @@ def test_digits_richer_families_come_closer():
     data = load_digits()
     params = train(init_network(jax.random.key(0), 16), data, 4000, 1e-2)
     results = [
-        fastvi.estimate_llc(cross_entropy, params, data, num_chains=2, progress=False, **changes)
+        fastvi.estimate_llc(cross_entropy, params, data, num_chains=2, progress=False, correction="none", **changes)
         for changes in (
             {"means": "center", "curvature_rank": 0},
             {"curvature_rank": 0},

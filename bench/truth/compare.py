@@ -2,7 +2,7 @@
 
 python -m bench.truth.compare                                    the subset below, five seeds
 python -m bench.truth.compare --problems digits_16_g1 --seeds 2 --budget 2000 --methods fastvi hmc
-python -m bench.truth.compare --report                           tables of what was measured, and the figure
+python -m bench.truth.compare --report                           write tables and the figure into README and docs
 """
 
 import argparse
@@ -51,10 +51,12 @@ GRID = tuple(10 ** (exponent / 2) for exponent in range(-11, -1))
 GRID_LARGE = tuple(10 ** (exponent / 2) for exponent in range(-10, -3))
 REFINED = (10**-0.25, 10**0.25)  # two more step sizes beside the best of the grid
 LEAPFROGS = (8, 32)
+BUDGETS = (30, 100, 300, 1000, 3000, 10_000)  # of a correction
 FASTVI: dict[str, dict[str, Any]] = {
     "correction=none": {"correction": "none"},
-    "correction=auto": {"correction": "auto"},
-    "correction=mcmc short": {"correction": "mcmc", "correction_trajectories": 20, "eval_samples": 16},
+    "correction_error=0.05": {"correction_error": 0.05},
+    "defaults": {},
+    **{f"correction_budget={most}": {"correction_budget": most, "correction_error": 0.05} for most in BUDGETS},
 }
 MCLMC_SHARES = (0.125, 0.25, 0.5, 1.0)
 BATCHES = 20  # of the batch means that give the error of a single chain
@@ -229,12 +231,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=4000.0, help="FGE of each run, all chains together")
-    parser.add_argument("--report", action="store_true", help="print tables and draw the figure; measure nothing")
+    parser.add_argument("--report", action="store_true", help="write tables and the figure; measure nothing")
     settings = parser.parse_args(arguments)
     if settings.report:
         from bench.truth.compare_report import report
 
-        print(report())
+        report()
         return
     for name in settings.problems:
         problem, rows, curves = PROBLEMS[name](), [], []

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from bench import harness
-from bench.truth.compare import CURVES, FASTVI, SUBSET, TABLE
+from bench.publish import ACCURACY, README, publish
+from bench.truth.compare import BUDGETS, CURVES, FASTVI, SUBSET, TABLE
 
 FIGURE = pathlib.Path(__file__).parents[2] / "docs" / "figures" / "error-versus-fge.png"
 SHOWN = ("crossing_2", "deep_linear_2x5_g10", "tanh_3_g1", "digits_16_g1")
@@ -35,7 +36,8 @@ class Entry:
 
 
 ENTRIES = (
-    *(Entry(f"fastvi {knob}", "fastvi", knob) for knob in FASTVI),
+    *(Entry(f"fastvi, {knob}", "fastvi", knob) for knob in FASTVI if not knob.startswith("correction_budget")),
+    Entry("fastvi, ended at a budget", "fastvi", "within=budget"),
     Entry("SGLD, oracle step", "sgld", None),
     Entry("SGLD, lr 1e-4", "sgld", "lr=0.0001"),
     Entry("RMSProp-SGLD, oracle step", "rmsprop_sgld", None),
@@ -76,24 +78,30 @@ class Results:
         """Return the knob that the entry stands for on a problem, None if it was not run."""
         knobs = self.knobs(problem, entry.method)
         if entry.knob == "within=budget":
+            knobs = [knob for knob in knobs if knob.split("=")[0] in ("within", "correction_budget")]
             return max(knobs, key=lambda knob: float(knob.split("=")[1]), default=None)
         if entry.knob is not None:
             return entry.knob if entry.knob in knobs else None
         return min(knobs, key=lambda knob: self.error(problem, entry.method, knob), default=None)
 
     def curve(self, problem: str, entry: Entry) -> list[tuple[float, float]]:
-        """Return (FGE, median error) in order of work: of fastvi one point, of MCLMC one for each budget."""
+        """Return (FGE, median error) in order of work: of fastvi and MCLMC one point for each budget."""
         knob = self.chosen(problem, entry)
         if knob is None:
             return []
         if entry.method == "fastvi":
-            work = float(np.median([float(row["fge"]) for row in self.runs[problem, "fastvi", knob]]))
-            return [(work, self.error(problem, "fastvi", knob))]
+            knobs = [knob] if entry.knob != "within=budget" else [f"correction_budget={most}" for most in BUDGETS]
+            return sorted(self.point(problem, name) for name in knobs if (problem, "fastvi", name) in self.runs)
         if entry.method == "mclmc":
             ends = [self.curves[problem, "mclmc", name][-1] for name in self.knobs(problem, "mclmc")]
         else:
             ends = self.curves[problem, entry.method, knob]
         return sorted((float(row["fge"]), float(row["median_error"])) for row in ends)
+
+    def point(self, problem: str, knob: str) -> tuple[float, float]:
+        """Return (FGE, median error) of runs of fastvi."""
+        work = [float(row["fge"]) for row in self.runs[problem, "fastvi", knob]]
+        return float(np.median(work)), self.error(problem, "fastvi", knob)
 
     def fge_to(self, problem: str, entry: Entry, error: float) -> float:
         """Return the work from which the median error stays below `error`; infinite if it never does."""
@@ -105,21 +113,24 @@ class Results:
         return first
 
 
-def report() -> str:
-    """Return the tables in markdown and draw the figure."""
+def report() -> None:
+    """Write the tables into README and docs/accuracy.md, and draw the figure."""
     results = Results()
     draw_figure(results)
     parts = [
-        ("Over the suite", summary(results)),
+        ("Over the subset", summary(results)),
+        ("FGE to 5 % over that of fastvi", advantage(results)),
         ("Median |error| over seeds at the end of the run, per cent", by_problem(results, _error_cell)),
         ("FGE at the end of the run, median", by_problem(results, _fge_cell)),
+        ("Seconds of a run, compilation included, median", by_problem(results, _seconds_cell)),
         ("FGE from which the median |error| stays below 5 % (10 %)", by_problem(results, _reach_cell)),
         (
             "Median |error| in per cent at the best step size; the largest up to four times below it, and above",
             sensitivity(results),
         ),
     ]
-    return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts)
+    publish(ACCURACY, "comparison", "\n\n".join(f"### {title}\n\n{table}" for title, table in parts))
+    publish(README, "comparison", summary(results))
 
 
 def summary(results: Results) -> str:
@@ -149,6 +160,25 @@ def summary(results: Results) -> str:
     return _markdown(lines)
 
 
+def advantage(results: Results) -> str:
+    """Return how many times fastvi's work others take to 5 %; a run that never got there counts as its budget."""
+    mine = next(entry for entry in ENTRIES if entry.method == "fastvi" and entry.knob == "within=budget")
+    lines = [["method", "problems", "median", "least", "most", "never got there"]]
+    for entry in ENTRIES:
+        ratios, never = [], 0
+        for name in results.problems:
+            work, own = results.curve(name, entry), results.fge_to(name, mine, 0.05)
+            if entry.method == "fastvi" or not work or not math.isfinite(own):
+                continue
+            reached = results.fge_to(name, entry, 0.05)
+            never += not math.isfinite(reached)
+            ratios.append(min(reached, work[-1][0]) / own)
+        if ratios:
+            values = (np.median(ratios), min(ratios), max(ratios))
+            lines.append([entry.label, str(len(ratios)), *(f"{value:.2g}" for value in values), str(never)])
+    return _markdown(lines)
+
+
 def by_problem(results: Results, cell: Callable[[Results, str, Entry], str]) -> str:
     """Return a table with a line for each problem and a column for each entry."""
     lines = [["problem", *(entry.label for entry in ENTRIES)]]
@@ -165,6 +195,12 @@ def _fge_cell(results: Results, problem: str, entry: Entry) -> str:
     knob = results.chosen(problem, entry)
     rows = results.runs[problem, entry.method, knob] if knob is not None else []
     return _number(float(np.median([float(row["fge"]) for row in rows]))) if rows else ""
+
+
+def _seconds_cell(results: Results, problem: str, entry: Entry) -> str:
+    knob = results.chosen(problem, entry)
+    rows = results.runs[problem, entry.method, knob] if knob is not None else []
+    return f"{np.median([float(row['seconds']) for row in rows]):.2g}" if rows else ""
 
 
 def _reach_cell(results: Results, problem: str, entry: Entry) -> str:

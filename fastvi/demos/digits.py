@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,9 @@ PIXELS, CLASSES, BRIGHTEST = 64, 10, 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DigitsDemo(AbstractDemo):
-    """Train a 64-hidden-10 tanh network on scikit-learn's 1,797 digits and estimate its learning coefficient.
+    """Train a small digits classifier and estimate its learning coefficient.
+
+    The model is a 64-hidden-10 tanh network on the 1797 digits of scikit-learn.
 
     Attributes:
         hidden: Units of the hidden layer.
@@ -56,6 +59,13 @@ class DigitsDemo(AbstractDemo):
         say(result.summary())
         self.write(result, say, began)
         return result
+
+
+def target() -> tuple[Callable[[PyTree, Batch], Scalar], PyTree, Batch]:
+    """Train the demo's network and return loss, parameters and data, as `fastvi llc` takes them."""
+    data, defaults = load_digits(), DigitsDemo()
+    params = init_network(jax.random.key(defaults.seed), defaults.hidden)
+    return cross_entropy, train(params, data, defaults.train_steps, defaults.train_lr), data
 
 
 def load_digits() -> Batch:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,9 @@ class Exact(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuadraticDemo(AbstractDemo):
-    """Estimate on a rotated quadratic loss with minibatch noise, and compare with the exact values.
+    """Estimate on a linear regression and compare with the exact values.
+
+    The loss is a rotated quadratic, with minibatch noise.
 
     Attributes:
         dim: Number of parameters d.
@@ -56,6 +59,14 @@ class QuadraticDemo(AbstractDemo):
         say(comparison(result, exact_values(spectrum, result.nbeta, result.localization)))
         self.write(result, say, began)
         return result
+
+
+def target() -> tuple[Callable[[Array, Batch], Scalar], Array, Batch]:
+    """Return loss, parameters and data of the demo, as `fastvi llc` takes them."""
+    defaults = QuadraticDemo()
+    spectrum = np.geomspace(1.0, 1.0 / defaults.condition, defaults.dim)
+    center, data = make_regression(defaults.seed, spectrum, defaults.num_data)
+    return squared_error, center, data
 
 
 def make_regression(

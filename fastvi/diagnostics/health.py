@@ -5,13 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from fastvi.diagnostics.importance import USABLE
+from fastvi.diagnostics.importance import USABLE, Importance
 
 SEVERITIES = ("error", "warning", "note")
 VIRIAL_TOLERANCE = 0.1
 CHAIN_SPREAD_SIGMAS = 4.0
 LOG_WEIGHT_SD_FAR = 2.0  # nats; importance weights of a log-normal this wide have an effective sample of 2 %
 STILL_MATTER = ("non_finite", "not_a_minimum", "core_truncated")  # findings of a fit that a correction leaves standing
+DOMINANT_WEIGHT = 0.95  # of one component, beside others
+UNUSED_VARIANCE = 0.1  # that the longest factor row adds to a unit of variance
+DECIDED_DIRECTIONS, DECIDED_SHARE = 1.0, 0.1  # directions that the loss narrows, below which the localizer decides
+DRIFT_SHARE, DRIFT_SIGMAS = 0.1, 4.0  # rise of radius2 over the last half
 GRADIENT_TOLERANCE = 1.0  # standard deviations of q that the minimum lies away from w*
 
 
@@ -46,6 +50,13 @@ class Evidence:
     wanted_rank: int
     rank_limit: int
     newton_decrement: float
+    importance: Importance
+    radius2: np.ndarray
+    localization: float
+    dim: int
+    num_components: int = 1
+    dominant_weight: float = 0.0
+    longest_factor: float | None = None
 
 
 def health_findings(evidence: Evidence) -> tuple[Finding, ...]:
@@ -53,7 +64,19 @@ def health_findings(evidence: Evidence) -> tuple[Finding, ...]:
     broken = _non_finite(evidence)
     if broken is not None:
         return (broken,)
-    checks = (_not_a_minimum, _not_converged, _virial, _chains_disagree, _far_from_posterior, _core_truncated)
+    checks = (
+        _not_a_minimum,
+        _not_converged,
+        _virial,
+        _chains_disagree,
+        _far_from_posterior,
+        _khat,
+        _radius_rising,
+        _localizer_decides,
+        _weights_collapsed,
+        _rank_unused,
+        _core_truncated,
+    )
     found = [finding for check in checks if (finding := check(evidence)) is not None]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
@@ -102,7 +125,7 @@ def _q_was_off(result: Any) -> Finding | None:
         "note",
         "corrected",
         f"q alone gives {result.llc_vi:.4g}; the correction moved it to {result.llc:.4g}.",
-        "The local posterior is not a mixture of Gaussians, or the fit was short.",
+        "The local posterior is not a mixture of Gaussians, or the fit was only as long as sampling needs.",
         "Nothing to do: the corrected value is the posterior's.",
     )
 
@@ -208,4 +231,78 @@ def _core_truncated(evidence: Evidence) -> Finding | None:
         f"The core is full ({evidence.rank} rows); {evidence.wanted_rank} or more directions are steeper.",
         "More steep directions than the core has rows; the diagonal has to cover those left out.",
         "Raise curvature_rank if memory allows.",
+    )
+
+
+def _khat(evidence: Evidence) -> Finding | None:
+    khat, word, effective = evidence.importance
+    if khat < USABLE:
+        return None
+    return Finding(
+        "warning",
+        "khat",
+        f"Importance weights of q's draws are {word}: k-hat {khat:.2g}, {effective:.3g} effective draws.",
+        "The posterior reaches where q hardly goes.",
+        'Use correction="mcmc"; a better q needs more components (M), a larger rank (r) or a flow.',
+    )
+
+
+def _radius_rising(evidence: Evidence) -> Finding | None:
+    steps = evidence.radius2.shape[1]
+    late = evidence.radius2[:, -(steps // 4) :].mean(axis=1) if steps >= 40 else None
+    if late is None:
+        return None
+    before = evidence.radius2[:, steps // 2 : -(steps // 4)].mean(axis=1)
+    rise, chains = late - before, late.size
+    error = float(np.std(rise, ddof=1) / np.sqrt(chains)) if chains > 1 else float("inf")
+    if rise.mean() <= max(DRIFT_SHARE * before.mean(), DRIFT_SIGMAS * error):
+        return None
+    return Finding(
+        "warning",
+        "radius_rising",
+        f"|w - w*|^2 still grows: by {100 * rise.mean() / before.mean():.3g} % within the last half.",
+        "Directions in which the loss is flat widen slowly, or q is leaving the minimum.",
+        "Raise steps; raise localization if the radius is out of bounds.",
+    )
+
+
+def _localizer_decides(evidence: Evidence) -> Finding | None:
+    radius2 = float(np.mean(evidence.radius2[:, -max(1, evidence.radius2.shape[1] // 4) :]))
+    decided = evidence.dim - evidence.localization * radius2
+    error = evidence.dim * np.sqrt(2 / (evidence.dim * max(evidence.radius2.size // 4, 1)))
+    if decided + 2 * error >= min(DECIDED_DIRECTIONS, DECIDED_SHARE * evidence.dim):
+        return None
+    return Finding(
+        "note",
+        "localizer_decides",
+        f"The localizer sets the width of q: gamma E|w - w*|^2 is {evidence.localization * radius2:.4g} of d = "
+        f"{evidence.dim}.",
+        "n beta times the curvature of the loss is far below the localization in every direction.",
+        "Lower localization, or raise nbeta (more data); llc is near zero as it stands.",
+    )
+
+
+def _weights_collapsed(evidence: Evidence) -> Finding | None:
+    if evidence.num_components < 2 or evidence.dominant_weight < DOMINANT_WEIGHT:
+        return None
+    return Finding(
+        "note",
+        "weights_collapsed",
+        f"One of {evidence.num_components} components has {100 * evidence.dominant_weight:.3g} % of the weight.",
+        "The others found nothing to add, or lost an early race.",
+        "Set alpha_dirichlet_prior to 1.05 to 1.2, or alpha_temperature=1.5 with alpha_temperature_frac=0.2; a smaller "
+        "M does as well if llc stays the same.",
+    )
+
+
+def _rank_unused(evidence: Evidence) -> Finding | None:
+    if evidence.longest_factor is None or evidence.longest_factor > UNUSED_VARIANCE:
+        return None
+    return Finding(
+        "note",
+        "rank_unused",
+        f"The scree is flat: no factor adds more than {100 * evidence.longest_factor:.2g} % to the variance of any "
+        "direction.",
+        "The core and the diagonal already describe q.",
+        "Go back to a smaller r, which is cheaper; it changes nothing.",
     )

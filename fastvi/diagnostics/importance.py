@@ -1,11 +1,34 @@
 """Pareto-smoothed importance sampling: can draws of q stand for the posterior?"""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from fastvi._typing import Float
 
 GOOD, USABLE = 0.5, 0.7
 MIN_TAIL = 5
+
+
+class Importance(NamedTuple):
+    """How well draws of q stand for the posterior: k-hat, a word for it, and how many draws count."""
+
+    khat: float
+    word: str
+    effective_draws: float
+
+
+def assess_importance(log_weights: Float[np.ndarray, "*chains draws"]) -> Importance:
+    """Judge importance weights by the tail of all chains' draws together.
+
+    The words are Stan's: "good" below 0.5, "ok" below 0.7, "unreliable" above or where a weight is not finite.
+    """
+    pooled = np.ravel(log_weights)
+    if not np.all(np.isfinite(pooled)):
+        return Importance(float("inf"), "unreliable", 0.0)
+    weights, khat = pareto_smooth(pooled)
+    word = "good" if khat < GOOD else "ok" if khat < USABLE else "unreliable"
+    return Importance(khat, word, float(1 / np.sum(weights**2)))
 
 
 def pareto_smooth(log_weights: Float[np.ndarray, " draws"]) -> tuple[Float[np.ndarray, " draws"], float]:

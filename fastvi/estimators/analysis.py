@@ -10,6 +10,7 @@ POINTS_PER_COLUMN = 5  # records that a regression coefficient takes
 LEAST_BURN_IN = 5  # at least this part of a run is discarded
 NEGLIGIBLE_CORRELATION = 0.05
 ROUNDING = 2e-5  # of a mean in single precision
+SURPRISE, CERTAIN = 2.0, 4.0  # standard errors
 DOUBT = 0.3  # part of what the virial columns take off llc that may be left: they see bias to first order
 
 
@@ -18,8 +19,9 @@ class Analysis:
     """What a run says: the mean after burn-in, its error, and whether to believe it.
 
     `added` is what the virial columns take off llc. Where it is positive, the dynamics have added it: noisy gradients
-    and finite steps heat. Where it is negative, the walkers have not yet spread along wide directions; llc, which hardly
-    feels these, is then read without the columns. `systematic` is the part of `llc_sem` that stands for either.
+    and finite steps heat. Where it is negative beyond doubt, the walkers have not yet spread along wide directions;
+    llc, which hardly feels these, is then read without the columns. `systematic` is the part of `llc_sem` that stands
+    for either.
     """
 
     llc: float
@@ -39,22 +41,26 @@ def analyse(
     llc: Float[np.ndarray, "walkers bins"],
     virial: Float[np.ndarray, "walkers bins columns"],
     radius2: Float[np.ndarray, "walkers bins"] | None = None,
+    discard: int | None = None,
 ) -> Analysis:
     """Average a run after its burn-in, with virial control variates.
 
-    Coefficients come from the other half of the walkers. The error is the larger of that from the spread between
-    walkers and that from the autocorrelation within them.
+    Coefficients come from the other half of the walkers (of a single walker: of its time). The error is the larger of
+    that from the spread between walkers and that from the autocorrelation within them. `discard` is the burn-in where
+    it is known.
     """
     others = [] if radius2 is None else [radius2]
-    burn = max(llc.shape[1] // LEAST_BURN_IN, *map(burn_in, [llc, _adjust(llc, virial), *others]))
+    burn = discard
+    if burn is None:
+        burn = max(llc.shape[1] // LEAST_BURN_IN, *map(burn_in, [llc, _adjust(llc, virial), *others]))
     total = virial[:, burn:].sum(axis=-1)
     error = standard_error(total)
     kept, columns = llc[:, burn:], virial[:, burn:]
     adjusted = _adjust(kept, columns)
     added = float((kept - adjusted).mean())
-    significant = max(0.0, abs(added) - 2 * standard_error(kept - adjusted))
-    systematic = DOUBT * significant
-    if added < 0 and significant:
+    doubtful = standard_error(kept - adjusted)
+    systematic = DOUBT * max(0.0, abs(added) - SURPRISE * doubtful)
+    if added < -CERTAIN * doubtful:
         adjusted = kept
     per_walker = adjusted.mean(axis=1)
     return Analysis(
@@ -86,8 +92,12 @@ def burn_in(llc: np.ndarray) -> int:
 
 def _adjust(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Subtract what the columns explain, by coefficients from the other half of the walkers."""
+    if values.shape[0] == 1:
+        half = values.shape[1] // 2
+        apart = _adjust(values[:, -2 * half :].reshape(2, half), columns[:, -2 * half :].reshape(2, half, -1))
+        return np.concatenate([values[:, : values.shape[1] - 2 * half], apart.reshape(1, -1)], axis=1)
     halves = np.arange(values.shape[0]) % 2 == 0
-    if halves.all() or halves.sum() * values.shape[1] < POINTS_PER_COLUMN * (columns.shape[-1] + 1):
+    if halves.sum() * values.shape[1] < POINTS_PER_COLUMN * (columns.shape[-1] + 1):
         return values
     result = np.empty_like(values)
     for mine in (halves, ~halves):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Key, Scalar
-from fastvi.families.base import AbstractFamily, Draws
+from fastvi.families.base import AbstractFamily, Draws, SecondMoment
 from fastvi.inference.loop import Problem
 from fastvi.kernels import hutchinson
 from fastvi.objective import FlatObjective, full_data_hvp
@@ -66,15 +66,24 @@ def hessian_columns(
     hvp = full_data_hvp(objective, posterior.center, problem.data)
     moment = family.second_moment(params)
 
-    def quadratic(direction):
-        return direction @ hvp(direction)
-
-    values = 0.5 * jax.lax.map(quadratic, draws.displacement)
-    low_rank = jnp.sum(moment.weights * jax.lax.map(quadratic, moment.factors))
+    values = 0.5 * jax.lax.map(lambda direction: direction @ hvp(direction), draws.displacement)
+    gram = jax.lax.map(lambda row: moment.factors @ hvp(row), moment.factors)
+    low_rank, low_rank_variance = _expected_form(moment, gram)
     probes = hutchinson.rademacher(key, num_probes, moment.diagonal.size, moment.diagonal.dtype)
     deviation = jnp.sqrt(moment.diagonal)
     samples = hutchinson.trace_samples(lambda z: deviation * hvp(deviation * z), probes)
     expected = 0.5 * (low_rank + jnp.mean(samples))
-    variance = 0.25 * jnp.var(samples, ddof=1) / num_probes
+    variance = 0.25 * (jnp.var(samples, ddof=1) / num_probes + low_rank_variance)
     nbeta = posterior.nbeta
     return nbeta * values[:, None], nbeta * expected[None], nbeta**2 * variance[None]
+
+
+def _expected_form(moment: SecondMoment, gram: Float[Array, "terms terms"]) -> tuple[Scalar, Scalar]:
+    """Return E[c^T gram c] over the low-rank part of a second moment, and the variance of what draws say of it."""
+    exact = jnp.sum(moment.weights * jnp.diagonal(gram))
+    pairs = moment.coefficients.shape[0] // 2
+    if pairs == 0:
+        return exact, jnp.zeros_like(exact)
+    forms = jnp.sum((moment.coefficients @ gram) * moment.coefficients, axis=-1)
+    forms = 0.5 * (forms[:pairs] + forms[pairs:])
+    return exact + jnp.mean(forms), jnp.var(forms, ddof=1) / pairs

@@ -17,6 +17,7 @@ from fastvi.estimators.langevin import (
     Record,
     Tuning,
     Walker,
+    heat,
     make_potential,
     refresh,
     run_steps,
@@ -32,11 +33,12 @@ ROUND = BINS * BIN_LENGTH
 MIN_BINS = 8
 FRICTION_TIME, WIDEST = 2.0, 8.0  # for a posterior as wide as q; for a wider one up to so many times as long
 RHAT_SETTLED, RHAT_RADIUS_SETTLED, DRIFT_SIGMAS = 1.1, 1.2, 2.5
+FULL_AGREEMENT_ERROR = 0.02  # of walkers that start at q; others are known to agree, and may at larger errors less
 EFFECTIVE_SHARE = 0.5  # part of q's draws that must count when walkers are chosen among them
 MAX_COLUMNS = 12  # parameter blocks with a virial column of their own
 WALK_BLOCK = 2**31 + 2**17  # counters of a chain's key beyond those of its evaluation
 NOISE_POINTS = 4  # walkers at which the noise of the gradients is measured
-BURN_IN_NOISE = 0.3  # share of llc that this noise may add while walkers move in from q
+BURN_IN_NOISE = 0.6  # share of llc that this noise may add while walkers move in from q
 BURN_IN_CHANGE = 0.1  # of llc from one half of a run to the next, at which they have moved in
 MAX_BURN_IN = 20  # rounds
 ENERGY_ERROR = 5e-4  # of the first steps, in nats^2 per effective dimension
@@ -44,9 +46,10 @@ PRECISE_ENERGY_ERROR = 2e-4  # at a relative error of 2 %; the bias grows as the
 LEAST_DIMENSIONS = 0.1  # effective dimensions, at least, of each dimension
 REFINEMENTS = 3  # how many times the dynamics are made more exact
 FEWER_BLOCKS, LESS_ENERGY_ERROR = 4, 8
-NOISE_SHARE = 0.5  # of relative_error that noise of the gradients may add to llc
+NOISE_SHARE = 1.0  # of relative_error that noise of the gradients may add to llc, before control variates
 NOISE_SLACK = 1.5  # on what a new measurement of the noise allows
 REFINE_AT = 0.75  # systematic error over the wanted one
+NUMBERS_PER_FGE = 2e5  # coordinates that walkers may move for each FGE of the budget: ten minutes at d = 1e5
 CHECK_GROWTH = 1.15  # of a run between looks at its averages
 
 
@@ -93,6 +96,33 @@ def start_walk(
     return Walk(linear_map, walkers, start_tuning(x.shape[1], x.dtype), walk_keys)
 
 
+def move_walk(
+    family: AbstractFamily,
+    problem: Problem,
+    params: Any,
+    walk: Walk,
+    center: Float[Array, " dim"],
+    shift: Int[Array, ""],
+) -> Walk:
+    """Take walkers over to another posterior: to the coordinates of its q, at the points where they are.
+
+    Args:
+        family: That of the new q.
+        problem: The new target.
+        params: The new q's, with a leading axis of chains.
+        walk: The walkers.
+        center: The w* that they were about.
+        shift: Distinguishes their keys from the old ones.
+    """
+    linear_map = family.linear_map(jax.tree_util.tree_map(lambda leaf: leaf[0], params))
+    moved = jax.vmap(walk.linear_map.displacement)(walk.walkers.x) + (center - problem.posterior.center)
+    x = jax.vmap(linear_map.round)(moved)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(walk.keys, shift)
+    momentum = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, WALK_BLOCK), x.shape[1:], x.dtype))(keys)
+    tuning = start_tuning(x.shape[1], x.dtype)._replace(step=walk.tuning.step)
+    return Walk(linear_map, walk.walkers._replace(x=x, momentum=momentum), tuning, keys)
+
+
 def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int[Array, " num"]:
     """Choose `num` candidates by importance weights, flattened until a good part of the candidates counts."""
     log_weight = jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf)
@@ -115,16 +145,19 @@ def virial_columns(blocks: tuple[int, ...]) -> Callable[..., Float[Array, " colu
     Args:
         blocks: Lengths of the blocks, in order.
     """
-    ends = np.cumsum(blocks)
-    starts = ends - np.asarray(blocks)
 
     def columns(linear_map: LinearMap, displacement, gradient, x, pulled):
-        work = displacement * gradient
-        own = [stop - start - jnp.sum(work[start:stop]) for start, stop in zip(starts, ends, strict=True)]
+        own = block_virials(displacement * gradient, blocks)
         along = linear_map.basis.shape[0] - (linear_map.basis @ x) @ (linear_map.basis @ pulled)
         return jnp.stack([*own, along, linear_map.center @ gradient])
 
     return columns
+
+
+def block_virials(work, blocks: tuple[int, ...]) -> list:
+    """Return `length - sum of v * grad(-log p)` of each block, for v * grad(-log p) of shape (..., dim)."""
+    ends = np.cumsum(blocks)
+    return [length - work[..., end - length : end].sum(axis=-1) for length, end in zip(blocks, ends, strict=True)]
 
 
 def parameter_blocks(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -142,6 +175,7 @@ class WalkPrograms(NamedTuple):
 
     Attributes:
         start: `(family, problem, params, keys, log_weight, excess, num_walkers) -> Walk`.
+        move: `(family, problem, params, walk, center, shift) -> Walk`.
         noise: `(problem, linear_map, x of some walkers, reference_loss, index) -> noise of the gradients`.
         enter: `(problem, walk, reference_loss, index, first) -> (Anchor, Walk)`: from now on by these blocks.
         advance: `(problem, anchor, walk, reference_loss, energy_error, friction_time, first) ->
@@ -149,6 +183,7 @@ class WalkPrograms(NamedTuple):
     """
 
     start: Callable[..., Walk]
+    move: Callable[..., Walk]
     noise: Callable[..., Scalar]
     enter: Callable[..., tuple[Anchor, Walk]]
     advance: Callable[..., tuple[Walk, Record]]
@@ -192,7 +227,8 @@ def _walk_programs(key: Any, blocks: tuple[int, ...]) -> WalkPrograms:
         llc = problem.posterior.learning_coefficient(record.llc)
         return walk._replace(walkers=walkers, tuning=tuning), record._replace(llc=llc)
 
-    return WalkPrograms(jit(start_walk, static_argnames=("num_walkers",)), jit(noise), jit(enter), jit(advance))
+    start = jit(start_walk, static_argnames=("num_walkers",))
+    return WalkPrograms(start, jit(move_walk), jit(noise), jit(enter), jit(advance))
 
 
 class Level(NamedTuple):
@@ -217,7 +253,17 @@ class Sampled(NamedTuple):
 class Sampler:
     """The walkers of one run, with what they have spent."""
 
-    def __init__(self, programs: WalkPrograms, problem: Problem, walk: Walk, reference_loss: Scalar, budget: float):
+    def __init__(
+        self,
+        programs: WalkPrograms,
+        problem: Problem,
+        walk: Walk,
+        reference_loss: Scalar,
+        budget: float,
+        *,
+        has_moved_in: bool = False,
+    ):
+        self.has_moved_in = has_moved_in
         self.programs, self.problem, self.walk = programs, problem, walk
         self.reference_loss, self.budget = reference_loss, budget
         self.counts = block_counts(problem.num_data, problem.posterior.center.size)
@@ -244,10 +290,11 @@ class Sampler:
     def affordable(self, llc: float) -> int:
         """Return the most blocks with which noise adds no more than this to llc.
 
-        Noise of variance V per step heats a direction by `step * V * friction time / 2`, and half of that is llc.
+        Noise of variance V held for HOLD steps heats a direction by `HOLD * step * V * friction time / 2`, and half of
+        that is llc.
         """
-        heat = self._heat(FRICTION_TIME)
-        return next((count for count in self.counts if heat * (count - 1) <= abs(llc)), 1)
+        added = self._heat(FRICTION_TIME)
+        return next((count for count in self.counts if added * (count - 1) <= abs(llc)), 1)
 
     def enter(self, level: Level) -> None:
         """Go on by another number of blocks or energy error."""
@@ -274,7 +321,7 @@ class Sampler:
             jnp.float32(self.friction_time),
             jnp.int32(self.steps),
         )
-        record = Record(*(np.asarray(leaf, float) for leaf in jax.device_get(record)))
+        record = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, float), jax.device_get(record))
         self.steps += ROUND
         self.work += ROUND * self.cost
         self.returned += float(record.returned.sum())
@@ -293,7 +340,7 @@ class Sampler:
 
     def _heat(self, friction_time: float) -> float:
         """Return what gradient noise adds to llc, for each block of data but one."""
-        return self.block_noise * float(self.walk.tuning.step) * friction_time / 4
+        return heat(self.block_noise, float(self.walk.tuning.step), friction_time)
 
     @property
     def effective_dimensions(self) -> float:
@@ -304,12 +351,11 @@ class Sampler:
     @property
     def is_spent(self) -> bool:
         """Whether another round would exceed the budget."""
-        return self.work + ROUND * self.cost > self.budget
+        numbers = (self.steps + ROUND) * self.walk.walkers.x.size
+        return self.work + ROUND * self.cost > self.budget or numbers > NUMBERS_PER_FGE * self.budget
 
 
-def sample_posterior(
-    sampler: Sampler, *, relative_error: float, report: Callable[[float, float], None]
-) -> Sampled:
+def sample_posterior(sampler: Sampler, *, relative_error: float, report: Callable[[float, float], None]) -> Sampled:
     """Run the walkers until the error of llc is small and they agree, or the budget is spent.
 
     Gradients come from blocks of the data as small as their noise allows: it may add `BURN_IN_NOISE` to llc while the
@@ -341,7 +387,7 @@ def _move_in(sampler: Sampler, level: Level, report) -> float:
         half = len(means) // 2
         if half and abs(np.mean(means[:half]) - np.mean(means[half:])) < BURN_IN_CHANGE * abs(means[-1]):
             break
-    return means[-1]
+    return means[-1] if means else sampler.llc
 
 
 def _produce(sampler: Sampler, relative_error: float, report) -> Sampled:
@@ -349,6 +395,7 @@ def _produce(sampler: Sampler, relative_error: float, report) -> Sampled:
     records: list[Record] = []
     refinements, looked, measured, settled = 0, 0, 1, False
     analysis, llc = None, np.zeros((sampler.num_walkers, 0))
+    patience = max(1.0, relative_error / FULL_AGREEMENT_ERROR) if sampler.has_moved_in else 1.0
     while analysis is None or not (settled or sampler.is_spent):
         records.append(sampler.advance())
         if len(records) < CHECK_GROWTH * looked and not sampler.is_spent:
@@ -378,8 +425,8 @@ def _produce(sampler: Sampler, relative_error: float, report) -> Sampled:
                 continue
         settled = (
             analysis.llc_sem <= wanted
-            and analysis.rhat < RHAT_SETTLED
-            and analysis.rhat_radius < RHAT_RADIUS_SETTLED
+            and analysis.rhat < 1 + patience * (RHAT_SETTLED - 1)
+            and analysis.rhat_radius < 1 + patience * (RHAT_RADIUS_SETTLED - 1)
             and abs(analysis.drift_z) < DRIFT_SIGMAS
             and llc.shape[1] >= MIN_BINS
         )

@@ -51,6 +51,17 @@ class Record(NamedTuple):
     returned: Float[Array, " bins"]
 
 
+def heat(noise: float, step: float, friction_time: float) -> float:
+    """Return what gradient noise adds to llc: half of what it adds to the mean squares of x, summed.
+
+    Args:
+        noise: Variance of the gradient in x over the blocks, summed over directions.
+        step: Step size.
+        friction_time: After which a momentum is forgotten.
+    """
+    return HOLD * noise * step * friction_time / 4
+
+
 def start_tuning(dim: int, dtype) -> Tuning:
     """Return the tuning before the first step."""
     zero = jnp.zeros((), dtype)

@@ -30,6 +30,7 @@ class Evaluation(NamedTuple):
     excess: Float[Array, " draws"]
     columns: Float[Array, "pairs columns"]
     log_weight: Float[Array, " draws"]
+    log_prob: Float[Array, " draws"]
 
 
 def evaluate(
@@ -44,6 +45,7 @@ def evaluate(
     num_draws: int,
     control_variate: str,
     trace_probes: int,
+    excess: Float[Array, " draws"] | None = None,
 ) -> Evaluation:
     """Estimate `nbeta (E_q[L_n] - L_n(w*))` on all data.
 
@@ -60,18 +62,15 @@ def evaluate(
         num_draws: Draws from q, rounded down to an even number (antithetic pairs).
         control_variate: "auto" (q's own curvature; free), "hvp" (Hessian at w*) or "none".
         trace_probes: Hutchinson probes of "hvp".
+        excess: What `excess_fn` gives at the draws, where it is known already.
 
     Cost:
         `num_draws` full losses; "hvp" adds a Hessian-vector product for each draw, probe and factor row.
     """
     posterior = problem.posterior
     pairs = num_draws // 2
-    draws = family.sample(params, key, 2 * pairs, antithetic=True, block=EVALUATION_BLOCK)
-    excess = jax.lax.map(
-        lambda v: excess_fn(posterior.center + v),
-        draws.displacement,
-        batch_size=min(EVALUATION_GROUP, 2 * pairs),
-    )
+    draws = evaluation_draws(family, params, key, num_draws)
+    excess = excess_at(draws, posterior.center, excess_fn) if excess is None else excess
     contribution = posterior.learning_coefficient(excess)
     log_density = jax.vmap(posterior.log_density)(draws.displacement, reference_loss + excess)
     trace_variance = jnp.zeros_like(reference_loss)
@@ -99,7 +98,19 @@ def evaluate(
         excess=excess,
         columns=_pair_mean(columns - expected),
         log_weight=log_weight,
+        log_prob=draws.log_prob,
     )
+
+
+def evaluation_draws(family: AbstractFamily, params, key: Key, num_draws: int) -> Draws:
+    """Return the draws that a chain is evaluated at, in mirrored pairs."""
+    return family.sample(params, key, 2 * (num_draws // 2), antithetic=True, block=EVALUATION_BLOCK)
+
+
+def excess_at(draws: Draws, center: Float[Array, " dim"], excess_fn) -> Float[Array, " draws"]:
+    """Evaluate `excess_fn` at every draw, a group at a time."""
+    group = min(EVALUATION_GROUP, draws.displacement.shape[0])
+    return jax.lax.map(lambda v: excess_fn(center + v), draws.displacement, batch_size=group)
 
 
 def quadratic_columns(family: AbstractFamily, params, draws: Draws, pairs: int):
@@ -109,8 +120,8 @@ def quadratic_columns(family: AbstractFamily, params, draws: Draws, pairs: int):
         return family.control_variates(params, draws)
     center = jnp.mean(draws.displacement, axis=0)
     moment = family.second_moment(params)
-    spread = moment.diagonal + jnp.sum(moment.weights[:, None] * moment.factors**2, axis=0) - center**2
-    unit = jnp.sqrt(jnp.maximum(spread, moment.diagonal))
+    spread = moment.marginal()
+    unit = jnp.sqrt(jnp.maximum(spread - center**2, 1e-6 * spread))
     columns = stein_columns((draws.displacement - center) / unit, draws.score * unit, exponents)
     return columns, jnp.zeros(exponents.shape[0], columns.dtype)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Bool, Float, Int, Key, PyTree, Scalar
+from fastvi.config import VIConfig
 
 
 class Draws(NamedTuple):
@@ -20,11 +21,34 @@ class Draws(NamedTuple):
 
 
 class SecondMoment(NamedTuple):
-    """E_q[v v^T] = diag(diagonal) + factors^T diag(weights) factors, in model coordinates about the center."""
+    """E_q[v v^T] = diag(diagonal) + factors^T (diag(weights) + E[c c^T]) factors, in model coordinates.
+
+    `coefficients` are draws of c, mirrored pairs in halves; none where the weights say all.
+    """
 
     diagonal: Float[Array, " dim"]
     factors: Float[Array, "terms dim"]
     weights: Float[Array, " terms"]
+    coefficients: Float[Array, "samples terms"]
+
+    def marginal(self) -> Float[Array, " dim"]:
+        """Return the diagonal of E_q[v v^T]."""
+        inner = jnp.diag(self.weights) + self.coefficients.T @ self.coefficients / max(self.coefficients.shape[0], 1)
+        return self.diagonal + jnp.sum((inner @ self.factors) * self.factors, axis=0)
+
+
+class Geometry(NamedTuple):
+    """What a family is built on: S^{-1}, the start's precision core and how many of its rows are in use.
+
+    `unit` is the length of a whitened unit in the coordinates of the whitener alone, and `noise_size` a bound on the
+    core's rows that does not depend on the problem's curvature.
+    """
+
+    scale: Float[Array, " dim"]
+    core: Float[Array, "core dim"]
+    rank: Int[Array, ""]
+    unit: Scalar
+    noise_size: int
 
 
 class LinearMap(eqx.Module):
@@ -95,12 +119,21 @@ class UpdateRules(NamedTuple):
     """How the optimiser treats each parameter: pytrees in the structure of the parameters.
 
     `rates` is the factor on the learning rate, `shared_rows` whether a row (the last axis) shares one second moment,
-    `blocked` whether `ascent` gives the gradient as `Blocks` (worth it while a step has few draws).
+    `blocked` whether `ascent` gives the gradient as `Blocks` (worth it while a step has few draws), `damping` the
+    size of a gradient below which steps shrink with it.
     """
 
     rates: PyTree
     shared_rows: PyTree
     blocked: PyTree
+    damping: PyTree
+
+
+class Annealed(NamedTuple):
+    """Temperature of the mixture weights and entropy bonus of one step."""
+
+    temperature: Scalar
+    entropy_bonus: Scalar
 
 
 NOISE_BLOCKS = 2  # blocks of a key's counters that one call of `draw_noise` may use
@@ -128,6 +161,15 @@ class AbstractFamily(eqx.Module):
     """
 
     scale: eqx.AbstractVar[Float[Array, " dim"]]
+    # nats of ELBO over the window of the stopping rule below which more steps would not change llc
+    negligible_gain: eqx.AbstractClassVar[float]
+
+    entropy_bonus: eqx.AbstractVar[float]
+
+    @classmethod
+    @abc.abstractmethod
+    def create(cls, config: VIConfig, geometry: Geometry) -> "AbstractFamily":
+        """Build the configured family for one problem."""
 
     @property
     @abc.abstractmethod
@@ -139,6 +181,10 @@ class AbstractFamily(eqx.Module):
         self, key: Key, core: Float[Array, "core dim"], log_scale: Float[Array, " dim"], block: Array | int = 0
     ) -> PyTree:
         """Start at a precision core and a scale in whitened coordinates."""
+
+    @abc.abstractmethod
+    def widened(self, params: PyTree, shift: Scalar) -> PyTree:
+        """Return the parameters of q as a whole scaled by exp(shift), from a start about the center."""
 
     @abc.abstractmethod
     def trusting(self, trusted: Bool[Array, ""]) -> "AbstractFamily":

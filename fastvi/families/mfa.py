@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+import math
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -10,10 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Key, Scalar
+from fastvi.config import VIConfig
 from fastvi.families.base import (
     AbstractFamily,
+    Annealed,
     Blocks,
     Draws,
+    Geometry,
     LinearMap,
     Outer,
     SecondMoment,
@@ -23,7 +27,7 @@ from fastvi.families.base import (
 from fastvi.kernels import mixture_grad, woodbury
 from fastvi.kernels.noise import normal, words
 from fastvi.kernels.order import upper_median
-from fastvi.kernels.triangular import cholesky, lower_inverse
+from fastvi.kernels.triangular import inverse_root
 from fastvi.kernels.woodbury import Draw, Mixture, Noise
 
 LOG_SCALE_BOUND = 20.0  # |log D^{1/2}| in whitened coordinates: exp(2 * 20) stays finite in float32
@@ -31,6 +35,7 @@ FACTOR_INIT = 0.1  # norm of a factor's rows at the start, in standard deviation
 # A factor's row has dim entries, so equal steps per entry would turn it by sqrt(dim) steps.
 CORE_RATE, FACTOR_RATE = 5.0, 2.0
 MAX_BLOCKS = 2  # independent draws of a step up to which each moves the factors of its own component alone
+DAMPING = 0.05  # entries of natural gradients are O(1) off the optimum
 TRUSTED_RATE = 0.25  # factor on learning rates where the start agrees with the loss at once
 
 
@@ -76,8 +81,11 @@ class MFA(AbstractFamily):
         temperature: T in pi = softmax(logits / T).
         dirichlet: alpha_0 of the prior on pi (1: none).
         entropy_bonus: lambda_H in the objective E[ell] - (1 + lambda_H) E[log q].
+        prunes: Whether logits may be minus infinity: components without weight.
+        annealed: Temperature and entropy bonus of the current step, in place of the fields above.
     """
 
+    negligible_gain: ClassVar[float] = 0.5
     scale: Float[Array, " dim"]
     core_mask: Float[Array, " core"]
     trust: Scalar
@@ -87,6 +95,39 @@ class MFA(AbstractFamily):
     temperature: float = eqx.field(static=True, default=1.0)
     dirichlet: float = eqx.field(static=True, default=1.0)
     entropy_bonus: float = eqx.field(static=True, default=0.0)
+    prunes: bool = eqx.field(static=True, default=False)
+    annealed: Annealed | None = None
+
+    @property
+    def heat(self) -> Any:
+        """Temperature in effect."""
+        return self.temperature if self.annealed is None else self.annealed.temperature
+
+    @property
+    def entropy_weight(self) -> Any:
+        """Weight of -log q in the objective: 1 + lambda_H in effect."""
+        return 1 + (self.entropy_bonus if self.annealed is None else self.annealed.entropy_bonus)
+
+    def log_weights(self, params: MFAParams) -> Float[Array, " comp"]:
+        """Evaluate log pi."""
+        return jax.nn.log_softmax(params.logits / self.heat)
+
+    @classmethod
+    def create(cls, config: VIConfig, geometry: Geometry) -> "MFA":
+        """Build the family; see `AbstractFamily.create`."""
+        dim, dtype = geometry.scale.size, geometry.scale.dtype
+        return cls(
+            scale=geometry.scale,
+            trust=jnp.ones((), dtype),
+            core_mask=(jnp.arange(geometry.core.shape[0]) < geometry.rank).astype(dtype),
+            ranks=tuple(min(rank, dim) for rank in config.ranks),
+            means=config.means,
+            noise_size=geometry.noise_size,
+            temperature=1.0 if config.alpha_temperature_frac > 0 else config.alpha_temperature,
+            dirichlet=1.0 if config.alpha_dirichlet_prior is None else config.alpha_dirichlet_prior,
+            entropy_bonus=0.0 if config.entropy_bonus_steps is not None else config.entropy_bonus,
+            prunes=config.prunes,
+        )
 
     @property
     def num_components(self) -> int:
@@ -122,13 +163,17 @@ class MFA(AbstractFamily):
             offsets=jnp.zeros((self.num_offsets, dim), dtype),
             log_scale=log_scale,
             core=core * self.core_mask[:, None],
-            factors=self._mask(factors * (FACTOR_INIT / np.sqrt(dim))),
+            factors=self._mask(factors * (FACTOR_INIT / math.sqrt(dim))),
         )
+
+    def widened(self, params: MFAParams, shift: Scalar) -> MFAParams:
+        """Scale D; see `AbstractFamily.widened`."""
+        return params._replace(log_scale=params.log_scale + shift)
 
     def mixture(self, params: MFAParams) -> Mixture:
         """Return the mixture that the kernels see: temperature, masks and the bound on scales applied."""
         return Mixture(
-            log_weights=jax.nn.log_softmax(params.logits / self.temperature),
+            log_weights=self.log_weights(params),
             offsets=params.offsets,
             log_scale=jnp.clip(params.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND),
             core=params.core * self.core_mask[:, None],
@@ -174,7 +219,9 @@ class MFA(AbstractFamily):
     def _noise(self, mixture: Mixture, drawn: Normals) -> Noise:
         """Sort noise into label, eps, zeta and z."""
         dim, (num_core, rank) = self.scale.size, (mixture.core.shape[0], mixture.factors.shape[1])
-        label = jnp.sum(jnp.cumsum(jnp.exp(mixture.log_weights))[:-1] < drawn.quantile[:, None], axis=-1)
+        ends = jnp.cumsum(jnp.exp(mixture.log_weights))
+        ends = ends / ends[-1] if self.prunes else ends  # rounding must not reach a component without weight
+        label = jnp.sum(ends[:-1] <= drawn.quantile[:, None], axis=-1)
         return Noise(
             label=label,
             eps=drawn.normals[:, :dim],
@@ -234,7 +281,7 @@ class MFA(AbstractFamily):
     def _pull_each(self, params, draws: Draws, log_density_grad, metric: str, pull=mixture_grad.pullback) -> Any:
         """Pull every draw back: few as a list, whose terms fuse into the update, many as one stacked tree."""
         mixture, record = self.mixture(params), draws.record
-        cotangents = self.scale * log_density_grad - (1 + self.entropy_bonus) * record.drawn.score
+        cotangents = self.scale * log_density_grad - self.entropy_weight * record.drawn.score
         if cotangents.shape[0] > 2 * MAX_BLOCKS:
             one = functools.partial(pull, mixture, record.small, metric=metric)
             return jax.vmap(one)(record.noise, record.drawn, cotangents)
@@ -255,8 +302,8 @@ class MFA(AbstractFamily):
 
     def _logit_gradient(self, params, draws, log_density, baseline, antithetic):
         """Rao-Blackwellise over the label, with a leave-one-out baseline over independent draws (or pairs)."""
-        weights = jax.nn.softmax(params.logits / self.temperature)
-        value = log_density - (1 + self.entropy_bonus) * draws.log_prob
+        weights = jnp.exp(self.log_weights(params))
+        value = log_density - self.entropy_weight * draws.log_prob
         direction = draws.record.drawn.responsibilities - weights
         groups = num_groups(value.shape[0], antithetic)
         value, direction = value.reshape(-1, groups), direction.reshape(-1, groups, weights.size)
@@ -264,8 +311,9 @@ class MFA(AbstractFamily):
             mean = jnp.mean(value, axis=0)
             baseline = (jnp.sum(mean) - mean) / (groups - 1)
         centred = jnp.mean(direction * (value - baseline)[..., None], axis=(0, 1))
-        prior = (self.dirichlet - 1) * (1 - self.num_components * weights)
-        return (centred + prior) / self.temperature
+        alive = weights > 0 if self.prunes else jnp.ones_like(weights)
+        prior = (self.dirichlet - 1) * (alive - jnp.sum(alive) * weights)
+        return (centred + prior) / self.heat
 
     def apply_updates(self, params: MFAParams, updates: MFAParams) -> MFAParams:
         """Add updates: means in units of D^{1/2}, factors as blocks.
@@ -305,6 +353,7 @@ class MFA(AbstractFamily):
             rates=MFAParams(logits=1.0, offsets=self.trust, log_scale=self.trust, core=core, factors=lazy),
             shared_rows=MFAParams(logits=False, offsets=True, log_scale=False, core=True, factors=True),
             blocked=MFAParams(logits=False, offsets=False, log_scale=False, core=False, factors=lazily),
+            damping=MFAParams(*(DAMPING,) * 5),
         )
 
     def second_moment(self, params: MFAParams) -> SecondMoment:
@@ -323,6 +372,7 @@ class MFA(AbstractFamily):
             weights=jnp.concatenate(
                 [-jnp.ones(narrowed.shape[0], weights.dtype), jnp.repeat(weights, rank), location_weights]
             ),
+            coefficients=jnp.zeros((0, self.num_moment_terms), weights.dtype),
         )
 
     def linear_map(self, params: MFAParams) -> LinearMap:
@@ -333,7 +383,7 @@ class MFA(AbstractFamily):
         basis = jnp.linalg.qr(jnp.concatenate([mixture.core, factors]).T)[0].T
         core, wide = basis @ mixture.core.T, basis @ factors.T
         identity = jnp.eye(basis.shape[0], dtype=basis.dtype)
-        half = lower_inverse(cholesky(identity + core @ core.T))
+        half = inverse_root(core @ core.T).root
         values, vectors = jnp.linalg.eigh(half.T @ half + wide @ wide.T)
         stretch = (vectors * jnp.sqrt(jnp.maximum(values, 0.0))) @ vectors.T - identity
         center = mixture.offsets.sum(0) if self.num_offsets < 2 else weights @ mixture.offsets
@@ -375,33 +425,46 @@ class MFA(AbstractFamily):
 
     def step_statistics(self, params: MFAParams, draws: Draws):
         """Trace the weights and how decided the responsibilities are."""
-        log_weights = jax.nn.log_softmax(params.logits / self.temperature)
-        weights = jnp.exp(log_weights)
+        weights = jnp.exp(self.log_weights(params))
         responsibilities = draws.record.drawn.responsibilities
+        alive = weights > 0
+        effective = {"effective_M": jnp.sum(alive).astype(weights.dtype)} if self.prunes else {}
         return {
             "resp_entropy": jnp.mean(jnp.sum(jax.scipy.special.entr(responsibilities), axis=-1)),
-            "pi_min": jnp.min(weights),
+            "pi_min": jnp.min(weights, where=alive, initial=1.0) if self.prunes else jnp.min(weights),
             "pi_max": jnp.max(weights),
-            "pi_entropy": -jnp.sum(weights * log_weights),
+            "pi_entropy": jnp.sum(jax.scipy.special.entr(weights)),
+            "cholesky_ridge": draws.record.small.ridged,
+            **effective,
         }
 
     def slow_statistics(self, params: MFAParams):
         """Trace the spread of D^{1/2} in model coordinates and the largest factor row."""
         deviation = self._deviation(params)
-        rows = jnp.sqrt(jnp.sum(self._mask(params.factors) ** 2, axis=-1))
+        norms = jnp.sqrt(self._factor_norm2(params))[np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]]
         return {
             "D_sqrt_min": jnp.min(deviation),
             "D_sqrt_max": jnp.max(deviation),
             "D_sqrt_med": upper_median(deviation),
-            "A_col_norm_max": jnp.max(rows, initial=0.0),
+            "A_col_norm_p95": jnp.quantile(norms, 0.95) if norms.size else jnp.zeros((), deviation.dtype),
+            "A_col_norm_max": jnp.max(norms, initial=0.0),
         }
+
+    def _factor_norm2(self, params):
+        """Return |A_m row|^2 of every component, zero for masked rows and pruned components."""
+        norm2 = jnp.sum(self._mask(params.factors) ** 2, axis=-1)
+        return norm2 * (params.logits > -jnp.inf)[:, None] if self.prunes else norm2
 
     def _deviation(self, params):
         return self.scale * jnp.exp(jnp.clip(params.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND))
 
     def summary_arrays(self, params: MFAParams):
-        """Return pi and D^{1/2} in model coordinates."""
-        return {"pi": jax.nn.softmax(params.logits / self.temperature), "D_sqrt": self._deviation(params)}
+        """Return pi, D^{1/2} in model coordinates, and the squared lengths of the factors' rows."""
+        return {
+            "pi": jnp.exp(self.log_weights(params)),
+            "D_sqrt": self._deviation(params),
+            "factor_norm2": self._factor_norm2(params),
+        }
 
 
 def _for_each(function, stacked):

@@ -23,13 +23,13 @@ def calibrate_scale(
     is left as it is.
 
     Returns:
-        What to add to log_scale, and the number of rounds, each of `CALIBRATION_DRAWS` minibatch gradients.
+        The shift for `widened`, and the number of rounds, each of `CALIBRATION_DRAWS` minibatch gradients.
     """
 
     def adjust(carry):
         shift, round_index, _ = carry
         block = (NOISE_BLOCKS + 1) * round_index
-        shifted = params._replace(log_scale=params.log_scale + shift)
+        shifted = family.widened(params, shift)
         draws = family.sample(shifted, key, CALIBRATION_DRAWS, antithetic=True, block=block)
         _, grad = evaluate_target(objective, problem.posterior, draws, problem.next_batch(key, block + NOISE_BLOCKS))
         virial = -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1]
@@ -41,6 +41,6 @@ def calibrate_scale(
         _, round_index, wide = carry
         return wide & (round_index < MAX_ROUNDS)
 
-    start = (jnp.zeros((), params.log_scale.dtype), jnp.asarray(0), jnp.asarray(True))
+    start = (jnp.zeros((), family.scale.dtype), jnp.asarray(0), jnp.asarray(True))
     shift, rounds, _ = jax.lax.while_loop(unsettled, adjust, start)
     return shift, rounds

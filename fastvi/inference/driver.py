@@ -1,8 +1,9 @@
 """Run the stages of a fit: chunk by chunk with a stopping rule, or as one traceable program."""
 
+import abc
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,15 +11,15 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._typing import Array, Keys
+from fastvi._typing import Array, Batch, Keys
 from fastvi.compilation import Ahead
 from fastvi.config import VIConfig
 from fastvi.families.base import AbstractFamily
 from fastvi.geometry.curvature import BLOCK
 from fastvi.geometry.start import Start, rank_limit
 from fastvi.inference.loop import Problem, State
-from fastvi.inference.optimizer import Horizon
-from fastvi.inference.programs import Outcome, Programs, Stages, build_family
+from fastvi.inference.optimizer import Horizon, fixed_phases
+from fastvi.inference.programs import Outcome, Programs, Stages, build_family, start_key
 from fastvi.inference.schedule import (
     DECAY_FRACTION,
     FLAT_LOOKS,
@@ -28,23 +29,50 @@ from fastvi.inference.schedule import (
     is_balanced,
 )
 
-START_SEED = 0
 CHUNK = 100  # steps between looks at the traces
 MAX_ADAPTIVE_WARMUP = 100  # steps; a run that stops by itself is not planned to last
 
 
 class Progress(NamedTuple):
-    """What a progress callback is told; `value` is the ELBO of a fit, the llc so far of a correction."""
+    """What a progress callback is told; `value` is the ELBO of a fit, the llc so far of a correction.
+
+    `traces`, of shape (chains, steps), are those of the fit since the report before.
+    """
 
     stage: str
     step: int
     steps: int
     value: float
+    traces: dict[str, Array] | None = None
+
+
+class AbstractKeeper(abc.ABC):
+    """Keeps the progress of a fit."""
+
+    @abc.abstractmethod
+    def restore(self, course: "Course") -> None:
+        """Move a course to where the kept one was, if there is one."""
+
+    @abc.abstractmethod
+    def save(self, course: "Course") -> None:
+        """Keep the course."""
+
+
+class AbstractStream(abc.ABC):
+    """Data that do not fit into memory."""
+
+    @abc.abstractmethod
+    def window(self, step: int) -> Batch:
+        """Return uniform draws from the data for the steps from `step` on."""
+
+    @abc.abstractmethod
+    def chunks(self) -> Iterator[tuple[Batch, int]]:
+        """Yield all data in pieces, each with its number of examples."""
 
 
 @dataclasses.dataclass
 class Fit:
-    """A finished fit, before anyone interprets it."""
+    """A finished fit, before anyone interprets it; `warm` if it began at another's q."""
 
     family: AbstractFamily
     params: Any
@@ -54,6 +82,40 @@ class Fit:
     calibration_rounds: Any
     seconds: dict[str, float]
     converged: bool | None
+    warm: bool = False
+
+
+@dataclasses.dataclass
+class Course:
+    """Where a fit is between two chunks: all that the next one depends on, beside problem and keys."""
+
+    family: AbstractFamily
+    state: State
+    start: Start
+    calibration_rounds: Any
+    phases: tuple[float, float, int]
+    parts: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
+    done: int = 0
+    flat_looks: int = 0
+    converged: bool | None = None
+
+
+class Options(NamedTuple):
+    """What a fit from the host may have beside its problem.
+
+    Attributes:
+        early_stop: Whether to stop when the ELBO is flat.
+        report: Called between chunks.
+        warm: Another fit to begin at, of a problem with the same number of parameters.
+        keeper: Where progress is kept.
+        stream: Where windows of data and the evaluation's data come from.
+    """
+
+    early_stop: bool = False
+    report: Callable[[Progress], None] | None = None
+    warm: Fit | None = None
+    keeper: AbstractKeeper | None = None
+    stream: AbstractStream | None = None
 
 
 def run_fit(
@@ -63,8 +125,7 @@ def run_fit(
     chain_keys: Keys,
     *,
     whitener_scale: Array | None = None,
-    early_stop: bool = False,
-    report: Callable[[Progress], None] | None = None,
+    options: Options = Options(),
 ) -> Fit:
     """Run all stages.
 
@@ -77,45 +138,73 @@ def run_fit(
         config: The configuration.
         chain_keys: One key for each chain.
         whitener_scale: S^{-1} from outside, in place of the configured whitening.
-        early_stop: Whether to stop when the ELBO is flat; needs concrete values.
-        report: Called between chunks.
+        options: What needs concrete values.
 
     Returns:
         The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are zero.
     """
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves((problem, chain_keys)))
-    dim = problem.posterior.center.size
-    clock, programs = Clock(traced), stages.plain if traced else stages.for_work(config.steps, dim)
-    report = report or _silent
-    report(Progress("curvature", 0, config.steps, float("nan")))
-    key = jax.random.key(START_SEED)
-    start = clock.time("adaptation", lambda: programs.prepare(problem, key, whitener_scale))
-    limit = rank_limit(config, problem.posterior.center.size, problem.posterior.center.dtype.itemsize)
-    rank = limit if traced else min(limit, -(-int(start.rank) // BLOCK) * BLOCK)
-    chunk = min(CHUNK, config.steps) if early_stop or report is not _silent else config.steps
-    launch_arguments = (build_family(config, start, rank), problem, start.core[:rank], key, chain_keys)
     if traced:
-        family, state, rounds = programs.launch(*launch_arguments)
-    else:
-        family, state, rounds = clock.time("adaptation", lambda: _launch(programs, launch_arguments, chunk))
-    state, traces, converged = _run_chunks(
-        programs,
-        family,
-        problem,
-        config,
-        state,
-        chain_keys,
-        clock,
-        chunk=chunk,
-        early_stop=early_stop,
-        report=report,
+        return Fit(*stages.whole(problem, chain_keys, whitener_scale), Clock().seconds, None)
+    clock, programs = Clock(), stages.for_work(config.steps, problem.posterior.center.size)
+    report = options.report or _silent
+    report(Progress("curvature", 0, config.steps, float("nan")))
+    chunk = min(CHUNK, config.steps) if any(options) else config.steps
+    course = clock.time(
+        "adaptation", lambda: _begin(programs, problem, config, chain_keys, whitener_scale, options, chunk)
     )
+    if options.keeper is not None:
+        options.keeper.restore(course)
+    _run_chunks(programs, problem, config, course, chain_keys, clock, chunk, options)
     report(Progress("evaluation", config.steps, config.steps, float("nan")))
-    outcome = clock.time("evaluation", lambda: programs.finish(family, problem, state.params, chain_keys))
-    return Fit(family, state.params, start, outcome, traces, rounds, clock.seconds, converged)
+    family, params, start = course.family, course.state.params, course.start
+    arguments = (family, problem, params, chain_keys)
+    outcome = clock.time("evaluation", lambda: _finish(programs, arguments, options.stream))
+    traces: dict[str, Array] = {
+        name: jnp.concatenate([part[name] for part in course.parts], axis=1) for name in course.parts[0]
+    }
+    rounds, warm = course.calibration_rounds, options.warm is not None
+    return Fit(family, params, start, outcome, traces, rounds, clock.seconds, course.converged, warm)
 
 
-def _launch(programs: Programs, arguments: tuple, chunk: int) -> tuple[AbstractFamily, State, Array]:
+def _begin(
+    programs: Programs,
+    problem: Problem,
+    config: VIConfig,
+    keys: Keys,
+    whitener_scale: Array | None,
+    options: Options,
+    chunk: int,
+) -> Course:
+    """Start from the curvature at w*, or from another fit's q moved to w*."""
+    phases, converged = fixed_phases(config), None
+    if options.early_stop:
+        phases = (min(phases[0], MAX_ADAPTIVE_WARMUP), config.steps / (1 + DECAY_FRACTION), config.steps)
+        converged = False
+    key = start_key()
+    if options.warm is not None:
+        start = _known_before(options.warm.start)
+        launched = programs.relaunch(options.warm.family, problem, options.warm.params, key)
+    else:
+        start = programs.prepare(problem, key, whitener_scale)
+        limit = rank_limit(config, problem.posterior.center.size, problem.posterior.center.dtype.itemsize)
+        rank = min(limit, -(-int(start.rank) // BLOCK) * BLOCK)
+        launched = _launch(
+            programs, (build_family(config, start, rank), problem, start.core[:rank], key, keys), chunk, options.stream
+        )
+    family, state, rounds = launched
+    return Course(family, state, start, rounds, phases, converged=converged)
+
+
+def _known_before(start: Start) -> Start:
+    """Return the start of another fit as one that cost nothing and says nothing of the slope at this w*."""
+    none, unknown = jnp.zeros_like(start.num_hvp), jnp.full_like(start.newton_decrement, jnp.nan)
+    return dataclasses.replace(start, num_hvp=none, newton_decrement=unknown)
+
+
+def _launch(
+    programs: Programs, arguments: tuple, chunk: int, stream: AbstractStream | None
+) -> tuple[AbstractFamily, State, Array]:
     """Run the launch, with the programs of the later stages compiling beside it."""
     _, problem, _, _, chain_keys = arguments
     ahead = Ahead()
@@ -126,73 +215,83 @@ def _launch(programs: Programs, arguments: tuple, chunk: int) -> tuple[AbstractF
     step = jax.ShapeDtypeStruct((), jnp.int32)
     horizon = Horizon(scalar, scalar, scalar)
     ahead.compile("steps", programs.steps.lower(family, problem, state, chain_keys, step, horizon, length=chunk))
-    ahead.compile("finish", programs.finish.lower(family, problem, state.params, chain_keys))
-    ahead.wait(("launch", "steps", "finish"))
+    if stream is None:
+        ahead.compile("finish", programs.finish.lower(family, problem, state.params, chain_keys))
+    ahead.wait(("launch", "steps") if stream else ("launch", "steps", "finish"))
     ahead.close()
     return programs.launch(*arguments)
 
 
 def _run_chunks(
     programs: Programs,
-    family: AbstractFamily,
     problem: Problem,
     config: VIConfig,
-    state: State,
+    course: Course,
     keys: Keys,
     clock: "Clock",
-    *,
     chunk: int,
-    early_stop: bool,
-    report: Callable[[Progress], None],
-) -> tuple[State, dict[str, Array], bool | None]:
+    options: Options,
+) -> None:
     """Run the steps; with `early_stop`, at the peak rate until the ELBO is flat, then through the decay."""
-    parts, done, looks, converged = [], 0, 0, None
-    warmup = config.lr_warmup_frac * config.steps
-    decay_start, end = warmup, config.steps
-    if early_stop:
-        warmup = min(warmup, MAX_ADAPTIVE_WARMUP)
-        decay_start, converged = config.steps / (1 + DECAY_FRACTION), False
-    while done < end:
-        length = min(chunk, end - done)
-        horizon = Horizon(*(jnp.asarray(x, jnp.float32) for x in (warmup, decay_start, end)))
-        state, part = clock.time(
+    report = options.report or _silent
+    while course.done < course.phases[2]:
+        if options.stream is not None and course.done:
+            problem = dataclasses.replace(problem, data=options.stream.window(course.done))
+        length = min(chunk, course.phases[2] - course.done)
+        horizon = Horizon(*(jnp.asarray(step, jnp.float32) for step in course.phases))
+        done, state = jnp.int32(course.done), course.state
+        course.state, part = clock.time(
             "sampling",
-            lambda state=state, done=done, horizon=horizon, length=length: programs.steps(
-                family, problem, state, keys, jnp.int32(done), horizon, length=length
+            lambda problem=problem, state=state, done=done, horizon=horizon, length=length: programs.steps(
+                course.family, problem, state, keys, done, horizon, length=length
             ),
         )
-        parts.append(part)
-        done += length
-        if not early_stop and report is _silent:
-            continue
-        elbo = np.concatenate([np.asarray(part["elbo"]) for part in parts], axis=1)
-        report(Progress("fit", done, end, float(np.mean(elbo[:, -length:]))))
+        course.parts.append({name: np.asarray(trace) for name, trace in part.items()})
+        course.done += length
+        elbo = np.concatenate([part["elbo"] for part in course.parts], axis=1)
+        report(Progress("fit", course.done, course.phases[2], float(np.mean(elbo[:, -length:])), part))
         if not np.all(np.isfinite(elbo[:, -1])):
             break
-        if early_stop and not converged and MIN_WINDOW <= done < decay_start:
-            settled = elbo_trend(elbo).is_flat and is_balanced(np.asarray(part["virial"]))
-            looks = looks + 1 if settled else 0
-            if looks == FLAT_LOOKS:
-                converged = True
-                decay_start, end = (
-                    done,
-                    min(config.steps, done + -(-decay_length(done, problem.posterior.center.size) // chunk) * chunk),
-                )
-    traces = {name: jnp.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
-    return state, traces, converged
+        if options.early_stop and not course.converged:
+            _look(course, elbo, config, problem.posterior.center.size, chunk)
+        if options.keeper is not None:
+            options.keeper.save(course)
+
+
+def _look(course: Course, elbo: np.ndarray, config: VIConfig, dim: int, chunk: int) -> None:
+    """Begin the decay where the ELBO was flat at looks in a row."""
+    warmup, decay_start, _ = course.phases
+    if not max(MIN_WINDOW, config.settled_after) <= course.done < decay_start:
+        return
+    settled = elbo_trend(elbo).is_flat(course.family.negligible_gain) and is_balanced(course.parts[-1]["virial"])
+    course.flat_looks = course.flat_looks + 1 if settled else 0
+    if course.flat_looks == FLAT_LOOKS:
+        course.converged = True
+        decay = -(-decay_length(course.done, dim) // chunk) * chunk
+        course.phases = (warmup, course.done, min(config.steps, course.done + decay))
+
+
+def _finish(programs: Programs, arguments: tuple, stream: AbstractStream | None) -> Outcome:
+    """Evaluate q on all data, from the stream chunk by chunk if there is one."""
+    if stream is None:
+        return programs.finish(*arguments)
+    excess, reference, count = 0.0, 0.0, 0
+    for batch, size in stream.chunks():
+        excess_here, reference_here = jax.device_get(programs.excess_on(*arguments, batch))
+        excess = excess + size * excess_here.astype(np.float64)
+        reference, count = reference + size * float(reference_here), count + size
+    dtype = arguments[1].posterior.center.dtype
+    return programs.conclude(*arguments, jnp.asarray(excess / count, dtype), jnp.asarray(reference / count, dtype))
 
 
 class Clock:
-    """Sum the seconds of each stage, waiting for results; under a trace of jax there is nothing to time."""
+    """Sum the seconds of each stage, waiting for results."""
 
-    def __init__(self, traced: bool):
-        self.traced = traced
+    def __init__(self):
         self.seconds = {"adaptation": 0.0, "sampling": 0.0, "evaluation": 0.0}
 
     def time(self, stage: str, call: Callable[[], Any]) -> Any:
         """Run a stage."""
-        if self.traced:
-            return call()
         began = time.perf_counter()
         result = jax.block_until_ready(call())
         self.seconds[stage] += time.perf_counter() - began

@@ -1,5 +1,6 @@
 """The one driver of every family: a scan over steps with the chains vmapped inside."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 from fastvi._typing import Array, Batch, Float, Int, Key, Keys, PyTree, Scalar
 from fastvi.config import VIConfig
 from fastvi.families.base import NOISE_BLOCKS, AbstractFamily, Draws, num_groups
+from fastvi.inference.annealing import annealed
 from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer, scale
+from fastvi.inference.pruning import prune
 from fastvi.kernels.noise import words
 from fastvi.objective import FlatObjective
 from fastvi.posterior import LocalPosterior
@@ -18,17 +21,36 @@ BASELINE_DECAY = 0.95
 
 
 class Problem(eqx.Module):
-    """The target and the data that minibatches come from."""
+    """The target and the data that minibatches come from: all of it or, of a stream, a window of uniform draws."""
 
     posterior: LocalPosterior
     data: Batch
     num_data: int = eqx.field(static=True)
     batch_size: int = eqx.field(static=True)
 
+    @property
+    def num_rows(self) -> int:
+        """Count the examples at hand."""
+        return jax.tree_util.tree_leaves(self.data)[0].shape[0]
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether all data are at hand."""
+        return self.num_rows == self.num_data
+
     def next_batch(self, key: Key, block: Array | int = 0) -> Batch:
-        """Draw a minibatch with replacement, or return all data when the batch is that large."""
+        """Draw a minibatch with replacement, or return all data when the batch is that large.
+
+        A window is used up from a place of the key's own on: its examples are independent draws already, and reusing
+        them would draw q towards the minimum of the window's loss.
+        """
         if self.batch_size >= self.num_data:
             return self.data
+        if not self.holds_all:
+            first = words(key, 1)[0] % jnp.uint32(self.num_rows)
+            used = jnp.asarray(block, jnp.uint32) // (NOISE_BLOCKS + 1) * self.batch_size
+            index = (first + (used + jnp.arange(self.batch_size, dtype=jnp.uint32)) % self.num_rows) % self.num_rows
+            return jax.tree_util.tree_map(lambda leaf: leaf[index.astype(jnp.int32)], self.data)
         # uneven by at most num_data / 2^32, and a third of the work of randint
         index = (words(key, self.batch_size, block=block) % jnp.uint32(self.num_data)).astype(jnp.int32)
         return jax.tree_util.tree_map(lambda leaf: leaf[index], self.data)
@@ -108,7 +130,7 @@ def run_steps(
     Cost:
         `config.step_draws` minibatch gradients for each step and chain.
     """
-    num_draws, groups = config.step_draws, draw_groups(config)
+    settled_family, num_draws, groups = family, config.step_draws, draw_groups(config)
     rules = family.update_rules(groups)
     optimizer = make_optimizer(config, rules)
 
@@ -116,6 +138,7 @@ def run_steps(
         return family.draw_noise(key, groups, (NOISE_BLOCKS + 1) * step)
 
     def one_chain(state: State, noise, key, step, rate, elapsed, refresh):
+        family = _at_step(settled_family, config, step)
         batch = problem.next_batch(key, (NOISE_BLOCKS + 1) * step + NOISE_BLOCKS)
         draws = family.transform(state.params, noise, mirror=groups < num_draws, cache=state.cache)
         value, grad = evaluate_target(objective, problem.posterior, draws, batch)
@@ -124,20 +147,13 @@ def run_steps(
         updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=elapsed)
         updates = _scaled(updates, rules.rates, rate)
         params = family.apply_updates(state.params, updates)
+        if config.prunes:
+            params, opt_state = _pruned(family, params, opt_state, config, step)
         cache = family.refresh_cache(state.cache, params, updates)
-        elbo = jnp.mean(value - draws.log_prob)
         slow = jax.lax.cond(refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params)
         baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * _objective_value(family, value, draws)
-        trace = {
-            "elbo": elbo,
-            "elbo_like": jnp.mean(value),
-            "logq": jnp.mean(draws.log_prob),
-            "radius2": jnp.mean(jnp.sum(draws.displacement**2, axis=-1)),
-            "virial": -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1],
-            "grad_norm": gradient_norm(ascent),
-            **family.step_statistics(params, draws),
-            **slow,
-        }
+        trace = {**_statistics(draws, value, grad), "grad_norm": gradient_norm(ascent)}
+        trace |= {**family.step_statistics(params, draws), **slow}
         return (State(params, opt_state, baseline, cache, slow), randomness(key, step + 1)), trace
 
     names = []
@@ -159,6 +175,17 @@ def run_steps(
     return state, {**traces, "lr": jnp.broadcast_to(rates, (keys.size, length)).astype(stacked.dtype)}
 
 
+def _statistics(draws: Draws, value, grad) -> dict[str, Scalar]:
+    """Return what is traced of the draws of a step."""
+    return {
+        "elbo": jnp.mean(value - draws.log_prob),
+        "elbo_like": jnp.mean(value),
+        "logq": jnp.mean(draws.log_prob),
+        "radius2": jnp.mean(jnp.sum(draws.displacement**2, axis=-1)),
+        "virial": -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1],
+    }
+
+
 def _scaled(updates, factors, rate):
     """Multiply each update by the learning rate and its factor."""
 
@@ -169,4 +196,19 @@ def _scaled(updates, factors, rate):
 
 
 def _objective_value(family, value, draws):
-    return jnp.mean(value - (1 + family.entropy_bonus) * draws.log_prob)
+    return jnp.mean(value - family.entropy_weight * draws.log_prob)
+
+
+def _at_step(family, config: VIConfig, step):
+    return dataclasses.replace(family, annealed=annealed(config, step)) if config.anneals else family
+
+
+def _pruned(family, params, opt_state, config: VIConfig, step):
+    """Prune after every `eval_every` steps."""
+    return jax.lax.cond(
+        (step + 1) % config.eval_every == 0,
+        lambda p, o: prune(p, o, jnp.exp(family.log_weights(p)), config),
+        lambda p, o: (p, o),
+        params,
+        opt_state,
+    )

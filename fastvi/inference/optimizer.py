@@ -13,7 +13,6 @@ from fastvi.families.base import Blocks, Outer, UpdateRules
 FINAL_RATE = 0.01  # last learning rate relative to the peak, for the decaying schedules
 ADAM_B1 = 0.9
 ADAM_B2 = 0.99
-ADAM_EPS = 0.05  # entries of natural gradients are O(1) off the optimum; below eps, steps shrink with the gradient
 TYPICAL_NORM_DECAY = 0.98
 TRUNCATION_STEPS = 100.0  # steps after which the clipping bound starts to grow
 
@@ -119,12 +118,12 @@ def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArg
         unseen = (ADAM_B1 * state.unseen[0], ((1 - gain) * state.unseen[1]).astype(state.unseen[1].dtype))
         correction = (1 / (1 - unseen[0]), 1 / (1 - unseen[1]))
         treedef = jax.tree_util.tree_structure(updates, is_leaf=_is_blocks)
-        trees = (updates, state.mean, state.square, state.block_unseen, rules.shared_rows)
+        trees = (updates, state.mean, state.square, state.block_unseen, rules.shared_rows, rules.damping)
         stepped = [
-            _step_blocks(leaf, mean, square, waiting, shared, gain)
+            _step_blocks(leaf, mean, square, waiting, shared, damping, gain)
             if _is_blocks(leaf)
-            else (*_step(leaf, mean, square, shared, gain, correction), waiting)
-            for leaf, mean, square, waiting, shared in zip(*map(treedef.flatten_up_to, trees), strict=True)
+            else (*_step(leaf, mean, square, shared, damping, gain, correction), waiting)
+            for leaf, mean, square, waiting, shared, damping in zip(*map(treedef.flatten_up_to, trees), strict=True)
         ]
         scaled, mean, square, waiting = (treedef.unflatten(column) for column in zip(*stepped, strict=True))
         return scaled, MomentState(mean, square, unseen, waiting)
@@ -140,15 +139,15 @@ def _square(leaf, shared):
     return jnp.mean(leaf**2, axis=-1, keepdims=True) if shared else leaf**2
 
 
-def _step(gradient, mean, square, shared, gain, correction):
+def _step(gradient, mean, square, shared, damping, gain, correction):
     """Advance the moments of one leaf; return the scaled gradient and the moments."""
     gain, first, second = (scalar.astype(gradient.dtype) for scalar in (gain, *correction))
     mean = ADAM_B1 * mean + (1 - ADAM_B1) * gradient
     square = square + gain * (_square(gradient, shared) - square)
-    return mean * (first / (jnp.sqrt(square * second) + ADAM_EPS)), mean, square
+    return mean * (first / (jnp.sqrt(square * second) + damping)), mean, square
 
 
-def _step_blocks(gradient: Blocks, mean, square, unseen, shared, gain):
+def _step_blocks(gradient: Blocks, mean, square, unseen, shared, damping, gain):
     """Scale the blocks that the gradient names by their own second moments, one after another.
 
     There is no first moment: averaging happens in the parameters, and an array as large as they are need not be moved.
@@ -164,7 +163,7 @@ def _step_blocks(gradient: Blocks, mean, square, unseen, shared, gain):
         left = _read(unseen, index) * (1 - gain)
         moment = _read(square, index)
         moment = moment + gain * (own - moment)
-        factors.append(1 / (jnp.sqrt(moment / (1 - left)) + ADAM_EPS))
+        factors.append(1 / (jnp.sqrt(moment / (1 - left)) + damping))
         square = square.at[index].set(moment, mode="promise_in_bounds")
         unseen = unseen.at[index].set(left, mode="promise_in_bounds")
     factor = jnp.stack(factors)
@@ -189,6 +188,12 @@ class Horizon(NamedTuple):
     warmup: Scalar
     decay_start: Scalar
     end: Scalar
+
+
+def fixed_phases(config: VIConfig) -> tuple[float, float, int]:
+    """Return the `Horizon` of a fit that runs all its steps: warm-up, then decay."""
+    warmup = config.lr_warmup_frac * config.steps
+    return warmup, warmup, config.steps
 
 
 def elapsed_decay(horizon: Horizon, step: Scalar | int) -> Scalar:

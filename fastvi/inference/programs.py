@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
 from fastvi.compilation import cache_key, from_cache_key, quick_compilation
 from fastvi.config import VIConfig
-from fastvi.estimators.llc import Evaluation, evaluate, make_excess_fn
+from fastvi.estimators.llc import Evaluation, evaluate, evaluation_draws, excess_at, make_excess_fn
 from fastvi.families import FAMILIES
-from fastvi.families.base import AbstractFamily
+from fastvi.families.base import AbstractFamily, Geometry
 from fastvi.geometry.start import Start, make_start, rank_limit
 from fastvi.inference.calibrate import calibrate_scale
 from fastvi.inference.loop import Problem, State, init_state, run_steps
-from fastvi.inference.optimizer import Horizon
+from fastvi.inference.optimizer import Horizon, fixed_phases
 from fastvi.inference.sharding import data_parallel_loss, over_devices
-from fastvi.objective import FlatObjective, full_data_loss
+from fastvi.objective import FlatObjective, excess_loss, full_data_loss
 
 QUICK_WORK = 1e8  # steps times dim up to which a second of compilation outweighs a quarter of the steps' time
 CACHED_PROGRAMS = 32  # sets of compiled stages kept; each holds its objective alive
@@ -41,20 +41,34 @@ class Programs(NamedTuple):
         steps: `(family, problem, state, chain_keys, first_step, horizon, length) -> (State, traces)`; compiled, it
             consumes the state.
         finish: `(family, problem, params, chain_keys) -> Outcome`.
+        relaunch: `(family, problem, params, key)` -> the same as `launch`, from the q of another fit.
+        excess_on: `(family, problem, params, chain_keys, batch)` -> mean loss of the batch at the evaluation's draws
+            above that at w*, and that at w*.
+        conclude: `(family, problem, params, chain_keys, excess, reference_loss) -> Outcome`.
     """
 
     prepare: Callable[..., Start]
     launch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
     steps: Callable[..., tuple[State, dict[str, Float[Array, "chains steps"]]]]
     finish: Callable[..., Outcome]
+    relaunch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
+    excess_on: Callable[..., tuple[Float[Array, "chains draws"], Scalar]]
+    conclude: Callable[..., Outcome]
 
 
 class Stages(NamedTuple):
-    """One set of stages in all forms."""
+    """One set of stages in all forms.
+
+    Attributes:
+        quick: Compiled sooner, run slower.
+        compiled: Compiled for speed.
+        whole: `(problem, chain_keys, whitener_scale)` -> family, params, Start, Outcome, traces, rounds: a fit of fixed
+            length as one program, for use inside a trace.
+    """
 
     quick: Programs
     compiled: Programs
-    plain: Programs
+    whole: Callable[..., tuple[AbstractFamily, Any, Start, Outcome, dict[str, Array], Scalar]]
 
     def for_work(self, steps: int, dim: int) -> Programs:
         """Return the compiled stages, with steps that compile sooner and run slower where there are few of them."""
@@ -73,8 +87,8 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
     def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
         key_subset, key_start = jax.random.split(key)
         subset = problem.data
-        if problem.num_data > config.hessian_examples:
-            index = jax.random.choice(key_subset, problem.num_data, (config.hessian_examples,), replace=False)
+        if problem.num_rows > config.hessian_examples:
+            index = jax.random.choice(key_subset, problem.num_rows, (config.hessian_examples,), replace=False)
             subset = jax.tree_util.tree_map(lambda leaf: leaf[index], problem.data)
         return make_start(objective, problem.posterior, subset, problem.next_batch, config, key_start, whitener_scale)
 
@@ -82,14 +96,34 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
         """Initialise the chains; a start that passes the virial check at once is changed more slowly."""
         flat = jnp.zeros_like(problem.posterior.center)
         params = jax.vmap(lambda k: family.init(k, core, flat, _START_BLOCK))(keys)
+        return relaunch(family, problem, params, key)
+
+    def relaunch(family: AbstractFamily, problem: Problem, params, key: Key):
         first = jax.tree_util.tree_map(lambda leaf: leaf[0], params)
         shift, rounds = calibrate_scale(family, first, objective, problem, key)
-        params = params._replace(log_scale=params.log_scale + shift)
+        params = jax.vmap(lambda one: family.widened(one, shift))(params)
         family = family.trusting(rounds == 1)
         return family, jax.vmap(lambda one: init_state(family, one, config))(params), rounds
 
     def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
         return run_steps(family, objective, problem, config, state, keys, first_step, horizon, length)
+
+    finish, excess_on, conclude = _evaluation(objective, config, loss_full_flat)
+    return _compiled(Programs(prepare, launch, steps, finish, relaunch, excess_on, conclude), config)
+
+
+def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> tuple[Callable, ...]:
+    """Return the stages after the last step: on the problem's data, or on a stream's chunk by chunk."""
+
+    def excess_on(family: AbstractFamily, problem: Problem, params, keys: Keys, batch):
+        center = problem.posterior.center
+
+        def one(inputs):
+            chain_params, chain_key = inputs
+            draws = evaluation_draws(family, chain_params, chain_key, config.evaluation_draws)
+            return excess_at(draws, center, lambda w: excess_loss(objective, w, center, batch))
+
+        return jax.lax.map(one, (params, keys)), full_data_loss(objective, center, batch)
 
     def finish(family: AbstractFamily, problem: Problem, params, keys: Keys, *, spread: bool = False) -> Outcome:
         mean_loss = data_parallel_loss if spread else full_data_loss
@@ -98,15 +132,13 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
             if loss_full_flat is None
             else loss_full_flat(problem.posterior.center)
         )
-        chains = over_devices(evaluate_chains, (False, False, False, True, True)) if spread else evaluate_chains
-        evaluation, arrays = chains(family, problem, reference_loss, params, keys)
-        return Outcome(evaluation, reference_loss, arrays)
+        return conclude(family, problem, params, keys, None, reference_loss)
 
-    def evaluate_chains(family: AbstractFamily, problem: Problem, reference_loss, params, keys: Keys):
+    def conclude(family: AbstractFamily, problem: Problem, params, keys: Keys, excess, reference_loss) -> Outcome:
         excess_fn = make_excess_fn(objective, problem, loss_full_flat)
 
         def one(inputs):
-            chain_params, chain_key = inputs
+            chain_params, chain_key, chain_excess = inputs
             evaluation = evaluate(
                 family,
                 chain_params,
@@ -118,15 +150,17 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
                 num_draws=config.evaluation_draws,
                 control_variate=config.control_variate,
                 trace_probes=config.trace_probes,
+                excess=chain_excess,
             )
             return evaluation, family.summary_arrays(chain_params)
 
-        return jax.lax.map(one, (params, keys))
+        evaluation, arrays = jax.lax.map(one, (params, keys, excess))
+        return Outcome(evaluation, reference_loss, arrays)
 
-    return _compiled(Programs(prepare, launch, steps, finish))
+    return finish, excess_on, conclude
 
 
-def _compiled(plain: Programs) -> Stages:
+def _compiled(plain: Programs, config: VIConfig) -> Stages:
     once = quick_compilation()
     steps = over_devices(plain.steps, (False, False, True, True, False, False))
     jit_steps = functools.partial(jax.jit, steps, static_argnames=("length",), donate_argnums=(2,))
@@ -135,24 +169,42 @@ def _compiled(plain: Programs) -> Stages:
         launch=jax.jit(plain.launch, compiler_options=once),
         steps=jit_steps(),
         finish=jax.jit(functools.partial(plain.finish, spread=True), compiler_options=once),
+        relaunch=jax.jit(plain.relaunch, compiler_options=once),
+        excess_on=jax.jit(plain.excess_on, compiler_options=once),
+        conclude=jax.jit(plain.conclude, compiler_options=once),
     )
     quick = compiled._replace(steps=jit_steps(compiler_options=once))
-    return Stages(quick, compiled, plain)
+    return Stages(quick, compiled, jax.jit(functools.partial(_whole, plain, config)))
 
 
+def _whole(plain: Programs, config: VIConfig, problem: Problem, keys: Keys, whitener_scale: Array | None) -> tuple:
+    """Run all stages; the core has all the rows that it may have, since their number is not known."""
+    key, center = start_key(), problem.posterior.center
+    start = plain.prepare(problem, key, whitener_scale)
+    rank = rank_limit(config, center.size, center.dtype.itemsize)
+    family, state, rounds = plain.launch(build_family(config, start, rank), problem, start.core[:rank], key, keys)
+    horizon = Horizon(*(jnp.asarray(step, jnp.float32) for step in fixed_phases(config)))
+    state, traces = plain.steps(family, problem, state, keys, jnp.int32(0), horizon, length=config.steps)
+    outcome = plain.finish(family, problem, state.params, keys)
+    return family, state.params, start, outcome, traces, rounds
+
+
+START_SEED = 0
 _START_BLOCK = 2**31  # counters of a chain's key beyond those of its steps; the evaluation's follow
+
+
+def start_key() -> Key:
+    """Return the key of what the chains share, the same for every fit."""
+    return jax.random.key(START_SEED)
 
 
 def build_family(config: VIConfig, start: Start, core_rows: int) -> AbstractFamily:
     """Instantiate the configured family with `core_rows` rows of core (a padding of the rows in use)."""
-    return FAMILIES[config.family](
+    geometry = Geometry(
         scale=start.scale,
-        trust=jnp.ones((), start.scale.dtype),
-        core_mask=(jnp.arange(core_rows) < start.rank).astype(start.scale.dtype),
-        ranks=tuple(min(rank, start.scale.size) for rank in config.ranks),
-        means=config.means,
+        core=start.core[:core_rows],
+        rank=start.rank,
+        unit=1 / jnp.sqrt(start.rest),
         noise_size=rank_limit(config, start.scale.size, start.scale.dtype.itemsize),
-        temperature=config.alpha_temperature,
-        dirichlet=1.0 if config.alpha_dirichlet_prior is None else config.alpha_dirichlet_prior,
-        entropy_bonus=config.entropy_bonus,
     )
+    return FAMILIES[config.family].create(config, geometry)

@@ -10,7 +10,6 @@ NUM_BLOCKS = 10
 NOISE_SIGMAS = 1.0  # with looks in a row below: a drift as large as its noise is not missed twice
 FLAT_LOOKS = 2
 VIRIAL_TOLERANCE = 0.05
-NEGLIGIBLE_NATS = 0.5  # a gain over the window below this moves llc by less than its Monte Carlo error
 DECAY_FRACTION = 0.25  # steps of the final decay, relative to those before it
 MIN_DECAY = 100
 MAX_DECAY_FACTOR = 16
@@ -24,10 +23,9 @@ class Trend(NamedTuple):
     error: float
     window: int
 
-    @property
-    def is_flat(self) -> bool:
-        """Whether the gain is indistinguishable from noise, or negligible beyond doubt."""
-        return self.gain <= max(NOISE_SIGMAS * self.error, NEGLIGIBLE_NATS)
+    def is_flat(self, negligible: float) -> bool:
+        """Say whether the gain is indistinguishable from noise, or below `negligible` nats."""
+        return self.gain <= max(NOISE_SIGMAS * self.error, negligible)
 
 
 def elbo_trend(elbo: np.ndarray) -> Trend:

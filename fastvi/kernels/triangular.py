@@ -3,53 +3,82 @@
 A batched triangular solve expands into hundreds of operations when XLA compiles it for CPU; this does not.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import sequential_vmap
+from jax.custom_batching import custom_vmap, sequential_vmap
 
 from fastvi._typing import Array, Float
 
+RIDGE = 5e-5  # relative, of the second attempt
+
+
+class InverseRoot(NamedTuple):
+    """Lower triangular X with `X^T X = (I + gram)^{-1}`, and 1 where it took a ridge to find it, else 0."""
+
+    root: Float[Array, "*batch n n"]
+    ridged: Float[Array, "*batch"]
+
 
 @jax.custom_jvp
-def inverse_root(gram: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Return the lower triangular X with `X^T X = (I + gram)^{-1}`.
+def inverse_root(gram: Float[Array, "*batch n n"]) -> InverseRoot:
+    """Factorise `(I + gram)^{-1}`.
+
+    Where rounding left `I + gram` indefinite, its diagonal is raised by `RIDGE` of itself and the factorisation tried
+    once more; NaN where that fails too.
 
     Cost:
         O(n^3) operations.
     """
-    return _inverse_root(gram)
+    root, ridged = _inverse_root_of_one(gram) if gram.ndim == 2 else _inverse_root_of_many(gram)
+    return InverseRoot(root, ridged)
 
 
 @inverse_root.defjvp
 def _inverse_root_jvp(primals, tangents):
-    root = inverse_root(*primals)
-    inner = jnp.tril(root @ tangents[0] @ root.T)
-    return root, -(inner - 0.5 * jnp.diag(jnp.diagonal(inner))) @ root
+    found = inverse_root(*primals)
+    inner = jnp.tril(found.root @ tangents[0] @ jnp.swapaxes(found.root, -1, -2))
+    half = inner * (1 - 0.5 * jnp.eye(inner.shape[-1], dtype=inner.dtype))
+    return found, InverseRoot(-half @ found.root, jnp.zeros_like(found.ridged))
 
 
 @sequential_vmap  # chain after chain: LAPACK solves one matrix, while a batch would expand
-def _inverse_root(gram):
+def _inverse_root_of_one(gram):
+    root, ridged = _factorise(gram)
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    root = cholesky(identity + gram)
-    return jax.lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
+    return jax.lax.linalg.triangular_solve(root, identity, left_side=True, lower=True), ridged
+
+
+@custom_vmap
+def _inverse_root_of_many(gram):
+    root, ridged = _factorise(gram)
+    return lower_inverse(root), ridged
+
+
+@_inverse_root_of_many.def_vmap
+def _(axis_size, in_batched, gram):
+    """Keep the second attempt behind one condition for all chains."""
+    del axis_size, in_batched
+    return _inverse_root_of_many(gram), (True, True)
+
+
+def _factorise(gram):
+    """Return the Cholesky factor of `I + gram` and whether it took a ridge."""
+    matrix = jnp.eye(gram.shape[-1], dtype=gram.dtype) + gram
+    root = cholesky(matrix)
+    failed = jnp.isnan(root).any(axis=(-2, -1)) & jnp.isfinite(matrix).all(axis=(-2, -1))
+
+    def again():
+        diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)[..., None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+        return jnp.where(failed[..., None, None], cholesky(matrix + RIDGE * diagonal), root)
+
+    return jax.lax.cond(failed.any(), again, lambda: root), failed.astype(gram.dtype)
 
 
 def cholesky(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     """Factorise symmetric matrices without symmetrising them first; NaN where one is not positive definite."""
     return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-
-
-def cholesky_inverse(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
-    """Invert the Cholesky factor of symmetric matrices; up to two rows in closed form, which fuses."""
-    if matrix.shape[-1] == 1:
-        return 1 / jnp.sqrt(matrix)
-    if matrix.shape[-1] != 2:
-        return lower_inverse(cholesky(matrix))
-    first = 1 / jnp.sqrt(matrix[..., 0, 0])
-    corner = matrix[..., 1, 0] * first
-    second = 1 / jnp.sqrt(matrix[..., 1, 1] - corner**2)
-    rows = [[first, jnp.zeros_like(first)], [-corner * first * second, second]]
-    return jnp.stack([jnp.stack(row, -1) for row in rows], -2)
 
 
 def lower_inverse(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:

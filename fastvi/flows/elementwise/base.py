@@ -24,6 +24,10 @@ class AbstractElementwise(eqx.Module):
     def identity(self) -> np.ndarray:
         """Return the raw parameters, shape (num_params,), of the identity."""
 
+    def seen(self, features: Float[Array, "rows size"]) -> Float[Array, "rows size"]:
+        """Return what a network that gives raw parameters sees of other features: all of them as they are."""
+        return features
+
     @abc.abstractmethod
     def forward(
         self, raw: Float[Array, "params rows size"], x: Float[Array, "rows size"], gate: Float[Array, " _"] | None

@@ -90,6 +90,10 @@ class RationalQuadratic(AbstractElementwise):
         raw[2 * self.num_bins :] = self.unit_logit
         return raw
 
+    def seen(self, features):
+        """Return features cut to the interval: far outside they would saturate a network, and its splines collapse."""
+        return jnp.clip(features, -self.tail_bound, self.tail_bound)
+
     def forward(self, raw, x, gate):
         """Return y and log dy/dx."""
         return self._apply(False, raw, x, gate)

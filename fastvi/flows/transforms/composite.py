@@ -101,9 +101,38 @@ class CompositeTransform(AbstractTransform):
 
 
 def _repeat(step, carry, segment, params, *, reverse):
-    """Apply `step` once, or in a loop over the stacked parameters of each core's blocks."""
+    """Apply `step` once, or in a loop over the parameters of each core's blocks."""
     series = [[params[index] for index in indices] for indices in segment.indices]
     if len(series[0]) == 1:
         return step(carry, [values[0] for values in series])
-    stacked = [jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *values) for values in series]
-    return jax.lax.scan(lambda c, s: (step(c, s), None), carry, stacked, reverse=reverse)[0]
+    rows = [_rows(values) for values in series]
+
+    def body(carry, row):
+        return step(carry, [_unpack(part, values[0]) for part, values in zip(row, series, strict=True)]), None
+
+    return jax.lax.scan(body, carry, rows, reverse=reverse)[0]
+
+
+def _rows(values):
+    """Write the parameters of equal blocks in the rows of one array for each dtype.
+
+    One concatenation: XLA compiles one for each leaf, as stacking them needs, for longer than all of a layer.
+    """
+    blocks = [jax.tree_util.tree_leaves(block) for block in values]
+    rows = {}
+    for dtype in dict.fromkeys(jnp.result_type(leaf) for leaf in blocks[0]):
+        flat = [jnp.ravel(leaf) for leaves in blocks for leaf in leaves if jnp.result_type(leaf) == dtype]
+        rows[dtype.name] = jnp.concatenate(flat).reshape(len(blocks), -1)
+    return rows
+
+
+def _unpack(row, like):
+    """Undo `_rows` for one row, with the structure and shapes of `like`."""
+    leaves, structure = jax.tree_util.tree_flatten(like)
+    read, found = dict.fromkeys(row, 0), []
+    for leaf in leaves:
+        name = jnp.result_type(leaf).name
+        end = read[name] + jnp.size(leaf)
+        found.append(row[name][read[name] : end].reshape(jnp.shape(leaf)))
+        read[name] = end
+    return jax.tree_util.tree_unflatten(structure, found)

@@ -115,7 +115,8 @@ class AbstractCoupling(AbstractTransform):
         return jnp.concatenate([fixed, moved]), jnp.sum(log_slopes, axis=0)
 
     def _raw(self, params, fixed: Float[Array, "passed size"], context) -> Float[Array, "params moved size"]:
-        inputs = (fixed,) if context is None else (fixed, context)
+        seen = self.elementwise.seen(fixed)
+        inputs = (seen,) if context is None else (seen, context)
         raw = self.conditioner.output(params, self.conditioner.hidden(params, *inputs))
         return raw.reshape(self.elementwise.num_params, self.dim - fixed.shape[0], fixed.shape[1])
 

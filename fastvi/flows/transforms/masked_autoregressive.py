@@ -82,7 +82,8 @@ class MaskedAutoregressive(AbstractTransform):
         return self._at_once(params["mlp"], columns, condition)
 
     def _hidden(self, params, columns, context):
-        inputs = (columns,) if context is None else (columns, context)
+        seen = self.elementwise.seen(columns)
+        inputs = (seen,) if context is None else (seen, context)
         return self.conditioner.hidden(params, *inputs)
 
     def _at_once(self, params, columns, condition):

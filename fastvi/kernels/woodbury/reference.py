@@ -55,6 +55,7 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
         cross=cross,
         factor_half=jnp.linalg.inv(jnp.linalg.cholesky(identity + factor)),
         log_det=jnp.linalg.slogdet(covariances(mixture))[1],
+        ridged=jnp.zeros((), mixture.log_scale.dtype),
     )
 
 

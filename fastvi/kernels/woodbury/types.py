@@ -30,6 +30,7 @@ class Grams(NamedTuple):
     cross: Float[Array, "comp core rank"]  # B A_m^T
     factor_half: Float[Array, "comp rank rank"]  # of C_m = I + A_m A_m^T + cross^T cross
     log_det: Float[Array, " comp"]  # log |Sigma_m|
+    ridged: Scalar  # factorisations that took a ridge
 
 
 class Noise(NamedTuple):

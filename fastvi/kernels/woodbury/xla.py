@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
 from fastvi._typing import Array, Float, Scalar
-from fastvi.kernels.triangular import cholesky_inverse, inverse_root
+from fastvi.kernels.triangular import inverse_root
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
 PAIRWISE_RANK = 2  # up to here products of single rows are as fast as anything
@@ -23,13 +23,13 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
     core, factors = mixture.core, mixture.factors
     num_core, (num_components, rank, dim) = core.shape[0], factors.shape
     flat = factors.reshape(num_components * rank, dim)
-    core_half = inverse_root(core @ core.T)
+    core_half, core_ridged = inverse_root(core @ core.T)
     cross = (core @ flat.T).reshape(num_core, num_components, rank).transpose(1, 0, 2)
     products = factor_grams(factors) if factor_products is None else factor_products
     inner = products + jnp.swapaxes(cross, 1, 2) @ cross
-    factor_half = cholesky_inverse(jnp.eye(rank, dtype=core.dtype) + inner)
+    factor_half, ridged = inverse_root(inner)
     log_det = 2 * jnp.sum(mixture.log_scale) + _log_det(core_half) - _log_det(factor_half)
-    return Grams(core_half, cross, factor_half, log_det)
+    return Grams(core_half, cross, factor_half, log_det, core_ridged + jnp.sum(ridged))
 
 
 def factor_grams(factors):
@@ -59,7 +59,7 @@ def _log_det(triangular):
 
 def precision_root(core, eps, zeta):
     """Compute `eps - B^T C_B^{-1} (B eps - zeta)` for rows of eps and zeta."""
-    half = inverse_root(core @ core.T)
+    half = inverse_root(core @ core.T).root
     return eps - ((eps @ core.T - zeta) @ half.T @ half) @ core
 
 

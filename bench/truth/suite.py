@@ -1,0 +1,179 @@
+"""Run `estimate_llc` with its defaults over the problems whose answer is known, and score it.
+
+python -m bench.truth.suite                                  every problem of at most 5,000 dimensions, five seeds
+python -m bench.truth.suite --problems tanh_3_g1 --seeds 2   these
+python -m bench.truth.suite --report                         write the tables of what was measured into docs/accuracy.md
+"""
+
+import argparse
+import csv
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from bench import harness
+from bench.publish import ACCURACY, publish
+from bench.truth.linear_nets import deep_linear
+from bench.truth.problem import Problem
+from bench.truth.problems import PROBLEMS
+from bench.truth.reference import load_references
+from fastvi import estimate_llc
+
+TABLE = "suite"
+LARGEST = 5000
+SCALING = {  # deep linear networks at their most degenerate point, in the limit of weak localization
+    f"theory_{len(widths) - 1}x{widths[0]}": (widths, rank)
+    for widths, rank in (
+        ((22,) * 3, 5),
+        ((18,) * 4, 4),
+        ((16,) * 5, 3),
+        ((40,) * 3, 8),
+        ((58,) * 4, 8),
+        ((50,) * 5, 6),
+        ((100,) * 4, 12),
+        ((183,) * 4, 18),
+    )
+}
+
+
+def scaling_problem(name: str) -> Problem:
+    """Return a network of `SCALING`, at localization 1."""
+    widths, rank = SCALING[name]
+    return deep_linear(name, widths, rank, 1.0)
+
+
+def run(problem: Problem, seed: int, reference: float | None) -> dict[str, Any]:
+    """Estimate once; return a row of suite.csv."""
+    began = time.perf_counter()
+    result = estimate_llc(
+        problem.loss_fn,
+        problem.params,
+        problem.data,
+        key=seed,
+        nbeta=problem.nbeta,
+        localization=problem.gamma,
+        progress=False,
+        throw=False,
+    )
+    details = result.correction or {"method": "none"}
+    target = problem.theory if reference is None else reference
+    assert target is not None, problem.name
+    return {
+        "problem": problem.name,
+        "d": problem.dim,
+        "gamma": problem.gamma,
+        "seed": seed,
+        "reference": target,
+        "llc": result.llc,
+        "sem": result.llc_sem,
+        "llc_vi": result.llc_vi,
+        "relative_error": result.llc / target - 1,
+        "fge": result.work["total_fge"],
+        "seconds": time.perf_counter() - began,
+        "method": details["method"],
+        "findings": " ".join(finding.name for finding in result.health),
+    }
+
+
+def load() -> dict[str, list[dict[str, str]]]:
+    """Return the rows by problem; of rows with the same seed the last one counts."""
+    with (harness.RESULTS / f"{TABLE}.csv").open(newline="") as file:
+        rows = {(row["problem"], row["seed"]): row for row in csv.DictReader(file)}
+    found: dict[str, list[dict[str, str]]] = {}
+    for (name, _), row in rows.items():
+        found.setdefault(name, []).append(row)
+    return found
+
+
+def numbers(rows: list[dict[str, str]], column: str) -> np.ndarray:
+    """Return a column."""
+    return np.array([float(row[column]) for row in rows])
+
+
+def is_covered(row: dict[str, str], reference_sem: float) -> bool:
+    """Whether the answer is within three standard errors, or a finding says that the error is not to be trusted."""
+    error = abs(float(row["llc"]) - float(row["reference"]))
+    return error < 3 * np.hypot(float(row["sem"]), reference_sem) or "walk_unsettled" in row["findings"]
+
+
+def table(found: dict[str, list[dict[str, str]]]) -> str:
+    """Return a line for each problem, and the totals."""
+    references = load_references()
+    head = "| problem | d | γ | reference | q alone | corrected | median error | worst | covered | FGE | unsettled |"
+    lines, medians, covered, runs = [head, "|---" * 11 + "|"], [], 0, 0
+    for name in (name for name in PROBLEMS if name in found):
+        rows = found[name]
+        errors = np.abs(numbers(rows, "relative_error"))
+        inside = sum(is_covered(row, float(references[name].get("sem") or 0.0)) for row in rows)
+        unsettled = sum("walk_unsettled" in row["findings"] for row in rows)
+        covered, runs = covered + inside, runs + len(rows)
+        medians.append(np.median(errors))
+        lines.append(
+            f"| {name} | {rows[0]['d']} | {float(rows[0]['gamma']):g} | {float(rows[0]['reference']):.4g} "
+            f"| {np.median(numbers(rows, 'llc_vi')):.4g} | {np.median(numbers(rows, 'llc')):.4g} "
+            f"| {100 * np.median(errors):.2g} % | {100 * errors.max():.2g} % | {inside} of {len(rows)} "
+            f"| {np.median(numbers(rows, 'fge')):.0f} | {unsettled} |"
+        )
+    every = np.concatenate([np.abs(numbers(found[name], "relative_error")) for name in PROBLEMS if name in found])
+    total = (
+        f"Over {len(medians)} problems and {runs} runs: the median of the medians is {100 * np.median(medians):.2g} %, "
+        f"the largest {100 * max(medians):.2g} %; the worst run {100 * every.max():.2g} %. The answer is within three "
+        f"`llc_sem`, or the run is flagged, in {covered} of {runs} runs."
+    )
+    return "\n".join([*lines, "", total])
+
+
+def scaling_table(found: dict[str, list[dict[str, str]]]) -> str:
+    """Return theory and estimate of the deep linear networks, and their rank correlation."""
+    lines = ["| layers | width | d | theory | corrected | from theory | FGE | seconds |", "|---" * 8 + "|"]
+    theory, estimates = [], []
+    for name in (name for name in SCALING if name in found):
+        rows, (widths, _) = found[name], SCALING[name]
+        llc = float(np.median(numbers(rows, "llc")))
+        theory.append(float(rows[0]["reference"]))
+        estimates.append(llc)
+        lines.append(
+            f"| {len(widths) - 1} | {widths[0]} | {int(rows[0]['d']):,} | {theory[-1]:.6g} | {llc:.5g} "
+            f"| {100 * (llc / theory[-1] - 1):+.2g} % | {np.median(numbers(rows, 'fge')):.0f} "
+            f"| {np.median(numbers(rows, 'seconds')):.0f} |"
+        )
+    ranks = [np.argsort(np.argsort(values)) for values in (theory, estimates)]
+    spearman = np.corrcoef(*ranks)[0, 1] if len(theory) > 1 else float("nan")
+    return "\n".join([*lines, "", f"Spearman's rank correlation with theory: {spearman:.3f}."])
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, or report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", choices=[*PROBLEMS, *SCALING], metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--report", action="store_true", help="write the tables; measure nothing")
+    settings = parser.parse_args(arguments)
+    if settings.report:
+        found = load()
+        for name, text in (("suite", table(found)), ("scaling", scaling_table(found))):
+            publish(ACCURACY, name, text)
+            print(text)
+        return
+    references = load_references()
+    for name in settings.problems or PROBLEMS:
+        problem = scaling_problem(name) if name in SCALING else PROBLEMS[name]()
+        reference = None if name in SCALING else references[name]["value"]
+        if settings.problems is None and (problem.dim > LARGEST or reference is None):
+            continue
+        for seed in range(settings.first, settings.first + settings.seeds):
+            row = run(problem, seed, reference)
+            print(
+                f"{name}, seed {seed}: {row['llc']:.5g} ± {row['sem']:.2g}, {100 * row['relative_error']:+.2f} %, "
+                f"{row['fge']:.0f} FGE, {row['seconds']:.0f} s {row['findings']}",
+                file=sys.stderr,
+                flush=True,
+            )
+            harness.record(TABLE, [row])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,107 @@
+"""`fastvi report` and `fastvi compare`: look at runs that are finished."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastvi._errors import ConfigError
+from fastvi.cli.table import describe, format_table
+from fastvi.demos.base import Say
+from fastvi.diagnostics.style import DASHED, INK, STYLE, chain_color, import_matplotlib, running_mean, window_of
+from fastvi.result import LLCEstimate
+from fastvi.runs import REPORT_FILE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LONGEST_NAME = 28
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write the report page of a run again, and print its summary.
+
+    Attributes:
+        run_folder: Run folder.
+        out: HTML file; report.html in the run folder when left out.
+    """
+
+    run_folder: Path = dataclasses.field(metadata={"metavar": "RUN"})
+    out: Path | None = None
+
+    def run(self, say: Say) -> None:
+        """Read, tell, write."""
+        result = LLCEstimate.load(self.run_folder)
+        say(result.summary())
+        say("")
+        say(f"written: {result.report(self.out or self.run_folder / REPORT_FILE)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Compare runs in a table, and in a figure where asked.
+
+    Attributes:
+        run_folders: Run folders.
+        out: PNG file for a figure.
+    """
+
+    run_folders: tuple[Path, ...] = dataclasses.field(metadata={"metavar": "RUN [RUN ...]"})
+    out: Path | None = None
+
+    def run(self, say: Say) -> None:
+        """Read, tell, draw."""
+        if not self.run_folders:
+            raise ConfigError("compare takes one run folder or more, for example fastvi compare runs/a runs/b.")
+        results = [
+            (name, LLCEstimate.load(folder)) for name, folder in zip(self._names(), self.run_folders, strict=True)
+        ]
+        for line in format_table([{"run": name, **describe(result)} for name, result in results]):
+            say(line)
+        problems = {(result.n_data, result.dim, result.nbeta, result.localization) for _, result in results}
+        if len(problems) > 1:
+            say("the runs differ in n, d, n beta or localization: their llc and elbo are of different targets")
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            draw_comparison(results).savefig(self.out, dpi=150)
+            say(f"written: {self.out}")
+
+    def _names(self) -> list[str]:
+        """Name each run by its folder, or where two have the same name by the end of its path."""
+        short = [folder.resolve().name for folder in self.run_folders]
+        paths = [str(folder) for folder in self.run_folders]
+        full = [path if len(path) <= LONGEST_NAME else "…" + path[1 - LONGEST_NAME :] for path in paths]
+        return short if len(set(short)) == len(short) else full
+
+
+def draw_comparison(results: list[tuple[str, LLCEstimate]]) -> "Figure":
+    """Draw llc with errors and the ELBO's running mean of each run."""
+    matplotlib = import_matplotlib()
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 1.6 + 0.35 * max(len(results), 6)), facecolor="white", layout="constrained")
+        llc, elbo = figure.subplots(1, 2)
+        for place, result in enumerate(result for _, result in results):
+            color = chain_color(place)
+            llc.errorbar(result.llc, place, xerr=result.llc_sem, fmt="o", color=color, capsize=3)
+            llc.plot(result.llc_vi, place, "|", color=color, markersize=12)
+            values = np.asarray(result.traces["elbo"], float).mean(axis=0, keepdims=True)
+            window = window_of(values.shape[1])
+            elbo.plot(
+                np.arange(values.shape[1] - window + 1) + window / 2, running_mean(values, window)[0], color=color
+            )
+            elbo.axhline(result.elbo, color=color, linewidth=0.8, linestyle=DASHED)
+        llc.set_yticks(range(len(results)), [name for name, _ in results], color=INK)
+        llc.invert_yaxis()
+        llc.set(title="llc ± sem;  | q alone", xlabel="llc")
+        elbo.set(title="ELBO,  running mean over chains;  dashed: final", xlabel="step", ylabel="nats")
+        elbo.set_ylim(*_bulk([np.asarray(result.traces["elbo"], float) for _, result in results]))
+    return figure
+
+
+def _bulk(traces: list[np.ndarray]) -> tuple[float, float]:
+    late = [np.percentile(trace[:, trace.shape[1] // 5 :], [5, 95]) for trace in traces]
+    return min(low for low, _ in late), max(high for _, high in late)

@@ -1,0 +1,80 @@
+"""The figure of a sweep: llc and work against the first axis of the grid, a line for each of the other settings."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastvi.diagnostics.style import STYLE, chain_color, import_matplotlib
+from fastvi.result import LLCEstimate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LOG_FROM = 5.0  # a numeric axis that spans more than this factor is logarithmic
+ASIDE = 0.012  # of the axis, between lines
+
+
+def draw_sweep(results: list[tuple[dict[str, Any], LLCEstimate]]) -> "Figure":
+    """Draw llc, ELBO and work of every run.
+
+    Args:
+        results: The place of each run in the grid, and its estimate.
+    """
+    matplotlib = import_matplotlib()
+    from matplotlib.figure import Figure
+
+    first = next(iter(results[0][0]))
+    positions, labels = _positions([values[first] for values, _ in results])
+    lines: dict[str, list[int]] = {}
+    for place, (values, _) in enumerate(results):
+        others = ", ".join(f"{name} {value}" for name, value in values.items() if name != first)
+        lines.setdefault(others or "llc", []).append(place)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12, 4), facecolor="white", layout="constrained")
+        panels = figure.subplots(1, 3)
+        for color, (label, places) in enumerate(lines.items()):
+            at = _beside(positions, color - 0.5 * (len(lines) - 1))[places]
+            kept = [results[place][1] for place in places]
+            style = {"color": chain_color(color), "linewidth": 1.4, "markersize": 4}
+            sems = [result.llc_sem for result in kept]
+            panels[0].errorbar(
+                at, [result.llc for result in kept], yerr=sems, fmt="o-", capsize=3, label=label, **style
+            )
+            panels[1].plot(at, [result.elbo for result in kept], "o-", **style)
+            panels[2].plot(at, [result.work["total_fge"] for result in kept], "o-", **style)
+        for axes, title in zip(panels, ("llc ± sem", "ELBO, nats", "work, FGE"), strict=True):
+            axes.set(title=title, xlabel=first)
+            _label_axis(axes, positions, labels)
+        panels[2].set_ylim(bottom=0)
+        panels[0].legend(loc="best")
+    return figure
+
+
+def _positions(values: list[Any]) -> tuple[np.ndarray, list[str] | None]:
+    """Place numbers where they are, anything else side by side with labels."""
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        return np.asarray(values, float), None
+    labels = list(dict.fromkeys(map(str, values)))
+    return np.asarray([labels.index(str(value)) for value in values], float), labels
+
+
+def _beside(positions: np.ndarray, place: float) -> np.ndarray:
+    """Move the points of a line a little aside, so that lines that coincide are all seen."""
+    if _is_logarithmic(positions):
+        return positions * (positions.max() / positions.min()) ** (ASIDE * place)
+    return positions + ASIDE * place * max(np.ptp(positions), 1.0)
+
+
+def _is_logarithmic(positions: np.ndarray) -> bool:
+    return bool(positions.min() > 0 and positions.max() > LOG_FROM * positions.min())
+
+
+def _label_axis(axes: Any, positions: np.ndarray, labels: list[str] | None) -> None:
+    if labels is not None:
+        axes.set_xticks(range(len(labels)), labels)
+        return
+    if _is_logarithmic(positions):
+        axes.set_xscale("log")
+    ticks = np.unique(positions)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()

@@ -1,0 +1,41 @@
+"""Tables of runs: for a terminal, as CSV, and what they show of each run."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fastvi.result import LLCEstimate, with_error
+
+Row = Mapping[str, str]
+WIDTH = 80
+
+
+def describe(result: LLCEstimate) -> dict[str, str]:
+    """Return what a table says of a run."""
+    worst = [finding.name for finding in result.health if finding.severity != "note"]
+    return {
+        "llc": with_error(result.llc, result.llc_sem),
+        "q alone": with_error(result.llc_vi, result.llc_vi_sem),
+        "elbo": f"{result.elbo:.2f}",
+        "k-hat": f"{result.importance.khat:.2g}",
+        "FGE": f"{result.work['total_fge']:.0f}",
+        "s": f"{result.timings['total']:.0f}",
+        "findings": " ".join(worst) or "-",
+    }
+
+
+def format_table(rows: Sequence[Row], width: int = WIDTH) -> list[str]:
+    """Align the columns; the last is cut to the width, with an ellipsis."""
+    names = list(rows[0])
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
+    lines = [names, *[[row[name] for name in names] for row in rows]]
+    text = ["  ".join(f"{cell:<{widths[name]}}" for name, cell in zip(names, line, strict=True)) for line in lines]
+    return [line.rstrip() if len(line.rstrip()) <= width else line[: width - 1].rstrip() + "…" for line in text]
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Write the rows with a header."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

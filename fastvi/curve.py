@@ -1,0 +1,112 @@
+"""The learning coefficient along training: each fit begins at the q of the checkpoint before."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from fastvi._arguments import as_key, check_count
+from fastvi._errors import ConfigError, DataError
+from fastvi._typing import Batch, PyTree
+from fastvi.api import assemble, run_estimate
+from fastvi.config import VIConfig
+from fastvi.inference.driver import Progress
+from fastvi.result import LLCEstimate
+
+
+@dataclasses.dataclass(frozen=True)
+class LLCCurve:
+    """Estimates at the checkpoints of one training run, in their order."""
+
+    estimates: tuple[LLCEstimate, ...]
+
+    @property
+    def llc(self) -> np.ndarray:
+        """The coefficients, shape (checkpoints,)."""
+        return np.array([estimate.llc for estimate in self.estimates])
+
+    @property
+    def llc_sem(self) -> np.ndarray:
+        """Their standard errors."""
+        return np.array([estimate.llc_sem for estimate in self.estimates])
+
+    @property
+    def init_loss(self) -> np.ndarray:
+        """The training loss at each checkpoint, in nats."""
+        return np.array([estimate.init_loss for estimate in self.estimates])
+
+    @property
+    def total_fge(self) -> np.ndarray:
+        """The work at each checkpoint, in full-gradient equivalents."""
+        return np.array([estimate.work["total_fge"] for estimate in self.estimates])
+
+
+def llc_curve(
+    loss_fn: Callable[[PyTree, Batch], Any],
+    checkpoints: Iterable[PyTree],
+    data: Batch,
+    *,
+    key: Any = 0,
+    nbeta: float | None = None,
+    localization: float = 1.0,
+    config: Any = None,
+    num_chains: int | None = None,
+    progress: bool | Callable[[Progress], None] = True,
+    warm_start: bool = True,
+    warm_steps: int | None = None,
+    **overrides: Any,
+) -> LLCCurve:
+    """Estimate the local learning coefficient at every checkpoint of a training run.
+
+    The first fit begins at the curvature there, every other at the q of the checkpoint before, moved to the new w* and
+    narrowed where the loss says so. Where walkers correct the estimate, they too go on from where those of the
+    checkpoint before have come to. A checkpoint in the middle of training is no minimum: the estimate is then of the
+    posterior near it, and may be negative.
+
+    Args:
+        loss_fn: `(params, batch) -> mean loss per example`, in nats.
+        checkpoints: Parameters in the order of training, all of one structure; read one at a time.
+        data: As for `estimate_llc`.
+        key: An int seed or a jax random key, the same at every checkpoint.
+        nbeta: n times the inverse temperature; n / log n when left out.
+        localization: Strength of the localizer.
+        config: A `VIConfig`, or anything `VIConfig.create` reads.
+        num_chains: Independent fits.
+        progress: As for `estimate_llc`.
+        warm_start: Whether to begin at the q before; otherwise every fit begins at the curvature.
+        warm_steps: Steps of every fit but the first, at most; those of the first when left out.
+        **overrides: Fields of `VIConfig`.
+
+    Returns:
+        The estimates; only the last one can be corrected later.
+
+    Raises:
+        ConfigError: If `warm_steps` is below 1, or without `warm_start`.
+        DataError: If there is no checkpoint, or they differ in the number of parameters.
+    """
+    first, estimates, before = VIConfig.create(config, **overrides), [], None
+    later = _later(first, warm_start, warm_steps)
+    for params in checkpoints:
+        settings = later if estimates else first
+        target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
+        if before is not None and before.problem.posterior.center.size != target.problem.posterior.center.size:
+            raise DataError(
+                f"checkpoint {len(estimates)} has {target.problem.posterior.center.size} parameters, the one before "
+                f"{before.problem.posterior.center.size}; they must be checkpoints of one model."
+            )
+        estimate = run_estimate(target, num_chains, progress=progress, warm=before if warm_start else None)
+        before = estimate.fitted
+        estimates = [*(dataclasses.replace(one, fitted=None) for one in estimates), estimate]
+    if not estimates:
+        raise DataError("llc_curve needs at least one checkpoint; got none.")
+    return LLCCurve(tuple(estimates))
+
+
+def _later(settings: VIConfig, warm_start: bool, warm_steps: int | None) -> VIConfig:
+    """Return the configuration of the fits after the first."""
+    if warm_steps is not None:
+        if not warm_start:
+            raise ConfigError("warm_steps is of fits that begin at another's q; got warm_start=False. Leave one out.")
+        return settings.replace(steps=check_count("warm_steps", warm_steps))
+    return settings

@@ -1,0 +1,187 @@
+"""Traces and figures of a fit as events for TensorBoard."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from fastvi._optional import import_optional
+from fastvi.diagnostics.panels import IMAGES, PANELS, render
+from fastvi.inference.driver import Progress
+from fastvi.result import LLCEstimate
+
+PREFIX = "vi/"
+STATES = ("cumulative_fge", "lr", "effective_M")  # recorded as they stand; other traces by their mean over the window
+RADIUS_QUANTILES = (0.05, 0.5, 0.95)
+IMAGE_DPI = 80
+
+
+class Windows(NamedTuple):
+    """Traces reduced to one record for each window of `every` steps: `steps` (windows,), values (chains, windows)."""
+
+    steps: np.ndarray
+    values: dict[str, np.ndarray]
+
+
+def write_events(result: LLCEstimate, folder: str | os.PathLike[str], *, every: int | None = None) -> Path:
+    """Write a finished estimate: scalars of the traces, final values, figures.
+
+    The folder itself holds the mean over the chains, `chain_0`, `chain_1`, ... hold each chain, under the same tags:
+    TensorBoard lays them over each other.
+
+    Args:
+        result: The estimate; one that `LLCEstimate.load` read will do.
+        folder: Where the event files go; made if need be.
+        every: Steps between records; `eval_every` of the configuration when left out.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MissingExtraError: If tensorboardX or matplotlib is not installed.
+    """
+    folder = Path(folder)
+    last = result.traces["elbo"].shape[1] - 1
+    events = Events(folder)
+    events.write_traces(result.traces, every=every or result.config.eval_every)
+    events.write_scalars("mean", last, _final_mean(result))
+    for chain in range(len(result.evaluation["llc"])):
+        events.write_scalars(f"chain_{chain}", last, _final_of_chain(result, chain))
+    shown = {tag: panel for tag, panel in IMAGES.items() if PANELS[panel].applies(result)}
+    events.write_images(last, {tag: render(panel, result, IMAGE_DPI) for tag, panel in shown.items()})
+    events.close()
+    return folder
+
+
+class Events:
+    """Event files of one run: the mean over the chains in the folder, each chain in one of its own below."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self._proto = import_optional(
+            "tensorboardX.proto.summary_pb2", extra="tensorboard", distribution="tensorboardX", purpose="TensorBoard"
+        )
+        self._writer = import_optional(
+            "tensorboardX.writer", extra="tensorboard", distribution="tensorboardX", purpose="TensorBoard"
+        ).FileWriter
+        self._folder = Path(folder)
+        self._files: dict[str, Any] = {}
+
+    def write_traces(self, traces: Mapping[str, Any], *, every: int, first_step: int = 0) -> None:
+        """Write traces of shape (chains, steps), one record for every `every` steps."""
+        windows = reduce_traces(traces, every, first_step)
+        for index, step in enumerate(windows.steps):
+            per_chain = {name: values[:, index] for name, values in windows.values.items()}
+            mean = {name: float(values.mean()) for name, values in per_chain.items()}
+            self.write_scalars("mean", int(step), mean)
+            for chain in range(len(next(iter(per_chain.values())))):
+                values = {name: float(values[chain]) for name, values in per_chain.items()}
+                self.write_scalars(f"chain_{chain}", int(step), values)
+
+    def write_scalars(self, run: str, step: int, values: Mapping[str, float]) -> None:
+        """Write one event that holds all values of a step."""
+        summary = self._proto.Summary()
+        for name, value in values.items():
+            summary.value.add(tag=PREFIX + name, simple_value=float(value))
+        self._file(run).add_summary(summary, step)
+
+    def write_images(self, step: int, images: Mapping[str, bytes]) -> None:
+        """Write PNG images beside the means."""
+        summary = self._proto.Summary()
+        for name, png in images.items():
+            width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+            image = self._proto.Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+            summary.value.add(tag=PREFIX + name, image=image)
+        self._file("mean").add_summary(summary, step)
+
+    def flush(self) -> None:
+        """Make what is written visible to readers."""
+        for file in self._files.values():
+            file.flush()
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        for file in self._files.values():
+            file.close()
+
+    def _file(self, run: str) -> Any:
+        if run not in self._files:
+            self._files[run] = self._writer(str(self._folder if run == "mean" else self._folder / run))
+        return self._files[run]
+
+
+class LiveEvents:
+    """Write traces while a fit runs: pass it as `progress` to `estimate_llc`, and close it afterwards.
+
+    Example:
+        `with LiveEvents("runs/tb") as live: estimate_llc(loss_fn, params, data, progress=live)`
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, every: int = 50):
+        self._events, self._every = Events(folder), every
+
+    def __call__(self, progress: Progress) -> None:
+        """Write the steps since the last report."""
+        if progress.traces:
+            steps = next(iter(progress.traces.values())).shape[1]
+            self._events.write_traces(progress.traces, every=self._every, first_step=progress.step - steps)
+            self._events.flush()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the files."""
+        self._events.close()
+
+
+def reduce_traces(traces: Mapping[str, Any], every: int, first_step: int = 0) -> Windows:
+    """Reduce traces to windows of `every` steps, the last perhaps shorter, and add quantiles of radius2 over each."""
+    arrays = {name: np.asarray(trace, float) for name, trace in traces.items()}
+    length = next(iter(arrays.values())).shape[1]
+    starts = np.arange(0, length, every)
+    ends = np.minimum(starts + every, length)
+    values = {
+        name: array[:, ends - 1] if name in STATES else np.add.reduceat(array, starts, axis=1) / (ends - starts)
+        for name, array in arrays.items()
+    }
+    if "radius2" in arrays:
+        for level in RADIUS_QUANTILES:
+            columns = [np.quantile(arrays["radius2"][:, a:b], level, axis=1) for a, b in _pairs(starts, ends)]
+            values[f"radius2_q{100 * level:02.0f}"] = np.stack(columns, axis=1)
+    return Windows(first_step + ends - 1, values)
+
+
+def _pairs(starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
+    return zip(starts.tolist(), ends.tolist(), strict=True)
+
+
+def _final_mean(result: LLCEstimate) -> dict[str, float]:
+    """Values of the finished estimate: the headline as llc_mean and lambda_hat_mean, q's own beside it."""
+    mean = {name: float(np.mean(result.evaluation[name])) for name in ("llc", "llc_mc", "variance_reduction")}
+    return {
+        "llc": result.llc,
+        "lambda_hat": result.llc,
+        "llc_mean": result.llc,
+        "lambda_hat_mean": result.llc,
+        "llc_vi": result.llc_vi,
+        "L0": result.init_loss,
+        "Ln_wstar": result.init_loss,
+        "Eq_Ln_mc": result.init_loss + mean["llc_mc"] / result.nbeta,
+        "Eq_Ln_cv": result.init_loss + mean["llc"] / result.nbeta,
+        "Eq_Ln_final": result.init_loss + result.llc / result.nbeta,
+        "variance_reduction": mean["variance_reduction"],
+        "khat": result.importance.khat,
+    }
+
+
+def _final_of_chain(result: LLCEstimate, chain: int) -> dict[str, float]:
+    evaluation = {name: values[chain] for name, values in result.evaluation.items()}
+    return {
+        "llc_vi": evaluation["llc"],
+        "Eq_Ln_mc": result.init_loss + evaluation["llc_mc"] / result.nbeta,
+        "Eq_Ln_cv": result.init_loss + evaluation["llc"] / result.nbeta,
+        "variance_reduction": evaluation["variance_reduction"],
+    }

@@ -1,0 +1,72 @@
+"""The contract of a library of normalizing flows."""
+
+import abc
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fastvi._errors import ConfigError
+from fastvi._typing import Array, Float, Key, PyTree
+from fastvi.config import FlowConfig
+
+SPLINE_BOUND = 6.0  # standard deviations of the base that splines reach
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractBackend(abc.ABC):
+    """A flow of one dimension and configuration: hashable and without arrays, its parameters explicit.
+
+    Laws, tested for every backend and template: the draws of `sample_and_log_prob` have the density that it and
+    `log_prob` both state, normalised; with `init_scale` 0 the flow starts as the standard normal; the draw is a smooth
+    function of noise and parameters, and `log_prob` one of z.
+
+    Attributes:
+        dim: Latent dimensions.
+        config: Template, depth, widths, bins and scale of the initial weights.
+    """
+
+    dim: int
+    config: FlowConfig
+
+    @abc.abstractmethod
+    def init(self, key: Key) -> PyTree[Array]:
+        """Draw parameters, floating-point arrays all of them."""
+
+    @abc.abstractmethod
+    def sample_and_log_prob(
+        self, params: PyTree[Array], noise: Float[Array, "draws latent"]
+    ) -> tuple[Float[Array, "draws latent"], Float[Array, " draws"]]:
+        """Turn standard normals to draws with their log densities."""
+
+    @abc.abstractmethod
+    def log_prob(self, params: PyTree[Array], z: Float[Array, "draws latent"]) -> Float[Array, " draws"]:
+        """Evaluate the log density at z."""
+
+    @functools.cached_property
+    def structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return the shapes of the parameters."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def require_one_width(self) -> None:
+        """Refuse hidden layers of different widths.
+
+        Raises:
+            ConfigError: If they differ.
+        """
+        widths = self.config.hidden
+        if len(set(widths)) > 1:
+            raise ConfigError(
+                f"flow.hidden must name equal widths for this backend; got {widths}: use {[max(widths)]}."
+            )
+
+    @property
+    def width(self) -> int:
+        """Return the width of the first hidden layer."""
+        return self.config.hidden[0]
+
+
+def standard_log_prob(z: Float[Array, "*batch latent"]) -> Float[Array, "*batch"]:
+    """Return the log density of N(0, I)."""
+    return -0.5 * jnp.sum(z**2, axis=-1) - 0.5 * z.shape[-1] * jnp.log(2 * jnp.pi).astype(z.dtype)

@@ -1,0 +1,1 @@
+"""Other packages and fastvi: one optional package per file, nothing else depends on them."""

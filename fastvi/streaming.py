@@ -1,0 +1,164 @@
+"""Data that do not fit into memory: a re-iterable of host batches, read in windows for the fit, in chunks for sums."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._errors import DataError, UnavailableError
+from fastvi._typing import Batch
+from fastvi.inference.driver import CHUNK, AbstractStream
+from fastvi.objective import EVALUATION_CHUNK
+
+WINDOW_BYTES = 128 * 2**20  # at least CHUNK minibatches, however large an example is
+STREAM_SEED = 0
+
+
+def is_stream(data: Any) -> bool:
+    """Say whether data are an iterable of batches rather than a pytree of arrays."""
+    if not isinstance(data, Iterable) or hasattr(data, "dtype") or isinstance(data, (str, bytes)):
+        return False
+    if isinstance(data, Iterator):  # which jax warns of
+        return True
+    leaves = jax.tree_util.tree_leaves(data)
+    return len(leaves) == 1 and leaves[0] is data
+
+
+class HostStream(AbstractStream):
+    """A re-iterable of host batches, each a pytree of arrays with a common leading axis of examples.
+
+    A window holds uniform draws with replacement from all examples, whatever their order, as many as the steps use up
+    before the next: their minibatches have the noise of minibatches from the data. Each window costs one pass.
+
+    Attributes:
+        num_data: Number of examples.
+        num_rows: Examples of a window.
+    """
+
+    def __init__(self, batches: Iterable[Any], dtype: Any, seed: Any, batch_size: int, most_bytes: int | None = None):
+        if isinstance(batches, Iterator):
+            raise DataError(
+                f"data is a {type(batches).__name__}, which can be read only once; pass an object whose __iter__ "
+                "begins anew each time, such as a torch DataLoader or a class of your own."
+            )
+        self._batches, self._dtype = batches, np.dtype(dtype)
+        self._seed = [int(word) for word in np.ravel(np.asarray(jax.random.key_data(seed)))]
+        self.num_data, self._example = self._survey()
+        bytes_each = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in self._leaves(self._example))
+        most_bytes = WINDOW_BYTES if most_bytes is None else most_bytes
+        self._steps = CHUNK * max(1, most_bytes // max(bytes_each, 1) // (batch_size * CHUNK))
+        self.num_rows = min(self.num_data, self._steps * batch_size)
+        self._held: tuple[int, Batch] | None = None
+
+    def window(self, step: int) -> Batch:
+        """Return `num_rows` uniform draws from the data, other ones once they are used up; all data if they fit."""
+        number = step // self._steps
+        if self._held is None or self._held[0] != number:
+            self._held = None  # lets the old window go before the new one is made
+            self._held = number, self._draw(number)
+        return self._held[1]
+
+    def _draw(self, number: int) -> Batch:
+        if self.num_rows == self.num_data:
+            wanted = np.arange(self.num_data)
+        else:
+            seed = [STREAM_SEED, *self._seed, number]
+            wanted = np.random.default_rng(seed).integers(self.num_data, size=self.num_rows)
+        order = np.argsort(wanted, kind="stable")
+        ordered = wanted[order]
+        rows = jax.tree_util.tree_map(
+            lambda leaf: np.empty((self.num_rows, *leaf.shape[1:]), leaf.dtype), self._example
+        )
+        seen = 0
+        for batch in self._read():
+            size = self._leaves(batch)[0].shape[0]
+            first, last = np.searchsorted(ordered, (seen, seen + size))
+            for target, source in zip(self._leaves(rows), self._leaves(batch), strict=True):
+                target[order[first:last]] = source[ordered[first:last] - seen]
+            seen += size
+        self._check_count(seen)
+        return jax.tree_util.tree_map(jnp.asarray, rows)
+
+    def chunks(self) -> Iterator[tuple[Batch, int]]:
+        """Yield all data in pieces of `EVALUATION_CHUNK` examples and a rest."""
+        waiting, count, seen = [], 0, 0
+        for batch in self._read():
+            waiting.append(batch)
+            count += self._leaves(batch)[0].shape[0]
+            while count >= EVALUATION_CHUNK:
+                whole = _concatenate(waiting)
+                yield _rows(whole, 0, EVALUATION_CHUNK), EVALUATION_CHUNK
+                waiting, count, seen = (
+                    [_rows(whole, EVALUATION_CHUNK, count)],
+                    count - EVALUATION_CHUNK,
+                    seen + EVALUATION_CHUNK,
+                )
+        if count:
+            yield _concatenate(waiting), count
+        self._check_count(seen + count)
+
+    def _survey(self) -> tuple[int, Batch]:
+        """Read all data once: count and check them, and return one empty batch of their kind."""
+        count, example = 0, None
+        for batch in self._read():
+            leaves = self._leaves(batch)
+            for leaf in leaves:
+                if leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0]:
+                    raise DataError("all arrays of a batch need the same leading axis (examples).")
+                if np.issubdtype(leaf.dtype, np.floating) and not np.all(np.isfinite(leaf)):
+                    raise DataError(f"the batch after {count} examples holds NaN or infinity; clean the data first.")
+            empty = _rows(batch, 0, 0)
+            example = empty if example is None else example
+            if _kind(empty) != _kind(example):
+                raise DataError(f"batches differ: {_kind(example)} first, {_kind(empty)} after {count} examples.")
+            count += leaves[0].shape[0]
+        if count == 0:
+            raise DataError("data has no examples: the iterable of batches was empty.")
+        return count, example
+
+    def _read(self) -> Iterator[Batch]:
+        for batch in self._batches:
+            yield jax.tree_util.tree_map(self._cast, batch)
+
+    def _cast(self, leaf: Any) -> np.ndarray:
+        array = np.asarray(leaf)
+        if array.dtype.kind not in "fiub":
+            raise DataError(f"a batch holds an array of dtype {array.dtype}; data must be numeric.")
+        kept = self._dtype if array.dtype.kind == "f" else jax.dtypes.canonicalize_dtype(array.dtype)
+        return array.astype(kept, copy=False)
+
+    def _check_count(self, count: int) -> None:
+        if count != self.num_data:
+            raise DataError(f"the iterable of batches gave {self.num_data} examples first and {count} later.")
+
+    @staticmethod
+    def _leaves(tree: Batch) -> list[np.ndarray]:
+        return jax.tree_util.tree_leaves(tree)
+
+
+def uncorrected(correction: str | None) -> str:
+    """Return the correction of an estimate from a stream: "none" unless reweighting was asked for.
+
+    Raises:
+        UnavailableError: If it is one that needs the gradient on all data, or much of it, at every step.
+    """
+    if correction in ("auto", "mcmc"):
+        raise UnavailableError(
+            f'correction={correction!r} needs the data in memory, and they are streamed. Use "importance" or "none".'
+        )
+    return correction or "none"
+
+
+def _kind(batch: Batch) -> str:
+    return str(jax.tree_util.tree_map(lambda leaf: f"{leaf.dtype}{list(leaf.shape[1:])}", batch))
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    return jax.tree_util.tree_map(lambda leaf: leaf[start:stop], batch)
+
+
+def _concatenate(batches: list[Batch]) -> Batch:
+    return jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves), *batches)

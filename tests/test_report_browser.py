@@ -1,0 +1,54 @@
+"""The report page in a real browser, where there is one."""
+
+import json
+import shutil
+import subprocess
+
+import jax.numpy as jnp
+import pytest
+
+from fastvi import estimate_llc
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--hide-scrollbars"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--v=0"]
+
+
+def visit(page, folder):
+    """Return the page's DOM, the lines of its console and the addresses that it asked for, not the browser itself."""
+    log = folder / "net.json"
+    command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}"]
+    done = subprocess.run(
+        [*command, "--virtual-time-budget=2000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    events = json.loads(log.read_text(encoding="utf-8"))["events"]
+    params = [event["params"] for event in events if "initiator" in event.get("params", {})]
+    asked = {found["url"] for found in params if found["initiator"] != "not an origin"}
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line], asked
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_browser_shows_the_report_without_errors_or_requests(tmp_path):
+    data = (jnp.ones((100, 1)),)
+    loss = lambda w, batch: 0.5 * jnp.sum(w**2) + 0.0 * jnp.sum(batch[0])  # noqa: E731
+    options = {"correction": "none", "steps": 100, "num_chains": 2, "progress": False}
+    page = estimate_llc(loss, jnp.zeros(4), data, **options).report(tmp_path / "report.html")
+    dom, console, asked = visit(page, tmp_path)
+    assert dom.count("<figure>") >= 8
+    assert console == []
+    assert asked == set()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_errors_and_requests_would_be_seen(tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text('<img src="http://example.invalid/a.png"><script>console.error("boom")</script>')
+    _, console, asked = visit(page, tmp_path)
+    assert "boom" in console[0]
+    assert asked == {"http://example.invalid/a.png"}

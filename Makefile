@@ -9,7 +9,7 @@ SOURCES := $(wildcard fastvi tests bench)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow lint format bench docs check
+.PHONY: help demo test slow lint format bench gate docs check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,10 @@ format: $(VENV)/.stamp-lint  ## apply the style that lint checks
 
 bench: $(VENV)/.stamp-bench  ## run the benchmarks
 	$(BIN)/python -m pytest bench/ --benchmark-only
+
+gate: $(VENV)/.stamp-test  ## compare the cost of a small step with the committed one
+	$(BIN)/python -m pytest -q 'bench/bench_step.py::test_step[1000]' --benchmark-only
+	$(BIN)/python -m bench.gate --allow 2
 
 docs: $(VENV)/.stamp-docs  ## build the documents as a site in site/, strictly
 	$(BIN)/python -m mkdocs build --strict --quiet

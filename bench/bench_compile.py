@@ -5,9 +5,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-from harness import record
-from problems import BATCH, tanh_network
 
+from bench.harness import record
+from bench.problems import BATCH, tanh_network
 from fastvi import LocalPosterior, VIConfig, estimate_llc, make_flat_objective
 from fastvi._arguments import settle
 from fastvi.inference.driver import CHUNK

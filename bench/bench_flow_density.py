@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from harness import record
 
+from bench.harness import record
 from fastvi import flows
 
 LAYERS, HIDDEN, BINS, BATCH, STEPS, RATE = 4, 32, 8, 256, 1500, 2e-3

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import interleaved, record
 
 import fastvi
+from bench.harness import interleaved, record
 from fastvi.config import VIConfig
 from fastvi.diagnostics.importance import pareto_smooth
 from fastvi.families import FAMILIES

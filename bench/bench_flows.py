@@ -6,8 +6,8 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
-from harness import interleaved, record
 
+from bench.harness import against, record, score
 from fastvi import flows
 
 LAYERS, HIDDEN, BATCH, BINS = 8, 64, 1024, 8
@@ -105,7 +105,11 @@ def measure(dim, methods, names, rounds):
             compiled = jax.jit(function).lower(*args).compile()
             compile_seconds[method] = time.perf_counter() - began
             programs[method] = lambda compiled=compiled, args=args: compiled(*args)
-        best = interleaved(programs, rounds)
+        floor = "flowjax" if "flowjax" in programs else "fastvi"
+        timings = against(floor, programs, rounds)
+        best = {method: timing.seconds[0] for method, timing in timings.items()}
+        details = {"asked": 1 / ASKED_SPEED if floor == "flowjax" else "", "compile_s": compile_seconds["fastvi"]}
+        record("ratios", [score("flows", f"fastvi {name}", dim, floor, timings["fastvi"], **details)])
         for method, (_, _, params, _) in built.items():
             row = {
                 "method": method,

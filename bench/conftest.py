@@ -1,7 +1,8 @@
 """Print the tables of a run at its end, and keep compiled programs of earlier runs out of it."""
 
-import harness
 import jax
+
+from bench import harness
 
 jax.config.update("jax_enable_compilation_cache", False)
 

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 import fastvi
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+DETAILS = ("asked", "peak_mb", "compile_s", "moved_mb", "least_mb")
 TABLES: dict[str, list[dict[str, Any]]] = {}  # rows of this run, printed by conftest.py at its end
 
 
@@ -37,6 +38,61 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dic
         for name, call in candidates.items():
             best[name] = min(best[name], seconds(call))
     return best
+
+
+class Timing(NamedTuple):
+    """Seconds of a call and its multiple of the floor in the same round: 20 %, 50 % and 80 % points of the rounds.
+
+    `least` is the ratio of the least seconds of either: what is left where other programs interrupt most rounds.
+    """
+
+    seconds: tuple[float, float, float]
+    ratio: tuple[float, float, float]
+    least: float
+
+
+def against(floor: str, candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
+    """Time candidates in turn and compare each with `floor` round by round: load changes more slowly than that."""
+    for call in candidates.values():
+        jax.block_until_ready(call())
+    samples = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            samples[name].append(seconds(call))
+    base = np.asarray(samples[floor])
+    return {
+        name: Timing(_spread(np.asarray(own)), _spread(np.asarray(own) / base), float(min(own) / base.min()))
+        for name, own in samples.items()
+    }
+
+
+def _spread(samples: np.ndarray) -> tuple[float, float, float]:
+    return tuple(float(np.quantile(samples, share)) for share in (0.2, 0.5, 0.8))
+
+
+def score(group: str, name: str, size: int, floor: str, timing: Timing, **details: Any) -> dict[str, Any]:
+    """Make a row of `ratios.csv`, the table that `bench.report` prints and `bench.gate` compares.
+
+    Args:
+        group: kernels, step, fit, flows or estimate.
+        name: What was timed.
+        size: Dimension.
+        floor: What its time is a multiple of.
+        timing: From `against`.
+        details: Any of `asked`, `peak_mb`, `compile_s`, `moved_mb` and `least_mb`.
+    """
+    low, median, high = timing.ratio
+    row = {"group": group, "name": name, "size": size, "floor": floor}
+    row |= {"ratio": median, "ratio_p20": low, "ratio_p80": high, "ratio_least": timing.least}
+    row |= dict(zip(("ms_p20", "ms", "ms_p80"), (1e3 * value for value in timing.seconds), strict=True))
+    return row | {name: details.pop(name, "") for name in DETAILS} | details
+
+
+def peak_megabytes(compiled: Any) -> float:
+    """Return what a compiled program holds at most: arguments, results and temporaries, aliases counted once."""
+    memory = compiled.memory_analysis()
+    parts = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return (parts - memory.alias_size_in_bytes) / 1e6
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 INPUTS = 16
 NUM_DATA = 20_000
 BATCH = 256
-WIDTHS = {1_000: 24, 10_000: 91, 100_000: 308}  # hidden width for about so many parameters
+WIDTHS = {1_000: 24, 10_000: 91, 100_000: 308, 1_000_000: 992}  # hidden width for about so many parameters
 
 
 def tanh_network(size: int, num_data: int = NUM_DATA):

@@ -1,4 +1,5 @@
 import functools
+import io
 import itertools
 from pathlib import Path
 
@@ -14,17 +15,25 @@ from hypothesis import strategies as st
 
 from fastvi import kernels
 from fastvi._errors import ConfigError
-from fastvi.kernels import _dispatch, hutchinson, mixture_grad, noise, triangular, woodbury
-from fastvi.kernels.hutchinson import api as hutchinson_api
+from fastvi.kernels import OPS, hutchinson, mixture_grad, noise, triangular, woodbury
+from fastvi.kernels._dispatch import Implementation, Op, current_platform
 from fastvi.kernels.hutchinson import cases as hutchinson_cases
-from fastvi.kernels.mixture_grad import api as mixture_grad_api
+from fastvi.kernels.order import upper_median
 from fastvi.kernels.woodbury import Mixture, cases
-from fastvi.kernels.woodbury import api as woodbury_api
 
-OPS = {"woodbury": woodbury_api, "mixture_grad": mixture_grad_api, "hutchinson": hutchinson_api}
+
+def available(op):
+    """The implementations that run here, the reference aside; tests/test_triton.py has Triton's, interpreted."""
+    return [
+        name
+        for name, implementation in OPS[op].implementations.items()
+        if name != "reference" and implementation.obstacle(current_platform()) is None
+    ]
+
+
 # a draw of an implementation goes to the gradient of the same name
-IMPLEMENTATIONS = sorted(set(woodbury_api.IMPLEMENTATIONS) & set(mixture_grad_api.IMPLEMENTATIONS) - {"reference"})
-HUTCHINSON = sorted(set(hutchinson_api.IMPLEMENTATIONS) - {"reference"})
+IMPLEMENTATIONS = sorted(set(available("woodbury")) & set(available("mixture_grad")))
+HUTCHINSON = sorted(available("hutchinson"))
 FLOAT32 = [name for name, case in cases.CASES.items() if case.dim > 5 and name != "shared_steep_crossed"]
 FLOAT32_LIMITS = {"shared_steep_crossed": (2.0, 0.1)}  # nats of log_prob, relative error of the score
 
@@ -55,7 +64,13 @@ def everything(mixture, stacked, cotangent, implementation):
             )
             for metric in mixture_grad.METRICS
         }
-        return {"draw": drawn, "gradient": gradients}
+        side = {
+            metric: mixture_grad.directions(
+                mixture, small, noise, drawn, cotangent, metric=metric, implementation=implementation
+            )
+            for metric in mixture_grad.METRICS
+        }
+        return {"draw": drawn, "gradient": gradients, "directions": side}
 
     elsewhere = woodbury.log_prob(mixture, small, stacked.eps[0] + 0.3, implementation=implementation)
     return {"grams": small, **jax.vmap(one)(stacked), "log_prob": elsewhere}
@@ -111,9 +126,69 @@ def test_every_op_is_tested():
 
 @pytest.mark.parametrize("op", OPS)
 def test_unknown_implementation_is_refused(op):
-    assert {"reference", "xla"} <= set(OPS[op].IMPLEMENTATIONS)
+    assert {"reference", "xla"} <= set(OPS[op].implementations)
     with pytest.raises(ConfigError, match=f"{op}.*reference.*xla.*'cuda'"):
-        _dispatch.select(op, OPS[op].IMPLEMENTATIONS, "cuda")
+        OPS[op].select("cuda")
+
+
+def test_an_implementation_that_cannot_run_is_refused_with_the_reason(monkeypatch):
+    absent = Implementation("nowhere", packages=("a_package_of_no_one",), extra="cuda")
+    elsewhere = Implementation("nowhere", platforms=("tpu",))
+    op = Op("woodbury", {**OPS["woodbury"].implementations, "absent": absent, "elsewhere": elsewhere})
+    with pytest.raises(ConfigError, match=r"'absent'.*a_package_of_no_one: pip install 'fastvi\[cuda\]'"):
+        op.select("absent")
+    with pytest.raises(ConfigError, match="'elsewhere'.*runs on tpu, and this machine has cpu"):
+        op.select("elsewhere")
+
+
+def test_the_default_follows_the_platform_that_the_program_is_for(x64):
+    op = OPS["mixture_grad"]._replace(defaults={"cuda": "reference"})
+    rng = np.random.default_rng(0)
+    factors, left, right = (jnp.asarray(rng.normal(size=size)) for size in ((2, 3, 5), (1, 1, 3), (1, 1, 5)))
+    arguments = (factors, jnp.asarray([1]), left, right)
+
+    def run(*arguments):
+        return op.call("update_factors", None, *arguments)[0]
+
+    expected = factors.at[1].add(left[0, 0][:, None] * right[0, 0])
+    np.testing.assert_allclose(jax.jit(run)(*arguments), expected, rtol=1e-12)
+    cpu, cuda = (jax.jit(run).trace(*arguments).lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda"))
+    # the reference sums over components where xla indexes
+    assert "scatter" in cpu
+    assert "scatter" not in cuda
+
+
+def test_show_says_what_runs_and_why():
+    file = io.StringIO()
+    kernels.show(file)
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "platform cpu"
+    assert [line.split()[:2] for line in lines[1:]] == [
+        [name, implementation] for name, op in OPS.items() for implementation in op.implementations
+    ]
+    assert all("runs by default on cpu" in line for line in lines[1:] if line.split()[1] == "xla")
+    assert all("cannot run: it " in line for line in lines[1:] if line.split()[1] == "triton")
+
+
+@pytest.mark.parametrize("implementation", available("mixture_grad"))
+@given(
+    comp=st.integers(1, 4),
+    rank=st.integers(0, 5),
+    dim=st.sampled_from([1, 5, 33]),
+    terms=st.integers(1, 3),
+    labels=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+)
+@settings(max_examples=12, deadline=None)
+def test_update_factors(implementation, comp, rank, dim, terms, labels):
+    labels, rng = np.asarray(labels) % comp, np.random.default_rng(comp + 10 * rank)
+    sizes = (comp, rank, dim), (len(labels), terms, rank), (len(labels), terms, dim)
+    with enable_x64(True):
+        arguments = [jnp.asarray(rng.normal(size=size)) for size in sizes]
+        arguments.insert(1, jnp.asarray(labels))
+        actual, expected = (
+            mixture_grad.update_factors(*arguments, implementation=name) for name in (implementation, "reference")
+        )
+    assert_leaves_close(actual, expected, 1e-12)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -187,7 +262,7 @@ def test_vmap_over_chains_equals_a_loop(prefix, implementation, x64):
         assert_leaves_close(jax.tree_util.tree_map(lambda leaf, i=index: leaf[i], together), alone, tolerance)
 
 
-@pytest.mark.parametrize("implementation", list(woodbury_api.IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("name", ["shared", "component"])
 def test_nan_in_nan_out(name, implementation, x64):
     mixture, stacked, cotangent = arguments(name, "float64")
@@ -281,6 +356,30 @@ def test_responsibilities_keep_their_digits_in_high_dimension(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_log_density_keeps_its_digits_at_a_million_dimensions(implementation):
+    dim, rng = 1_000_000, np.random.default_rng(1)
+    factors = (rng.normal(size=(2, 3, dim)) / np.sqrt(dim)).astype(np.float32)
+    log_scale, eps = (rng.normal(size=dim).astype(np.float32) for _ in range(2))
+    zeros, weights = np.zeros((0, dim), np.float32), np.log(np.full(2, 0.5, np.float32))
+    mixture = Mixture(weights, zeros, 0.3 * log_scale, zeros, factors)
+    noise = woodbury.Noise(np.int32(1), eps, np.zeros(0, np.float32), np.ones(3, np.float32))
+    drawn = jax.jit(
+        lambda mixture, noise: woodbury.draw(
+            mixture, woodbury.grams(mixture, implementation=implementation), noise, implementation=implementation
+        )
+    )(*jax.tree_util.tree_map(jnp.asarray, (mixture, noise)))
+    # in float64, by the matrix determinant lemma and Woodbury's identity, at the point as drawn
+    x = np.float64(drawn.displacement) / np.exp(np.float64(mixture.log_scale))
+    parts = []
+    for factor in np.float64(factors):
+        small, projected = np.eye(3) + factor @ factor.T, factor @ x
+        quadratic = x @ x - projected @ np.linalg.solve(small, projected)
+        log_det = 2 * np.sum(np.float64(mixture.log_scale)) + np.linalg.slogdet(small)[1]
+        parts.append(np.log(0.5) - 0.5 * (quadratic + log_det + dim * np.log(2 * np.pi)))
+    np.testing.assert_allclose(float(drawn.log_prob), scipy.special.logsumexp(parts), rtol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("rank", "dim"), [(0, 3), (1, 5), (2, 3), (3, 7), (4, 1000), (3, 2345), (2, 1001)])
 def test_factor_grams(rank, dim, implementation, x64):
     factors = jnp.asarray(np.random.default_rng(0).normal(size=(2, rank, dim)))
@@ -291,6 +390,17 @@ def test_factor_grams(rank, dim, implementation, x64):
     small = woodbury.grams(mixture, 3 * products, implementation=implementation)
     whitened = small.factor_half @ (np.eye(rank) + 3 * np.asarray(products)) @ np.swapaxes(small.factor_half, 1, 2)
     np.testing.assert_allclose(whitened, np.broadcast_to(np.eye(rank), whitened.shape), atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+def test_upper_median(size, dtype):
+    values = np.abs(np.random.default_rng(size).normal(size=size))
+    values[: size // 3] *= 1e-20
+    with enable_x64(dtype == "float64"):
+        values = jnp.asarray(values, dtype)
+        assert upper_median(values) == jnp.sort(values)[size // 2]
+        assert np.isnan(upper_median(jnp.full(size, jnp.nan, dtype)))
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 8, 33])
@@ -326,7 +436,7 @@ def test_hutchinson_agrees_with_the_dense_matrix(name, implementation, dtype):
         np.testing.assert_allclose(samples, np.trace(matrix), rtol=tolerance, atol=tolerance * size.sum())
 
 
-@pytest.mark.parametrize("implementation", list(hutchinson_api.IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", ["reference", *HUTCHINSON])
 def test_hutchinson_is_exact_over_all_probes(implementation):
     matrix = np.array([[2.0, 3.0, -1.0], [3.0, -5.0, 4.0], [-1.0, 4.0, 0.5]], np.float32)
     probes = jnp.asarray(list(itertools.product([-1.0, 1.0], repeat=3)))

@@ -11,6 +11,7 @@ import scipy.stats
 from jax.scipy.special import logsumexp
 
 from fastvi.families.mfa import FACTOR_INIT, LOG_SCALE_BOUND, MFA, MFAParams
+from fastvi.inference.optimizer import scale
 
 MEANS = ("shared", "center", "component")
 pytestmark = pytest.mark.usefixtures("x64")
@@ -364,20 +365,17 @@ def test_ascent_is_a_metric_times_the_gradient(means):
     family, params, euclidean, updates = natural_updates(means)
 
     def moved(step):
-        scaled = jax.tree_util.tree_map(
-            lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else step * leaf, updates
-        )
-        return family.apply_updates(params, scaled)
+        return family.apply_updates(params, scale(updates, step))
 
     assert_tree_close(moved(0.0), params, 1e-15)
     _, direction = jax.jvp(moved, (0.0,), (1.0,))
-    core, scale = params.core, jnp.exp(params.log_scale)
+    core, deviation = params.core, jnp.exp(params.log_scale)
     precision = jnp.eye(5) + core.T @ core
     log_scale = euclidean.log_scale + jnp.sum(core * euclidean.core, axis=0)
     expected = MFAParams(
         logits=euclidean.logits,
         # updates of offsets are in units of D^{1/2}: D^{1/2} P^{-1} D^{1/2} h
-        offsets=(euclidean.offsets * scale) @ jnp.linalg.inv(precision) * scale,
+        offsets=(euclidean.offsets * deviation) @ jnp.linalg.inv(precision) * deviation,
         log_scale=log_scale,
         core=euclidean.core @ precision + core * log_scale,
         # averaged over the draws of each label, two of the four here

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from fastvi.config import VIConfig
-from fastvi.families.base import Blocks, UpdateRules
+from fastvi.families.base import Blocks, Outer, UpdateRules
 from fastvi.inference.optimizer import (
     ADAM_B1,
     ADAM_B2,
@@ -17,6 +17,7 @@ from fastvi.inference.optimizer import (
     gradient_norm,
     learning_rate,
     make_optimizer,
+    scale,
     scale_by_moments,
 )
 from fastvi.inference.schedule import DECAY_FRACTION, MIN_DECAY, decay_length, elbo_trend
@@ -107,6 +108,22 @@ def test_blocks_touch_their_own_moments_only(shared):
         np.testing.assert_allclose(scaled["b"].values, expected, rtol=1e-4)
         np.testing.assert_allclose(state.square["b"], square, rtol=1e-4)
     assert np.all(state.square["b"][1] == 0)
+
+
+def test_blocks_of_low_rank_step_like_the_matrices_they_stand_for():
+    transform = scale_by_moments(rules(("b",), blocked=("b",)))
+    params = {"a": jnp.zeros(4), "b": jnp.zeros((3, 2, 5))}
+    rng = np.random.default_rng(6)
+    left, right = (jnp.asarray(rng.normal(size=(2, 3, size)), jnp.float32) for size in (2, 5))
+    outer = Outer(left, right)
+    matrices = jnp.einsum("btr,btd->brd", left, right)
+    products, written = ({"a": jnp.ones(4), "b": Blocks(jnp.asarray([2, 0]), b)} for b in (outer, matrices))
+    np.testing.assert_allclose(gradient_norm(products), gradient_norm(written), rtol=1e-6)
+    stepped, state = transform.update(scale(products, 3.0), transform.init(params), elapsed=START)
+    expected, expected_state = transform.update(scale(written, 3.0), transform.init(params), elapsed=START)
+    actual = jnp.einsum("btr,btd->brd", *stepped["b"].values)
+    np.testing.assert_allclose(actual, expected["b"].values, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state.square["b"], expected_state.square["b"], rtol=1e-5)
 
 
 def clipped(transform, vectors):

@@ -4,6 +4,7 @@ import abc
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Bool, Float, Int, Key, PyTree, Scalar
@@ -80,11 +81,38 @@ class LinearMap(eqx.Module):
         return x + (self.stretch @ (self.basis @ x)) @ self.basis
 
 
+class Outer(NamedTuple):
+    """Matrices of low rank, `sum_t left[b, t] right[b, t]^T` for block b, whose norms need no matrix."""
+
+    left: Float[Array, "blocks terms rank"]
+    right: Float[Array, "blocks terms dim"]
+
+    def row_squares(self) -> Float[Array, "blocks rank"]:
+        """Return the squared norm of every row."""
+        inner = jnp.einsum("btd,bsd->bts", self.right, self.right)
+        return jnp.einsum("btr,bsr,bts->br", self.left, self.left, inner)
+
+
 class Blocks(NamedTuple):
     """The gradient of an array that is zero but for a few entries along its first axis, each of which weighs alike."""
 
     index: Int[Array, " blocks"]
-    values: Float[Array, "blocks ..."]
+    values: Float[Array, "blocks ..."] | Outer
+
+    @property
+    def dtype(self):
+        """Return the floating dtype."""
+        return jax.tree_util.tree_leaves(self.values)[0].dtype
+
+    def scaled(self, factor: Array | float) -> "Blocks":
+        """Multiply by a number, or an `Outer` by one for each entry of its left vectors."""
+        if isinstance(self.values, Outer):
+            return self._replace(values=self.values._replace(left=self.values.left * factor))
+        return self._replace(values=self.values * factor)
+
+    def square_norm(self) -> Scalar:
+        """Sum the squares of all entries."""
+        return jnp.sum(self.values.row_squares() if isinstance(self.values, Outer) else self.values**2)
 
 
 class UpdateRules(NamedTuple):

@@ -19,12 +19,14 @@ from fastvi.families.base import (
     Draws,
     Geometry,
     LinearMap,
+    Outer,
     SecondMoment,
     UpdateRules,
     num_groups,
 )
 from fastvi.kernels import mixture_grad, woodbury
 from fastvi.kernels.noise import normal, words
+from fastvi.kernels.order import upper_median
 from fastvi.kernels.triangular import inverse_root
 from fastvi.kernels.woodbury import Draw, Mixture, Noise
 
@@ -183,10 +185,10 @@ class MFA(AbstractFamily):
             return factors
         return factors * self._rank_mask(factors.dtype)[..., None]
 
-    def _mask_blocks(self, blocks, labels):
+    def _mask_blocks(self, left, labels):
         if len(set(self.ranks)) == 1:
-            return blocks
-        return blocks * self._rank_mask(blocks.dtype)[labels][..., None]
+            return left
+        return left * self._rank_mask(left.dtype)[labels][:, None]
 
     def _rank_mask(self, dtype):
         columns = np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]
@@ -201,8 +203,10 @@ class MFA(AbstractFamily):
         if not isinstance(updates.factors, Blocks):
             return self.make_cache(params)
         for label in updates.factors.index:
-            block = params.factors.at[label].get(mode="promise_in_bounds")[None]
-            product = woodbury.factor_grams(self._mask_blocks(block, label[None]))[0]
+            block = params.factors.at[label].get(mode="promise_in_bounds")
+            if len(set(self.ranks)) > 1:
+                block = block * self._rank_mask(block.dtype)[label][:, None]
+            product = woodbury.factor_grams(block[None])[0]
             cache = cache.at[label].set(product, mode="promise_in_bounds")
         return cache
 
@@ -259,35 +263,32 @@ class MFA(AbstractFamily):
 
     def ascent(self, params, draws, log_density, log_density_grad, baseline, *, antithetic) -> MFAParams:
         """Return the natural direction, factors as blocks for the few labels drawn; see `AbstractFamily.ascent`."""
-        each = self._pull_each(params, draws, log_density_grad, "natural")
-        labels = draws.record.noise.label
-        groups = num_groups(labels.size, antithetic)
-        if groups > MAX_BLOCKS:
-            mean = _mean_over_draws(each)
-            logits = self._logit_gradient(params, draws, log_density, baseline, antithetic)
-            return self._restrict(params, MFAParams(logits, *mean[1:]))
-        blocks = [
-            sum(one.factors[labels[index]] for one in each[index::groups]) / len(each[index::groups])
-            for index in range(groups)
-        ]
-        mean = _mean_over_draws([one._replace(factors=jnp.zeros(0)) for one in each])
+        noise = draws.record.noise
+        groups = num_groups(noise.label.size, antithetic)
         logits = self._logit_gradient(params, draws, log_density, baseline, antithetic)
+        if groups > MAX_BLOCKS:
+            mean = _mean_over_draws(self._pull_each(params, draws, log_density_grad, "natural"))
+            return self._restrict(params, MFAParams(logits, *mean[1:]))
+        each = self._pull_each(params, draws, log_density_grad, "natural", mixture_grad.directions)
+        labels, terms = noise.label[:groups], len(each) // groups
+        left = jnp.stack([noise.z[index::groups] for index in range(groups)]) / terms
+        right = jnp.stack([one.factors for one in each]).reshape(terms, groups, -1)
+        outer = Outer(self._mask_blocks(left, labels), jnp.swapaxes(right, 0, 1))
+        mean = _mean_over_draws([one._replace(factors=jnp.zeros(0)) for one in each])
         restricted = self._restrict(params, MFAParams(logits, *mean[1:4], factors=None))
-        return restricted._replace(
-            factors=Blocks(labels[:groups], self._mask_blocks(jnp.stack(blocks), labels[:groups]))
-        )
+        return restricted._replace(factors=Blocks(labels, outer))
 
-    def _pull_each(self, params, draws: Draws, log_density_grad, metric: str) -> Any:
-        """Pull every draw back: few as a list, whose rank-1 terms fuse into the update, many as one stacked tree."""
+    def _pull_each(self, params, draws: Draws, log_density_grad, metric: str, pull=mixture_grad.pullback) -> Any:
+        """Pull every draw back: few as a list, whose terms fuse into the update, many as one stacked tree."""
         mixture, record = self.mixture(params), draws.record
         cotangents = self.scale * log_density_grad - self.entropy_weight * record.drawn.score
         if cotangents.shape[0] > 2 * MAX_BLOCKS:
-            pull = functools.partial(mixture_grad.pullback, mixture, record.small, metric=metric)
-            return jax.vmap(pull)(record.noise, record.drawn, cotangents)
+            one = functools.partial(pull, mixture, record.small, metric=metric)
+            return jax.vmap(one)(record.noise, record.drawn, cotangents)
         each = []
         for index in range(log_density_grad.shape[0]):
             noise, drawn = _take((record.noise, record.drawn), index)
-            each.append(mixture_grad.pullback(mixture, record.small, noise, drawn, cotangents[index], metric=metric))
+            each.append(pull(mixture, record.small, noise, drawn, cotangents[index], metric=metric))
         return each
 
     def _restrict(self, params: MFAParams, gradient: MFAParams) -> MFAParams:
@@ -326,8 +327,7 @@ class MFA(AbstractFamily):
         scale = jnp.exp(bounded)
         factors = params.factors
         if isinstance(updates.factors, Blocks):
-            for label, block in zip(updates.factors.index, updates.factors.values, strict=True):
-                factors = factors.at[label].add(block, mode="promise_in_bounds")
+            factors, _ = mixture_grad.update_factors(factors, updates.factors.index, *updates.factors.values)
         else:
             factors = factors + updates.factors
         return MFAParams(
@@ -445,7 +445,7 @@ class MFA(AbstractFamily):
         return {
             "D_sqrt_min": jnp.min(deviation),
             "D_sqrt_max": jnp.max(deviation),
-            "D_sqrt_med": jnp.sort(deviation)[deviation.size // 2],
+            "D_sqrt_med": upper_median(deviation),
             "A_col_norm_p95": jnp.quantile(norms, 0.95) if norms.size else jnp.zeros((), deviation.dtype),
             "A_col_norm_max": jnp.max(norms, initial=0.0),
         }

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Batch, Float, Int, Key, Keys, PyTree, Scalar
 from fastvi.config import VIConfig
-from fastvi.families.base import NOISE_BLOCKS, AbstractFamily, Blocks, Draws, num_groups
+from fastvi.families.base import NOISE_BLOCKS, AbstractFamily, Draws, num_groups
 from fastvi.inference.annealing import annealed
-from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer
+from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer, scale
 from fastvi.inference.pruning import prune
 from fastvi.kernels.noise import words
 from fastvi.objective import FlatObjective
@@ -189,13 +189,10 @@ def _statistics(draws: Draws, value, grad) -> dict[str, Scalar]:
 def _scaled(updates, factors, rate):
     """Multiply each update by the learning rate and its factor."""
 
-    def scale(factor, update):
-        step = jnp.asarray(rate * factor)
-        if isinstance(update, Blocks):
-            return update._replace(values=update.values * step.astype(update.values.dtype))
-        return update * step.astype(update.dtype)
+    def one(factor, update):
+        return scale(update, jnp.asarray(rate * factor).astype(update.dtype))
 
-    return jax.tree_util.tree_map(scale, factors, updates)
+    return jax.tree_util.tree_map(one, factors, updates)
 
 
 def _objective_value(family, value, draws):

@@ -8,7 +8,7 @@ import optax
 
 from fastvi._typing import Array, PyTree, Scalar
 from fastvi.config import VIConfig
-from fastvi.families.base import Blocks, UpdateRules
+from fastvi.families.base import Blocks, Outer, UpdateRules
 
 FINAL_RATE = 0.01  # last learning rate relative to the peak, for the decaying schedules
 ADAM_B1 = 0.9
@@ -46,23 +46,23 @@ def clip_by_typical_norm(max_ratio: float) -> optax.GradientTransformation:
         factor = jnp.where(norm > bound, bound / norm, 1.0)
         square = jnp.minimum(norm, bound) ** 2
         mean_square = TYPICAL_NORM_DECAY * state.mean_square + (1 - TYPICAL_NORM_DECAY) * square
-        clipped = jax.tree_util.tree_map(
-            lambda leaf: leaf * factor.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf,
-            updates,
-        )
+        clipped = scale(updates, factor.astype(norm.dtype))
         return clipped, TypicalNormState(mean_square.astype(state.mean_square.dtype), state.count + 1)
 
     return optax.GradientTransformation(init, update)
 
 
-def _values(updates: PyTree) -> list[Array]:
-    """Return the floating-point leaves: all but the indices of blocks."""
-    return [leaf for leaf in jax.tree_util.tree_leaves(updates) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+def scale(updates: PyTree, factor: Array | float) -> PyTree:
+    """Multiply a gradient by a number, blocks included."""
+    return jax.tree_util.tree_map(
+        lambda leaf: leaf.scaled(factor) if _is_blocks(leaf) else leaf * factor, updates, is_leaf=_is_blocks
+    )
 
 
 def gradient_norm(updates: PyTree) -> Scalar:
     """Return the global norm of a gradient, blocks included."""
-    return optax.tree.norm(_values(updates))
+    leaves = jax.tree_util.tree_leaves(updates, is_leaf=_is_blocks)
+    return jnp.sqrt(sum(leaf.square_norm() if _is_blocks(leaf) else jnp.sum(leaf**2) for leaf in leaves))
 
 
 class MomentState(NamedTuple):
@@ -94,7 +94,6 @@ def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArg
     References:
         Kingma & Ba, Adam (2015); Ginsburg et al., NovoGrad (2019), for moments shared by a layer.
     """
-    is_leaf = _is_blocks
 
     def init(params):
         def mean(leaf, blocked):
@@ -118,7 +117,7 @@ def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArg
         gain = (1 - ADAM_B2) * (1 - elapsed) ** 2
         unseen = (ADAM_B1 * state.unseen[0], ((1 - gain) * state.unseen[1]).astype(state.unseen[1].dtype))
         correction = (1 / (1 - unseen[0]), 1 / (1 - unseen[1]))
-        treedef = jax.tree_util.tree_structure(updates, is_leaf=is_leaf)
+        treedef = jax.tree_util.tree_structure(updates, is_leaf=_is_blocks)
         trees = (updates, state.mean, state.square, state.block_unseen, rules.shared_rows, rules.damping)
         stepped = [
             _step_blocks(leaf, mean, square, waiting, shared, damping, gain)
@@ -153,15 +152,24 @@ def _step_blocks(gradient: Blocks, mean, square, unseen, shared, damping, gain):
 
     There is no first moment: averaging happens in the parameters, and an array as large as they are need not be moved.
     """
-    scaled, gain = [], gain.astype(square.dtype)
-    for index, values in zip(gradient.index, gradient.values, strict=True):
+    values, factors, gain = gradient.values, [], gain.astype(square.dtype)
+    if isinstance(values, Outer):
+        if not shared:
+            raise ValueError("blocks of low rank need second moments that their rows share.")
+        squares = values.row_squares()[..., None] / values.right.shape[-1]
+    else:
+        squares = _square(values, shared)
+    for index, own in zip(gradient.index, squares, strict=True):
         left = _read(unseen, index) * (1 - gain)
         moment = _read(square, index)
-        moment = moment + gain * (_square(values, shared) - moment)
-        scaled.append(values / (jnp.sqrt(moment / (1 - left)) + damping))
+        moment = moment + gain * (own - moment)
+        factors.append(1 / (jnp.sqrt(moment / (1 - left)) + damping))
         square = square.at[index].set(moment, mode="promise_in_bounds")
         unseen = unseen.at[index].set(left, mode="promise_in_bounds")
-    return Blocks(gradient.index, jnp.stack(scaled)), mean, square, unseen
+    factor = jnp.stack(factors)
+    if isinstance(values, Outer):
+        factor = jnp.swapaxes(factor, -1, -2)  # a row's number scales an entry of every left vector
+    return gradient.scaled(factor), mean, square, unseen
 
 
 def _read(whole, index):

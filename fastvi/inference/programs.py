@@ -17,6 +17,7 @@ from fastvi.geometry.start import Start, make_start, rank_limit
 from fastvi.inference.calibrate import calibrate_scale
 from fastvi.inference.loop import Problem, State, init_state, run_steps
 from fastvi.inference.optimizer import Horizon, fixed_phases
+from fastvi.inference.sharding import data_parallel_loss, over_devices
 from fastvi.objective import FlatObjective, excess_loss, full_data_loss
 
 QUICK_WORK = 1e8  # steps times dim up to which a second of compilation outweighs a quarter of the steps' time
@@ -124,9 +125,10 @@ def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Call
 
         return jax.lax.map(one, (params, keys)), full_data_loss(objective, center, batch)
 
-    def finish(family: AbstractFamily, problem: Problem, params, keys: Keys) -> Outcome:
+    def finish(family: AbstractFamily, problem: Problem, params, keys: Keys, *, spread: bool = False) -> Outcome:
+        mean_loss = data_parallel_loss if spread else full_data_loss
         reference_loss = (
-            full_data_loss(objective, problem.posterior.center, problem.data)
+            mean_loss(objective, problem.posterior.center, problem.data)
             if loss_full_flat is None
             else loss_full_flat(problem.posterior.center)
         )
@@ -160,12 +162,13 @@ def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Call
 
 def _compiled(plain: Programs, config: VIConfig) -> Stages:
     once = quick_compilation()
-    jit_steps = functools.partial(jax.jit, plain.steps, static_argnames=("length",), donate_argnames=("state",))
+    steps = over_devices(plain.steps, (False, False, True, True, False, False))
+    jit_steps = functools.partial(jax.jit, steps, static_argnames=("length",), donate_argnums=(2,))
     compiled = Programs(
         prepare=jax.jit(plain.prepare, compiler_options=once),
         launch=jax.jit(plain.launch, compiler_options=once),
         steps=jit_steps(),
-        finish=jax.jit(plain.finish, compiler_options=once),
+        finish=jax.jit(functools.partial(plain.finish, spread=True), compiler_options=once),
         relaunch=jax.jit(plain.relaunch, compiler_options=once),
         excess_on=jax.jit(plain.excess_on, compiler_options=once),
         conclude=jax.jit(plain.conclude, compiler_options=once),

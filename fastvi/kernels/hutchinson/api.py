@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Key
-from fastvi.kernels import _dispatch
-from fastvi.kernels.hutchinson import reference, xla
+from fastvi.kernels._dispatch import Op, plain
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+OP = Op("hutchinson", plain("hutchinson"))
 
 Operator = Callable[[Float[Array, " dim"]], Float[Array, " dim"]]
 
@@ -30,11 +29,11 @@ def diagonal(
     References:
         Bekas, Kokiopoulou & Saad (2007).
     """
-    return _dispatch.select("hutchinson", IMPLEMENTATIONS, implementation).diagonal(operator, probes)
+    return OP.call("diagonal", implementation, probes, operator=operator)
 
 
 def trace_samples(
     operator: Operator, probes: Float[Array, "probes dim"], *, implementation: str | None = None
 ) -> Float[Array, " probes"]:
     """Evaluate `z . H z` for each probe: independent unbiased estimates of the trace."""
-    return _dispatch.select("hutchinson", IMPLEMENTATIONS, implementation).trace_samples(operator, probes)
+    return OP.call("trace_samples", implementation, probes, operator=operator)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def diagonal(operator, probes):
+def diagonal(probes, operator):
     """Average z * (H z) without storing the products."""
 
     def add(total, probe):
@@ -14,6 +14,6 @@ def diagonal(operator, probes):
     return total / probes.shape[0]
 
 
-def trace_samples(operator, probes):
+def trace_samples(probes, operator):
     """Evaluate z . H z probe by probe."""
     return jax.lax.map(lambda probe: probe @ operator(probe), probes)

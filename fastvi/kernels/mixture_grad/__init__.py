@@ -1,5 +1,5 @@
 """Pull a cotangent at a draw back to the parameters of the mixture."""
 
-from fastvi.kernels.mixture_grad.api import METRICS, pullback
+from fastvi.kernels.mixture_grad.api import METRICS, directions, pullback, update_factors
 
-__all__ = ["METRICS", "pullback"]
+__all__ = ["METRICS", "directions", "pullback", "update_factors"]

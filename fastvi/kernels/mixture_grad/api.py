@@ -1,14 +1,13 @@
 """Entry point of the mixture's pathwise gradient."""
 
 from fastvi._errors import ConfigError
-from fastvi._typing import Array, Float
-from fastvi.kernels import _dispatch
-from fastvi.kernels.mixture_grad import reference, xla
+from fastvi._typing import Array, Float, Int
+from fastvi.kernels._dispatch import Op, plain, triton
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
-__all__ = ["IMPLEMENTATIONS", "METRICS", "pullback"]
+__all__ = ["METRICS", "OP", "directions", "pullback", "update_factors"]
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+OP = Op("mixture_grad", plain("mixture_grad") | triton("mixture_grad"))
 METRICS = ("euclidean", "natural")
 
 
@@ -37,7 +36,7 @@ def pullback(
             Fisher matrix: P^{-1} D^{1/2} for offsets (which makes them steps in units of D^{1/2}), P^{-1} on the
             right for factors, P on the right for the core; that of log_scale is taken with `core D^{-1/2}` held
             fixed, so that a change of scale does not turn the steep directions. It costs no extra solve.
-        implementation: "xla" (default) or "reference".
+        implementation: A name in `OP.implementations`; None for the platform's own.
 
     Returns:
         The gradient in the shape of the mixture.
@@ -48,7 +47,50 @@ def pullback(
     References:
         Roeder, Wu & Duvenaud, Sticking the Landing (2017).
     """
+    _check(metric)
+    return OP.call("pullback", implementation, mixture, small, noise, drawn, cotangent, metric=metric)
+
+
+def directions(
+    mixture: Mixture,
+    small: Grams,
+    noise: Noise,
+    drawn: Draw,
+    cotangent: Float[Array, " dim"],
+    *,
+    metric: str = "euclidean",
+    implementation: str | None = None,
+) -> Mixture:
+    """Do as `pullback`, but leave the gradient of the factors as a product.
+
+    It is `z factors^T` for the drawn component and zero for the others; `factors` in what is returned has shape
+    (dim,). Norms and updates of the product need no other array of the factors' size.
+
+    Cost:
+        O((core + rank) dim).
+    """
+    _check(metric)
+    return OP.call("directions", implementation, mixture, small, noise, drawn, cotangent, metric=metric)
+
+
+def update_factors(
+    factors: Float[Array, "comp rank dim"],
+    labels: Int[Array, " blocks"],
+    left: Float[Array, "blocks terms rank"],
+    right: Float[Array, "blocks terms dim"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "comp rank dim"], Float[Array, "blocks rank rank"]]:
+    """Add `sum_t left[b, t] right[b, t]^T` to the factor of component `labels[b]`, in place where the array is free.
+
+    A label may come twice. The second result is `A A^T` of the components that moved, as they are at the end.
+
+    Cost:
+        One read and one write of the factors that move.
+    """
+    return OP.call("update_factors", implementation, factors, labels, left, right)
+
+
+def _check(metric: str) -> None:
     if metric not in METRICS:
         raise ConfigError(f"metric must be one of {METRICS}; got {metric!r}.")
-    chosen = _dispatch.select("mixture_grad", IMPLEMENTATIONS, implementation)
-    return chosen.pullback(mixture, small, noise, drawn, cotangent, metric)

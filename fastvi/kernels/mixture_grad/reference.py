@@ -7,6 +7,15 @@ from fastvi.kernels.woodbury import reference
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
 
+def directions(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str) -> Mixture:
+    """Return the gradient with that of the factors in front of z: the derivative by a shift of x."""
+    shifted = jnp.exp(mixture.log_scale) * cotangent
+    if metric == "natural":
+        precision = jnp.eye(mixture.log_scale.size, dtype=cotangent.dtype) + mixture.core.T @ mixture.core
+        shifted = jnp.linalg.solve(precision, shifted)
+    return pullback(mixture, small, noise, drawn, cotangent, metric)._replace(factors=shifted)
+
+
 def pullback(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str) -> Mixture:
     """Differentiate `cotangent . displacement` by autodiff."""
     del drawn
@@ -25,3 +34,10 @@ def pullback(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangen
         core=grad.core @ precision,
         factors=grad.factors @ covariance,
     )
+
+
+def update_factors(factors, labels, left, right):
+    """Sum dense products by one-hot labels."""
+    chosen = jax.nn.one_hot(labels, factors.shape[0], dtype=factors.dtype)
+    moved = factors + jnp.einsum("bm,btr,btd->mrd", chosen, left, right)
+    return moved, jnp.einsum("brd,bsd->brs", moved[labels], moved[labels])

@@ -1,12 +1,12 @@
 """Entry points of the Woodbury kernel."""
 
 from fastvi._typing import Array, Float, Scalar
-from fastvi.kernels import _dispatch
-from fastvi.kernels.woodbury import reference, xla
+from fastvi.kernels._dispatch import Op, plain, triton
+from fastvi.kernels.woodbury import xla
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
 __all__ = [
-    "IMPLEMENTATIONS",
+    "OP",
     "Draw",
     "Grams",
     "Mixture",
@@ -18,14 +18,14 @@ __all__ = [
     "precision_root",
 ]
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+OP = Op("woodbury", plain("woodbury") | triton("woodbury"))
 
 
 def factor_grams(
     factors: Float[Array, "comp rank dim"], *, implementation: str | None = None
 ) -> Float[Array, "comp rank rank"]:
     """Compute A_m A_m^T for every component."""
-    return _dispatch.select("woodbury", IMPLEMENTATIONS, implementation).factor_grams(factors)
+    return OP.call("factor_grams", implementation, factors)
 
 
 def grams(
@@ -39,7 +39,7 @@ def grams(
     Args:
         mixture: The mixture.
         factor_products: `factor_grams(mixture.factors)` if it is known already.
-        implementation: "xla" (default) or "reference".
+        implementation: A name in `OP.implementations`; None for the platform's own.
 
     Returns:
         The matrices that `draw` and `log_prob` need; a failed factorisation shows as NaN.
@@ -47,7 +47,7 @@ def grams(
     Cost:
         One read of core and factors; O((core^2 + comp rank (rank + core)) dim) operations.
     """
-    return _dispatch.select("woodbury", IMPLEMENTATIONS, implementation).grams(mixture, factor_products)
+    return OP.call("grams", implementation, mixture, factor_products)
 
 
 def precision_root(
@@ -64,7 +64,7 @@ def draw(mixture: Mixture, small: Grams, noise: Noise, *, implementation: str | 
         mixture: The mixture.
         small: `grams(mixture)`.
         noise: The variables to transform.
-        implementation: "xla" (default) or "reference".
+        implementation: A name in `OP.implementations`; None for the platform's own.
 
     Returns:
         The draw in whitened coordinates; `log_prob` is the normalised density of the mixture there.
@@ -72,7 +72,7 @@ def draw(mixture: Mixture, small: Grams, noise: Noise, *, implementation: str | 
     Cost:
         O((core + comp rank) dim).
     """
-    return _dispatch.select("woodbury", IMPLEMENTATIONS, implementation).draw(mixture, small, noise)
+    return OP.call("draw", implementation, mixture, small, noise)
 
 
 def log_prob(
@@ -83,4 +83,4 @@ def log_prob(
     Cost:
         O((core + comp rank) dim).
     """
-    return _dispatch.select("woodbury", IMPLEMENTATIONS, implementation).log_prob(mixture, small, displacement)
+    return OP.call("log_prob", implementation, mixture, small, displacement)

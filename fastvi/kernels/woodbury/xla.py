@@ -117,13 +117,19 @@ def _density_shared(mixture: Mixture, small: Grams, x, core_x) -> Density:
     """Evaluate the density where all components share their mean."""
     num_components, rank, dim = mixture.factors.shape
     flat = mixture.factors.reshape(num_components * rank, dim)
-    projected = (flat @ x).reshape(num_components, rank) + jnp.einsum("mkr,k->mr", small.cross, core_x)
-    solved = solve(small.factor_half, projected)
-    log_prob, weights = _combine(mixture, small, x @ x + core_x @ core_x, -jnp.sum(projected * solved, axis=-1))
+    projected = (flat @ x).reshape(num_components, rank)
+    log_prob, weights, solved = shared_log_prob(mixture, small, core_x, projected, x @ x)
     weighted = weights[:, None] * solved
     residual = x - weighted.reshape(-1) @ flat
     core_residual = core_x - jnp.einsum("mkr,mr->k", small.cross, weighted)
     return Density(log_prob, weights, -(residual + core_residual @ mixture.core))
+
+
+def shared_log_prob(mixture: Mixture, small: Grams, core_x, projected, square):
+    """Return log density, weights and C_m^{-1} (A_m P x) where all means agree, given B x, A_m x and |x|^2."""
+    full = projected + jnp.einsum("mkr,k->mr", small.cross, core_x)
+    solved = solve(small.factor_half, full)
+    return (*_combine(mixture, small, square + core_x @ core_x, -jnp.sum(full * solved, axis=-1)), solved)
 
 
 def _density_separate(mixture: Mixture, small: Grams, x_all, core_all) -> Density:

@@ -1,0 +1,104 @@
+"""Whole fits: work per second beside the bare gradient's, chains together beside one after another, memory."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bench.bench_step import COMPONENTS, FACTOR_PASSES, fastvi_program, gradient_scan
+from bench.harness import Timing, against, peak_megabytes, record, score
+from bench.problems import BATCH, INPUTS, WIDTHS, tanh_network
+from fastvi import LocalPosterior, estimate_llc, make_flat_objective
+from fastvi.inference.loop import Problem
+
+STEPS = 100
+CHAINS = 4
+ASKED_CHAINS, ASKED_MEMORY, ASKED_OVERHEAD = 0.9, 1.3, 2.0
+ROUNDS = {1_000: 15, 10_000: 7, 100_000: 3}
+
+
+def problem_of(size):
+    loss, center, data = tanh_network(size)
+    num_data = data[1].size
+    posterior = LocalPosterior(center, jnp.float32(num_data / math.log(num_data)), jnp.float32(1.0))
+    return make_flat_objective(loss), Problem(posterior, data, num_data, BATCH), loss
+
+
+def least_megabytes(size, dim, problem, chains):
+    """Parameters, two moments of each, one batch of activations and the data."""
+    rank, components = 2, 8
+    parameters = dim * (2 + components * rank)
+    activations = BATCH * (INPUTS + 2 * 2 * WIDTHS[size])
+    data = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(problem.data))
+    return (4 * chains * (3 * parameters + activations) + data) / 1e6
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size", list(ROUNDS))
+def test_chains_together(benchmark, size):
+    objective, problem, _ = problem_of(size)
+    dim = problem.posterior.center.size
+    programs = {count: fastvi_program(objective, problem, chains=count, steps=STEPS) for count in (1, CHAINS)}
+    one, together = (programs[count][1] for count in (1, CHAINS))
+    calls = {"4 x 1 chain": lambda: [one() for _ in range(CHAINS)], "4 chains": together}
+    timing = against("4 x 1 chain", calls, ROUNDS[size])["4 chains"]
+    least = least_megabytes(size, dim, problem, CHAINS)
+    peak = peak_megabytes(programs[CHAINS][0])
+    rows = [score("fit", "4 chains", dim, "4 x 1 chain", timing, asked=ASKED_CHAINS, peak_mb=peak)]
+    memory = Timing(timing.seconds, (peak / least,) * 3, peak / least)
+    extra = {"asked": ASKED_MEMORY, "peak_mb": peak, "least_mb": least}
+    rows.append(score("fit", "peak memory, 4 chains", dim, "parameters, 2 moments, batch, data", memory, **extra))
+    record("ratios", rows)
+    benchmark.pedantic(together, rounds=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_large(benchmark):
+    """d = 1e6, M = r = 8: what a step takes beyond its gradient, against seven copies' worth of the factors."""
+    size, steps = 1_000_000, 5
+    objective, problem, _ = problem_of(size)
+    dim = problem.posterior.center.size
+    compiled, step = fastvi_program(objective, problem, chains=1, steps=steps, rank=8)
+    gradient = gradient_scan(objective, problem, steps)[1]
+    moved = FACTOR_PASSES * COMPONENTS * 8 * dim * 4
+    source = np.ones(moved // 8 // FACTOR_PASSES)  # a seventh at a time: half read, half written
+    target = np.empty_like(source)
+
+    def copies():
+        for _ in range(steps * FACTOR_PASSES):
+            np.copyto(target, source)
+
+    timings = against("copies", {"copies": copies, "gradient": gradient, "step": step}, 3)
+    ratio = tuple(b - a for a, b in zip(timings["gradient"].ratio, timings["step"].ratio, strict=True))
+    beyond = Timing(timings["step"].seconds, ratio, timings["step"].least - timings["gradient"].least)
+    details = {"asked": ASKED_OVERHEAD, "peak_mb": peak_megabytes(compiled), "least_mb": moved / 1e6}
+    rows = [score("step", "overhead, M = r = 8", dim, "copy of 7 x factors", beyond, **details)]
+    rows.append(score("step", "fastvi, r = 8", dim, "copy of 7 x factors", timings["step"]))
+    rows.append(score("step", "gradient", dim, "copy of 7 x factors", timings["gradient"]))
+    record("ratios", rows)
+    benchmark.pedantic(step, rounds=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_work_per_second(benchmark):
+    """A whole uncorrected estimate beside bare gradients of as many full-gradient equivalents; compiled before."""
+    size = 10_000
+    objective, problem, loss = problem_of(size)
+    center = problem.posterior.center
+
+    def estimate(seed=0):
+        return estimate_llc(
+            loss, center, problem.data, key=seed, steps=400, progress=False, throw=False, correction="none"
+        )
+
+    work = float(estimate().fge)
+    scan = gradient_scan(objective, problem)[1]
+    per_scan = 200 * BATCH / problem.num_data
+    calls = {"gradient": scan, "estimate": lambda: estimate().llc}
+    timing = against("gradient", calls, 3)["estimate"]
+    share = per_scan / work
+    scaled = Timing(timing.seconds, tuple(value * share for value in timing.ratio), timing.least * share)
+    record("ratios", [score("estimate", "seconds per FGE", center.size, "bare minibatch gradient", scaled)])
+    benchmark.pedantic(scan, rounds=1)

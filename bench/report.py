@@ -1,0 +1,146 @@
+"""Write the tables of docs/benchmarks.md and README.md anew from bench/results: python -m bench.report [--check].
+
+Between the lines `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` of a page stands what a function of TABLES returns.
+With --check nothing is written; the exit status says whether a page is out of date.
+"""
+
+import csv
+import pathlib
+import re
+import sys
+
+from bench.gate import load
+from bench.harness import RESULTS
+
+ROOT = RESULTS.parent.parent
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
+NO_GPU = "No GPU was available to the authors: these rows are empty until someone runs `python -m bench.gpu`."
+
+
+def latest(rows):
+    """Keep the last row of everything measured on the machine of the last row."""
+    if not rows:
+        return []
+    machine = [rows[-1][column] for column in ("device", "cpu", "cores")]
+    kept = {}
+    for row in rows:
+        if [row[column] for column in ("device", "cpu", "cores")] == machine:
+            kept[row["group"], row["name"], row["size"], row["floor"]] = row
+    return list(kept.values())
+
+
+def number(text):
+    """Format with three digits; empty stays empty."""
+    if text == "":
+        return ""
+    value = float(text)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def markdown(header, lines):
+    """Lay out a table."""
+    body = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
+    return "\n".join(body)
+
+
+def ratios(*groups):
+    """Tabulate ratios with their spread, asked values and bytes."""
+    header = [
+        "",
+        "size",
+        "multiple of",
+        "measured",
+        "20 to 80 %",
+        "least",
+        "asked",
+        "ms",
+        "MB moved",
+        "least MB",
+        "peak MB",
+    ]
+    lines = []
+    for row in latest(load()):
+        if row["group"] not in groups:
+            continue
+        spread = f"{number(row['ratio_p20'])} to {number(row['ratio_p80'])}"
+        cells = (row[name] for name in ("ratio_least", "asked", "ms", "moved_mb", "least_mb", "peak_mb"))
+        lines.append(
+            [row["name"], number(row["size"]), row["floor"], number(row["ratio"]), spread, *map(number, cells)]
+        )
+    return markdown(header, lines) if lines else "Nothing measured yet."
+
+
+def speed():
+    """Tabulate the step for the README, one line a dimension; None leaves what is there."""
+    rows = [row for row in latest(load()) if row["group"] == "step"]
+    if not rows:
+        return None
+    names = [name for name in dict.fromkeys(row["name"] for row in rows) if name != "gradient"]
+    found = {(row["size"], row["name"]): number(row["ratio_least"]) for row in rows}
+    sizes = sorted({row["size"] for row in rows}, key=int)
+    return markdown(["d", *names], [[number(size), *(found.get((size, name), "") for name in names)] for size in sizes])
+
+
+def gpu():
+    """Tabulate what `bench.gpu` appended, or say that there is nothing."""
+    path = RESULTS / "gpu.csv"
+    if not path.exists():
+        return NO_GPU
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    header = ["kernel", "implementation", "d", "device", "ratio to a copy", "largest error", "commit"]
+    columns = ("kernel", "implementation", "dim", "device", "ratio", "error", "commit")
+    return markdown(header, [[row[column] for column in columns] for row in rows])
+
+
+def machine():
+    """Say where and when."""
+    rows = load()
+    if not rows:
+        return ""
+    row = rows[-1]
+    loads = [float(other["load_average"]) for other in latest(rows)]
+    return (
+        f"{row['cpu']}, {row['cores']} cores, jax {row['jax']}, {row['date'][:10]}, commit {row['commit']}; load "
+        f"average {min(loads):.0f} to {max(loads):.0f} on these cores while it ran (0 would be an idle machine)."
+    )
+
+
+TABLES = {
+    "machine": machine,
+    "speed": speed,
+    "step": lambda: ratios("step"),
+    "kernels": lambda: ratios("kernels"),
+    "fit": lambda: ratios("fit", "estimate"),
+    "flows": lambda: ratios("flows"),
+    "gpu": gpu,
+}
+
+
+def filled(text):
+    """Return the page with every marked table replaced."""
+    for name, table in TABLES.items():
+        pattern = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
+        body = table()
+        if body is not None:
+            text = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
+    return text
+
+
+def main(arguments):
+    """Rewrite the pages, or say which are out of date."""
+    stale = []
+    for page in map(pathlib.Path, PAGES):
+        old = page.read_text()
+        new = filled(old)
+        if new == old:
+            continue
+        stale.append(page.name)
+        if "--check" not in arguments:
+            page.write_text(new)
+    print(("out of date: " if "--check" in arguments else "rewritten: ") + (", ".join(stale) or "nothing"))
+    return int(bool(stale) and "--check" in arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""Two host devices give the numbers of one; in a process of their own, since the count is fixed at the start."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+PROGRAM = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+from fastvi import estimate_llc, make_flat_objective
+from fastvi.inference import driver, sharding
+from fastvi.objective import full_data_loss
+
+rng = np.random.default_rng(0)
+inputs = jnp.asarray(rng.normal(size=(501, 5)), jnp.float32)
+outputs = inputs @ jnp.arange(5.0) + jnp.asarray(rng.normal(size=501), jnp.float32)
+data = (inputs, outputs)
+loss = lambda w, batch: 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+center = jnp.linalg.lstsq(inputs, outputs)[0]
+states = []
+original = driver._run_chunks
+def spy(*args, **options):
+    state, traces, converged = original(*args, **options)
+    states.append(state)
+    return state, traces, converged
+driver._run_chunks = spy
+options = dict(key=0, num_chains=4, M=2, r=1, curvature_rank=0)
+result = estimate_llc(loss, center, data, steps=60, progress=False, throw=False, correction="none", **options)
+at = center + 0.1
+print(json.dumps({
+    "devices": jax.device_count(),
+    "spread": len(states[0].baseline.sharding.device_set),
+    "llc": np.asarray(result.llc_per_chain).tolist(),
+    "parallel": float(jax.jit(lambda w: sharding.data_parallel_loss(make_flat_objective(loss), w, data))(at)),
+    "serial": float(full_data_loss(make_flat_objective(loss), at, data)),
+    "exact": float(np.mean((np.float64(inputs) @ np.float64(at) - np.float64(outputs)) ** 2) / 2),
+}))
+"""
+
+
+def run(devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_chains_on_two_devices_are_those_of_one():
+    one, two = run(1), run(2)
+    assert (one["devices"], one["spread"]) == (1, 1)
+    assert (two["devices"], two["spread"]) == (2, 2)
+    np.testing.assert_allclose(two["llc"], one["llc"], rtol=1e-4)
+    for loss in (one["parallel"], two["parallel"], one["serial"]):
+        np.testing.assert_allclose(loss, one["exact"], rtol=1e-5)

@@ -16,7 +16,8 @@ from fastvi.config import VIConfig
 from fastvi.diagnostics.health import correction_findings
 from fastvi.diagnostics.importance import GOOD, pareto_smooth
 from fastvi.estimators.control_variate import regress
-from fastvi.estimators.correction import BIN_LENGTH, Sampler, Walk, parameter_blocks, sample_posterior, walk_programs
+from fastvi.estimators.correction import Sampler, sample_posterior
+from fastvi.estimators.walk import BIN_LENGTH, Walk, parameter_blocks, walk_programs
 from fastvi.inference.driver import Fit, Progress
 from fastvi.inference.loop import Problem
 from fastvi.inference.schedule import few_dimensions_factor

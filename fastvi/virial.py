@@ -9,7 +9,7 @@ import numpy as np
 from fastvi._errors import DataError
 from fastvi._typing import Float, PyTree
 from fastvi.estimators.analysis import analyse, burn_in, standard_error
-from fastvi.estimators.correction import block_virials, parameter_blocks
+from fastvi.estimators.walk import block_virials, parameter_blocks
 
 LEAST_DRAWS = 4  # of each chain
 OFF_SIGMAS = 4.0

@@ -13,7 +13,7 @@ from test_mfa import MEANS, dense, make
 import fastvi
 from fastvi.diagnostics.importance import fit_pareto, pareto_smooth
 from fastvi.estimators.analysis import analyse, burn_in, drift, split_rhat, standard_error
-from fastvi.estimators.correction import parameter_blocks, resample, virial_columns, walk_programs
+from fastvi.estimators.walk import parameter_blocks, resample, virial_columns, walk_programs
 from fastvi.families.base import LinearMap
 
 COUNT = 1000

@@ -20,6 +20,8 @@ from fastvi.sampler import fit
 ALGORITHMS = ("mfa", "flow")
 # What lambda_hat does itself or says by an argument: the whitening pre-pass, TensorBoard, gamma, the dtype of w*.
 _CLIENTS_OWN = {"algo", "family", "whitening_mode", "whitening_decay", "use_whitening", "tensorboard", "gamma", "dtype"}
+# Its 1e-3 in every run would leave the directions off the flow out; fastvi begins at the posterior's own width there.
+_CLIENTS_OWN |= {"sigma_perp"}
 _LEAST_DRAWS = 4
 
 Factory = Callable[[], Any]

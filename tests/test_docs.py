@@ -85,6 +85,12 @@ def test_examples_of_diagnostics_run(short_fits, capsys, tmp_path, monkeypatch):
     assert list((tmp_path / "runs" / "live").glob("events*"))
 
 
+def test_examples_of_kernels_run(capsys):
+    for block in python_blocks(DOCS / "kernels.md"):
+        exec(compile(block, "kernels.md", "exec"), {})
+    assert "woodbury" in capsys.readouterr().out
+
+
 def test_every_page_with_examples_is_run():
     assert {page.name for page in PAGES if python_blocks(page)} == {
         "README.md",
@@ -94,6 +100,7 @@ def test_every_page_with_examples_is_run():
         "diagnostics.md",
         "adapters.md",
         "llc-over-training.md",
+        "kernels.md",
     }
 
 

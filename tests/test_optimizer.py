@@ -276,3 +276,11 @@ def test_decay_length():
     assert decay_length(100_000, dim=50) == int(DECAY_FRACTION * 100_000)
     assert decay_length(10, dim=16) == 4 * MIN_DECAY
     assert decay_length(10, dim=1) == 16 * MIN_DECAY
+
+
+def test_rows_whose_terms_cancel_have_no_negative_square():
+    right = jax.random.normal(jax.random.key(0), (1, 1, 1000))
+    outer = Outer(jnp.asarray([[[1.0, 0.3], [-1.0, -0.3]]]), jnp.concatenate([right, right * (1 + 1e-6)], axis=1))
+    squares = np.asarray(outer.row_squares())
+    assert np.all(squares >= 0)
+    assert np.all(squares < 1e-3)

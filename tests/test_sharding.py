@@ -22,10 +22,9 @@ loss = lambda w, batch: 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
 center = jnp.linalg.lstsq(inputs, outputs)[0]
 states = []
 original = driver._run_chunks
-def spy(*args, **options):
-    state, traces, converged = original(*args, **options)
-    states.append(state)
-    return state, traces, converged
+def spy(programs, problem, config, course, *rest):
+    original(programs, problem, config, course, *rest)
+    states.append(course.state)
 driver._run_chunks = spy
 options = dict(key=0, num_chains=4, M=2, r=1, curvature_rank=0)
 result = estimate_llc(loss, center, data, steps=60, progress=False, throw=False, correction="none", **options)

@@ -61,6 +61,7 @@ def test_draws_agree_with_dense_algebra(name, interpreted, x64):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FLOAT32, "ragged"])
 def test_draws_in_float32_agree_with_float64(name, interpreted):
     case = cases.CASES.get(name, RAGGED)

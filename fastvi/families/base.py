@@ -88,9 +88,9 @@ class Outer(NamedTuple):
     right: Float[Array, "blocks terms dim"]
 
     def row_squares(self) -> Float[Array, "blocks rank"]:
-        """Return the squared norm of every row."""
+        """Return the squared norm of every row; where the terms cancel, rounding would leave it below zero."""
         inner = jnp.einsum("btd,bsd->bts", self.right, self.right)
-        return jnp.einsum("btr,bsr,bts->br", self.left, self.left, inner)
+        return jnp.maximum(jnp.einsum("btr,bsr,bts->br", self.left, self.left, inner), 0.0)
 
 
 class Blocks(NamedTuple):

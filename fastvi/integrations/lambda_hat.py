@@ -80,7 +80,7 @@ class Algorithm:
         )
         if self.name == "flow":
             elbo = result["traces"]["elbo"]
-            result["traces"]["d_latent"] = jnp.full_like(elbo, config.d_latent)
+            result["traces"]["d_latent"] = jnp.full_like(elbo, config.latent_dim(wstar_flat.size))
         return {**result, "work": {**result["work"], "sampler_flavour": self.name}}
 
 

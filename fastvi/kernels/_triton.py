@@ -27,7 +27,7 @@ def call(
     The kernel sees the inputs, then the outputs that are not aliased: jax-triton before 0.4 passes aliased outputs
     too, so `kernel` is a pair, with and without pointers for them at the end.
     """
-    import jax_triton
+    import jax_triton  # pyright: ignore[reportMissingImports]
 
     plain, with_aliased = kernel
     passes_aliased = tuple(map(int, jax_triton.__version__.split(".")[:2])) < (0, 4)

@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md and README.md anew from bench/results: python -m bench.report [--check].
+"""Write the tables of README.md and docs anew from bench/results: python -m bench.report [--check].
 
 Between the lines `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` of a page stands what a function of TABLES returns.
 With --check nothing is written; the exit status says whether a page is out of date.
@@ -11,9 +11,10 @@ import sys
 
 from bench.gate import load
 from bench.harness import RESULTS
+from bench.truth import compare_report, suite
 
 ROOT = RESULTS.parent.parent
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "accuracy.md", ROOT / "README.md")
 NO_GPU = "No GPU was available to the authors: these rows are empty until someone runs `python -m bench.gpu`."
 
 
@@ -113,6 +114,10 @@ TABLES = {
     "kernels": lambda: ratios("kernels"),
     "fit": lambda: ratios("fit", "estimate"),
     "flows": lambda: ratios("flows"),
+    "suite": lambda: suite.table(suite.load()),
+    "scaling": lambda: suite.scaling_table(suite.load()),
+    "comparison": lambda: compare_report.summary(compare_report.Results()),
+    "comparison-details": lambda: compare_report.details(compare_report.Results()),
     "gpu": gpu,
 }
 
@@ -120,6 +125,8 @@ TABLES = {
 def filled(text):
     """Return the page with every marked table replaced."""
     for name, table in TABLES.items():
+        if f"<!-- bench:{name} -->" not in text:
+            continue
         pattern = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
         body = table()
         if body is not None:
@@ -138,6 +145,8 @@ def main(arguments):
         stale.append(page.name)
         if "--check" not in arguments:
             page.write_text(new)
+    if "--check" not in arguments:
+        compare_report.draw_figure(compare_report.Results())
     print(("out of date: " if "--check" in arguments else "rewritten: ") + (", ".join(stale) or "nothing"))
     return int(bool(stale) and "--check" in arguments)
 

@@ -2,7 +2,8 @@
 
 python -m bench.truth.compare                                    the subset below, five seeds
 python -m bench.truth.compare --problems digits_16_g1 --seeds 2 --budget 2000 --methods fastvi hmc
-python -m bench.truth.compare --report                           write tables and the figure into README and docs
+
+`python -m bench.report` writes what was measured into README.md and docs, and draws the figure.
 """
 
 import argparse
@@ -225,19 +226,13 @@ def append_curves(rows: list[dict], path: pathlib.Path = CURVES) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure, or report."""
+    """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", default=SUBSET, choices=list(PROBLEMS), metavar="NAME")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=4000.0, help="FGE of each run, all chains together")
-    parser.add_argument("--report", action="store_true", help="write tables and the figure; measure nothing")
     settings = parser.parse_args(arguments)
-    if settings.report:
-        from bench.truth.compare_report import report
-
-        report()
-        return
     for name in settings.problems:
         problem, rows, curves = PROBLEMS[name](), [], []
         for method in settings.methods:

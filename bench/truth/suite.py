@@ -2,7 +2,8 @@
 
 python -m bench.truth.suite                                  every problem of at most 5,000 dimensions, five seeds
 python -m bench.truth.suite --problems tanh_3_g1 --seeds 2   these
-python -m bench.truth.suite --report                         write the tables of what was measured into docs/accuracy.md
+
+`python -m bench.report` writes the tables of what was measured into docs/accuracy.md.
 """
 
 import argparse
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from bench import harness
-from bench.publish import ACCURACY, publish
 from bench.truth.linear_nets import deep_linear
 from bench.truth.problem import Problem
 from bench.truth.problems import PROBLEMS
@@ -145,19 +145,12 @@ def scaling_table(found: dict[str, list[dict[str, str]]]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure, or report."""
+    """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", choices=[*PROBLEMS, *SCALING], metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="first seed")
-    parser.add_argument("--report", action="store_true", help="write the tables; measure nothing")
     settings = parser.parse_args(arguments)
-    if settings.report:
-        found = load()
-        for name, text in (("suite", table(found)), ("scaling", scaling_table(found))):
-            publish(ACCURACY, name, text)
-            print(text)
-        return
     references = load_references()
     for name in settings.problems or PROBLEMS:
         problem = scaling_problem(name) if name in SCALING else PROBLEMS[name]()

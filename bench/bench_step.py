@@ -58,7 +58,9 @@ def fastvi_program(objective, problem, *, chains, steps, rank=RANK):
     programs = programs_for(objective, config, None).compiled
     keys = jax.random.split(jax.random.key(1), chains)
     flat = jnp.zeros_like(problem.posterior.center)
-    family = build_family(config, types.SimpleNamespace(scale=flat + 0.01, rank=0), 0)
+    family = build_family(
+        config, types.SimpleNamespace(scale=flat + 0.01, rank=0, rest=jnp.ones(()), core=jnp.zeros((0, flat.size))), 0
+    )
     params = family.init(jax.random.key(0), jnp.zeros((0, flat.size)), flat)
     first = init_state(family, params, config)
     state = jax.tree_util.tree_map(lambda leaf: jnp.broadcast_to(leaf, (chains, *leaf.shape)), first)

@@ -23,7 +23,6 @@ from bench.truth.problem import Problem
 from bench.truth.problems import PROBLEMS
 from bench.truth.reference import load_reference
 from bench.truth.samplers import Course
-from fastvi import estimate_llc
 
 TABLE = "compare"
 CURVES = harness.RESULTS / "compare_curves.csv"
@@ -166,17 +165,7 @@ def fastvi_rows(problem: Problem, seeds, budget: float) -> tuple[list[dict], lis
         mine = []
         for seed in seeds:
             began = time.perf_counter()
-            result = estimate_llc(
-                problem.loss_fn,
-                problem.params,
-                problem.data,
-                key=seed,
-                nbeta=problem.nbeta,
-                localization=problem.gamma,
-                progress=False,
-                throw=False,
-                **options,
-            )
+            result = problem.estimate(seed, **options)
             elapsed, fge = time.perf_counter() - began, result.work["total_fge"]
             how = result.correction["method"] if result.correction else "none"
             print(f"  {knob}, seed {seed}: {result.llc:.4g}, {fge:.0f} FGE, by {how}", file=sys.stderr, flush=True)

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from fastvi import LLCEstimate, estimate_llc
+
 SIZES = ("fast", "medium", "large")
 
 
@@ -55,6 +57,20 @@ class Problem:
     def dim(self) -> int:
         """Count the parameters."""
         return sum(np.size(leaf) for leaf in jax.tree_util.tree_leaves(self.params))
+
+    def estimate(self, seed: int, **options: Any) -> LLCEstimate:
+        """Run `estimate_llc` on it, to the end even where it breaks."""
+        return estimate_llc(
+            self.loss_fn,
+            self.params,
+            self.data,
+            key=seed,
+            nbeta=self.nbeta,
+            localization=self.gamma,
+            progress=False,
+            throw=False,
+            **options,
+        )
 
 
 def default_nbeta(n_data: int) -> float:

@@ -19,7 +19,6 @@ from bench.truth.linear_nets import deep_linear
 from bench.truth.problem import Problem
 from bench.truth.problems import PROBLEMS
 from bench.truth.reference import load_references
-from fastvi import estimate_llc
 
 TABLE = "suite"
 LARGEST = 5000
@@ -47,16 +46,7 @@ def scaling_problem(name: str) -> Problem:
 def run(problem: Problem, seed: int, reference: float | None) -> dict[str, Any]:
     """Estimate once; return a row of suite.csv."""
     began = time.perf_counter()
-    result = estimate_llc(
-        problem.loss_fn,
-        problem.params,
-        problem.data,
-        key=seed,
-        nbeta=problem.nbeta,
-        localization=problem.gamma,
-        progress=False,
-        throw=False,
-    )
+    result = problem.estimate(seed)
     details = result.correction or {"method": "none"}
     target = problem.theory if reference is None else reference
     assert target is not None, problem.name

@@ -16,7 +16,7 @@ from fastvi.config import VIConfig
 from fastvi.diagnostics.health import correction_findings
 from fastvi.diagnostics.importance import GOOD, pareto_smooth
 from fastvi.estimators.control_variate import regress
-from fastvi.estimators.correction import Sampler, sample_posterior
+from fastvi.estimators.correction import USUAL_ERROR, Sampler, sample_posterior
 from fastvi.estimators.walk import BIN_LENGTH, Walk, parameter_blocks, walk_programs
 from fastvi.inference.driver import Fit, Progress
 from fastvi.inference.loop import Problem
@@ -31,7 +31,6 @@ RELINEARISATIONS = 3
 ROUNDING = 1e-4  # of a weighted mean, whose log weights are differences of numbers of the size of the ELBO
 WALKERS = 8  # at least; a multiple of the chains
 MOST_IN_FEW_DIMENSIONS = 64  # times as many there: they are cheap, and arms of the posterior narrow
-FULL_CROWD_ERROR = 0.02  # relative error that takes so many
 
 
 class Walked(NamedTuple):
@@ -180,7 +179,7 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
 def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None] | None) -> _Values:
     """Run the walkers."""
     chains, dim = fitted.keys.size, fitted.problem.posterior.center.size
-    most = MOST_IN_FEW_DIMENSIONS * min(1.0, (FULL_CROWD_ERROR / config.correction_error) ** 2)
+    most = MOST_IN_FEW_DIMENSIONS * min(1.0, (USUAL_ERROR / config.correction_error) ** 2)
     per_chain = -(-WALKERS * few_dimensions_factor(dim, max(1, round(most))) // chains)
     budget, evaluation = config.correction_budget, fitted.fit.outcome.evaluation
 
@@ -190,7 +189,9 @@ def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None]
 
     programs = walk_programs(fitted.objective, parameter_blocks(fitted.objective.structure.leaf_sizes))
     common, before = (fitted.fit.family, fitted.problem, fitted.fit.params), fitted.walked
-    if before is not None and before.walk.walkers.x.shape[0] == chains * per_chain:
+    if before is not None and before.walk.walkers.x.shape[0] != chains * per_chain:
+        before = None  # another number of walkers: these start at q
+    if before is not None:
         walk = programs.move(*common, before.walk, before.center, jnp.int32(before.corrections))
     else:
         log_weight, excess = evaluation.log_weight, evaluation.excess
@@ -213,9 +214,9 @@ def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None]
         "step_size": run.step_size,
         "returned": run.returned,
     }
-    per_chain_llc = analysis.per_walker.reshape(-1, WALKERS).mean(axis=0) if chains == 1 else None
-    if per_chain_llc is None:
-        per_chain_llc = analysis.per_walker.reshape(chains, per_chain).mean(axis=1)
+    shares = (
+        analysis.per_walker.reshape(chains, per_chain) if chains > 1 else analysis.per_walker.reshape(-1, WALKERS).T
+    )
     corrections = 1 if before is None else before.corrections + 1
     walked = Walked(sampler.walk, fitted.problem.posterior.center, corrections, run.settled)
-    return _Values(analysis.llc, analysis.llc_sem, per_chain_llc, run.llc, run.work, details, walked)
+    return _Values(analysis.llc, analysis.llc_sem, shares.mean(axis=1), run.llc, run.work, details, walked)

@@ -1,6 +1,7 @@
 """The correction from q to the posterior: the sampler, its coordinates, its error, and the whole path."""
 
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,22 @@ def test_walkers_go_on_from_where_they_are(quartic):
     assert abs(again.llc - truth) < 4 * again.llc_sem
     assert again.llc != quartic.llc
     assert again.work["total_fge"] == pytest.approx(quartic.work["total_fge"] + again.work["fge_correction"])
+
+
+@pytest.mark.parametrize(("error", "go_on"), [(0.02, True), (0.1, False)])
+def test_only_walkers_that_go_on_count_as_agreed(quartic, monkeypatch, error, go_on):
+    """A larger error takes fewer walkers, which start at q again."""
+    module, seen = sys.modules["fastvi.correct"], []
+
+    class Spy(module.Sampler):
+        def __init__(self, *args, has_moved_in, **options):
+            seen.append(has_moved_in)
+            super().__init__(*args, has_moved_in=has_moved_in, **options)
+
+    monkeypatch.setattr(module, "Sampler", Spy)
+    assert quartic.correction["settled"]
+    fastvi.correct(quartic, "mcmc", progress=False, correction_error=error)
+    assert seen == [go_on]
 
 
 def test_walkers_move_to_another_posterior():

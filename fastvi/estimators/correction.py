@@ -18,13 +18,13 @@ from fastvi.inference.loop import Problem
 MIN_BINS = 8
 FRICTION_TIME, WIDEST = 2.0, 8.0  # for a posterior as wide as q; for a wider one up to so many times as long
 RHAT_SETTLED, RHAT_RADIUS_SETTLED, DRIFT_SIGMAS = 1.1, 1.2, 2.5
-FULL_AGREEMENT_ERROR = 0.02  # of walkers that start at q; others are known to agree, and may at larger errors less
+USUAL_ERROR = 0.02  # relative error that these numbers, and the number of walkers, are made for
 NOISE_POINTS = 4  # walkers at which the noise of the gradients is measured
 BURN_IN_NOISE = 0.6  # share of llc that this noise may add while walkers move in from q
 BURN_IN_CHANGE = 0.1  # of llc from one half of a run to the next, at which they have moved in
 MAX_BURN_IN = 20  # rounds
 ENERGY_ERROR = 5e-4  # of the first steps, in nats^2 per effective dimension
-PRECISE_ENERGY_ERROR = 2e-4  # at a relative error of 2 %; the bias grows as the cube root
+PRECISE_ENERGY_ERROR = 2e-4  # at the usual relative error; the bias grows as the cube root
 LEAST_DIMENSIONS = 0.1  # effective dimensions, at least, of each dimension
 REFINEMENTS = 3  # how many times the dynamics are made more exact
 FEWER_BLOCKS, LESS_ENERGY_ERROR = 4, 8
@@ -167,7 +167,7 @@ def sample_posterior(sampler: Sampler, *, relative_error: float, report: Callabl
     and step size have added to it; where that is too much, blocks are made larger and steps shorter.
     """
     sampler.measure_noise()
-    precise = min(ENERGY_ERROR, PRECISE_ENERGY_ERROR * (relative_error / 0.02) ** 3)
+    precise = min(ENERGY_ERROR, PRECISE_ENERGY_ERROR * (relative_error / USUAL_ERROR) ** 3)
     share = NOISE_SHARE * relative_error
     rough = sampler.affordable(BURN_IN_NOISE * sampler.llc)
     if sampler.affordable(share * sampler.llc) < rough:
@@ -199,7 +199,8 @@ def _produce(sampler: Sampler, relative_error: float, report) -> Sampled:
     records: list[Record] = []
     refinements, looked, measured, settled = 0, 0, 1, False
     analysis, llc = None, np.zeros((sampler.num_walkers, 0))
-    patience = max(1.0, relative_error / FULL_AGREEMENT_ERROR) if sampler.has_moved_in else 1.0
+    # Walkers that agreed before need not agree as closely for a larger error.
+    patience = max(1.0, relative_error / USUAL_ERROR) if sampler.has_moved_in else 1.0
     while analysis is None or not (settled or sampler.is_spent):
         records.append(sampler.advance())
         if len(records) < CHECK_GROWTH * looked and not sampler.is_spent:

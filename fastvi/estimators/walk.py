@@ -49,7 +49,7 @@ def start_walk(
     """
     chains, num_draws = log_weight.shape
     per_chain = num_walkers // chains
-    linear_map = family.linear_map(jax.tree_util.tree_map(lambda leaf: leaf[0], params))
+    linear_map = _common_map(family, params)
 
     def chain(inputs):
         chain_params, key, weights, energies = inputs
@@ -60,11 +60,7 @@ def start_walk(
     x, energies = jax.lax.map(chain, (params, keys, log_weight, excess))
     x, energies = x.reshape(num_walkers, -1), energies.reshape(-1)
     walk_keys = jax.random.split(jax.random.fold_in(keys[0], WALK_BLOCK), num_walkers)
-    momentum = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, WALK_BLOCK), x.shape[1:], x.dtype))(
-        walk_keys
-    )
-    walkers = Walker(x, momentum, jnp.zeros_like(x), jnp.zeros_like(energies), energies)
-    return Walk(linear_map, walkers, start_tuning(x.shape[1], x.dtype), walk_keys)
+    return _set_off(linear_map, x, energies, walk_keys)
 
 
 def move_walk(
@@ -85,13 +81,23 @@ def move_walk(
         center: The w* that they were about.
         shift: Distinguishes their keys from the old ones.
     """
-    linear_map = family.linear_map(jax.tree_util.tree_map(lambda leaf: leaf[0], params))
+    linear_map = _common_map(family, params)
     moved = jax.vmap(walk.linear_map.displacement)(walk.walkers.x) + (center - problem.posterior.center)
-    x = jax.vmap(linear_map.round)(moved)
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(walk.keys, shift)
+    set_off = _set_off(linear_map, jax.vmap(linear_map.round)(moved), walk.walkers.excess, keys)
+    return set_off._replace(tuning=set_off.tuning._replace(step=walk.tuning.step))
+
+
+def _common_map(family: AbstractFamily, params: Any) -> LinearMap:
+    """Return the coordinates of the first chain's q, which all walkers share."""
+    return family.linear_map(jax.tree_util.tree_map(lambda leaf: leaf[0], params))
+
+
+def _set_off(linear_map: LinearMap, x: Float[Array, "walkers dim"], excess: Float[Array, " walkers"], keys) -> Walk:
+    """Give walkers at these points a momentum; their gradients are unknown until they enter a level."""
     momentum = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, WALK_BLOCK), x.shape[1:], x.dtype))(keys)
-    tuning = start_tuning(x.shape[1], x.dtype)._replace(step=walk.tuning.step)
-    return Walk(linear_map, walk.walkers._replace(x=x, momentum=momentum), tuning, keys)
+    walkers = Walker(x, momentum, jnp.zeros_like(x), jnp.zeros_like(excess), excess)
+    return Walk(linear_map, walkers, start_tuning(x.shape[1], x.dtype), keys)
 
 
 def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int[Array, " num"]:

@@ -18,10 +18,10 @@ demo: $(VENV)/.stamp-demo  ## install the package and estimate the LLC of a digi
 	$(BIN)/fastvi demo digits
 
 test: $(VENV)/.stamp-test  ## run the fast tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 2
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile
 
 slow: $(VENV)/.stamp-test  ## run the slow tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 2 -m slow
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m slow
 
 lint: $(VENV)/.stamp-lint  ## check style, format and types
 	$(BIN)/ruff check $(SOURCES)

@@ -24,9 +24,12 @@ def pullback(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangen
         return cotangent @ reference.draw(parameters, small, noise).displacement
 
     grad = jax.grad(paired)(mixture)
-    if metric == "euclidean":
-        return grad
-    precision = jnp.eye(mixture.log_scale.size, dtype=cotangent.dtype) + mixture.core.T @ mixture.core
+    return grad if metric == "euclidean" else natural(mixture, grad)
+
+
+def natural(mixture: Mixture, grad: Mixture) -> Mixture:
+    """Multiply a Euclidean gradient by the metric of `api.pullback`."""
+    precision = jnp.eye(mixture.log_scale.size, dtype=grad.log_scale.dtype) + mixture.core.T @ mixture.core
     covariance = jnp.linalg.inv(precision)
     return grad._replace(
         offsets=grad.offsets * jnp.exp(mixture.log_scale) @ covariance,

@@ -1,3 +1,4 @@
+import functools
 import os
 from pathlib import Path
 
@@ -30,6 +31,17 @@ def enable_x64(enabled):
     from jax.experimental import enable_x64 as experimental
 
     return experimental(enabled)
+
+
+# jax.jit for programs of a test that run a few times: half the time to compile
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_use_fusion_emitters": False,
+    },
+)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The loop's step against its dense definition, chain by chain."""
 
 import dataclasses
-import functools
 import types
 from typing import NamedTuple
 
@@ -10,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from conftest import quick_jit
 from jax.extend.random import threefry_2x32
 
 from fastvi import LocalPosterior, VIConfig, make_flat_objective
-from fastvi.compilation import quick_compilation
 from fastvi.families import mfa
 from fastvi.inference import loop, optimizer
 from fastvi.inference.programs import build_family
@@ -21,9 +20,6 @@ from fastvi.kernels.elbo_step import reference
 from fastvi.kernels.woodbury import Noise
 
 DIM, NUM_DATA, BATCH, CHAINS, LENGTH, CHUNKS = 5, 12, 4, 2, 3, 2
-# for programs that run a few times
-UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options={**UNOPTIMISED, **(quick_compilation() or {})})
 NBETA, GAMMA, LR, TRUST, WARMUP, DECAY_START, END = 3.0, 0.7, 0.05, 0.5, 2, 3, 8
 
 
@@ -86,11 +82,11 @@ def implementation(case):
     config, family, problem, params = make(case)
     objective, horizon = make_flat_objective(loss), optimizer.Horizon(*map(jnp.float64, (WARMUP, DECAY_START, END)))
 
-    @jit
+    @quick_jit
     def chunk(state, keys, first):
         return loop.run_steps(family, objective, problem, config, state, keys, first, horizon, LENGTH)
 
-    state, traces = jit(jax.vmap(lambda one: loop.init_state(family, one, config)))(params), []
+    state, traces = quick_jit(jax.vmap(lambda one: loop.init_state(family, one, config)))(params), []
     for index in range(CHUNKS):
         state, trace = chunk(state, jax.random.split(jax.random.key(3), CHAINS), jnp.asarray(index * LENGTH))
         traces.append(trace)
@@ -164,7 +160,7 @@ def definition(case):
     setting, (inputs, outputs) = setting_of(case, config, family), problem.data
     center, results = problem.posterior.center, []
 
-    @jit
+    @quick_jit
     def step(chain, rows, groups, rate, elapsed):
         def log_density(v):
             return -NBETA * loss(center + v, (inputs[rows], outputs[rows])) - 0.5 * GAMMA * jnp.sum(v**2)
@@ -172,7 +168,7 @@ def definition(case):
         return reference.step(setting, chain, log_density, groups, rate, elapsed)
 
     for index, key in enumerate(jax.random.split(jax.random.key(3), CHAINS)):
-        chain, traces = jit(reference.start)({name: leaf[index] for name, leaf in params._asdict().items()}), []
+        chain, traces = quick_jit(reference.start)({name: leaf[index] for name, leaf in params._asdict().items()}), []
         for number in range(CHUNKS * LENGTH):
             rows = np.bitwise_xor(*words(key, 3 * number + 2, BATCH)) % NUM_DATA
             rate, elapsed = schedule(number)

@@ -134,11 +134,15 @@ def test_unknown_implementation_is_refused(op):
 def test_an_implementation_that_cannot_run_is_refused_with_the_reason(monkeypatch):
     absent = Implementation("nowhere", packages=("a_package_of_no_one",), extra="cuda")
     elsewhere = Implementation("nowhere", platforms=("tpu",))
-    op = Op("woodbury", {**OPS["woodbury"].implementations, "absent": absent, "elsewhere": elsewhere})
+    removed = Implementation("nowhere", packages=("jax.experimental.no_such_part",))
+    others = {"absent": absent, "elsewhere": elsewhere, "removed": removed}
+    op = Op("woodbury", {**OPS["woodbury"].implementations, **others})
     with pytest.raises(ConfigError, match=r"'absent'.*a_package_of_no_one: pip install 'fastvi\[cuda\]'"):
         op.select("absent")
     with pytest.raises(ConfigError, match="'elsewhere'.*runs on tpu, and this machine has cpu"):
         op.select("elsewhere")
+    with pytest.raises(ConfigError, match="'removed'.*no_such_part, which this jax does not have"):
+        op.select("removed")
 
 
 def test_the_default_follows_the_platform_that_the_program_is_for(x64):
@@ -167,7 +171,7 @@ def test_show_says_what_runs_and_why():
         [name, implementation] for name, op in OPS.items() for implementation in op.implementations
     ]
     assert all("runs by default on cpu" in line for line in lines[1:] if line.split()[1] == "xla")
-    assert all("cannot run: it " in line for line in lines[1:] if line.split()[1] == "triton")
+    assert all("cannot run: it " in line for line in lines[1:] if line.split()[1] in ("triton", "pallas"))
 
 
 @pytest.mark.parametrize("implementation", available("mixture_grad"))

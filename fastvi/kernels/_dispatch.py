@@ -21,8 +21,8 @@ class Implementation(NamedTuple):
     Attributes:
         module: The module, imported when it is first chosen.
         platforms: Where it runs.
-        packages: What it imports beyond the core.
-        extra: The extra that installs them.
+        packages: What it imports beyond the core, or parts of jax that not every version has.
+        extra: The extra that installs them, None for parts of jax.
     """
 
     module: str
@@ -38,7 +38,8 @@ class Implementation(NamedTuple):
         """Say what keeps it from running on this machine, None if nothing does."""
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
         if missing:
-            return f"it needs {' and '.join(missing)}: pip install 'fastvi[{self.extra}]'"
+            cure = ", which this jax does not have" if self.extra is None else f": pip install 'fastvi[{self.extra}]'"
+            return f"it needs {' and '.join(missing)}{cure}"
         if platform not in self.platforms:
             return f"it runs on {' and '.join(self.platforms)}, and this machine has {platform}"
         return None
@@ -101,6 +102,11 @@ def triton(op: str) -> dict[str, Implementation]:
     """Return the implementation by Triton kernels."""
     packages = ("triton", "jax_triton")
     return {"triton": Implementation(f"fastvi.kernels.{op}.triton", ("cuda",), packages, "cuda")}
+
+
+def pallas(op: str) -> dict[str, Implementation]:
+    """Return the implementation by Pallas kernels."""
+    return {"pallas": Implementation(f"fastvi.kernels.{op}.pallas", ("cuda",), ("jax.experimental.pallas.triton",))}
 
 
 def current_platform() -> str:

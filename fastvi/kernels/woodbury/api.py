@@ -1,7 +1,7 @@
 """Entry points of the Woodbury kernel."""
 
 from fastvi._typing import Array, Float, Scalar
-from fastvi.kernels._dispatch import Op, plain, triton
+from fastvi.kernels._dispatch import Op, pallas, plain, triton
 from fastvi.kernels.woodbury import xla
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
@@ -18,7 +18,7 @@ __all__ = [
     "precision_root",
 ]
 
-OP = Op("woodbury", plain("woodbury") | triton("woodbury"))
+OP = Op("woodbury", plain("woodbury") | triton("woodbury") | pallas("woodbury"))
 
 
 def factor_grams(

@@ -1,0 +1,123 @@
+"""Pallas kernels without a GPU: numbers by Pallas's interpreter, lowering for CUDA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import enable_x64, quick_jit
+from jax.experimental import pallas as pl
+
+from fastvi._errors import ConfigError
+from fastvi.kernels import OPS, woodbury
+from fastvi.kernels.woodbury import cases, reference, xla
+from fastvi.kernels.woodbury import pallas as density
+
+SHARED = {name: case for name, case in cases.CASES.items() if case.num_offsets < 2}
+LARGE = cases.Case(3, 3, 2, dim=2500)  # three programs of 1024, the last one ragged
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr(density, "BLOCK", 16)  # several programs for 33 entries
+
+
+def assert_close(actual, expected, tolerance):
+    for got, want in zip(*map(jax.tree_util.tree_leaves, (actual, expected)), strict=True):
+        scale = np.max(np.abs(want), initial=0.0)
+        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(scale, 1e-30))
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def draws(implementation, mixture, stacked):
+    """Small matrices by one definition, so that what differs is the kernel's."""
+    small = xla.grams(mixture)
+    drawn = jax.vmap(functools.partial(implementation.draw, mixture, small))(stacked)
+    return drawn, implementation.log_prob(mixture, small, stacked.eps[0] + 0.3)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_draws_agree_with_dense_algebra(name, interpreted, x64):
+    mixture, stacked = cases.make(SHARED[name], jnp.float64)
+    # condition 1e7, as in tests/test_kernels.py
+    expected, tolerance = draws(reference, mixture, stacked), 3e-8 if "steep" in name else 1e-12
+    assert_close(draws(density, mixture, stacked), expected, tolerance)
+
+
+def test_the_passes_in_float32_agree_with_float64(interpreted, monkeypatch):
+    monkeypatch.setattr(density, "BLOCK", 1024)
+
+    @quick_jit
+    def passes(mixture, noise):
+        projected = density._project(noise.eps, mixture, noise.zeta, noise.z, noise.label)
+        weights = mixture.core, mixture.factors, noise.zeta, projected[2]
+        return projected, density._residual(projected[1], *weights)
+
+    results = []
+    for dtype in ("float32", "float64"):
+        with enable_x64(dtype == "float64"):
+            mixture, stacked = cases.make(LARGE, jnp.dtype(dtype))
+            results.append(passes(mixture, jax.tree_util.tree_map(lambda leaf: leaf[1], stacked)))
+    assert_close(*results, 1e-6)
+
+
+def test_vmap_over_chains_equals_a_loop(interpreted, x64):
+    chains = [cases.make(SHARED[name], jnp.float64) for name in ("shared", "shared_masked")]
+    mixtures, noises = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *chains)
+    together = jax.vmap(functools.partial(draws, density))(mixtures, noises)
+    for index, (mixture, stacked) in enumerate(chains):
+        alone = jax.tree_util.tree_map(lambda leaf, i=index: leaf[i], together)
+        assert_close(alone, draws(reference, mixture, stacked), 1e-12)
+
+
+def test_nan_in_nan_out(interpreted, x64):
+    mixture, stacked = cases.make(SHARED["shared"], jnp.float64)
+    for field in ("eps", "zeta", "z"):
+        drawn, _ = draws(density, mixture, stacked._replace(**{field: getattr(stacked, field).at[0, 0].set(jnp.nan)}))
+        assert np.isnan(drawn.log_prob[0]), field
+        assert np.isnan(drawn.score[0]).any(), field
+        assert np.isfinite(drawn.log_prob[1]), field
+    for field in ("log_weights", "log_scale", "core", "factors"):
+        spoiled = mixture._replace(**{field: getattr(mixture, field).at[-1].set(jnp.nan)})
+        drawn, elsewhere = draws(density, spoiled, stacked)
+        assert np.isnan(drawn.score).any(axis=-1).all(), field
+        assert np.isnan(elsewhere), field
+
+
+def test_log_prob_can_be_differentiated(interpreted, x64):
+    mixture, stacked = cases.make(SHARED["shared_masked"], jnp.float64)
+
+    def gradient_of(implementation):
+        def log_prob(mixture, point):
+            return implementation.log_prob(mixture, xla.grams(mixture), point)
+
+        return quick_jit(jax.grad(log_prob, argnums=(0, 1)))(mixture, stacked.eps[0] + 0.3)
+
+    assert_close(gradient_of(density), gradient_of(reference), 1e-11)
+
+
+def test_what_is_missing_is_refused():
+    with pytest.raises(ConfigError, match="'pallas'.*no means by component"):
+        draws(density, *cases.make(cases.CASES["component"]))
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ConfigError, match="'pallas'.*woodbury.*runs on cuda"):
+            woodbury.grams(cases.make(SHARED["shared"])[0], implementation="pallas")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_lowering_for_cuda_holds_the_kernels(dtype):
+    # a function of its own: what was traced for the interpreter is of no use here
+    compiled = jax.jit(functools.partial(draws.__wrapped__, density))
+    with enable_x64(dtype == "float64"):
+        traced = compiled.trace(*cases.make(LARGE, jnp.dtype(dtype)))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # project and residual of the draws, project of the density elsewhere
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 3
+
+
+def test_every_pallas_module_is_tested():
+    assert {op.implementations["pallas"].module for op in OPS.values() if "pallas" in op.implementations} == {
+        density.__name__
+    }

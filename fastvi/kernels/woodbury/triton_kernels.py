@@ -11,6 +11,38 @@ import triton.language as tl
 
 @triton.jit
 @no_type_check  # Triton reads the source of the bare function
+def rows_at(matrix, first, end, dim: tl.constexpr, block: tl.constexpr, tile: tl.constexpr):
+    """Return `tile` rows of a matrix from `first` on, in the columns of this program; zeros from row `end` on."""
+    entry = tl.program_id(0) * block + tl.arange(0, block)
+    row = first + tl.arange(0, tile)
+    mask = (row < end)[:, None] & (entry < dim)[None, :]
+    return tl.load(matrix + row.to(tl.int64)[:, None] * dim + entry[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+@no_type_check  # Triton reads the source of the bare function
+def combine(
+    value,
+    weights,
+    matrix,
+    first,
+    sign: tl.constexpr,
+    count: tl.constexpr,
+    dim: tl.constexpr,
+    block: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """Add `sign * weights M` to value, for `count` rows of a matrix from `first` on."""
+    for start in range(0, count, tile):
+        index = start + tl.arange(0, tile)
+        weight = tl.load(weights + index, mask=index < count, other=0.0)
+        rows = rows_at(matrix, first + start, first + count, dim, block, tile)
+        value += sign * tl.sum(weight[:, None] * rows, axis=0)
+    return value
+
+
+@triton.jit
+@no_type_check  # Triton reads the source of the bare function
 def project(
     eps,
     core,
@@ -32,29 +64,19 @@ def project(
     chain = tl.program_id(1)
     entry = tl.program_id(0) * block + tl.arange(0, block)
     inside = entry < dim
-    row = tl.arange(0, tile)
-    value = tl.load(eps + chain.to(tl.int64) * dim + entry, mask=inside, other=0.0)
-    for start in range(0, num_core, tile):
-        used = start + row < num_core
-        weight = tl.load(correction + chain * num_core + start + row, mask=used, other=0.0)
-        at = (chain * num_core + start + row).to(tl.int64)[:, None] * dim + entry[None, :]
-        rows = tl.load(core + at, mask=used[:, None] & inside[None, :], other=0.0)
-        value -= tl.sum(weight[:, None] * rows, axis=0)
-    tl.store(x_core + chain.to(tl.int64) * dim + entry, value, mask=inside)
+    own = chain.to(tl.int64) * dim + entry
+    value = tl.load(eps + own, mask=inside, other=0.0)
+    value = combine(value, correction + chain * num_core, core, chain * num_core, -1, num_core, dim, block, tile)
+    tl.store(x_core + own, value, mask=inside)
     first = chain * num_rows + tl.load(label + chain) * rank
-    for start in range(0, rank, tile):
-        used = start + row < rank
-        weight = tl.load(z + chain * rank + start + row, mask=used, other=0.0)
-        at = (first + start + row).to(tl.int64)[:, None] * dim + entry[None, :]
-        rows = tl.load(factors + at, mask=used[:, None] & inside[None, :], other=0.0)
-        value += tl.sum(weight[:, None] * rows, axis=0)
-    tl.store(x + chain.to(tl.int64) * dim + entry, value, mask=inside)
+    value = combine(value, z + chain * rank, factors, first, 1, rank, dim, block, tile)
+    tl.store(x + own, value, mask=inside)
     sums = partial + (chain * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (num_rows + 1)
+    first, end = chain * num_rows, (chain + 1) * num_rows
     for start in range(0, num_rows, tile):
-        used = start + row < num_rows
-        at = (chain * num_rows + start + row).to(tl.int64)[:, None] * dim + entry[None, :]
-        rows = tl.load(factors + at, mask=used[:, None] & inside[None, :], other=0.0)
-        tl.store(sums + start + row, tl.sum(rows * value[None, :], axis=1), mask=used)
+        row = start + tl.arange(0, tile)
+        rows = rows_at(factors, first + start, end, dim, block, tile)
+        tl.store(sums + row, tl.sum(rows * value[None, :], axis=1), mask=row < num_rows)
     tl.store(sums + num_rows, tl.sum(value * value, axis=0))
 
 
@@ -76,19 +98,8 @@ def residual(
     """Score = factor_weight A - core_weight B - x, in units of D^{1/2}."""
     chain = tl.program_id(1)
     entry = tl.program_id(0) * block + tl.arange(0, block)
-    inside = entry < dim
-    row = tl.arange(0, tile)
-    value = -tl.load(x + chain.to(tl.int64) * dim + entry, mask=inside, other=0.0)
-    for start in range(0, num_rows, tile):
-        used = start + row < num_rows
-        weight = tl.load(factor_weight + chain * num_rows + start + row, mask=used, other=0.0)
-        at = (chain * num_rows + start + row).to(tl.int64)[:, None] * dim + entry[None, :]
-        rows = tl.load(factors + at, mask=used[:, None] & inside[None, :], other=0.0)
-        value += tl.sum(weight[:, None] * rows, axis=0)
-    for start in range(0, num_core, tile):
-        used = start + row < num_core
-        weight = tl.load(core_weight + chain * num_core + start + row, mask=used, other=0.0)
-        at = (chain * num_core + start + row).to(tl.int64)[:, None] * dim + entry[None, :]
-        rows = tl.load(core + at, mask=used[:, None] & inside[None, :], other=0.0)
-        value -= tl.sum(weight[:, None] * rows, axis=0)
-    tl.store(score + chain.to(tl.int64) * dim + entry, value, mask=inside)
+    own = chain.to(tl.int64) * dim + entry
+    value = -tl.load(x + own, mask=entry < dim, other=0.0)
+    value = combine(value, factor_weight + chain * num_rows, factors, chain * num_rows, 1, num_rows, dim, block, tile)
+    value = combine(value, core_weight + chain * num_core, core, chain * num_core, -1, num_core, dim, block, tile)
+    tl.store(score + own, value, mask=entry < dim)

@@ -1,4 +1,3 @@
-import functools
 import os
 from pathlib import Path
 
@@ -33,15 +32,12 @@ def enable_x64(enabled):
     return experimental(enabled)
 
 
-# jax.jit for programs of a test that run a few times: half the time to compile
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    },
-)
+def quick_jit(function, **options):
+    """jax.jit for programs of a test that run a few times: half the time to compile."""
+    from fastvi.compilation import quick_compilation
+
+    least = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(function, compiler_options={**least, **(quick_compilation() or {})}, **options)
 
 
 @pytest.fixture

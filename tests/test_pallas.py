@@ -1,6 +1,8 @@
 """Pallas kernels without a GPU: numbers by Pallas's interpreter, lowering for CUDA."""
 
+import contextlib
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,14 @@ from jax.experimental import pallas as pl
 from fastvi._errors import ConfigError
 from fastvi.kernels import OPS, woodbury
 from fastvi.kernels.woodbury import cases, reference, xla
+
+if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+    pytest.skip("needs a jax whose Pallas has a Triton backend", allow_module_level=True)
+
 from fastvi.kernels.woodbury import pallas as density
 
+# jax 0.11 announces the end of that backend
+pytestmark = pytest.mark.filterwarnings("ignore:.*[Tt]riton:DeprecationWarning")
 SHARED = {name: case for name, case in cases.CASES.items() if case.num_offsets < 2}
 LARGE = cases.Case(3, 3, 2, dim=2500)  # three programs of 1024, the last one ragged
 
@@ -106,11 +114,19 @@ def test_what_is_missing_is_refused():
             woodbury.grams(cases.make(SHARED["shared"])[0], implementation="pallas")
 
 
+def for_a_gpu():
+    """Name the device that programs are lowered for; before jax 0.10 nothing asks."""
+    if jax.__version_info__ < (0, 10):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_lowering_for_cuda_holds_the_kernels(dtype):
     # a function of its own: what was traced for the interpreter is of no use here
     compiled = jax.jit(functools.partial(draws.__wrapped__, density))
-    with enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"), for_a_gpu():
         traced = compiled.trace(*cases.make(LARGE, jnp.dtype(dtype)))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     # project and residual of the draws, project of the density elsewhere

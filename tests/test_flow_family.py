@@ -120,7 +120,7 @@ def test_ascent_climbs_with_every_parameter(case):
 
 
 def _step(family, params, updates, length):
-    return family.apply_updates(params, jax.tree_util.tree_map(lambda leaf: length * leaf, updates))
+    return family.apply_updates(params, (), jax.tree_util.tree_map(lambda leaf: length * leaf, updates))[0]
 
 
 def _sigma_moves(family):

@@ -1,6 +1,7 @@
 import functools
 import io
 import itertools
+import re
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from conftest import enable_x64
+from conftest import enable_x64, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from fastvi._errors import ConfigError
 from fastvi.kernels import OPS, hutchinson, mixture_grad, noise, triangular, woodbury
 from fastvi.kernels._dispatch import Implementation, Op, current_platform
 from fastvi.kernels.hutchinson import cases as hutchinson_cases
+from fastvi.kernels.mixture_grad import reference as gradient_reference
 from fastvi.kernels.order import upper_median
 from fastvi.kernels.woodbury import Mixture, cases
 
@@ -193,6 +195,45 @@ def test_update_factors(implementation, comp, rank, dim, terms, labels):
             mixture_grad.update_factors(*arguments, implementation=name) for name in (implementation, "reference")
         )
     assert_leaves_close(actual, expected, 1e-12)
+
+
+def factor_update(chains, rank, dim=2300, blocks=2):
+    rng = np.random.default_rng(rank)
+    sizes = (*chains, 3, rank, dim), (*chains, blocks, 1, rank), (*chains, blocks, 1, dim)
+    factors, left, right = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes)
+    return factors, jnp.asarray(rng.integers(0, 3, (*chains, blocks))), left, right
+
+
+@pytest.mark.parametrize("chains", [(2,), (5,), (2, 3)])
+def test_update_factors_over_chains_is_that_of_each(chains):
+    arguments = factor_update(chains, 3)
+    update = mixture_grad.update_factors
+    for _ in chains:
+        update = jax.vmap(update)
+    moved, grams = quick_jit(update)(*arguments)
+    for chain in np.ndindex(*chains):
+        expected = gradient_reference.update_factors(*(leaf[chain] for leaf in arguments))
+        assert_leaves_close((moved[chain], grams[chain]), expected, 2e-4)
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+@pytest.mark.parametrize("chains", [1, 3])
+def test_update_factors_copies_no_factors_in_a_loop(chains, rank):
+    factors, *rest = factor_update((chains,), rank)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(factors):
+        def body(factors, _):
+            # what a step reads of the factors decides what it adds to them
+            shift = jnp.mean(factors, axis=(1, 2, 3))[:, None, None, None]
+            return jax.vmap(mixture_grad.update_factors)(factors, rest[0], rest[1] + shift, rest[2])
+
+        return jax.lax.scan(body, factors, length=4)
+
+    text = run.lower(factors).compile().as_text()
+    shape = ",".join(map(str, factors.shape))
+    copies = [line for line in text.splitlines() if re.search(rf"= f32\[({shape}|{shape[2:]})\]\S* copy\(", line)]
+    assert not copies
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -208,10 +208,6 @@ class AbstractFamily(eqx.Module):
         """Return what `transform` can take over from step to step; None gives the same draws without it."""
 
     @abc.abstractmethod
-    def refresh_cache(self, cache: PyTree, params: PyTree, updates: PyTree) -> PyTree:
-        """Bring the cache up to the parameters that `apply_updates` returned for these updates."""
-
-    @abc.abstractmethod
     def log_prob(self, params: PyTree, displacement: Float[Array, " dim"]) -> Scalar:
         """Evaluate the normalised log density of w at `center + displacement`."""
 
@@ -242,8 +238,8 @@ class AbstractFamily(eqx.Module):
         """Return the ascent direction that the optimiser takes: the same gradient in the family's own metric."""
 
     @abc.abstractmethod
-    def apply_updates(self, params: PyTree, updates: PyTree) -> PyTree:
-        """Add the optimiser's updates, given in the coordinates of `ascent`."""
+    def apply_updates(self, params: PyTree, cache: PyTree, updates: PyTree) -> tuple[PyTree, PyTree]:
+        """Add the optimiser's updates, given in the coordinates of `ascent`; return the cache of the sum with it."""
 
     @abc.abstractmethod
     def update_rules(self, groups: int) -> UpdateRules:

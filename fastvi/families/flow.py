@@ -171,11 +171,6 @@ class Flow(AbstractFamily):
         del params
         return ()
 
-    def refresh_cache(self, cache, params, updates):
-        """Return the cache, which is empty."""
-        del params, updates
-        return cache
-
     def log_prob(self, params: FlowParams, displacement: Float[Array, " dim"]):
         """Evaluate log q; see `AbstractFamily.log_prob`."""
         latent, rest = self.lift.pull(params.lift, displacement / self.scale)
@@ -199,10 +194,10 @@ class Flow(AbstractFamily):
         gradient = self.pullback(params, draws, log_density, log_density_grad, baseline, antithetic=antithetic)
         return gradient._replace(lift=self.lift.natural(params.lift, gradient.lift))
 
-    def apply_updates(self, params: FlowParams, updates: FlowParams) -> FlowParams:
+    def apply_updates(self, params: FlowParams, cache, updates: FlowParams):
         """Add updates; see `Lift.moved`."""
         flow = jax.tree_util.tree_map(jnp.add, params.flow, updates.flow)
-        return FlowParams(self.lift.moved(params.lift, updates.lift), flow)
+        return FlowParams(self.lift.moved(params.lift, updates.lift), flow), cache
 
     def update_rules(self, groups: int) -> UpdateRules:
         """Treat the linear map as a Gaussian's, the flow's networks as networks."""

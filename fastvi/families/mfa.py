@@ -198,18 +198,6 @@ class MFA(AbstractFamily):
         """Return A_m A_m^T for every component: a step changes the factors of the drawn ones only."""
         return woodbury.factor_grams(self._mask(params.factors))
 
-    def refresh_cache(self, cache, params: MFAParams, updates: MFAParams):
-        """Recompute the products of the components that moved."""
-        if not isinstance(updates.factors, Blocks):
-            return self.make_cache(params)
-        for label in updates.factors.index:
-            block = params.factors.at[label].get(mode="promise_in_bounds")
-            if len(set(self.ranks)) > 1:
-                block = block * self._rank_mask(block.dtype)[label][:, None]
-            product = woodbury.factor_grams(block[None])[0]
-            cache = cache.at[label].set(product, mode="promise_in_bounds")
-        return cache
-
     def draw_noise(self, key: Key, num: int, block: Array | int = 0) -> Normals:
         """Draw noise; see `AbstractFamily.draw_noise`."""
         dtype, size = self.scale.dtype, self.scale.size + max(self.ranks) + self.noise_size
@@ -315,7 +303,7 @@ class MFA(AbstractFamily):
         prior = (self.dirichlet - 1) * (alive - jnp.sum(alive) * weights)
         return (centred + prior) / self.heat
 
-    def apply_updates(self, params: MFAParams, updates: MFAParams) -> MFAParams:
+    def apply_updates(self, params: MFAParams, cache, updates: MFAParams):
         """Add updates: means in units of D^{1/2}, factors as blocks.
 
         The core is moved along with log_scale so that `core D^{-1/2}`, its steep directions in u, stays put: left
@@ -325,18 +313,30 @@ class MFA(AbstractFamily):
         bounded = jnp.clip(params.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND)
         log_scale = jnp.clip(params.log_scale + updates.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND)
         scale = jnp.exp(bounded)
-        factors = params.factors
         if isinstance(updates.factors, Blocks):
-            factors, _ = mixture_grad.update_factors(factors, updates.factors.index, *updates.factors.values)
+            labels = updates.factors.index
+            factors, products = mixture_grad.update_factors(params.factors, labels, *updates.factors.values)
+            cache = self._refreshed(cache, labels, products)
         else:
-            factors = factors + updates.factors
-        return MFAParams(
+            factors = params.factors + updates.factors
+            cache = woodbury.factor_grams(self._mask(factors))
+        params = MFAParams(
             logits=params.logits + updates.logits,
             offsets=params.offsets + scale * updates.offsets,
             log_scale=log_scale,
             core=(params.core + updates.core) * jnp.exp(log_scale - bounded),
             factors=factors,
         )
+        return params, cache
+
+    def _refreshed(self, cache, labels, products):
+        """Replace A_m A_m^T of the components that moved."""
+        if len(set(self.ranks)) > 1:
+            used = self._rank_mask(products.dtype)[labels]
+            products = products * used[:, :, None] * used[:, None, :]
+        for label, product in zip(labels, products, strict=True):
+            cache = cache.at[label].set(product, mode="promise_in_bounds")
+        return cache
 
     def update_rules(self, groups: int) -> UpdateRules:
         """Turn rows of core and factors by equal angles whatever the dimension, and keep their directions.

@@ -146,10 +146,9 @@ def run_steps(
         ascent = family.ascent(state.params, draws, value, grad, baseline, antithetic=config.antithetic)
         updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=elapsed)
         updates = _scaled(updates, rules.rates, rate)
-        params = family.apply_updates(state.params, updates)
+        params, cache = family.apply_updates(state.params, state.cache, updates)
         if config.prunes:
             params, opt_state = _pruned(family, params, opt_state, config, step)
-        cache = family.refresh_cache(state.cache, params, updates)
         slow = jax.lax.cond(refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params)
         baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * _objective_value(family, value, draws)
         trace = {**_statistics(draws, value, grad), "grad_norm": gradient_norm(ascent)}

@@ -34,23 +34,42 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
 
 def factor_grams(factors):
     """Compute A_m A_m^T: by pairs of rows for small ranks, else over chunks of dim that stay in cache."""
-    num_components, rank, dim = factors.shape
+    return _products(
+        lambda start, size: jax.lax.dynamic_slice_in_dim(factors, start, size, 2), factors.shape, factors.dtype
+    )
+
+
+def component_gram(factors, index):
+    """Compute A_m A_m^T of the factor at an index, one number for each axis but the last two, without a copy of it."""
+    rank, dim = factors.shape[-2:]
+
+    def part(start, size):
+        found = jax.lax.dynamic_slice(factors, (*index, 0, start), (*(1 for _ in index), rank, size))
+        return found.reshape(1, rank, size)
+
+    return _products(part, (1, rank, dim), factors.dtype)[0]
+
+
+def _products(part, shape, dtype):
+    """Compute A_m A_m^T of factors of this shape, of which `part` reads a stretch of dim."""
+    count, rank, dim = shape
     if rank == 0:
-        return jnp.zeros((num_components, 0, 0), factors.dtype)
+        return jnp.zeros((count, 0, 0), dtype)
     if rank <= PAIRWISE_RANK:
-        entry = {(i, j): jnp.sum(factors[:, i] * factors[:, j], -1) for i in range(rank) for j in range(i, rank)}
+        whole = part(0, dim)
+        entry = {(i, j): jnp.sum(whole[:, i] * whole[:, j], -1) for i in range(rank) for j in range(i, rank)}
         rows = [jnp.stack([entry[min(i, j), max(i, j)] for j in range(rank)], -1) for i in range(rank)]
         return jnp.stack(rows, axis=-2)
-    count = dim // GRAM_CHUNK
+    chunks = dim // GRAM_CHUNK
 
-    def product(part):
-        return jnp.einsum("mrd,msd->mrs", part, part)
+    def product(block):
+        return jnp.einsum("mrd,msd->mrs", block, block)
 
     def add(total, index):
-        return total + product(jax.lax.dynamic_slice_in_dim(factors, index * GRAM_CHUNK, GRAM_CHUNK, 2)), None
+        return total + product(part(index * GRAM_CHUNK, GRAM_CHUNK)), None
 
-    rest = product(factors[..., count * GRAM_CHUNK :])
-    return jax.lax.scan(add, rest, jnp.arange(count))[0] if count else rest
+    rest = product(part(chunks * GRAM_CHUNK, dim - chunks * GRAM_CHUNK))
+    return jax.lax.scan(add, rest, jnp.arange(chunks))[0] if chunks else rest
 
 
 def _log_det(triangular):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.bench_step import COMPONENTS, FACTOR_PASSES, fastvi_program, gradient_scan
+from bench.bench_step import COMPONENTS, FACTOR_PASSES, RANK, fastvi_program, gradient_scan
 from bench.harness import Timing, against, peak_megabytes, record, score
 from bench.problems import BATCH, INPUTS, WIDTHS, tanh_network
 from fastvi import LocalPosterior, estimate_llc, make_flat_objective
@@ -16,6 +16,7 @@ from fastvi.inference.loop import Problem
 STEPS = 100
 CHAINS = 4
 ASKED_CHAINS, ASKED_MEMORY, ASKED_OVERHEAD = 0.9, 1.3, 2.0
+SCALES = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
 ROUNDS = {1_000: 15, 10_000: 7, 100_000: 3}
 
 
@@ -82,6 +83,30 @@ def test_large(benchmark):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dim", SCALES)
+def test_scale(benchmark, dim):
+    """Time and memory of a step where the gradient costs next to nothing, for the law in d."""
+    steps = 3
+    posterior = LocalPosterior(jnp.zeros(dim), jnp.float32(2000.0), jnp.float32(1.0))
+    problem = Problem(posterior, jnp.zeros((8, 1)), 8, 8)
+    objective = make_flat_objective(lambda flat, batch: 0.5 * jnp.sum(flat**2))
+    compiled, step = fastvi_program(objective, problem, chains=1, steps=steps, donate=True)
+    factors = COMPONENTS * RANK * dim * 4
+    source = np.ones(factors // 8 // 2)  # half read, half written
+    target = np.empty_like(source)
+
+    def copies():
+        for _ in range(steps):
+            np.copyto(target, source)
+
+    timing = against("copy", {"copy": copies, "step": step}, 5)["step"]
+    each = Timing(tuple(value / steps for value in timing.seconds), timing.ratio, timing.least)
+    details = {"peak_mb": peak_megabytes(compiled), "least_mb": factors / 1e6}
+    record("ratios", [score("scale", "a step, M = 8, r = 2", dim, "copy of the factors", each, **details)])
+    benchmark.pedantic(lambda: jax.block_until_ready(step()), rounds=1)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_work_per_second(benchmark):
     """A whole uncorrected estimate beside bare gradients of as many full-gradient equivalents; compiled before."""
     size = 10_000
@@ -93,7 +118,7 @@ def test_work_per_second(benchmark):
             loss, center, problem.data, key=seed, steps=400, progress=False, throw=False, correction="none"
         )
 
-    work = float(estimate().fge)
+    work = float(estimate().work["total_fge"])
     scan = gradient_scan(objective, problem)[1]
     per_scan = 200 * BATCH / problem.num_data
     calls = {"gradient": scan, "estimate": lambda: estimate().llc}

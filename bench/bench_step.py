@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench.harness import against, bytes_accessed, peak_megabytes, record, score
+from bench.harness import bytes_accessed, compared, in_turn, peak_megabytes, record, score
 from bench.problems import BATCH, tanh_network
 from fastvi import LocalPosterior, VIConfig, make_flat_objective
 from fastvi.inference.loop import Problem, init_state
@@ -22,6 +22,8 @@ ASKED = {1_000: 1.5, 10_000: 1.7, 100_000: 2.0}  # largest multiple of the gradi
 ROUNDS = {1_000: 20, 10_000: 10, 100_000: 3}
 STEP_SIZE = 1e-6
 FACTOR_PASSES = 7  # times that a step should at most read or write all factors
+PREDECESSOR = "lambda_hat mfa"
+ASKED_PEERS = {"numpyro, rank 16": 1 / 2, PREDECESSOR: 1 / 3}  # of their time
 
 
 def gradient_scan(objective, problem, steps=STEPS):
@@ -52,8 +54,8 @@ def fastvi_scan(objective, problem):
     return fastvi_program(objective, problem, chains=1, steps=STEPS)
 
 
-def fastvi_program(objective, problem, *, chains, steps, rank=RANK):
-    """Compile steps of several chains; the state is not donated, so that a call can be repeated."""
+def fastvi_program(objective, problem, *, chains, steps, rank=RANK, donate=False):
+    """Compile steps of several chains; unless it is donated, each call begins at the same state."""
     config = VIConfig(M=COMPONENTS, r=rank, curvature_rank=0, steps=steps, samples_per_step=1)
     programs = programs_for(objective, config, None).compiled
     keys = jax.random.split(jax.random.key(1), chains)
@@ -66,11 +68,26 @@ def fastvi_program(objective, problem, *, chains, steps, rank=RANK):
     state = jax.tree_util.tree_map(lambda leaf: jnp.broadcast_to(leaf, (chains, *leaf.shape)), first)
     horizon = Horizon(*(jnp.asarray(x, jnp.float32) for x in (10, 10, steps)))
 
-    def run(state, keys):
+    def run(state, family, problem, keys):
         return programs.steps(family, problem, state, keys, jnp.asarray(0), horizon, length=steps)
 
-    compiled = jax.jit(run).lower(state, keys).compile()
-    return compiled, lambda: compiled(state, keys)
+    rest = (family, problem, keys)
+    compiled = jax.jit(run, donate_argnums=0 if donate else ()).lower(state, *rest).compile()
+    if not donate:
+        return compiled, lambda: compiled(state, *rest)
+    return compiled, _advancing(compiled, state, rest)
+
+
+def _advancing(compiled, state, rest):
+    """Return a call that goes on from the state that the one before it left."""
+    held = [state]
+
+    def call():
+        after, traces = compiled(held.pop(), *rest)
+        held.append(after)
+        return traces
+
+    return call
 
 
 def numpyro_scan(objective, problem, guide="AutoLowRankMultivariateNormal", **options):
@@ -119,6 +136,30 @@ def blackjax_scan(objective, problem):
     return _compile(body, start.init(posterior.center))
 
 
+def lambda_hat_scan(objective, problem):
+    """Take the steps of lambda_hat's mixture of factor analyzers, whitened by the identity, in a scan as it does."""
+    import optax
+    from lambda_hat.vi import mfa
+
+    posterior, optimizer = problem.posterior, optax.adam(1e-3)
+    whitener = mfa.make_whitener(None)
+    step = mfa.build_elbo_step(
+        objective=objective,
+        data=problem.data,
+        wstar_flat=posterior.center,
+        n_data=problem.num_data,
+        beta=float(posterior.nbeta) / problem.num_data,
+        gamma=float(posterior.gamma),
+        batch_size=problem.batch_size,
+        whitener=whitener,
+        optimizer=optimizer,
+    )
+    params = mfa.init_vi_params(jax.random.key(0), posterior.center, COMPONENTS, RANK)
+    zero = jnp.zeros((), posterior.center.dtype)
+    state = mfa.VIOptState(optimizer.init(params), zero, jnp.zeros((), jnp.int32))
+    return _compile(lambda carry, key: step(key, *carry), (params, state))
+
+
 def _compile(body, state, steps=STEPS):
     @jax.jit
     def scan(state, key):
@@ -136,6 +177,8 @@ if importlib.util.find_spec("numpyro") is not None:
     METHODS["numpyro AutoNormal"] = functools.partial(numpyro_scan, guide="AutoNormal")
 if importlib.util.find_spec("blackjax") is not None:
     METHODS["blackjax meanfield_vi"] = blackjax_scan
+if importlib.util.find_spec("lambda_hat") is not None:
+    METHODS[PREDECESSOR] = lambda_hat_scan
 LARGEST_DENSE = 1_000  # dim x dim numbers
 
 
@@ -147,6 +190,15 @@ def ratio_rows(scans, timings, dim, size):
         details |= {"moved_mb": bytes_accessed(compiled) / 1e6, "least_mb": least.get(name, "")}
         rows.append(score("step", name, dim, "gradient", timings[name], **details))
     return rows
+
+
+def peer_rows(samples, dim):
+    """Return fastvi's step as a part of those of the peers that it should be well below."""
+    return [
+        score("peers", "fastvi", dim, name, compared(samples, name)["fastvi"], asked=asked)
+        for name, asked in ASKED_PEERS.items()
+        if name in samples
+    ]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -161,9 +213,10 @@ def test_step(benchmark, size):
     if "numpyro" in methods and size <= LARGEST_DENSE:
         methods["numpyro AutoMultivariateNormal"] = functools.partial(numpyro_scan, guide="AutoMultivariateNormal")
     scans = {name: build(objective, problem) for name, build in methods.items()}
-    timings = against("gradient", {name: call for name, (_, call) in scans.items()}, ROUNDS[size])
+    samples = in_turn({name: call for name, (_, call) in scans.items()}, ROUNDS[size])
+    timings = compared(samples, "gradient")
     best = {name: timing.seconds[0] for name, timing in timings.items()}
-    record("ratios", ratio_rows(scans, timings, center.size, size))
+    record("ratios", ratio_rows(scans, timings, center.size, size) + peer_rows(samples, center.size))
     factor_bytes = COMPONENTS * RANK * center.size * center.dtype.itemsize
     gradient_bytes = bytes_accessed(scans["gradient"][0])
     rows = []

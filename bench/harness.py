@@ -53,16 +53,25 @@ class Timing(NamedTuple):
 
 def against(floor: str, candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
     """Time candidates in turn and compare each with `floor` round by round: load changes more slowly than that."""
+    return compared(in_turn(candidates, rounds), floor)
+
+
+def in_turn(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
+    """Return the seconds of each candidate in each round, after one untimed call."""
     for call in candidates.values():
         jax.block_until_ready(call())
     samples = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
             samples[name].append(seconds(call))
-    base = np.asarray(samples[floor])
+    return {name: np.asarray(own) for name, own in samples.items()}
+
+
+def compared(samples: Mapping[str, np.ndarray], floor: str) -> dict[str, Timing]:
+    """Compare each candidate's seconds with those of `floor` in the same round."""
+    base = samples[floor]
     return {
-        name: Timing(_spread(np.asarray(own)), _spread(np.asarray(own) / base), float(min(own) / base.min()))
-        for name, own in samples.items()
+        name: Timing(_spread(own), _spread(own / base), float(own.min() / base.min())) for name, own in samples.items()
     }
 
 
@@ -74,7 +83,7 @@ def score(group: str, name: str, size: int, floor: str, timing: Timing, **detail
     """Make a row of `ratios.csv`, the table that `bench.report` prints and `bench.gate` compares.
 
     Args:
-        group: kernels, step, fit, flows or estimate.
+        group: kernels, step, fit, flows, estimate or scale.
         name: What was timed.
         size: Dimension.
         floor: What its time is a multiple of.

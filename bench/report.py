@@ -9,12 +9,15 @@ import pathlib
 import re
 import sys
 
+import numpy as np
+
 from bench.gate import load
 from bench.harness import RESULTS
 from bench.truth import compare_report, suite
 
 ROOT = RESULTS.parent.parent
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "accuracy.md", ROOT / "README.md")
+PAGES = (*(ROOT / "docs" / name for name in ("benchmarks.md", "accuracy.md", "kernels.md")), ROOT / "README.md")
+SCALED_TO = 1e8  # parameters
 NO_GPU = "No GPU was available to the authors: these rows are empty until someone runs `python -m bench.gpu`."
 
 
@@ -73,13 +76,36 @@ def ratios(*groups):
 
 def speed():
     """Tabulate the step for the README, one line a dimension; None leaves what is there."""
-    rows = [row for row in latest(load()) if row["group"] == "step"]
+    rows = [row for row in latest(load()) if row["group"] == "step" and row["floor"] == "gradient"]
     if not rows:
         return None
     names = [name for name in dict.fromkeys(row["name"] for row in rows) if name != "gradient"]
     found = {(row["size"], row["name"]): number(row["ratio_least"]) for row in rows}
     sizes = sorted({row["size"] for row in rows}, key=int)
     return markdown(["d", *names], [[number(size), *(found.get((size, name), "") for name in names)] for size in sizes])
+
+
+def scale():
+    """Tabulate time and memory of a step by dimension, and the line through zero that fits the larger half."""
+    rows = sorted((row for row in latest(load()) if row["group"] == "scale"), key=lambda row: int(row["size"]))
+    if not rows:
+        return "Nothing measured yet."
+    found = np.array([[float(row[name]) for name in ("size", "ms", "peak_mb")] for row in rows])
+    dims, each = found[:, 0], found[:, 1:] * 1e6 / found[:, :1]  # ns and bytes a parameter
+    lines = [
+        [number(dim), number(ms), number(ns), number(mb), number(size)]
+        for (dim, ms, mb), (ns, size) in zip(found, each, strict=True)
+    ]
+    table = markdown(["d", "ms a step", "ns a parameter", "peak MB", "bytes a parameter"], lines)
+    large = found[len(found) // 2 :]
+    slopes = large[:, 0] @ large[:, 1:] / (large[:, 0] @ large[:, 0]) * 1e6
+    spread = np.max(np.abs(each[len(found) // 2 :] / slopes - 1), axis=0)
+    law = (
+        f"Lines through zero for d from {number(dims[len(found) // 2])} on: {number(slopes[0])} ns a parameter (points "
+        f"within {100 * spread[0]:.0f} %) and {number(slopes[1])} bytes (within {100 * spread[1]:.1g} %). At d = 1e8 "
+        f"that is {slopes[0] * SCALED_TO / 1e9:.2g} s a step and {slopes[1] * SCALED_TO / 1e9:.3g} GB for a chain."
+    )
+    return f"{table}\n\n{law}"
 
 
 def gpu():
@@ -112,6 +138,8 @@ TABLES = {
     "speed": speed,
     "step": lambda: ratios("step"),
     "kernels": lambda: ratios("kernels"),
+    "peers": lambda: ratios("peers"),
+    "scale": scale,
     "fit": lambda: ratios("fit", "estimate"),
     "flows": lambda: ratios("flows"),
     "suite": lambda: suite.table(suite.load()),

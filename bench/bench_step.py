@@ -93,6 +93,19 @@ def _advancing(compiled, state, rest):
 def numpyro_scan(objective, problem, guide="AutoLowRankMultivariateNormal", **options):
     """Fit one of numpyro's normal guides."""
     import numpyro
+
+    svi = numpyro_guide(objective, problem, guide, numpyro.optim.Adam(1e-3), init_scale=0.01, **options)
+    state = svi.init(jax.random.key(0), problem.next_batch(jax.random.key(0)))
+
+    def body(state, key):
+        return svi.update(state, problem.next_batch(key))
+
+    return _compile(body, state)
+
+
+def numpyro_guide(objective, problem, guide, optimizer, *, draws=1, **options):
+    """Return the fit of one of numpyro's normal guides that starts at w*; its model takes a minibatch."""
+    import numpyro
     from numpyro.infer import SVI, Trace_ELBO, autoguide, init_to_value
 
     posterior = problem.posterior
@@ -104,14 +117,8 @@ def numpyro_scan(objective, problem, guide="AutoLowRankMultivariateNormal", **op
         numpyro.factor("target", posterior.log_density(w - posterior.center, loss))
 
     start = init_to_value(values={"w": posterior.center})
-    chosen = getattr(autoguide, guide)(model, init_loc_fn=start, init_scale=0.01, **options)
-    svi = SVI(model, chosen, numpyro.optim.Adam(1e-3), Trace_ELBO())
-    state = svi.init(jax.random.key(0), problem.next_batch(jax.random.key(0)))
-
-    def body(state, key):
-        return svi.update(state, problem.next_batch(key))
-
-    return _compile(body, state)
+    chosen = getattr(autoguide, guide)(model, init_loc_fn=start, **options)
+    return SVI(model, chosen, optimizer, Trace_ELBO(draws))
 
 
 def blackjax_scan(objective, problem):

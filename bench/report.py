@@ -146,6 +146,8 @@ TABLES = {
     "scaling": lambda: suite.scaling_table(suite.load()),
     "comparison": lambda: compare_report.summary(compare_report.Results()),
     "comparison-details": lambda: compare_report.details(compare_report.Results()),
+    "variational": lambda: compare_report.variational(compare_report.Results()),
+    "elbo": lambda: ratios("elbo"),
     "gpu": gpu,
 }
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench.truth import samplers
+from bench.truth import samplers, variational
 from bench.truth.compare import estimate
 from bench.truth.problems import PROBLEMS
 from bench.truth.reference import load_reference
@@ -25,6 +25,30 @@ def test_a_single_chain_that_was_tuning_has_no_answer_yet():
     course = Course(np.array([1.0, 2.0, 3.0, 4.0]), energy, 0.0)
     assert np.isnan(estimate(course, 2.0)[0])
     assert estimate(course, 4.0)[0] == 3.0
+
+
+def test_of_the_step_sizes_the_one_of_largest_elbo_counts_and_the_budget_is_spent(monkeypatch):
+    def compiled(problem, peer, steps, batch):
+        def run(rates, keys):
+            return np.where(rates == 1e-3, np.nan, 1.0 - abs(np.log(rates / 1e-2))), 7 * rates, rates
+
+        return run
+
+    monkeypatch.setattr(variational, "_compiled", compiled)
+    found = variational.fits(PROBLEMS[NAME](), "numpyro_normal", [3, 5], BUDGET)
+    assert set(found) == {3, 5}
+    assert found[3].llc == pytest.approx(0.07)
+    assert BUDGET - 1 < found[3].fge <= BUDGET
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", variational.PEERS)
+def test_every_peer_fits_a_round_gaussian(name):
+    problem = PROBLEMS[NAME]()
+    fit = variational.fits(problem, name, [0], 700.0)[0]
+    log_z = 0.5 * problem.dim * np.log(2 * np.pi / (problem.nbeta + problem.gamma))
+    assert log_z - 0.2 < fit.elbo < log_z + 0.05
+    assert abs(fit.llc - load_reference(NAME)["value"]) < 0.02 * fit.llc + 3 * fit.sem
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bench import harness
-from bench.truth import samplers
+from bench.truth import samplers, variational
 from bench.truth.problem import Problem
 from bench.truth.problems import PROBLEMS
 from bench.truth.reference import load_reference
@@ -27,7 +27,7 @@ from bench.truth.samplers import Course
 TABLE = "compare"
 CURVES = harness.RESULTS / "compare_curves.csv"
 CURVE_COLUMNS = ("problem", "method", "knob", "seeds", "budget", "fge", "median_error", "date", "commit")
-METHODS = ("fastvi", "sgld", "rmsprop_sgld", "hmc", "mclmc")
+METHODS = ("fastvi", "sgld", "rmsprop_sgld", "hmc", "mclmc", *variational.PEERS)
 SUBSET = (
     "quadratic_d50_c100",
     "least_squares_20",
@@ -58,6 +58,7 @@ FASTVI: dict[str, dict[str, Any]] = {
     "defaults": {},
     **{f"correction_budget={most}": {"correction_budget": most, "correction_error": 0.05} for most in BUDGETS},
 }
+CHOSEN = "best elbo"  # knob of a variational peer
 MCLMC_SHARES = (0.125, 0.25, 0.5, 1.0)
 BATCHES = 20  # of the batch means that give the error of a single chain
 
@@ -182,6 +183,8 @@ def measure(problem: Problem, method: str, seeds, budget: float) -> tuple[list[d
     """Run one method on one problem."""
     if method == "fastvi":
         return fastvi_rows(problem, seeds, budget)
+    if method in variational.PEERS:
+        return variational_rows(problem, method, seeds, budget)
     if method in ("sgld", "rmsprop_sgld"):
         courses = langevin_courses(problem, seeds, budget, rmsprop=method == "rmsprop_sgld")
     elif method == "hmc":
@@ -202,6 +205,18 @@ def mclmc_rows(problem: Problem, seeds, budget: float) -> tuple[list[dict], list
         rows += found[0]
         curves += found[1]
     return rows, curves
+
+
+def variational_rows(problem: Problem, method: str, seeds, budget: float) -> tuple[list[dict], list[dict]]:
+    """Fit a peer's q; nothing where the problem is too large for it."""
+    if not variational.is_possible(problem, method):
+        return [], []
+    rows = [
+        make_row(problem, method, CHOSEN, seed, budget, fit.fge, fit.llc, fit.sem, fit.seconds)
+        for seed, fit in variational.fits(problem, method, seeds, budget).items()
+    ]
+    error = np.median([abs(row["relative_error"]) for row in rows])
+    return rows, [_curve_row(problem.name, method, CHOSEN, len(rows), budget, rows[0]["fge"], error)]
 
 
 def append_curves(rows: list[dict], path: pathlib.Path = CURVES) -> None:
@@ -230,8 +245,9 @@ def main(arguments: list[str]) -> None:
             rows += found[0]
             curves += found[1]
             print(f"{name} {method}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-        harness.record(TABLE, rows)
-        append_curves(curves)
+        if rows:
+            harness.record(TABLE, rows)
+            append_curves(curves)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bench import harness
-from bench.truth.compare import BUDGETS, CURVES, FASTVI, SUBSET, TABLE
+from bench.truth.compare import BUDGETS, CHOSEN, CURVES, FASTVI, SUBSET, TABLE
 
 FIGURE = pathlib.Path(__file__).parents[2] / "docs" / "figures" / "error-versus-fge.png"
 SHOWN = ("crossing_2", "deep_linear_2x5_g10", "tanh_3_g1", "digits_16_g1")
@@ -44,6 +44,13 @@ ENTRIES = (
     Entry("HMC, 8 leapfrogs", "hmc", "leapfrogs=8"),
     Entry("HMC, 32 leapfrogs", "hmc", "leapfrogs=32"),
     Entry("MCLMC", "mclmc", "within=budget"),
+)
+VARIATIONAL = (
+    Entry("numpyro AutoNormal", "numpyro_normal", CHOSEN),
+    Entry("blackjax meanfield_vi", "blackjax_meanfield", CHOSEN),
+    Entry("numpyro AutoLowRank, rank 16", "numpyro_low_rank", CHOSEN),
+    Entry("numpyro AutoMultivariateNormal", "numpyro_dense", CHOSEN),
+    Entry("FlowJAX coupling", "flowjax_coupling", CHOSEN),
 )
 
 
@@ -180,6 +187,28 @@ def by_problem(results: Results, cell: Callable[[Results, str, Entry], str]) -> 
     lines = [["problem", *(entry.label for entry in ENTRIES)]]
     lines += [[name, *(cell(results, name, entry) for entry in ENTRIES)] for name in results.problems]
     return _markdown(lines)
+
+
+def variational(results: Results) -> str:
+    """Return the signed error of what each q says, where another package's was fitted, and of fastvi's llc."""
+    own = [entry for entry in ENTRIES if entry.label in ("fastvi, correction=none", "fastvi, defaults")]
+    entries = [own[0], *VARIATIONAL, own[1]]
+    shown = [name for name in results.problems if any(results.knobs(name, entry.method) for entry in VARIATIONAL)]
+    lines = [["problem", "d", "reference", *(entry.label for entry in entries)]]
+    for name in shown:
+        first = next(rows[0] for (problem, _, _), rows in results.runs.items() if problem == name)
+        cells = (_signed_cell(results, name, entry) for entry in entries)
+        lines.append([name, first["d"], f"{float(first['reference']):.4g}", *cells])
+    return _markdown(lines)
+
+
+def _signed_cell(results: Results, problem: str, entry: Entry) -> str:
+    knob = results.chosen(problem, entry)
+    if knob is None:
+        return ""
+    rows = results.runs[problem, entry.method, knob]
+    error, fge = (float(np.median([float(row[name]) for row in rows])) for name in ("relative_error", "fge"))
+    return f"{100 * error:+.3g} ({_number(fge)})"
 
 
 def _error_cell(results: Results, problem: str, entry: Entry) -> str:

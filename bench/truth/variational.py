@@ -23,7 +23,7 @@ from fastvi.objective import excess_loss, full_data_loss, ravel_loss
 from fastvi.posterior import LocalPosterior
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of Adam; the ELBO chooses
-STEP_DRAWS = 4  # of a step, as many as the samplers have chains
+STEP_DRAWS, FLOW_DRAWS = 4, 16  # of a step: of a normal as many as the samplers have chains
 DRAWS = 1024  # of the evaluation on all data
 LARGEST, LARGEST_DENSE = 2_000, 200  # dimensions: of all; of a full covariance or a flow
 RANK = 16
@@ -31,12 +31,13 @@ LAYERS, WIDTH, KNOTS, INTERVAL = 8, 50, 8, 5.0  # of the flow: FlowJAX's default
 
 
 class Task(NamedTuple):
-    """What a fit is given: the loss, target and data, the optimizer, steps and the width at the start."""
+    """What a fit is given: the loss, target and data, the optimizer, steps and their draws, the width at the start."""
 
     objective: Any
     problem: Minibatches
     optimizer: optax.GradientTransformation
     steps: int
+    draws: int
     scale: float
 
     def run(self, step: Callable, state: Any, key: Any) -> Any:
@@ -52,6 +53,14 @@ class Task(NamedTuple):
         """Evaluate the target with the loss of a batch."""
         posterior = self.problem.posterior
         return posterior.log_density(w - posterior.center, self.objective.loss(w, batch))
+
+
+class Peer(NamedTuple):
+    """A fit `(task, key) -> draws, log q`, the largest dimension it is given and the draws of a step."""
+
+    run: Callable
+    largest: int
+    step_draws: int
 
 
 class Fit(NamedTuple):
@@ -70,7 +79,7 @@ def numpyro_normal(task: Task, key, guide: str, **options):
 
     optimizer = numpyro.optim.optax_to_numpyro(task.optimizer)
     svi = numpyro_guide(
-        task.objective, task.problem, guide, optimizer, draws=STEP_DRAWS, init_scale=task.scale, **options
+        task.objective, task.problem, guide, optimizer, draws=task.draws, init_scale=task.scale, **options
     )
     key_start, key_steps, key_draws = jax.random.split(key, 3)
     state = svi.init(key_start, task.problem.next_batch(key_start))
@@ -90,7 +99,7 @@ def blackjax_normal(task: Task, key):
 
     def fit_on(batch):
         log_density = functools.partial(task.log_density, batch=batch)
-        return blackjax.meanfield_vi(log_density, task.optimizer, num_samples=STEP_DRAWS)
+        return blackjax.meanfield_vi(log_density, task.optimizer, num_samples=task.draws)
 
     center = task.problem.posterior.center
     start = fit_on(task.problem.data).init(center)
@@ -126,7 +135,7 @@ def flowjax_flow(task: Task, key):
 
     def step(state, batch, key):
         params, inner = state
-        loss = ElboLoss(functools.partial(task.log_density, batch=batch), STEP_DRAWS)
+        loss = ElboLoss(functools.partial(task.log_density, batch=batch), task.draws)
         updates, inner = task.optimizer.update(jax.grad(loss)(params, static, key), inner, params)
         return optax.apply_updates(params, updates), inner
 
@@ -138,32 +147,32 @@ def _guide(name, **options):
     return functools.partial(numpyro_normal, guide=name, **options)
 
 
-PEERS: dict[str, tuple[Callable, int]] = {  # and the largest dimension
-    "numpyro_normal": (_guide("AutoNormal"), LARGEST),
-    "numpyro_low_rank": (_guide("AutoLowRankMultivariateNormal", rank=RANK), LARGEST),
-    "numpyro_dense": (_guide("AutoMultivariateNormal"), LARGEST_DENSE),
-    "blackjax_meanfield": (blackjax_normal, LARGEST),
-    "flowjax_coupling": (flowjax_flow, LARGEST_DENSE),
+PEERS = {
+    "numpyro_normal": Peer(_guide("AutoNormal"), LARGEST, STEP_DRAWS),
+    "numpyro_low_rank": Peer(_guide("AutoLowRankMultivariateNormal", rank=RANK), LARGEST, STEP_DRAWS),
+    "numpyro_dense": Peer(_guide("AutoMultivariateNormal"), LARGEST_DENSE, STEP_DRAWS),
+    "blackjax_meanfield": Peer(blackjax_normal, LARGEST, STEP_DRAWS),
+    "flowjax_coupling": Peer(flowjax_flow, LARGEST_DENSE, FLOW_DRAWS),
 }
 
 
 def is_possible(problem: Problem, name: str) -> bool:
     """Whether the peer takes a problem of this dimension."""
-    return 1 < problem.dim <= PEERS[name][1]
+    return 1 < problem.dim <= PEERS[name].largest
 
 
 def fits(problem: Problem, name: str, seeds: Sequence[int], budget: float) -> dict[int, Fit]:
     """Fit with every step size; return the one of largest ELBO for each seed, which anyone can choose.
 
     Cost:
-        The budget: STEP_DRAWS minibatch gradients a step and DRAWS losses on all data. The other step sizes do not
-        count.
+        The budget: a minibatch gradient for each draw of a step, DRAWS losses on all data. The other step sizes do
+        not count.
     """
-    batch = min(BATCH, problem.n_data)
-    share = STEP_DRAWS * batch / problem.n_data
+    batch, peer = min(BATCH, problem.n_data), PEERS[name]
+    share = peer.step_draws * batch / problem.n_data
     evaluation = LOSS_COST * (DRAWS + 1)
     steps = int((budget - evaluation) / share)
-    run = _compiled(problem, PEERS[name][0], steps, batch)
+    run = _compiled(problem, peer, steps, batch)
     grid = [(rate, seed) for rate in RATES for seed in seeds]
     keys = jnp.stack([jax.random.key(seed) for _, seed in grid])
     began = time.perf_counter()
@@ -177,7 +186,7 @@ def fits(problem: Problem, name: str, seeds: Sequence[int], budget: float) -> di
     return best
 
 
-def _compiled(problem: Problem, peer: Callable, steps: int, batch: int):
+def _compiled(problem: Problem, peer: Peer, steps: int, batch: int):
     """Compile `(rates, keys) -> ELBO, llc and its error`, every pair side by side."""
     objective, center = ravel_loss(problem.loss_fn, problem.params)
     data = jax.tree_util.tree_map(jnp.asarray, problem.data)
@@ -186,7 +195,7 @@ def _compiled(problem: Problem, peer: Callable, steps: int, batch: int):
 
     def one(minibatches, reference, rate, key):
         optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-        draws, log_q = peer(Task(objective, minibatches, optimizer, steps, scale), key)
+        draws, log_q = peer.run(Task(objective, minibatches, optimizer, steps, peer.step_draws, scale), key)
         excess = jax.lax.map(lambda w: excess_loss(objective, w, center, minibatches.data), draws)
         log_p = jax.vmap(posterior.log_density)(draws - center, reference + excess)
         values = posterior.learning_coefficient(excess)

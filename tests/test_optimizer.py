@@ -20,7 +20,7 @@ from fastvi.inference.optimizer import (
     scale,
     scale_by_moments,
 )
-from fastvi.inference.schedule import DECAY_FRACTION, MIN_DECAY, decay_length, elbo_trend
+from fastvi.inference.schedule import DECAY_FRACTION, MIN_DECAY, decay_length, elbo_trend, negligible_nats
 
 PARAMS = {"a": jnp.zeros(4), "b": jnp.zeros((3, 5))}
 START = jnp.zeros(())
@@ -253,6 +253,12 @@ def test_trend_errors_are_calibrated():
     assert abs(gains.mean() - expected) < 4 * gains.std() / np.sqrt(len(gains))
     ratio = gains.var() / np.mean([trend.error**2 for trend in trends])
     assert 0.8 < ratio < 1.25
+
+
+def test_a_gain_counts_by_the_dimension():
+    rise = np.linspace(0, 4, 1000)[None]  # 2 nats over the last half
+    assert elbo_trend(rise).is_flat(negligible_nats(NEGLIGIBLE, 10_000))
+    assert not elbo_trend(rise).is_flat(negligible_nats(NEGLIGIBLE, 1_000))
 
 
 def test_trend_is_flat_within_noise_only():

@@ -27,6 +27,7 @@ from fastvi.inference.schedule import (
     decay_length,
     elbo_trend,
     is_balanced,
+    negligible_nats,
 )
 
 CHUNK = 100  # steps between looks at the traces
@@ -239,12 +240,9 @@ def _run_chunks(
             problem = dataclasses.replace(problem, data=options.stream.window(course.done))
         length = min(chunk, course.phases[2] - course.done)
         horizon = Horizon(*(jnp.asarray(step, jnp.float32) for step in course.phases))
-        done, state = jnp.int32(course.done), course.state
+        arguments = course.family, problem, course.state, keys, jnp.int32(course.done), horizon
         course.state, part = clock.time(
-            "sampling",
-            lambda problem=problem, state=state, done=done, horizon=horizon, length=length: programs.steps(
-                course.family, problem, state, keys, done, horizon, length=length
-            ),
+            "sampling", lambda arguments=arguments, length=length: programs.steps(*arguments, length=length)
         )
         course.parts.append({name: np.asarray(trace) for name, trace in part.items()})
         course.done += length
@@ -263,7 +261,8 @@ def _look(course: Course, elbo: np.ndarray, config: VIConfig, dim: int, chunk: i
     warmup, decay_start, _ = course.phases
     if not max(MIN_WINDOW, config.settled_after) <= course.done < decay_start:
         return
-    settled = elbo_trend(elbo).is_flat(course.family.negligible_gain) and is_balanced(course.parts[-1]["virial"])
+    negligible = negligible_nats(course.family.negligible_gain, dim)
+    settled = elbo_trend(elbo).is_flat(negligible) and is_balanced(course.parts[-1]["virial"])
     course.flat_looks = course.flat_looks + 1 if settled else 0
     if course.flat_looks == FLAT_LOOKS:
         course.converged = True

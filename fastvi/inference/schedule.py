@@ -8,6 +8,7 @@ WINDOW_FRACTION = 0.5  # share of the steps so far that the trend is read from
 MIN_WINDOW = 100
 NUM_BLOCKS = 10
 NOISE_SIGMAS = 1.0  # with looks in a row below: a drift as large as its noise is not missed twice
+NEGLIGIBLE_PER_DIMENSION = 5e-4  # nats: the noise of an ELBO grows with the dimension, and its last few come slowly
 FLAT_LOOKS = 2
 VIRIAL_TOLERANCE = 0.05
 DECAY_FRACTION = 0.25  # steps of the final decay, relative to those before it
@@ -44,6 +45,11 @@ def elbo_trend(elbo: np.ndarray) -> Trend:
     residual = blocks - blocks.mean() - slope * time
     error = float(np.sqrt(residual @ residual / (NUM_BLOCKS - 2) / (time @ time)))
     return Trend(slope, error, window)
+
+
+def negligible_nats(least: float, dim: int) -> float:
+    """Return the gain that is not waited for: `least`, in many dimensions a small share of the d / 2 nats at stake."""
+    return max(least, NEGLIGIBLE_PER_DIMENSION * dim)
 
 
 def is_balanced(virial: np.ndarray) -> bool:

@@ -11,12 +11,15 @@ import sys
 
 import numpy as np
 
+from bench import flow_report
 from bench.gate import load
 from bench.harness import RESULTS
+from bench.tables import markdown, number
 from bench.truth import compare_report, suite
 
 ROOT = RESULTS.parent.parent
-PAGES = (*(ROOT / "docs" / name for name in ("benchmarks.md", "accuracy.md", "kernels.md")), ROOT / "README.md")
+DOCS = ("benchmarks.md", "accuracy.md", "kernels.md", "flows.md", "vi_flow.md")
+PAGES = (*(ROOT / "docs" / name for name in DOCS), ROOT / "README.md")
 SCALED_TO = 1e8  # parameters
 NO_GPU = "No GPU was available to the authors: these rows are empty until someone runs `python -m bench.gpu`."
 
@@ -31,20 +34,6 @@ def latest(rows):
         if [row[column] for column in ("device", "cpu", "cores")] == machine:
             kept[row["group"], row["name"], row["size"], row["floor"]] = row
     return list(kept.values())
-
-
-def number(text):
-    """Format with three digits; empty stays empty."""
-    if text == "":
-        return ""
-    value = float(text)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def markdown(header, lines):
-    """Lay out a table."""
-    body = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
-    return "\n".join(body)
 
 
 def ratios(*groups):
@@ -141,7 +130,6 @@ TABLES = {
     "peers": lambda: ratios("peers"),
     "scale": scale,
     "fit": lambda: ratios("fit", "estimate"),
-    "flows": lambda: ratios("flows"),
     "suite": lambda: suite.table(suite.load()),
     "scaling": lambda: suite.scaling_table(suite.load()),
     "comparison": lambda: compare_report.summary(compare_report.Results()),
@@ -149,6 +137,7 @@ TABLES = {
     "variational": lambda: compare_report.variational(compare_report.Results()),
     "elbo": lambda: ratios("elbo"),
     "gpu": gpu,
+    **flow_report.TABLES,
 }
 
 

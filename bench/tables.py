@@ -1,0 +1,15 @@
+"""Numbers and tables of the pages that `bench.report` writes."""
+
+
+def number(text):
+    """Format with three digits; empty stays empty."""
+    if text == "":
+        return ""
+    value = float(text)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def markdown(header, lines):
+    """Lay out a table."""
+    body = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
+    return "\n".join(body)

@@ -5,19 +5,16 @@ Unknown names and impossible values are refused where they enter, with the rule,
 
 import difflib
 import math
-import numbers
 import os
-import reprlib
-import types
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, final, get_args, get_origin, get_type_hints
 
-import numpy as np
-
-from fastvi._errors import ConfigError, UnavailableError
+from fastvi import _checks as checks
+from fastvi import _sources as sources
+from fastvi._errors import UnavailableError
 from fastvi.basis import Basis
 
 __all__ = ["FlowConfig", "VIConfig"]
@@ -34,120 +31,10 @@ CORRECTIONS = ("none", "auto", "importance", "mcmc")
 FULL_LATENT_DIM, AUTO_LATENT_DIM = 64, 8  # d_latent="auto": all of up to so many dimensions, else so many
 
 
-def _refusal(name: str, rule: str, value: Any, fix: str) -> ConfigError:
-    """Word every error of this module: the field, its rule, what came, the likely fix."""
-    return ConfigError(f"{name} must be {rule}; got {reprlib.repr(value)} ({type(value).__name__}): {fix}")
-
-
-def _plain(value: Any) -> Any:
-    """Turn arrays, NumPy scalars and OmegaConf containers into Python values, and leave anything else."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if all(kind.__module__.split(".")[0] != "omegaconf" for kind in type(value).__mro__):
-        return value
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        return OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        rule = "a config in which every value is given and every interpolation resolves"
-        raise _refusal("source", rule, value, str(error).splitlines()[0]) from error
-
-
-def _spelled(value: Any) -> float:
-    """The number that `value` is or spells; NaN where there is none."""
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
-        return math.nan
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return math.nan
-
-
-def _integer(name: str, value: Any, fix: str, minimum: int = 1) -> int:
-    rule, number = f"an integer >= {minimum}", _spelled(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        meant = number.is_integer() and number >= minimum
-        raise _refusal(name, rule, value, f"use {number:.0f}" if meant else fix)
-    if value < minimum:
-        raise _refusal(name, rule, value, f"use {minimum} or more; {fix}")
-    return int(value)
-
-
-def _auto_or_integer(name: str, value: Any, fix: str) -> int | str:
-    return "auto" if isinstance(value, str) and value == "auto" else _integer(name, value, fix, minimum=0)
-
-
-def _auto_or_positive(name: str, value: Any, fix: str) -> int | str:
-    return "auto" if isinstance(value, str) and value == "auto" else _integer(name, value, fix)
-
-
-def _number(name: str, value: Any, fix: str, bound: str, holds: Callable[[float], bool]) -> float:
-    """A finite float. A string that spells one is read: PyYAML follows YAML 1.1, where `1e-3` is a string."""
-    number = _spelled(value)
-    if not math.isfinite(number) or not holds(number):
-        raise _refusal(name, f"a finite number {bound}", value, fix)
-    return number
-
-
-def _choice(name: str, value: Any, fix: str, choices: tuple[str, ...]) -> str:
-    if isinstance(value, str) and value in choices:
-        return choices[choices.index(value)]
-    written = "none" if value is None or value is False else str(value).lower()
-    close = difflib.get_close_matches(written, choices, 1, 0.5)
-    fix = f"did you mean {close[0]!r}?" if close else fix
-    raise _refusal(name, "one of " + ", ".join(map(repr, choices)), value, fix)
-
-
-def _boolean(name: str, value: Any, fix: str) -> bool:
-    if not isinstance(value, bool):
-        raise _refusal(name, "True or False, without quotes", value, fix)
-    return value
-
-
-def _integers(name: str, value: Any, fix: str, minimum: int) -> tuple[int, ...]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
-        raise _refusal(name, f"a list of integers >= {minimum}", value, f"use a list such as [4, 2]; {fix}")
-    return tuple(_integer(f"{name}[{i}]", item, fix, minimum) for i, item in enumerate(value))
-
-
-def _backend(name: str, value: Any, fix: str) -> str:
-    from fastvi.families.backends import find_backend
-
-    if not isinstance(value, str):
-        raise _refusal(name, "the name of a registered backend", value, fix)
-    find_backend(value)
-    return value
-
-
-def _basis(name: str, value: Any, fix: str) -> "str | Basis":
-    if isinstance(value, str):
-        return _choice(name, value, fix, ("curvature", "random"))
-    try:
-        columns: Any = np.asarray(value, float)
-    except (TypeError, ValueError):
-        columns = np.zeros(0)
-    if columns.ndim != 2 or not np.all(np.isfinite(columns)) or np.linalg.matrix_rank(columns) < columns.shape[1]:
-        rule = "'curvature', 'random' or an array (dim, d_latent) of independent columns"
-        raise _refusal(name, rule, value, fix)
-    return Basis(columns)
-
-
 def _flow(name: str, value: Any, fix: str) -> "FlowConfig":
-    entries = _entries(name, value, fix)
+    entries = sources.entries(name, value, fix)
     _refuse_unknown(FlowConfig, entries)
     return FlowConfig(**entries)
-
-
-_ranks = partial(_integers, minimum=0)
-_widths = partial(_integers, minimum=1)
-_natural = partial(_integer, minimum=0)
-_positive = partial(_number, bound="> 0", holds=lambda x: x > 0)
-_nonnegative = partial(_number, bound=">= 0", holds=lambda x: x >= 0)
-_fraction = partial(_number, bound="in [0, 1)", holds=lambda x: 0 <= x < 1)
-_decay = partial(_number, bound="in (0, 1)", holds=lambda x: 0 < x < 1)
-_at_least_half = partial(_number, bound=">= 0.5", holds=lambda x: x >= 0.5)
 
 
 class _CheckedFields:
@@ -170,9 +57,9 @@ def _rules(cls: type[Any]) -> dict[str, tuple[Rule, bool, str]]:
     hints, rules = get_type_hints(cls, include_extras=True), {}
     for field in fields(cls):
         hint = hints[field.name]
-        kind, rule = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, _boolean)
+        kind, rule = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, checks.boolean)
         if get_origin(kind) is Literal:
-            rule = partial(_choice, choices=get_args(kind))
+            rule = partial(checks.choice, choices=get_args(kind))
         optional = type(None) in get_args(kind)
         example = f"for example {field.default!r}" + (" (null in YAML)" if field.default is None else "")
         rules[field.name] = (rule, optional, example)
@@ -181,7 +68,7 @@ def _rules(cls: type[Any]) -> dict[str, tuple[Rule, bool, str]]:
 
 def _checked(cls: type[_CheckedFields], name: str, value: Any) -> Any:
     rule, optional, fix = _rules(cls)[name]
-    return None if value is None and optional else rule(cls._prefix + name, _plain(value), fix)
+    return None if value is None and optional else rule(cls._prefix + name, checks.plain(value), fix)
 
 
 def _refuse_unknown(cls: type[Any], given: Mapping[Any, Any], also: Collection[str] = ()) -> None:
@@ -194,7 +81,7 @@ def _refuse_unknown(cls: type[Any], given: Mapping[Any, Any], also: Collection[s
             near = difflib.get_close_matches(str(name).lower(), candidates, 1)
             fix = f"did you mean {candidates[near[0]]!r}?" if near else "remove it"
             rule = f"a field of {cls.__name__} ({', '.join([*known][:5])}, ... {len(known)} in all)"
-            raise _refusal(f"{cls._prefix}{name}", rule, value, fix)
+            raise checks.refusal(f"{cls._prefix}{name}", rule, value, fix)
 
 
 @final
@@ -213,10 +100,10 @@ class FlowConfig(_CheckedFields):
     _prefix = "flow."
 
     template: Literal["realnvp", "maf", "spline_coupling", "nsf_ar"] = "realnvp"
-    depth: Annotated[int, _integer] = 4
-    hidden: Annotated[tuple[int, ...], _widths] = (64, 64)
-    bins: Annotated[int, partial(_integer, minimum=2)] = 8
-    init_scale: Annotated[float, _nonnegative] = 1e-2
+    depth: Annotated[int, checks.integer] = 4
+    hidden: Annotated[tuple[int, ...], checks.widths] = (64, 64)
+    bins: Annotated[int, partial(checks.integer, minimum=2)] = 8
+    init_scale: Annotated[float, checks.nonnegative] = 1e-2
 
 
 @final
@@ -281,49 +168,49 @@ class VIConfig(_CheckedFields):
     """
 
     family: Literal["mfa", "flow"] = "mfa"
-    M: Annotated[int, _integer] = 8
-    r: Annotated[int, _natural] = _DEFAULT_RANK
-    r_per_component: Annotated[tuple[int, ...] | None, _ranks] = None
+    M: Annotated[int, checks.integer] = 8
+    r: Annotated[int, checks.natural] = _DEFAULT_RANK
+    r_per_component: Annotated[tuple[int, ...] | None, checks.ranks] = None
     means: Literal["shared", "center", "component"] = "shared"
-    curvature_rank: Annotated[Literal["auto"] | int, _auto_or_integer] = "auto"
-    curvature_examples: Annotated[int | None, _integer] = None
-    mixture_cap: Annotated[int | None, _integer] = None
-    prune_threshold: Annotated[float | None, _fraction] = _SEEDS_PRUNE_THRESHOLD
-    alpha_dirichlet_prior: Annotated[float | None, _positive] = None
-    entropy_bonus: Annotated[float, _nonnegative] = 0.0
-    entropy_bonus_steps: Annotated[int | None, _integer] = None
-    alpha_temperature: Annotated[float, _at_least_half] = 1.0
-    alpha_temperature_frac: Annotated[float, _fraction] = 0.0
-    steps: Annotated[int, _integer] = 5000
-    batch_size: Annotated[int | None, _integer] = None
-    lr: Annotated[float, _positive] = 1e-2
+    curvature_rank: Annotated[Literal["auto"] | int, checks.auto_or_integer] = "auto"
+    curvature_examples: Annotated[int | None, checks.integer] = None
+    mixture_cap: Annotated[int | None, checks.integer] = None
+    prune_threshold: Annotated[float | None, checks.fraction] = _SEEDS_PRUNE_THRESHOLD
+    alpha_dirichlet_prior: Annotated[float | None, checks.positive] = None
+    entropy_bonus: Annotated[float, checks.nonnegative] = 0.0
+    entropy_bonus_steps: Annotated[int | None, checks.integer] = None
+    alpha_temperature: Annotated[float, checks.at_least_half] = 1.0
+    alpha_temperature_frac: Annotated[float, checks.fraction] = 0.0
+    steps: Annotated[int, checks.integer] = 5000
+    batch_size: Annotated[int | None, checks.integer] = None
+    lr: Annotated[float, checks.positive] = 1e-2
     lr_schedule: Literal["none", "cosine", "linear_decay"] = "cosine"
-    lr_warmup_frac: Annotated[float, _fraction] = 0.05
-    clip_global_norm: Annotated[float | None, _positive] = 5.0
-    samples_per_step: Annotated[int | None, _integer] = None
+    lr_warmup_frac: Annotated[float, checks.fraction] = 0.05
+    clip_global_norm: Annotated[float | None, checks.positive] = 5.0
+    samples_per_step: Annotated[int | None, checks.integer] = None
     antithetic: bool = True
-    early_stop: Annotated[bool | None, _boolean] = None
-    eval_every: Annotated[int, _integer] = 50
-    eval_samples: Annotated[int | None, partial(_integer, minimum=4)] = None
+    early_stop: Annotated[bool | None, checks.boolean] = None
+    eval_every: Annotated[int, checks.integer] = 50
+    eval_samples: Annotated[int | None, partial(checks.integer, minimum=4)] = None
     control_variate: Literal["auto", "hvp", "none"] = "auto"
-    trace_probes: Annotated[int, _integer] = 16
+    trace_probes: Annotated[int, checks.integer] = 16
     correction: Annotated[
-        Literal["none", "auto", "importance", "mcmc"] | None, partial(_choice, choices=CORRECTIONS)
+        Literal["none", "auto", "importance", "mcmc"] | None, partial(checks.choice, choices=CORRECTIONS)
     ] = None
-    correction_error: Annotated[float, _positive] = 0.02
-    correction_budget: Annotated[float, _positive] = 20_000.0
+    correction_error: Annotated[float, checks.positive] = 0.02
+    correction_budget: Annotated[float, checks.positive] = 20_000.0
     whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
-    whitening_decay: Annotated[float, _decay] = 0.99
+    whitening_decay: Annotated[float, checks.decay] = 0.99
     use_whitening: bool = True
     dtype: Literal["float32", "float64"] = "float32"
     tensorboard: bool = False
-    gamma: Annotated[float | None, _nonnegative] = None
-    backend: Annotated[str, _backend] = "native"
-    d_latent: Annotated[Literal["auto"] | int, _auto_or_positive] = "auto"
-    sigma_perp: Annotated[float | None, _positive] = None
+    gamma: Annotated[float | None, checks.nonnegative] = None
+    backend: Annotated[str, checks.backend] = "native"
+    d_latent: Annotated[Literal["auto"] | int, checks.auto_or_positive] = "auto"
+    sigma_perp: Annotated[float | None, checks.positive] = None
     learn_sigma_perp: bool = True
     lift: Literal["core", "injective"] = "core"
-    latent_basis: Annotated[str | Basis, _basis] = "curvature"
+    latent_basis: Annotated[str | Basis, checks.basis] = "curvature"
     flow: Annotated[FlowConfig, _flow] = FlowConfig()
 
     def __post_init__(self) -> None:
@@ -333,7 +220,7 @@ class VIConfig(_CheckedFields):
         super().__post_init__()
         if self.r_per_component is not None and len(self.r_per_component) != self.M:
             fix = f"give one rank per component, or use M={len(self.r_per_component)}"
-            raise _refusal("r_per_component", f"a list of M={self.M} ranks", self.r_per_component, fix)
+            raise checks.refusal("r_per_component", f"a list of M={self.M} ranks", self.r_per_component, fix)
 
     @classmethod
     def create(cls, source: Any = None, /, **overrides: Any) -> Self:
@@ -347,7 +234,7 @@ class VIConfig(_CheckedFields):
         Raises:
             ConfigError: If the source cannot be read, a name is unknown or a value impossible.
         """
-        base, changes = _canonical(_read(source)), _canonical(overrides)
+        base, changes = _canonical(sources.read(source)), _canonical(overrides)
         if "flow" in base and "flow" in changes:
             changes["flow"] = base["flow"] | changes["flow"]
         return cls(**base | changes)
@@ -358,11 +245,11 @@ class VIConfig(_CheckedFields):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python values, with `flow` nested and lists for tuples, which `create` reads back."""
-        return asdict(self, dict_factory=lambda items: {name: _written(value) for name, value in items})
+        return asdict(self, dict_factory=lambda items: {name: sources.written(value) for name, value in items})
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write a YAML file, which `create` reads back; needs PyYAML."""
-        Path(path).write_text(_yaml().safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        Path(path).write_text(sources.import_yaml().safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -413,9 +300,9 @@ class VIConfig(_CheckedFields):
         for name, size in bounded_by_dim.items():
             is_default = name == "r" and size == _DEFAULT_RANK  # cut to fit
             if isinstance(size, int) and size > dim and not is_default:
-                raise _refusal(name, f"<= dim={dim}", getattr(self, name), f"use {dim} or less")
+                raise checks.refusal(name, f"<= dim={dim}", getattr(self, name), f"use {dim} or less")
         if self.batch_size is not None and self.batch_size > n_data:
-            raise _refusal("batch_size", f"<= n_data={n_data}", self.batch_size, f"use {n_data} or less")
+            raise checks.refusal("batch_size", f"<= n_data={n_data}", self.batch_size, f"use {n_data} or less")
 
     def _check_flow(self, dim: int) -> None:
         """Refuse a flow that the backend does not have."""
@@ -424,7 +311,7 @@ class VIConfig(_CheckedFields):
         latent = self.latent_dim(dim)
         if isinstance(self.latent_basis, Basis) and self.latent_basis.columns.shape != (dim, latent):
             rule = f"an array of shape (dim={dim}, d_latent={latent})"
-            raise _refusal("latent_basis", rule, self.latent_basis, "give one column for each latent dimension")
+            raise checks.refusal("latent_basis", rule, self.latent_basis, "give one column for each latent dimension")
         find_backend(self.backend)(latent, self.flow)
 
     @property
@@ -453,65 +340,17 @@ class VIConfig(_CheckedFields):
             )
 
 
-def _written(value: Any) -> Any:
-    if isinstance(value, Basis):
-        return value.tolist()
-    return [*value] if type(value) is tuple else value
-
-
-def _entries(name: str, value: Any, fix: str) -> dict[Any, Any]:
-    value = _plain(value)
-    if isinstance(value, Mapping):
-        return dict(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, types.SimpleNamespace):
-        return vars(value).copy()
-    raise _refusal(name, "a mapping, a dataclass instance or a namespace", value, fix)
-
-
-def _read(source: Any) -> dict[Any, Any]:
-    """Read any source of `VIConfig.create`, unwrapping a `vi` entry."""
-    source = _plain(source)
-    if isinstance(source, (str, os.PathLike)):
-        source = _load_yaml(Path(source))
-    entries = {} if source is None else _entries("source", source, "give names with values, or a path")
-    if "vi" not in entries:
-        return entries
-    vi = entries.pop("vi")
-    if entries not in ({}, {"name": "vi"}):
-        raise _refusal("source", "alone in vi, or beside name: vi", entries, "give the vi entry by itself")
-    return {} if vi is None else _entries("vi", vi, "give names with values")
-
-
-def _load_yaml(path: Path) -> Any:
-    yaml = _yaml()
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        fix = f"check the path and the file ({str(error).splitlines()[0]})"
-        raise _refusal("source", "the path of a YAML file", str(path), fix) from error
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError('YAML configs need PyYAML: pip install "fastvi[cli]"') from error
-    return yaml
-
-
 def _canonical(given: Mapping[Any, Any]) -> dict[str, Any]:
     """Put aliases under the names they stand for, and make `flow` a dict of the entries that were given."""
     _refuse_unknown(VIConfig, given, also=_ALIASES)
     found = {name: value for name, value in given.items() if name not in _ALIASES}
     if "flow" in found:
-        found["flow"] = _entries("flow", found["flow"], "for example {'depth': 4}")
+        found["flow"] = sources.entries("flow", found["flow"], "for example {'depth': 4}")
     for alias in [name for name in _ALIASES if name in given]:
         full, value = _ALIASES[alias], given[alias]
         name = full.removeprefix("flow.")
         cls, target = (VIConfig, found) if name == full else (FlowConfig, found.setdefault("flow", {}))
         if name in target and _checked(cls, name, target[name]) != _checked(cls, name, value):
-            raise _refusal(alias, f"equal to {full}={target[name]!r}", value, f"give {full} alone")
+            raise checks.refusal(alias, f"equal to {full}={target[name]!r}", value, f"give {full} alone")
         target[name] = value
     return found

@@ -52,62 +52,62 @@ def directions(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotang
 @jax.custom_batching.custom_vmap
 def update_factors(factors, labels, left, right):
     """Add the products one after another, each fused into its update in place, then read the blocks that moved."""
-    moved, grams = _update(*(leaf[None] for leaf in (factors, labels, left, right)))
-    return moved[0], grams[0]
+    return _update(factors, labels, left, right)
+
+
+@jax.custom_batching.custom_vmap
+def _update_chains(factors, labels, left, right):
+    """Do the same for each entry of a leading axis."""
+    return _update(factors, labels, left, right)
 
 
 @update_factors.def_vmap
 def _over_chains(size, batched, *arrays):
     """Update one chain after another in place, where vmap would scatter."""
-    stacked = (
-        leaf if has_axis else jnp.broadcast_to(leaf, (size, *leaf.shape))
-        for leaf, has_axis in zip(arrays, batched, strict=True)
-    )
-    return _stacked(*stacked), (True, True)
+    return _update_chains(*_stacked(size, batched, arrays)), (True, True)
 
 
-@jax.custom_batching.custom_vmap
-def _stacked(factors, labels, left, right):
-    return _update(factors, labels, left, right)
-
-
-@_stacked.def_vmap
+@_update_chains.def_vmap
 def _over_more_chains(size, batched, *arrays):
     """Take two axes of chains for one."""
-    arrays = [
-        leaf if has_axis else jnp.broadcast_to(leaf, (size, *leaf.shape))
-        for leaf, has_axis in zip(arrays, batched, strict=True)
-    ]
+    arrays = _stacked(size, batched, arrays)
     shape = arrays[0].shape[:2]
-    flat = _stacked(*(leaf.reshape(math.prod(shape), *leaf.shape[2:]) for leaf in arrays))
+    flat = _update_chains(*(leaf.reshape(math.prod(shape), *leaf.shape[2:]) for leaf in arrays))
     return tuple(leaf.reshape(*shape, *leaf.shape[1:]) for leaf in flat), (True, True)
 
 
-def _update(factors, labels, left, right):
-    """Do as `update_factors` with a leading axis of chains.
+def _stacked(size, batched, arrays):
+    return [
+        leaf if has_axis else jnp.broadcast_to(leaf, (size, *leaf.shape))
+        for leaf, has_axis in zip(arrays, batched, strict=True)
+    ]
 
-    Without a reshape or a read between the updates and what follows: for either XLA would copy all factors.
+
+def _update(factors, labels, left, right):
+    """Do as `update_factors`, with or without a leading axis of chains.
+
+    Nothing stands between the updates and what follows, no reshape and no read: for either XLA would copy all factors.
     """
-    chains, blocks = labels.shape
-    size = (1, 1, *factors.shape[2:])
+    blocks, count = labels.shape[-1], labels.size
+    size = (*(1 for _ in labels.shape), *factors.shape[-2:])
+
+    def locate(index):
+        """Return where a block's terms are, and its place among the factors."""
+        at = (index,) if labels.ndim == 1 else (index // blocks, index % blocks)
+        return at, (*at[:-1], labels[at])
 
     def move(index, factors):
-        chain, block = index // blocks, index % blocks
-        start = (chain, labels[chain, block], 0, 0)
-        terms = zip(left[chain, block], right[chain, block], strict=True)
+        at, place = locate(index)
+        terms = zip(left[at], right[at], strict=True)
         step = sum((short[:, None] * long for short, long in terms), jnp.zeros((), factors.dtype))
+        start = (*place, 0, 0)
         return jax.lax.dynamic_update_slice(factors, jax.lax.dynamic_slice(factors, start, size) + step, start)
 
-    def gram(index, factors):
-        chain = index // blocks
-        return woodbury.component_gram(factors, (chain, labels[chain, index % blocks]))
-
-    count = chains * blocks
     if count > UNROLLED_BLOCKS:
         factors = jax.lax.fori_loop(0, count, move, factors)
-        grams = jax.lax.map(lambda index: gram(index, factors), jnp.arange(count))
+        grams = jax.lax.map(lambda index: woodbury.component_gram(factors, locate(index)[1]), jnp.arange(count))
     else:
         for index in range(count):
             factors = move(index, factors)
-        grams = jnp.stack([gram(index, factors) for index in range(count)])
-    return factors, grams.reshape(chains, blocks, *grams.shape[1:])
+        grams = jnp.stack([woodbury.component_gram(factors, locate(index)[1]) for index in range(count)])
+    return factors, grams.reshape(*labels.shape, *grams.shape[1:])

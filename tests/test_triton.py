@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import triton_interpreter
-from conftest import enable_x64
+from conftest import enable_x64, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +35,14 @@ RAGGED = cases.Case(3, 3, 2, dim=700)  # three programs of 256, the last one rag
 
 
 @pytest.fixture
+def x64():
+    """For all threads: XLA calls the interpreter from its own."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
 def interpreted(monkeypatch):
     monkeypatch.setattr(_triton, "call", triton_interpreter.call)
 
@@ -45,6 +53,7 @@ def assert_close(actual, expected, tolerance):
         np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(scale, 1e-30))
 
 
+@functools.partial(quick_jit, static_argnums=0)
 def draws(implementation, mixture, stacked):
     """Small matrices by one definition, so that what differs is the kernel's."""
     small = xla.grams(mixture)
@@ -78,14 +87,13 @@ def test_draws_in_float32_agree_with_float64(name, interpreted):
     terms=st.integers(1, 2),
     labels=st.lists(st.integers(0, 3), min_size=1, max_size=3),
 )
-def test_factors_move_in_place(comp, rank, dim, terms, labels):
-    rng, labels = np.random.default_rng(comp), jnp.asarray(np.asarray(labels) % comp, jnp.int32)
-    with enable_x64(True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_triton, "call", triton_interpreter.call)
-        sizes = (comp, rank, dim), (labels.size, terms, rank), (labels.size, terms, dim)
-        factors, left, right = (jnp.asarray(rng.normal(size=size)) for size in sizes)
-        actual = gradient.update_factors(factors, labels, left, right)
-        assert_close(actual, gradient_reference.update_factors(factors, labels, left, right), 1e-12)
+def test_factors_move_in_place(interpreted, x64, comp, rank, dim, terms, labels):
+    rng, labels = np.random.default_rng(comp), np.asarray(labels, np.int32) % comp
+    sizes = (comp, rank, dim), (labels.size, terms, rank), (labels.size, terms, dim)
+    arguments = [jnp.asarray(array) for array in (rng.normal(size=sizes[0]), labels)]
+    arguments += [jnp.asarray(rng.normal(size=size)) for size in sizes[1:]]
+    actual, expected = (quick_jit(module.update_factors)(*arguments) for module in (gradient, gradient_reference))
+    assert_close(actual, expected, 1e-12)
 
 
 def test_chains_are_one_launch(interpreted, monkeypatch, x64):
@@ -126,7 +134,8 @@ def test_log_prob_can_be_differentiated(interpreted, x64):
     point = stacked.eps[0] + 0.3
 
     def gradient_of(implementation):
-        return jax.grad(lambda m, p: implementation.log_prob(m, xla.grams(m), p), argnums=(0, 1))(mixture, point)
+        slope = jax.grad(lambda m, p: implementation.log_prob(m, xla.grams(m), p), argnums=(0, 1))
+        return quick_jit(slope)(mixture, point)
 
     assert_close(gradient_of(density), gradient_of(reference), 1e-11)
 

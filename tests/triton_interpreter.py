@@ -1,11 +1,13 @@
 """Run Triton kernels on CPU by Triton's own interpreter, inside jit, in the place of jax-triton."""
 
 import os
+import threading
 
 import jax
 import numpy as np
 
 os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it is imported
+ONE_AT_A_TIME = threading.Lock()  # the interpreter holds its place in the grid in globals; XLA has many threads
 
 
 class Storage:
@@ -57,7 +59,8 @@ def call(kernel, *arrays, outputs, grid, aliases, **constants):
         pointers = inputs + [result for index, result in enumerate(results) if index not in places]
         # an empty array has no address
         padded = [Storage(pointer if pointer.size else np.zeros(1, pointer.dtype)) for pointer in pointers]
-        kernel[0].run(*padded, grid=grid, warmup=False, **constants)
+        with ONE_AT_A_TIME:
+            kernel[0].run(*padded, grid=grid, warmup=False, **constants)
         return tuple(results)
 
     return jax.pure_callback(run, tuple(outputs), *arrays)

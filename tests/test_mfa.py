@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from conftest import quick_jit
 from jax.scipy.special import logsumexp
 
 from fastvi.families.mfa import FACTOR_INIT, LOG_SCALE_BOUND, MFA, MFAParams
@@ -55,14 +56,18 @@ def dense(family, params):
     return weights / weights.sum(), jnp.stack(means), jnp.stack(covariances)
 
 
+dense_program = quick_jit(dense)
+
+
 def dense_log_prob(family, params, point):
     parts = [
         np.log(weight) + scipy.stats.multivariate_normal(mean, covariance).logpdf(point)
-        for weight, mean, covariance in zip(*map(np.asarray, dense(family, params)), strict=True)
+        for weight, mean, covariance in zip(*map(np.asarray, dense_program(family, params)), strict=True)
     ]
     return scipy.special.logsumexp(parts), scipy.special.softmax(parts)
 
 
+@quick_jit
 def moments(family, params):
     """Mean and covariance of q."""
     weights, means, covariances = dense(family, params)
@@ -90,15 +95,39 @@ def z_scores(samples, expected):
     return gap[~fixed] / error[~fixed]
 
 
-# The density and the draws.
+# The density and the draws. One program for each family and number of draws, whatever the test.
+
+
+@functools.partial(quick_jit, static_argnames=("num", "antithetic"))
+def sample(family, params, key, num, *, antithetic):
+    return family.sample(params, key, num, antithetic=antithetic)
+
+
+@functools.partial(quick_jit, static_argnames=("num", "antithetic"))
+def random_pull(family, params, num, baseline=0.0, *, antithetic):
+    """Draws and the gradient of an arbitrary target at them."""
+    draws = family.sample(params, jax.random.key(0), num, antithetic=antithetic)
+    target = jnp.sin(1 + jnp.arange(num) * 1.0), jnp.cos(draws.displacement * 3)
+    return draws, family.pullback(params, draws, *target, baseline, antithetic=antithetic)
+
+
+@functools.partial(quick_jit, static_argnames="antithetic")
+def pullback(family, params, *target_and_baseline, antithetic):
+    return family.pullback(params, *target_and_baseline, antithetic=antithetic)
+
+
+@quick_jit
+def log_prob_and_grad(family, params, points):
+    return jax.vmap(jax.value_and_grad(lambda v: family.log_prob(params, v)))(points)
 
 
 @pytest.mark.parametrize("means", MEANS)
 def test_log_prob_is_the_density_of_a_normal_mixture(means):
     family, params = make(means, core_mask=(1, 0, 1), temperature=1.7)
-    for point in np.random.default_rng(1).normal(size=(4, 5)):
-        expected, _ = dense_log_prob(family, params, point)
-        np.testing.assert_allclose(family.log_prob(params, jnp.asarray(point)), expected, rtol=1e-10)
+    points = np.random.default_rng(1).normal(size=(4, 5))
+    actual, _ = log_prob_and_grad(family, params, points)
+    expected = [dense_log_prob(family, params, point)[0] for point in points]
+    np.testing.assert_allclose(actual, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("means", MEANS)
@@ -107,8 +136,8 @@ def test_density_integrates_to_one(means):
     mean, covariance = moments(family, params)
     half = 12 * np.sqrt(np.diag(covariance))
     axes = [np.linspace(m - h, m + h, 501) for m, h in zip(mean, half, strict=True)]
-    grid = jnp.asarray(np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2))
-    density = jnp.exp(jax.jit(jax.vmap(lambda v: family.log_prob(params, v)))(grid))
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
+    density = np.exp(quick_jit(jax.vmap(lambda v: family.log_prob(params, v)))(grid))
     cell = (axes[0][1] - axes[0][0]) * (axes[1][1] - axes[1][0])
     np.testing.assert_allclose(density.sum() * cell, 1.0, rtol=1e-8)
 
@@ -117,9 +146,8 @@ def test_density_integrates_to_one(means):
 @pytest.mark.parametrize("means", MEANS)
 def test_draws_know_their_density_and_its_gradient(means, antithetic):
     family, params = make(means, ranks=(2, 1, 0), core_mask=(1, 1, 0))
-    draws = family.sample(params, jax.random.key(3), 4, antithetic=antithetic)
-    value_and_grad = jax.vmap(jax.value_and_grad(lambda v: family.log_prob(params, v)))
-    value, score = jax.jit(value_and_grad)(draws.displacement)
+    draws = sample(family, params, jax.random.key(3), 4, antithetic=antithetic)
+    value, score = log_prob_and_grad(family, params, draws.displacement)
     np.testing.assert_allclose(draws.log_prob, value, rtol=1e-11)
     # the score is with respect to u = v / scale
     np.testing.assert_allclose(draws.record.drawn.score, family.scale * score, rtol=1e-9, atol=1e-10)
@@ -130,15 +158,19 @@ def test_draws_know_their_density_and_its_gradient(means, antithetic):
 @pytest.mark.parametrize(("means", "num_draws"), [("shared", 4), ("center", 4), ("component", 4), ("component", 12)])
 def test_antithetic_draws_mirror_about_their_mean(means, num_draws):
     family, params = make(means)
-    draws = family.sample(params, jax.random.key(5), num_draws, antithetic=True)
+    draws = sample(family, params, jax.random.key(5), num_draws, antithetic=True)
     first, second = np.split(np.asarray(draws.displacement), 2)
     labels = np.asarray(draws.record.noise.label)
     np.testing.assert_array_equal(labels[: num_draws // 2], labels[num_draws // 2 :])
-    _, centers, _ = dense(family, params)
+    _, centers, _ = dense_program(family, params)
     np.testing.assert_allclose(0.5 * (first + second), np.asarray(centers)[labels[: num_draws // 2]], atol=1e-12)
     assert np.min(np.abs(first - second)) > 1e-6
-    odd = family.sample(params, jax.random.key(5), 3, antithetic=True)
-    plain = family.sample(params, jax.random.key(5), 3, antithetic=False)
+
+
+def test_an_odd_number_of_draws_is_not_paired():
+    family, params = make("component")
+    odd = sample(family, params, jax.random.key(5), 3, antithetic=True)
+    plain = sample(family, params, jax.random.key(5), 3, antithetic=False)
     np.testing.assert_array_equal(odd.displacement, plain.displacement)
 
 
@@ -148,7 +180,7 @@ def test_antithetic_draws_mirror_about_their_mean(means, num_draws):
 def test_draws_have_the_mean_and_covariance_of_q(means, antithetic):
     family, params = make(means, dim=3, ranks=(2, 1), num_core=2)
     num = 20_000
-    draws = eqx.filter_jit(family.sample)(params, jax.random.key(0), num, antithetic=antithetic)
+    draws = sample(family, params, jax.random.key(0), num, antithetic=antithetic)
     mean, covariance = map(np.asarray, moments(family, params))
     centred = np.asarray(draws.displacement) - mean
     products = centred[:, :, None] * centred[:, None, :]
@@ -156,7 +188,7 @@ def test_draws_have_the_mean_and_covariance_of_q(means, antithetic):
         centred, products = (0.5 * (half[: num // 2] + half[num // 2 :]) for half in (centred, products))
     assert np.max(np.abs(z_scores(products, covariance)), initial=0) < 4.5
     assert np.max(np.abs(z_scores(centred, np.zeros(3))), initial=0) < 4.5
-    weights, _, _ = dense(family, params)
+    weights, _, _ = dense_program(family, params)
     share = np.mean(np.asarray(draws.record.noise.label) == 0)
     assert abs(share - weights[0]) < 4.5 * np.sqrt(0.25 / (num / (1 + antithetic)))
 
@@ -167,7 +199,7 @@ def test_draws_have_the_mean_and_covariance_of_q(means, antithetic):
 @pytest.mark.parametrize("means", MEANS)
 def test_second_moment_is_dense(means):
     family, params = make(means, core_mask=(1, 0, 1), temperature=0.6)
-    moment = family.second_moment(params)
+    moment = quick_jit(MFA.second_moment)(family, params)
     actual = np.diag(moment.diagonal) + moment.factors.T @ (moment.weights[:, None] * moment.factors)
     mean, covariance = moments(family, params)
     np.testing.assert_allclose(actual, covariance + np.outer(mean, mean), rtol=1e-10, atol=1e-10)
@@ -176,11 +208,11 @@ def test_second_moment_is_dense(means):
 @pytest.mark.parametrize("means", MEANS)
 def test_control_variates_have_their_expectations(means):
     family, params = make(means, core_mask=(1, 0, 1), temperature=0.6)
-    draws = family.sample(params, jax.random.key(0), 6, antithetic=True)
-    values, expected = family.control_variates(params, draws)
+    draws = sample(family, params, jax.random.key(0), 6, antithetic=True)
+    values, expected = quick_jit(MFA.control_variates)(family, params, draws)
     mean, covariance = map(np.asarray, moments(family, params))
     whitener = np.diag(1 / (np.asarray(family.scale) * np.exp(params.log_scale)))
-    rows = np.asarray(params.core * family.core_mask[:, None]) @ whitener
+    rows = np.asarray(params.core) * np.asarray(family.core_mask)[:, None] @ whitener
     metrics = [whitener @ whitener, rows.T @ rows]
     about_center = 0.5 * np.trace(covariance + np.outer(mean, mean))
     traces = [0.5 * np.trace(metric @ covariance) for metric in metrics]
@@ -194,24 +226,17 @@ def test_control_variates_have_their_expectations(means):
 # Masks, temperature, the start.
 
 
-def random_target(family, params, key, num_draws, antithetic):
-    draws = family.sample(params, key, num_draws, antithetic=antithetic)
-    return draws, jnp.sin(1 + jnp.arange(num_draws) * 1.0), jnp.cos(draws.displacement * 3)
-
-
 @pytest.mark.parametrize("means", MEANS)
 def test_a_rank_mask_is_zero_columns(means):
     family, params = make(means, ranks=(1, 3, 0))
     wide = dataclasses.replace(family, ranks=(3, 3, 3))
     mask = np.arange(3) < np.array([1, 3, 0])[:, None]
     zeroed = params._replace(factors=params.factors * mask[..., None])
-    point = jnp.linspace(-1.0, 1.0, 5)
-    np.testing.assert_allclose(family.log_prob(params, point), wide.log_prob(zeroed, point), rtol=1e-13)
-    key = jax.random.key(0)
-    narrow_gradient = family.pullback(
-        params, *random_target(family, params, key, 4, False), jnp.zeros(()), antithetic=False
-    )
-    wide_gradient = wide.pullback(zeroed, *random_target(wide, zeroed, key, 4, False), jnp.zeros(()), antithetic=False)
+    points = np.linspace(-1.0, 1.0, 5)[None]
+    narrow_value, wide_value = (log_prob_and_grad(*pair, points)[0] for pair in ((family, params), (wide, zeroed)))
+    np.testing.assert_allclose(narrow_value, wide_value, rtol=1e-13)
+    _, narrow_gradient = random_pull(family, params, 4, antithetic=False)
+    _, wide_gradient = random_pull(wide, zeroed, 4, antithetic=False)
     masked = wide_gradient._replace(factors=wide_gradient.factors * mask[..., None])
     assert_tree_close(narrow_gradient, masked, 1e-12)
     assert np.any(wide_gradient.factors != masked.factors)
@@ -222,14 +247,11 @@ def test_padding_the_core_changes_nothing(means):
     padded, params = make(means, num_core=4, core_mask=(1, 1, 0, 0))
     family = eqx.tree_at(lambda f: f.core_mask, padded, jnp.ones(2))
     short = params._replace(core=params.core[:2])
-    key = jax.random.key(0)
-    actual = random_target(padded, params, key, 4, True)
-    expected = random_target(family, short, key, 4, True)
-    np.testing.assert_allclose(actual[0].displacement, expected[0].displacement, rtol=1e-12)
-    np.testing.assert_allclose(actual[0].log_prob, expected[0].log_prob, rtol=1e-12)
-    gradient = padded.pullback(params, *actual, jnp.zeros(()), antithetic=True)
+    actual, gradient = random_pull(padded, params, 4, antithetic=True)
+    expected, wanted = random_pull(family, short, 4, antithetic=True)
+    np.testing.assert_allclose(actual.displacement, expected.displacement, rtol=1e-12)
+    np.testing.assert_allclose(actual.log_prob, expected.log_prob, rtol=1e-12)
     assert np.all(gradient.core[2:] == 0)
-    wanted = family.pullback(short, *expected, jnp.zeros(()), antithetic=True)
     assert_tree_close(gradient._replace(core=gradient.core[:2]), wanted, 1e-11)
 
 
@@ -238,20 +260,19 @@ def test_temperature_is_the_same_everywhere():
     hot, params = make("component", temperature=2.5, **options)
     unit, _ = make("component", **options)
     cooled = params._replace(logits=params.logits / 2.5)
-    key = jax.random.key(1)
-    actual, expected = (random_target(f, p, key, 6, True) for f, p in ((hot, params), (unit, cooled)))
-    assert_tree_close(actual[0], expected[0], 1e-13)
-    gradient = hot.pullback(params, *actual, jnp.asarray(0.3), antithetic=True)
-    wanted = unit.pullback(cooled, *expected, jnp.asarray(0.3), antithetic=True)
+    draws, gradient = random_pull(hot, params, 6, 0.3, antithetic=True)
+    expected, wanted = random_pull(unit, cooled, 6, 0.3, antithetic=True)
+    assert_tree_close(draws, expected, 1e-13)
     assert_tree_close(gradient, wanted._replace(logits=wanted.logits / 2.5), 1e-12)
-    assert_tree_close(hot.step_statistics(params, actual[0]), unit.step_statistics(cooled, expected[0]), 1e-12)
-    np.testing.assert_allclose(hot.summary_arrays(params)["pi"], dense(hot, params)[0], rtol=1e-12)
+    statistics = quick_jit(MFA.step_statistics)
+    assert_tree_close(statistics(hot, params, draws), statistics(unit, cooled, expected), 1e-12)
+    np.testing.assert_allclose(hot.summary_arrays(params)["pi"], dense_program(hot, params)[0], rtol=1e-12)
 
 
 def test_factors_start_shaped_like_the_core_s_covariance():
     dim, num = 4, 4000
     family, params = make(dim=dim, ranks=(num,), num_core=2)
-    start = family.init(jax.random.key(0), params.core, params.log_scale)
+    start = quick_jit(MFA.init)(family, jax.random.key(0), params.core, params.log_scale)
     assert np.all(start.logits == 0)
     assert np.all(start.offsets == 0)
     rows = np.asarray(start.factors[0]) * np.sqrt(dim) / FACTOR_INIT
@@ -265,6 +286,9 @@ def test_factors_start_shaped_like_the_core_s_covariance():
 def target(v):
     """A smooth log density that is not quadratic."""
     return -jnp.sum(jnp.log(jnp.cosh(v - 0.3))) - 0.1 * jnp.sum(v) * v[0] ** 2 + 0.2 * v[0] * v[-1]
+
+
+targets = quick_jit(jax.vmap(jax.value_and_grad(target)))
 
 
 def reparametrised(family, params, noise):
@@ -282,12 +306,7 @@ def reparametrised(family, params, noise):
 def test_scale_gradient_stops_at_the_bound():
     family, params = make()
     params = params._replace(log_scale=params.log_scale.at[1].set(LOG_SCALE_BOUND + 1))
-    gradient = family.pullback(
-        params,
-        *random_target(family, params, jax.random.key(0), 2, False),
-        jnp.zeros(()),
-        antithetic=False,
-    )
+    _, gradient = random_pull(family, params, 2, antithetic=False)
     assert gradient.log_scale[1] == 0
     assert np.all(np.delete(gradient.log_scale, 1) != 0)
 
@@ -304,7 +323,7 @@ def test_scale_gradient_stops_at_the_bound():
 )
 def test_pullback_is_the_gradient_along_the_path(means, num_draws, antithetic):
     family, params = make(means, core_mask=(1, 0, 1), entropy_bonus=0.3)
-    draws = family.sample(params, jax.random.key(2), num_draws, antithetic=antithetic)
+    draws = sample(family, params, jax.random.key(2), num_draws, antithetic=antithetic)
 
     def objective(params, frozen):
         """Sticking the landing: the parameters inside log q are held."""
@@ -316,10 +335,9 @@ def test_pullback_is_the_gradient_along_the_path(means, num_draws, antithetic):
         values, points = jax.vmap(one)(draws.record.noise)
         return jnp.mean(values), points
 
-    expected, points = jax.jit(jax.grad(objective, has_aux=True))(params, params)
+    expected, points = quick_jit(jax.grad(objective, has_aux=True))(params, params)
     np.testing.assert_allclose(draws.displacement, points, rtol=1e-11)
-    value, grad = jax.vmap(jax.value_and_grad(target))(draws.displacement)
-    actual = family.pullback(params, draws, value, grad, jnp.zeros(()), antithetic=antithetic)
+    actual = pullback(family, params, draws, *targets(draws.displacement), 0.0, antithetic=antithetic)
     assert_tree_close(actual._replace(logits=expected.logits), expected, 1e-8)
 
 
@@ -335,7 +353,7 @@ def test_pullback_is_unbiased_on_a_quadratic(antithetic):
     family, params = make(dim=3, ranks=(2,), num_core=2, entropy_bonus=0.4)
     root = jnp.asarray(np.random.default_rng(4).normal(size=(3, 3)))
     hessian, pull = root @ root.T + jnp.eye(3), jnp.asarray([0.5, -1.0, 2.0])
-    exact = jax.grad(lambda p: gaussian_elbo(family, p, hessian, pull, 1.4))(params)
+    exact = quick_jit(jax.grad(lambda p: gaussian_elbo(family, p, hessian, pull, 1.4)))(params)
 
     def one(key):
         draws = family.sample(params, key, 2, antithetic=antithetic)
@@ -343,7 +361,7 @@ def test_pullback_is_unbiased_on_a_quadratic(antithetic):
         value = -0.5 * jnp.sum(points * (points @ hessian), -1) + points @ pull
         return family.pullback(params, draws, value, pull - points @ hessian, jnp.zeros(()), antithetic=antithetic)
 
-    samples = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000))
+    samples = quick_jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000))
     for name in ("offsets", "log_scale", "core", "factors"):
         got, want = np.asarray(getattr(samples, name)), np.asarray(getattr(exact, name))
         assert np.max(np.abs(z_scores(got, want)), initial=0) < 4.5, name
@@ -351,13 +369,23 @@ def test_pullback_is_unbiased_on_a_quadratic(antithetic):
         assert np.max(np.abs(want.ravel()) / np.maximum(error, 1e-12)) > 20, f"{name}: the test has no power"
 
 
-def natural_updates(means, **options):
-    family, params = make(means, ranks=(2, 1, 2), **options)
-    draws = family.sample(params, jax.random.key(2), 4, antithetic=True)
-    value, grad = jax.vmap(jax.value_and_grad(target))(draws.displacement)
-    arguments = (params, draws, value, grad, jnp.zeros(()))
-    euclidean = family.pullback(*arguments, antithetic=True)
-    return family, params, euclidean, family.ascent(*arguments, antithetic=True)
+@functools.cache
+def natural_updates(means):
+    family, params = make(means, ranks=(2, 1, 2))
+
+    @quick_jit
+    def updates(family, params):
+        draws = family.sample(params, jax.random.key(2), 4, antithetic=True)
+        value, grad = jax.vmap(jax.value_and_grad(target))(draws.displacement)
+        arguments = (params, draws, value, grad, 0.0)
+        return family.pullback(*arguments, antithetic=True), family.ascent(*arguments, antithetic=True)
+
+    return family, params, *updates(family, params)
+
+
+@quick_jit
+def apply_updates(family, params, updates):
+    return family.apply_updates(params, family.make_cache(params), updates)
 
 
 @pytest.mark.parametrize("means", ["shared", "component"])
@@ -367,41 +395,48 @@ def test_ascent_is_a_metric_times_the_gradient(means):
     def moved(step):
         return family.apply_updates(params, family.make_cache(params), scale(updates, step))[0]
 
-    assert_tree_close(moved(0.0), params, 1e-15)
-    _, direction = jax.jvp(moved, (0.0,), (1.0,))
-    core, deviation = params.core, jnp.exp(params.log_scale)
-    precision = jnp.eye(5) + core.T @ core
-    log_scale = euclidean.log_scale + jnp.sum(core * euclidean.core, axis=0)
+    assert_tree_close(quick_jit(moved)(0.0), params, 1e-15)
+    direction = quick_jit(jax.jacfwd(moved))(0.0)
+    euclidean = jax.tree_util.tree_map(np.asarray, euclidean)
+    core, deviation = np.asarray(params.core), np.exp(params.log_scale)
+    precision = np.eye(5) + core.T @ core
+    log_scale = euclidean.log_scale + np.sum(core * euclidean.core, axis=0)
     expected = MFAParams(
         logits=euclidean.logits,
         # updates of offsets are in units of D^{1/2}: D^{1/2} P^{-1} D^{1/2} h
-        offsets=(euclidean.offsets * deviation) @ jnp.linalg.inv(precision) * deviation,
+        offsets=(euclidean.offsets * deviation) @ np.linalg.inv(precision) * deviation,
         log_scale=log_scale,
         core=euclidean.core @ precision + core * log_scale,
         # averaged over the draws of each label, two of the four here
-        factors=2 * euclidean.factors @ jnp.linalg.inv(precision),
+        factors=2 * euclidean.factors @ np.linalg.inv(precision),
     )
     assert_tree_close(direction, expected, 1e-10)
-    slope = sum(jnp.vdot(g, d) for g, d in zip(euclidean, direction, strict=True))
+    slope = sum(np.vdot(g, d) for g, d in zip(euclidean, direction, strict=True))
     assert slope > 0
 
 
 def test_a_change_of_scale_leaves_the_steep_directions():
     family, params, _, updates = natural_updates("shared")
     still = updates._replace(core=jnp.zeros_like(params.core))
-    after, _ = family.apply_updates(params, family.make_cache(params), still)
+    after, _ = apply_updates(family, params, still)
     assert np.min(np.abs(after.log_scale - params.log_scale)) > 1e-3
-    steep, before = (p.core * jnp.exp(-p.log_scale) for p in (after, params))
+    steep, before = (np.asarray(p.core) * np.exp(-np.asarray(p.log_scale)) for p in (after, params))
     np.testing.assert_allclose(steep, before, rtol=1e-12)
 
 
 @pytest.mark.parametrize("means", MEANS)
 def test_the_cache_follows_the_parameters(means):
     family, params, _, updates = natural_updates(means)
-    after, cache = family.apply_updates(params, family.make_cache(params), updates)
-    assert_tree_close(cache, family.make_cache(after), 1e-12)
-    noise = family.draw_noise(jax.random.key(0), 2)
-    plain, cached = (family.transform(after, noise, mirror=True, cache=c) for c in (None, cache))
+
+    @quick_jit
+    def both(family, params, updates):
+        after, cache = family.apply_updates(params, family.make_cache(params), updates)
+        noise = family.draw_noise(jax.random.key(0), 2)
+        plain, cached = (family.transform(after, noise, mirror=True, cache=c) for c in (None, cache))
+        return (cache, cached), (family.make_cache(after), plain)
+
+    (cache, cached), (fresh, plain) = both(family, params, updates)
+    assert_tree_close(cache, fresh, 1e-12)
     assert_tree_close(cached, plain, 1e-11)
 
 
@@ -413,7 +448,7 @@ def logit_problem(means):
     """A family in one dimension and, by quadrature, d/d logits of E_q[target - 1.3 log q]."""
     family, params = make(means, dim=1, ranks=(1, 2, 0), num_core=1, temperature=1.6, entropy_bonus=0.3)
     params = params._replace(offsets=2 * params.offsets)
-    _, centers, covariances = dense(family, params)
+    _, centers, covariances = dense_program(family, params)
 
     @jax.grad
     def gradient(logits):
@@ -424,7 +459,7 @@ def logit_problem(means):
         log_q = logsumexp(parts, axis=1)
         return jnp.sum(jnp.exp(log_q) * (value - 1.3 * log_q)) * (grid[1] - grid[0])
 
-    return family, params, np.asarray(jax.jit(gradient)(params.logits))
+    return family, params, np.asarray(quick_jit(gradient)(params.logits))
 
 
 @pytest.mark.parametrize(
@@ -447,7 +482,7 @@ def test_logit_gradient_is_unbiased(means, num_draws, antithetic):
         value, grad = jax.vmap(jax.value_and_grad(target))(draws.displacement)
         return family.pullback(params, draws, value, grad, jnp.asarray(-0.7), antithetic=antithetic).logits
 
-    samples = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000)))
+    samples = np.asarray(quick_jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000)))
     assert np.max(np.abs(z_scores(samples, exact))) < 4
     assert np.max(np.abs(exact) / samples.std(axis=0)) * np.sqrt(len(samples)) > 20
 
@@ -457,21 +492,20 @@ def test_independent_draws_replace_the_baseline():
     family, params = make("component")
 
     def logits(num_draws, antithetic, baseline):
-        inputs = random_target(family, params, jax.random.key(0), num_draws, antithetic)
-        return np.asarray(family.pullback(params, *inputs, jnp.asarray(baseline), antithetic=antithetic).logits)
+        return np.asarray(random_pull(family, params, num_draws, baseline, antithetic=antithetic)[1].logits)
 
     np.testing.assert_array_equal(logits(4, True, 0.0), logits(4, True, 9.0))
     np.testing.assert_array_equal(logits(2, False, 0.0), logits(2, False, 9.0))
-    share = family.sample(params, jax.random.key(0), 2, antithetic=True).record.drawn.responsibilities
-    expected = -9.0 * np.mean(np.asarray(share) - np.asarray(dense(family, params)[0]), axis=0)
+    share = random_pull(family, params, 2, antithetic=True)[0].record.drawn.responsibilities
+    expected = -9.0 * np.mean(np.asarray(share) - np.asarray(dense_program(family, params)[0]), axis=0)
     np.testing.assert_allclose(logits(2, True, 9.0) - logits(2, True, 0.0), expected, atol=1e-12)
 
 
 def test_dirichlet_prior_is_its_log_density_s_gradient():
     family, params = make(temperature=1.6, dirichlet=2.5, entropy_bonus=0.3)
-    draws = family.sample(params, jax.random.key(0), 3, antithetic=False)
+    draws = sample(family, params, jax.random.key(0), 3, antithetic=False)
     # values that are all equal leave the prior alone
     value = 1.3 * draws.log_prob + 5.0
-    actual = family.pullback(params, draws, value, draws.displacement, jnp.zeros(()), antithetic=False).logits
+    actual = pullback(family, params, draws, value, draws.displacement, 0.0, antithetic=False).logits
     expected = jax.grad(lambda logits: 1.5 * jnp.sum(jax.nn.log_softmax(logits / 1.6)))(params.logits)
     np.testing.assert_allclose(actual, expected, atol=1e-12)

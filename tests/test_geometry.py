@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import enable_x64
+from conftest import enable_x64, quick_jit
 
 from fastvi.config import VIConfig
 from fastvi.geometry.curvature import BLOCK, block_krylov, dense_spectrum
@@ -47,12 +47,16 @@ def never(values, size):
 
 
 def krylov(matrix, max_size, exhausted=never):
-    return block_krylov(lambda block: block @ matrix, jax.random.key(1), len(matrix), max_size, exhausted, jnp.float64)
+    def spectrum(matrix):
+        key = jax.random.key(1)
+        return block_krylov(lambda block: block @ matrix, key, len(matrix), max_size, exhausted, jnp.float64)
+
+    return quick_jit(spectrum)(matrix)
 
 
 def test_dense_spectrum_is_eigh():
     matrix, _ = symmetric(RNG.normal(size=20))
-    spectrum = dense_spectrum(lambda block: block @ matrix, 20, jnp.float64)
+    spectrum = quick_jit(lambda matrix: dense_spectrum(lambda block: block @ matrix, 20, jnp.float64))(matrix)
     np.testing.assert_allclose(spectrum.values, np.linalg.eigvalsh(matrix)[::-1], atol=1e-12)
     np.testing.assert_allclose(spectrum.vectors @ spectrum.vectors.T, np.eye(20), atol=1e-12)
     np.testing.assert_allclose(spectrum.vectors @ matrix, spectrum.values[:, None] * spectrum.vectors, atol=1e-12)
@@ -120,8 +124,12 @@ def linear_whitening(mode):
     def next_batch(key):
         return jnp.asarray(TABLE)[jax.random.randint(key, (4,), 0, 40)]
 
-    scale = whitening_scale(mode, key, objective, posterior_at(np.zeros(6)), next_batch, unused, DECAY)
-    rows = [np.asarray(next_batch(k)).mean(0) for k in jax.random.split(key, MOMENT_GRADIENTS)]
+    @quick_jit
+    def scaled(key):
+        return whitening_scale(mode, key, objective, posterior_at(np.zeros(6)), next_batch, unused, DECAY)
+
+    scale = scaled(key)
+    rows = np.asarray(quick_jit(jax.vmap(next_batch))(jax.random.split(key, MOMENT_GRADIENTS))).mean(1)
     return np.asarray(scale), rows
 
 
@@ -148,10 +156,14 @@ def test_normalized_scale_keeps_dead_parameters_finite():
 
 
 def whiten(mode, diagonal, nbeta=30.0, gamma=2.0):
-    center = jnp.linspace(0.0, 1.0, len(diagonal))
     objective = make_flat_objective(lambda w, b: 0.5 * jnp.sum(jnp.asarray(diagonal) * w**2))
-    hvp = hvp_operator(objective, center, None)
-    return whitening_scale(mode, jax.random.key(0), objective, posterior_at(center, nbeta, gamma), unused, hvp, DECAY)
+
+    @quick_jit
+    def scale(center):
+        hvp, posterior = hvp_operator(objective, center, None), posterior_at(center, nbeta, gamma)
+        return whitening_scale(mode, jax.random.key(0), objective, posterior, unused, hvp, DECAY)
+
+    return scale(np.linspace(0.0, 1.0, len(diagonal)))
 
 
 def test_hessian_whitening_is_exact_on_a_diagonal():
@@ -176,10 +188,12 @@ def start_covariance(start):
 
 
 def start_on(hessian, center, minimum, **options):
-    posterior = posterior_at(center)
-    objective = quadratic(hessian, minimum)
-    start = make_start(objective, posterior, None, lambda key: None, VIConfig(**options), jax.random.key(5))
-    return start, 30.0 * np.asarray(hessian) + 2.0 * np.eye(len(center))
+    @quick_jit
+    def start(hessian, center, minimum):
+        arguments = quadratic(hessian, minimum), posterior_at(center), None, lambda key: None
+        return make_start(*arguments, VIConfig(**options), jax.random.key(5))
+
+    return start(hessian, center, minimum), 30.0 * np.asarray(hessian) + 2.0 * np.eye(len(center))
 
 
 # gamma mean(scale^2) is no lower bound of S^{-1} (nbeta H + gamma) S^{-1} where the scales differ

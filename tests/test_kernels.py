@@ -53,7 +53,7 @@ def assert_leaves_close(actual, expected, tolerance):
         np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * scale, err_msg=path)
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
+@functools.partial(quick_jit, static_argnames="implementation")
 def everything(mixture, stacked, cotangent, implementation):
     """All that an implementation computes: small matrices, stacked draws and gradients, one more density."""
     small = woodbury.grams(mixture, implementation=implementation)
@@ -192,7 +192,8 @@ def test_update_factors(implementation, comp, rank, dim, terms, labels):
         arguments = [jnp.asarray(rng.normal(size=size)) for size in sizes]
         arguments.insert(1, jnp.asarray(labels))
         actual, expected = (
-            mixture_grad.update_factors(*arguments, implementation=name) for name in (implementation, "reference")
+            quick_jit(functools.partial(mixture_grad.update_factors, implementation=name))(*arguments)
+            for name in (implementation, "reference")
         )
     assert_leaves_close(actual, expected, 1e-12)
 
@@ -341,7 +342,7 @@ def test_log_prob_can_be_differentiated(name, x64):
             small = woodbury.grams(mixture, implementation=implementation)
             return woodbury.log_prob(mixture, small, point, implementation=implementation)
 
-        return jax.jit(jax.grad(log_prob, argnums=(0, 1)))(mixture, point)
+        return quick_jit(jax.grad(log_prob, argnums=(0, 1)))(mixture, point)
 
     assert_leaves_close(gradient("xla"), gradient("reference"), 1e-11)
 
@@ -359,7 +360,7 @@ def test_draws_have_the_mixture_s_density(num_components, rank, num_core, dim, m
     with enable_x64(True):
         mixture, stacked = cases.make(cases.Case(num_components, rank, num_core, dim, num_offsets), jnp.float64)
 
-        @jax.jit
+        @quick_jit
         def draw(mixture, stacked):
             small = woodbury.grams(mixture)
             return jax.vmap(lambda noise: woodbury.draw(mixture, small, noise))(stacked)
@@ -388,15 +389,19 @@ def test_responsibilities_keep_their_digits_in_high_dimension(implementation):
     dim, rng, results = 100_000, np.random.default_rng(0), []
     factors = 0.5 * rng.normal(size=(3, 2, dim)) / np.sqrt(dim)
     eps, z = rng.normal(size=dim), rng.normal(size=2)
+
+    @quick_jit
+    def responsibilities(factors, eps, z):
+        zeros, dtype = jnp.zeros((0, dim), eps.dtype), eps.dtype
+        mixture = Mixture(jnp.log(jnp.full(3, 1 / 3, dtype)), zeros, jnp.zeros(dim, dtype), zeros, factors)
+        small = woodbury.grams(mixture, implementation=implementation)
+        one = woodbury.Noise(jnp.asarray(0), eps, jnp.zeros(0, dtype), z)
+        return woodbury.draw(mixture, small, one, implementation=implementation).responsibilities
+
     for dtype in ("float32", "float64"):
         with enable_x64(dtype == "float64"):
             cast = [jnp.asarray(np.float32(array), dtype) for array in (factors, eps, z)]
-            zeros = jnp.zeros((0, dim), dtype)
-            mixture = Mixture(jnp.log(jnp.full(3, 1 / 3, dtype)), zeros, jnp.zeros(dim, dtype), zeros, cast[0])
-            small = woodbury.grams(mixture, implementation=implementation)
-            one = woodbury.Noise(jnp.asarray(0), cast[1], jnp.zeros(0, dtype), cast[2])
-            drawn = woodbury.draw(mixture, small, one, implementation=implementation)
-            results.append(np.asarray(drawn.responsibilities))
+            results.append(np.asarray(responsibilities(*cast)))
     np.testing.assert_allclose(*results, atol=1e-5)
 
 
@@ -428,11 +433,11 @@ def test_log_density_keeps_its_digits_at_a_million_dimensions(implementation):
 @pytest.mark.parametrize(("rank", "dim"), [(0, 3), (1, 5), (2, 3), (3, 7), (4, 1000), (3, 2345), (2, 1001)])
 def test_factor_grams(rank, dim, implementation, x64):
     factors = jnp.asarray(np.random.default_rng(0).normal(size=(2, rank, dim)))
-    products = woodbury.factor_grams(factors, implementation=implementation)
+    products = quick_jit(functools.partial(woodbury.factor_grams, implementation=implementation))(factors)
     np.testing.assert_allclose(products, np.einsum("mrd,msd->mrs", factors, factors), rtol=1e-12, atol=1e-11)
     # and they are used, not recomputed
-    mixture = Mixture(jnp.zeros(2), jnp.zeros((0, dim)), jnp.zeros(dim), jnp.zeros((0, dim)), factors)
-    small = woodbury.grams(mixture, 3 * products, implementation=implementation)
+    mixture = Mixture(np.zeros(2), np.zeros((0, dim)), np.zeros(dim), np.zeros((0, dim)), factors)
+    small = quick_jit(functools.partial(woodbury.grams, implementation=implementation))(mixture, 3 * products)
     whitened = small.factor_half @ (np.eye(rank) + 3 * np.asarray(products)) @ np.swapaxes(small.factor_half, 1, 2)
     np.testing.assert_allclose(whitened, np.broadcast_to(np.eye(rank), whitened.shape), atol=1e-10)
 
@@ -451,12 +456,14 @@ def test_upper_median(size, dtype):
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 8, 33])
 def test_lower_inverse(size, x64):
     matrix = np.tril(np.random.default_rng(size).normal(size=(3, size, size)), -1) + 2 * np.eye(size)
-    inverse = triangular.lower_inverse(jnp.asarray(matrix))
+    lower_inverse = quick_jit(triangular.lower_inverse)
+    inverse = np.asarray(lower_inverse(matrix))
     np.testing.assert_allclose(inverse @ matrix, np.broadcast_to(np.eye(size), matrix.shape), atol=1e-10)
     np.testing.assert_allclose(inverse, np.linalg.inv(matrix), rtol=1e-9, atol=1e-9)
     assert np.all(np.triu(inverse, 1) == 0)
     if size > 1:
-        spoiled = triangular.lower_inverse(jnp.asarray(matrix).at[0, 1, 0].set(jnp.nan))
+        matrix[0, 1, 0] = np.nan
+        spoiled = lower_inverse(matrix)
         assert np.isnan(spoiled[0]).any()
         assert np.isfinite(spoiled[1:]).all()
 
@@ -469,8 +476,13 @@ def test_hutchinson_agrees_with_the_dense_matrix(name, implementation, dtype):
     with enable_x64(dtype == "float64"):
         matrix, probes = hutchinson_cases.make(case, jnp.dtype(dtype))
         options = {"implementation": implementation}
-        diagonal = np.float64(hutchinson.diagonal(lambda z: matrix @ z, probes, **options))
-        samples = np.float64(hutchinson.trace_samples(lambda z: matrix @ z, probes, **options))
+
+        @quick_jit
+        def both(matrix, probes):
+            operators = hutchinson.diagonal, hutchinson.trace_samples
+            return [operator(lambda z: matrix @ z, probes, **options) for operator in operators]
+
+        diagonal, samples = map(np.float64, both(matrix, probes))
     matrix, probes = np.float64(matrix), np.float64(probes)
     size = np.abs(matrix).sum(axis=1)
     tolerance = 1e-6 if dtype == "float32" else 1e-14

@@ -52,3 +52,14 @@ def pytest_configure(config):
     folder = Path(config.rootpath) / ".pytest_cache" / "jax" / worker
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if config.option.markexpr == "not slow":
+        compile_quickly()
+
+
+def compile_quickly():
+    """Leave out most of XLA's optimisations, here and in processes that tests start: nearly all programs run once.
+
+    The slow tests compile as people do; so do the others with JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+    """
+    wanted = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    jax.config.update("jax_disable_most_optimizations", wanted != "0")

@@ -63,3 +63,12 @@ def compile_quickly():
     """
     wanted = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     jax.config.update("jax_disable_most_optimizations", wanted != "0")
+
+
+@pytest.fixture
+def fully_optimised():
+    """Compile as people do, whatever the other tests do."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -68,7 +68,7 @@ def compile_quickly():
 @pytest.fixture
 def fully_optimised():
     """Compile as people do, whatever the other tests do."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -215,7 +215,7 @@ def test_frame_holds_directions_and_core():
     np.testing.assert_allclose(root @ root.T, frame @ inverse @ frame.T, atol=1e-12)
 
 
-def test_memory_is_linear_in_the_dimension():
+def test_memory_is_linear_in_the_dimension(fully_optimised):
     dim, latent = 1_000_000, 8
     config = VIConfig(family="flow", d_latent=latent, curvature_rank=latent, flow=SMALL)
     core = jax.ShapeDtypeStruct((latent, dim), jnp.float32)

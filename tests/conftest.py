@@ -1,10 +1,14 @@
+import gc
 import os
+import resource
 from pathlib import Path
 
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
+
+MEMORY = 3.0  # GiB of a process above which a file of tests gives back what it compiled
 
 # Hold the annotated functions on arrays to their shapes and dtypes; must precede the first import of fastvi.
 # Not fastvi.config (beartype refuses typing.Self on a single method) nor fastvi.objective and the transforms of
@@ -72,3 +76,13 @@ def fully_optimised():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_leave_memory():
+    """Forget what a file compiled where the process has grown: an executable keeps its code for good otherwise."""
+    yield
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB on Linux
+    if peak > MEMORY:
+        jax.clear_caches()
+        gc.collect()

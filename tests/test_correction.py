@@ -141,6 +141,19 @@ def test_equal_weights_are_good():
     assert khat == -np.inf
 
 
+def test_weights_that_differ_by_rounding_alone_are_good():
+    rounded = np.asarray(np.random.default_rng(0).normal(size=256) * 2e-6 + 24.0, np.float32)
+    weights, khat = pareto_smooth(rounded)
+    np.testing.assert_allclose(weights, 1 / 256, rtol=1e-4)
+    assert khat == -np.inf
+
+
+def test_ties_at_the_cut_leave_the_tail():
+    excess = np.sort(scipy.stats.genpareto(0.6).rvs(400, random_state=0))
+    tied = np.concatenate([np.zeros(150), excess])
+    assert np.isfinite(fit_pareto(tied)).all()
+
+
 # The whole path.
 
 

@@ -8,6 +8,7 @@ from fastvi._typing import Float
 
 GOOD, USABLE = 0.5, 0.7
 MIN_TAIL = 5
+ALIKE = 1e-4  # weights that differ by less have no tail: float32 log densities of 100 nats are rounded by 1e-5
 
 
 class Importance(NamedTuple):
@@ -52,7 +53,7 @@ def pareto_smooth(log_weights: Float[np.ndarray, " draws"]) -> tuple[Float[np.nd
     shape = np.inf
     if tail >= MIN_TAIL and np.exp(shifted[order[-1]]) - np.exp(cutoff) > np.finfo(float).tiny:
         excess = np.exp(shifted[order[-tail:]]) - np.exp(cutoff)
-        if excess[-1] < 1e-6:  # all weights alike: no tail
+        if excess[-1] < ALIKE:
             shape = -np.inf
         else:
             shape, scale = fit_pareto(excess)
@@ -66,7 +67,7 @@ def pareto_smooth(log_weights: Float[np.ndarray, " draws"]) -> tuple[Float[np.nd
 
 
 def fit_pareto(excess: Float[np.ndarray, " tail"]) -> tuple[float, float]:
-    """Fit shape and scale of a generalised Pareto distribution to ascending positive values.
+    """Fit shape and scale of a generalised Pareto distribution to ascending values, some of them perhaps tied at zero.
 
     References:
         Zhang & Stephens (2009); the weak prior on the shape is that of Vehtari et al. (2024).
@@ -74,7 +75,8 @@ def fit_pareto(excess: Float[np.ndarray, " tail"]) -> tuple[float, float]:
     count = excess.size
     grid = 30 + int(np.sqrt(count))
     theta = 1 - np.sqrt(grid / (np.arange(grid) + 0.5))
-    theta = theta / (3 * excess[int(count / 4 + 0.5) - 1]) + 1 / excess[-1]
+    quartile = max(excess[int(count / 4 + 0.5) - 1], np.min(excess, where=excess > 0, initial=excess[-1]))
+    theta = theta / (3 * quartile) + 1 / excess[-1]
     shapes = np.mean(np.log1p(-theta[:, None] * excess), axis=1)
     profile = count * (np.log(-(theta / shapes)) - shapes - 1)
     weights = np.exp(profile - profile.max())

@@ -71,7 +71,7 @@ def make_judge(objective, problem):
 
 def make_problem():
     """Build the problem anew: nothing that was compiled for an earlier one fits it."""
-    loss, center, data = trained_tanh_network(SIZE)
+    loss, center, data = jax.block_until_ready(trained_tanh_network(SIZE))
     num_data = data[1].size
     posterior = LocalPosterior(center, jnp.float32(num_data / math.log(num_data)), jnp.float32(1.0))
     return loss, make_flat_objective(loss), Problem(posterior, data, num_data, BATCH)

@@ -147,7 +147,8 @@ def run_fit(
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves((problem, chain_keys)))
     if traced:
         return Fit(*stages.whole(problem, chain_keys, whitener_scale), Clock().seconds, None)
-    clock, programs = Clock(), stages.for_work(config.steps, problem.posterior.center.size)
+    draws = config.steps * config.step_draws * chain_keys.size
+    clock, programs = Clock(), stages.for_work(draws, problem.posterior.center.size)
     report = options.report or _silent
     report(Progress("curvature", 0, config.steps, float("nan")))
     chunk = min(CHUNK, config.steps) if any(options) else config.steps

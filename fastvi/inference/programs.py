@@ -20,7 +20,8 @@ from fastvi.inference.optimizer import Horizon, fixed_phases
 from fastvi.inference.sharding import data_parallel_loss, over_devices
 from fastvi.objective import FlatObjective, excess_loss, full_data_loss
 
-QUICK_WORK = 1e8  # steps times dim up to which a second of compilation outweighs a quarter of the steps' time
+# Draws of all steps and chains times dim up to which a second of compilation outweighs a quarter of the steps' time.
+QUICK_WORK = 1e8
 CACHED_PROGRAMS = 32  # sets of compiled stages kept; each holds its objective alive
 
 
@@ -70,9 +71,9 @@ class Stages(NamedTuple):
     compiled: Programs
     whole: Callable[..., tuple[AbstractFamily, Any, Start, Outcome, dict[str, Array], Scalar]]
 
-    def for_work(self, steps: int, dim: int) -> Programs:
-        """Return the compiled stages, with steps that compile sooner and run slower where there are few of them."""
-        return self.quick if steps * dim <= QUICK_WORK else self.compiled
+    def for_work(self, draws: int, dim: int) -> Programs:
+        """Return the compiled stages, with steps that compile sooner and run slower where they make few draws."""
+        return self.quick if draws * dim <= QUICK_WORK else self.compiled
 
 
 def programs_for(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> Stages:

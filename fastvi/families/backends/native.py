@@ -67,7 +67,7 @@ class NativeBackend(AbstractBackend):
 
 
 def _with_kernels(params, key, last_scale):
-    """Draw every kernel with variance 1 / fan-in, those of last layers times `last_scale`, from one stream.
+    """Draw every kernel with variance 1 / fan-in, last layers times `last_scale`, from one stream; inner biases are 0.
 
     A stream for each, as a builder draws them, takes XLA longer to compile than all of the flow.
     """
@@ -77,7 +77,8 @@ def _with_kernels(params, key, last_scale):
     ends = np.cumsum([int(np.prod(shape)) for shape in kernels.values()])
     whole = jax.lax.optimization_barrier(normal(key, (int(ends[-1]),), leaves[0][1].dtype))
     drawn = jnp.split(whole, ends[:-1])
-    filled = [leaf for _, leaf in leaves]
+    inner = ["bias" in name and "dense_out" not in name for name in names]
+    filled = [jnp.zeros_like(leaf) if zero else leaf for (_, leaf), zero in zip(leaves, inner, strict=True)]
     for part, (index, shape) in zip(drawn, kernels.items(), strict=True):
         scale = last_scale if "dense_out" in names[index] else 1.0
         filled[index] = part.reshape(shape) * (scale / np.sqrt(max(shape[0], 1)))

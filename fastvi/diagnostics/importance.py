@@ -51,17 +51,15 @@ def pareto_smooth(log_weights: Float[np.ndarray, " draws"]) -> tuple[Float[np.nd
     order = np.argsort(shifted)
     cutoff = shifted[order[-tail - 1]] if tail < count else -np.inf
     shape = np.inf
-    if tail >= MIN_TAIL and np.exp(shifted[order[-1]]) - np.exp(cutoff) > np.finfo(float).tiny:
+    if tail >= MIN_TAIL:
         excess = np.exp(shifted[order[-tail:]]) - np.exp(cutoff)
-        if excess[-1] < ALIKE:
+        if not excess[-1] >= ALIKE:
             shape = -np.inf
         else:
             shape, scale = fit_pareto(excess)
             quantiles = (np.arange(tail) + 0.5) / tail
             smooth = scale * np.expm1(-shape * np.log1p(-quantiles)) / shape if shape else -scale * np.log1p(-quantiles)
             shifted[order[-tail:]] = np.minimum(np.log(smooth + np.exp(cutoff)), 0.0)
-    elif tail >= MIN_TAIL:
-        shape = -np.inf
     weights = np.exp(shifted)
     return weights / weights.sum(), float(shape)
 

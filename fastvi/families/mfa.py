@@ -319,7 +319,7 @@ class MFA(AbstractFamily):
             cache = self._refreshed(cache, labels, products)
         else:
             factors = params.factors + updates.factors
-            cache = woodbury.factor_grams(self._mask(factors))
+            cache = self.make_cache(params._replace(factors=factors))
         params = MFAParams(
             logits=params.logits + updates.logits,
             offsets=params.offsets + scale * updates.offsets,

@@ -3,7 +3,7 @@
 import csv
 
 from bench.harness import RESULTS
-from bench.tables import markdown, number
+from bench.tables import number, tabulate
 
 
 def latest(table, *keys):
@@ -13,11 +13,6 @@ def latest(table, *keys):
         return []
     with path.open(newline="") as file:
         return list({tuple(row[key] for key in keys): row for row in csv.DictReader(file)}.values())
-
-
-def tabulate(header, lines):
-    """Lay out a table, or say that there is nothing to lay out."""
-    return markdown(header, lines) if lines else "Nothing measured yet."
 
 
 def speed():

@@ -14,7 +14,7 @@ import numpy as np
 from bench import flow_report
 from bench.gate import load
 from bench.harness import RESULTS
-from bench.tables import markdown, number
+from bench.tables import markdown, number, tabulate
 from bench.truth import compare_report, suite
 
 ROOT = RESULTS.parent.parent
@@ -60,7 +60,7 @@ def ratios(*groups):
         lines.append(
             [row["name"], number(row["size"]), row["floor"], number(row["ratio"]), spread, *map(number, cells)]
         )
-    return markdown(header, lines) if lines else "Nothing measured yet."
+    return tabulate(header, lines)
 
 
 def speed():

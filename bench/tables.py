@@ -13,3 +13,8 @@ def markdown(header, lines):
     """Lay out a table."""
     body = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
     return "\n".join(body)
+
+
+def tabulate(header, lines):
+    """Lay out a table, or say that there is nothing to lay out."""
+    return markdown(header, lines) if lines else "Nothing measured yet."

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bench import harness
+from bench.tables import markdown
 from bench.truth.compare import BUDGETS, CHOSEN, CURVES, FASTVI, SUBSET, TABLE
 
 FIGURE = pathlib.Path(__file__).parents[2] / "docs" / "figures" / "error-versus-fge.png"
@@ -160,7 +161,7 @@ def summary(results: Results) -> str:
                 f"{sum(row['diverged'] == 'True' for row in runs)} of {len(runs)}",
             ]
         )
-    return _markdown(lines)
+    return markdown(lines[0], lines[1:])
 
 
 def advantage(results: Results) -> str:
@@ -179,14 +180,14 @@ def advantage(results: Results) -> str:
         if ratios:
             values = (np.median(ratios), min(ratios), max(ratios))
             lines.append([entry.label, str(len(ratios)), *(f"{value:.2g}" for value in values), str(never)])
-    return _markdown(lines)
+    return markdown(lines[0], lines[1:])
 
 
 def by_problem(results: Results, cell: Callable[[Results, str, Entry], str]) -> str:
     """Return a table with a line for each problem and a column for each entry."""
     lines = [["problem", *(entry.label for entry in ENTRIES)]]
     lines += [[name, *(cell(results, name, entry) for entry in ENTRIES)] for name in results.problems]
-    return _markdown(lines)
+    return markdown(lines[0], lines[1:])
 
 
 def variational(results: Results) -> str:
@@ -199,7 +200,7 @@ def variational(results: Results) -> str:
         first = next(rows[0] for (problem, _, _), rows in results.runs.items() if problem == name)
         cells = (_signed_cell(results, name, entry) for entry in entries)
         lines.append([name, first["d"], f"{float(first['reference']):.4g}", *cells])
-    return _markdown(lines)
+    return markdown(lines[0], lines[1:])
 
 
 def _signed_cell(results: Results, problem: str, entry: Entry) -> str:
@@ -251,7 +252,7 @@ def sensitivity(results: Results) -> str:
             above = max((error for step, error in near.items() if step > best), default=math.nan)
             cells += [f"{best:.2g}", *map(_per_cent, (errors[best], below, above))]
         lines.append(cells)
-    return _markdown(lines)
+    return markdown(lines[0], lines[1:])
 
 
 def draw_figure(results: Results) -> None:
@@ -291,8 +292,3 @@ def _per_cent(error: float) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if math.isfinite(value) else "-"
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    rule = ["---"] * len(lines[0])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import enable_x64, quick_jit
+from density_draws import assert_close, draws
 from jax.experimental import pallas as pl
 
 from fastvi._errors import ConfigError
@@ -30,20 +31,6 @@ LARGE = cases.Case(3, 3, 2, dim=2500)  # three programs of 1024, the last one ra
 def interpreted(monkeypatch):
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     monkeypatch.setattr(density, "BLOCK", 16)  # several programs for 33 entries
-
-
-def assert_close(actual, expected, tolerance):
-    for got, want in zip(*map(jax.tree_util.tree_leaves, (actual, expected)), strict=True):
-        scale = np.max(np.abs(want), initial=0.0)
-        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(scale, 1e-30))
-
-
-@functools.partial(quick_jit, static_argnums=0)
-def draws(implementation, mixture, stacked):
-    """Small matrices by one definition, so that what differs is the kernel's."""
-    small = xla.grams(mixture)
-    drawn = jax.vmap(functools.partial(implementation.draw, mixture, small))(stacked)
-    return drawn, implementation.log_prob(mixture, small, stacked.eps[0] + 0.3)
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import triton_interpreter
 from conftest import enable_x64, quick_jit
+from density_draws import assert_close, draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,20 +46,6 @@ def x64():
 @pytest.fixture
 def interpreted(monkeypatch):
     monkeypatch.setattr(_triton, "call", triton_interpreter.call)
-
-
-def assert_close(actual, expected, tolerance):
-    for got, want in zip(*map(jax.tree_util.tree_leaves, (actual, expected)), strict=True):
-        scale = np.max(np.abs(want), initial=0.0)
-        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(scale, 1e-30))
-
-
-@functools.partial(quick_jit, static_argnums=0)
-def draws(implementation, mixture, stacked):
-    """Small matrices by one definition, so that what differs is the kernel's."""
-    small = xla.grams(mixture)
-    drawn = jax.vmap(functools.partial(implementation.draw, mixture, small))(stacked)
-    return drawn, implementation.log_prob(mixture, small, stacked.eps[0] + 0.3)
 
 
 @pytest.mark.parametrize("name", [*SHARED, "ragged"])

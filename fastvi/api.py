@@ -24,12 +24,14 @@ from fastvi.inference.driver import Fit, Options, Progress, run_fit
 from fastvi.inference.loop import Problem
 from fastvi.inference.programs import programs_for
 from fastvi.inference.schedule import elbo_trend
-from fastvi.objective import TreeObjective, check_data, check_loss, ravel_loss
+from fastvi.objective import TreeObjective, check_data, ravel_loss
 from fastvi.progress import StatusLine
 from fastvi.restriction import restrict
 from fastvi.result import LLCEstimate, kept_scales
 from fastvi.resume import FolderKeeper, identify
 from fastvi.streaming import HostStream, is_stream, uncorrected
+from fastvi.target.checks import LossLook
+from fastvi.target.look import look_at_target
 
 DEFAULT_CHAINS = 4  # of a fit that nothing corrects
 PREPARATION = {"steps": 200, "batch_size": 64, "samples_per_step": 1, "eval_samples": 32, "curvature_examples": 512}
@@ -59,7 +61,10 @@ def estimate_llc(
     own value, `llc_vi` that of q, which is too large at singular points; with `correction="none"` both are q's.
 
     Args:
-        loss_fn: `(params, batch) -> mean loss per example`, in nats.
+        loss_fn: `(params, batch)` -> the mean loss of the batch's examples, in nats; or an array with one loss for each
+            example or each of its tokens (batch axis first); or `(losses, weights)` of one such shape, for masks,
+            padding and class weights: then `L_n = sum(weights * losses) / sum(weights)` over all data. n counts
+            examples.
         params: Trained parameters w*, any pytree with floating-point arrays.
         data: Pytree of arrays with a common leading axis of examples; `batch` has the same structure. Or an object
             that gives such batches from host memory each time it is iterated over: then the only correction is
@@ -81,7 +86,8 @@ def estimate_llc(
 
     Raises:
         ConfigError: If an option is unknown or impossible.
-        DataError: If the data, the parameters or the loss cannot be used.
+        DataError: If the data, the parameters or the loss cannot be used: a loss that is not finite at w*, not a mean
+            over examples, not deterministic, or at odds with its gradient.
         NonFiniteError: If NaN or infinity appears, unless `throw` is False.
 
     Cost:
@@ -113,6 +119,7 @@ class Target(NamedTuple):
     config: VIConfig
     key: Key
     stream: HostStream | None
+    look: LossLook
 
 
 def assemble(
@@ -140,8 +147,8 @@ def assemble(
             raise DataError("nbeta defaults to n / log n, which needs at least 2 examples; got 1. Pass nbeta.")
         nbeta = num_data / math.log(num_data)
     problem = make_problem(center, data, num_data, nbeta, localization, config, "nbeta")
-    check_loss(objective, center, jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data))
-    return Target(objective, problem, config, key, stream)
+    problem, look = look_at_target(objective, problem, stream, "loss_fn", budget_fge=config.correction_budget)
+    return Target(objective, problem, config, key, stream, look)
 
 
 def run_estimate(
@@ -157,7 +164,7 @@ def run_estimate(
     began, compiled = time.perf_counter(), CLOCK.seconds
     if num_chains is not None:
         check_count("num_chains", num_chains)
-    objective, problem, settings, key, stream = target
+    objective, problem, settings, key, stream, look = target
     plan, early_stop, num_chains = _plan(settings, problem.num_data, num_chains)
     problem = dataclasses.replace(problem, batch_size=plan.batch_size or problem.batch_size)
     plan = settle(plan, problem.posterior.center.size)
@@ -172,7 +179,7 @@ def run_estimate(
     if status is not None:
         status.close()
     timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}
-    result = _estimate(fit, problem, settings, count_work(fit, problem, plan, num_chains), timings)
+    result = _estimate(fit, problem, settings, count_work(fit, problem, plan, num_chains, look), timings)
     if throw and _is_broken(result):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
     result = dataclasses.replace(result, fitted=Fitted(fit, problem, objective, keys, warm and warm.walked))

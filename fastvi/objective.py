@@ -14,8 +14,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._errors import DataError
+from fastvi._errors import DataError, ErrorNote
 from fastvi._typing import Array, Batch, Float, PyTree, Scalar
+from fastvi.target.losses import LossForm, classify_loss, describe_value, example_losses, mean_loss, raw_examples
 
 LossFn = Callable[..., Any]
 
@@ -44,26 +45,31 @@ class CallableObjective:
     loss_fn: LossFn
     grad_fn: LossFn | None = None
 
+    def outputs(self, w, batch):
+        """Return what the function returns on the batch."""
+        return self.loss_fn(w, raw_examples(batch))
+
     def loss(self, w, batch):
         """Evaluate the mean loss of the batch."""
-        return self.loss_fn(w, batch)
+        return mean_loss(self.outputs(w, batch), batch, w.dtype)
 
     def grad(self, w, batch):
         """Differentiate the loss: by the given function if there is one, else by autodiff."""
-        return jax.grad(self.loss_fn)(w, batch) if self.grad_fn is None else self.grad_fn(w, batch)
+        return jax.grad(self.loss)(w, batch) if self.grad_fn is None else self.grad_fn(w, batch)
 
     def value_and_grad(self, w, batch):
         """Evaluate loss and gradient in one pass."""
         if self.grad_fn is None:
-            return jax.value_and_grad(self.loss_fn)(w, batch)
-        return self.loss_fn(w, batch), self.grad_fn(w, batch)
+            return jax.value_and_grad(self.loss)(w, batch)
+        return self.loss(w, batch), self.grad_fn(w, batch)
 
 
 def make_flat_objective(loss_minibatch_flat: LossFn, grad_loss_minibatch: LossFn | None = None) -> CallableObjective:
     """Build a `FlatObjective` from a flat loss and, optionally, its own gradient.
 
     Args:
-        loss_minibatch_flat: `(w, batch) -> mean loss per example` with `w` of shape (dim,).
+        loss_minibatch_flat: `(w, batch) -> mean loss per example` with `w` of shape (dim,); or one loss for each
+            example, or (losses, weights), as `estimate_llc` takes them.
         grad_loss_minibatch: `(w, batch) -> gradient` of shape (dim,); autodiff when left out.
 
     Returns:
@@ -121,9 +127,17 @@ class TreeObjective:
     loss_fn: LossFn
     structure: TreeStructure
 
+    def outputs(self, w, batch):
+        """Return what the function returns on the batch."""
+        return self.loss_fn(self.structure.unravel(w), raw_examples(batch))
+
     def loss(self, w, batch):
         """Evaluate the mean loss of the batch."""
-        return self.loss_fn(self.structure.unravel(w), batch)
+        return mean_loss(self.outputs(w, batch), batch, w.dtype)
+
+    def example_losses(self, w, batch):
+        """Return the share of each example in the mean, None where the function returns the mean itself."""
+        return example_losses(self.outputs(w, batch), batch, w.dtype)
 
     def grad(self, w, batch):
         """Differentiate the loss with respect to `w`."""
@@ -242,37 +256,50 @@ def _numeric_leaf(leaf: Any, name: str) -> Array:
     return jnp.asarray(array)
 
 
-def check_loss(objective: FlatObjective, w: Float[Array, " dim"], batch: Batch, name: str = "loss_fn") -> None:
-    """Check by abstract evaluation that the loss is a real scalar and its gradient has the shape of `w`.
+def check_loss(objective: FlatObjective, w: Float[Array, " dim"], batch: Batch, name: str = "loss_fn") -> LossForm:
+    """Find by abstract evaluation what form the loss returns, and that its gradient has the shape of `w`.
+
+    An error that the function itself raises passes through, with a note of what it was called on.
 
     Raises:
-        DataError: If the loss cannot be evaluated on the batch, or returns anything but a floating scalar.
+        DataError: If the loss returns none of the forms, or its gradient has another shape.
     """
-    try:
-        loss = jax.eval_shape(objective.loss, w, batch)
-    except Exception as error:  # the user's function may raise anything; the cause is kept
-        raise DataError(f"{name} failed on a batch of shapes {_shapes(batch)}: {_first_line(error)}") from error
-    leaves = jax.tree_util.tree_leaves(loss)
-    if len(leaves) != 1 or leaves[0].shape != () or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
-        came = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "nothing"
+    for method in ("loss", "grad"):
+        if not callable(getattr(objective, method, None)):
+            raise DataError(
+                f"{name} must have the methods loss(w, batch) and grad(w, batch); {type(objective).__name__} has no "
+                f"{method}. make_flat_objective(loss) makes one of a function."
+            )
+    length = jax.tree_util.tree_leaves(batch)[0].shape[0]
+    sizes = (length, max(1, length // 2))
+    outputs = getattr(objective, "outputs", objective.loss)
+    values = tuple(_abstract(outputs, w, _first_rows(batch, size), name) for size in sizes)
+    form = classify_loss(values, sizes, name)
+    own_gradient = getattr(objective, "grad_fn", None) is not None
+    if form is not LossForm.MEAN and (outputs is objective.loss or (own_gradient and form is LossForm.WEIGHTED)):
         raise DataError(
-            f"{name} must return one floating-point scalar, the mean loss per example; got {came}. "
-            "Average over the batch with .mean(), and return the loss alone."
+            f"{name} with a gradient of its own must return the mean loss as one scalar; got "
+            f"{describe_value(values[0])}. Leave the gradient out (autodiff), or return the mean."
         )
-    try:
-        grad = jax.eval_shape(objective.grad, w, batch)
-    except Exception as error:
-        raise DataError(f"the gradient of {name} failed: {_first_line(error)}") from error
-    if getattr(grad, "shape", None) != w.shape:
-        raise DataError(f"the gradient of {name} must have shape {w.shape}; got {getattr(grad, 'shape', grad)}.")
+    if form is not LossForm.WEIGHTED:  # whose gradient is that of a sum over weighted examples
+        grad = _abstract(objective.grad, w, batch, f"the gradient of {name}")
+        if getattr(grad, "shape", None) != w.shape:
+            raise DataError(f"the gradient of {name} must have shape {w.shape}; got {getattr(grad, 'shape', grad)}.")
+    return form
+
+
+def _abstract(function: Callable[..., Any], w: Float[Array, " dim"], batch: Batch, name: str) -> Any:
+    """Return the shapes that a person's function returns; whatever it raises gets a note and passes."""
+    with ErrorNote(f"fastvi: raised by {name} on a batch of shapes {_shapes(batch)}."):
+        return jax.eval_shape(function, w, batch)
+
+
+def _first_rows(batch: Batch, count: int) -> Batch:
+    return jax.tree_util.tree_map(lambda leaf: leaf[:count], batch)
 
 
 def _shapes(batch: Batch) -> str:
     return str(jax.tree_util.tree_map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", batch))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def hvp_operator(

@@ -23,7 +23,8 @@ from fastvi.config import VIConfig
 from fastvi.inference.driver import Fit, run_fit
 from fastvi.inference.loop import Problem
 from fastvi.inference.programs import programs_for
-from fastvi.objective import FlatObjective, check_data, check_loss, make_flat_objective
+from fastvi.objective import FlatObjective, check_data, make_flat_objective
+from fastvi.target.look import look_at_target
 
 
 class _StaticText(str):
@@ -214,8 +215,10 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     data, num_data = check_data(target.data, check_count("n_data", target.n_data))
     nbeta = positive_scalar("beta", target.beta) * num_data
     problem = make_problem(center, data, num_data, nbeta, target.gamma, config, "beta")
-    first = jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data)
-    check_loss(target.objective, center, first, "objective")
+    budget = config.steps * config.step_draws * problem.batch_size / num_data
+    problem, look = look_at_target(
+        target.objective, problem, None, "objective", budget_fge=budget, loss_full_flat=target.loss_full_flat
+    )
     finished = run_fit(
         programs_for(target.objective, config, target.loss_full_flat),
         problem,
@@ -223,7 +226,7 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
         chain_keys,
         whitener_scale=whitener_scale(target.whitener, center),
     )
-    work = count_work(finished, problem, config, 1)
+    work = count_work(finished, problem, config, 1, look)
     steps = jnp.arange(1, config.steps + 1, dtype=dtype)
     cumulative = jnp.broadcast_to(work.fge_per_step * steps, finished.traces["elbo"].shape)
     return _Run(

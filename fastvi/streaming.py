@@ -12,6 +12,7 @@ from fastvi._errors import DataError, UnavailableError
 from fastvi._typing import Batch
 from fastvi.inference.driver import CHUNK, AbstractStream
 from fastvi.objective import EVALUATION_CHUNK
+from fastvi.target.losses import weigh_batch
 
 WINDOW_BYTES = 128 * 2**20  # at least CHUNK minibatches, however large an example is
 STREAM_SEED = 0
@@ -36,7 +37,10 @@ class HostStream(AbstractStream):
     Attributes:
         num_data: Number of examples.
         num_rows: Examples of a window.
+        mean_weight: Mean weight of an example, of a weighted loss: windows and chunks then carry it.
     """
+
+    mean_weight: float | None = None
 
     def __init__(self, batches: Iterable[Any], dtype: Any, seed: Any, batch_size: int, most_bytes: int | None = None):
         if isinstance(batches, Iterator):
@@ -59,7 +63,10 @@ class HostStream(AbstractStream):
         if self._held is None or self._held[0] != number:
             self._held = None  # lets the old window go before the new one is made
             self._held = number, self._draw(number)
-        return self._held[1]
+        return self._weighed(self._held[1])
+
+    def _weighed(self, batch: Batch) -> Batch:
+        return batch if self.mean_weight is None else weigh_batch(batch, self.mean_weight, self._dtype)
 
     def _draw(self, number: int) -> Batch:
         if self.num_rows == self.num_data:
@@ -90,14 +97,14 @@ class HostStream(AbstractStream):
             count += self._leaves(batch)[0].shape[0]
             while count >= EVALUATION_CHUNK:
                 whole = _concatenate(waiting)
-                yield _rows(whole, 0, EVALUATION_CHUNK), EVALUATION_CHUNK
+                yield self._weighed(_rows(whole, 0, EVALUATION_CHUNK)), EVALUATION_CHUNK
                 waiting, count, seen = (
                     [_rows(whole, EVALUATION_CHUNK, count)],
                     count - EVALUATION_CHUNK,
                     seen + EVALUATION_CHUNK,
                 )
         if count:
-            yield _concatenate(waiting), count
+            yield self._weighed(_concatenate(waiting)), count
         self._check_count(seen + count)
 
     def _survey(self) -> tuple[int, Batch]:

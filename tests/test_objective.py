@@ -286,11 +286,14 @@ def test_good_data_is_kept():
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda w, b: b @ w, r"one floating-point scalar.*got float32\[12\].*mean"),
+        (lambda w, b: w, r"one floating-point scalar.*got float32\[3\] for 12 examples.*first axis"),
+        (lambda w, b: (b @ w, w), r"one shape, batch axis first.*auxiliary"),
+        (lambda w, b: (jnp.sum(w), jnp.sum(b)), r"a pair of scalars, as of has_aux"),
+        (lambda w, b: (b @ w, (b @ w).astype(complex)), "weights are numbers"),
+        (lambda w, b: (b.T @ b @ w, w), "batch axis first"),
         (lambda w, b: (jnp.sum(w), b), "one floating-point scalar"),
         (lambda w, b: jnp.sum(w).astype(int), "one floating-point scalar"),
         (lambda w, b: None, "got nothing"),
-        (lambda w, b: jnp.sum(b @ w[:2]), r"failed on a batch of shapes float32\[12, 3\]: TypeError"),
     ],
 )
 def test_bad_losses_are_refused(loss, message):

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from fastvi._arguments import DEFAULT_BATCH_SIZE, as_key, check_count, check_settings, make_problem, settle
+from fastvi._data import check_data, is_stream, refuse_a_trace
 from fastvi._errors import DataError, NonFiniteError
 from fastvi._typing import Batch, Key, PyTree
 from fastvi.accounting import Work, count_work
@@ -24,12 +25,12 @@ from fastvi.inference.driver import Fit, Options, Progress, run_fit
 from fastvi.inference.loop import Problem
 from fastvi.inference.programs import programs_for
 from fastvi.inference.schedule import elbo_trend
-from fastvi.objective import TreeObjective, check_data, ravel_loss
+from fastvi.objective import TreeObjective, ravel_loss
 from fastvi.progress import StatusLine
 from fastvi.restriction import restrict
 from fastvi.result import LLCEstimate, kept_scales
 from fastvi.resume import FolderKeeper, identify
-from fastvi.streaming import HostStream, is_stream, uncorrected
+from fastvi.streaming import HostStream, uncorrected
 from fastvi.target.checks import LossLook
 from fastvi.target.look import look_at_target
 
@@ -104,6 +105,7 @@ def estimate_llc(
         >>> round(result.llc, 1)
         1.9
     """
+    refuse_a_trace(params, data, key, nbeta, localization)
     settings = VIConfig.create(config, **overrides)
     if param_mask is not None:
         loss_fn, params = restrict(loss_fn, params, param_mask)
@@ -141,7 +143,7 @@ def assemble(
         data, num_data = stream.window(0), stream.num_data
         stream = stream if stream.num_rows < num_data else None
     else:
-        data, num_data = check_data(data)
+        data, num_data = check_data(data, dtype=dtype)
     if nbeta is None:
         if num_data < 2:
             raise DataError("nbeta defaults to n / log n, which needs at least 2 examples; got 1. Pass nbeta.")

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fastvi._data import check_data
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float
 from fastvi.correct import Fitted
 from fastvi.estimators.llc import evaluation_draws, excess_at
-from fastvi.objective import check_data, excess_loss, full_data_loss
+from fastvi.objective import excess_loss, full_data_loss
 from fastvi.result import LLCEstimate
 from fastvi.target.look import weigh_other_data
 

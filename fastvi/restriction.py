@@ -10,6 +10,7 @@ import numpy as np
 
 from fastvi._errors import ConfigError
 from fastvi._typing import Batch, PyTree
+from fastvi.objective import refuse_python_float
 
 
 class Frozen:
@@ -42,14 +43,14 @@ class RestrictedLoss:
         """Evaluate the loss with the other entries at their places."""
         leaves, free = [], iter(jax.tree_util.tree_leaves(params))
         for leaf, which in zip(self.whole, self.varying, strict=True):
-            kept = leaf.array if isinstance(leaf, Frozen) else leaf
+            kept = jnp.asarray(leaf.array) if isinstance(leaf, Frozen) else leaf
             if which is True:
                 leaves.append(next(free))
             elif which is False:
                 leaves.append(kept)
             else:
                 values = next(free)
-                flat = jnp.asarray(kept, values.dtype).ravel().at[np.flatnonzero(which.array)].set(values)
+                flat = kept.astype(values.dtype).ravel().at[np.flatnonzero(which.array)].set(values)
                 leaves.append(flat.reshape(kept.shape))
         return self.loss_fn(self.treedef.unflatten(leaves), batch)
 
@@ -72,6 +73,7 @@ def restrict(
 
     Raises:
         ConfigError: If the mask does not fit the parameters, or lets none of them vary.
+        DataError: If it lets a Python float vary.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     names, leaves = [jax.tree_util.keystr(path) for path, _ in paths], [leaf for _, leaf in paths]
@@ -106,6 +108,8 @@ def _spread(mask: PyTree, params: PyTree) -> list[Any]:
 
 def _read(name: str, mask: Any, leaf: Any) -> bool | Frozen:
     if not _is_array(leaf):
+        if isinstance(leaf, (float, complex)) and np.any(mask):
+            refuse_python_float(leaf, "params" + name)
         return False
     which = np.asarray(mask)
     if which.dtype != bool or which.shape not in ((), leaf.shape):

@@ -16,6 +16,7 @@ from fastvi._arguments import (
     positive_scalar,
     whitener_scale,
 )
+from fastvi._data import check_data
 from fastvi._errors import ConfigError
 from fastvi._typing import Array, Batch, Float, Keys
 from fastvi.accounting import Work, count_work
@@ -23,7 +24,7 @@ from fastvi.config import VIConfig
 from fastvi.inference.driver import Fit, run_fit
 from fastvi.inference.loop import Problem
 from fastvi.inference.programs import programs_for
-from fastvi.objective import FlatObjective, check_data, make_flat_objective
+from fastvi.objective import FlatObjective, make_flat_objective
 from fastvi.target.look import look_at_target
 
 
@@ -212,7 +213,7 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     if config.early_stop:
         raise ConfigError("early_stop must be off in fit, whose traces have a fixed length: use estimate_llc for it.")
     center = flat_vector(target.wstar_flat, dtype)
-    data, num_data = check_data(target.data, check_count("n_data", target.n_data))
+    data, num_data = check_data(target.data, check_count("n_data", target.n_data), dtype)
     nbeta = positive_scalar("beta", target.beta) * num_data
     problem = make_problem(center, data, num_data, nbeta, target.gamma, config, "beta")
     budget = config.steps * config.step_draws * problem.batch_size / num_data

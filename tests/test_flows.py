@@ -163,7 +163,10 @@ def test_parameters_have_the_documented_structure():
     assert isinstance(bijection, flows.Bijection)
     assert set(params) == {"transform"}
     blocks = [flows.LoftTransform.create(None, dim=4)]
-    for _, params in (flows.build_maf(jax.random.key(0), 4, 1, 8, 1), flows.assemble_flow(blocks, flows.StandardNormal(4))):
+    for _, params in (
+        flows.build_maf(jax.random.key(0), 4, 1, 8, 1),
+        flows.assemble_flow(blocks, flows.StandardNormal(4)),
+    ):
         assert params["base"] == {}
 
 

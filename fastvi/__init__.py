@@ -5,6 +5,7 @@ from fastvi.api import estimate_llc
 from fastvi.config import FlowConfig, VIConfig
 from fastvi.correct import correct
 from fastvi.curve import LLCCurve, llc_curve
+from fastvi.draws import FittedQ
 from fastvi.expectation import DataLLC, example_losses, llc_on
 from fastvi.families import AbstractBackend, register_backend
 from fastvi.objective import FlatObjective, make_flat_objective, ravel_loss
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DataLLC",
+    "FittedQ",
     "FlatObjective",
     "FlowConfig",
     "LLCCurve",

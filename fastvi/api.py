@@ -110,7 +110,8 @@ def estimate_llc(
     if param_mask is not None:
         loss_fn, params = restrict(loss_fn, params, param_mask)
     target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
-    return run_estimate(target, num_chains, progress=progress, throw=throw, resume_from=resume_from)
+    result = run_estimate(target, num_chains, progress=progress, throw=throw, resume_from=resume_from)
+    return dataclasses.replace(result, fitted=result.fitted._replace(is_masked=param_mask is not None))
 
 
 class Target(NamedTuple):

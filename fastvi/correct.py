@@ -43,13 +43,17 @@ class Walked(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """What a correction goes on from: a fit, and walkers that are already on their way."""
+    """What a correction goes on from: a fit, and walkers that are already on their way.
+
+    `is_masked` says that the caller passed all parameters and a mask, not a restricted loss.
+    """
 
     fit: Fit
     problem: Problem
     objective: TreeObjective
     keys: Keys
     walked: Walked | None = None
+    is_masked: bool = False
 
 
 def correct(

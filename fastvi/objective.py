@@ -110,16 +110,44 @@ class TreeStructure:
 
     def unravel(self, w: Float[Array, " dim"]) -> PyTree:
         """Rebuild the pytree; half-precision leaves keep their dtype, the others take that of `w`."""
+        return self._rebuilt(w, lambda dtype: dtype if dtype.itemsize == 2 else w.dtype)
+
+    def unravel_as_given(self, w: Float[Array, "*axes dim"]) -> PyTree:
+        """Rebuild the pytree in the dtypes that it came with; axes before the last lead every array."""
+        return self._rebuilt(w, lambda dtype: dtype)
+
+    def _rebuilt(self, w: Float[Array, "*axes dim"], leaf_dtype: Callable[[Any], Any]) -> PyTree:
         leaves, start, static = [], 0, iter(self.static_leaves)
         for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
             if shape is None:
                 leaves.append(next(static))
                 continue
             stop = start + math.prod(shape)
-            leaf_dtype = dtype if dtype.itemsize == 2 else w.dtype
-            leaves.append(w[start:stop].reshape(shape).astype(leaf_dtype))
+            leaves.append(w[..., start:stop].reshape(*w.shape[:-1], *shape).astype(leaf_dtype(dtype)))
             start = stop
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
+
+    def ravel(self, params: PyTree, dtype: Any) -> Float[Array, "*axes dim"]:
+        """Flatten what `unravel_as_given` rebuilds.
+
+        Raises:
+            DataError: If the structure differs, or a shape does not end in that of the parameter.
+        """
+        leaves, treedef = jax.tree_util.tree_flatten(params)
+        if treedef != self.treedef:
+            raise DataError(f"w must have the structure of the parameters, {self.treedef}; got {treedef}.")
+        parts, all_axes = [], set()
+        for leaf, shape in zip(leaves, self.shapes, strict=True):
+            if shape is None:
+                continue
+            axes = np.shape(leaf)[: np.ndim(leaf) - len(shape)]
+            if np.shape(leaf) != (*axes, *shape):
+                raise DataError(f"an array of w must have a shape that ends in {shape}; got {np.shape(leaf)}.")
+            parts.append(jnp.asarray(leaf, dtype).reshape(*axes, math.prod(shape)))
+            all_axes.add(axes)
+        if len(all_axes) > 1:
+            raise DataError(f"all arrays of w must have the same leading axes; got {sorted(all_axes)}.")
+        return jnp.concatenate(parts, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._errors import ConfigError
+from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Batch, PyTree
 from fastvi.objective import refuse_python_float
 
@@ -41,18 +41,49 @@ class RestrictedLoss:
 
     def __call__(self, params: PyTree, batch: Batch) -> Any:
         """Evaluate the loss with the other entries at their places."""
-        leaves, free = [], iter(jax.tree_util.tree_leaves(params))
+        return self.loss_fn(self.put(params), batch)
+
+    def put(self, varying: PyTree, axes: tuple[int, ...] | None = None) -> PyTree:
+        """Return all parameters, with these values of those that vary.
+
+        Args:
+            varying: What `restrict` returned, or values in its place.
+            axes: Leading axes of `varying`, along which the arrays that do not vary are repeated; None for the values
+                of a loss, whose other arrays stay as they are.
+        """
+        leaves, free, lead = [], iter(jax.tree_util.tree_leaves(varying)), axes or ()
         for leaf, which in zip(self.whole, self.varying, strict=True):
             kept = jnp.asarray(leaf.array) if isinstance(leaf, Frozen) else leaf
             if which is True:
                 leaves.append(next(free))
             elif which is False:
-                leaves.append(kept)
+                is_repeated = axes is not None and _is_array(kept)
+                leaves.append(jnp.broadcast_to(kept, (*lead, *kept.shape)) if is_repeated else kept)
             else:
                 values = next(free)
-                flat = kept.astype(values.dtype).ravel().at[np.flatnonzero(which.array)].set(values)
-                leaves.append(flat.reshape(kept.shape))
-        return self.loss_fn(self.treedef.unflatten(leaves), batch)
+                flat = jnp.broadcast_to(kept.astype(values.dtype).ravel(), (*lead, kept.size))
+                flat = flat.at[..., np.flatnonzero(which.array)].set(values)
+                leaves.append(flat.reshape(*lead, *kept.shape))
+        return self.treedef.unflatten(leaves)
+
+    def take(self, params: PyTree) -> tuple[jax.Array, ...]:
+        """Return the parameters that vary out of all of them: the reverse of `put`, with any leading axes.
+
+        Raises:
+            DataError: If the structure is another one.
+        """
+        leaves, treedef = jax.tree_util.tree_flatten(params)
+        if treedef != self.treedef:
+            raise DataError(f"w must have the structure of the parameters, {self.treedef}; got {treedef}.")
+        free = []
+        for leaf, which in zip(leaves, self.varying, strict=True):
+            if which is True:
+                free.append(leaf)
+            elif which is not False:
+                mask: Any = which.array
+                rows = jnp.asarray(leaf).reshape(*np.shape(leaf)[: np.ndim(leaf) - mask.ndim], mask.size)
+                free.append(rows[..., np.flatnonzero(mask)])
+        return tuple(free)
 
 
 def restrict(

@@ -55,7 +55,7 @@ class LLCEstimate:
             variance_reduction, systematic, walkers, steps, burn_in, data_blocks, energy_error, step_size, returned.
             None for a variational value.
         walk_llc: nbeta (L_n(w) - L_n(w*)), means over bins of four steps, shape (walkers, bins).
-        fitted: What `fastvi.correct` goes on from; not saved.
+        fitted: What `fastvi.correct` goes on from, and `q` draws from; not saved.
     """
 
     llc: float
@@ -114,6 +114,17 @@ class LLCEstimate:
         findings = [str(finding) for finding in self.health] or ["none: nothing stands out"]
         wrap = TextWrapper(width=SUMMARY_WIDTH, initial_indent="  ", subsequent_indent="    ")
         return "\n".join([*map(_folded, lines), "findings", *map(wrap.fill, findings)])
+
+    @property
+    def q(self) -> Any:
+        """The fitted q, to draw from: see `fastvi.FittedQ`.
+
+        Raises:
+            DataError: If the result was loaded from disk and holds no fit.
+        """
+        from fastvi.draws import fitted_q
+
+        return fitted_q(self)
 
     @property
     def importance(self) -> Importance:

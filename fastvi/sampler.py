@@ -21,6 +21,7 @@ from fastvi._errors import ConfigError
 from fastvi._typing import Array, Batch, Float, Keys
 from fastvi.accounting import Work, count_work
 from fastvi.config import VIConfig
+from fastvi.draws import FittedQ
 from fastvi.inference.driver import Fit, run_fit
 from fastvi.inference.loop import Problem
 from fastvi.inference.programs import programs_for
@@ -67,7 +68,8 @@ def fit(
 
     Returns:
         lambda_hat (); traces, each (steps,); extras with Eq_Ln, Ln_wstar, Eq_Ln_mc, Eq_Ln_cv, llc_sem, elbo, pi,
-        D_sqrt, result_code, cv_info; timings in seconds (zero under a trace); work.
+        D_sqrt, result_code, cv_info and q (a `FittedQ` of flat vectors, to draw from); timings in seconds (zero
+        under a trace); work.
 
     Raises:
         ConfigError: If an option is unknown or impossible.
@@ -82,7 +84,7 @@ def fit(
     return {
         "lambda_hat": llc,
         "traces": traces,
-        "extras": extras,
+        "extras": {**extras, "q": run.q},
         "timings": {
             "adaptation": run.seconds["adaptation"],
             "sampling": run.seconds["sampling"] + run.seconds["evaluation"],
@@ -193,7 +195,7 @@ class _Target(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Finished chains: llc (chains,), traces (chains, steps), extras with a leading axis of chains."""
+    """Finished chains: llc (chains,), traces (chains, steps), extras with a leading axis of chains; their q."""
 
     llc: Float[Array, " chains"]
     traces: dict[str, Array]
@@ -201,6 +203,7 @@ class _Run(NamedTuple):
     seconds: dict[str, float]
     work: Work
     config: VIConfig
+    q: FittedQ
 
 
 def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
@@ -237,6 +240,7 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
         seconds=finished.seconds,
         work=work,
         config=config,
+        q=FittedQ(finished.family, finished.params, center),
     )
 
 

@@ -177,6 +177,11 @@ def test_vmap_over_keys(mapped, result, make_key):
     np.testing.assert_allclose(traces["elbo"][0], result["traces"]["elbo"], rtol=1e-3, atol=1e-2)
     assert len(set(np.asarray(llc).tolist())) == 3
     np.testing.assert_allclose(llc, LLC, rtol=0.03)
+    draws, log_q = jax.vmap(lambda q, key: q.sample_and_log_prob(key, (4,)))(extras["q"], keys)
+    alone, log_q_alone = result["extras"]["q"].sample_and_log_prob(keys[0], (4,))
+    assert draws.shape == (3, 4, DIM)
+    np.testing.assert_allclose(draws[0], alone, atol=1e-3)
+    np.testing.assert_allclose(log_q[0], log_q_alone, atol=1e-2)
 
 
 @pytest.mark.slow

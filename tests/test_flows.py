@@ -162,6 +162,12 @@ def test_parameters_have_the_documented_structure():
     bijection, params = flows.build_realnvp(jax.random.key(0), 4, 2, 8, 1, return_transform_only=True)
     assert isinstance(bijection, flows.Bijection)
     assert set(params) == {"transform"}
+    blocks = [flows.LoftTransform.create(None, dim=4)]
+    for _, params in (
+        flows.build_maf(jax.random.key(0), 4, 1, 8, 1),
+        flows.assemble_flow(blocks, flows.StandardNormal(4)),
+    ):
+        assert params["base"] == {}
 
 
 @pytest.mark.parametrize("dim", [1, 2, 5])

@@ -61,9 +61,9 @@ class StandardNormal(AbstractBase):
     def __check_init__(self):
         _check_dim(self.dim)
 
-    def init_params(self) -> None:
-        """Return None."""
-        return
+    def init_params(self) -> dict[str, Array]:
+        """Return an empty dict."""
+        return {}
 
     def from_noise(self, params, noise):
         """Return the noise."""

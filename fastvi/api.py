@@ -26,7 +26,7 @@ from fastvi.inference.loop import Problem
 from fastvi.inference.programs import programs_for
 from fastvi.inference.schedule import elbo_trend
 from fastvi.objective import TreeObjective, ravel_loss
-from fastvi.progress import StatusLine
+from fastvi.progress import reporting
 from fastvi.restriction import restrict
 from fastvi.result import LLCEstimate, kept_scales
 from fastvi.resume import FolderKeeper, identify
@@ -175,12 +175,9 @@ def run_estimate(
     keeper = None
     if resume_from is not None:
         keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
-    status = StatusLine() if progress is True else None
-    report = status or (progress if callable(progress) else None)
-    options = Options(early_stop, report, warm and warm.fit, keeper, stream)
-    fit = run_fit(programs_for(objective, plan, None), problem, plan, keys, options=options)
-    if status is not None:
-        status.close()
+    with reporting(progress) as report:
+        options = Options(early_stop, report, warm and warm.fit, keeper, stream)
+        fit = run_fit(programs_for(objective, plan, None), problem, plan, keys, options=options)
     timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}
     result = _estimate(fit, problem, settings, count_work(fit, problem, plan, num_chains, look), timings)
     if throw and _is_broken(result):

@@ -22,7 +22,7 @@ from fastvi.inference.driver import Fit, Progress
 from fastvi.inference.loop import Problem
 from fastvi.inference.schedule import few_dimensions_factor
 from fastvi.objective import TreeObjective
-from fastvi.progress import StatusLine
+from fastvi.progress import reporting
 from fastvi.result import LLCEstimate
 from fastvi.streaming import uncorrected
 
@@ -99,14 +99,11 @@ def correct(
         uncorrected(config.correction)
     began, compiled = time.perf_counter(), CLOCK.seconds
     method, weights, khat = _choose(fitted, config)
-    status = StatusLine() if progress is True else None
-    report = status or (progress if callable(progress) else None)
     values = _reweight(fitted, weights) if method == "importance" else None
     too_rough = values is not None and values.llc_sem > config.correction_error * abs(values.llc)
     if values is None or (too_rough and config.correction == "auto"):
-        method, values = "mcmc", _sample(fitted, config, report)
-    if status is not None:
-        status.close()
+        with reporting(progress) as report:
+            method, values = "mcmc", _sample(fitted, config, report)
     details = {"method": method, "khat": khat, **values.details}
     work = {**result.work, "fge_correction": values.work}
     work["total_fge"] = result.work["total_fge"] + values.work

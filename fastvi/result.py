@@ -1,7 +1,6 @@
 """What a person gets from an estimate: numbers, their errors, findings, and a folder to keep them in."""
 
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
@@ -10,16 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from fastvi._errors import DataError
+from fastvi._saved import read_estimate, write_estimate
 from fastvi.config import VIConfig
 from fastvi.diagnostics.health import Finding
 from fastvi.diagnostics.importance import Importance, assess_importance
 
 SUMMARY_WIDTH = 80
 MOST_SCALES = 4096  # entries of D^{1/2} that a result keeps
-RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
 EVENTS_FOLDER = Path("diagnostics") / "tb"
-ARRAY_GROUPS = {"traces": "trace_", "draws": "draw_", "family_arrays": "family_"}  # and the prefix of their names there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,15 +165,7 @@ class LLCEstimate:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del values["fitted"]
-        arrays = {name: values.pop(name) for name in ("log_weights", "walk_llc")}
-        for group, prefix in ARRAY_GROUPS.items():
-            arrays |= {prefix + name: array for name, array in values.pop(group).items()}
-        values["health"] = [dataclasses.asdict(finding) for finding in self.health]
-        values["config"] = self.config.to_dict()
-        (folder / RESULT_FILE).write_text(json.dumps(_plain(values), indent=2) + "\n", encoding="utf-8")
-        np.savez_compressed(folder / TRACES_FILE, **arrays)
+        write_estimate(self, folder)
         if self.config.tensorboard:
             from fastvi.diagnostics.tensorboard import write_events
 
@@ -188,24 +177,10 @@ class LLCEstimate:
         """Read what `save` wrote.
 
         Raises:
-            DataError: If the folder does not hold a saved estimate.
+            DataError: If the folder does not hold a saved estimate, or a file of it is damaged, of another estimate or
+                of another version of fastvi's format.
         """
-        folder = Path(folder)
-        for name in (RESULT_FILE, TRACES_FILE):
-            if not (folder / name).is_file():
-                raise DataError(
-                    f"{folder} holds no saved estimate: {name} is missing. Pass the folder given to save()."
-                )
-        values = _restored(json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")))
-        with np.load(folder / TRACES_FILE) as arrays:
-            values["log_weights"], values["walk_llc"] = arrays["log_weights"], arrays["walk_llc"]
-            for group, prefix in ARRAY_GROUPS.items():
-                values[group] = {k.removeprefix(prefix): arrays[k] for k in arrays.files if k.startswith(prefix)}
-        values["health"] = tuple(Finding(**finding) for finding in values["health"])
-        values["config"] = VIConfig.create(values["config"])
-        for name in ("llc_per_chain", "llc_sem_per_chain"):
-            values[name] = np.asarray(values[name], dtype=float)
-        return cls(**values)
+        return cls(**read_estimate(cls, Path(folder)))
 
 
 def with_error(value: float, sem: float) -> str:
@@ -230,25 +205,3 @@ def kept_scales(deviations: np.ndarray) -> np.ndarray:
     if ordered.shape[1] <= MOST_SCALES:
         return ordered
     return ordered[:, np.linspace(0, ordered.shape[1] - 1, MOST_SCALES).round().astype(int)]
-
-
-def _plain(value: Any) -> Any:
-    """Turn arrays and numpy scalars into lists and numbers; JSON has no NaN, so those become strings."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"non_finite": repr(value)}
-    return value
-
-
-def _restored(value: Any) -> Any:
-    """Undo `_plain` where JSON lacks a value."""
-    if isinstance(value, dict):
-        return (
-            float(value["non_finite"]) if set(value) == {"non_finite"} else {k: _restored(v) for k, v in value.items()}
-        )
-    return [_restored(item) for item in value] if isinstance(value, list) else value

@@ -159,9 +159,7 @@ def _on_host(array: jax.Array) -> bool:
 def _as_array(leaf: Any, name: str) -> np.ndarray:
     """Return anything that is an array to numpy as one; what it cannot read it names itself."""
     if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
-        raise DataError(
-            f"{name} is a masked array, whose mask would be dropped. Leave masked rows out, or fill them."
-        )
+        raise DataError(f"{name} is a masked array, whose mask would be dropped. Leave masked rows out, or fill them.")
     try:
         return np.asarray(leaf)
     except (TypeError, ValueError, RuntimeError) as error:  # as a torch tensor on a GPU or with a gradient

@@ -5,6 +5,7 @@ leading axis), and nothing of the model.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol, runtime_checkable
@@ -25,7 +26,10 @@ LossFn = Callable[..., Any]
 
 @runtime_checkable
 class FlatObjective(Protocol):
-    """Mean loss per example, in nats, on a flat parameter vector and a batch."""
+    """Mean loss per example, in nats, on a flat parameter vector and a batch.
+
+    It may also have `value_and_grad(w, batch)`, which returns both at the price of the gradient.
+    """
 
     def loss(self, w: Float[Array, " dim"], batch: Batch, /) -> Scalar:
         """Evaluate the mean loss of the batch."""
@@ -35,9 +39,11 @@ class FlatObjective(Protocol):
         """Differentiate `loss` with respect to `w`."""
         ...
 
-    def value_and_grad(self, w: Float[Array, " dim"], batch: Batch, /) -> tuple[Scalar, Float[Array, " dim"]]:
-        """Evaluate the loss and its gradient in one pass."""
-        ...
+
+def value_and_grad(objective: FlatObjective, w: Float[Array, " dim"], batch: Batch) -> tuple[Scalar, Array]:
+    """Evaluate the loss and its gradient, in one pass where the objective can."""
+    both = getattr(objective, "value_and_grad", None)
+    return (objective.loss(w, batch), objective.grad(w, batch)) if both is None else both(w, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,10 +333,9 @@ def hvp_operator(
 ) -> Callable[[Float[Array, " dim"]], Float[Array, " dim"]]:
     """Return `tangent -> H tangent` with H the Hessian of the batch's mean loss at `w`.
 
-    Forward over reverse where the gradient allows it; reverse over reverse, as for losses with a custom VJP;
-    else, where jax knows no second derivative, central differences of the gradient. An abstract evaluation tells
-    which. The gradient
-    is linearised once, so many tangents share one primal evaluation.
+    Forward over reverse where the gradient allows it; reverse over reverse, as for losses with a custom VJP; where jax
+    knows no second derivative, central differences of the gradient. An abstract evaluation tells which. The gradient is
+    linearised once, so many tangents share one primal evaluation.
 
     Cost:
         2 gradients of the batch per tangent.
@@ -365,6 +370,36 @@ def _gradient_difference(gradient: Callable, w: Float[Array, " dim"], tangent: F
     return (gradient(w + step * tangent) - gradient(w - step * tangent)) / (2 * step)
 
 
+def call_full_loss(loss_full_flat: LossFn, w: Float[Array, " dim"], data: Batch) -> Scalar:
+    """Evaluate a full-data loss of either form, `(w) -> L_n(w)` or `(w, data) -> L_n(w)`.
+
+    Raises:
+        DataError: If it can be called in neither way.
+    """
+    takes_one, takes_two = (_takes(loss_full_flat, count) for count in (1, 2))
+    if takes_one is None and takes_two is None:  # *args, or no signature: the arguments tell
+        try:
+            jax.eval_shape(loss_full_flat, w)
+        except (TypeError, ValueError, IndexError):  # too few of them
+            takes_one = False
+    if takes_one is False and takes_two is False:
+        raise DataError("loss_full_flat must be a function (w) -> loss or (w, data) -> loss; it takes neither.")
+    return loss_full_flat(w, data) if takes_one is False else loss_full_flat(w)
+
+
+def _takes(function: LossFn, count: int) -> bool | None:
+    """Say whether a function can be called with so many arguments, None where it takes any number."""
+    try:
+        signature = inspect.signature(function)
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return None
+    anything = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in signature.parameters.values())
+    return None if anything else True
+
+
 EVALUATION_CHUNK = 4096  # examples per evaluation of the full-data loss: bounds activation memory
 
 
@@ -386,7 +421,7 @@ def full_data_value_and_grad(
     """Evaluate `L_n(w) - reference_loss` and the gradient of L_n on all data, chunk by chunk."""
 
     def chunk_statistic(chunk):
-        value, grad = objective.value_and_grad(w, chunk)
+        value, grad = value_and_grad(objective, w, chunk)
         return value - reference_loss, grad
 
     return _chunked_mean(chunk_statistic, data)

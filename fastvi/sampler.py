@@ -47,7 +47,7 @@ def fit(
     gamma: Any,
     vi_cfg: Any = None,
     whitener: Any = None,
-    loss_full_flat: Callable[[Float[Array, " dim"]], Array] | None = None,
+    loss_full_flat: Callable[..., Array] | None = None,
 ) -> dict[str, Any]:
     """Fit one chain in flat coordinates: the contract of a sampler backend.
 
@@ -64,7 +64,7 @@ def fit(
         gamma: Strength of the localizer.
         vi_cfg: Anything `VIConfig.create` reads.
         whitener: Object with `A_sqrt`, shape (dim,) or (): a diagonal geometry of which the shape is used.
-        loss_full_flat: `(w) -> L_n(w)`; the objective on `data` in chunks when left out.
+        loss_full_flat: `(w) -> L_n(w)` or `(w, data) -> L_n(w)`; the objective on `data` in chunks when left out.
 
     Returns:
         lambda_hat (); traces, each (steps,); extras with Eq_Ln, Ln_wstar, Eq_Ln_mc, Eq_Ln_cv, llc_sem, elbo, pi,
@@ -124,7 +124,7 @@ def run_vi(
         num_chains: Number of independent chains, vmapped.
         loss_minibatch_flat: `(w, batch) -> mean loss`.
         grad_loss_minibatch: Its gradient, or None for autodiff.
-        loss_full_flat: `(w) -> L_n(w)`.
+        loss_full_flat: `(w) -> L_n(w)` or `(w, data) -> L_n(w)`.
         n_data: Number of examples; read off the data when left out.
         beta: Inverse temperature, required.
         gamma: Strength of the localizer, required.

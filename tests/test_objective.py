@@ -1,3 +1,5 @@
+import functools
+
 import equinox as eqx
 import haiku as hk
 import jax
@@ -12,6 +14,7 @@ from fastvi import objective as module
 from fastvi._data import check_data
 from fastvi._errors import DataError
 from fastvi.objective import (
+    call_full_loss,
     check_loss,
     excess_loss,
     full_data_hvp,
@@ -19,6 +22,7 @@ from fastvi.objective import (
     hvp_operator,
     make_flat_objective,
     ravel_loss,
+    value_and_grad,
 )
 
 EXAMPLES = 12
@@ -111,6 +115,72 @@ def test_a_given_gradient_is_used(x64):
     plain = make_flat_objective(lambda w, b: jnp.sum(w**2))
     np.testing.assert_array_equal(plain.grad(jnp.ones(2), None), [2, 2])
     np.testing.assert_array_equal(plain.value_and_grad(jnp.ones(2), None)[1], [2, 2])
+
+
+class LossAndGradient:
+    """An objective with the two methods that the contract asks for."""
+
+    def loss(self, w, batch):
+        return jnp.sum(w**2)
+
+    def grad(self, w, batch):
+        return 2 * w
+
+
+def test_value_and_grad_is_optional():
+    value, grad = value_and_grad(LossAndGradient(), jnp.full(2, 3.0), None)
+    assert value == 18
+    np.testing.assert_array_equal(grad, [6, 6])
+    both = make_flat_objective(lambda w, b: jnp.sum(w**2))
+    assert value_and_grad(both, jnp.full(2, 3.0), None)[0] == 18
+
+
+class FullLoss:
+    def __call__(self, w, data):
+        return jnp.sum(w) + jnp.sum(data)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda w: jnp.sum(w), 2),
+        (lambda w, data: jnp.sum(w) + jnp.sum(data), 5),
+        (lambda w, data=np.ones(1): jnp.sum(w) + jnp.sum(data), 3),
+        (functools.partial(lambda data, w: jnp.sum(w) + jnp.sum(data), np.ones(1)), 3),
+        (functools.partial(lambda scale, w, data: scale * (jnp.sum(w) + jnp.sum(data)), 2), 10),
+        (lambda w, *, data=np.ones(1): jnp.sum(w) + jnp.sum(data), 3),
+        (FullLoss(), 5),
+        (FullLoss().__call__, 5),
+        (jax.jit(lambda w, data: jnp.sum(w) + jnp.sum(data)), 5),
+        (lambda *args: sum(jnp.sum(a) for a in args), 2),
+        (lambda *args: jnp.sum(args[0]) + jnp.sum(args[1]), 5),
+        (lambda *args, **options: FullLoss()(*args, **options), 5),
+    ],
+)
+def test_a_full_loss_may_take_the_data(function, expected):
+    assert call_full_loss(function, jnp.ones(2), jnp.ones(3)) == expected
+
+
+@pytest.mark.parametrize("function", [lambda: 0.0, lambda w, x, y: 0.0, 3.0])
+def test_a_full_loss_of_another_form_is_refused(function):
+    with pytest.raises(DataError, match=r"\(w\) -> loss or \(w, data\) -> loss"):
+        call_full_loss(function, jnp.ones(2), jnp.ones(3))
+
+
+class Settings(eqx.Module):
+    weight: jax.Array
+    rates: tuple
+
+
+def test_floats_of_equinox_modules_are_settings():
+    """Also within a dict, and below a field; beside the module they are refused."""
+    module = Settings(jnp.ones(2), (0.5, {"eps": 1e-3}))
+    objective, w = ravel_loss(lambda p, b: jnp.sum(p["m"].weight), {"m": module})
+    assert w.size == 2
+    assert objective.structure.unravel(w)["m"].rates == (0.5, {"eps": 1e-3})
+    assert ravel_loss(lambda p, b: 0.0, module)[1].size == 2
+    with pytest.raises(DataError, match=r"params\['rate'\] is the Python float"):
+        ravel_loss(lambda p, b: 0.0, {"m": module, "rate": 0.5})
 
 
 def test_unravel_inverts_ravel():

@@ -14,7 +14,7 @@ from fastvi.inference.annealing import annealed
 from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer, scale
 from fastvi.inference.pruning import prune
 from fastvi.kernels.noise import words
-from fastvi.objective import FlatObjective
+from fastvi.objective import FlatObjective, value_and_grad
 from fastvi.posterior import LocalPosterior
 
 BASELINE_DECAY = 0.95
@@ -72,7 +72,7 @@ def evaluate_target(
     """Evaluate log p and its gradient at every draw, on one batch."""
 
     def one(displacement):
-        loss, grad = objective.value_and_grad(posterior.center + displacement, batch)
+        loss, grad = value_and_grad(objective, posterior.center + displacement, batch)
         return posterior.log_density(displacement, loss), posterior.log_density_grad(displacement, grad)
 
     if draws.displacement.shape[0] == 1:

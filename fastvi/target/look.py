@@ -16,7 +16,14 @@ from fastvi._typing import Array, Batch, Float
 from fastvi.compilation import cache_key, from_cache_key, quick_compilation
 from fastvi.inference.driver import AbstractStream
 from fastvi.inference.loop import Problem
-from fastvi.objective import EVALUATION_CHUNK, FlatObjective, TreeObjective, check_loss
+from fastvi.objective import (
+    EVALUATION_CHUNK,
+    FlatObjective,
+    TreeObjective,
+    call_full_loss,
+    check_loss,
+    value_and_grad,
+)
 from fastvi.target.checks import LOSS_COST, LossLook, LossPrograms, displacement, look_at_loss
 from fastvi.target.losses import LossForm, weigh_batch, weigh_data
 
@@ -109,7 +116,7 @@ def _check_full_loss(programs: LossPrograms, problem: Problem, loss_full_flat: C
         posterior.center,
         posterior.center + displacement(posterior.center, float(posterior.nbeta), float(posterior.gamma)),
     )
-    given = [float(loss_full_flat(point)) for point in points]
+    given = [float(call_full_loss(loss_full_flat, point, problem.data)) for point in points]
     order = np.random.default_rng(0).permutation(size)[:FULL_LOSS_EXAMPLES]
     parts = np.array_split(order, min(FULL_LOSS_PARTS, size))
     changes = []
@@ -135,7 +142,8 @@ def _check_full_loss(programs: LossPrograms, problem: Problem, loss_full_flat: C
 def _programs(key: Any) -> LossPrograms:
     objective, options = from_cache_key(key), quick_compilation()
     return LossPrograms(
-        jax.jit(objective.value_and_grad, compiler_options=options), jax.jit(objective.loss, compiler_options=options)
+        jax.jit(functools.partial(value_and_grad, objective), compiler_options=options),
+        jax.jit(objective.loss, compiler_options=options),
     )
 
 

@@ -31,6 +31,7 @@ class Evaluation(NamedTuple):
     columns: Float[Array, "pairs columns"]
     log_weight: Float[Array, " draws"]
     log_prob: Float[Array, " draws"]
+    resp_entropy: Float[Array, " draws"]
 
 
 def evaluate(
@@ -99,6 +100,7 @@ def evaluate(
         columns=_pair_mean(columns - expected),
         log_weight=log_weight,
         log_prob=draws.log_prob,
+        resp_entropy=family.resp_entropy(draws),
     )
 
 

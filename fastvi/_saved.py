@@ -17,7 +17,8 @@ from fastvi.diagnostics.health import SEVERITIES, Finding
 RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
 FORMAT, VERSION = "fastvi estimate", 1
 HEADER = ("format", "version", "arrays_digest")
-ARRAY_GROUPS = {"traces": "trace_", "draws": "draw_", "family_arrays": "family_"}  # and the prefix of their names there
+# and the prefix of their names there
+ARRAY_GROUPS = {"traces": "trace_", "draws": "draw_", "family_arrays": "family_", "snapshots": "snapshot_"}
 SINGLE_ARRAYS = ("log_weights", "walk_llc")
 NON_FINITE = ("nan", "inf", "-inf")
 WAY_OUT = "Restore both files of the estimate from a copy, or run it again."

@@ -21,19 +21,20 @@ from fastvi.correct import Fitted, correct
 from fastvi.diagnostics.health import Evidence, health_findings
 from fastvi.diagnostics.importance import assess_importance
 from fastvi.geometry.start import rank_limit
-from fastvi.inference.driver import Fit, Options, Progress, run_fit
+from fastvi.inference.driver import Fit, Options, Progress, Snapshot, run_fit
 from fastvi.inference.loop import Problem
 from fastvi.inference.programs import programs_for
 from fastvi.inference.schedule import elbo_trend
 from fastvi.objective import TreeObjective, ravel_loss
 from fastvi.progress import reporting
 from fastvi.restriction import restrict
-from fastvi.result import LLCEstimate, kept_scales
+from fastvi.result import MOST_SCALES, LLCEstimate, kept_scales
 from fastvi.resume import FolderKeeper, identify
 from fastvi.streaming import HostStream, uncorrected
 from fastvi.target.checks import LossLook
 from fastvi.target.look import look_at_target
 
+SNAPSHOT_SCALES = 256  # entries of D^{1/2} in a snapshot
 DEFAULT_CHAINS = 4  # of a fit that nothing corrects
 PREPARATION = {"steps": 200, "batch_size": 64, "samples_per_step": 1, "eval_samples": 32, "curvature_examples": 512}
 
@@ -252,8 +253,13 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
         timings=timings,
         traces=traces,
         log_weights=np.asarray(evaluation.log_weight),
-        draws={"excess_loss": np.asarray(evaluation.excess), "log_q": np.asarray(evaluation.log_prob)},
+        draws={
+            "excess_loss": np.asarray(evaluation.excess),
+            "log_q": np.asarray(evaluation.log_prob),
+            "resp_entropy": np.asarray(evaluation.resp_entropy),
+        },
         family_arrays=_family_arrays(outcome.arrays),
+        snapshots=_snapshots(fit.snapshots),
         health=health_findings(evidence),
         config=config.replace(correction="none"),
         llc_vi=float(np.mean(evaluation.llc)),
@@ -287,10 +293,19 @@ def _evidence(fit: Fit, problem: Problem, config: VIConfig, traces: dict[str, np
     )
 
 
-def _family_arrays(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+def _family_arrays(arrays: dict[str, Any], most_scales: int = MOST_SCALES) -> dict[str, np.ndarray]:
     """Move the family's arrays to the host, with the scales thinned out."""
     found = {name: np.asarray(array) for name, array in arrays.items()}
-    return {**found, "D_sqrt": kept_scales(found["D_sqrt"])} if "D_sqrt" in found else found
+    return {**found, "D_sqrt": kept_scales(found["D_sqrt"], most_scales)} if "D_sqrt" in found else found
+
+
+def _snapshots(snapshots: list[Snapshot]) -> dict[str, np.ndarray]:
+    """Stack what the fit kept of q's shape along its way: steps (snapshots,), arrays (chains, snapshots, ...)."""
+    if not snapshots:
+        return {}
+    thinned = [_family_arrays(one.arrays, SNAPSHOT_SCALES) for one in snapshots]
+    stacked = {name: np.stack([arrays[name] for arrays in thinned], axis=1) for name in thinned[0]}
+    return {"step": np.array([one.step for one in snapshots]), **stacked}
 
 
 def _mixture_evidence(arrays: dict[str, Any], config: VIConfig) -> dict[str, Any]:

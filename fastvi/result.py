@@ -41,9 +41,12 @@ class LLCEstimate:
         timings: Seconds in compile, adaptation, sampling, evaluation, total.
         traces: Arrays of shape (chains, steps).
         log_weights: log p(w) - log q(w) at the evaluation's draws, shape (chains, draws).
-        draws: The evaluation's draws: excess_loss L_n(w) - L_n(w*) and log_q, each of shape (chains, draws).
+        draws: The evaluation's draws: excess_loss L_n(w) - L_n(w*), log_q and resp_entropy, each of shape (chains,
+            draws).
         family_arrays: What the fitted q looks like, each with a first axis of chains: pi, D_sqrt (sorted, at most
             `MOST_SCALES` quantiles of it), factor_norm2 (component, rank).
+        snapshots: With `tensorboard=True` the family's arrays after every `eval_every` steps, each of shape (chains,
+            snapshots, ...), and the steps' numbers, `step`.
         health: Findings, gravest first.
         config: The configuration that was used.
         llc_vi: The variational value, under q: `llc` where nothing corrects it.
@@ -80,6 +83,7 @@ class LLCEstimate:
     walk_llc: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)), repr=False)
     draws: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     family_arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    snapshots: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     fitted: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     def summary(self) -> str:
@@ -199,9 +203,9 @@ def _folded(line: str) -> str:
     return wrap.fill(line).replace("\u00a0", " ")
 
 
-def kept_scales(deviations: np.ndarray) -> np.ndarray:
-    """Sort each chain's D^{1/2}, shape (chains, dim), and keep at most `MOST_SCALES` evenly spaced quantiles."""
+def kept_scales(deviations: np.ndarray, most: int = MOST_SCALES) -> np.ndarray:
+    """Sort each chain's D^{1/2}, shape (chains, dim), and keep at most `most` evenly spaced quantiles."""
     ordered = np.sort(deviations, axis=1)
-    if ordered.shape[1] <= MOST_SCALES:
+    if ordered.shape[1] <= most:
         return ordered
-    return ordered[:, np.linspace(0, ordered.shape[1] - 1, MOST_SCALES).round().astype(int)]
+    return ordered[:, np.linspace(0, ordered.shape[1] - 1, most).round().astype(int)]

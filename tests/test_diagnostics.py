@@ -52,10 +52,10 @@ def result(live_folder):
         "M": 3,
         "correction": "none",
     }
+    options |= {"num_chains": 2, "eval_every": 40, "tensorboard": True}
     with LiveEvents(live_folder) as live:
-        return estimate_llc(
-            crossing, jnp.zeros(19), DATA, nbeta=100.0, progress=live, num_chains=2, eval_every=40, **options
-        )
+        found = estimate_llc(crossing, jnp.zeros(19), DATA, nbeta=100.0, progress=live, **options)
+    return dataclasses.replace(found, config=found.config.replace(tensorboard=False))
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,13 @@ def test_arviz_has_the_draws_of_q(result):
     # log p = -nbeta L - gamma/2 |v|^2 can be no more than -nbeta L
     assert np.all(stats["log_p"].to_numpy() <= -result.nbeta * posterior["L"].to_numpy() + 1e-4)
     assert not stats["diverging"].any()
+    np.testing.assert_array_equal(stats["logq"], stats["log_q"])
+    np.testing.assert_array_equal(stats["elbo_like"], stats["log_p"])
+    entropy = stats["resp_entropy"].to_numpy()
+    assert entropy.shape == stats["log_q"].shape
+    # three components that nearly coincide and weigh alike; the trace holds the same mean over the fit's draws
+    assert entropy.mean() == pytest.approx(result.traces["resp_entropy"][:, -50:].mean(), abs=0.1)
+    assert 0 < entropy.max() <= np.log(3) + 1e-5
     assert stats["cumulative_fge"].to_numpy()[0, -1] == pytest.approx(200 * 2 + 256 / 3)
 
 
@@ -130,10 +137,14 @@ def read_events(folder):
     return accumulator
 
 
+@pytest.fixture(scope="module")
+def written(result, tmp_path_factory):
+    return write_events(result, tmp_path_factory.mktemp("events"))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard_has_every_tag(result, tmp_path):
-    write_events(result, tmp_path)
-    mean = read_events(tmp_path)
+def test_tensorboard_has_every_tag(result, written):
+    mean = read_events(written)
     assert {f"vi/{tag}" for tag in TAGS} <= set(mean.Tags()["scalars"])
     assert {f"vi/{tag}" for tag in IMAGES} == set(mean.Tags()["images"])
     elbo = mean.Scalars("vi/elbo")
@@ -143,15 +154,79 @@ def test_tensorboard_has_every_tag(result, tmp_path):
     fge = [event.value for event in mean.Scalars("vi/cumulative_fge")]
     np.testing.assert_allclose(fge, result.traces["cumulative_fge"][0, 39::40], rtol=1e-6)
     assert mean.Scalars("vi/llc_mean")[0].value == pytest.approx(result.llc, rel=1e-6)
-    per_chain = [read_events(tmp_path / f"chain_{chain}") for chain in range(2)]
+    per_chain = [read_events(written / f"chain_{chain}") for chain in range(2)]
     for chain, events in enumerate(per_chain):
         assert events.Scalars("vi/llc_vi")[0].value == pytest.approx(result.evaluation["llc"][chain], rel=1e-6)
         values = [event.value for event in events.Scalars("vi/radius2_q50")]
         medians = np.median(result.traces["radius2"][chain].reshape(5, 40), axis=1)
         np.testing.assert_allclose(values, medians, rtol=1e-5)
+    for tag in IMAGES - {"spectrum"}:
+        assert [image.step for image in mean.Images(f"vi/{tag}")] == [39, 79, 119, 159, 199], tag
+    assert [image.step for image in mean.Images("vi/spectrum")] == [199]
     png = mean.Images("vi/pi")[0]
     assert png.encoded_image_string[:8] == b"\x89PNG\r\n\x1a\n"
     assert (png.width, png.height) == (512, 296)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_follows_each_component(result, written):
+    norms = np.sqrt(result.snapshots["factor_norm2"])  # chains, snapshots, components, rank 2
+    expected = norms.min(axis=3) + 0.95 * (norms.max(axis=3) - norms.min(axis=3))
+    mean, chain = read_events(written), read_events(written / "chain_1")
+    for component in range(3):
+        tag = f"vi/A_col_norm_p95_{component}"
+        assert [event.step for event in mean.Scalars(tag)] == [39, 79, 119, 159, 199]
+        per_chain = [event.value for event in chain.Scalars(tag)]
+        np.testing.assert_allclose(per_chain, expected[1, :, component], rtol=1e-5)
+        averages = [event.value for event in mean.Scalars(tag)]
+        np.testing.assert_allclose(averages, expected[:, :, component].mean(axis=0), rtol=1e-5)
+
+
+def test_the_last_snapshot_is_the_end(result):
+    np.testing.assert_array_equal(result.snapshots["step"], [39, 79, 119, 159, 199])
+    for name, array in result.family_arrays.items():
+        np.testing.assert_allclose(result.snapshots[name][:, -1], array, rtol=1e-6, atol=1e-7)
+    first = result.snapshots["D_sqrt"][:, 0]
+    assert not np.allclose(first, result.family_arrays["D_sqrt"], rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_without_snapshots_images_of_the_shape_of_q_show_the_end_alone(result, tmp_path):
+    write_events(dataclasses.replace(result, snapshots={}), tmp_path)
+    mean = read_events(tmp_path)
+    assert [image.step for image in mean.Images("vi/pi")] == [199]
+    assert [image.step for image in mean.Images("vi/radius2_trace")] == [39, 79, 119, 159, 199]
+    assert [event.step for event in mean.Scalars("vi/A_col_norm_p95_0")] == [199]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_events_of_a_flow_fit(tmp_path):
+    found = estimate_llc(
+        lambda w, batch: 0.5 * jnp.sum(w**2) + 0.0 * jnp.sum(batch[0]),
+        jnp.zeros(2),
+        DATA,
+        progress=False,
+        num_chains=1,
+        tensorboard=True,
+        family="flow",
+        flow={"depth": 2, "hidden": [4]},
+        correction="none",
+        early_stop=False,
+        steps=6,
+        eval_every=2,
+        eval_samples=4,
+        samples_per_step=2,
+    )
+    found.save(tmp_path)
+    mean = read_events(tmp_path / "diagnostics" / "tb")
+    tags = {tag.removeprefix("vi/") for tag in mean.Tags()["scalars"]}
+    assert tags >= TAGS | {"sigma_perp", "latent_logdet_mean", "latent_scale_min", "latent_scale_max", "d_latent"}
+    assert [event.step for event in mean.Scalars("vi/sigma_perp")] == [1, 3, 5]
+    expected = found.traces["latent_logdet_mean"][0].reshape(3, 2).mean(axis=1)
+    values = [event.value for event in mean.Scalars("vi/latent_logdet_mean")]
+    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-6)
+    assert [image.step for image in mean.Images("vi/D_sqrt")] == [1, 3, 5]
+    np.testing.assert_array_equal(found.draws["resp_entropy"], 0.0)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -250,7 +325,7 @@ def test_panels_show_what_there_is(result, corrected):
 
 def test_saved_results_keep_draws_and_the_shape_of_q(result, tmp_path):
     again = LLCEstimate.load(result.save(tmp_path))
-    for name in ("draws", "family_arrays"):
+    for name in ("draws", "family_arrays", "snapshots"):
         kept, was = getattr(again, name), getattr(result, name)
         assert set(kept) == set(was)
         for key in was:

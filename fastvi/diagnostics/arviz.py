@@ -17,9 +17,10 @@ def to_arviz(result: LLCEstimate) -> Any:
 
     Groups: `posterior` with llc and L (the mean loss), one entry for each chain and draw: the walkers after their
     burn-in where `correction="mcmc"` ran, else independent draws of q; `sample_stats` of the same draws;
-    `variational`, the draws of q in any case, with log_q, log_p and log_weight = log_p - log_q;
-    `optimization`, the traces of the fit on a dimension `step`; `constant_data`. Mirrored draws stand side by side, so
-    that their dependence is seen. Numbers of the estimate and its configuration are attributes of `posterior`.
+    `variational`, the draws of q in any case, with resp_entropy, log_q, log_p (under the names of the traces, logq
+    and elbo_like, as well) and log_weight = log_p - log_q; `optimization`, the traces of the fit on a dimension `step`;
+    `constant_data`. Mirrored draws stand side by side, so that their dependence is seen. Numbers of the estimate and
+    its configuration are attributes of `posterior`.
 
     Args:
         result: The estimate; one that `LLCEstimate.load` read will do.
@@ -54,10 +55,9 @@ def _has_walk(result: LLCEstimate) -> bool:
 
 def _draws_of_q(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return llc and L of the evaluation's draws, and their statistics, mirrored draws side by side."""
-    excess, log_q, log_weight = (
-        _side_by_side(np.asarray(array, float))
-        for array in (result.draws["excess_loss"], result.draws["log_q"], result.log_weights)
-    )
+    found = {**result.draws, "log_weight": result.log_weights}
+    found = {name: _side_by_side(np.asarray(array, float)) for name, array in found.items()}
+    excess, log_q, log_weight = (found[name] for name in ("excess_loss", "log_q", "log_weight"))
     fitted = np.asarray(result.traces["cumulative_fge"], float)[:, -1:]
     work = fitted + LOSS_COST * np.arange(1, excess.shape[1] + 1)
     return (
@@ -68,6 +68,9 @@ def _draws_of_q(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, n
             "log_q": log_q,
             "log_p": log_q + log_weight,
             "log_weight": log_weight,
+            "logq": log_q,
+            "elbo_like": log_q + log_weight,
+            "resp_entropy": found["resp_entropy"],
         },
     )
 

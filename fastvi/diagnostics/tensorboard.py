@@ -1,7 +1,8 @@
 """Traces and figures of a fit as events for TensorBoard."""
 
+import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -16,6 +17,8 @@ PREFIX = "vi/"
 STATES = ("cumulative_fge", "lr", "effective_M")  # recorded as they stand; other traces by their mean over the window
 RADIUS_QUANTILES = (0.05, 0.5, 0.95)
 IMAGE_DPI = 80
+MOST_IMAGES = 5  # of each kind before the last: of more than ten TensorBoard shows a part
+SHAPES = ("pi", "scree", "D_sqrt")  # images of the family's arrays
 
 
 class Windows(NamedTuple):
@@ -26,10 +29,14 @@ class Windows(NamedTuple):
 
 
 def write_events(result: LLCEstimate, folder: str | os.PathLike[str], *, every: int | None = None) -> Path:
-    """Write a finished estimate: scalars of the traces, final values, figures.
+    """Write a finished estimate: scalars of the traces, final values, figures along the fit and at its end.
 
     The folder itself holds the mean over the chains, `chain_0`, `chain_1`, ... hold each chain, under the same tags:
     TensorBoard lays them over each other.
+
+    Figures come every k times `every` steps, k such that there are at most six of a kind. Those of weights, scree
+    and D^{1/2}, and the scalar `A_col_norm_p95_<m>` of each component m, need what a fit keeps on its way with
+    `tensorboard=True` in its configuration; of another fit they show its end alone.
 
     Args:
         result: The estimate; one that `LLCEstimate.load` read will do.
@@ -43,16 +50,56 @@ def write_events(result: LLCEstimate, folder: str | os.PathLike[str], *, every: 
         MissingExtraError: If tensorboardX or matplotlib is not installed.
     """
     folder = Path(folder)
+    every = every or result.config.eval_every
     last = result.traces["elbo"].shape[1] - 1
     events = Events(folder)
-    events.write_traces(result.traces, every=every or result.config.eval_every)
+    events.write_traces(result.traces, every=every)
+    moments = _moments(result)
+    for step, moment in moments.items():
+        _write_row_lengths(events, step, moment)
+    for step in _image_steps(last + 1, every):
+        early = moments.get(step, dataclasses.replace(result, family_arrays={}))
+        upto = {name: trace[:, : step + 1] for name, trace in result.traces.items()}
+        events.write_images(step, _images(dataclasses.replace(early, traces=upto), (*SHAPES, "radius2_trace")))
     events.write_scalars("mean", last, _final_mean(result))
     for chain in range(len(result.evaluation["llc"])):
         events.write_scalars(f"chain_{chain}", last, _final_of_chain(result, chain))
-    shown = {tag: panel for tag, panel in IMAGES.items() if PANELS[panel].applies(result)}
-    events.write_images(last, {tag: render(panel, result, IMAGE_DPI) for tag, panel in shown.items()})
+    events.write_images(last, _images(result, IMAGES))
     events.close()
     return folder
+
+
+def _moments(result: LLCEstimate) -> dict[int, LLCEstimate]:
+    """Return the result as it would stand with the family's arrays after each step that they are known for."""
+    arrays = dict(result.snapshots)
+    steps = arrays.pop("step", np.zeros(0, int)).tolist()
+    taken = {
+        step: dataclasses.replace(result, family_arrays={name: array[:, at] for name, array in arrays.items()})
+        for at, step in enumerate(steps)
+    }
+    return {**taken, result.traces["elbo"].shape[1] - 1: result}
+
+
+def _image_steps(length: int, every: int) -> range:
+    """Return steps before the last, evenly spaced, each the end of a record."""
+    stride = every * -(-length // (every * (MOST_IMAGES + 1)))
+    return range(stride - 1, length - 1, stride)
+
+
+def _images(result: LLCEstimate, tags: Iterable[str]) -> dict[str, bytes]:
+    return {tag: render(IMAGES[tag], result, IMAGE_DPI) for tag in tags if PANELS[IMAGES[tag]].applies(result)}
+
+
+def _write_row_lengths(events: "Events", step: int, result: LLCEstimate) -> None:
+    """Write the 95 % point of the norms of each component's factor rows."""
+    if "factor_norm2" not in result.family_arrays:
+        return
+    ordered = np.sqrt(-np.sort(-np.asarray(result.family_arrays["factor_norm2"], float), axis=2))
+    ranks = [min(rank, ordered.shape[2]) for rank in result.config.ranks]
+    lengths = {m: np.quantile(ordered[:, m, :rank], 0.95, axis=1) for m, rank in enumerate(ranks) if rank}
+    runs = {"mean": slice(None), **{f"chain_{chain}": slice(chain, chain + 1) for chain in range(len(ordered))}}
+    for run, chains in runs.items():
+        events.write_scalars(run, step, {f"A_col_norm_p95_{m}": found[chains].mean() for m, found in lengths.items()})
 
 
 class Events:

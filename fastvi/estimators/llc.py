@@ -32,6 +32,7 @@ class Evaluation(NamedTuple):
     columns: Float[Array, "pairs columns"]
     log_weight: Float[Array, " draws"]
     log_prob: Float[Array, " draws"]
+    resp_entropy: Float[Array, " draws"]
 
 
 def evaluate(
@@ -100,6 +101,7 @@ def evaluate(
         columns=_pair_mean(columns - expected),
         log_weight=log_weight,
         log_prob=draws.log_prob,
+        resp_entropy=family.resp_entropy(draws),
     )
 
 

@@ -260,6 +260,10 @@ class AbstractFamily(eqx.Module):
         """Return q's mean and a root of its covariance: what makes the posterior round as far as q knows it."""
 
     @abc.abstractmethod
+    def resp_entropy(self, draws: Draws) -> Float[Array, " draws"]:
+        """Return how undecided it is, in nats, which component each draw belongs to; 0 where there is one."""
+
+    @abc.abstractmethod
     def step_statistics(self, params: PyTree, draws: Draws) -> dict[str, Scalar]:
         """Return cheap scalars to trace at every step."""
 

@@ -275,6 +275,10 @@ class Flow(AbstractFamily):
         )
         return -0.5 * columns, jnp.zeros(3, columns.dtype)
 
+    def resp_entropy(self, draws: Draws):
+        """Return zeros: a flow has one component."""
+        return jnp.zeros_like(draws.log_prob)
+
     def step_statistics(self, params: FlowParams, draws: Draws):
         """Trace the flow's log-determinant and sigma; a flow has one component, whose weight is 1."""
         one, zero = jnp.ones((), self.scale.dtype), jnp.zeros((), self.scale.dtype)

@@ -423,14 +423,17 @@ class MFA(AbstractFamily):
         )
         return 0.5 * values, 0.5 * expected
 
+    def resp_entropy(self, draws: Draws):
+        """Return the entropy of every draw's responsibilities; see `AbstractFamily.resp_entropy`."""
+        return jnp.sum(jax.scipy.special.entr(draws.record.drawn.responsibilities), axis=-1)
+
     def step_statistics(self, params: MFAParams, draws: Draws):
         """Trace the weights and how decided the responsibilities are."""
         weights = jnp.exp(self.log_weights(params))
-        responsibilities = draws.record.drawn.responsibilities
         alive = weights > 0
         effective = {"effective_M": jnp.sum(alive).astype(weights.dtype)} if self.prunes else {}
         return {
-            "resp_entropy": jnp.mean(jnp.sum(jax.scipy.special.entr(responsibilities), axis=-1)),
+            "resp_entropy": jnp.mean(self.resp_entropy(draws)),
             "pi_min": jnp.min(weights, where=alive, initial=1.0) if self.prunes else jnp.min(weights),
             "pi_max": jnp.max(weights),
             "pi_entropy": jnp.sum(jax.scipy.special.entr(weights)),

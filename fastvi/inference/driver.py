@@ -47,6 +47,13 @@ class Progress(NamedTuple):
     traces: dict[str, Array] | None = None
 
 
+class Snapshot(NamedTuple):
+    """Arrays that describe q after a step, each with a first axis of chains."""
+
+    step: int
+    arrays: dict[str, np.ndarray]
+
+
 class AbstractKeeper(abc.ABC):
     """Keeps the progress of a fit."""
 
@@ -73,7 +80,7 @@ class AbstractStream(abc.ABC):
 
 @dataclasses.dataclass
 class Fit:
-    """A finished fit, before anyone interprets it; `warm` if it began at another's q."""
+    """A finished fit, before anyone interprets it; `warm` if it began at another's q, `snapshots` where asked for."""
 
     family: AbstractFamily
     params: Any
@@ -84,6 +91,7 @@ class Fit:
     seconds: dict[str, float]
     converged: bool | None
     warm: bool = False
+    snapshots: list[Snapshot] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -96,6 +104,7 @@ class Course:
     calibration_rounds: Any
     phases: tuple[float, float, int]
     parts: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
+    snapshots: list[Snapshot] = dataclasses.field(default_factory=list)
     done: int = 0
     flat_looks: int = 0
     converged: bool | None = None
@@ -152,8 +161,9 @@ def run_fit(
     report = options.report or _silent
     report(Progress("curvature", 0, config.steps, float("nan")))
     chunk = min(CHUNK, config.steps) if any(options) else config.steps
+    piece = min(chunk, config.eval_every) if config.tensorboard else chunk
     course = clock.time(
-        "adaptation", lambda: _begin(programs, problem, config, chain_keys, whitener_scale, options, chunk)
+        "adaptation", lambda: _begin(programs, problem, config, chain_keys, whitener_scale, options, piece)
     )
     if options.keeper is not None:
         options.keeper.restore(course)
@@ -166,7 +176,7 @@ def run_fit(
         name: jnp.concatenate([part[name] for part in course.parts], axis=1) for name in course.parts[0]
     }
     rounds, warm = course.calibration_rounds, options.warm is not None
-    return Fit(family, params, start, outcome, traces, rounds, clock.seconds, course.converged, warm)
+    return Fit(family, params, start, outcome, traces, rounds, clock.seconds, course.converged, warm, course.snapshots)
 
 
 def _begin(
@@ -241,12 +251,9 @@ def _run_chunks(
             problem = dataclasses.replace(problem, data=options.stream.window(course.done))
         length = min(chunk, course.phases[2] - course.done)
         horizon = Horizon(*(jnp.asarray(step, jnp.float32) for step in course.phases))
-        arguments = course.family, problem, course.state, keys, jnp.int32(course.done), horizon
-        course.state, part = clock.time(
-            "sampling", lambda arguments=arguments, length=length: programs.steps(*arguments, length=length)
-        )
-        course.parts.append({name: np.asarray(trace) for name, trace in part.items()})
-        course.done += length
+        arguments = problem, keys, horizon, course.done + length
+        part = clock.time("sampling", lambda arguments=arguments: _advance(programs, config, course, *arguments))
+        course.parts.append(part)
         elbo = np.concatenate([part["elbo"] for part in course.parts], axis=1)
         report(Progress("fit", course.done, course.phases[2], float(np.mean(elbo[:, -length:])), part))
         if not np.all(np.isfinite(elbo[:, -1])):
@@ -255,6 +262,28 @@ def _run_chunks(
             _look(course, elbo, config, problem.posterior.center.size, chunk)
         if options.keeper is not None:
             options.keeper.save(course)
+
+
+def _advance(
+    programs: Programs, config: VIConfig, course: Course, problem: Problem, keys: Keys, horizon: Horizon, end: int
+) -> dict[str, np.ndarray]:
+    """Run the steps up to `end`, with a snapshot of q after every `eval_every` of them where TensorBoard will ask."""
+    stride, pieces = config.eval_every if config.tensorboard else end, []
+    while course.done < end:
+        stop = min(end, (course.done // stride + 1) * stride)
+        arguments = course.family, problem, course.state, keys, jnp.int32(course.done), horizon
+        course.state, piece = programs.steps(*arguments, length=stop - course.done)
+        pieces.append({name: np.asarray(trace) for name, trace in piece.items()})
+        course.done = stop
+        if config.tensorboard and stop % stride == 0:
+            arrays = jax.device_get(_described(course.family, course.state.params))
+            course.snapshots.append(Snapshot(stop - 1, arrays))
+    return {name: np.concatenate([piece[name] for piece in pieces], axis=1) for name in pieces[0]}
+
+
+@jax.jit
+def _described(family: AbstractFamily, params: Any) -> dict[str, Array]:
+    return jax.vmap(family.summary_arrays)(params)
 
 
 def _look(course: Course, elbo: np.ndarray, config: VIConfig, dim: int, chunk: int) -> None:

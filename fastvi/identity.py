@@ -51,9 +51,10 @@ def _is_same(name: str, now: Mapping[str, Any], kept: Mapping[str, Any]) -> bool
     old, new = np.asarray(kept[name], float), np.asarray(now[name], float)
     # the loss at w* may be zero but for rounding, and a slope small beside its gradient: neither is its own scale
     scale = {AT: np.max(np.abs(now[NEAR])), SLOPES: np.asarray(now[STEEPNESS], float)}.get(name, np.abs(new))
-    return old.shape == new.shape and bool(
-        np.all((np.abs(old - new) <= TOLERANCE * (scale + np.abs(new))) | (old == new) | (np.isnan(old) & np.isnan(new)))
-    )
+    if old.shape != new.shape:
+        return False
+    near = np.abs(old - new) <= TOLERANCE * (scale + np.abs(new))
+    return bool(np.all(near | (old == new) | (np.isnan(old) & np.isnan(new))))
 
 
 def _are_numbers(value: Any) -> bool:

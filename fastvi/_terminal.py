@@ -36,6 +36,14 @@ def write_text(stream: TextIO | None, text: str) -> str | None:
     return None
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Say whether a stream is shown to a person as it is written."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
 def warn(line: str) -> None:
     """Tell something on stderr if that is possible."""
     write_text(sys.stderr, f"{line}\n")

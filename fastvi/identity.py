@@ -53,8 +53,8 @@ def _is_same(name: str, now: Mapping[str, Any], kept: Mapping[str, Any]) -> bool
     scale = {AT: np.max(np.abs(now[NEAR])), SLOPES: np.asarray(now[STEEPNESS], float)}.get(name, np.abs(new))
     if old.shape != new.shape:
         return False
-    is_near = np.abs(old - new) <= TOLERANCE * (scale + np.abs(new))
-    return bool(np.all(is_near | (old == new) | (np.isnan(old) & np.isnan(new))))
+    near = np.abs(old - new) <= TOLERANCE * (scale + np.abs(new))
+    return bool(np.all(near | (old == new) | (np.isnan(old) & np.isnan(new))))
 
 
 def _are_numbers(value: Any) -> bool:

@@ -384,7 +384,7 @@ def call_full_loss(loss_full_flat: LossFn, w: Float[Array, " dim"], data: Batch)
             takes_one = False
     if takes_one is False and takes_two is False:
         raise DataError("loss_full_flat must be a function (w) -> loss or (w, data) -> loss; it takes neither.")
-    return loss_full_flat(w, data) if takes_one is False else loss_full_flat(w)
+    return loss_full_flat(w, raw_examples(data)) if takes_one is False else loss_full_flat(w)
 
 
 def _takes(function: LossFn, count: int) -> bool | None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Self, TextIO
 
-from fastvi._terminal import write_text
+from fastvi._terminal import is_terminal, write_text
 from fastvi.inference.driver import Progress
 
 MIN_SECONDS = 0.2  # between redraws
@@ -20,7 +20,7 @@ class StatusLine:
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = sys.stderr if stream is None else stream
-        self.interactive = _is_terminal(self.stream)
+        self.interactive = is_terminal(self.stream)
         self.began = time.monotonic()
         self.shown = -1e9
         self.stage = ""
@@ -66,10 +66,3 @@ def reporting(progress: bool | Callable[[Progress], None]) -> Iterator[Callable[
             yield line
     else:
         yield progress if callable(progress) else None
-
-
-def _is_terminal(stream: TextIO | None) -> bool:
-    try:
-        return stream is not None and stream.isatty()
-    except ValueError:  # closed
-        return False

@@ -49,7 +49,7 @@ def llc_curve(
     *,
     key: Any = 0,
     nbeta: float | None = None,
-    localization: float = 1.0,
+    localization: float | None = None,
     config: Any = None,
     num_chains: int | None = None,
     progress: bool | Callable[[Progress], None] = True,
@@ -70,7 +70,7 @@ def llc_curve(
         data: As for `estimate_llc`.
         key: An int seed or a jax random key, the same at every checkpoint.
         nbeta: n times the inverse temperature; n / log n when left out.
-        localization: Strength of the localizer.
+        localization: As for `estimate_llc`.
         config: A `VIConfig`, or anything `VIConfig.create` reads.
         num_chains: Independent fits.
         progress: As for `estimate_llc`.
@@ -86,6 +86,7 @@ def llc_curve(
         DataError: If there is no checkpoint, or they differ in the number of parameters.
     """
     first, estimates, before = VIConfig.create(config, **overrides), [], None
+    first.check_asked(overrides)
     later = _later(first, warm_start, warm_steps)
     for params in checkpoints:
         settings = later if estimates else first

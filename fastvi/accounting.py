@@ -39,6 +39,7 @@ class Work:
 
 def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int, look: LossLook = LossLook()) -> Work:
     """Count the work of a finished fit over all chains."""
+    config = config.filled
     num_draws = config.step_draws
     steps = fit.traces["elbo"].shape[1]
     share = problem.batch_size / problem.num_data

@@ -52,7 +52,7 @@ def llc_curve(
     *,
     key: Any = 0,
     nbeta: float | None = None,
-    localization: float = 1.0,
+    localization: float | None = None,
     config: Any = None,
     num_chains: int | None = None,
     progress: bool | Callable[[Progress], None] = True,
@@ -74,7 +74,7 @@ def llc_curve(
         data: As for `estimate_llc`.
         key: An int seed or a jax random key, the same at every checkpoint.
         nbeta: n times the inverse temperature; n / log n when left out.
-        localization: Strength of the localizer.
+        localization: As for `estimate_llc`.
         config: A `VIConfig`, or anything `VIConfig.create` reads.
         num_chains: Independent fits.
         progress: As for `estimate_llc`.
@@ -96,6 +96,7 @@ def llc_curve(
         raise DataError("checkpoints must be an iterable of parameters; got a mapping. Pass a list, such as [params].")
     refuse_a_trace(data, key, nbeta, localization)
     first = VIConfig.create(config, **overrides)
+    first.check_asked(overrides)
     later = _later(first, warm_start, warm_steps)
     data = data if is_stream(data) else check_data(data, dtype=jnp.dtype(first.dtype))[0]
     remaining, estimates, structure, before = iter(checkpoints), [], None, None

@@ -48,7 +48,7 @@ class LLCEstimate:
         snapshots: With `tensorboard=True` the family's arrays after every `eval_every` steps, each of shape (chains,
             snapshots, ...), and the steps' numbers, `step`.
         health: Findings, gravest first.
-        config: The configuration that was used.
+        config: The configuration that ran, with nothing left open that had an effect.
         llc_vi: The variational value, under q: `llc` where nothing corrects it.
         llc_vi_sem: Its standard error.
         correction: How `llc` was corrected: method, khat and, of a run of walkers, settled, rhat, virial_z,
@@ -102,7 +102,7 @@ class LLCEstimate:
             f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} effective of {self.log_weights.size} draws",
             f"core           rank {self.curvature['rank']} of {self.dim:,}, explains "
             f"{100 * self.curvature['explained']:.3g} % of the precision's trace at w*",
-            f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} ({stop})",
+            f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} ({stop}){self._clipping}",
             f"work           {self.work['total_fge']:.0f} FGE: curvature {self.work['fge_curvature']:.0f}, "
             f"fit {self.work['fge_fit']:.0f}, evaluation {self.work['fge_evaluation']:.0f}"
             + (f", correction {self.work['fge_correction']:.0f}" if self.correction else ""),
@@ -143,6 +143,12 @@ class LLCEstimate:
         from fastvi.diagnostics.report import write_report
 
         return write_report(self, path)
+
+    @property
+    def _clipping(self) -> str:
+        """Say what `clip_global_norm` is, which its name does not."""
+        limit = self.config.clip_global_norm
+        return "" if limit is None else f", norms clipped at {limit:g} x usual"
 
     @property
     def walk_burn_in(self) -> int:

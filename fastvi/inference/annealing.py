@@ -9,6 +9,7 @@ from fastvi.families.base import Annealed
 
 def annealed(config: VIConfig, step: Int[Array, ""]) -> Annealed:
     """Return what holds at a step, in the fit's dtype: the temperature falls linearly to 1, the bonus ends at once."""
+    config = config.filled
     temperature, bonus = config.alpha_temperature, config.entropy_bonus
     if config.alpha_temperature_frac > 0:
         left = jnp.maximum(1 - step.astype(config.dtype) / (config.alpha_temperature_frac * config.steps), 0.0)

@@ -95,7 +95,7 @@ def init_state(family: AbstractFamily, params: PyTree, config: VIConfig) -> Stat
 
 def draw_groups(config: VIConfig) -> int:
     """Count the independent draws of a step."""
-    return num_groups(config.step_draws, config.antithetic)
+    return num_groups(config.step_draws, config.mirrors)
 
 
 def run_steps(
@@ -143,7 +143,7 @@ def run_steps(
         draws = family.transform(state.params, noise, mirror=groups < num_draws, cache=state.cache)
         value, grad = evaluate_target(objective, problem.posterior, draws, batch)
         baseline = jnp.where(step == 0, jnp.mean(value - draws.log_prob), state.baseline)
-        ascent = family.ascent(state.params, draws, value, grad, baseline, antithetic=config.antithetic)
+        ascent = family.ascent(state.params, draws, value, grad, baseline, antithetic=config.mirrors)
         updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=elapsed)
         updates = _scaled(updates, rules.rates, rate)
         params, cache = family.apply_updates(state.params, state.cache, updates)

@@ -78,7 +78,7 @@ class Stages(NamedTuple):
 
 def programs_for(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> Stages:
     """Return the stages for these functions; the same functions and configuration share them, compiled."""
-    return _build(cache_key(objective), config, loss_full_flat)
+    return _build(cache_key(objective), config.filled, loss_full_flat)
 
 
 @functools.lru_cache(maxsize=CACHED_PROGRAMS)
@@ -149,7 +149,7 @@ def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Call
                 reference_loss,
                 chain_key,
                 num_draws=config.evaluation_draws,
-                control_variate=config.control_variate,
+                control_variate=config.control_variate or "auto",
                 trace_probes=config.trace_probes,
                 excess=chain_excess,
             )

@@ -175,7 +175,7 @@ def run_estimate(
     status = StatusLine() if progress is True else None
     report = status or (progress if callable(progress) else None)
     options = Options(early_stop, report, warm and warm.fit, keeper, stream)
-    fit = run_fit(programs_for(objective, plan, None), problem, plan, keys, options=options)
+    fit = run_fit(programs_for(objective, problem, plan), problem, plan, keys, options=options)
     if status is not None:
         status.close()
     timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}

@@ -19,7 +19,7 @@ from fastvi.objective import CallableObjective, FlatObjective, TreeObjective
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype)
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
-DERIVATIVE_RULES = ("custom_jvp_call", "custom_vjp_call")  # made anew by each trace; a gradient has applied them
+WITH_RULES = ("custom_jvp_call", "custom_vjp_call")  # operations with derivative rules, which a gradient has applied
 
 
 class Fingerprint(NamedTuple):
@@ -73,6 +73,12 @@ def fingerprint_loss(
     reader = _Reader()
     reader.value(jax.make_jaxpr(everything)(jax.ShapeDtypeStruct(center.shape, center.dtype), batch))
     return Fingerprint(reader.digest.hexdigest(), tuple(reader.objects), reader.is_traced)
+
+
+def shapes_of(problem: Problem) -> Hashable:
+    """Return structure, shapes and dtypes of a problem, on which programs depend beside the loss."""
+    leaves, treedef = jax.tree_util.tree_flatten(problem)
+    return treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 
 class _Reader:
@@ -134,7 +140,7 @@ class _Reader:
             name = equation.primitive.name
             self.text(name, variables(equation.invars), variables(equation.outvars))
             for key, parameter in sorted(equation.params.items()):
-                if not (name in DERIVATIVE_RULES and callable(parameter)):
+                if not name.startswith(WITH_RULES) or isinstance(parameter, ClosedJaxpr):
                     self.text(key)
                     self.value(parameter)
         self.text(variables(jaxpr.outvars))

@@ -30,7 +30,7 @@ from fastvi.inference.schedule import (
     negligible_nats,
 )
 
-CHUNK = 100  # steps between looks at the traces
+CHUNK = 100  # steps between looks at the traces, at most; half of that at least
 MAX_ADAPTIVE_WARMUP = 100  # steps; a run that stops by itself is not planned to last
 
 
@@ -144,14 +144,14 @@ def run_fit(
     Returns:
         The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are zero.
     """
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves((problem, chain_keys)))
-    if traced:
+    leaves = jax.tree_util.tree_leaves((problem, chain_keys, whitener_scale))
+    if stages.is_traced or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return Fit(*stages.whole(problem, chain_keys, whitener_scale), Clock().seconds, None)
     draws = config.steps * config.step_draws * chain_keys.size
     clock, programs = Clock(), stages.for_work(draws, problem.posterior.center.size)
     report = options.report or _silent
     report(Progress("curvature", 0, config.steps, float("nan")))
-    chunk = min(CHUNK, config.steps) if any(options) else config.steps
+    chunk = chunk_length(config.steps) if any(options) else config.steps
     course = clock.time(
         "adaptation", lambda: _begin(programs, problem, config, chain_keys, whitener_scale, options, chunk)
     )
@@ -167,6 +167,11 @@ def run_fit(
     }
     rounds, warm = course.calibration_rounds, options.warm is not None
     return Fit(family, params, start, outcome, traces, rounds, clock.seconds, course.converged, warm)
+
+
+def chunk_length(steps: int) -> int:
+    """Return the length of chunks, of which one program makes all steps, with the fewest steps beyond the last."""
+    return steps if steps <= CHUNK else min(range(CHUNK, CHUNK // 2 - 1, -1), key=lambda length: -steps % length)
 
 
 def _begin(
@@ -209,18 +214,18 @@ def _launch(
 ) -> tuple[AbstractFamily, State, Array]:
     """Run the launch, with the programs of the later stages compiling beside it."""
     _, problem, _, _, chain_keys = arguments
-    ahead = Ahead()
-    traced = programs.launch.trace(*arguments)
-    ahead.compile("launch", traced.lower())
-    family, state, _ = traced.out_info
-    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    horizon = Horizon(scalar, scalar, scalar)
-    ahead.compile("steps", programs.steps.lower(family, problem, state, chain_keys, step, horizon, length=chunk))
-    if stream is None:
-        ahead.compile("finish", programs.finish.lower(family, problem, state.params, chain_keys))
-    ahead.wait(("launch", "steps") if stream else ("launch", "steps", "finish"))
-    ahead.close()
+    with Ahead() as ahead:
+        traced = programs.launch.trace(*arguments)
+        ahead.compile("launch", traced.lower())
+        family, state, _ = traced.out_info
+        scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        horizon = Horizon(scalar, scalar, scalar)
+        lowered = programs.steps.lower(family, problem, state, chain_keys, step, horizon, length=chunk)
+        ahead.compile("steps", lowered)
+        if stream is None:
+            ahead.compile("finish", programs.finish.lower(family, problem, state.params, chain_keys))
+        ahead.wait(("launch", "steps") if stream else ("launch", "steps", "finish"))
     return programs.launch(*arguments)
 
 
@@ -242,10 +247,9 @@ def _run_chunks(
         length = min(chunk, course.phases[2] - course.done)
         horizon = Horizon(*(jnp.asarray(step, jnp.float32) for step in course.phases))
         arguments = course.family, problem, course.state, keys, jnp.int32(course.done), horizon
-        course.state, part = clock.time(
-            "sampling", lambda arguments=arguments, length=length: programs.steps(*arguments, length=length)
-        )
-        course.parts.append({name: np.asarray(trace) for name, trace in part.items()})
+        course.state, part = clock.time("sampling", lambda now=arguments: programs.steps(*now, length=chunk))
+        part = {name: np.asarray(trace)[:, :length] for name, trace in part.items()}
+        course.parts.append(part)
         course.done += length
         elbo = np.concatenate([part["elbo"] for part in course.parts], axis=1)
         report(Progress("fit", course.done, course.phases[2], float(np.mean(elbo[:, -length:])), part))

@@ -13,7 +13,8 @@ import numpy as np
 
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float
-from fastvi.compilation import cache_key, from_cache_key, quick_compilation
+from fastvi.compilation import PROGRAMS, quick_compilation
+from fastvi.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.inference.driver import AbstractStream
 from fastvi.inference.loop import Problem
 from fastvi.objective import EVALUATION_CHUNK, FlatObjective, TreeObjective, check_loss
@@ -41,7 +42,8 @@ def look_at_target(
     Under a trace, of jit or of data that are mapped over, only shapes are looked at.
     """
     form = check_loss(objective, problem.posterior.center, _first_rows(problem.data, problem.batch_size), name)
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(problem))
+    loss = fingerprint_loss(objective, problem)
+    traced = loss.is_traced or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(problem))
     passes = 0.0
     if form is LossForm.WEIGHTED:
         if traced:
@@ -50,7 +52,7 @@ def look_at_target(
     if traced:
         return problem, LossLook()
     center, posterior = problem.posterior.center, problem.posterior
-    programs = _programs(cache_key(objective))
+    programs = _programs(objective, problem, loss)
     look = look_at_loss(
         programs,
         center,
@@ -131,12 +133,16 @@ def _check_full_loss(programs: LossPrograms, problem: Problem, loss_full_flat: C
     return 2 * LOSS_COST * order.size
 
 
-@functools.lru_cache(maxsize=32)
-def _programs(key: Any) -> LossPrograms:
-    objective, options = from_cache_key(key), quick_compilation()
-    return LossPrograms(
-        jax.jit(objective.value_and_grad, compiler_options=options), jax.jit(objective.loss, compiler_options=options)
-    )
+def _programs(objective: FlatObjective, problem: Problem, loss: Fingerprint) -> LossPrograms:
+    """Return the loss and its gradient, compiled; objectives that compute the same share them."""
+
+    def build(objective: Any) -> LossPrograms:
+        jit = functools.partial(jax.jit, compiler_options=quick_compilation())
+        return LossPrograms(
+            jit(lambda w, batch: objective.value_and_grad(w, batch)), jit(lambda w, batch: objective.loss(w, batch))
+        )
+
+    return PROGRAMS.find(loss, ("look", shapes_of(problem)), (objective,), build)
 
 
 def _resolution(objective: FlatObjective, center: Float[Array, " dim"], batch: Batch) -> float:

@@ -191,7 +191,7 @@ def run_estimate(
         keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
     with reporting(progress) as report:
         options = Options(early_stop, report, warm and warm.fit, keeper, stream)
-        fit = run_fit(programs_for(objective, plan, None), problem, plan, keys, options=options)
+        fit = run_fit(programs_for(objective, problem, plan), problem, plan, keys, options=options)
     timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}
     result = _estimate(fit, problem, plan, count_work(fit, problem, plan, num_chains, look), timings)
     if throw and _is_broken(result):

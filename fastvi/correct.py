@@ -199,7 +199,9 @@ def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None]
         if report is not None:
             report(Progress("correction", int(done), int(budget), llc))
 
-    programs = walk_programs(fitted.objective, parameter_blocks(fitted.objective.structure.leaf_sizes))
+    programs = walk_programs(
+        fitted.objective, fitted.problem, parameter_blocks(fitted.objective.structure.leaf_sizes)
+    )
     common, before = (fitted.fit.family, fitted.problem, fitted.fit.params), fitted.walked
     if before is not None and before.walk.walkers.x.shape[0] != chains * per_chain:
         before = None  # another number of walkers: these start at q

@@ -15,11 +15,11 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from fastvi.inference.loop import Problem
-from fastvi.objective import CallableObjective, FlatObjective, TreeObjective
+from fastvi.objective import CallableObjective, FlatObjective, TreeObjective, call_full_loss, value_and_grad
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype)
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
-DERIVATIVE_RULES = ("custom_jvp_call", "custom_vjp_call")  # made anew by each trace; a gradient has applied them
+WITH_RULES = ("custom_jvp_call", "custom_vjp_call")  # operations with derivative rules, which a gradient has applied
 
 
 class Fingerprint(NamedTuple):
@@ -60,19 +60,25 @@ def fingerprint_loss(
     Cost:
         A trace of the gradient; each array that is closed over is read once.
     """
-
     ours = isinstance(objective, (TreeObjective, CallableObjective))  # one method says all of these
 
-    def everything(w, batch):
+    def everything(w, batch, data):
         others = () if ours else (objective.loss(w, batch), objective.grad(w, batch))
-        full = None if loss_full_flat is None else loss_full_flat(w)
-        return objective.value_and_grad(w, batch), others, full
+        full = None if loss_full_flat is None else call_full_loss(loss_full_flat, w, data)
+        return value_and_grad(objective, w, batch), others, full
 
     batch = jax.eval_shape(problem.next_batch, jax.random.key(0))
+    data = jax.eval_shape(lambda: problem.data)
     center = problem.posterior.center
     reader = _Reader()
-    reader.value(jax.make_jaxpr(everything)(jax.ShapeDtypeStruct(center.shape, center.dtype), batch))
+    reader.value(jax.make_jaxpr(everything)(jax.ShapeDtypeStruct(center.shape, center.dtype), batch, data))
     return Fingerprint(reader.digest.hexdigest(), tuple(reader.objects), reader.is_traced)
+
+
+def shapes_of(problem: Problem) -> Hashable:
+    """Return structure, shapes and dtypes of a problem, on which programs depend beside the loss."""
+    leaves, treedef = jax.tree_util.tree_flatten(problem)
+    return treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 
 class _Reader:
@@ -134,7 +140,7 @@ class _Reader:
             name = equation.primitive.name
             self.text(name, variables(equation.invars), variables(equation.outvars))
             for key, parameter in sorted(equation.params.items()):
-                if not (name in DERIVATIVE_RULES and callable(parameter)):
+                if not name.startswith(WITH_RULES) or isinstance(parameter, ClosedJaxpr):
                     self.text(key)
                     self.value(parameter)
         self.text(variables(jaxpr.outvars))

@@ -234,7 +234,7 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
         target.objective, problem, None, "objective", budget_fge=budget, loss_full_flat=target.loss_full_flat
     )
     finished = run_fit(
-        programs_for(target.objective, config, target.loss_full_flat),
+        programs_for(target.objective, problem, config, target.loss_full_flat),
         problem,
         config,
         chain_keys,

@@ -30,7 +30,7 @@ from fastvi.inference.schedule import (
     negligible_nats,
 )
 
-CHUNK = 100  # steps between looks at the traces
+CHUNK = 100  # steps between looks at the traces, at most; half of that at least
 MAX_ADAPTIVE_WARMUP = 100  # steps; a run that stops by itself is not planned to last
 
 
@@ -154,15 +154,15 @@ def run_fit(
         The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are zero.
     """
     config = config.filled
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves((problem, chain_keys)))
-    if traced:
+    leaves = jax.tree_util.tree_leaves((problem, chain_keys, whitener_scale))
+    if stages.is_traced or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return Fit(*stages.whole(problem, chain_keys, whitener_scale), Clock().seconds, None)
     draws = config.steps * config.step_draws * chain_keys.size
     clock, programs = Clock(), stages.for_work(draws, problem.posterior.center.size)
     report = options.report or _silent
     report(Progress("curvature", 0, config.steps, float("nan")))
-    chunk = min(CHUNK, config.steps) if any(options) else config.steps
-    piece = min(chunk, config.eval_every) if config.tensorboard else chunk
+    chunk = chunk_length(config) if any(options) else config.steps
+    piece = _piece_length(config, chunk)
     course = clock.time(
         "adaptation", lambda: _begin(programs, problem, config, chain_keys, whitener_scale, options, piece)
     )
@@ -178,6 +178,22 @@ def run_fit(
     }
     rounds, warm = course.calibration_rounds, options.warm is not None
     return Fit(family, params, start, outcome, traces, rounds, clock.seconds, course.converged, warm, course.snapshots)
+
+
+def chunk_length(config: VIConfig) -> int:
+    """Return the length of chunks, of which one program makes all steps, with the fewest steps beyond the last.
+
+    Where snapshots are kept every chunk ends at one.
+    """
+    if config.tensorboard:
+        return min(config.steps, config.eval_every * max(1, CHUNK // config.eval_every))
+    steps = config.steps
+    return steps if steps <= CHUNK else min(range(CHUNK, CHUNK // 2 - 1, -1), key=lambda length: -steps % length)
+
+
+def _piece_length(config: VIConfig, chunk: int) -> int:
+    """Return the length of what one call of the program runs: a chunk, or the steps between snapshots."""
+    return min(chunk, config.eval_every) if config.tensorboard else chunk
 
 
 def _begin(
@@ -220,18 +236,18 @@ def _launch(
 ) -> tuple[AbstractFamily, State, Array]:
     """Run the launch, with the programs of the later stages compiling beside it."""
     _, problem, _, _, chain_keys = arguments
-    ahead = Ahead()
-    traced = programs.launch.trace(*arguments)
-    ahead.compile("launch", traced.lower())
-    family, state, _ = traced.out_info
-    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    horizon = Horizon(scalar, scalar, scalar)
-    ahead.compile("steps", programs.steps.lower(family, problem, state, chain_keys, step, horizon, length=chunk))
-    if stream is None:
-        ahead.compile("finish", programs.finish.lower(family, problem, state.params, chain_keys))
-    ahead.wait(("launch", "steps") if stream else ("launch", "steps", "finish"))
-    ahead.close()
+    with Ahead() as ahead:
+        traced = programs.launch.trace(*arguments)
+        ahead.compile("launch", traced.lower())
+        family, state, _ = traced.out_info
+        scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        horizon = Horizon(scalar, scalar, scalar)
+        lowered = programs.steps.lower(family, problem, state, chain_keys, step, horizon, length=chunk)
+        ahead.compile("steps", lowered)
+        if stream is None:
+            ahead.compile("finish", programs.finish.lower(family, problem, state.params, chain_keys))
+        ahead.wait(("launch", "steps") if stream else ("launch", "steps", "finish"))
     return programs.launch(*arguments)
 
 
@@ -252,7 +268,7 @@ def _run_chunks(
             problem = dataclasses.replace(problem, data=options.stream.window(course.done))
         length = min(chunk, course.phases[2] - course.done)
         horizon = Horizon(*(jnp.asarray(step, jnp.float32) for step in course.phases))
-        arguments = problem, keys, horizon, course.done + length
+        arguments = problem, keys, horizon, course.done + length, _piece_length(config, chunk)
         part = clock.time("sampling", lambda arguments=arguments: _advance(programs, config, course, *arguments))
         course.parts.append(part)
         elbo = np.concatenate([part["elbo"] for part in course.parts], axis=1)
@@ -266,20 +282,27 @@ def _run_chunks(
 
 
 def _advance(
-    programs: Programs, config: VIConfig, course: Course, problem: Problem, keys: Keys, horizon: Horizon, end: int
+    programs: Programs,
+    config: VIConfig,
+    course: Course,
+    problem: Problem,
+    keys: Keys,
+    horizon: Horizon,
+    end: int,
+    piece: int,
 ) -> dict[str, np.ndarray]:
-    """Run the steps up to `end`, with a snapshot of q after every `eval_every` of them where TensorBoard will ask."""
-    stride, pieces = config.eval_every if config.tensorboard else end, []
+    """Run the steps up to `end` in pieces, with a snapshot of q after each where TensorBoard will ask."""
+    pieces = []
     while course.done < end:
-        stop = min(end, (course.done // stride + 1) * stride)
+        length = min(piece, end - course.done)
         arguments = course.family, problem, course.state, keys, jnp.int32(course.done), horizon
-        course.state, piece = programs.steps(*arguments, length=stop - course.done)
-        pieces.append({name: np.asarray(trace) for name, trace in piece.items()})
-        course.done = stop
-        if config.tensorboard and stop % stride == 0:
+        course.state, traces = programs.steps(*arguments, length=piece)
+        pieces.append({name: np.asarray(trace)[:, :length] for name, trace in traces.items()})
+        course.done += length
+        if config.tensorboard and course.done % config.eval_every == 0:
             arrays = jax.device_get(_described(course.family, course.state.params))
-            course.snapshots.append(Snapshot(stop - 1, arrays))
-    return {name: np.concatenate([piece[name] for piece in pieces], axis=1) for name in pieces[0]}
+            course.snapshots.append(Snapshot(course.done - 1, arrays))
+    return {name: np.concatenate([part[name] for part in pieces], axis=1) for name in pieces[0]}
 
 
 @jax.jit

@@ -111,7 +111,8 @@ def run_steps(
 ) -> tuple[State, dict[str, Float[Array, "chains steps"]]]:
     """Run `length` steps on every chain.
 
-    Randomness depends on the chain's key and the step's index alone, so chunks of any length compose.
+    Randomness depends on the chain's key and the step's index alone, so chunks of any length compose. Steps beyond the
+    horizon's end leave the parameters as they are, so that chunks of one length make any number of steps.
 
     Args:
         family: The family.
@@ -148,7 +149,8 @@ def run_steps(
         updates = _scaled(updates, rules.rates, rate)
         params, cache = family.apply_updates(state.params, state.cache, updates)
         if config.prunes:
-            params, opt_state = _pruned(family, params, opt_state, config, step)
+            due = ((step + 1) % config.eval_every == 0) & (rate > 0)
+            params, opt_state = _pruned(family, params, opt_state, config, due)
         slow = jax.lax.cond(refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params)
         baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * _objective_value(family, value, draws)
         trace = {**_statistics(draws, value, grad), "grad_norm": gradient_norm(ascent)}
@@ -165,7 +167,7 @@ def run_steps(
         return carry, jnp.stack(list(trace.values()))
 
     steps = first_step + jnp.arange(length)
-    rates = learning_rate(config, horizon, steps)
+    rates = jnp.where(steps < horizon.end, learning_rate(config, horizon, steps), 0.0)
     plan = (steps, rates, elapsed_decay(horizon, steps), steps % config.eval_every == 0)
     # noise is drawn one step ahead: as part of the carry it is computed once, not again by each of its readers
     ahead = jax.vmap(randomness, in_axes=(0, None))(keys, first_step)
@@ -202,10 +204,10 @@ def _at_step(family, config: VIConfig, step):
     return dataclasses.replace(family, annealed=annealed(config, step)) if config.anneals else family
 
 
-def _pruned(family, params, opt_state, config: VIConfig, step):
-    """Prune after every `eval_every` steps."""
+def _pruned(family, params, opt_state, config: VIConfig, due):
+    """Prune where it is due."""
     return jax.lax.cond(
-        (step + 1) % config.eval_every == 0,
+        due,
         lambda p, o: prune(p, o, jnp.exp(family.log_weights(p)), config),
         lambda p, o: (p, o),
         params,

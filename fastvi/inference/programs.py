@@ -1,4 +1,4 @@
-"""The compiled stages of a fit: prepare, launch, steps, finish. One set for each objective and configuration."""
+"""The compiled stages of a fit: prepare, launch, steps, finish. One set for each loss, configuration and shapes."""
 
 import functools
 from collections.abc import Callable
@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
-from fastvi.compilation import cache_key, from_cache_key, quick_compilation
+from fastvi.compilation import PROGRAMS, quick_compilation
 from fastvi.config import VIConfig
 from fastvi.estimators.llc import Evaluation, evaluate, evaluation_draws, excess_at, make_excess_fn
 from fastvi.families import FAMILIES
+from fastvi.families.backends import BACKENDS
 from fastvi.families.base import AbstractFamily, Geometry
+from fastvi.fingerprint import fingerprint_loss, shapes_of
 from fastvi.geometry.start import Start, make_start, rank_limit
 from fastvi.inference.calibrate import calibrate_scale
 from fastvi.inference.loop import Problem, State, init_state, run_steps
@@ -22,7 +24,6 @@ from fastvi.objective import FlatObjective, call_full_loss, excess_loss, full_da
 
 # Draws of all steps and chains times dim up to which a second of compilation outweighs a quarter of the steps' time.
 QUICK_WORK = 1e8
-CACHED_PROGRAMS = 32  # sets of compiled stages kept; each holds its objective alive
 
 
 class Outcome(NamedTuple):
@@ -65,26 +66,36 @@ class Stages(NamedTuple):
         compiled: Compiled for speed.
         whole: `(problem, chain_keys, whitener_scale)` -> family, params, Start, Outcome, traces, rounds: a fit of fixed
             length as one program, for use inside a trace.
+        is_traced: Whether the loss closes over values of an enclosing trace: then only `whole` can be used.
     """
 
     quick: Programs
     compiled: Programs
     whole: Callable[..., tuple[AbstractFamily, Any, Start, Outcome, dict[str, Array], Scalar]]
+    is_traced: bool = False
 
     def for_work(self, draws: int, dim: int) -> Programs:
         """Return the compiled stages, with steps that compile sooner and run slower where they make few draws."""
         return self.quick if draws * dim <= QUICK_WORK else self.compiled
 
 
-def programs_for(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> Stages:
-    """Return the stages for these functions; the same functions and configuration share them, compiled."""
-    return _build(cache_key(objective), config.filled, loss_full_flat)
+def programs_for(
+    objective: FlatObjective, problem: Problem, config: VIConfig, loss_full_flat: Callable | None = None
+) -> Stages:
+    """Return the stages; functions that compute the same share them, compiled, for one configuration and shapes.
+
+    The stages call the functions as long as somebody else holds them: what is not compiled by then cannot be.
+    """
+    loss, config = fingerprint_loss(objective, problem, loss_full_flat), config.filled
+    if loss.is_traced:
+        return _build(objective, config, loss_full_flat)._replace(is_traced=True)
+    # a family or a backend that is registered anew under an old name is another one
+    key = ("fit", config, shapes_of(problem), FAMILIES[config.family], BACKENDS.get(config.backend))
+    functions = (objective, loss_full_flat)
+    return PROGRAMS.find(loss, key, functions, lambda objective, full: _build(objective, config, full))
 
 
-@functools.lru_cache(maxsize=CACHED_PROGRAMS)
 def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) -> Stages:
-    objective = from_cache_key(objective)
-
     def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
         key_subset, key_start = jax.random.split(key)
         subset = problem.data

@@ -13,7 +13,8 @@ import numpy as np
 
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float
-from fastvi.compilation import cache_key, from_cache_key, quick_compilation
+from fastvi.compilation import PROGRAMS, quick_compilation
+from fastvi.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.inference.driver import AbstractStream
 from fastvi.inference.loop import Problem
 from fastvi.objective import (
@@ -54,10 +55,16 @@ def look_at_target(
         if traced:
             raise DataError(f"{name} returns (losses, weights), whose mean weight must be known before jit or vmap.")
         problem, passes = _weigh(objective, problem, stream, name), LOSS_COST
-    if traced:
+    loss = fingerprint_loss(objective, problem)
+    if traced or loss.is_traced:
         return problem, LossLook()
+    if fingerprint_loss(objective, problem) != loss:
+        raise DataError(
+            f"{name} is not deterministic: traced twice, it computes different things. Draw random numbers with a fixed "
+            "jax key, not with random or numpy.random, and change no state that it reads."
+        )
     center, posterior = problem.posterior.center, problem.posterior
-    programs = _programs(cache_key(objective))
+    programs = _programs(objective, problem, loss)
     look = look_at_loss(
         programs,
         center,
@@ -138,13 +145,16 @@ def _check_full_loss(programs: LossPrograms, problem: Problem, loss_full_flat: C
     return 2 * LOSS_COST * order.size
 
 
-@functools.lru_cache(maxsize=32)
-def _programs(key: Any) -> LossPrograms:
-    objective, options = from_cache_key(key), quick_compilation()
-    return LossPrograms(
-        jax.jit(functools.partial(value_and_grad, objective), compiler_options=options),
-        jax.jit(objective.loss, compiler_options=options),
-    )
+def _programs(objective: FlatObjective, problem: Problem, loss: Fingerprint) -> LossPrograms:
+    """Return the loss and its gradient, compiled; objectives that compute the same share them."""
+
+    def build(objective: Any) -> LossPrograms:
+        jit = functools.partial(jax.jit, compiler_options=quick_compilation())
+        return LossPrograms(
+            jit(lambda w, batch: value_and_grad(objective, w, batch)), jit(lambda w, batch: objective.loss(w, batch))
+        )
+
+    return PROGRAMS.find(loss, ("look", shapes_of(problem)), (objective,), build)
 
 
 def _resolution(objective: FlatObjective, center: Float[Array, " dim"], batch: Batch) -> float:

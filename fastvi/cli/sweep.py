@@ -71,10 +71,12 @@ class Sweep:
                 outcome = run_cell(cell, folder, problem, observe, progress=not self.quiet)
                 tell(f"{label}: {outcome.words}")
                 outcomes.append(outcome)
-            written, trouble = _write(outcomes, folder)
-        tell("")
-        for line in format_table([outcome.row for outcome in outcomes]):
-            say(line)
+            try:
+                written, trouble = _write(outcomes, folder)
+            finally:  # whatever a figure fails with, the table is told
+                tell("")
+                for line in format_table([outcome.row for outcome in outcomes]):
+                    say(line)
         tell("")
         tell(f"written: {', '.join(map(str, written)) or 'nothing'}")
         if trouble is not None:

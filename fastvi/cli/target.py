@@ -48,7 +48,7 @@ def resolve(target: str, *, trust: bool) -> Resolved:
         ConfigError: If the target is neither, or a run folder's without trust.
         DataError: If the folder remembers no target, or is damaged.
     """
-    if not Path(target).is_dir():
+    if not target or not Path(target).is_dir():
         return Resolved(check_target(target))
     record = read_record(target)
     named = record.origin.target

@@ -17,7 +17,7 @@ from fastvi.diagnostics.health import SEVERITIES, Finding
 RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
 FORMAT, VERSION = "fastvi estimate", 1
 HEADER = ("format", "version", "arrays_digest")
-# and the prefix of their names there
+# fields of arrays by name, and the prefix of their names in the file
 ARRAY_GROUPS = {"traces": "trace_", "draws": "draw_", "family_arrays": "family_", "snapshots": "snapshot_"}
 SINGLE_ARRAYS = ("log_weights", "walk_llc")
 NON_FINITE = ("nan", "inf", "-inf")

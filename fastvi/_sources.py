@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvi import _checks as checks
+from fastvi._errors import ConfigError
 from fastvi.basis import Basis
 
 
@@ -33,7 +34,11 @@ def read(source: Any) -> dict[Any, Any]:
     """Read any source of `VIConfig.create`, unwrapping a `vi` entry."""
     source = checks.plain(source)
     if isinstance(source, (str, os.PathLike)):
-        source = _load_yaml(Path(source))
+        path, source = Path(source), _load_yaml(Path(source))
+        if source is not None and not isinstance(source, Mapping):
+            raise ConfigError(
+                f"source must be a YAML file of names; {str(path)!r} holds {source!r:.60}: give names with values"
+            )
     found = {} if source is None else entries("source", source, "give names with values, or a path")
     if "vi" not in found:
         return found
@@ -47,8 +52,9 @@ def _load_yaml(path: Path) -> Any:
     try:
         return parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        fix = f"check the path and the file ({_said(error)})"
-        raise checks.refusal("source", "the path of a YAML file", str(path), fix) from error
+        raise ConfigError(
+            f"source must be the path of a YAML file; got {str(path)!r}: check the path and the file ({_said(error)})"
+        ) from error
 
 
 def parse_yaml(text: str) -> Any:

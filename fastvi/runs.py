@@ -67,13 +67,11 @@ class Origin:
 def check_target(target: Any) -> str:
     """Return a target of the form `module:function`, or raise ConfigError."""
     module, _, function = target.partition(":") if isinstance(target, str) else ("", "", "")
-    if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        fix = ""
-        if module.endswith(".py") or "/" in module:
-            fix = " Write a.b:f for the function f of the file a/b.py."
+    is_path = module.endswith(".py") or "/" in module
+    if is_path or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise ConfigError(
             "TARGET must be module:function, whose function returns (loss_fn, params, data), or a run folder; got "
-            f"{target!r}.{fix}"
+            f"{target!r}." + (" Write a.b:f for the function f of the file a/b.py." if is_path else "")
         )
     return target
 
@@ -258,9 +256,12 @@ def read_settings(folder: Path) -> VIConfig:
     """Read the configuration of a run folder.
 
     Raises:
-        ConfigError: If it is damaged.
+        DataError: If it is damaged.
     """
-    return VIConfig.create(folder / CONFIG_FILE)
+    try:
+        return VIConfig.create(folder / CONFIG_FILE)
+    except ConfigError as error:
+        raise files.damaged(folder / CONFIG_FILE, f"cannot be used: {error}", WAY_OUT) from error
 
 
 def listing(folder: Path) -> list[str]:

@@ -7,16 +7,19 @@ from typing import Any
 
 import jax
 
-from fastvi._arguments import as_key
+from fastvi._arguments import DEFAULT_BATCH_SIZE, as_key, check_dtype, settle_localization
 from fastvi._claim import claimed
 from fastvi._terminal import warn
-from fastvi.api import assemble, estimate_llc
-from fastvi.cli.target import Problem, Resolved, load, parse_settings, resolve, settle_localization
+from fastvi.api import estimate_llc
+from fastvi.cli.target import Problem, Resolved, load, parse_settings, resolve
 from fastvi.config import VIConfig
 from fastvi.demos.base import Say
 from fastvi.identity import differing, digest_tree, observe_loss
+from fastvi.objective import check_data, ravel_loss
 from fastvi.result import LLCEstimate
 from fastvi.runs import Origin, check_packages, keep_and_tell
+from fastvi.streaming import HostStream, is_stream
+from fastvi.target.look import weigh_other_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +104,20 @@ def observe_problem(problem: Problem, config: VIConfig) -> dict[str, Any]:
     Raises:
         DataError: If loss, parameters or data cannot be used.
     """
-    settings = VIConfig(dtype=config.dtype)
-    target = assemble(*problem, nbeta=1.0, localization=1.0, config=settings, key=as_key(0))
-    first = jax.tree_util.tree_map(lambda leaf: leaf[: target.problem.batch_size], target.problem.data)
+    dtype = check_dtype(config)
+    objective, center = ravel_loss(problem.loss_fn, problem.params, dtype)
+    if is_stream(problem.data):
+        stream = HostStream(problem.data, dtype, as_key(0), DEFAULT_BATCH_SIZE)
+        data, num_data = stream.window(0), stream.num_data
+    else:
+        data, num_data = check_data(problem.data, dtype=dtype)
+    weighed = weigh_other_data(objective, center, data, "loss_fn")
+    first = jax.tree_util.tree_map(lambda leaf: leaf[:DEFAULT_BATCH_SIZE], weighed)
     return {
-        "params": digest_tree(target.problem.posterior.center),
-        "data": digest_tree(target.problem.data),
-        "n_data": target.problem.num_data,
-        **observe_loss(target.objective, target.problem.posterior.center, first),
+        "params": digest_tree(center),
+        "data": digest_tree(data),
+        "n_data": num_data,
+        **observe_loss(objective, center, first),
     }
 
 

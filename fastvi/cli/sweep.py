@@ -14,6 +14,7 @@ from urllib.parse import quote
 import jax
 
 from fastvi import _files as files
+from fastvi._arguments import settle_localization
 from fastvi._claim import ORIGIN_FILE, SWEEP, claimed
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
 from fastvi._optional import import_optional
@@ -22,7 +23,7 @@ from fastvi._terminal import warn
 from fastvi.cli.llc import estimate_origin, observe_problem
 from fastvi.cli.sweep_figure import draw_sweep
 from fastvi.cli.table import describe, format_table, write_csv
-from fastvi.cli.target import Problem, load, resolve, settle_localization
+from fastvi.cli.target import Problem, load, resolve
 from fastvi.config import VIConfig
 from fastvi.demos.base import Say
 from fastvi.identity import differing
@@ -71,10 +72,12 @@ class Sweep:
                 outcome = run_cell(cell, folder, problem, observe, progress=not self.quiet)
                 tell(f"{label}: {outcome.words}")
                 outcomes.append(outcome)
-            written, trouble = _write(outcomes, folder)
-        tell("")
-        for line in format_table([outcome.row for outcome in outcomes]):
-            say(line)
+            try:
+                written, trouble = _write(outcomes, folder)
+            finally:  # whatever a figure fails with, the table is told
+                tell("")
+                for line in format_table([outcome.row for outcome in outcomes]):
+                    say(line)
         tell("")
         tell(f"written: {', '.join(map(str, written)) or 'nothing'}")
         if trouble is not None:

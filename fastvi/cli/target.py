@@ -48,7 +48,7 @@ def resolve(target: str, *, trust: bool) -> Resolved:
         ConfigError: If the target is neither, or a run folder's without trust.
         DataError: If the folder remembers no target, or is damaged.
     """
-    if not Path(target).is_dir():
+    if not target or not Path(target).is_dir():
         return Resolved(check_target(target))
     record = read_record(target)
     named = record.origin.target
@@ -161,17 +161,3 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(f"--set takes values as YAML writes them; got {pair!r}: {error}.") from error
     return settings
-
-
-def settle_localization(given: float | None, config: VIConfig, default: float) -> float:
-    """Return the localization: as given, else `gamma` of the configuration, else the default.
-
-    Raises:
-        ConfigError: If it is given in both places, and differs.
-    """
-    if given is not None and config.gamma is not None and given != config.gamma:
-        raise ConfigError(
-            f"the localization is given twice and differs: {given!r}, and gamma = {config.gamma!r} in the settings. "
-            "Leave one out."
-        )
-    return given if given is not None else config.gamma if config.gamma is not None else default

@@ -22,7 +22,7 @@ from fastvi.inference.driver import Fit, Progress
 from fastvi.inference.loop import Problem
 from fastvi.inference.schedule import few_dimensions_factor
 from fastvi.objective import TreeObjective
-from fastvi.progress import StatusLine
+from fastvi.progress import reporting
 from fastvi.result import LLCEstimate
 from fastvi.streaming import uncorrected
 
@@ -60,8 +60,9 @@ def correct(
     result: LLCEstimate,
     correction: str = "auto",
     *,
+    correction_error: float | None = None,
+    correction_budget: float | None = None,
     progress: bool | Callable[[Progress], None] = True,
-    **overrides: Any,
 ) -> LLCEstimate:
     """Turn the variational value of a finished estimate into the posterior's own.
 
@@ -75,15 +76,16 @@ def correct(
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
-        correction: "auto", "importance" or "mcmc".
+        correction: "auto", "importance" or "mcmc"; "none" returns the result as it is.
+        correction_error: As in `VIConfig`; what the result was estimated with when left out.
+        correction_budget: As in `VIConfig`; what the result was estimated with when left out.
         progress: Whether to show a status line on stderr, or a function that receives `Progress`.
-        **overrides: `correction_error` and `correction_budget` of `VIConfig`.
 
     Returns:
         A new estimate whose llc, llc_sem and findings are the corrected ones; `llc_vi` keeps the old value.
 
     Raises:
-        ConfigError: If an option is unknown or impossible.
+        ConfigError: If an option is impossible, or not one of this correction.
         DataError: If the result was loaded from disk and holds no fit.
 
     Cost:
@@ -92,21 +94,19 @@ def correct(
     fitted = result.fitted
     if fitted is None:
         raise DataError("this estimate holds no fit to go on from (it was loaded from disk). Run estimate_llc again.")
-    config = result.config.replace(correction=correction, **overrides)
-    if config.correction == "none":
+    recorded = _recorded(result, correction, correction_error, correction_budget)
+    if recorded.correction == "none":
         return result
+    config = recorded.filled
     if not fitted.problem.holds_all:
         uncorrected(config.correction)
     began, compiled = time.perf_counter(), CLOCK.seconds
     method, weights, khat = _choose(fitted, config)
-    status = StatusLine() if progress is True else None
-    report = status or (progress if callable(progress) else None)
     values = _reweight(fitted, weights) if method == "importance" else None
     too_rough = values is not None and values.llc_sem > config.correction_error * abs(values.llc)
     if values is None or (too_rough and config.correction == "auto"):
-        method, values = "mcmc", _sample(fitted, config, report)
-    if status is not None:
-        status.close()
+        with reporting(progress) as report:
+            method, values = "mcmc", _sample(fitted, config, report)
     details = {"method": method, "khat": khat, **values.details}
     work = {**result.work, "fge_correction": values.work}
     work["total_fge"] = result.work["total_fge"] + values.work
@@ -122,10 +122,18 @@ def correct(
         walk_llc=values.walk,
         work=work,
         timings=timings,
-        config=config,
+        config=recorded,
         fitted=fitted._replace(walked=values.walked or fitted.walked),
     )
     return dataclasses.replace(corrected, health=correction_findings(corrected))
+
+
+def _recorded(result: LLCEstimate, correction: str, error: float | None, budget: float | None) -> VIConfig:
+    """Return the result's configuration with this correction; one that has no use for a setting refuses it."""
+    asked: dict[str, Any] = {"correction": correction, "correction_error": error, "correction_budget": budget}
+    VIConfig.create(asked).check_available()
+    given = {name: value for name, value in asked.items() if value is not None}
+    return result.config.replace(**given).recorded
 
 
 class _Values(NamedTuple):

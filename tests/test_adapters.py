@@ -75,6 +75,14 @@ def test_haiku():
         "linear_1": {"w": jnp.asarray(W2), "b": jnp.asarray(B2)},
     }
     assert_same(haiku_loss(transformed, mean_squared), params, ("b1", "w1", "b2", "w2"))
+    keyless = haiku_loss(hk.without_apply_rng(transformed), mean_squared)
+    assert keyless(params, (X, Y)) == haiku_loss(transformed, mean_squared)(params, (X, Y))
+    with pytest.raises(fastvi.DataError, match="rng is given"):
+        haiku_loss(hk.without_apply_rng(transformed), mean_squared, rng=jax.random.key(0))
+    with pytest.raises(fastvi.DataError, match="state is given"):
+        haiku_loss(transformed, mean_squared, state={})
+    with pytest.raises(fastvi.DataError, match="transformed must be"):
+        haiku_loss(function, mean_squared)
 
 
 def test_haiku_with_state():
@@ -89,6 +97,8 @@ def test_haiku_with_state():
     loss_fn = haiku_loss(transformed, mean_squared, state={"~": {"shift": jnp.asarray(2.0)}})
     layer = params["linear"]
     assert state["~"]["shift"] == 0
+    keyless = haiku_loss(hk.without_apply_rng(transformed), mean_squared, state={"~": {"shift": jnp.asarray(2.0)}})
+    assert keyless(params, (X, Y)) == loss_fn(params, (X, Y))
     assert loss_fn(params, (X, Y)) == pytest.approx(float(mean_squared(2 + X @ layer["w"] + layer["b"], Y)), rel=1e-5)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastvi._typing import Array, Float, Int, Scalar
 from fastvi.inference.loop import Problem
-from fastvi.objective import FlatObjective, full_data_value_and_grad
+from fastvi.objective import FlatObjective, full_data_value_and_grad, value_and_grad
 
 MAX_BLOCKS = 64
 MIN_BLOCK = 16  # examples
@@ -59,7 +59,7 @@ def split_data(num_data: int, count: int, seed: int = 0) -> Int[np.ndarray, "blo
 def block_value_and_grad(objective: FlatObjective, problem: Problem, displacement, rows: Int[Array, " block_size"]):
     """Evaluate the mean loss of some examples and its gradient."""
     batch = jax.tree_util.tree_map(lambda leaf: leaf[rows], problem.data)
-    return objective.value_and_grad(problem.posterior.center + displacement, batch)
+    return value_and_grad(objective, problem.posterior.center + displacement, batch)
 
 
 def make_anchor(objective: FlatObjective, problem: Problem, displacement, reference_loss, index) -> Anchor:

@@ -14,6 +14,11 @@ from fastvi.objective import FlatObjective, full_data_hvp
 RELATIVE_CUTOFF = 1e-6  # singular values of the columns below this share of the largest are dropped
 
 
+def pairs_for(columns: int) -> int:
+    """Count the independent units that the coefficients of so many control variates take."""
+    return 4 * (columns + 1)
+
+
 class Regression(NamedTuple):
     """A mean corrected by control variates."""
 
@@ -28,7 +33,7 @@ def regress(values: Float[Array, " units"], columns: Float[Array, "units columns
     Coefficients come from one half of the units and are applied to the other, which keeps the mean unbiased.
     """
     units = values.shape[0]
-    if columns.shape[1] == 0 or units < 4 * (columns.shape[1] + 1):
+    if columns.shape[1] == 0 or units < pairs_for(columns.shape[1]):
         return Regression(jnp.mean(values), jnp.var(values, ddof=1), jnp.zeros(columns.shape[1], values.dtype))
     half = units // 2
     first, second = _coefficients(values[:half], columns[:half]), _coefficients(values[half:], columns[half:])

@@ -71,7 +71,7 @@ def make_start(
     hvp = hvp_operator(objective, center, curvature_batch)
     if whitener_scale is None:
         scale = whitening_scale(
-            config.whitening, key_whiten, objective, posterior, next_batch, hvp, config.whitening_decay
+            config.whitening, key_whiten, objective, posterior, next_batch, hvp, config.filled.whitening_decay
         )
     else:
         scale = whitener_scale

@@ -153,6 +153,7 @@ def run_fit(
     Returns:
         The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are zero.
     """
+    config = config.filled
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves((problem, chain_keys)))
     if traced:
         return Fit(*stages.whole(problem, chain_keys, whitener_scale), Clock().seconds, None)

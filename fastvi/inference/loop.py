@@ -14,7 +14,7 @@ from fastvi.inference.annealing import annealed
 from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer, scale
 from fastvi.inference.pruning import prune
 from fastvi.kernels.noise import words
-from fastvi.objective import FlatObjective
+from fastvi.objective import FlatObjective, value_and_grad
 from fastvi.posterior import LocalPosterior
 
 BASELINE_DECAY = 0.95
@@ -72,7 +72,7 @@ def evaluate_target(
     """Evaluate log p and its gradient at every draw, on one batch."""
 
     def one(displacement):
-        loss, grad = objective.value_and_grad(posterior.center + displacement, batch)
+        loss, grad = value_and_grad(objective, posterior.center + displacement, batch)
         return posterior.log_density(displacement, loss), posterior.log_density_grad(displacement, grad)
 
     if draws.displacement.shape[0] == 1:
@@ -95,7 +95,7 @@ def init_state(family: AbstractFamily, params: PyTree, config: VIConfig) -> Stat
 
 def draw_groups(config: VIConfig) -> int:
     """Count the independent draws of a step."""
-    return num_groups(config.step_draws, config.antithetic)
+    return num_groups(config.step_draws, config.mirrors)
 
 
 def run_steps(
@@ -143,7 +143,7 @@ def run_steps(
         draws = family.transform(state.params, noise, mirror=groups < num_draws, cache=state.cache)
         value, grad = evaluate_target(objective, problem.posterior, draws, batch)
         baseline = jnp.where(step == 0, jnp.mean(value - draws.log_prob), state.baseline)
-        ascent = family.ascent(state.params, draws, value, grad, baseline, antithetic=config.antithetic)
+        ascent = family.ascent(state.params, draws, value, grad, baseline, antithetic=config.mirrors)
         updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=elapsed)
         updates = _scaled(updates, rules.rates, rate)
         params, cache = family.apply_updates(state.params, state.cache, updates)

@@ -18,7 +18,7 @@ from fastvi.inference.calibrate import calibrate_scale
 from fastvi.inference.loop import Problem, State, init_state, run_steps
 from fastvi.inference.optimizer import Horizon, fixed_phases
 from fastvi.inference.sharding import data_parallel_loss, over_devices
-from fastvi.objective import FlatObjective, excess_loss, full_data_loss
+from fastvi.objective import FlatObjective, call_full_loss, excess_loss, full_data_loss
 
 # Draws of all steps and chains times dim up to which a second of compilation outweighs a quarter of the steps' time.
 QUICK_WORK = 1e8
@@ -78,7 +78,7 @@ class Stages(NamedTuple):
 
 def programs_for(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> Stages:
     """Return the stages for these functions; the same functions and configuration share them, compiled."""
-    return _build(cache_key(objective), config, loss_full_flat)
+    return _build(cache_key(objective), config.filled, loss_full_flat)
 
 
 @functools.lru_cache(maxsize=CACHED_PROGRAMS)
@@ -131,7 +131,7 @@ def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Call
         reference_loss = (
             mean_loss(objective, problem.posterior.center, problem.data)
             if loss_full_flat is None
-            else loss_full_flat(problem.posterior.center)
+            else call_full_loss(loss_full_flat, problem.posterior.center, problem.data)
         )
         return conclude(family, problem, params, keys, None, reference_loss)
 
@@ -149,7 +149,7 @@ def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Call
                 reference_loss,
                 chain_key,
                 num_draws=config.evaluation_draws,
-                control_variate=config.control_variate,
+                control_variate=config.control_variate or "auto",
                 trace_probes=config.trace_probes,
                 excess=chain_excess,
             )

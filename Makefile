@@ -9,7 +9,7 @@ SOURCES := $(wildcard fastvi tests bench)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow lint format bench gate docs check
+.PHONY: help demo test slow lint format bench benchall gate docs check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -32,8 +32,11 @@ format: $(VENV)/.stamp-lint  ## apply the style that lint checks
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(VENV)/.stamp-bench  ## run the benchmarks
+bench: $(VENV)/.stamp-bench  ## run the short benchmarks; BENCH_KEEP=1 keeps the rows for a commit
 	$(BIN)/python -m pytest bench/ --benchmark-only
+
+benchall: $(VENV)/.stamp-bench  ## run all benchmarks: 40 to 60 minutes
+	$(BIN)/python -m pytest bench/ --benchmark-only -m 'slow or not slow'
 
 gate: $(VENV)/.stamp-test  ## compare the cost of a small step with the committed one
 	$(BIN)/python -m pytest -q 'bench/bench_step.py::test_step[1000]' --benchmark-only

@@ -148,6 +148,7 @@ def elbo_row(name, kind, dim, elapsed, target, courses) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numpyro") is None, reason="needs numpyro")
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_elbo(benchmark):
     """Seconds, compilation included, to the ELBO that a default uncorrected fit ends with."""

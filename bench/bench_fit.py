@@ -10,6 +10,7 @@ import pytest
 from bench.bench_step import COMPONENTS, FACTOR_PASSES, RANK, fastvi_program, gradient_scan
 from bench.harness import Timing, against, peak_megabytes, record, score
 from bench.problems import BATCH, INPUTS, WIDTHS, tanh_network
+from bench.selection import sizes
 from fastvi import LocalPosterior, estimate_llc, make_flat_objective
 from fastvi.inference.loop import Problem
 
@@ -37,7 +38,7 @@ def least_megabytes(size, dim, problem, chains):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("size", list(ROUNDS))
+@pytest.mark.parametrize("size", sizes(ROUNDS))
 def test_chains_together(benchmark, size):
     objective, problem, _ = problem_of(size)
     dim = problem.posterior.center.size
@@ -55,6 +56,7 @@ def test_chains_together(benchmark, size):
     benchmark.pedantic(together, rounds=1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_large(benchmark):
     """d = 1e6, M = r = 8: what a step takes beyond its gradient, against seven copies' worth of the factors."""
@@ -83,7 +85,7 @@ def test_large(benchmark):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dim", SCALES)
+@pytest.mark.parametrize("dim", sizes(SCALES, short=300_000))
 def test_scale(benchmark, dim):
     """Time and memory of a step where the gradient costs next to nothing, for the law in d."""
     steps = 3

@@ -102,6 +102,7 @@ if importlib.util.find_spec("flowjax") is not None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [two_moons, rings, digits], ids=lambda make: make.__name__)
 def test_density(benchmark, make):
     def measure():

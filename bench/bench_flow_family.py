@@ -20,6 +20,7 @@ from fastvi.inference.optimizer import Horizon
 from fastvi.objective import make_flat_objective
 from fastvi.posterior import LocalPosterior
 
+pytestmark = pytest.mark.slow
 COUNT = 1000
 NBETA = COUNT / math.log(COUNT)
 ASKED_KHAT, ASKED_STEP, ASKED_QUADRATIC = 0.7, 1.5, 3.0  # at most; a step of the MFA family's, percent

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from bench.harness import against, record, score
+from bench.selection import sizes
 from fastvi import flows
 
 LAYERS, HIDDEN, BATCH, BINS = 8, 64, 1024, 8
@@ -128,7 +129,7 @@ def measure(dim, methods, names, rounds):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dim", list(ROUNDS))
+@pytest.mark.parametrize("dim", sizes(ROUNDS, short=8))
 def test_flows(benchmark, dim):
     names = ("sample_and_log_prob", "log_prob", "grad_log_prob", "grad_sample")
     record("flows", measure(dim, METHODS, names, ROUNDS[dim]))
@@ -137,6 +138,7 @@ def test_flows(benchmark, dim):
     benchmark.pedantic(lambda: jax.block_until_ready(sample(flow[2], jax.random.key(0))), rounds=3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SLOW_TO_COMPILE, reason="nflojax is not installed")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dim", [8])

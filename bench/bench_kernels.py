@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from bench.harness import against, bytes_accessed, record, score
-from fastvi.kernels import mixture_grad, woodbury
+from fastvi.kernels import hutchinson, mixture_grad, woodbury
 from fastvi.kernels.noise import normal
 
-COMPONENTS, RANK = 8, 8
+COMPONENTS, RANK, PROBES = 8, 8, 16
 SIZES = (100_000, 1_000_000)
 ROUNDS = {100_000: 15, 1_000_000: 5}
 ASKED = {"draw": 2.0, "update_factors": 2.0}
@@ -33,9 +33,22 @@ def kernels(dim):
     grams = jax.jit(woodbury.grams)(parameters)
     key, labels = jax.random.key(1), jnp.asarray([3])
     left, right = jnp.ones((1, 1, RANK)), noise.eps[None, None]
+    probes = hutchinson.rademacher(key, PROBES, dim)
     return {
         # factors are read to project, and again for the score; the density decides the weights in between
         "draw": (woodbury.draw, (parameters, grams, noise), 2 * factor_bytes + 6 * vector),
+        "log_prob": (woodbury.log_prob, (parameters, grams, noise.eps), factor_bytes + 2 * vector),
+        # of a diagonal operator, which is read again for every probe
+        "hutchinson.diagonal": (
+            lambda probes, entries: hutchinson.diagonal(lambda v: entries * v, probes),
+            (probes, noise.eps),
+            (2 * PROBES + 1) * vector,
+        ),
+        "hutchinson.trace_samples": (
+            lambda probes, entries: hutchinson.trace_samples(lambda v: entries * v, probes),
+            (probes, noise.eps),
+            2 * PROBES * vector,
+        ),
         "factor_grams": (woodbury.factor_grams, (parameters.factors,), factor_bytes),
         "update_factors": (
             mixture_grad.update_factors,

@@ -11,6 +11,7 @@ import pytest
 
 from bench.harness import bytes_accessed, compared, in_turn, peak_megabytes, record, score
 from bench.problems import BATCH, tanh_network
+from bench.selection import sizes
 from fastvi import LocalPosterior, VIConfig, make_flat_objective
 from fastvi.inference.loop import Problem, init_state
 from fastvi.inference.optimizer import Horizon
@@ -209,7 +210,7 @@ def peer_rows(samples, dim):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("size", list(ASKED))
+@pytest.mark.parametrize("size", sizes(ASKED))
 def test_step(benchmark, size):
     loss, center, data = tanh_network(size)
     num_data = data[1].size

@@ -4,10 +4,11 @@ import jax
 
 from bench import harness
 
+ROOT = harness.RESULTS.parent.parent
 jax.config.update("jax_enable_compilation_cache", False)
 
 
 def pytest_terminal_summary(terminalreporter):
     for table, rows in harness.TABLES.items():
-        terminalreporter.section(f"{table} (appended to bench/results/{table}.csv)")
+        terminalreporter.section(f"{table} (appended to {harness.folder().relative_to(ROOT)}/{table}.csv)")
         terminalreporter.write_line(harness.as_text(rows))

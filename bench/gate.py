@@ -1,4 +1,6 @@
-"""Compare the ratios of the latest run with those committed before: python -m bench.gate [--allow 1.3].
+"""Compare the ratios of the latest run with those before it: python -m bench.gate [--allow 1.3].
+
+Runs of this machine (bench/runs) count beside the committed rows (bench/results).
 
 Ratios alone are compared, never seconds, and only between runs on the same kind of device and processor. A row fails
 when its 20 % point lies above the earlier rows' 80 % point times `--allow`. Without an earlier row there is nothing to
@@ -9,13 +11,14 @@ import argparse
 import csv
 import sys
 
-from bench.harness import RESULTS
+from bench.harness import RESULTS, RUNS
 
 ALLOWED = 1.3  # runs of the same code on a shared machine differ by as much
 
 
-def load(path=RESULTS / "ratios.csv"):
-    """Return the rows, oldest first."""
+def load(folder=RESULTS):
+    """Return the rows of a folder, oldest first; the committed ones if none is named."""
+    path = folder / "ratios.csv"
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -49,9 +52,9 @@ def main(arguments=None):
     parser.add_argument("--allow", type=float, default=ALLOWED, help="factor on the earlier 80 %% point")
     parser.add_argument("--date", help="run to judge, as in the column; the latest when left out")
     options = parser.parse_args(arguments)
-    rows = load()
+    rows = sorted(load() + load(RUNS), key=lambda row: row["date"])
     if not rows:
-        print("bench/results/ratios.csv has no rows: run pytest bench/ --benchmark-only first")
+        print("there are no rows of ratios.csv: run pytest bench/ --benchmark-only first")
         return 1
     results = compare(rows, options.date or max(row["date"] for row in rows), options.allow)
     for (group, name, size, *_), verdict, ratio, bound in results:

@@ -1,4 +1,4 @@
-"""What every benchmark shares: alternating timings, rows in bench/results, and a memory-bandwidth yardstick."""
+"""What every benchmark shares: alternating timings, rows in files, and a memory-bandwidth yardstick."""
 
 import csv
 import datetime
@@ -16,7 +16,9 @@ import numpy as np
 
 import fastvi
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parent / "results"  # committed
+RUNS = pathlib.Path(__file__).parent / "runs"  # ignored by git
+KEEP = "BENCH_KEEP"  # environment variable that asks for rows to commit
 DETAILS = ("asked", "peak_mb", "compile_s", "moved_mb", "least_mb")
 TABLES: dict[str, list[dict[str, Any]]] = {}  # rows of this run, printed by conftest.py at its end
 
@@ -127,8 +129,13 @@ def bytes_accessed(compiled: Any) -> float:
     return float(analysis.get("bytes accessed", float("nan")))
 
 
+def folder() -> pathlib.Path:
+    """Return where rows go: bench/runs, or bench/results where BENCH_KEEP asks for rows to commit."""
+    return RESULTS if os.environ.get(KEEP, "0") not in ("", "0") else RUNS
+
+
 def record(table: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows to bench/results/<table>.csv, each followed by when, where and on what code it was measured.
+    """Append rows to <table>.csv in `folder()`, each followed by when, where and on what code it was measured.
 
     Raises:
         ValueError: If the file holds other columns.
@@ -137,8 +144,8 @@ def record(table: str, rows: Sequence[Mapping[str, Any]]) -> None:
     context["copy_gb_per_s"] = _rounded(copy_bandwidth())
     full = [{**{name: _rounded(value) for name, value in row.items()}, **context} for row in rows]
     TABLES.setdefault(table, []).extend(dict(row) for row in rows)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{table}.csv"
+    path = folder() / f"{table}.csv"
+    path.parent.mkdir(exist_ok=True)
     columns = list(full[0])
     is_new = not path.exists()
     if not is_new:

@@ -31,7 +31,7 @@ def entries(name: str, value: Any, fix: str) -> dict[Any, Any]:
 
 
 def read(source: Any) -> dict[Any, Any]:
-    """Read any source of `VIConfig.create`, unwrapping a `vi` entry."""
+    """Read any source of `VIConfig.create`, unwrapping a `vi` or an `overrides` entry."""
     source = checks.plain(source)
     if isinstance(source, (str, os.PathLike)):
         path, source = Path(source), _load_yaml(Path(source))
@@ -40,12 +40,15 @@ def read(source: Any) -> dict[Any, Any]:
                 f"source must be a YAML file of names; {str(path)!r} holds {source!r:.60}: give names with values"
             )
     found = {} if source is None else entries("source", source, "give names with values, or a path")
-    if "vi" not in found:
+    block = next((name for name in ("vi", "overrides") if name in found), None)
+    if block is None:
         return found
-    vi = found.pop("vi")
+    inner = found.pop(block)
     if found not in ({}, {"name": "vi"}):
-        raise checks.refusal("source", "alone in vi, or beside name: vi", found, "give the vi entry by itself")
-    return {} if vi is None else entries("vi", vi, "give names with values")
+        raise checks.refusal(
+            "source", f"alone in {block}, or beside name: vi", found, f"give the {block} entry by itself"
+        )
+    return {} if inner is None else entries(block, inner, "give names with values")
 
 
 def _load_yaml(path: Path) -> Any:

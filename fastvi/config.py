@@ -185,7 +185,8 @@ class VIConfig(_CheckedFields):
         whitening_decay: Decay of the moving average of squared gradients.
         use_whitening: False turns `whitening_mode` off.
         dtype: Floating-point type of the fit.
-        tensorboard: Whether `LLCEstimate.save` writes events for TensorBoard beside the traces.
+        tensorboard: Whether `LLCEstimate.save` writes events for TensorBoard beside the traces, for which
+            `estimate_llc` then keeps the shape of q after every `eval_every` steps.
         gamma: Localization strength; when given it must equal the one passed to the fit.
         backend: Library of the flow: "native", "flowjax", "nux" or one that `register_backend` was given.
         d_latent: Dimensions that the flow acts on; "auto" means all of up to 64, else 8.
@@ -262,7 +263,8 @@ class VIConfig(_CheckedFields):
 
         Args:
             source: None, a VIConfig, another dataclass instance, a mapping, an OmegaConf DictConfig, a
-                namespace, or the path of a YAML file. A `vi` entry, alone or beside `name: vi`, is unwrapped.
+                namespace, or the path of a YAML file. A `vi` or an `overrides` entry, alone or beside `name: vi`, is
+                unwrapped.
             **overrides: Fields, aliases included. A `flow` mapping replaces only the entries it names.
 
         Raises:

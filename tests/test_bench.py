@@ -42,6 +42,21 @@ def test_the_gate_compares_like_with_like():
     assert not gate.compare([row("1", "1", "1", "1"), row("2", "9", "9", "9", asked="")], "2", 1.3)
 
 
+def test_rows_stay_out_of_the_checkout_unless_asked_for(monkeypatch, tmp_path):
+    committed, own = tmp_path / "results", tmp_path / "runs"
+    monkeypatch.setattr(harness, "RESULTS", committed)
+    monkeypatch.setattr(harness, "RUNS", own)
+    monkeypatch.setattr(harness, "copy_bandwidth", lambda: 1.0)
+    monkeypatch.setattr(harness, "TABLES", {})
+    for keep, folder in (("", own), ("0", own), ("1", committed)):
+        monkeypatch.setenv(harness.KEEP, keep)
+        harness.record("ratios", [{"name": "a", "ratio": 1.0}])
+        assert (folder / "ratios.csv").is_file()
+    assert [len(gate.load(folder)) for folder in (own, committed)] == [2, 1]
+    ignored = (harness.pathlib.Path(harness.__file__).parents[1] / ".gitignore").read_text().splitlines()
+    assert "/bench/runs/" in ignored
+
+
 def test_ratios_are_formed_round_by_round(monkeypatch):
     times = iter([1.0, 2.0, 10.0, 20.0, 4.0, 8.0])  # a machine that slows down and recovers
     monkeypatch.setattr(harness, "seconds", lambda call: next(times))

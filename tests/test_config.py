@@ -169,6 +169,15 @@ def test_empty_sources_give_the_defaults(source):
     assert VIConfig.create(source) == VIConfig()
 
 
+@pytest.mark.parametrize("beside", [{"name": "vi"}, {}])
+def test_overrides_of_a_sampler_entry_are_unwrapped(beside):
+    source = {**beside, "overrides": {"M": 3, "algo": "flow", "flow_depth": 2, "gamma": 1e-3}}
+    expected = VIConfig(M=3, family="flow", flow=FlowConfig(depth=2), gamma=1e-3)
+    assert VIConfig.create(source) == expected
+    assert VIConfig.create(OmegaConf.create(source)) == expected
+    assert VIConfig.create({**beside, "overrides": None}) == VIConfig()
+
+
 def test_empty_yaml_file_gives_the_defaults(tmp_path):
     (tmp_path / "vi.yaml").write_text("")
     assert VIConfig.create(tmp_path / "vi.yaml") == VIConfig()
@@ -390,6 +399,9 @@ def test_keywords_are_checked_like_sources():
         ({"name": "sgld", "vi": {}}, "give the vi entry by itself"),
         ({"M": 3, "vi": {}}, "give the vi entry by itself"),
         ({"vi": 3}, "give names with values"),
+        ({"name": "sgld", "overrides": {}}, "give the overrides entry by itself"),
+        ({"vi": {}, "overrides": {}}, "give the vi entry by itself"),
+        ({"overrides": 3}, "give names with values"),
         ({1: 2}, "remove it"),
         ("no/such/file.yaml", "check the path"),
         ("M: 3\nr: 2", "check the path"),

@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -85,6 +86,33 @@ def test_examples_of_diagnostics_run(short_fits, capsys, tmp_path, monkeypatch):
     assert list((tmp_path / "runs" / "live").glob("events*"))
 
 
+def test_examples_of_draws_run(short_fits, capsys):
+    namespace = {}
+    for block in python_blocks(DOCS / "families.md"):
+        exec(compile(block, "families.md", "exec"), namespace)
+    out = capsys.readouterr().out
+    assert out.startswith("(1000, 2, 2) (1000, 5) True\n")
+    # log Z of the quadratic, and a bound on it
+    result = namespace["result"]
+    log_z = 2.5 * math.log(2 * math.pi / (result.nbeta + result.localization))
+    assert float(out.split("log Z ")[1].split()[0]) == pytest.approx(log_z, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [
+        (name, block)
+        for name in ("configuration.md", "vi_flow.md")
+        for block in re.findall(r"^```yaml\n(.*?)^```", (DOCS / name).read_text("utf-8"), re.S | re.M)
+    ],
+)
+def test_examples_of_configurations_are_read(page, block, tmp_path):
+    (tmp_path / "vi.yaml").write_text(block)
+    config = VIConfig.create(tmp_path / "vi.yaml")
+    assert config.family == ("flow" if "flow" in block else "mfa")
+    assert config != VIConfig()
+
+
 def test_examples_of_kernels_run(capsys):
     for block in python_blocks(DOCS / "kernels.md"):
         exec(compile(block, "kernels.md", "exec"), {})
@@ -98,6 +126,7 @@ def test_every_page_with_examples_is_run():
         "flows.md",
         "vi_flow.md",
         "diagnostics.md",
+        "families.md",
         "adapters.md",
         "llc-over-training.md",
         "kernels.md",

@@ -247,7 +247,7 @@ def main(arguments: list[str]) -> None:
             print(f"{name} {method}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         if rows:
             harness.record(TABLE, rows)
-            append_curves(curves)
+            append_curves(curves, harness.folder() / CURVES.name)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,9 @@ def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int, lo
     draws = config.evaluation_draws
     evaluation_hvp = 0
     if config.control_variate == "hvp":
-        rows = fit.family.num_moment_terms
+        rows = min(fit.family.num_moment_terms, problem.posterior.center.size)
         evaluation_hvp = num_chains * (draws + rows + config.trace_probes)
+    at_center = LOSS_COST if fit.outcome.slope is None else 1.0
     return Work(
         n_full_loss=num_chains * draws,
         n_minibatch_grads=steps * num_draws * num_chains,
@@ -59,11 +60,17 @@ def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int, lo
         n_cholesky_ridge=_concrete(fit.traces["cholesky_ridge"].sum()) if "cholesky_ridge" in fit.traces else 0,
         fge_look=look.sample_gradients / problem.num_data,
         fge_curvature=HVP_COST * subset * start_hvp
-        + (0.0 if fit.warm else subset)
         + share * (moment + CALIBRATION_DRAWS * _concrete(fit.calibration_rounds)),
         fge_fit=steps * num_draws * num_chains * share,
-        fge_evaluation=LOSS_COST * (num_chains * draws + 1) + HVP_COST * evaluation_hvp,
+        fge_evaluation=LOSS_COST * num_chains * draws + at_center + HVP_COST * evaluation_hvp,
         fge_per_step=num_draws * share,
+    )
+
+
+def with_losses(work: Work, losses: int) -> Work:
+    """Add losses on all data that looked at the curvature at w*."""
+    return dataclasses.replace(
+        work, n_full_loss=work.n_full_loss + losses, fge_curvature=work.fge_curvature + LOSS_COST * losses
     )
 
 

@@ -23,16 +23,17 @@ from fastvi._arguments import (
 from fastvi._data import check_data, is_stream, refuse_a_trace
 from fastvi._errors import DataError, NonFiniteError
 from fastvi._typing import Batch, Key, PyTree
-from fastvi.accounting import Work, count_work
+from fastvi.accounting import Work, count_work, with_losses
 from fastvi.compilation import CLOCK
 from fastvi.config import VIConfig
 from fastvi.correct import Fitted, correct
 from fastvi.diagnostics.health import Evidence, health_findings
 from fastvi.diagnostics.importance import assess_importance
-from fastvi.geometry.start import rank_limit
+from fastvi.geometry.minimum import Bottom, look_down, rounding_nats
+from fastvi.geometry.start import newton_decrement, rank_limit
 from fastvi.inference.driver import Fit, Options, Progress, Snapshot, run_fit
 from fastvi.inference.loop import Problem
-from fastvi.inference.programs import programs_for
+from fastvi.inference.programs import Outcome, programs_for
 from fastvi.inference.schedule import elbo_trend
 from fastvi.objective import TreeObjective, ravel_loss
 from fastvi.progress import reporting
@@ -189,29 +190,37 @@ def run_estimate(
     keeper = None
     if resume_from is not None:
         keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
+    stages = programs_for(objective, problem, plan)
     with reporting(progress) as report:
         options = Options(early_stop, report, warm and warm.fit, keeper, stream)
-        fit = run_fit(programs_for(objective, problem, plan), problem, plan, keys, options=options)
+        fit = run_fit(stages, problem, plan, keys, options=options)
+        bottom = look_down(
+            stages.compiled.excess_along,
+            problem.posterior,
+            fit.start,
+            float(fit.outcome.reference_loss),
+            stream.chunks if stream is not None else lambda: [(problem.data, problem.num_data)],
+        )
     timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}
-    result = _estimate(fit, problem, plan, count_work(fit, problem, plan, num_chains, look), timings)
-    if throw and _is_broken(result):
+    work = with_losses(count_work(fit, problem, plan, num_chains, look), bottom.losses)
+    result = _estimate(fit, problem, plan, work, timings, bottom)
+    if throw and _has(result, "non_finite"):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
     result = dataclasses.replace(result, fitted=Fitted(fit, problem, objective, keys, warm and warm.walked))
-    return (
-        result
-        if plan.correction == "none" or _is_broken(result)
-        else correct(
-            result,
-            plan.correction,
-            correction_error=settings.correction_error,
-            correction_budget=settings.correction_budget,
-            progress=progress,
-        )
+    if plan.correction == "none" or _has(result, "non_finite", "improper_posterior"):
+        return result
+    return correct(
+        result,
+        plan.correction,
+        correction_error=settings.correction_error,
+        correction_budget=settings.correction_budget,
+        progress=progress,
+        throw=throw,
     )
 
 
-def _is_broken(result: LLCEstimate) -> bool:
-    return bool(result.health) and result.health[0].name == "non_finite"
+def _has(result: LLCEstimate, *names: str) -> bool:
+    return any(finding.name in names for finding in result.health)
 
 
 def _plan(config: VIConfig, problem: Problem, num_chains: int | None) -> tuple[VIConfig, int]:
@@ -236,9 +245,11 @@ def _plan(config: VIConfig, problem: Problem, num_chains: int | None) -> tuple[V
     return plan, num_chains or (1 if prepares else DEFAULT_CHAINS)
 
 
-def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings: dict[str, float]) -> LLCEstimate:
+def _estimate(
+    fit: Fit, problem: Problem, config: VIConfig, work: Work, timings: dict[str, float], bottom: Bottom
+) -> LLCEstimate:
     """Move a finished fit to the host and interpret it."""
-    outcome, start = jax.device_get(fit.outcome), jax.device_get(fit.start)
+    outcome, start = jax.device_get(fit.outcome), fit.start
     evaluation = outcome.evaluation
     traces = {name: np.asarray(trace) for name, trace in fit.traces.items()}
     steps = traces["elbo"].shape[1]
@@ -247,7 +258,7 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
     within = float(np.sqrt(np.mean(evaluation.llc_sem.astype(float) ** 2) / chains))
     between = float(np.std(evaluation.llc, ddof=1) / np.sqrt(chains)) if chains > 1 else 0.0
     posterior = problem.posterior
-    evidence = _evidence(fit, problem, config, traces)
+    evidence = _evidence(fit, outcome, problem, config, traces, bottom)
     return LLCEstimate(
         llc=float(np.mean(evaluation.llc)),
         llc_sem=max(within, between),
@@ -265,8 +276,9 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
             "wanted_rank": int(start.wanted_rank),
             "explained": float(start.explained),
             "trace": float(start.trace),
-            "spectrum": np.asarray(start.spectrum, float)[: max(int(start.num_hvp), 0)].tolist(),
-            "newton_decrement": float(start.newton_decrement),
+            "spectrum": np.asarray(start.spectrum, float)[: int(start.num_values)].tolist(),
+            "newton_decrement": evidence.newton_decrement,
+            "lowest": bottom.curvature + float(posterior.gamma),
         },
         evaluation={
             name: np.asarray(getattr(evaluation, name), float).tolist()
@@ -290,10 +302,11 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
     )
 
 
-def _evidence(fit: Fit, problem: Problem, config: VIConfig, traces: dict[str, np.ndarray]) -> Evidence:
+def _evidence(
+    fit: Fit, outcome: Outcome, problem: Problem, config: VIConfig, traces: dict[str, np.ndarray], bottom: Bottom
+) -> Evidence:
     """Collect what findings are read from."""
-    outcome, start = jax.device_get(fit.outcome), jax.device_get(fit.start)
-    evaluation, posterior = outcome.evaluation, problem.posterior
+    start, evaluation, posterior = fit.start, outcome.evaluation, problem.posterior
     steps, trend = traces["elbo"].shape[1], elbo_trend(traces["elbo"])
     return Evidence(
         llc_per_chain=np.asarray(evaluation.llc, float),
@@ -307,11 +320,15 @@ def _evidence(fit: Fit, problem: Problem, config: VIConfig, traces: dict[str, np
         rank=int(start.rank),
         wanted_rank=int(start.wanted_rank),
         rank_limit=rank_limit(config, posterior.center.size, posterior.center.dtype.itemsize),
-        newton_decrement=float(start.newton_decrement),
+        newton_decrement=float(jax.jit(newton_decrement)(start, posterior, fit.outcome.slope)),
         importance=assess_importance(evaluation.log_weight),
         radius2=traces["radius2"],
         localization=float(posterior.gamma),
         dim=posterior.center.size,
+        excess=float(posterior.nbeta) * np.asarray(evaluation.excess, float),
+        rounding=rounding_nats(posterior, float(outcome.reference_loss)),
+        bottom=bottom,
+        in_memory=problem.holds_all,
         **_mixture_evidence(outcome.arrays, config),
     )
 

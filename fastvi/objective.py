@@ -416,7 +416,7 @@ def excess_loss(
 
 
 def full_data_value_and_grad(
-    objective: FlatObjective, w: Float[Array, " dim"], data: Batch, reference_loss: Scalar
+    objective: FlatObjective, w: Float[Array, " dim"], data: Batch, reference_loss: Scalar | float = 0.0
 ) -> tuple[Scalar, Float[Array, " dim"]]:
     """Evaluate `L_n(w) - reference_loss` and the gradient of L_n on all data, chunk by chunk."""
 

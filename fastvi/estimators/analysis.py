@@ -35,6 +35,13 @@ class Analysis:
     variance_reduction: float
     burn_in: int
     per_walker: Float[np.ndarray, " walkers"]
+    per_walker_sem: Float[np.ndarray, " walkers"]
+
+    @classmethod
+    def broken(cls, walkers: int) -> "Analysis":
+        """Return what records say that are not finite."""
+        nan, unknown = float("nan"), np.full(walkers, float("nan"))
+        return cls(nan, nan, nan, nan, nan, nan, nan, nan, nan, 0, unknown, unknown)
 
 
 def analyse(
@@ -73,6 +80,7 @@ def analyse(
         variance_reduction=float(kept.var() / max(adjusted.var(), 1e-300)),
         burn_in=burn,
         per_walker=per_walker,
+        per_walker_sem=np.array([standard_error(row[None]) for row in adjusted]),
     )
 
 

@@ -84,7 +84,8 @@ def evaluate(
         columns, expected = quadratic_columns(family, params, draws, pairs)
     else:
         columns, expected = jnp.zeros((2 * pairs, 0), contribution.dtype), jnp.zeros(0, contribution.dtype)
-    fit = regress(_pair_mean(contribution), _pair_mean(columns - expected))
+    doubt = trace_variance if control_variate == "hvp" else None
+    fit = regress(_pair_mean(contribution), _pair_mean(columns - expected), doubt)
     plain_variance = jnp.var(_pair_mean(contribution), ddof=1)
     variance = fit.residual_variance
     trace_error = jnp.sum(fit.coefficients**2 * trace_variance)

@@ -226,9 +226,9 @@ def _begin(
 
 
 def _known_before(start: Start) -> Start:
-    """Return the start of another fit as one that cost nothing and says nothing of the slope at this w*."""
-    none, unknown = jnp.zeros_like(start.num_hvp), jnp.full_like(start.newton_decrement, jnp.nan)
-    return dataclasses.replace(start, num_hvp=none, newton_decrement=unknown)
+    """Return the start of another fit as one that cost nothing and says nothing of the spectrum at this w*."""
+    none, unknown = jnp.zeros_like(start.num_hvp), jnp.full_like(start.lowest, jnp.nan)
+    return dataclasses.replace(start, num_values=none, num_hvp=none, lowest=unknown)
 
 
 def _launch(
@@ -328,13 +328,18 @@ def _finish(programs: Programs, arguments: tuple, stream: AbstractStream | None)
     """Evaluate q on all data, from the stream chunk by chunk if there is one."""
     if stream is None:
         return programs.finish(*arguments)
-    excess, reference, count = 0.0, 0.0, 0
+    sums: Any = None
+    count = 0
     for batch, size in stream.chunks():
-        excess_here, reference_here = jax.device_get(programs.excess_on(*arguments, batch))
-        excess = excess + size * excess_here.astype(np.float64)
-        reference, count = reference + size * float(reference_here), count + size
+        here = jax.tree_util.tree_map(
+            lambda leaf, size=size: size * np.asarray(leaf, np.float64),
+            jax.device_get(programs.excess_on(*arguments, batch)),
+        )
+        sums = here if sums is None else jax.tree_util.tree_map(np.add, sums, here)
+        count += size
     dtype = arguments[1].posterior.center.dtype
-    return programs.conclude(*arguments, jnp.asarray(excess / count, dtype), jnp.asarray(reference / count, dtype))
+    excess, at_center = jax.tree_util.tree_map(lambda total: jnp.asarray(total / count, dtype), sums)
+    return programs.conclude(*arguments, excess, *at_center)
 
 
 class Clock:

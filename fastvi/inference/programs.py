@@ -19,18 +19,22 @@ from fastvi.geometry.start import Start, make_start, rank_limit
 from fastvi.inference.calibrate import calibrate_scale
 from fastvi.inference.loop import Problem, State, init_state, run_steps
 from fastvi.inference.optimizer import Horizon, fixed_phases
-from fastvi.inference.sharding import data_parallel_loss, over_devices
-from fastvi.objective import FlatObjective, call_full_loss, excess_loss, full_data_loss
+from fastvi.inference.sharding import data_parallel_value_and_grad, over_devices
+from fastvi.objective import FlatObjective, call_full_loss, excess_loss, full_data_value_and_grad
 
 # Draws of all steps and chains times dim up to which a second of compilation outweighs a quarter of the steps' time.
 QUICK_WORK = 1e8
 
 
 class Outcome(NamedTuple):
-    """What the last stage returns for each chain."""
+    """What the last stage returns: for each chain, and on all data at w* the loss and its gradient.
+
+    `slope` is None where the loss on all data is a function of the caller's.
+    """
 
     evaluation: Evaluation
     reference_loss: Scalar
+    slope: Float[Array, " dim"] | None
     arrays: dict[str, Array]
 
 
@@ -45,8 +49,9 @@ class Programs(NamedTuple):
         finish: `(family, problem, params, chain_keys) -> Outcome`.
         relaunch: `(family, problem, params, key)` -> the same as `launch`, from the q of another fit.
         excess_on: `(family, problem, params, chain_keys, batch)` -> mean loss of the batch at the evaluation's draws
-            above that at w*, and that at w*.
-        conclude: `(family, problem, params, chain_keys, excess, reference_loss) -> Outcome`.
+            above that at w*, and that at w* with its gradient.
+        conclude: `(family, problem, params, chain_keys, excess, reference_loss, slope) -> Outcome`.
+        excess_along: `(w*, displacements, batch)` -> mean loss of the batch at these above that at w*.
     """
 
     prepare: Callable[..., Start]
@@ -54,8 +59,9 @@ class Programs(NamedTuple):
     steps: Callable[..., tuple[State, dict[str, Float[Array, "chains steps"]]]]
     finish: Callable[..., Outcome]
     relaunch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
-    excess_on: Callable[..., tuple[Float[Array, "chains draws"], Scalar]]
+    excess_on: Callable[..., tuple[Float[Array, "chains draws"], tuple[Scalar, Float[Array, " dim"]]]]
     conclude: Callable[..., Outcome]
+    excess_along: Callable[..., Float[Array, " points"]]
 
 
 class Stages(NamedTuple):
@@ -120,8 +126,11 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
     def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
         return run_steps(family, objective, problem, config, state, keys, first_step, horizon, length)
 
+    def excess_along(center, points, batch):
+        return jax.lax.map(lambda v: excess_loss(objective, center + v, center, batch), points)
+
     finish, excess_on, conclude = _evaluation(objective, config, loss_full_flat)
-    return _compiled(Programs(prepare, launch, steps, finish, relaunch, excess_on, conclude), config)
+    return _compiled(Programs(prepare, launch, steps, finish, relaunch, excess_on, conclude, excess_along), config)
 
 
 def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> tuple[Callable, ...]:
@@ -135,18 +144,20 @@ def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Call
             draws = evaluation_draws(family, chain_params, chain_key, config.evaluation_draws)
             return excess_at(draws, center, lambda w: excess_loss(objective, w, center, batch))
 
-        return jax.lax.map(one, (params, keys)), full_data_loss(objective, center, batch)
+        return jax.lax.map(one, (params, keys)), full_data_value_and_grad(objective, center, batch)
 
     def finish(family: AbstractFamily, problem: Problem, params, keys: Keys, *, spread: bool = False) -> Outcome:
-        mean_loss = data_parallel_loss if spread else full_data_loss
-        reference_loss = (
-            mean_loss(objective, problem.posterior.center, problem.data)
-            if loss_full_flat is None
-            else call_full_loss(loss_full_flat, problem.posterior.center, problem.data)
-        )
-        return conclude(family, problem, params, keys, None, reference_loss)
+        center = problem.posterior.center
+        if loss_full_flat is not None:
+            reference_loss = call_full_loss(loss_full_flat, center, problem.data)
+            return conclude(family, problem, params, keys, None, reference_loss, None)
+        mean = data_parallel_value_and_grad if spread else full_data_value_and_grad
+        at_center = mean(objective, center, problem.data)
+        return conclude(family, problem, params, keys, None, *at_center)
 
-    def conclude(family: AbstractFamily, problem: Problem, params, keys: Keys, excess, reference_loss) -> Outcome:
+    def conclude(
+        family: AbstractFamily, problem: Problem, params, keys: Keys, excess, reference_loss, slope
+    ) -> Outcome:
         excess_fn = make_excess_fn(objective, problem, loss_full_flat)
 
         def one(inputs):
@@ -167,7 +178,7 @@ def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Call
             return evaluation, family.summary_arrays(chain_params)
 
         evaluation, arrays = jax.lax.map(one, (params, keys, excess))
-        return Outcome(evaluation, reference_loss, arrays)
+        return Outcome(evaluation, reference_loss, slope, arrays)
 
     return finish, excess_on, conclude
 
@@ -184,6 +195,7 @@ def _compiled(plain: Programs, config: VIConfig) -> Stages:
         relaunch=jax.jit(plain.relaunch, compiler_options=once),
         excess_on=jax.jit(plain.excess_on, compiler_options=once),
         conclude=jax.jit(plain.conclude, compiler_options=once),
+        excess_along=jax.jit(plain.excess_along, compiler_options=once),
     )
     quick = compiled._replace(steps=jit_steps(compiler_options=once))
     return Stages(quick, compiled, jax.jit(functools.partial(_whole, plain, config)))

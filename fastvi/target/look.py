@@ -60,8 +60,8 @@ def look_at_target(
         return problem, LossLook()
     if fingerprint_loss(objective, problem) != loss:
         raise DataError(
-            f"{name} is not deterministic: traced twice, it computes different things. Draw random numbers with a fixed "
-            "jax key, not with random or numpy.random, and change no state that it reads."
+            f"{name} is not deterministic: traced twice, it computes different things. Draw random numbers with a "
+            "fixed jax key, not with random or numpy.random, and change no state that it reads."
         )
     center, posterior = problem.posterior.center, problem.posterior
     programs = _programs(objective, problem, loss)

@@ -203,7 +203,7 @@ def run_estimate(
         )
     timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}
     work = with_losses(count_work(fit, problem, plan, num_chains, look), bottom.losses)
-    result = _estimate(fit, problem, plan, work, timings, bottom)
+    result = _estimate(fit, problem, plan, work, timings, bottom, look)
     if throw and _has(result, "non_finite"):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
     result = dataclasses.replace(result, fitted=Fitted(fit, problem, objective, keys, warm and warm.walked))
@@ -246,7 +246,13 @@ def _plan(config: VIConfig, problem: Problem, num_chains: int | None) -> tuple[V
 
 
 def _estimate(
-    fit: Fit, problem: Problem, config: VIConfig, work: Work, timings: dict[str, float], bottom: Bottom
+    fit: Fit,
+    problem: Problem,
+    config: VIConfig,
+    work: Work,
+    timings: dict[str, float],
+    bottom: Bottom,
+    look: LossLook,
 ) -> LLCEstimate:
     """Move a finished fit to the host and interpret it."""
     outcome, start = jax.device_get(fit.outcome), fit.start
@@ -258,7 +264,12 @@ def _estimate(
     within = float(np.sqrt(np.mean(evaluation.llc_sem.astype(float) ** 2) / chains))
     between = float(np.std(evaluation.llc, ddof=1) / np.sqrt(chains)) if chains > 1 else 0.0
     posterior = problem.posterior
-    evidence = _evidence(fit, outcome, problem, config, traces, bottom)
+    evidence = dataclasses.replace(
+        _evidence(fit, outcome, problem, config, traces, bottom),
+        weight_rounding=look.weight_rounding,
+        loss_rounding=look.loss_rounding,
+        init_loss=float(outcome.reference_loss),
+    )
     return LLCEstimate(
         llc=float(np.mean(evaluation.llc)),
         llc_sem=max(within, between),

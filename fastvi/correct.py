@@ -214,9 +214,7 @@ def _sample(
         if report is not None:
             report(Progress("correction", int(done), int(budget), llc))
 
-    programs = walk_programs(
-        fitted.objective, fitted.problem, parameter_blocks(fitted.objective.structure.leaf_sizes)
-    )
+    programs = walk_programs(fitted.objective, fitted.problem, parameter_blocks(fitted.objective.structure.leaf_sizes))
     if before is not None and before.walk.walkers.x.shape[0] != chains * per_chain:
         before = None  # another number of walkers: these start at q
     sampler = Sampler(

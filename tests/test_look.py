@@ -177,3 +177,27 @@ def test_refused_before_the_fit(monkeypatch):
     monkeypatch.setattr(fastvi.api, "run_fit", None)
     with pytest.raises(DataError, match="not a mean"):
         fastvi.estimate_llc(masked, CENTER, DATA, progress=False)
+
+
+QUICK = {"progress": False, "steps": 100, "num_chains": 2, "correction": "none", "early_stop": False}
+
+
+@pytest.mark.parametrize("shift", [1e6, 0.0])
+def test_weights_too_coarse_for_the_posterior_are_a_finding(shift):
+    curvatures = jnp.asarray([4.0, 2.0, 1.0, 0.5])
+    result = fastvi.estimate_llc(
+        lambda w, b: 0.5 * jnp.sum(curvatures * (w - shift) ** 2), CENTER + shift, DATA, **QUICK
+    )
+    found = [finding for finding in result.health if finding.name == "coarse_numbers"]
+    assert len(found) == (shift > 0)
+    assert all("float64" in finding.next_step for finding in found)
+
+
+def test_one_bad_example_is_named_as_that_of_w_star():
+    """A row among many, that no look at a few sees: the loss of all data at w* is NaN, and that is what is said."""
+    marks = np.random.default_rng(1).permutation(5000).astype(np.float32)
+    data = (np.ones((5000, DIM), np.float32), marks)  # in the middle, where no rank makes it stand out
+    loss = lambda w, b: 0.5 * jnp.mean((b[0] @ w) ** 2 + jnp.where(b[1] == 2500, jnp.nan, 0))  # noqa: E731
+    result = fastvi.estimate_llc(loss, CENTER, data, **QUICK, batch_size=4, throw=False)
+    assert result.health[0].name == "non_finite"
+    assert "at w* itself" in result.health[0].observed

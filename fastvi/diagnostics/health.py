@@ -22,6 +22,7 @@ OF_PROBLEM = (
     "constant_loss",
     "negative_curvature",
     "not_a_minimum",
+    "coarse_numbers",
     "localizer_decides",
     "core_truncated",
 )
@@ -29,6 +30,7 @@ DOMINANT_WEIGHT = 0.95  # of one component, beside others
 UNUSED_VARIANCE = 0.1  # that the longest factor row adds to a unit of variance
 DECIDED_DIRECTIONS, DECIDED_SHARE = 1.0, 0.1  # directions that the loss narrows, below which the localizer decides
 DRIFT_SHARE, DRIFT_SIGMAS = 0.1, 4.0  # rise of radius2 over the last half
+COARSE_WEIGHTS, COARSE_LOSS = 0.005, 0.5  # shares of llc: the first adds up, the second averages out over draws
 LEAST_GAIN = 0.25  # nats by which n beta L_n may lie above its minimum: llc is short by about as many
 NEGATIVE_SIGMAS = 2.0  # below zero
 TRAIN_LONGER = "Train longer (a decaying learning rate, full batches at the end), then estimate again."
@@ -56,7 +58,8 @@ class Evidence:
     """The numbers that findings are read from; arrays have a leading axis of chains.
 
     `newton_decrement` and `excess`, nbeta (L_n - L_n(w*)) at draws of q, are those of all data; `rounding` is how many
-    nats of the latter may be rounding.
+    nats of the latter may be rounding. `weight_rounding` is how many nats rounding w to its dtype adds to n beta L_n on
+    average, `loss_rounding` how many one unit in the last place of the loss stands for.
     """
 
     llc_per_chain: np.ndarray
@@ -77,6 +80,9 @@ class Evidence:
     dim: int
     excess: np.ndarray
     rounding: float = 0.0
+    weight_rounding: float = 0.0
+    loss_rounding: float = 0.0
+    init_loss: float = 0.0
     bottom: Bottom = Bottom()
     in_memory: bool = True
     num_components: int = 1
@@ -94,6 +100,7 @@ def health_findings(evidence: Evidence) -> tuple[Finding, ...]:
         _constant_loss,
         _negative_curvature,
         _not_a_minimum,
+        _coarse_numbers,
         _not_converged,
         _virial,
         _chains_disagree,
@@ -277,6 +284,14 @@ def _negative_curvature(evidence: Evidence) -> Finding | None:
 
 
 def _non_finite(evidence: Evidence) -> Finding | None:
+    if not math.isfinite(evidence.init_loss):
+        return Finding(
+            "error",
+            "non_finite",
+            f"L_n(w*), the loss of all data at w* itself, is {evidence.init_loss}.",
+            "Some example gives NaN or infinity at the trained parameters.",
+            "Evaluate the loss example by example at w* to find it, and clean the data or the loss.",
+        )
     bad = ~np.isfinite(evidence.elbo)
     if not bad.any() and np.all(np.isfinite(evidence.llc_per_chain)):
         return None
@@ -314,6 +329,27 @@ def _not_a_minimum(evidence: Evidence) -> Finding | None:
         "The learning coefficient is defined at a local minimum; elsewhere the loss falls away from w*, and llc is too "
         "small by about as many nats.",
         TRAIN_LONGER,
+    )
+
+
+def _coarse_numbers(evidence: Evidence) -> Finding | None:
+    """Hold the rounding of weights and loss, in nats of n beta L_n, against llc."""
+    llc = abs(float(evidence.llc_per_chain.mean()))
+    seen = []
+    if evidence.weight_rounding > COARSE_WEIGHTS * llc:
+        seen.append(f"rounding w to its dtype adds about {evidence.weight_rounding:.2g} nats to n beta L_n")
+    if evidence.loss_rounding > COARSE_LOSS * llc:
+        seen.append(f"one unit in the last place of the loss is {evidence.loss_rounding:.2g} nats of n beta L_n")
+    if not seen or llc == 0:
+        return None
+    return Finding(
+        "warning",
+        "coarse_numbers",
+        f"Numbers are too coarse for this posterior: {' and '.join(seen)}, where llc is {llc:.3g}.",
+        "The posterior is narrow beside the spacing of floating-point numbers near w*, or the loss is large beside its "
+        "changes.",
+        'Use dtype="float64" with jax_enable_x64 (and parameters and data of that dtype); subtract a large constant '
+        "from the loss; shift parameters that are far from 0.",
     )
 
 

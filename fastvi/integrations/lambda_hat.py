@@ -89,8 +89,8 @@ def translate(vi_cfg: Any, algorithm: str, num_data: int, dtype: Any) -> VIConfi
     """Read lambda_hat's configuration.
 
     It is one for all of its algorithms: what this one has no use for is left aside. A minibatch larger than the data
-    becomes all data, and evaluation draws are made an even number of at least 4. Entries that fastvi does not know are left to
-    lambda_hat.
+    becomes all data, and evaluation draws are made an even number of at least 4. Entries that fastvi does not know are
+    left to lambda_hat.
 
     Args:
         vi_cfg: A DictConfig, mapping, dataclass or namespace, in which entries may be missing.

@@ -27,7 +27,8 @@ def stage_rows():
     posterior = LocalPosterior(center, jnp.float32(NUM_DATA / math.log(NUM_DATA)), jnp.float32(1.0))
     problem = Problem(posterior, data, NUM_DATA, BATCH)
     config = settle(VIConfig(), center.size)
-    programs = programs_for(make_flat_objective(loss), config, None).compiled
+    objective = make_flat_objective(loss)
+    programs = programs_for(objective, problem, config).compiled
     key, keys = jax.random.key(0), jax.random.split(jax.random.key(1), CHAINS)
     horizon = Horizon(*(jnp.asarray(x, jnp.float32) for x in (10, 10, CHUNK)))
     rows = []

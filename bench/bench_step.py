@@ -58,7 +58,7 @@ def fastvi_scan(objective, problem):
 def fastvi_program(objective, problem, *, chains, steps, rank=RANK, donate=False):
     """Compile steps of several chains; unless it is donated, each call begins at the same state."""
     config = VIConfig(M=COMPONENTS, r=rank, curvature_rank=0, steps=steps, samples_per_step=1)
-    programs = programs_for(objective, config, None).compiled
+    programs = programs_for(objective, problem, config).compiled
     keys = jax.random.split(jax.random.key(1), chains)
     flat = jnp.zeros_like(problem.posterior.center)
     family = build_family(

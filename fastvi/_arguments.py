@@ -12,6 +12,8 @@ import numpy as np
 from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Array, Batch, Float
 from fastvi.config import VIConfig
+from fastvi.estimators.control_variate import pairs_for
+from fastvi.estimators.stein import even_monomials
 from fastvi.geometry.whitening import normalized_scale
 from fastvi.inference.loop import Problem
 from fastvi.inference.schedule import few_dimensions_factor
@@ -19,11 +21,15 @@ from fastvi.posterior import LocalPosterior
 
 DEFAULT_BATCH_SIZE = 256
 FLOW_STEP_DRAWS, FLOW_EVALUATION_DRAWS = (8, 128), (64, 512)  # a flow on some, on all dimensions; at least
+FAMILY_COLUMNS = 3  # control variates of each family's own, `AbstractFamily.control_variates`
 MAX_STEP_FACTOR, MAX_EVALUATION_FACTOR = 128, 32  # in few dimensions
 
 
 def as_key(key: Any) -> Any:
-    """Accept an int seed, a legacy uint32 key or a typed key.
+    """Accept an int seed in [0, 2^64), a legacy uint32 key or a typed key.
+
+    A seed below 2^32 is that of `jax.random.key`; all bits of a larger one count, whether 64-bit types are enabled or
+    not.
 
     Raises:
         ConfigError: If it is none of these.
@@ -31,7 +37,7 @@ def as_key(key: Any) -> Any:
     if isinstance(key, (int, np.integer)):
         if isinstance(key, bool):
             raise ConfigError(f"key must be an int or a jax random key; got {_describe(key)}.")
-        return jax.random.key(int(key))
+        return _seeded(int(key))
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if typed and shape == ():
@@ -41,24 +47,44 @@ def as_key(key: Any) -> Any:
     raise ConfigError(f"key must be an int, jax.random.key(...) or jax.random.PRNGKey(...); got {_describe(key)}.")
 
 
+def _seeded(seed: int) -> Any:
+    """Return the key of a seed; jax without 64-bit types would take it modulo 2^32."""
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"key must be a seed in [0, 2**64), or a jax random key; got {seed}: use {seed % 2**32}.")
+    if seed < 2**32:
+        return jax.random.key(seed)
+    words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+
+
 def _describe(value: Any) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"an array {value.dtype}{list(value.shape)}"
     return f"{value!r} ({type(value).__name__})"
 
 
-def check_settings(config: VIConfig, localization: Any) -> Any:
-    """Refuse what this release or this process cannot do; return the dtype of the fit."""
-    config.check_available()
-    if (
-        config.gamma is not None
-        and not isinstance(localization, jax.core.Tracer)
-        and config.gamma != float(localization)
-    ):
+def settle_localization(given: Any, config: VIConfig, default: float | None = None) -> Any:
+    """Return the strength of the localizer: as given, else `gamma` of the configuration, else the default.
+
+    Raises:
+        ConfigError: If both are given and differ; where the argument is traced, it is NaN then.
+    """
+    if given is None:
+        return default if config.gamma is None else config.gamma
+    if config.gamma is None:
+        return given
+    if isinstance(given, jax.core.Tracer):
+        return jnp.where(given == config.gamma, given, jnp.nan)
+    if np.shape(given) == () and config.gamma != nonnegative_scalar("localization", given):
         raise ConfigError(
-            f"gamma is given twice and differs: {config.gamma} in the config, {float(localization)} as argument. "
+            f"gamma is given twice and differs: {config.gamma} in the config, {float(given)} as argument. "
             "Drop it from the config."
         )
+    return given
+
+
+def check_dtype(config: VIConfig) -> Any:
+    """Refuse a dtype that this process does not have; return that of the fit."""
     if config.dtype == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         raise ConfigError('dtype "float64" needs jax.config.update("jax_enable_x64", True) before any array is made.')
     return jnp.dtype(config.dtype)
@@ -95,6 +121,26 @@ def settle(config: VIConfig, dim: int) -> VIConfig:
     )
 
 
+def settle_evaluation(config: VIConfig, dim: int) -> VIConfig:
+    """Leave the control variate out where the draws are too few to find its coefficients.
+
+    Raises:
+        ConfigError: If it was asked for.
+    """
+    wanted, pairs = config.control_variate or "auto", config.evaluation_draws // 2
+    if wanted == "none":
+        return config
+    columns = 1 if wanted == "hvp" else even_monomials(dim, pairs).shape[0] or FAMILY_COLUMNS
+    if pairs >= pairs_for(columns):
+        return config.replace(control_variate=wanted)
+    if config.control_variate is None:
+        return config.replace(control_variate="none")
+    raise ConfigError(
+        f"control_variate={wanted!r} must have {2 * pairs_for(columns)} draws or more to find its coefficients from; "
+        f'got eval_samples={config.eval_samples}: give more, or control_variate="none".'
+    )
+
+
 def check_count(name: str, value: Any) -> int:
     """Return an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
@@ -102,10 +148,11 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
-def _scalar(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> Any:
-    """Check a number; one that is being traced can only be checked for its shape."""
+def _scalar(name: str, value: Any, rule: str, holds: Callable[[Any], Any]) -> Any:
+    """Check a number; a traced one is NaN where it turns out to be out of range."""
     if isinstance(value, jax.core.Tracer) and value.shape == ():
-        return value
+        value = value.astype(jnp.result_type(value, jnp.float32))
+        return jnp.where(jnp.isfinite(value) & holds(value), value, jnp.nan)
     if isinstance(value, (bool, str)) or value is None or np.shape(value) != ():
         raise ConfigError(f"{name} must be a number {rule}; got {_describe(value)}.")
     number = float(value)
@@ -115,12 +162,12 @@ def _scalar(name: str, value: Any, rule: str, holds: Callable[[float], bool]) ->
 
 
 def positive_scalar(name: str, value: Any) -> Any:
-    """Return a positive number, or a traced one as it is."""
+    """Return a positive number, or NaN for a traced one that is not."""
     return _scalar(name, value, "> 0 (for example 1/log(n) for beta, n/log(n) for nbeta)", lambda x: x > 0)
 
 
 def nonnegative_scalar(name: str, value: Any) -> Any:
-    """Return a number of at least 0, or a traced one as it is."""
+    """Return a number of at least 0, or NaN for a traced one that is not."""
     return _scalar(name, value, ">= 0", lambda x: x >= 0)
 
 

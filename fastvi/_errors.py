@@ -15,3 +15,18 @@ class NonFiniteError(RuntimeError):
 
 class UnavailableError(NotImplementedError, ValueError):
     """Report an option whose feature is not part of this release."""
+
+
+class ErrorNote:
+    """Add a note to whatever is raised inside a `with` block; the error passes through unchanged."""
+
+    def __init__(self, note: str):
+        self.note = note
+
+    def __enter__(self) -> None:
+        """Begin the block."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Add the note."""
+        if error is not None:
+            error.add_note(self.note)

@@ -8,6 +8,7 @@ from fastvi.geometry.whitening import DIAGONAL_PROBES, MOMENT_GRADIENTS
 from fastvi.inference.calibrate import CALIBRATION_DRAWS
 from fastvi.inference.driver import Fit
 from fastvi.inference.loop import Problem
+from fastvi.target.checks import LossLook
 
 LOSS_COST = 1 / 3  # of a gradient: reverse mode costs about twice the forward pass on top of it
 HVP_COST = 2.0
@@ -24,6 +25,7 @@ class Work:
     n_minibatch_grads: Any
     n_hvp: Any
     n_cholesky_ridge: Any
+    fge_look: Any
     fge_curvature: Any
     fge_fit: Any
     fge_evaluation: Any
@@ -31,12 +33,13 @@ class Work:
 
     def as_dict(self) -> dict[str, Any]:
         """Return counts and totals; Python numbers unless the run was traced."""
-        total = self.fge_curvature + self.fge_fit + self.fge_evaluation
+        total = self.fge_look + self.fge_curvature + self.fge_fit + self.fge_evaluation
         return {**dataclasses.asdict(self), "total_fge": total}
 
 
-def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int) -> Work:
+def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int, look: LossLook = LossLook()) -> Work:
     """Count the work of a finished fit over all chains."""
+    config = config.filled
     num_draws = config.step_draws
     steps = fit.traces["elbo"].shape[1]
     share = problem.batch_size / problem.num_data
@@ -47,19 +50,27 @@ def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int) ->
     draws = config.evaluation_draws
     evaluation_hvp = 0
     if config.control_variate == "hvp":
-        rows = fit.family.num_moment_terms
+        rows = min(fit.family.num_moment_terms, problem.posterior.center.size)
         evaluation_hvp = num_chains * (draws + rows + config.trace_probes)
+    at_center = LOSS_COST if fit.outcome.slope is None else 1.0
     return Work(
         n_full_loss=num_chains * draws,
         n_minibatch_grads=steps * num_draws * num_chains,
         n_hvp=start_hvp + evaluation_hvp,
         n_cholesky_ridge=_concrete(fit.traces["cholesky_ridge"].sum()) if "cholesky_ridge" in fit.traces else 0,
+        fge_look=look.sample_gradients / problem.num_data,
         fge_curvature=HVP_COST * subset * start_hvp
-        + (0.0 if fit.warm else subset)
         + share * (moment + CALIBRATION_DRAWS * _concrete(fit.calibration_rounds)),
         fge_fit=steps * num_draws * num_chains * share,
-        fge_evaluation=LOSS_COST * (num_chains * draws + 1) + HVP_COST * evaluation_hvp,
+        fge_evaluation=LOSS_COST * num_chains * draws + at_center + HVP_COST * evaluation_hvp,
         fge_per_step=num_draws * share,
+    )
+
+
+def with_losses(work: Work, losses: int) -> Work:
+    """Add losses on all data that looked at the curvature at w*."""
+    return dataclasses.replace(
+        work, n_full_loss=work.n_full_loss + losses, fge_curvature=work.fge_curvature + LOSS_COST * losses
     )
 
 

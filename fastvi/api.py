@@ -10,29 +10,42 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fastvi._arguments import DEFAULT_BATCH_SIZE, as_key, check_count, check_settings, make_problem, settle
+from fastvi._arguments import (
+    DEFAULT_BATCH_SIZE,
+    as_key,
+    check_count,
+    check_dtype,
+    make_problem,
+    settle,
+    settle_evaluation,
+    settle_localization,
+)
+from fastvi._data import check_data, is_stream, refuse_a_trace
 from fastvi._errors import DataError, NonFiniteError
 from fastvi._typing import Batch, Key, PyTree
-from fastvi.accounting import Work, count_work
+from fastvi.accounting import Work, count_work, with_losses
 from fastvi.compilation import CLOCK
 from fastvi.config import VIConfig
 from fastvi.correct import Fitted, correct
 from fastvi.diagnostics.health import Evidence, health_findings
 from fastvi.diagnostics.importance import assess_importance
-from fastvi.geometry.start import rank_limit
+from fastvi.geometry.minimum import Bottom, look_down, rounding_nats
+from fastvi.geometry.start import newton_decrement, rank_limit
 from fastvi.inference.driver import Fit, Options, Progress, Snapshot, run_fit
 from fastvi.inference.loop import Problem
-from fastvi.inference.programs import programs_for
+from fastvi.inference.programs import Outcome, programs_for
 from fastvi.inference.schedule import elbo_trend
-from fastvi.objective import TreeObjective, check_data, check_loss, ravel_loss
-from fastvi.progress import StatusLine
+from fastvi.objective import TreeObjective, ravel_loss
+from fastvi.progress import reporting
 from fastvi.restriction import restrict
 from fastvi.result import MOST_SCALES, LLCEstimate, kept_scales
 from fastvi.resume import FolderKeeper, identify
-from fastvi.streaming import HostStream, is_stream, uncorrected
+from fastvi.streaming import HostStream, uncorrected
+from fastvi.target.checks import LossLook
+from fastvi.target.look import look_at_target
 
 SNAPSHOT_SCALES = 256  # entries of D^{1/2} in a snapshot
-DEFAULT_CHAINS = 4  # of a fit that nothing corrects
+DEFAULT_CHAINS, DEFAULT_LOCALIZATION = 4, 1.0  # chains of a fit that nothing corrects
 PREPARATION = {"steps": 200, "batch_size": 64, "samples_per_step": 1, "eval_samples": 32, "curvature_examples": 512}
 
 
@@ -43,7 +56,7 @@ def estimate_llc(
     *,
     key: Any = 0,
     nbeta: float | None = None,
-    localization: float = 1.0,
+    localization: float | None = None,
     config: Any = None,
     num_chains: int | None = None,
     progress: bool | Callable[[Progress], None] = True,
@@ -60,14 +73,18 @@ def estimate_llc(
     own value, `llc_vi` that of q, which is too large at singular points; with `correction="none"` both are q's.
 
     Args:
-        loss_fn: `(params, batch) -> mean loss per example`, in nats.
+        loss_fn: `(params, batch)` -> the mean loss of the batch's examples, in nats; or an array with one loss for each
+            example or each of its tokens (batch axis first); or `(losses, weights)` of one such shape, for masks,
+            padding and class weights: then `L_n = sum(weights * losses) / sum(weights)` over all data. n counts
+            examples.
         params: Trained parameters w*, any pytree with floating-point arrays.
         data: Pytree of arrays with a common leading axis of examples; `batch` has the same structure. Or an object
             that gives such batches from host memory each time it is iterated over: then the only correction is
             "importance".
         key: An int seed or a jax random key.
         nbeta: n times the inverse temperature; n / log n when left out.
-        localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates.
+        localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates; `gamma` of the
+            configuration when left out, else 1.
         config: A `VIConfig`, or anything `VIConfig.create` reads.
         num_chains: Independent fits; two or more let `llc_vi_sem` see the spread of the fits. None means 4 where
             nothing corrects them, else 1.
@@ -81,8 +98,9 @@ def estimate_llc(
         The estimate; `print(estimate.summary())`.
 
     Raises:
-        ConfigError: If an option is unknown or impossible.
-        DataError: If the data, the parameters or the loss cannot be used.
+        ConfigError: If an option is unknown or impossible, or has no effect beside the others.
+        DataError: If the data, the parameters or the loss cannot be used: a loss that is not finite at w*, not a mean
+            over examples, not deterministic, or at odds with its gradient.
         NonFiniteError: If NaN or infinity appears, unless `throw` is False.
 
     Cost:
@@ -99,7 +117,9 @@ def estimate_llc(
         >>> round(result.llc, 1)
         1.9
     """
+    refuse_a_trace(params, data, key, nbeta, localization)
     settings = VIConfig.create(config, **overrides)
+    settings.check_asked(overrides)
     if param_mask is not None:
         loss_fn, params = restrict(loss_fn, params, param_mask)
     target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
@@ -115,6 +135,7 @@ class Target(NamedTuple):
     config: VIConfig
     key: Key
     stream: HostStream | None
+    look: LossLook
 
 
 def assemble(
@@ -122,12 +143,13 @@ def assemble(
     params: PyTree,
     data: Any,
     nbeta: float | None,
-    localization: float,
+    localization: float | None,
     config: VIConfig,
     key: Key,
 ) -> Target:
     """Check loss, parameters and data, and put them together."""
-    dtype = check_settings(config, localization)
+    dtype = check_dtype(config)
+    localization = settle_localization(localization, config, DEFAULT_LOCALIZATION)
     objective, center = ravel_loss(loss_fn, params, dtype)
     stream = None
     if is_stream(data):
@@ -136,14 +158,15 @@ def assemble(
         data, num_data = stream.window(0), stream.num_data
         stream = stream if stream.num_rows < num_data else None
     else:
-        data, num_data = check_data(data)
+        data, num_data = check_data(data, dtype=dtype)
     if nbeta is None:
         if num_data < 2:
             raise DataError("nbeta defaults to n / log n, which needs at least 2 examples; got 1. Pass nbeta.")
         nbeta = num_data / math.log(num_data)
+    config = config.applied(center.size)
     problem = make_problem(center, data, num_data, nbeta, localization, config, "nbeta")
-    check_loss(objective, center, jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data))
-    return Target(objective, problem, config, key, stream)
+    problem, look = look_at_target(objective, problem, stream, "loss_fn", budget_fge=config.filled.correction_budget)
+    return Target(objective, problem, config, key, stream, look)
 
 
 def run_estimate(
@@ -159,57 +182,74 @@ def run_estimate(
     began, compiled = time.perf_counter(), CLOCK.seconds
     if num_chains is not None:
         check_count("num_chains", num_chains)
-    objective, problem, settings, key, stream = target
-    plan, early_stop, num_chains = _plan(settings, problem.num_data, num_chains)
-    problem = dataclasses.replace(problem, batch_size=plan.batch_size or problem.batch_size)
-    plan = settle(plan, problem.posterior.center.size)
+    objective, problem, settings, key, stream, look = target
+    plan, num_chains = _plan(settings, problem, num_chains)
+    early_stop = bool(plan.early_stop)
+    problem = dataclasses.replace(problem, batch_size=plan.batch_size)
     keys = jax.random.split(key, num_chains)
     keeper = None
     if resume_from is not None:
         keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
-    status = StatusLine() if progress is True else None
-    report = status or (progress if callable(progress) else None)
-    options = Options(early_stop, report, warm and warm.fit, keeper, stream)
-    fit = run_fit(programs_for(objective, plan, None), problem, plan, keys, options=options)
-    if status is not None:
-        status.close()
+    stages = programs_for(objective, problem, plan)
+    with reporting(progress) as report:
+        options = Options(early_stop, report, warm and warm.fit, keeper, stream)
+        fit = run_fit(stages, problem, plan, keys, options=options)
+        bottom = look_down(
+            stages.compiled.excess_along,
+            problem.posterior,
+            fit.start,
+            float(fit.outcome.reference_loss),
+            stream.chunks if stream is not None else lambda: [(problem.data, problem.num_data)],
+        )
     timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}
-    result = _estimate(fit, problem, settings, count_work(fit, problem, plan, num_chains), timings)
-    if throw and _is_broken(result):
+    work = with_losses(count_work(fit, problem, plan, num_chains, look), bottom.losses)
+    result = _estimate(fit, problem, plan, work, timings, bottom)
+    if throw and _has(result, "non_finite"):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
     result = dataclasses.replace(result, fitted=Fitted(fit, problem, objective, keys, warm and warm.walked))
-    return (
-        result
-        if settings.correction == "none" or _is_broken(result)
-        else correct(result, settings.correction or "auto", progress=progress)
+    if plan.correction == "none" or _has(result, "non_finite", "improper_posterior"):
+        return result
+    return correct(
+        result,
+        plan.correction,
+        correction_error=settings.correction_error,
+        correction_budget=settings.correction_budget,
+        progress=progress,
+        throw=throw,
     )
 
 
-def _is_broken(result: LLCEstimate) -> bool:
-    return bool(result.health) and result.health[0].name == "non_finite"
+def _has(result: LLCEstimate, *names: str) -> bool:
+    return any(finding.name in names for finding in result.health)
 
 
-def _plan(config: VIConfig, num_data: int, num_chains: int | None) -> tuple[VIConfig, bool, int]:
-    """Return the configuration of the fit, whether it stops by itself, and its chains.
+def _plan(config: VIConfig, problem: Problem, num_chains: int | None) -> tuple[VIConfig, int]:
+    """Return the configuration of the fit with nothing left open, and its chains.
 
     A fit that only prepares a walk is one short chain on little data, where the configuration leaves that open:
     what it leaves undone costs the walkers a few steps.
     """
-    if config.correction in ("none", "importance") or config.early_stop:
-        return config, config.early_stop is not False, num_chains or DEFAULT_CHAINS
-    default = VIConfig()
-    batch = min(PREPARATION["batch_size"], num_data)
-    changes = {
-        name: value
-        for name, value in {**PREPARATION, "batch_size": batch}.items()
-        if getattr(config, name) == getattr(default, name)
+    dim, changes = problem.posterior.center.size, {"batch_size": problem.batch_size}
+    prepares = config.correction not in ("none", "importance") and not config.early_stop
+    if prepares:
+        batch = min(PREPARATION["batch_size"], problem.num_data)
+        changes = {**PREPARATION, "batch_size": batch, "samples_per_step": config.step_draws}
+    changes |= {
+        "early_stop": not prepares and config.early_stop is not False,
+        "correction": config.correction or "auto",
+        "curvature_examples": changes.get("curvature_examples", config.hessian_examples),
+        "r": min(config.filled.r, dim),
     }
-    return config.replace(**changes), False, num_chains or 1
+    plan = config.replace(**{name: value for name, value in changes.items() if getattr(config, name) is None})
+    plan = settle_evaluation(settle(plan, dim), dim).recorded
+    return plan, num_chains or (1 if prepares else DEFAULT_CHAINS)
 
 
-def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings: dict[str, float]) -> LLCEstimate:
+def _estimate(
+    fit: Fit, problem: Problem, config: VIConfig, work: Work, timings: dict[str, float], bottom: Bottom
+) -> LLCEstimate:
     """Move a finished fit to the host and interpret it."""
-    outcome, start = jax.device_get(fit.outcome), jax.device_get(fit.start)
+    outcome, start = jax.device_get(fit.outcome), fit.start
     evaluation = outcome.evaluation
     traces = {name: np.asarray(trace) for name, trace in fit.traces.items()}
     steps = traces["elbo"].shape[1]
@@ -218,7 +258,7 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
     within = float(np.sqrt(np.mean(evaluation.llc_sem.astype(float) ** 2) / chains))
     between = float(np.std(evaluation.llc, ddof=1) / np.sqrt(chains)) if chains > 1 else 0.0
     posterior = problem.posterior
-    evidence = _evidence(fit, problem, config, traces)
+    evidence = _evidence(fit, outcome, problem, config, traces, bottom)
     return LLCEstimate(
         llc=float(np.mean(evaluation.llc)),
         llc_sem=max(within, between),
@@ -236,8 +276,9 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
             "wanted_rank": int(start.wanted_rank),
             "explained": float(start.explained),
             "trace": float(start.trace),
-            "spectrum": np.asarray(start.spectrum, float)[: max(int(start.num_hvp), 0)].tolist(),
-            "newton_decrement": float(start.newton_decrement),
+            "spectrum": np.asarray(start.spectrum, float)[: int(start.num_values)].tolist(),
+            "newton_decrement": evidence.newton_decrement,
+            "lowest": bottom.curvature + float(posterior.gamma),
         },
         evaluation={
             name: np.asarray(getattr(evaluation, name), float).tolist()
@@ -255,16 +296,17 @@ def _estimate(fit: Fit, problem: Problem, config: VIConfig, work: Work, timings:
         family_arrays=_family_arrays(outcome.arrays),
         snapshots=_snapshots(fit.snapshots),
         health=health_findings(evidence),
-        config=config.replace(correction="none"),
+        config=config.replace(correction="none").recorded,
         llc_vi=float(np.mean(evaluation.llc)),
         llc_vi_sem=max(within, between),
     )
 
 
-def _evidence(fit: Fit, problem: Problem, config: VIConfig, traces: dict[str, np.ndarray]) -> Evidence:
+def _evidence(
+    fit: Fit, outcome: Outcome, problem: Problem, config: VIConfig, traces: dict[str, np.ndarray], bottom: Bottom
+) -> Evidence:
     """Collect what findings are read from."""
-    outcome, start = jax.device_get(fit.outcome), jax.device_get(fit.start)
-    evaluation, posterior = outcome.evaluation, problem.posterior
+    start, evaluation, posterior = fit.start, outcome.evaluation, problem.posterior
     steps, trend = traces["elbo"].shape[1], elbo_trend(traces["elbo"])
     return Evidence(
         llc_per_chain=np.asarray(evaluation.llc, float),
@@ -278,11 +320,15 @@ def _evidence(fit: Fit, problem: Problem, config: VIConfig, traces: dict[str, np
         rank=int(start.rank),
         wanted_rank=int(start.wanted_rank),
         rank_limit=rank_limit(config, posterior.center.size, posterior.center.dtype.itemsize),
-        newton_decrement=float(start.newton_decrement),
+        newton_decrement=float(jax.jit(newton_decrement)(start, posterior, fit.outcome.slope)),
         importance=assess_importance(evaluation.log_weight),
         radius2=traces["radius2"],
         localization=float(posterior.gamma),
         dim=posterior.center.size,
+        excess=float(posterior.nbeta) * np.asarray(evaluation.excess, float),
+        rounding=rounding_nats(posterior, float(outcome.reference_loss)),
+        bottom=bottom,
+        in_memory=problem.holds_all,
         **_mixture_evidence(outcome.arrays, config),
     )
 
@@ -306,7 +352,7 @@ def _mixture_evidence(arrays: dict[str, Any], config: VIConfig) -> dict[str, Any
     """Read off weights and factors; a rank is called unused only where somebody asked for more than the default."""
     if "pi" not in arrays:
         return {}
-    asked = config.r_per_component is not None or config.r > VIConfig().r
+    asked = config.r_per_component is not None or config.filled.r > VIConfig().filled.r
     norms = arrays.get("factor_norm2", np.zeros(0))
     return {
         "num_components": arrays["pi"].shape[1],

@@ -1,11 +1,15 @@
-"""Compilation: what it costs, by jax's public monitoring events; quick options; and work on it ahead of need."""
+"""Compilation: what it costs, by jax's public monitoring events; quick options; who owns programs; work ahead."""
 
+import dataclasses
 import functools
+import gc
 import threading
 import time
-from collections.abc import Iterable
+import types
+import weakref
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,11 @@ COMPILE_EVENTS = (
 )
 QUICK_OPTIONS: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}
 WORKERS = 2
+# A set of programs is those of a fit or of a walk. On CPU the two take 45 and 30 MB, whatever the dimension.
+MOST_LOSSES = 4  # losses of which programs are kept
+MOST_SETS = 16
+
+Programs = TypeVar("Programs")
 
 
 class CompileClock:
@@ -27,13 +36,15 @@ class CompileClock:
         self.seconds = 0.0
         self.programs = 0
         self._ahead = threading.local()
+        self._lock = threading.Lock()  # programs compile in several threads at once
 
     def listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         """Add one event; the seconds of one that runs ahead are counted when somebody waits for it."""
         del kwargs
         if event in COMPILE_EVENTS:
-            self.seconds += 0.0 if getattr(self._ahead, "here", False) else duration_secs
-            self.programs += event == COMPILE_EVENTS[-1]
+            with self._lock:
+                self.seconds += 0.0 if getattr(self._ahead, "here", False) else duration_secs
+                self.programs += event == COMPILE_EVENTS[-1]
 
     def run_ahead(self, call: Any) -> Any:
         """Call in a thread of the pool."""
@@ -44,7 +55,8 @@ class CompileClock:
         """Wait for a call that runs ahead."""
         began = time.perf_counter()
         future.result()
-        self.seconds += time.perf_counter() - began
+        with self._lock:
+            self.seconds += time.perf_counter() - began
 
 
 CLOCK = CompileClock()
@@ -66,25 +78,113 @@ def quick_compilation() -> dict[str, Any] | None:
     return QUICK_OPTIONS
 
 
-class Identity:
-    """Compare by identity, for values that cannot be hashed."""
+class Borrowed:
+    """A function or objective that programs reach while its owner holds it, so that they do not keep it alive."""
 
     def __init__(self, value: Any):
-        self.value = value
+        self.lend(value)
+
+    def lend(self, value: Any) -> None:
+        """Use this one from now on."""
+        try:
+            self._owner = weakref.ref(value)
+        except TypeError:  # it has slots, or is a tuple
+            self._owner = lambda: value
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it."""
+        return self._owner()(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of it."""
+        return getattr(self._owner(), name)
 
 
-def cache_key(value: Any) -> Any:
-    """Return the value, or where it cannot be hashed a stand-in for it."""
+@dataclasses.dataclass
+class _Kept:
+    """Programs, the loss they are of, what they borrow, and whether people still hold the loss's function."""
+
+    programs: Any
+    loss: Hashable
+    borrowed: tuple[Borrowed | None, ...]
+    is_held: Callable[[], Any]
+
+
+class ProgramStore:
+    """Owner of all compiled programs: what it drops gives its memory back.
+
+    It keeps the programs of the losses used last, and drops at once those of losses that nobody holds any more when
+    another loss needs programs.
+    """
+
+    def __init__(self, most_losses: int = MOST_LOSSES, most_sets: int = MOST_SETS):
+        self._most_losses, self._most_sets = most_losses, most_sets
+        self._kept: dict[Hashable, _Kept] = {}  # in the order of use
+        self._lock = threading.RLock()
+
+    def find(
+        self, loss: Hashable, key: Hashable, functions: tuple[Any, ...], build: Callable[..., Programs]
+    ) -> Programs:
+        """Return what `build` made of functions that compute the same, or build it.
+
+        Args:
+            loss: What the functions compute.
+            key: What else the programs depend on.
+            functions: The functions as they are now; the first is asked whether people still hold it. Programs
+                borrow them, and call the latest ones where they are traced again.
+            build: Makes the programs of the functions, borrowed.
+        """
+        with self._lock:
+            kept = self._kept.pop((loss, key), None)
+            if kept is None:
+                self._make_room(loss)
+                borrowed = tuple(None if function is None else Borrowed(function) for function in functions)
+                kept = _Kept(build(*borrowed), loss, borrowed, lambda: None)
+            for borrowed, function in zip(kept.borrowed, functions, strict=True):
+                if borrowed is not None:
+                    borrowed.lend(function)
+            kept.is_held = _holder(functions[0])
+            self._kept[loss, key] = kept
+            return kept.programs
+
+    def clear(self) -> None:
+        """Drop all programs."""
+        with self._lock:
+            self._kept.clear()
+            gc.collect()
+
+    def _make_room(self, loss: Hashable) -> None:
+        others = list(dict.fromkeys(one.loss for one in reversed(self._kept.values()) if one.loss != loss))
+        recent = {loss, *others[: self._most_losses - 1]}
+        wanted = {
+            key: one
+            for key, one in self._kept.items()
+            if one.loss == loss or (one.loss in recent and one.is_held() is not None)
+        }
+        stay = dict(list(wanted.items())[-(self._most_sets - 1) :])
+        if len(stay) < len(self._kept):
+            self._kept = stay
+            gc.collect()  # functions of jax and their caches refer to each other
+
+
+PROGRAMS = ProgramStore()
+
+
+def _holder(function: Any) -> Callable[[], Any]:
+    """Return a weak reference to the function, or the object of a method, that people hold."""
+    while True:
+        if isinstance(function, types.MethodType):
+            function = function.__self__
+        elif isinstance(function, functools.partial):
+            function = function.func
+        elif hasattr(function, "loss_fn"):
+            function = function.loss_fn
+        else:
+            break
     try:
-        hash(value)
-    except TypeError:
-        return Identity(value)
-    return value
-
-
-def from_cache_key(key: Any) -> Any:
-    """Return what `cache_key` was given."""
-    return key.value if isinstance(key, Identity) else key
+        return weakref.ref(function)
+    except TypeError:  # it has slots, or is a tuple
+        return lambda: function
 
 
 class Ahead:
@@ -107,6 +207,10 @@ class Ahead:
         for name in names:
             CLOCK.wait(self._futures[name])
 
-    def close(self) -> None:
-        """Let the threads go once they are idle."""
-        self._pool.shutdown(wait=False)
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Let the threads go; what has not begun by then is not wanted."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -7,13 +7,14 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields
-from functools import cache, partial
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, final, get_args, get_origin, get_type_hints
 
 from fastvi import _checks as checks
 from fastvi import _sources as sources
+from fastvi._effects import OWN_FIELDS, idle_fields, may_cover_all
 from fastvi._errors import UnavailableError
 from fastvi.basis import Basis
 
@@ -23,10 +24,38 @@ Rule = Callable[[str, Any, str], Any]
 
 _ALIASES = {"algo": "family"}
 _ALIASES |= {"flow_type": "flow.template", "flow_depth": "flow.depth", "flow_hidden": "flow.hidden"}
-_SEEDS_PRUNE_THRESHOLD = 1e-3
-_DEFAULT_RANK = 2
+_ALIASES |= {name: name for name in ("flow.template", "flow.depth", "flow.hidden", "flow.bins", "flow.init_scale")}
 _DEFAULT_EVALUATION_DRAWS = 64
 _DEFAULT_CURVATURE_EXAMPLES = 4096
+FINAL_RATE = 0.01  # last learning rate relative to the peak; measured, docs/configuration.md "The end of the schedule"
+# What a field that is None, not given, takes: a plan, a family or another field may put something else in its place.
+_DEFAULTS: dict[str, Any] = {
+    "M": 8,
+    "r": 2,
+    "means": "shared",
+    "prune_threshold": 1e-3,  # where mixture_cap is given
+    "alpha_temperature": 1.0,
+    "alpha_temperature_frac": 0.0,
+    "steps": 5000,
+    "lr_end_fraction": FINAL_RATE,
+    "trace_probes": 16,
+    "correction_error": 0.02,
+    "correction_budget": 20_000.0,
+    "whitening_decay": 0.99,
+    "backend": "native",
+    "d_latent": "auto",
+    "learn_sigma_perp": True,
+    "lift": "core",
+    "latent_basis": "curvature",
+}
+_USUAL = {"antithetic": True, "control_variate": "auto"}  # of fields that stay None: the counts of draws decide
+_FLOW_DEFAULTS: dict[str, Any] = {
+    "template": "realnvp",
+    "depth": 4,
+    "hidden": (64, 64),
+    "bins": 8,
+    "init_scale": 1e-2,
+}
 CORRECTIONS = ("none", "auto", "importance", "mcmc")
 FULL_LATENT_DIM, AUTO_LATENT_DIM = 64, 8  # d_latent="auto": all of up to so many dimensions, else so many
 
@@ -58,10 +87,12 @@ def _rules(cls: type[Any]) -> dict[str, tuple[Rule, bool, str]]:
     for field in fields(cls):
         hint = hints[field.name]
         kind, rule = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, checks.boolean)
-        if get_origin(kind) is Literal:
-            rule = partial(checks.choice, choices=get_args(kind))
         optional = type(None) in get_args(kind)
-        example = f"for example {field.default!r}" + (" (null in YAML)" if field.default is None else "")
+        alone = [one for one in get_args(kind) if one is not type(None)] if optional else [kind]
+        if len(alone) == 1 and get_origin(alone[0]) is Literal:
+            rule = partial(checks.choice, choices=get_args(alone[0]))
+        default = (_FLOW_DEFAULTS if cls._prefix else _DEFAULTS | _USUAL).get(field.name, field.default)
+        example = f"for example {default!r}" + (" (null in YAML)" if default is None else "")
         rules[field.name] = (rule, optional, example)
     return rules
 
@@ -75,7 +106,7 @@ def _refuse_unknown(cls: type[Any], given: Mapping[Any, Any], also: Collection[s
     known = _rules(cls)
     candidates = {name.lower(): name for name in known}
     if cls is not FlowConfig:
-        candidates |= _ALIASES | {f"flow.{name}": f"flow.{name}" for name in _rules(FlowConfig)}
+        candidates |= _ALIASES
     for name, value in given.items():
         if name not in known and name not in also:
             near = difflib.get_close_matches(str(name).lower(), candidates, 1)
@@ -90,20 +121,20 @@ class FlowConfig(_CheckedFields):
     """Configure the normalizing flow of the "flow" family.
 
     Attributes:
-        template: Architecture of the flow.
-        depth: Number of transforms.
-        hidden: Widths of the conditioner's hidden layers.
-        bins: Number of bins of a spline.
-        init_scale: Scale of the initial weights; small values start near the identity.
     """
 
     _prefix = "flow."
 
-    template: Literal["realnvp", "maf", "spline_coupling", "nsf_ar"] = "realnvp"
-    depth: Annotated[int, checks.integer] = 4
-    hidden: Annotated[tuple[int, ...], checks.widths] = (64, 64)
-    bins: Annotated[int, partial(checks.integer, minimum=2)] = 8
-    init_scale: Annotated[float, checks.nonnegative] = 1e-2
+    template: Literal["realnvp", "maf", "spline_coupling", "nsf_ar"] | None = None
+    depth: Annotated[int | None, checks.integer] = None
+    hidden: Annotated[tuple[int, ...] | None, checks.widths] = None
+    bins: Annotated[int | None, partial(checks.integer, minimum=2)] = None
+    init_scale: Annotated[float | None, checks.nonnegative] = None
+
+    @property
+    def filled(self) -> Self:
+        """This flow with the default in place of every entry that is not given."""
+        return type(self)(**_FLOW_DEFAULTS | {k: v for k, v in vars(self).items() if v is not None})
 
 
 @final
@@ -169,49 +200,48 @@ class VIConfig(_CheckedFields):
     """
 
     family: Literal["mfa", "flow"] = "mfa"
-    M: Annotated[int, checks.integer] = 8
-    r: Annotated[int, checks.natural] = _DEFAULT_RANK
+    M: Annotated[int | None, checks.integer] = None
+    r: Annotated[int | None, checks.natural] = None
     r_per_component: Annotated[tuple[int, ...] | None, checks.ranks] = None
-    means: Literal["shared", "center", "component"] = "shared"
+    means: Literal["shared", "center", "component"] | None = None
     curvature_rank: Annotated[Literal["auto"] | int, checks.auto_or_integer] = "auto"
     curvature_examples: Annotated[int | None, checks.integer] = None
     mixture_cap: Annotated[int | None, checks.integer] = None
-    prune_threshold: Annotated[float | None, checks.fraction] = _SEEDS_PRUNE_THRESHOLD
+    prune_threshold: Annotated[float | None, checks.fraction] = None
     alpha_dirichlet_prior: Annotated[float | None, checks.positive] = None
     entropy_bonus: Annotated[float, checks.nonnegative] = 0.0
     entropy_bonus_steps: Annotated[int | None, checks.integer] = None
-    alpha_temperature: Annotated[float, checks.at_least_half] = 1.0
-    alpha_temperature_frac: Annotated[float, checks.fraction] = 0.0
-    steps: Annotated[int, checks.integer] = 5000
+    alpha_temperature: Annotated[float | None, checks.at_least_half] = None
+    alpha_temperature_frac: Annotated[float | None, checks.fraction] = None
+    steps: Annotated[int | None, checks.integer] = None
     batch_size: Annotated[int | None, checks.integer] = None
     lr: Annotated[float, checks.positive] = 1e-2
     lr_schedule: Literal["none", "cosine", "linear_decay"] = "cosine"
     lr_warmup_frac: Annotated[float, checks.fraction] = 0.05
+    lr_end_fraction: Annotated[float | None, checks.share] = None
     clip_global_norm: Annotated[float | None, checks.positive] = 5.0
     samples_per_step: Annotated[int | None, checks.integer] = None
-    antithetic: bool = True
-    early_stop: Annotated[bool | None, checks.boolean] = None
+    antithetic: bool | None = None
+    early_stop: bool | None = None
     eval_every: Annotated[int, checks.integer] = 50
     eval_samples: Annotated[int | None, partial(checks.integer, minimum=4)] = None
-    control_variate: Literal["auto", "hvp", "none"] = "auto"
-    trace_probes: Annotated[int, checks.integer] = 16
-    correction: Annotated[
-        Literal["none", "auto", "importance", "mcmc"] | None, partial(checks.choice, choices=CORRECTIONS)
-    ] = None
-    correction_error: Annotated[float, checks.positive] = 0.02
-    correction_budget: Annotated[float, checks.positive] = 20_000.0
+    control_variate: Literal["auto", "hvp", "none"] | None = None
+    trace_probes: Annotated[int | None, checks.integer] = None
+    correction: Literal["none", "auto", "importance", "mcmc"] | None = None
+    correction_error: Annotated[float | None, checks.positive] = None
+    correction_budget: Annotated[float | None, checks.positive] = None
     whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
-    whitening_decay: Annotated[float, checks.decay] = 0.99
+    whitening_decay: Annotated[float | None, checks.decay] = None
     use_whitening: bool = True
     dtype: Literal["float32", "float64"] = "float32"
     tensorboard: bool = False
     gamma: Annotated[float | None, checks.nonnegative] = None
-    backend: Annotated[str, checks.backend] = "native"
-    d_latent: Annotated[Literal["auto"] | int, checks.auto_or_positive] = "auto"
+    backend: Annotated[str | None, checks.backend] = None
+    d_latent: Annotated[Literal["auto"] | int | None, checks.auto_or_positive] = None
     sigma_perp: Annotated[float | None, checks.positive] = None
-    learn_sigma_perp: bool = True
-    lift: Literal["core", "injective"] = "core"
-    latent_basis: Annotated[str | Basis, checks.basis] = "curvature"
+    learn_sigma_perp: bool | None = None
+    lift: Literal["core", "injective"] | None = None
+    latent_basis: Annotated[str | Basis | None, checks.basis] = None
     flow: Annotated[FlowConfig, _flow] = FlowConfig()
 
     def __post_init__(self) -> None:
@@ -219,9 +249,13 @@ class VIConfig(_CheckedFields):
         if self.lr_schedule is None:
             object.__setattr__(self, "lr_schedule", "none")
         super().__post_init__()
-        if self.r_per_component is not None and len(self.r_per_component) != self.M:
-            fix = f"give one rank per component, or use M={len(self.r_per_component)}"
-            raise checks.refusal("r_per_component", f"a list of M={self.M} ranks", self.r_per_component, fix)
+        ranks, draws = self.r_per_component, self.samples_per_step
+        if ranks is not None and self.M not in (None, len(ranks)):
+            fix = f"give one rank per component, or use M={len(ranks)}"
+            raise checks.refusal("r_per_component", f"a list of M={self.M} ranks", ranks, fix)
+        if self.antithetic and draws is not None and draws % 2:
+            rule = "False beside an odd samples_per_step: mirrored draws come in pairs"
+            raise checks.refusal("antithetic", rule, True, f"use samples_per_step={draws + 1}")
 
     @classmethod
     def create(cls, source: Any = None, /, **overrides: Any) -> Self:
@@ -254,14 +288,89 @@ class VIConfig(_CheckedFields):
         Path(path).write_text(sources.import_yaml().safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     @property
+    def filled(self) -> Self:
+        """This configuration with the default in place of what is not given, as stages read it.
+
+        What depends on the problem or on the entry point (`batch_size`, counts of draws, `early_stop`) stays None.
+        """
+        return _filled(self)
+
+    @property
+    def recorded(self) -> Self:
+        """This configuration filled, but for the fields without an effect: what a run says that it did."""
+        return self.filled.reduced()
+
+    def reduced(self, dim: int | None = None) -> Self:
+        """Return a copy without the fields that have no effect beside the others."""
+        return self._without(idle_fields(self, dim))
+
+    def applied(self, dim: int) -> Self:
+        """Return the configuration of a run in `dim` dimensions, in which every field that is given has an effect.
+
+        The complete form, a configuration that gives fields of "mfa" beside d_latent and sigma_perp, is one for both
+        families, of which `family` chooses: its fields without an effect are left aside.
+
+        Raises:
+            ConfigError: If another configuration gives a field that nothing reads.
+            UnavailableError: If it prunes the components of a flow.
+        """
+        self.check_available(dim)
+        covers_all = self._is_complete_form and self.family == "flow" and may_cover_all(self, dim)
+        return self.reduced(dim)._without(["sigma_perp"] if covers_all else [])
+
+    def check_available(self, dim: int | None = None) -> None:
+        """Raise ConfigError for a field that has no effect, UnavailableError for pruning with the flow family."""
+        if not self._is_complete_form:
+            self._refuse_idle(self, dim)
+
+    def check_asked(self, asked: Mapping[str, Any]) -> None:
+        """Raise the same for keywords, even beside the complete form."""
+        self._refuse_idle(type(self).create(**asked), None)
+
+    def _refuse_idle(self, given: "VIConfig", dim: int | None) -> None:
+        if self.family == "flow" and given.prunes:
+            raise UnavailableError(
+                "the flow family has no components to prune; leave out mixture_cap and prune_threshold, "
+                "or use family='mfa'"
+            )
+        for name, (rule, fix) in idle_fields(self, dim).items():
+            if given._gives(name):
+                raise checks.refusal(name, rule, given._value(name), fix)
+
+    @property
+    def _is_complete_form(self) -> bool:
+        return self._gives("d_latent") and self._gives("sigma_perp") and any(map(self._gives, OWN_FIELDS["mfa"]))
+
+    def _gives(self, name: str) -> bool:
+        return self._value(name) not in (None, FlowConfig())
+
+    def _value(self, name: str) -> Any:
+        return self.flow.bins if name == "flow.bins" else getattr(self, name)
+
+    def _without(self, names: Collection[str]) -> Self:
+        """Return a copy in which these fields are not given."""
+        changes: dict[str, Any] = {name: None for name in names if "." not in name}
+        if "flow" in names:
+            changes["flow"] = FlowConfig()
+        elif "flow.bins" in names:
+            changes["flow"] = replace(self.flow, bins=None)
+        return replace(self, **changes)
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """Rank of each of the M components."""
-        return (self.r,) * self.M if self.r_per_component is None else self.r_per_component
+        filled = self.filled
+        return (filled.r,) * filled.M if self.r_per_component is None else self.r_per_component
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether the draws of a step come in mirrored pairs, where their number is even."""
+        return self.antithetic is not False
 
     @property
     def step_draws(self) -> int:
         """Draws of one step."""
-        return 1 if self.samples_per_step is None else self.samples_per_step
+        return (2 if self.antithetic else 1) if self.samples_per_step is None else self.samples_per_step
 
     @property
     def evaluation_draws(self) -> int:
@@ -286,7 +395,7 @@ class VIConfig(_CheckedFields):
 
     def latent_dim(self, dim: int) -> int:
         """Return `d_latent`, or where it is "auto" as many dimensions as a flow handles well."""
-        if self.d_latent == "auto":
+        if self.d_latent in (None, "auto"):
             if isinstance(self.latent_basis, Basis):
                 return self.latent_basis.columns.shape[1]
             return dim if dim <= FULL_LATENT_DIM else AUTO_LATENT_DIM
@@ -294,14 +403,16 @@ class VIConfig(_CheckedFields):
 
     def check_against(self, dim: int, n_data: int) -> None:
         """Raise ConfigError for a rank or latent dimension above `dim`, or a minibatch above `n_data`."""
-        rank_field = "r" if self.r_per_component is None else "r_per_component"
-        latent = self.d_latent if self.family == "flow" else None
+        bounded_by_dim: dict[str, Any] = {"curvature_rank": self.curvature_rank}
         if self.family == "flow":
             self._check_flow(dim)
-        bounded_by_dim = {rank_field: self.rank, "curvature_rank": self.curvature_rank, "d_latent": latent}
+            bounded_by_dim["d_latent"] = self.d_latent
+        elif self.r_per_component is not None:
+            bounded_by_dim["r_per_component"] = self.rank
+        else:
+            bounded_by_dim["r"] = self.r  # the default is cut to fit
         for name, size in bounded_by_dim.items():
-            is_default = name == "r" and size == _DEFAULT_RANK  # cut to fit
-            if isinstance(size, int) and size > dim and not is_default:
+            if isinstance(size, int) and size > dim:
                 raise checks.refusal(name, f"<= dim={dim}", getattr(self, name), f"use {dim} or less")
         if self.batch_size is not None and self.batch_size > n_data:
             raise checks.refusal("batch_size", f"<= n_data={n_data}", self.batch_size, f"use {n_data} or less")
@@ -314,12 +425,12 @@ class VIConfig(_CheckedFields):
         if isinstance(self.latent_basis, Basis) and self.latent_basis.columns.shape != (dim, latent):
             rule = f"an array of shape (dim={dim}, d_latent={latent})"
             raise checks.refusal("latent_basis", rule, self.latent_basis, "give one column for each latent dimension")
-        find_backend(self.backend)(latent, self.flow)
+        find_backend(self.filled.backend)(latent, self.flow.filled)
 
     @property
     def prunes(self) -> bool:
         """Whether components are pruned during the fit."""
-        return self.mixture_cap is not None or self.prune_threshold not in (_SEEDS_PRUNE_THRESHOLD, None)
+        return self.mixture_cap is not None or self.prune_threshold is not None
 
     @property
     def anneals(self) -> bool:
@@ -329,17 +440,22 @@ class VIConfig(_CheckedFields):
     @property
     def settled_after(self) -> int:
         """Count the steps after which temperature and entropy bonus stay as they are."""
-        heated = math.ceil(self.alpha_temperature_frac * self.steps) if self.alpha_temperature != 1 else 0
+        filled = self.filled
+        heated = math.ceil(filled.alpha_temperature_frac * filled.steps) if filled.alpha_temperature != 1 else 0
         ends = self.entropy_bonus > 0 and self.entropy_bonus_steps is not None
-        return max(heated, min(self.entropy_bonus_steps or 0, self.steps) if ends else 0)
+        return max(heated, min(self.entropy_bonus_steps or 0, filled.steps) if ends else 0)
 
-    def check_available(self) -> None:
-        """Raise UnavailableError for pruning with the flow family."""
-        if self.family == "flow" and self.prunes:
-            raise UnavailableError(
-                "the flow family has no components to prune; leave out mixture_cap and prune_threshold, "
-                "or use family='mfa'"
-            )
+
+@lru_cache(maxsize=256)
+def _filled(config: VIConfig) -> VIConfig:
+    changes = {name: default for name, default in _DEFAULTS.items() if getattr(config, name) is None}
+    if config.M is None and config.r_per_component is not None:
+        changes["M"] = len(config.r_per_component)
+    if config.mixture_cap is None:
+        changes.pop("prune_threshold", None)
+    if config.means is None and config.family == "flow" and config.lift == "injective":
+        changes["means"] = "center"
+    return replace(config, flow=config.flow.filled, **changes)
 
 
 def _canonical(given: Mapping[Any, Any]) -> dict[str, Any]:

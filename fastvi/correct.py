@@ -9,20 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._errors import DataError
+from fastvi._errors import DataError, NonFiniteError
 from fastvi._typing import Array, Float, Keys
 from fastvi.compilation import CLOCK
 from fastvi.config import VIConfig
 from fastvi.diagnostics.health import correction_findings
 from fastvi.diagnostics.importance import GOOD, pareto_smooth
 from fastvi.estimators.control_variate import regress
-from fastvi.estimators.correction import USUAL_ERROR, Sampler, sample_posterior
-from fastvi.estimators.walk import BIN_LENGTH, Walk, parameter_blocks, walk_programs
+from fastvi.estimators.correction import LENGTH, MIN_BINS, USUAL_ERROR, Sampled, Sampler, Unmet, sample_posterior
+from fastvi.estimators.walk import BIN_LENGTH, Walk, WalkPrograms, parameter_blocks, walk_programs
 from fastvi.inference.driver import Fit, Progress
 from fastvi.inference.loop import Problem
 from fastvi.inference.schedule import few_dimensions_factor
 from fastvi.objective import TreeObjective
-from fastvi.progress import StatusLine
+from fastvi.progress import reporting
 from fastvi.result import LLCEstimate
 from fastvi.streaming import uncorrected
 
@@ -60,8 +60,10 @@ def correct(
     result: LLCEstimate,
     correction: str = "auto",
     *,
+    correction_error: float | None = None,
+    correction_budget: float | None = None,
     progress: bool | Callable[[Progress], None] = True,
-    **overrides: Any,
+    throw: bool = True,
 ) -> LLCEstimate:
     """Turn the variational value of a finished estimate into the posterior's own.
 
@@ -75,38 +77,40 @@ def correct(
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
-        correction: "auto", "importance" or "mcmc".
+        correction: "auto", "importance" or "mcmc"; "none" returns the result as it is.
+        correction_error: As in `VIConfig`; what the result was estimated with when left out.
+        correction_budget: As in `VIConfig`; what the result was estimated with when left out.
         progress: Whether to show a status line on stderr, or a function that receives `Progress`.
-        **overrides: `correction_error` and `correction_budget` of `VIConfig`.
+        throw: Whether to raise when the corrected value is not finite; otherwise a finding says so.
 
     Returns:
         A new estimate whose llc, llc_sem and findings are the corrected ones; `llc_vi` keeps the old value.
 
     Raises:
-        ConfigError: If an option is unknown or impossible.
+        ConfigError: If an option is impossible, or not one of this correction.
         DataError: If the result was loaded from disk and holds no fit.
+        NonFiniteError: If NaN or infinity appears, unless `throw` is False.
 
     Cost:
-        "mcmc": some 50 to 3,000 full gradients, at most `correction_budget`.
+        "mcmc": some 50 to 3,000 full gradients, never more than `correction_budget`. Where that pays for no
+        walk, draws of q are reweighted, and a finding says how much would do.
     """
     fitted = result.fitted
     if fitted is None:
         raise DataError("this estimate holds no fit to go on from (it was loaded from disk). Run estimate_llc again.")
-    config = result.config.replace(correction=correction, **overrides)
-    if config.correction == "none":
+    recorded = _recorded(result, correction, correction_error, correction_budget)
+    if recorded.correction == "none":
         return result
+    config = recorded.filled
     if not fitted.problem.holds_all:
         uncorrected(config.correction)
     began, compiled = time.perf_counter(), CLOCK.seconds
     method, weights, khat = _choose(fitted, config)
-    status = StatusLine() if progress is True else None
-    report = status or (progress if callable(progress) else None)
     values = _reweight(fitted, weights) if method == "importance" else None
     too_rough = values is not None and values.llc_sem > config.correction_error * abs(values.llc)
     if values is None or (too_rough and config.correction == "auto"):
-        method, values = "mcmc", _sample(fitted, config, report)
-    if status is not None:
-        status.close()
+        with reporting(progress) as report:
+            method, values = "mcmc", _sample(fitted, config, weights, report)
     details = {"method": method, "khat": khat, **values.details}
     work = {**result.work, "fge_correction": values.work}
     work["total_fge"] = result.work["total_fge"] + values.work
@@ -118,14 +122,27 @@ def correct(
         llc=values.llc,
         llc_sem=values.llc_sem,
         llc_per_chain=values.per_chain,
+        llc_sem_per_chain=values.sem_per_chain,
         correction=details,
         walk_llc=values.walk,
         work=work,
         timings=timings,
-        config=config,
+        config=recorded,
         fitted=fitted._replace(walked=values.walked or fitted.walked),
     )
-    return dataclasses.replace(corrected, health=correction_findings(corrected))
+    corrected = dataclasses.replace(corrected, health=correction_findings(corrected))
+    broken = [finding for finding in corrected.health if finding.name == "non_finite"]
+    if throw and broken:
+        raise NonFiniteError(f"{broken[0]} Pass throw=False to get the partial result.")
+    return corrected
+
+
+def _recorded(result: LLCEstimate, correction: str, error: float | None, budget: float | None) -> VIConfig:
+    """Return the result's configuration with this correction; one that has no use for a setting refuses it."""
+    asked: dict[str, Any] = {"correction": correction, "correction_error": error, "correction_budget": budget}
+    VIConfig.create(asked).check_available()
+    given = {name: value for name, value in asked.items() if value is not None}
+    return result.config.replace(**given).recorded
 
 
 class _Values(NamedTuple):
@@ -134,6 +151,7 @@ class _Values(NamedTuple):
     llc: float
     llc_sem: float
     per_chain: Float[np.ndarray, " chains"]
+    sem_per_chain: Float[np.ndarray, " chains"]
     walk: Float[np.ndarray, "walkers bins"]
     work: float
     details: dict[str, Any]
@@ -176,37 +194,85 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
         value = float(means.mean())
     between = means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else 0.0
     sem = max(np.sqrt(variances.mean() / means.size), between, ROUNDING * abs(value))
-    details = {"effective_draws": float(1 / np.sum(weights**2))}
-    return _Values(value, float(sem), means, np.zeros((0, 0)), 0, details)
+    details = {"effective_draws": float(1 / np.sum(weights**2)), "in_memory": fitted.problem.holds_all}
+    return _Values(value, float(sem), means, np.sqrt(variances), np.zeros((0, 0)), 0, details)
 
 
-def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None] | None) -> _Values:
-    """Run the walkers."""
+def _sample(
+    fitted: Fitted,
+    config: VIConfig,
+    weights: Float[np.ndarray, "chains draws"],
+    report: Callable[[Progress], None] | None,
+) -> _Values:
+    """Run the walkers; reweight where the budget pays for no step of theirs."""
     chains, dim = fitted.keys.size, fitted.problem.posterior.center.size
     most = MOST_IN_FEW_DIMENSIONS * min(1.0, (USUAL_ERROR / config.correction_error) ** 2)
     per_chain = -(-WALKERS * few_dimensions_factor(dim, max(1, round(most))) // chains)
-    budget, evaluation = config.correction_budget, fitted.fit.outcome.evaluation
+    budget, before = config.correction_budget, fitted.walked
 
     def tell(done: float, llc: float) -> None:
         if report is not None:
             report(Progress("correction", int(done), int(budget), llc))
 
-    programs = walk_programs(fitted.objective, parameter_blocks(fitted.objective.structure.leaf_sizes))
-    common, before = (fitted.fit.family, fitted.problem, fitted.fit.params), fitted.walked
+    programs = walk_programs(
+        fitted.objective, fitted.problem, parameter_blocks(fitted.objective.structure.leaf_sizes)
+    )
     if before is not None and before.walk.walkers.x.shape[0] != chains * per_chain:
         before = None  # another number of walkers: these start at q
-    if before is not None:
-        walk = programs.move(*common, before.walk, before.center, jnp.int32(before.corrections))
-    else:
-        log_weight, excess = evaluation.log_weight, evaluation.excess
-        walk = programs.start(*common, fitted.keys, log_weight, excess, num_walkers=chains * per_chain)
-    reference_loss, has_moved_in = fitted.fit.outcome.reference_loss, before is not None and before.settled
-    sampler = Sampler(programs, fitted.problem, walk, reference_loss, budget, has_moved_in=has_moved_in)
+    sampler = Sampler(
+        programs,
+        fitted.problem,
+        _set_out(programs, fitted, before, chains * per_chain),
+        fitted.fit.outcome.reference_loss,
+        budget,
+        chains=chains,
+        fewest=chains * -(-WALKERS // chains),
+        has_moved_in=before is not None and before.settled,
+    )
+    if not sampler.pays:
+        return _unpaid(_reweight(fitted, weights), sampler.least_budget)
     run = sample_posterior(sampler, relative_error=config.correction_error, report=tell)
+    analysis, corrections = run.analysis, 1 if before is None else before.corrections + 1
+    shares = (chains, -1) if chains > 1 else (-1, WALKERS)
+    means, errors = (values.reshape(shares) for values in (analysis.per_walker, analysis.per_walker_sem))
+    means, errors = (means, errors) if chains > 1 else (means.T, errors.T)
+    return _Values(
+        analysis.llc,
+        analysis.llc_sem,
+        means.mean(axis=1),
+        np.sqrt(np.sum(errors**2, axis=1)) / errors.shape[1],
+        run.llc,
+        run.work,
+        {**_walk_details(run), "narrow_dtype": _narrow_dtype(fitted)},
+        Walked(sampler.walk, fitted.problem.posterior.center, corrections, not run.unmet),
+    )
+
+
+def _unpaid(values: _Values, least_budget: float) -> _Values:
+    """Say of reweighted draws that they stand in for a walk."""
+    unmet = [Unmet(LENGTH, 0, MIN_BINS * BIN_LENGTH)._asdict()]
+    details = {"method": "importance", "settled": False, "unmet": unmet, "least_budget": least_budget}
+    return values._replace(details={**values.details, **details, "narrow_dtype": None})
+
+
+def _set_out(programs: WalkPrograms, fitted: Fitted, before: Walked | None, num_walkers: int) -> Walk:
+    """Place walkers at draws of q, or take over those of a correction before."""
+    common, evaluation = (fitted.fit.family, fitted.problem, fitted.fit.params), fitted.fit.outcome.evaluation
+    if before is not None:
+        return programs.move(*common, before.walk, before.center, jnp.int32(before.corrections))
+    return programs.start(*common, fitted.keys, evaluation.log_weight, evaluation.excess, num_walkers=num_walkers)
+
+
+def _walk_details(run: Sampled) -> dict[str, Any]:
+    """Return what a result keeps of a run."""
     analysis = run.analysis
-    details = {
-        "settled": run.settled,
+    return {
+        "settled": not run.unmet,
+        "unmet": [unmet._asdict() for unmet in run.unmet],
+        "least_budget": run.least_budget,
         "rhat": analysis.rhat,
+        "rhat_radius": analysis.rhat_radius,
+        "drift_z": analysis.drift_z,
         "virial_z": analysis.virial_z,
         "variance_reduction": analysis.variance_reduction,
         "systematic": analysis.systematic,
@@ -218,9 +284,10 @@ def _sample(fitted: Fitted, config: VIConfig, report: Callable[[Progress], None]
         "step_size": run.step_size,
         "returned": run.returned,
     }
-    shares = (
-        analysis.per_walker.reshape(chains, per_chain) if chains > 1 else analysis.per_walker.reshape(-1, WALKERS).T
-    )
-    corrections = 1 if before is None else before.corrections + 1
-    walked = Walked(sampler.walk, fitted.problem.posterior.center, corrections, run.settled)
-    return _Values(analysis.llc, analysis.llc_sem, shares.mean(axis=1), run.llc, run.work, details, walked)
+
+
+def _narrow_dtype(fitted: Fitted) -> str | None:
+    """Name the half-precision type of a parameter or of the loss, if there is one."""
+    loss = jax.eval_shape(fitted.objective.loss, fitted.problem.posterior.center, fitted.problem.data)
+    dtypes = [loss.dtype, *(dtype for dtype in fitted.objective.structure.dtypes if dtype is not None)]
+    return next((jnp.dtype(dtype).name for dtype in dtypes if jnp.dtype(dtype).itemsize <= 2), None)

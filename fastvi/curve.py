@@ -1,17 +1,20 @@
 """The learning coefficient along training: each fit begins at the q of the checkpoint before."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from fastvi._arguments import as_key, check_count
+from fastvi._data import check_data, is_stream, refuse_a_trace
 from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Batch, PyTree
 from fastvi.api import assemble, run_estimate
 from fastvi.config import VIConfig
 from fastvi.inference.driver import Progress
+from fastvi.objective import TreeStructure
 from fastvi.result import LLCEstimate
 
 
@@ -49,10 +52,11 @@ def llc_curve(
     *,
     key: Any = 0,
     nbeta: float | None = None,
-    localization: float = 1.0,
+    localization: float | None = None,
     config: Any = None,
     num_chains: int | None = None,
     progress: bool | Callable[[Progress], None] = True,
+    throw: bool = True,
     warm_start: bool = True,
     warm_steps: int | None = None,
     **overrides: Any,
@@ -70,10 +74,12 @@ def llc_curve(
         data: As for `estimate_llc`.
         key: An int seed or a jax random key, the same at every checkpoint.
         nbeta: n times the inverse temperature; n / log n when left out.
-        localization: Strength of the localizer.
+        localization: As for `estimate_llc`.
         config: A `VIConfig`, or anything `VIConfig.create` reads.
         num_chains: Independent fits.
         progress: As for `estimate_llc`.
+        throw: Whether to raise at a checkpoint whose fit or evaluation is not finite; otherwise its estimate is not
+            finite, a finding says so, and the next fit begins at the last one that is.
         warm_start: Whether to begin at the q before; otherwise every fit begins at the curvature.
         warm_steps: Steps of every fit but the first, at most; those of the first when left out.
         **overrides: Fields of `VIConfig`.
@@ -83,24 +89,68 @@ def llc_curve(
 
     Raises:
         ConfigError: If `warm_steps` is below 1, or without `warm_start`.
-        DataError: If there is no checkpoint, or they differ in the number of parameters.
+        DataError: If there is no checkpoint, or they are not of one model. Any error at a checkpoint, or while it is
+            read, names it in a note, and its attribute `partial` is the curve of those before.
     """
-    first, estimates, before = VIConfig.create(config, **overrides), [], None
+    if isinstance(checkpoints, Mapping):
+        raise DataError("checkpoints must be an iterable of parameters; got a mapping. Pass a list, such as [params].")
+    refuse_a_trace(data, key, nbeta, localization)
+    first = VIConfig.create(config, **overrides)
+    first.check_asked(overrides)
     later = _later(first, warm_start, warm_steps)
-    for params in checkpoints:
-        settings = later if estimates else first
-        target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
-        if before is not None and before.problem.posterior.center.size != target.problem.posterior.center.size:
-            raise DataError(
-                f"checkpoint {len(estimates)} has {target.problem.posterior.center.size} parameters, the one before "
-                f"{before.problem.posterior.center.size}; they must be checkpoints of one model."
+    data = data if is_stream(data) else check_data(data, dtype=jnp.dtype(first.dtype))[0]
+    remaining, estimates, structure, before = iter(checkpoints), [], None, None
+    while True:
+        with _AtCheckpoint(estimates):
+            params = next(remaining, _NO_MORE)
+            if params is _NO_MORE:
+                break
+            settings = later if before else first
+            target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
+            structure = _same_structure(target.objective.structure, structure, len(estimates))
+            estimate = run_estimate(
+                target, num_chains, progress=progress, throw=throw, warm=before if warm_start else None
             )
-        estimate = run_estimate(target, num_chains, progress=progress, warm=before if warm_start else None)
-        before = estimate.fitted
-        estimates = [*(dataclasses.replace(one, fitted=None) for one in estimates), estimate]
+        before = estimate.fitted if np.isfinite(estimate.llc) else before
+        estimates[:] = [*(dataclasses.replace(one, fitted=None) for one in estimates), estimate]
     if not estimates:
         raise DataError("llc_curve needs at least one checkpoint; got none.")
     return LLCCurve(tuple(estimates))
+
+
+_NO_MORE = object()
+
+
+class _AtCheckpoint:
+    """Let an error say at which checkpoint it was raised, and carry the estimates of those before."""
+
+    def __init__(self, estimates: list[LLCEstimate]):
+        self.estimates = estimates
+
+    def __enter__(self) -> None:
+        """Begin the block."""
+
+    def __exit__(self, kind: object, error: Any, traceback: object) -> None:
+        """Add both to the error, which passes."""
+        if error is not None:
+            number = len(self.estimates)
+            error.add_note(f"fastvi: at checkpoint {number} (from 0); `partial` of this error holds those before it.")
+            error.partial = LLCCurve(tuple(self.estimates))
+
+
+def _same_structure(structure: TreeStructure, expected: TreeStructure | None, number: int) -> TreeStructure:
+    """Return the structure of a checkpoint's parameters, the same as before."""
+    if expected is not None and structure.num_parameters != expected.num_parameters:
+        raise DataError(
+            f"checkpoint {number} has {structure.num_parameters} parameters, the one before "
+            f"{expected.num_parameters}; they must be checkpoints of one model."
+        )
+    if expected is not None and (structure.treedef, structure.shapes) != (expected.treedef, expected.shapes):
+        raise DataError(
+            f"checkpoint {number} has parameters {structure.treedef} of shapes {structure.shapes}, the one before "
+            f"{expected.treedef} of shapes {expected.shapes}; they must be checkpoints of one model."
+        )
+    return structure
 
 
 def _later(settings: VIConfig, warm_start: bool, warm_steps: int | None) -> VIConfig:

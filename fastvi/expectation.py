@@ -6,12 +6,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fastvi._data import check_data
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float
 from fastvi.correct import Fitted
 from fastvi.estimators.llc import evaluation_draws, excess_at
-from fastvi.objective import check_data, excess_loss, full_data_loss
+from fastvi.objective import excess_loss, full_data_loss
 from fastvi.result import LLCEstimate
+from fastvi.target.look import weigh_other_data
 
 
 class DataLLC(NamedTuple):
@@ -43,7 +45,8 @@ def llc_on(result: LLCEstimate, data: Batch) -> DataLLC:
         As many losses of the data as the evaluation had draws.
     """
     fitted = _fitted(result)
-    data, _ = check_data(data)
+    center = fitted.problem.posterior.center
+    data = weigh_other_data(fitted.objective, center, check_data(data)[0], "loss_fn")
     excess, reference = _excess(fitted, data)
     llc = float(fitted.problem.posterior.nbeta) * np.asarray(excess, float)
     pairs = 0.5 * (llc[:, : llc.shape[1] // 2] + llc[:, llc.shape[1] // 2 :])
@@ -58,25 +61,28 @@ def example_losses(result: LLCEstimate, data: Batch) -> Float[np.ndarray, "chain
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
-        data: Data of the structure that the loss takes; each example is passed as a batch of one.
+        data: Data of the structure that the loss takes. Where it returns the mean of a batch, each example is passed as
+            a batch of one.
 
     Returns:
-        Losses in nats, shape (chains, draws, examples).
+        Losses in nats, shape (chains, draws, examples), whose mean over the examples is the loss of the data: of a
+        weighted loss each example's share in it.
 
     Raises:
         DataError: If the result was loaded from disk, or the data cannot be used.
     """
     fitted = _fitted(result)
-    data, _ = check_data(data)
-    center = fitted.problem.posterior.center
+    objective, center = fitted.objective, fitted.problem.posterior.center
+    data = weigh_other_data(objective, center, check_data(data)[0], "loss_fn")
 
     @jax.jit
     def losses(displacement):
         def one(example):
             batch = jax.tree_util.tree_map(lambda leaf: leaf[None], example)
-            return fitted.objective.loss(center + displacement, batch)
+            return objective.loss(center + displacement, batch)
 
-        return jax.vmap(one)(data)
+        found = objective.example_losses(center + displacement, data)
+        return jax.vmap(one)(data) if found is None else found
 
     draws = jax.jit(functools.partial(_draws, fitted.fit.family, num_draws=_num_draws(fitted)))
     return np.stack(

@@ -5,24 +5,31 @@ leading axis), and nothing of the model.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol, runtime_checkable
 
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._errors import DataError
+from fastvi._data import is_finite
+from fastvi._errors import DataError, ErrorNote
 from fastvi._typing import Array, Batch, Float, PyTree, Scalar
+from fastvi.target.losses import LossForm, classify_loss, describe_value, example_losses, mean_loss, raw_examples
 
 LossFn = Callable[..., Any]
 
 
 @runtime_checkable
 class FlatObjective(Protocol):
-    """Mean loss per example, in nats, on a flat parameter vector and a batch."""
+    """Mean loss per example, in nats, on a flat parameter vector and a batch.
+
+    It may also have `value_and_grad(w, batch)`, which returns both at the price of the gradient.
+    """
 
     def loss(self, w: Float[Array, " dim"], batch: Batch, /) -> Scalar:
         """Evaluate the mean loss of the batch."""
@@ -32,9 +39,11 @@ class FlatObjective(Protocol):
         """Differentiate `loss` with respect to `w`."""
         ...
 
-    def value_and_grad(self, w: Float[Array, " dim"], batch: Batch, /) -> tuple[Scalar, Float[Array, " dim"]]:
-        """Evaluate the loss and its gradient in one pass."""
-        ...
+
+def value_and_grad(objective: FlatObjective, w: Float[Array, " dim"], batch: Batch) -> tuple[Scalar, Array]:
+    """Evaluate the loss and its gradient, in one pass where the objective can."""
+    both = getattr(objective, "value_and_grad", None)
+    return (objective.loss(w, batch), objective.grad(w, batch)) if both is None else both(w, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,26 +53,31 @@ class CallableObjective:
     loss_fn: LossFn
     grad_fn: LossFn | None = None
 
+    def outputs(self, w, batch):
+        """Return what the function returns on the batch."""
+        return self.loss_fn(w, raw_examples(batch))
+
     def loss(self, w, batch):
         """Evaluate the mean loss of the batch."""
-        return self.loss_fn(w, batch)
+        return mean_loss(self.outputs(w, batch), batch, w.dtype)
 
     def grad(self, w, batch):
         """Differentiate the loss: by the given function if there is one, else by autodiff."""
-        return jax.grad(self.loss_fn)(w, batch) if self.grad_fn is None else self.grad_fn(w, batch)
+        return jax.grad(self.loss)(w, batch) if self.grad_fn is None else self.grad_fn(w, batch)
 
     def value_and_grad(self, w, batch):
         """Evaluate loss and gradient in one pass."""
         if self.grad_fn is None:
-            return jax.value_and_grad(self.loss_fn)(w, batch)
-        return self.loss_fn(w, batch), self.grad_fn(w, batch)
+            return jax.value_and_grad(self.loss)(w, batch)
+        return self.loss(w, batch), self.grad_fn(w, batch)
 
 
 def make_flat_objective(loss_minibatch_flat: LossFn, grad_loss_minibatch: LossFn | None = None) -> CallableObjective:
     """Build a `FlatObjective` from a flat loss and, optionally, its own gradient.
 
     Args:
-        loss_minibatch_flat: `(w, batch) -> mean loss per example` with `w` of shape (dim,).
+        loss_minibatch_flat: `(w, batch) -> mean loss per example` with `w` of shape (dim,); or one loss for each
+            example, or (losses, weights), as `estimate_llc` takes them.
         grad_loss_minibatch: `(w, batch) -> gradient` of shape (dim,); autodiff when left out.
 
     Returns:
@@ -149,9 +163,17 @@ class TreeObjective:
     loss_fn: LossFn
     structure: TreeStructure
 
+    def outputs(self, w, batch):
+        """Return what the function returns on the batch."""
+        return self.loss_fn(self.structure.unravel(w), raw_examples(batch))
+
     def loss(self, w, batch):
         """Evaluate the mean loss of the batch."""
-        return self.loss_fn(self.structure.unravel(w), batch)
+        return mean_loss(self.outputs(w, batch), batch, w.dtype)
+
+    def example_losses(self, w, batch):
+        """Return the share of each example in the mean, None where the function returns the mean itself."""
+        return example_losses(self.outputs(w, batch), batch, w.dtype)
 
     def grad(self, w, batch):
         """Differentiate the loss with respect to `w`."""
@@ -165,8 +187,9 @@ class TreeObjective:
 def ravel_loss(loss_fn: LossFn, params: PyTree, dtype: Any = jnp.float32) -> tuple[TreeObjective, Float[Array, " dim"]]:
     """Flatten a loss on a parameter pytree.
 
-    Floating-point array leaves become coordinates of `w`. Callables, strings and Python scalars (activation
-    functions and settings inside an equinox module) are carried along unchanged and not varied.
+    Floating-point array leaves become coordinates of `w`. Callables, strings, Python ints and bools, and Python floats
+    inside an equinox module (activation functions and settings) are carried along unchanged and not varied; any other
+    Python float is refused.
 
     Args:
         loss_fn: `(params, batch) -> mean loss per example`, in nats.
@@ -182,27 +205,47 @@ def ravel_loss(loss_fn: LossFn, params: PyTree, dtype: Any = jnp.float32) -> tup
     if not callable(loss_fn):
         raise DataError(f"loss_fn must be a function (params, batch) -> scalar; got {type(loss_fn).__name__}.")
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    settings = _settings_of_modules(params)
     arrays, shapes, dtypes, static = [], [], [], []
     for path, leaf in paths:
         name = "params" + jax.tree_util.keystr(path)
-        if _is_carried(leaf, name):
+        if _is_carried(leaf, name, path in settings):
             static.append(leaf)
             shapes.append(None)
             dtypes.append(None)
             continue
-        array = _float_leaf(leaf, name)
-        arrays.append(jnp.ravel(array).astype(dtype))
-        shapes.append(tuple(array.shape))
-        dtypes.append(array.dtype)
-    if not arrays:
-        raise DataError("params holds no floating-point array, so there is nothing to vary; pass the trained weights.")
+        array = _float_leaf(leaf, name, dtype)
+        arrays.append(array.ravel())
+        shapes.append(tuple(leaf.shape))
+        dtypes.append(leaf.dtype)
+    if not sum(array.size for array in arrays):
+        found = f"{len(arrays)} empty arrays" if arrays else "no floating-point array"
+        raise DataError(f"params holds {found}, so there is nothing to vary; pass the trained weights.")
     structure = TreeStructure(treedef, tuple(shapes), tuple(dtypes), tuple(static))
     return TreeObjective(loss_fn, structure), jnp.concatenate(arrays)
 
 
-def _is_carried(leaf: Any, name: str) -> bool:
+def _settings_of_modules(params: PyTree) -> set[Any]:
+    """Return the paths of what lies inside equinox modules, which hold settings beside their weights."""
+    outer = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_module)[0]
+    return {
+        (*path, *inner)
+        for path, node in outer
+        if _is_module(node)
+        for inner, _ in jax.tree_util.tree_flatten_with_path(node)[0]
+    }
+
+
+def _is_module(node: Any) -> bool:
+    return isinstance(node, eqx.Module)
+
+
+def _is_carried(leaf: Any, name: str, is_setting: bool) -> bool:
+    """Say whether a leaf is no parameter; whether a Python float is one, only a module that holds it says."""
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
         return False
+    if isinstance(leaf, (float, complex)) and not is_setting:
+        refuse_python_float(leaf, name)
     if callable(leaf) or isinstance(leaf, (bool, int, float, complex, str, bytes)):
         return True
     raise DataError(
@@ -211,96 +254,78 @@ def _is_carried(leaf: Any, name: str) -> bool:
     )
 
 
-def _float_leaf(leaf: Any, name: str) -> Array:
-    dtype = leaf.dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
+def refuse_python_float(leaf: Any, name: str) -> None:
+    """Refuse a Python number that may be meant as a parameter or as a setting."""
+    raise DataError(
+        f"{name} is the Python {type(leaf).__name__} {leaf!r}, which may be a parameter or a setting. Make it "
+        "jnp.asarray(...) to vary it, or close over it in loss_fn to keep it."
+    )
+
+
+def _float_leaf(leaf: Any, name: str, dtype: Any) -> Array:
+    """Return a leaf in the dtype of the flat vector."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise DataError(
-            f"{name} has dtype {dtype}; only floating-point parameters can be varied. Cast it to float32 if it is a "
-            "weight; close over it in loss_fn if it is not."
+            f"{name} has dtype {leaf.dtype}; only floating-point parameters can be varied. Cast it to float32 if it is "
+            "a weight; close over it in loss_fn if it is not."
         )
-    if not np.all(np.isfinite(np.asarray(leaf, dtype=np.float64))):
-        raise DataError(f"{name} holds NaN or infinity; the trained parameters must be finite. Did training diverge?")
-    return jnp.asarray(leaf)
-
-
-def check_data(data: Batch, n_data: int | None = None) -> tuple[Batch, int]:
-    """Check a data set and put it on the device.
-
-    Args:
-        data: Pytree of numeric arrays with a common, non-empty leading axis.
-        n_data: Expected number of examples, if known.
-
-    Returns:
-        The data as jax arrays and the number of examples.
-
-    Raises:
-        DataError: If a leaf is not numeric, holds NaN, is a scalar, or the lengths differ.
-    """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(data)
-    if not paths:
-        raise DataError("data is empty: pass a pytree of arrays with a common leading axis, such as (X, Y).")
-    lengths, leaves = {}, []
-    for path, leaf in paths:
-        name = "data" + jax.tree_util.keystr(path)
-        leaves.append(_numeric_leaf(leaf, name))
-        lengths[name] = leaves[-1].shape[0]
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-        raise DataError(f"all data arrays need the same leading axis (examples); got {listed}.")
-    length = next(iter(lengths.values()))
-    if length == 0:
-        raise DataError("data has no examples: its leading axis has length 0.")
-    if n_data is not None and n_data != length:
-        raise DataError(f"n_data must be the number of examples in data; got n_data={n_data} for {length} examples.")
-    return jax.tree_util.tree_unflatten(treedef, leaves), length
-
-
-def _numeric_leaf(leaf: Any, name: str) -> Array:
+    if leaf.dtype.itemsize < 2:
+        raise DataError(f"{name} has dtype {leaf.dtype}, too coarse for a posterior to be seen. Cast it to float32.")
     if isinstance(leaf, jax.core.Tracer):
-        return leaf
-    array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-    if array.dtype == object or not (jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.bool_)):
-        raise DataError(
-            f"{name} has dtype {array.dtype}; data must be numeric arrays. Encode strings and objects first."
-        )
-    if array.ndim == 0:
-        raise DataError(f"{name} is a scalar; every data array needs a leading axis of examples.")
-    if jnp.issubdtype(array.dtype, jnp.inexact) and not bool(np.all(np.isfinite(np.asarray(array)))):
-        raise DataError(f"{name} holds NaN or infinity; clean the data first (rows with missing values?).")
-    return jnp.asarray(array)
+        return leaf.astype(dtype)
+    if not is_finite(leaf):
+        raise DataError(f"{name} holds NaN or infinity; the trained parameters must be finite. Did training diverge?")
+    with np.errstate(over="ignore"):  # which is looked at next
+        cast = leaf.astype(dtype)
+    if not is_finite(cast):
+        raise DataError(f'{name} holds numbers too large for {np.dtype(dtype)}. Use dtype="float64", or rescale.')
+    return jax.device_put(cast)
 
 
-def check_loss(objective: FlatObjective, w: Float[Array, " dim"], batch: Batch, name: str = "loss_fn") -> None:
-    """Check by abstract evaluation that the loss is a real scalar and its gradient has the shape of `w`.
+def check_loss(objective: FlatObjective, w: Float[Array, " dim"], batch: Batch, name: str = "loss_fn") -> LossForm:
+    """Find by abstract evaluation what form the loss returns, and that its gradient has the shape of `w`.
+
+    An error that the function itself raises passes through, with a note of what it was called on.
 
     Raises:
-        DataError: If the loss cannot be evaluated on the batch, or returns anything but a floating scalar.
+        DataError: If the loss returns none of the forms, or its gradient has another shape.
     """
-    try:
-        loss = jax.eval_shape(objective.loss, w, batch)
-    except Exception as error:  # the user's function may raise anything; the cause is kept
-        raise DataError(f"{name} failed on a batch of shapes {_shapes(batch)}: {_first_line(error)}") from error
-    leaves = jax.tree_util.tree_leaves(loss)
-    if len(leaves) != 1 or leaves[0].shape != () or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
-        came = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "nothing"
+    for method in ("loss", "grad"):
+        if not callable(getattr(objective, method, None)):
+            raise DataError(
+                f"{name} must have the methods loss(w, batch) and grad(w, batch); {type(objective).__name__} has no "
+                f"{method}. make_flat_objective(loss) makes one of a function."
+            )
+    length = jax.tree_util.tree_leaves(batch)[0].shape[0]
+    sizes = (length, max(1, length // 2))
+    outputs = getattr(objective, "outputs", objective.loss)
+    values = tuple(_abstract(outputs, w, _first_rows(batch, size), name) for size in sizes)
+    form = classify_loss(values, sizes, name)
+    own_gradient = getattr(objective, "grad_fn", None) is not None
+    if form is not LossForm.MEAN and (outputs is objective.loss or (own_gradient and form is LossForm.WEIGHTED)):
         raise DataError(
-            f"{name} must return one floating-point scalar, the mean loss per example; got {came}. "
-            "Average over the batch with .mean(), and return the loss alone."
+            f"{name} with a gradient of its own must return the mean loss as one scalar; got "
+            f"{describe_value(values[0])}. Leave the gradient out (autodiff), or return the mean."
         )
-    try:
-        grad = jax.eval_shape(objective.grad, w, batch)
-    except Exception as error:
-        raise DataError(f"the gradient of {name} failed: {_first_line(error)}") from error
-    if getattr(grad, "shape", None) != w.shape:
-        raise DataError(f"the gradient of {name} must have shape {w.shape}; got {getattr(grad, 'shape', grad)}.")
+    if form is not LossForm.WEIGHTED:  # whose gradient is that of a sum over weighted examples
+        grad = _abstract(objective.grad, w, batch, f"the gradient of {name}")
+        if getattr(grad, "shape", None) != w.shape:
+            raise DataError(f"the gradient of {name} must have shape {w.shape}; got {getattr(grad, 'shape', grad)}.")
+    return form
+
+
+def _abstract(function: Callable[..., Any], w: Float[Array, " dim"], batch: Batch, name: str) -> Any:
+    """Return the shapes that a person's function returns; whatever it raises gets a note and passes."""
+    with ErrorNote(f"fastvi: raised by {name} on a batch of shapes {_shapes(batch)}."):
+        return jax.eval_shape(function, w, batch)
+
+
+def _first_rows(batch: Batch, count: int) -> Batch:
+    return jax.tree_util.tree_map(lambda leaf: leaf[:count], batch)
 
 
 def _shapes(batch: Batch) -> str:
     return str(jax.tree_util.tree_map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", batch))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def hvp_operator(
@@ -308,8 +333,9 @@ def hvp_operator(
 ) -> Callable[[Float[Array, " dim"]], Float[Array, " dim"]]:
     """Return `tangent -> H tangent` with H the Hessian of the batch's mean loss at `w`.
 
-    Forward over reverse where the gradient allows it; reverse over reverse for losses with a custom VJP.
-    The gradient is linearised once, so many tangents share one primal evaluation.
+    Forward over reverse where the gradient allows it; reverse over reverse, as for losses with a custom VJP; where jax
+    knows no second derivative, central differences of the gradient. An abstract evaluation tells which. The gradient is
+    linearised once, so many tangents share one primal evaluation.
 
     Cost:
         2 gradients of the batch per tangent.
@@ -318,13 +344,60 @@ def hvp_operator(
     def gradient(point):
         return objective.grad(point, batch)
 
+    jax.eval_shape(gradient, w)  # what the loss itself raises is not ours to catch
     try:
-        return jax.linearize(gradient, w)[1]
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        _, pull = jax.vjp(gradient, w)
-        return lambda tangent: pull(tangent)[0]
+        push = jax.linearize(gradient, w)[1]
+        jax.eval_shape(jax.vmap(push), w[None])  # only a batch of tangents finds a function with a VJP alone
+    except NO_DERIVATIVE:
+        pass
+    else:
+        return push
+    try:
+        pull = jax.vjp(gradient, w)[1]
+        jax.eval_shape(jax.vmap(pull), w[None])
+    except NO_DERIVATIVE:
+        return lambda tangent: _gradient_difference(gradient, w, tangent)
+    return lambda tangent: pull(tangent)[0]
+
+
+NO_DERIVATIVE = (TypeError, ValueError, NotImplementedError)  # what jax raises where it has no rule for one
+
+
+def _gradient_difference(gradient: Callable, w: Float[Array, " dim"], tangent: Float[Array, " dim"]):
+    """Return `H tangent` by a central difference, over the cube root of the precision of each coordinate it moves."""
+    relative = jnp.linalg.norm(tangent / jnp.maximum(jnp.abs(w), 1.0))
+    step = jnp.cbrt(jnp.finfo(w.dtype).eps).astype(w.dtype) / jnp.where(relative > 0, relative, 1.0)
+    return (gradient(w + step * tangent) - gradient(w - step * tangent)) / (2 * step)
+
+
+def call_full_loss(loss_full_flat: LossFn, w: Float[Array, " dim"], data: Batch) -> Scalar:
+    """Evaluate a full-data loss of either form, `(w) -> L_n(w)` or `(w, data) -> L_n(w)`.
+
+    Raises:
+        DataError: If it can be called in neither way.
+    """
+    takes_one, takes_two = (_takes(loss_full_flat, count) for count in (1, 2))
+    if takes_one is None and takes_two is None:  # *args, or no signature: the arguments tell
+        try:
+            jax.eval_shape(loss_full_flat, w)
+        except (TypeError, ValueError, IndexError):  # too few of them
+            takes_one = False
+    if takes_one is False and takes_two is False:
+        raise DataError("loss_full_flat must be a function (w) -> loss or (w, data) -> loss; it takes neither.")
+    return loss_full_flat(w, raw_examples(data)) if takes_one is False else loss_full_flat(w)
+
+
+def _takes(function: LossFn, count: int) -> bool | None:
+    """Say whether a function can be called with so many arguments, None where it takes any number."""
+    try:
+        signature = inspect.signature(function)
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return None
+    anything = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in signature.parameters.values())
+    return None if anything else True
 
 
 EVALUATION_CHUNK = 4096  # examples per evaluation of the full-data loss: bounds activation memory
@@ -343,12 +416,12 @@ def excess_loss(
 
 
 def full_data_value_and_grad(
-    objective: FlatObjective, w: Float[Array, " dim"], data: Batch, reference_loss: Scalar
+    objective: FlatObjective, w: Float[Array, " dim"], data: Batch, reference_loss: Scalar | float = 0.0
 ) -> tuple[Scalar, Float[Array, " dim"]]:
     """Evaluate `L_n(w) - reference_loss` and the gradient of L_n on all data, chunk by chunk."""
 
     def chunk_statistic(chunk):
-        value, grad = objective.value_and_grad(w, chunk)
+        value, grad = value_and_grad(objective, w, chunk)
         return value - reference_loss, grad
 
     return _chunked_mean(chunk_statistic, data)

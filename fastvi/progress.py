@@ -1,20 +1,26 @@
 """A status line on stderr for long work, without a dependency."""
 
+import contextlib
 import sys
 import time
-from typing import TextIO
+from collections.abc import Callable, Iterator
+from typing import Self, TextIO
 
+from fastvi._terminal import is_terminal, write_text
 from fastvi.inference.driver import Progress
 
 MIN_SECONDS = 0.2  # between redraws
 
 
 class StatusLine:
-    """Show stage, step and ELBO on one line, redrawn in a terminal and printed sparsely elsewhere."""
+    """Show stage, step and ELBO on one line, redrawn in a terminal and printed sparsely elsewhere.
+
+    A stream that cannot be written ends the showing, not the work.
+    """
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = sys.stderr if stream is None else stream
-        self.interactive = self.stream.isatty()
+        self.interactive = is_terminal(self.stream)
         self.began = time.monotonic()
         self.shown = -1e9
         self.stage = ""
@@ -32,11 +38,31 @@ class StatusLine:
         if progress.stage == "correction":
             text += f" {progress.step}/{progress.steps} FGE at most, llc {progress.value:.4g}"
         text += f" [{now - self.began:.0f} s]"
-        self.stream.write(f"\r\x1b[K{text}" if self.interactive else f"{text}\n")
-        self.stream.flush()
+        self._write(f"\r\x1b[K{text}" if self.interactive else f"{text}\n")
 
     def close(self) -> None:
         """End the line."""
         if self.interactive and self.stage:
-            self.stream.write("\r\x1b[K")
-            self.stream.flush()
+            self._write("\r\x1b[K")
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the line, however the work ended."""
+        self.close()
+
+    def _write(self, text: str) -> None:
+        if self.stream is not None and write_text(self.stream, text) is not None:
+            self.stream, self.interactive = None, False
+
+
+@contextlib.contextmanager
+def reporting(progress: bool | Callable[[Progress], None]) -> Iterator[Callable[[Progress], None] | None]:
+    """Give what a stage of work reports to: a status line, ended however the stage ends, a caller's function, None."""
+    if progress is True:
+        with StatusLine() as line:
+            yield line
+    else:
+        yield progress if callable(progress) else None

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Batch, PyTree
+from fastvi.objective import refuse_python_float
 
 
 class Frozen:
@@ -52,7 +53,7 @@ class RestrictedLoss:
         """
         leaves, free, lead = [], iter(jax.tree_util.tree_leaves(varying)), axes or ()
         for leaf, which in zip(self.whole, self.varying, strict=True):
-            kept = leaf.array if isinstance(leaf, Frozen) else leaf
+            kept = jnp.asarray(leaf.array) if isinstance(leaf, Frozen) else leaf
             if which is True:
                 leaves.append(next(free))
             elif which is False:
@@ -60,7 +61,7 @@ class RestrictedLoss:
                 leaves.append(jnp.broadcast_to(kept, (*lead, *kept.shape)) if is_repeated else kept)
             else:
                 values = next(free)
-                flat = jnp.broadcast_to(jnp.asarray(kept, values.dtype).ravel(), (*lead, kept.size))
+                flat = jnp.broadcast_to(kept.astype(values.dtype).ravel(), (*lead, kept.size))
                 flat = flat.at[..., np.flatnonzero(which.array)].set(values)
                 leaves.append(flat.reshape(*lead, *kept.shape))
         return self.treedef.unflatten(leaves)
@@ -103,6 +104,7 @@ def restrict(
 
     Raises:
         ConfigError: If the mask does not fit the parameters, or lets none of them vary.
+        DataError: If it lets a Python float vary.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     names, leaves = [jax.tree_util.keystr(path) for path, _ in paths], [leaf for _, leaf in paths]
@@ -137,6 +139,8 @@ def _spread(mask: PyTree, params: PyTree) -> list[Any]:
 
 def _read(name: str, mask: Any, leaf: Any) -> bool | Frozen:
     if not _is_array(leaf):
+        if isinstance(leaf, (float, complex)) and np.any(mask):
+            refuse_python_float(leaf, "params" + name)
         return False
     which = np.asarray(mask)
     if which.dtype != bool or which.shape not in ((), leaf.shape):

@@ -1,7 +1,6 @@
 """What a person gets from an estimate: numbers, their errors, findings, and a folder to keep them in."""
 
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
@@ -10,17 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from fastvi._errors import DataError
+from fastvi._saved import read_estimate, write_estimate
 from fastvi.config import VIConfig
 from fastvi.diagnostics.health import Finding
 from fastvi.diagnostics.importance import Importance, assess_importance
 
 SUMMARY_WIDTH = 80
 MOST_SCALES = 4096  # entries of D^{1/2} that a result keeps
-RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
 EVENTS_FOLDER = Path("diagnostics") / "tb"
-# and the prefix of their names there
-ARRAY_GROUPS = {"traces": "trace_", "draws": "draw_", "family_arrays": "family_", "snapshots": "snapshot_"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +48,7 @@ class LLCEstimate:
         snapshots: With `tensorboard=True` the family's arrays after every `eval_every` steps, each of shape (chains,
             snapshots, ...), and the steps' numbers, `step`.
         health: Findings, gravest first.
-        config: The configuration that was used.
+        config: The configuration that ran, with nothing left open that had an effect.
         llc_vi: The variational value, under q: `llc` where nothing corrects it.
         llc_vi_sem: Its standard error.
         correction: How `llc` was corrected: method, khat and, of a run of walkers, settled, rhat, virial_z,
@@ -106,7 +102,7 @@ class LLCEstimate:
             f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} effective of {self.log_weights.size} draws",
             f"core           rank {self.curvature['rank']} of {self.dim:,}, explains "
             f"{100 * self.curvature['explained']:.3g} % of the precision's trace at w*",
-            f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} ({stop})",
+            f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} ({stop}){self._clipping}",
             f"work           {self.work['total_fge']:.0f} FGE: curvature {self.work['fge_curvature']:.0f}, "
             f"fit {self.work['fge_fit']:.0f}, evaluation {self.work['fge_evaluation']:.0f}"
             + (f", correction {self.work['fge_correction']:.0f}" if self.correction else ""),
@@ -149,6 +145,12 @@ class LLCEstimate:
         return write_report(self, path)
 
     @property
+    def _clipping(self) -> str:
+        """Say what `clip_global_norm` is, which its name does not."""
+        limit = self.config.clip_global_norm
+        return "" if limit is None else f", norms clipped at {limit:g} x usual"
+
+    @property
     def walk_burn_in(self) -> int:
         """Records of `walk_llc` that the corrected value leaves out."""
         details, length = self.correction or {}, self.walk_llc.shape[-1]
@@ -173,15 +175,7 @@ class LLCEstimate:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del values["fitted"]
-        arrays = {name: values.pop(name) for name in ("log_weights", "walk_llc")}
-        for group, prefix in ARRAY_GROUPS.items():
-            arrays |= {prefix + name: array for name, array in values.pop(group).items()}
-        values["health"] = [dataclasses.asdict(finding) for finding in self.health]
-        values["config"] = self.config.to_dict()
-        (folder / RESULT_FILE).write_text(json.dumps(_plain(values), indent=2) + "\n", encoding="utf-8")
-        np.savez_compressed(folder / TRACES_FILE, **arrays)
+        write_estimate(self, folder)
         if self.config.tensorboard:
             from fastvi.diagnostics.tensorboard import write_events
 
@@ -193,24 +187,10 @@ class LLCEstimate:
         """Read what `save` wrote.
 
         Raises:
-            DataError: If the folder does not hold a saved estimate.
+            DataError: If the folder does not hold a saved estimate, or a file of it is damaged, of another estimate or
+                of another version of fastvi's format.
         """
-        folder = Path(folder)
-        for name in (RESULT_FILE, TRACES_FILE):
-            if not (folder / name).is_file():
-                raise DataError(
-                    f"{folder} holds no saved estimate: {name} is missing. Pass the folder given to save()."
-                )
-        values = _restored(json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")))
-        with np.load(folder / TRACES_FILE) as arrays:
-            values["log_weights"], values["walk_llc"] = arrays["log_weights"], arrays["walk_llc"]
-            for group, prefix in ARRAY_GROUPS.items():
-                values[group] = {k.removeprefix(prefix): arrays[k] for k in arrays.files if k.startswith(prefix)}
-        values["health"] = tuple(Finding(**finding) for finding in values["health"])
-        values["config"] = VIConfig.create(values["config"])
-        for name in ("llc_per_chain", "llc_sem_per_chain"):
-            values[name] = np.asarray(values[name], dtype=float)
-        return cls(**values)
+        return cls(**read_estimate(cls, Path(folder)))
 
 
 def with_error(value: float, sem: float) -> str:
@@ -235,25 +215,3 @@ def kept_scales(deviations: np.ndarray, most: int = MOST_SCALES) -> np.ndarray:
     if ordered.shape[1] <= most:
         return ordered
     return ordered[:, np.linspace(0, ordered.shape[1] - 1, most).round().astype(int)]
-
-
-def _plain(value: Any) -> Any:
-    """Turn arrays and numpy scalars into lists and numbers; JSON has no NaN, so those become strings."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"non_finite": repr(value)}
-    return value
-
-
-def _restored(value: Any) -> Any:
-    """Undo `_plain` where JSON lacks a value."""
-    if isinstance(value, dict):
-        return (
-            float(value["non_finite"]) if set(value) == {"non_finite"} else {k: _restored(v) for k, v in value.items()}
-        )
-    return [_restored(item) for item in value] if isinstance(value, list) else value

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 from fastvi._arguments import (
     as_key,
     check_count,
-    check_settings,
+    check_dtype,
     flat_vector,
     make_problem,
     positive_scalar,
+    settle_evaluation,
+    settle_localization,
     whitener_scale,
 )
+from fastvi._data import check_data
 from fastvi._errors import ConfigError
 from fastvi._typing import Array, Batch, Float, Keys
 from fastvi.accounting import Work, count_work
@@ -24,7 +27,8 @@ from fastvi.draws import FittedQ
 from fastvi.inference.driver import Fit, run_fit
 from fastvi.inference.loop import Problem
 from fastvi.inference.programs import programs_for
-from fastvi.objective import FlatObjective, check_data, check_loss, make_flat_objective
+from fastvi.objective import FlatObjective, make_flat_objective
+from fastvi.target.look import look_at_target
 
 
 class _StaticText(str):
@@ -42,15 +46,16 @@ def fit(
     data: Batch,
     n_data: int,
     beta: Any,
-    gamma: Any,
+    gamma: Any = None,
     vi_cfg: Any = None,
     whitener: Any = None,
-    loss_full_flat: Callable[[Float[Array, " dim"]], Array] | None = None,
+    loss_full_flat: Callable[..., Array] | None = None,
 ) -> dict[str, Any]:
     """Fit one chain in flat coordinates: the contract of a sampler backend.
 
     Fixed number of steps, one gradient a step unless `samples_per_step` says otherwise; works plainly and inside
-    `jax.jit` and `jax.vmap` over `rng_key`. A fit that is not finite returns NaN and `result_code` 1.
+    `jax.jit` and `jax.vmap` over `rng_key`. A fit that is not finite returns NaN and `result_code` 1; so does one whose
+    beta or gamma is traced and turns out to be impossible.
 
     Args:
         rng_key: Typed or legacy jax key, or an int.
@@ -59,10 +64,10 @@ def fit(
         data: Pytree of arrays with `n_data` examples.
         n_data: Number of examples n.
         beta: Inverse temperature.
-        gamma: Strength of the localizer.
+        gamma: Strength of the localizer; `gamma` of the configuration when left out, one of the two must be given.
         vi_cfg: Anything `VIConfig.create` reads.
         whitener: Object with `A_sqrt`, shape (dim,) or (): a diagonal geometry of which the shape is used.
-        loss_full_flat: `(w) -> L_n(w)`; the objective on `data` in chunks when left out.
+        loss_full_flat: `(w) -> L_n(w)` or `(w, data) -> L_n(w)`; the objective on `data` in chunks when left out.
 
     Returns:
         lambda_hat (); traces, each (steps,); extras with Eq_Ln, Ln_wstar, Eq_Ln_mc, Eq_Ln_cv, llc_sem, elbo, pi,
@@ -122,20 +127,21 @@ def run_vi(
         num_chains: Number of independent chains, vmapped.
         loss_minibatch_flat: `(w, batch) -> mean loss`.
         grad_loss_minibatch: Its gradient, or None for autodiff.
-        loss_full_flat: `(w) -> L_n(w)`.
+        loss_full_flat: `(w) -> L_n(w)` or `(w, data) -> L_n(w)`.
         n_data: Number of examples; read off the data when left out.
         beta: Inverse temperature, required.
-        gamma: Strength of the localizer, required.
+        gamma: Strength of the localizer; `gamma` of the configuration when left out, one of the two must be given.
 
     Returns:
         Traces (chains, steps): those of `fit` and, repeated along steps, llc, Eq_Ln_mc, Eq_Ln_cv,
         variance_reduction, acceptance_rate, energy (the ELBO) and is_divergent. Ln is NaN: VI does not sample it.
 
     Raises:
-        ConfigError: If beta or gamma is missing or an option impossible.
+        ConfigError: If beta or gamma is missing, or an option is impossible or has no effect here.
         DataError: If the data cannot be used.
     """
-    for name, value in (("beta", beta), ("gamma", gamma)):
+    settings = VIConfig.create(config)
+    for name, value in (("beta", beta), ("gamma", settle_localization(gamma, settings))):
         if value is None:
             raise ConfigError(f"{name} must be given to run_vi; got None. Use beta=1/log(n) and gamma=1 to begin with.")
     began = time.perf_counter()
@@ -144,7 +150,7 @@ def run_vi(
     num_data = check_data(data, n_data)[1]
     run = _run(
         _Target(objective, getattr(posterior, "flat0", posterior), data, num_data, beta, gamma, loss_full_flat, None),
-        VIConfig.create(config),
+        settings,
         jax.random.split(as_key(key), num_chains),
     )
     shape, dtype = run.traces["elbo"].shape, run.traces["elbo"].dtype
@@ -206,7 +212,12 @@ class _Run(NamedTuple):
 
 def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     """Check the arguments, run the chains for a fixed number of steps, and collect what the contracts name."""
-    dtype = check_settings(config, target.gamma)
+    dtype = check_dtype(config)
+    if config.tensorboard:
+        raise ConfigError(
+            "tensorboard must be False in fit and run_vi, which have no folder to write to: pass what run_vi returns "
+            "to fastvi.diagnostics.tensorboard.write_events(result, folder)."
+        )
     if config.correction not in (None, "none"):
         raise ConfigError(
             f"correction must be 'none' in fit and run_vi; got {config.correction!r}. Use estimate_llc for it."
@@ -214,20 +225,23 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     if config.early_stop:
         raise ConfigError("early_stop must be off in fit, whose traces have a fixed length: use estimate_llc for it.")
     center = flat_vector(target.wstar_flat, dtype)
-    data, num_data = check_data(target.data, check_count("n_data", target.n_data))
-    nbeta = positive_scalar("beta", target.beta) * num_data
-    problem = make_problem(center, data, num_data, nbeta, target.gamma, config, "beta")
-    first = jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data)
-    check_loss(target.objective, center, first, "objective")
+    data, num_data = check_data(target.data, check_count("n_data", target.n_data), dtype)
+    config = settle_evaluation(config.replace(correction="none").applied(center.size), center.size).filled
+    nbeta, gamma = positive_scalar("beta", target.beta) * num_data, settle_localization(target.gamma, config)
+    problem = make_problem(center, data, num_data, nbeta, gamma, config, "beta")
+    budget = config.steps * config.step_draws * problem.batch_size / num_data
+    problem, look = look_at_target(
+        target.objective, problem, None, "objective", budget_fge=budget, loss_full_flat=target.loss_full_flat
+    )
     finished = run_fit(
-        programs_for(target.objective, config, target.loss_full_flat),
+        programs_for(target.objective, problem, config, target.loss_full_flat),
         problem,
         config,
         chain_keys,
         whitener_scale=whitener_scale(target.whitener, center),
     )
-    work = count_work(finished, problem, config, 1)
-    steps = jnp.arange(1, config.steps + 1, dtype=dtype)
+    work = count_work(finished, problem, config, chain_keys.size, look)
+    steps = jnp.arange(1, finished.traces["elbo"].shape[1] + 1, dtype=dtype)
     cumulative = jnp.broadcast_to(work.fge_per_step * steps, finished.traces["elbo"].shape)
     return _Run(
         llc=finished.outcome.evaluation.llc,

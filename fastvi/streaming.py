@@ -1,6 +1,7 @@
 """Data that do not fit into memory: a re-iterable of host batches, read in windows for the fit, in chunks for sums."""
 
 import math
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -8,35 +9,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastvi._data import as_held, kind_of, numeric, refuse_examples_in_a_list, refuse_sparse
 from fastvi._errors import DataError, UnavailableError
 from fastvi._typing import Batch
 from fastvi.inference.driver import CHUNK, AbstractStream
 from fastvi.objective import EVALUATION_CHUNK
+from fastvi.target.losses import weigh_batch
 
 WINDOW_BYTES = 128 * 2**20  # at least CHUNK minibatches, however large an example is
 STREAM_SEED = 0
-
-
-def is_stream(data: Any) -> bool:
-    """Say whether data are an iterable of batches rather than a pytree of arrays."""
-    if not isinstance(data, Iterable) or hasattr(data, "dtype") or isinstance(data, (str, bytes)):
-        return False
-    if isinstance(data, Iterator):  # which jax warns of
-        return True
-    leaves = jax.tree_util.tree_leaves(data)
-    return len(leaves) == 1 and leaves[0] is data
 
 
 class HostStream(AbstractStream):
     """A re-iterable of host batches, each a pytree of arrays with a common leading axis of examples.
 
     A window holds uniform draws with replacement from all examples, whatever their order, as many as the steps use up
-    before the next: their minibatches have the noise of minibatches from the data. Each window costs one pass.
+    before the next: their minibatches have the noise of minibatches from the data. Each window costs one pass. A pass
+    that gives other examples than the first, in whatever order, is refused.
 
     Attributes:
         num_data: Number of examples.
         num_rows: Examples of a window.
+        mean_weight: Mean weight of an example, of a weighted loss: windows and chunks then carry it.
     """
+
+    mean_weight: float | None = None
 
     def __init__(self, batches: Iterable[Any], dtype: Any, seed: Any, batch_size: int, most_bytes: int | None = None):
         if isinstance(batches, Iterator):
@@ -46,7 +43,7 @@ class HostStream(AbstractStream):
             )
         self._batches, self._dtype = batches, np.dtype(dtype)
         self._seed = [int(word) for word in np.ravel(np.asarray(jax.random.key_data(seed)))]
-        self.num_data, self._example = self._survey()
+        self.num_data, self._fingerprint, self._example = self._survey()
         bytes_each = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in self._leaves(self._example))
         most_bytes = WINDOW_BYTES if most_bytes is None else most_bytes
         self._steps = CHUNK * max(1, most_bytes // max(bytes_each, 1) // (batch_size * CHUNK))
@@ -59,7 +56,10 @@ class HostStream(AbstractStream):
         if self._held is None or self._held[0] != number:
             self._held = None  # lets the old window go before the new one is made
             self._held = number, self._draw(number)
-        return self._held[1]
+        return self._weighed(self._held[1])
+
+    def _weighed(self, batch: Batch) -> Batch:
+        return batch if self.mean_weight is None else weigh_batch(batch, self.mean_weight, self._dtype)
 
     def _draw(self, number: int) -> Batch:
         if self.num_rows == self.num_data:
@@ -79,60 +79,66 @@ class HostStream(AbstractStream):
             for target, source in zip(self._leaves(rows), self._leaves(batch), strict=True):
                 target[order[first:last]] = source[ordered[first:last] - seen]
             seen += size
-        self._check_count(seen)
         return jax.tree_util.tree_map(jnp.asarray, rows)
 
     def chunks(self) -> Iterator[tuple[Batch, int]]:
         """Yield all data in pieces of `EVALUATION_CHUNK` examples and a rest."""
-        waiting, count, seen = [], 0, 0
+        waiting, count = [], 0
         for batch in self._read():
             waiting.append(batch)
             count += self._leaves(batch)[0].shape[0]
             while count >= EVALUATION_CHUNK:
                 whole = _concatenate(waiting)
-                yield _rows(whole, 0, EVALUATION_CHUNK), EVALUATION_CHUNK
-                waiting, count, seen = (
-                    [_rows(whole, EVALUATION_CHUNK, count)],
-                    count - EVALUATION_CHUNK,
-                    seen + EVALUATION_CHUNK,
-                )
+                yield self._weighed(_rows(whole, 0, EVALUATION_CHUNK)), EVALUATION_CHUNK
+                waiting, count = [_rows(whole, EVALUATION_CHUNK, count)], count - EVALUATION_CHUNK
         if count:
-            yield _concatenate(waiting), count
-        self._check_count(seen + count)
+            yield self._weighed(_concatenate(waiting)), count
 
-    def _survey(self) -> tuple[int, Batch]:
-        """Read all data once: count and check them, and return one empty batch of their kind."""
-        count, example = 0, None
-        for batch in self._read():
+    def _survey(self) -> tuple[int, int, Batch]:
+        """Read all data once: count, check and sum them up, and return one empty batch of their kind."""
+        count, fingerprint, example = 0, 0, None
+        for batch in self._cast_batches():
             leaves = self._leaves(batch)
-            for leaf in leaves:
-                if leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0]:
-                    raise DataError("all arrays of a batch need the same leading axis (examples).")
-                if np.issubdtype(leaf.dtype, np.floating) and not np.all(np.isfinite(leaf)):
-                    raise DataError(f"the batch after {count} examples holds NaN or infinity; clean the data first.")
+            if not leaves or any(leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
+                raise DataError(
+                    "all arrays of a batch need the same leading axis (examples); after "
+                    f"{count} examples {kind_of(self._batches)} gave {_kind(batch, 0)}. Make it give batches of arrays."
+                )
+            refuse_examples_in_a_list(batch)
             empty = _rows(batch, 0, 0)
             example = empty if example is None else example
             if _kind(empty) != _kind(example):
                 raise DataError(f"batches differ: {_kind(example)} first, {_kind(empty)} after {count} examples.")
             count += leaves[0].shape[0]
+            fingerprint += _fingerprint(leaves)
         if count == 0:
             raise DataError("data has no examples: the iterable of batches was empty.")
-        return count, example
+        return count, fingerprint, example
 
     def _read(self) -> Iterator[Batch]:
-        for batch in self._batches:
-            yield jax.tree_util.tree_map(self._cast, batch)
-
-    def _cast(self, leaf: Any) -> np.ndarray:
-        array = np.asarray(leaf)
-        if array.dtype.kind not in "fiub":
-            raise DataError(f"a batch holds an array of dtype {array.dtype}; data must be numeric.")
-        kept = self._dtype if array.dtype.kind == "f" else jax.dtypes.canonicalize_dtype(array.dtype)
-        return array.astype(kept, copy=False)
-
-    def _check_count(self, count: int) -> None:
+        """Read all data once more; refuse what differs from the first time."""
+        count, fingerprint = 0, 0
+        for batch in self._cast_batches():
+            leaves = self._leaves(batch)
+            count += leaves[0].shape[0]
+            fingerprint += _fingerprint(leaves)
+            yield batch
         if count != self.num_data:
             raise DataError(f"the iterable of batches gave {self.num_data} examples first and {count} later.")
+        if fingerprint != self._fingerprint:
+            raise DataError(
+                "the iterable of batches gave other examples in a later pass than in the first, so that there is no "
+                "one loss on all data. Switch augmentation, noise and drop_last off; the order may change."
+            )
+
+    def _cast_batches(self) -> Iterator[Batch]:
+        for batch in self._batches:
+            refuse_sparse(batch)
+            yield jax.tree_util.tree_map_with_path(self._cast, batch)
+
+    def _cast(self, path: Any, leaf: Any) -> np.ndarray:
+        name = "batch" + jax.tree_util.keystr(path)
+        return np.asarray(as_held(numeric(leaf, name), name, self._dtype))
 
     @staticmethod
     def _leaves(tree: Batch) -> list[np.ndarray]:
@@ -152,8 +158,14 @@ def uncorrected(correction: str | None) -> str:
     return correction or "none"
 
 
-def _kind(batch: Batch) -> str:
-    return str(jax.tree_util.tree_map(lambda leaf: f"{leaf.dtype}{list(leaf.shape[1:])}", batch))
+def _kind(batch: Batch, axes: int = 1) -> str:
+    return str(jax.tree_util.tree_map(lambda leaf: f"{leaf.dtype}{list(leaf.shape[axes:])}", batch))
+
+
+def _fingerprint(leaves: list[np.ndarray]) -> int:
+    """Sum a checksum of each example, which no other order or division into batches changes."""
+    rows = [np.ascontiguousarray(leaf).reshape(leaf.shape[0], math.prod(leaf.shape[1:])) for leaf in leaves]
+    return sum(map(zlib.crc32, np.concatenate([part.view(np.uint8) for part in rows], axis=1)))
 
 
 def _rows(batch: Batch, start: int, stop: int) -> Batch:

@@ -1,5 +1,6 @@
-"""Each adapter gives the llc of the same network written by hand on a raw pytree, with the same key."""
+"""Each adapter gives the loss of the same network written by hand on a raw pytree, and an llc within its error."""
 
+import functools
 import sys
 
 import equinox as eqx
@@ -10,6 +11,7 @@ import pytest
 
 import fastvi
 from fastvi._optional import MissingExtraError
+from tests.conftest import enable_x64
 
 COUNT, WIDTH, NOISE = 120, 4, 0.1
 OPTIONS = {
@@ -39,8 +41,12 @@ def network(weights, inputs):
     return jnp.tanh(inputs @ weights["w1"] + weights["b1"]) @ weights["w2"] + weights["b2"]
 
 
-def by_hand(order, transposed=False):
-    """The estimate of the network on a plain list of arrays, in the order that the other pytree has."""
+def estimate(loss_fn, params):
+    return fastvi.estimate_llc(loss_fn, params, (X, Y), key=3, **OPTIONS)
+
+
+def written_by_hand(order, transposed=False):
+    """The network on a plain list of arrays, in the order that the other pytree has."""
 
     def loss_fn(params, batch):
         weights = dict(zip(order, params, strict=True))
@@ -48,16 +54,37 @@ def by_hand(order, transposed=False):
             weights = {name: leaf.T for name, leaf in weights.items()}
         return mean_squared(network(weights, batch[0]), batch[1])
 
-    params = [LEAVES[name].T if transposed else LEAVES[name] for name in order]
-    return fastvi.estimate_llc(loss_fn, params, (X, Y), key=3, **OPTIONS)
+    return loss_fn, [LEAVES[name].T if transposed else LEAVES[name] for name in order]
+
+
+@functools.cache
+def estimate_by_hand(order, transposed):
+    return estimate(*written_by_hand(order, transposed))
+
+
+def assert_same_loss(loss_fn, params, raw, raw_params, batch):
+    """Two programs are alike in values and gradients; an llc is a sampled number of one program."""
+    with enable_x64(True):
+        double = functools.partial(jax.tree_util.tree_map, lambda leaf: jnp.asarray(leaf, float))
+        value, gradient = jax.value_and_grad(loss_fn)(double(params), double(batch))
+        expected, raw_gradient = jax.value_and_grad(raw)(double(raw_params), double(batch))
+        assert value == pytest.approx(float(expected), rel=1e-12)
+        leaves, raw_leaves = map(jax.tree_util.tree_leaves, (gradient, raw_gradient))
+        for got, wanted in zip(leaves, raw_leaves, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def assert_within_errors(result, expected):
+    joint = np.hypot(result.llc_sem, expected.llc_sem)
+    assert abs(result.llc - expected.llc) < 4 * joint
+    assert result.init_loss == pytest.approx(expected.init_loss, rel=1e-5)
 
 
 def assert_same(loss_fn, params, order, transposed=False):
-    result = fastvi.estimate_llc(loss_fn, params, (X, Y), key=3, **OPTIONS)
-    expected = by_hand(order, transposed)
+    assert_same_loss(loss_fn, params, *written_by_hand(order, transposed), (X, Y))
+    result = estimate(loss_fn, params)
     assert result.dim == 4 * WIDTH + 1
-    assert result.llc == pytest.approx(expected.llc, rel=1e-4)
-    assert result.init_loss == pytest.approx(expected.init_loss, rel=1e-5)
+    assert_within_errors(result, estimate_by_hand(order, transposed))
 
 
 def test_haiku():
@@ -75,6 +102,14 @@ def test_haiku():
         "linear_1": {"w": jnp.asarray(W2), "b": jnp.asarray(B2)},
     }
     assert_same(haiku_loss(transformed, mean_squared), params, ("b1", "w1", "b2", "w2"))
+    keyless = haiku_loss(hk.without_apply_rng(transformed), mean_squared)
+    assert keyless(params, (X, Y)) == haiku_loss(transformed, mean_squared)(params, (X, Y))
+    with pytest.raises(fastvi.DataError, match="rng is given"):
+        haiku_loss(hk.without_apply_rng(transformed), mean_squared, rng=jax.random.key(0))
+    with pytest.raises(fastvi.DataError, match="state is given"):
+        haiku_loss(transformed, mean_squared, state={})
+    with pytest.raises(fastvi.DataError, match="transformed must be"):
+        haiku_loss(function, mean_squared)
 
 
 def test_haiku_with_state():
@@ -89,6 +124,8 @@ def test_haiku_with_state():
     loss_fn = haiku_loss(transformed, mean_squared, state={"~": {"shift": jnp.asarray(2.0)}})
     layer = params["linear"]
     assert state["~"]["shift"] == 0
+    keyless = haiku_loss(hk.without_apply_rng(transformed), mean_squared, state={"~": {"shift": jnp.asarray(2.0)}})
+    assert keyless(params, (X, Y)) == loss_fn(params, (X, Y))
     assert loss_fn(params, (X, Y)) == pytest.approx(float(mean_squared(2 + X @ layer["w"] + layer["b"], Y)), rel=1e-5)
 
 
@@ -167,11 +204,8 @@ def test_numpyro():
 
     raw_params = [B1, B2, jnp.log(0.5), W1, W2]
     assert float(params["scale"]) == pytest.approx(np.log(0.5), rel=1e-6)
-    half = (X[:60], Y[:60])
-    assert float(loss_fn(params, half)) == pytest.approx(float(raw(raw_params, half)), rel=1e-5)
-    result = fastvi.estimate_llc(loss_fn, params, (X, Y), key=3, **OPTIONS)
-    expected = fastvi.estimate_llc(raw, raw_params, (X, Y), key=3, **OPTIONS)
-    assert result.llc == pytest.approx(expected.llc, rel=1e-4)
+    assert_same_loss(loss_fn, params, raw, raw_params, (X[:60], Y[:60]))
+    assert_within_errors(estimate(loss_fn, params), estimate(raw, raw_params))
 
 
 def test_torch():

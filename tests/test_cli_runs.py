@@ -79,7 +79,7 @@ def test_llc_meets_the_exact_value(finished, model):
 def test_a_run_folder_is_redone(finished, model):
     del finished
     folder = model / "runs" / "cli_model-target"
-    status, text, _ = run(["llc", str(folder), "--quiet"])
+    status, text, _ = run(["llc", str(folder), "--trust", "--quiet"])
     again = LLCEstimate.load(model / "runs" / "cli_model-target-redo")
     first = LLCEstimate.load(folder)
     assert status == 0

@@ -228,7 +228,7 @@ def test_walkers_move_to_another_posterior():
         num_chains=1, steps=200, early_stop=False,
     )  # fmt: skip
     moved = second.fitted._replace(walked=first.fitted.walked)
-    programs = walk_programs(moved.objective, (40,))
+    programs = walk_programs(moved.objective, moved.problem, (40,))
     walk = programs.move(
         moved.fit.family, moved.problem, moved.fit.params, moved.walked.walk, moved.walked.center, jnp.int32(1)
     )

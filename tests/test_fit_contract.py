@@ -12,6 +12,7 @@ from conftest import enable_x64
 from omegaconf import OmegaConf
 
 import fastvi
+from fastvi._errors import DataError
 from fastvi.objective import make_flat_objective
 
 COUNT, DIM, BATCH, STEPS = 200, 6, 50, 60
@@ -222,10 +223,22 @@ def test_whitener_of_vectors():
 
 
 def test_loss_full_flat_is_used():
-    """Ln_wstar and the estimate are read off the loss that was given."""
-    shifted = run(loss_full_flat=lambda w: 2 * loss_full(w) + 5)
-    assert float(shifted["extras"]["Ln_wstar"]) == pytest.approx(2 * float(loss_full(CENTER)) + 5, rel=1e-6)
-    assert float(shifted["lambda_hat"]) == pytest.approx(2 * LLC, rel=0.1)
+    """Ln_wstar is read off the loss that was given: up to a constant that of the objective."""
+    shifted = run(loss_full_flat=lambda w: loss_full(w) + 5)
+    assert float(shifted["extras"]["Ln_wstar"]) == pytest.approx(float(loss_full(CENTER)) + 5, rel=1e-6)
+    assert float(shifted["lambda_hat"]) == pytest.approx(LLC, rel=0.1)
+
+
+def test_loss_full_flat_of_another_loss_is_refused():
+    with pytest.raises(DataError, match="loss_full_flat is another loss than the objective"):
+        run(loss_full_flat=lambda w: 2 * loss_full(w) + 5)
+
+
+@pytest.mark.parametrize("factor", [3.0, -1.0, 0.0])
+def test_gradient_of_another_loss_is_refused(factor):
+    own = make_flat_objective(loss, lambda w, batch: factor * jax.grad(loss)(w, batch))
+    with pytest.raises(DataError, match="gradient of objective disagrees with the loss"):
+        run(objective=own)
 
 
 @pytest.mark.parametrize("mode", ["rmsprop", "adam", "hvp_diag"])

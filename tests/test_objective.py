@@ -1,3 +1,5 @@
+import functools
+
 import equinox as eqx
 import haiku as hk
 import jax
@@ -9,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvi import objective as module
+from fastvi._data import check_data
 from fastvi._errors import DataError
 from fastvi.objective import (
-    check_data,
+    call_full_loss,
     check_loss,
     excess_loss,
     full_data_hvp,
@@ -19,6 +22,7 @@ from fastvi.objective import (
     hvp_operator,
     make_flat_objective,
     ravel_loss,
+    value_and_grad,
 )
 
 EXAMPLES = 12
@@ -113,6 +117,72 @@ def test_a_given_gradient_is_used(x64):
     np.testing.assert_array_equal(plain.value_and_grad(jnp.ones(2), None)[1], [2, 2])
 
 
+class LossAndGradient:
+    """An objective with the two methods that the contract asks for."""
+
+    def loss(self, w, batch):
+        return jnp.sum(w**2)
+
+    def grad(self, w, batch):
+        return 2 * w
+
+
+def test_value_and_grad_is_optional():
+    value, grad = value_and_grad(LossAndGradient(), jnp.full(2, 3.0), None)
+    assert value == 18
+    np.testing.assert_array_equal(grad, [6, 6])
+    both = make_flat_objective(lambda w, b: jnp.sum(w**2))
+    assert value_and_grad(both, jnp.full(2, 3.0), None)[0] == 18
+
+
+class FullLoss:
+    def __call__(self, w, data):
+        return jnp.sum(w) + jnp.sum(data)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda w: jnp.sum(w), 2),
+        (lambda w, data: jnp.sum(w) + jnp.sum(data), 5),
+        (lambda w, data=np.ones(1): jnp.sum(w) + jnp.sum(data), 3),
+        (functools.partial(lambda data, w: jnp.sum(w) + jnp.sum(data), np.ones(1)), 3),
+        (functools.partial(lambda scale, w, data: scale * (jnp.sum(w) + jnp.sum(data)), 2), 10),
+        (lambda w, *, data=np.ones(1): jnp.sum(w) + jnp.sum(data), 3),
+        (FullLoss(), 5),
+        (FullLoss().__call__, 5),
+        (jax.jit(lambda w, data: jnp.sum(w) + jnp.sum(data)), 5),
+        (lambda *args: sum(jnp.sum(a) for a in args), 2),
+        (lambda *args: jnp.sum(args[0]) + jnp.sum(args[1]), 5),
+        (lambda *args, **options: FullLoss()(*args, **options), 5),
+    ],
+)
+def test_a_full_loss_may_take_the_data(function, expected):
+    assert call_full_loss(function, jnp.ones(2), jnp.ones(3)) == expected
+
+
+@pytest.mark.parametrize("function", [lambda: 0.0, lambda w, x, y: 0.0, 3.0])
+def test_a_full_loss_of_another_form_is_refused(function):
+    with pytest.raises(DataError, match=r"\(w\) -> loss or \(w, data\) -> loss"):
+        call_full_loss(function, jnp.ones(2), jnp.ones(3))
+
+
+class Settings(eqx.Module):
+    weight: jax.Array
+    rates: tuple
+
+
+def test_floats_of_equinox_modules_are_settings():
+    """Also within a dict, and below a field; beside the module they are refused."""
+    module = Settings(jnp.ones(2), (0.5, {"eps": 1e-3}))
+    objective, w = ravel_loss(lambda p, b: jnp.sum(p["m"].weight), {"m": module})
+    assert w.size == 2
+    assert objective.structure.unravel(w)["m"].rates == (0.5, {"eps": 1e-3})
+    assert ravel_loss(lambda p, b: 0.0, module)[1].size == 2
+    with pytest.raises(DataError, match=r"params\['rate'\] is the Python float"):
+        ravel_loss(lambda p, b: 0.0, {"m": module, "rate": 0.5})
+
+
 def test_unravel_inverts_ravel():
     params = {
         "half": jnp.asarray([[1.5, -2.25]], jnp.bfloat16),
@@ -121,7 +191,7 @@ def test_unravel_inverts_ravel():
             (jnp.asarray(7.0), [np.zeros((0, 2), np.float32)]),
         ),
         "act": jnp.tanh,
-        "setting": (3, "same", 0.5, True),
+        "setting": (3, "same", True),
     }
     objective, w = ravel_loss(lambda p, b: jnp.sum(p["half"]), params)
     assert w.dtype == jnp.float32
@@ -191,6 +261,27 @@ def cube(x):
 cube.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x**2 * g,))
 
 
+@jax.custom_vjp
+def idiomatic_cube(x):
+    return x**3
+
+
+idiomatic_cube.defvjp(lambda x: (idiomatic_cube(x), x), lambda x, g: (3 * x**2 * g,))
+
+
+def on_host(function, x):
+    result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(lambda x: np.asarray(function(x), x.dtype), result, x, vmap_method="sequential")
+
+
+@jax.custom_vjp
+def simulated_cube(x):
+    return on_host(lambda x: x**3, x)
+
+
+simulated_cube.defvjp(lambda x: (simulated_cube(x), x), lambda x, g: (on_host(lambda x: 3 * x**2, x) * g,))
+
+
 def smooth(w, batch):
     return jnp.mean(jnp.sin(batch @ w) ** 2) + w[0] * w[1] ** 3
 
@@ -199,8 +290,16 @@ def with_custom_vjp(w, batch):
     return jnp.mean(jnp.sin(batch @ w) ** 2) + w[0] * cube(w[1])
 
 
+def with_idiomatic_vjp(w, batch):
+    return jnp.mean(jnp.sin(batch @ w) ** 2) + w[0] * idiomatic_cube(w[1])
+
+
+def with_simulator(w, batch):
+    return jnp.mean(jnp.sin(batch @ w) ** 2) + w[0] * simulated_cube(w[1])
+
+
 @pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("loss", [smooth, with_custom_vjp])
+@pytest.mark.parametrize("loss", [smooth, with_custom_vjp, with_idiomatic_vjp])
 def test_hvp_is_the_hessian_times_the_tangent(loss, jitted, x64):
     batch, w = jnp.asarray(DATA[0]), jnp.asarray([0.3, -0.7, 1.1])
     hessian = jax.hessian(smooth)(w, batch)
@@ -209,6 +308,18 @@ def test_hvp_is_the_hessian_times_the_tangent(loss, jitted, x64):
         return jax.vmap(hvp_operator(make_flat_objective(loss), w, batch))(jnp.eye(3))
 
     np.testing.assert_allclose((jax.jit(columns) if jitted else columns)(w), hessian, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-8), (jnp.float32, 1e-3)])
+def test_hvp_without_a_second_derivative(dtype, tolerance, x64):
+    """Differences of gradients, for coordinates of any size."""
+    batch, w = jnp.asarray(DATA[0], dtype), jnp.asarray([0.3, -70.0, 1.1], dtype)
+    exact = jax.hessian(smooth)(w.astype(jnp.float64), batch.astype(jnp.float64))
+    hvp = hvp_operator(make_flat_objective(with_simulator), w, batch)
+    found = jax.jit(jax.vmap(hvp))(jnp.eye(3, dtype=dtype))
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, exact, rtol=tolerance, atol=tolerance * 3 * 70**2)
+    np.testing.assert_array_equal(hvp(jnp.zeros(3, dtype)), 0)
 
 
 def test_hvp_keeps_other_type_errors():
@@ -231,7 +342,12 @@ def test_hvp_keeps_other_type_errors():
         ({"a": np.array([np.inf])}, r"holds NaN or infinity"),
         ({"a": np.ones(2), "b": object()}, r"params\['b'\] is an object of type object"),
         ({"a": np.array(["x"])}, r"params\['a'\] has dtype <U1"),
-        ({"a": 1.0, "f": jnp.tanh}, "holds no floating-point array"),
+        ({"a": 1, "f": jnp.tanh}, "holds no floating-point array"),
+        ({"a": np.ones(2), "b": 0.5}, r"params\['b'\] is the Python float 0.5.*jnp.asarray.*close over it"),
+        ([np.ones(2), (1j,)], r"params\[1\]\[0\] is the Python complex 1j"),
+        ({"a": np.zeros((0, 2)), "b": np.zeros(0)}, "holds 2 empty arrays"),
+        ({"a": np.full(2, 1e300)}, r"params\['a'\] holds numbers too large for float32"),
+        ({"a": jnp.zeros(2, jnp.float8_e4m3fn)}, r"params\['a'\] has dtype float8_e4m3fn, too coarse"),
         ({}, "holds no floating-point array"),
         (None, "holds no floating-point array"),
     ],
@@ -286,11 +402,14 @@ def test_good_data_is_kept():
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda w, b: b @ w, r"one floating-point scalar.*got float32\[12\].*mean"),
+        (lambda w, b: w, r"one floating-point scalar.*got float32\[3\] for 12 examples.*first axis"),
+        (lambda w, b: (b @ w, w), r"one shape, batch axis first.*auxiliary"),
+        (lambda w, b: (jnp.sum(w), jnp.sum(b)), r"a pair of scalars, as of has_aux"),
+        (lambda w, b: (b @ w, (b @ w).astype(complex)), "weights are numbers"),
+        (lambda w, b: (b.T @ b @ w, w), "batch axis first"),
         (lambda w, b: (jnp.sum(w), b), "one floating-point scalar"),
         (lambda w, b: jnp.sum(w).astype(int), "one floating-point scalar"),
         (lambda w, b: None, "got nothing"),
-        (lambda w, b: jnp.sum(b @ w[:2]), r"failed on a batch of shapes float32\[12, 3\]: TypeError"),
     ],
 )
 def test_bad_losses_are_refused(loss, message):

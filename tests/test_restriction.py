@@ -128,3 +128,21 @@ def test_curve_over_checkpoints():
     sizes = [np.zeros(6, np.float32), np.zeros(5, np.float32)]
     with pytest.raises(fastvi.DataError, match="checkpoint 1 has 5 parameters, the one before 6"):
         fastvi.llc_curve(lambda w, batch: jnp.sum(w**2), sizes, (inputs,), **OPTIONS)
+    turned = [np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float32)]
+    with pytest.raises(fastvi.DataError, match=r"checkpoint 1 has parameters .*\(3, 2\).*before .*\(2, 3\)"):
+        fastvi.llc_curve(lambda w, batch: jnp.sum(w**2), turned, (inputs,), **OPTIONS)
+    with pytest.raises(fastvi.DataError, match="got a mapping"):
+        fastvi.llc_curve(loss, {"w": checkpoints[0]}, (inputs,), **OPTIONS)
+    # the work that is done is kept where a checkpoint, or what reads it, fails
+    with pytest.raises(fastvi.DataError, match="NaN or infinity.*\n.*at checkpoint 1") as caught:
+        fastvi.llc_curve(loss, [checkpoints[0], np.full(6, np.nan, np.float32)], (inputs,), **OPTIONS)
+    np.testing.assert_array_equal(caught.value.partial.llc, curve.llc[:1])
+    assert caught.value.partial.estimates[0].fitted is not None
+    with pytest.raises(OSError, match="no such file.*\n.*at checkpoint 1") as lost:
+        fastvi.llc_curve(loss, unreadable(checkpoints[0]), (inputs,), **OPTIONS)
+    np.testing.assert_array_equal(lost.value.partial.llc, curve.llc[:1])
+
+
+def unreadable(first):
+    yield first
+    raise OSError("no such file")

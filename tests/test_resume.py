@@ -1,5 +1,6 @@
 """A fit that is interrupted goes on to the bits of one that was not."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 
 import fastvi
+from fastvi import _files as files
 from fastvi import resume
+from fastvi.identity import differing
 
 COUNT, DIM = 300, 6
 OPTIONS = {"steps": 1000, "correction": "none", "num_chains": 2, "M": 2, "key": 4, "eval_samples": 16}
@@ -112,6 +115,80 @@ def test_other_data_or_loss_are_refused(whole, tmp_path_factory):
         fastvi.estimate_llc(loss_fn, W, (X, Y + 1), **options)
     with pytest.raises(fastvi.ConfigError, match=r"loss at w\* was"):
         fastvi.estimate_llc(lambda w, batch: 1.1 * loss_fn(w, batch), W, (X, Y), **options)
+
+
+def test_a_loss_that_differs_only_away_from_the_minimum_is_refused(tmp_path):
+    """Where L(w*) and its gradient are zero, as of a model that interpolates, the loss there says nothing."""
+    options = {"steps": 100, "correction": "none", "num_chains": 1, "M": 1, "r": 0, "eval_samples": 4}
+    options |= {"progress": False, "resume_from": tmp_path}
+    curves, zeros, data = np.array([4.0, 1.0, 0.0], np.float32), np.zeros(3, np.float32), (np.ones((30, 1)),)
+
+    def bowl(w, batch):
+        return 0.5 * jnp.sum(curves * w**2) * jnp.mean(batch[0])
+
+    fastvi.estimate_llc(bowl, zeros, data, **options)
+    others = {
+        "scaled": lambda w, batch: 1e-3 * bowl(w, batch),
+        "by a little": lambda w, batch: 1.001 * bowl(w, batch),
+        "another direction": lambda w, batch: 0.5 * jnp.sum(curves[::-1] * w**2) * jnp.mean(batch[0]),
+        "another power": lambda w, batch: bowl(w, batch) + jnp.sum(w**4),
+    }
+    for other in others.values():
+        with pytest.raises(fastvi.ConfigError, match=r"loss near w\* was"):
+            fastvi.estimate_llc(other, zeros, data, **options)
+    with pytest.raises(fastvi.ConfigError, match="fastvi was"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastvi, "__version__", "another")
+        fastvi.estimate_llc(bowl, zeros, data, **options)
+
+
+@pytest.mark.parametrize(
+    ("kept", "now", "names"),
+    [
+        ({}, {}, []),
+        ({"loss at w*": 1e-12}, {}, []),
+        ({"loss near w*": [1.0, 2.0, 3e-5]}, {}, []),
+        ({"loss near w*": [1.0, 2.0, 3.001e-5]}, {}, ["loss near w*"]),
+        ({"loss near w*": [1.0, 2.0]}, {}, ["loss near w*"]),
+        ({"loss near w*": "text"}, {}, ["loss near w*"]),
+        ({"slopes near w*": [1e-6, 1.0, 1.0]}, {}, []),
+        ({"slopes near w*": [-1.0, 1.0, 1.0]}, {}, ["slopes near w*"]),
+        ({"loss at w*": float("nan")}, {}, ["loss at w*"]),
+        ({"loss at w*": float("nan")}, {"loss at w*": float("nan")}, []),
+        ({"data": "a"}, {"data": "b"}, ["data"]),
+    ],
+)
+def test_losses_are_the_same_but_for_rounding(kept, now, names):
+    one = {
+        "loss at w*": 0.0,
+        "loss near w*": [1.0, 2.0, 3e-5],
+        "slopes near w*": [0.0, 1.0, 1.0],
+        "gradient norms near w*": [1.0, 1.0, 1.0],
+    }
+    assert differing(one | now, one | kept) == names
+
+
+def test_a_full_disk_is_a_warning_and_the_fit_goes_on(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SAVING_SHARE", 1e9)
+    publish, calls = files.publish, []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return publish(*arguments)
+
+    monkeypatch.setattr(files, "publish", full)
+    with pytest.warns(RuntimeWarning, match=r"could not be kept in .*No space left on device.*the fit goes on") as told:
+        assert_same_bits(estimate(tmp_path), whole)
+    assert len(told) == 1
+    assert len(calls) > 2
+    assert [path.name for path in tmp_path.iterdir()] == [resume.PROGRESS_FILE]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(fastvi.ConfigError, match=r"resume_from must be a folder, or one that can be made; got .*file'"):
+        estimate(tmp_path / "file")
 
 
 @pytest.mark.slow

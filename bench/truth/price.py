@@ -58,9 +58,9 @@ def fits(name: str) -> list[dict]:
     config = settle(VIConfig(steps=FIRST + SECOND, samples_per_step=2, eval_samples=128), center.size)
     problem = make_problem(center, source.data, source.n_data, source.nbeta, source.gamma, config, "nbeta")
     keys = jax.random.split(jax.random.key(0), CHAINS)
-    long = run_fit(programs_for(objective, config, None), problem, config, keys)
+    long = run_fit(programs_for(objective, problem, config), problem, config, keys)
     short_config, second = config.replace(steps=FIRST), config.replace(steps=SECOND)
-    short = run_fit(programs_for(objective, short_config, None), problem, short_config, keys)
+    short = run_fit(programs_for(objective, problem, short_config), problem, short_config, keys)
     params = jax.tree_util.tree_map(lambda leaf: leaf[0], short.params)
     draws = short.family.sample(params, jax.random.key(1), SHIFTS, antithetic=True, block=0)
     smooth = ShiftedLoss(objective, draws.displacement)
@@ -71,7 +71,7 @@ def fits(name: str) -> list[dict]:
         subset = jax.tree_util.tree_map(lambda leaf: leaf[:rows], problem.data)
         return make_start(smooth, problem.posterior, subset, problem.next_batch, second, key, scale)
 
-    stages = programs_for(objective, second, None)
+    stages = programs_for(objective, problem, second)
     forms = {form: getattr(stages, form)._replace(prepare=prepare) for form in ("quick", "compiled")}
     averaged = run_fit(stages._replace(**forms), problem, second, keys)
     per_step = 2 * problem.batch_size / source.n_data * CHAINS

@@ -1,7 +1,8 @@
 """The command line: `fastvi llc`, `report`, `compare`, `sweep` and `demo`.
 
 A command is a dataclass whose fields are the options (those without a default are positional) and whose docstring is
-the help, with a method `run(say)`, which may return an exit status. Adding one is an entry in `COMMANDS`.
+the help, with a method `run(say)`, which returns an exit status, or None where all it does is to print. Adding one is
+an entry in `COMMANDS`.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Union, get_type_hints
 
 from fastvi import ConfigError, DataError, NonFiniteError, UnavailableError, __version__
 from fastvi._optional import MissingExtraError, import_optional
+from fastvi._terminal import is_terminal, settle_streams, warn, write_text
 from fastvi.cli.llc import Llc
 from fastvi.cli.runs import Compare, Report
 from fastvi.cli.sweep import Sweep
@@ -30,26 +32,56 @@ EXPECTED_ERRORS = (ConfigError, DataError, NonFiniteError, UnavailableError, Mis
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
 
+    What cannot be printed does not end a command: its work is written to its folder first.
+
     Args:
         args: Arguments after the program's name; those of the process when left out.
 
     Returns:
-        The exit status: 0; 1 where runs of a sweep failed; 2 after an error, told on one line of stderr; 130 when
+        The exit status: 0; 1 where runs of a sweep failed, a run could not be written where it was asked for, or
+        nothing was done but to print and that failed; 2 after an error, told on one line of stderr; 130 when
         interrupted.
     """
     args = sys.argv[1:] if args is None else list(args)
+    path = [*sys.path]
+    try:
+        return _run(args)
+    finally:
+        sys.path[:] = path  # a target's folder is on it while its command runs
+        settle_streams()
+
+
+def _run(args: Sequence[str]) -> int:
+    printer = Printer()
     if args[:1] == ["--version"]:
-        _say(f"fastvi {__version__}")
+        printer(f"fastvi {__version__}")
         return 0
     try:
-        status = _parse(args).run(_say)
+        command = _parse(args)
+        try:
+            status = command.run(printer)
+        except SystemExit as stop:  # of a loss that somebody's module defines: an estimate did not come of it
+            raise DataError(f"the model called sys.exit({stop.code!r}) before there was an estimate.") from stop
     except EXPECTED_ERRORS as error:
-        sys.stderr.write(f"{_fold('fastvi: error: ' + ' '.join(str(error).split()))}\n")
+        warn(_fold("fastvi: error: " + " ".join(str(error).split())))
         return FAILURE
     except KeyboardInterrupt:
-        sys.stderr.write("\nfastvi: interrupted\n")
+        warn("\nfastvi: interrupted")
         return INTERRUPTED
-    return status if isinstance(status, int) else 0
+    if printer.lost is not None:
+        warn(f"fastvi: warning: stdout cannot be written: {printer.lost}")
+    return int(printer.lost is not None) if status is None else status
+
+
+class Printer:
+    """Print line by line while that is possible; `lost` says why no longer."""
+
+    lost: str | None = None
+
+    def __call__(self, line: str) -> None:
+        """Print a line."""
+        if self.lost is None:
+            self.lost = write_text(sys.stdout, f"{line}\n")
 
 
 def _parse(args: Sequence[str]) -> Any:
@@ -106,12 +138,7 @@ def _group(choice: Any) -> Any:
 
 def _fold(text: str) -> str:
     """Break a line between words where a terminal would break it anywhere."""
-    return textwrap.fill(text, shutil.get_terminal_size().columns - 1) if sys.stderr.isatty() else text
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    return textwrap.fill(text, shutil.get_terminal_size().columns - 1) if is_terminal(sys.stderr) else text
 
 
 if __name__ == "__main__":

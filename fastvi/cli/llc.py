@@ -3,13 +3,23 @@
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
+
+from fastvi._arguments import DEFAULT_BATCH_SIZE, as_key, check_dtype, settle_localization
+from fastvi._claim import claimed
+from fastvi._terminal import warn
 from fastvi.api import estimate_llc
-from fastvi.cli.target import load, parse_settings, resolve, settle_localization
+from fastvi.cli.target import Problem, Resolved, load, parse_settings, resolve
 from fastvi.config import VIConfig
 from fastvi.demos.base import Say
-from fastvi.result import LLCEstimate, with_error
-from fastvi.runs import Origin, check_packages, listing, write_run
+from fastvi.identity import differing, digest_tree, observe_loss
+from fastvi.objective import check_data, ravel_loss
+from fastvi.result import LLCEstimate
+from fastvi.runs import Origin, check_packages, keep_and_tell
+from fastvi.streaming import HostStream, is_stream
+from fastvi.target.look import weigh_other_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +30,12 @@ class Llc:
         target: module:function returning (loss_fn, params, data), or a run folder to redo.
         config: YAML file with settings of the fit.
         set: Settings that override it, for example --set M=16 r=4.
-        out: Folder for the results; runs/NAME when left out.
+        out: Folder for the results, new, empty or of an earlier run; runs/NAME when left out.
         seed: Seed of everything random.
         localization: Strength gamma of the Gaussian that ties w to w*; 1 when left out.
         nbeta: n times the inverse temperature; n / log n when left out.
         num_chains: Independent fits; chosen when left out.
+        trust: Run the code that a run folder names.
         quiet: Print the estimate alone, on one line.
     """
 
@@ -38,39 +49,35 @@ class Llc:
     localization: float | None = None
     nbeta: float | None = None
     num_chains: int | None = None
+    trust: bool = False
     quiet: bool = False
 
-    def run(self, say: Say) -> LLCEstimate:
-        """Load, estimate, tell, write."""
+    def run(self, say: Say) -> int:
+        """Claim a folder, load, estimate, write, tell."""
         began = time.perf_counter()
         check_packages()
-        target, before, config = resolve(self.target)
+        resolved = resolve(self.target, trust=self.trust)
         config = VIConfig.create(
-            self.config if self.config is not None else config,
+            self.config if self.config is not None else resolved.config,
             **parse_settings([pair for pairs in self.set for pair in pairs]),
         )
         config.check_available()
-        origin, config = self._origin(target, before, config), config.replace(gamma=None)
-        folder = self.out or _default_folder(self.target, redo=before is not None)
-        tell = _silent if self.quiet else say
-        tell(f"target         {target}")
-        problem = load(target)
-        result = estimate_origin(problem, origin, config, progress=not self.quiet)
-        tell("")
-        tell(result.summary())
-        write_run(result, folder, origin, config)
-        tell("")
-        tell(f"done in {time.perf_counter() - began:.0f} s; written:")
-        for line in listing(folder):
-            tell(line)
-        if self.quiet:
-            say(f"llc {with_error(result.llc, result.llc_sem)}  {folder}")
-        return result
+        check_packages(config)
+        origin, config = self._origin(resolved, config), config.replace(gamma=None)
+        with claimed(self.out or _default_folder(self.target, redo=resolved.before is not None)) as folder:
+            if not self.quiet:
+                say(f"target         {resolved.target}")
+            problem = load(resolved.target)
+            fingerprint = observe_problem(problem, config)
+            if resolved.before is not None:
+                _tell_changes(fingerprint, resolved.before.fingerprint)
+            result = estimate_origin(problem, origin, config, progress=not self.quiet)
+            return keep_and_tell(result, folder, origin, config, fingerprint, say=say, began=began, quiet=self.quiet)
 
-    def _origin(self, target: str, before: Origin | None, config: VIConfig) -> Origin:
-        base = before or Origin(target, 0, 1.0, None, None)
+    def _origin(self, resolved: Resolved, config: VIConfig) -> Origin:
+        base = resolved.origin or Origin(resolved.target, 0, 1.0, None, None)
         return Origin(
-            target=target,
+            target=resolved.target,
             seed=base.seed if self.seed is None else self.seed,
             localization=settle_localization(self.localization, config, base.localization),
             nbeta=base.nbeta if self.nbeta is None else self.nbeta,
@@ -78,7 +85,7 @@ class Llc:
         )
 
 
-def estimate_origin(problem, origin: Origin, config: VIConfig, *, progress: bool) -> LLCEstimate:
+def estimate_origin(problem: Problem, origin: Origin, config: VIConfig, *, progress: bool) -> LLCEstimate:
     """Estimate as an origin and a configuration say."""
     return estimate_llc(
         *problem,
@@ -91,12 +98,38 @@ def estimate_origin(problem, origin: Origin, config: VIConfig, *, progress: bool
     )
 
 
+def observe_problem(problem: Problem, config: VIConfig) -> dict[str, Any]:
+    """Say in a few numbers what a target computes: parameters, data, and the loss at w* and near it.
+
+    Raises:
+        DataError: If loss, parameters or data cannot be used.
+    """
+    dtype = check_dtype(config)
+    objective, center = ravel_loss(problem.loss_fn, problem.params, dtype)
+    if is_stream(problem.data):
+        stream = HostStream(problem.data, dtype, as_key(0), DEFAULT_BATCH_SIZE)
+        data, num_data = stream.window(0), stream.num_data
+    else:
+        data, num_data = check_data(problem.data, dtype=dtype)
+    weighed = weigh_other_data(objective, center, data, "loss_fn")
+    first = jax.tree_util.tree_map(lambda leaf: leaf[:DEFAULT_BATCH_SIZE], weighed)
+    return {
+        "params": digest_tree(center),
+        "data": digest_tree(data),
+        "n_data": num_data,
+        **observe_loss(objective, center, first),
+    }
+
+
+def _tell_changes(now: dict[str, Any], before: dict[str, Any] | None) -> None:
+    names = [] if before is None else differing(now, before)
+    if names:
+        warn(f"fastvi: warning: the target computes something else than in that run: {', '.join(names)} differ")
+
+
 def _default_folder(target: str, *, redo: bool) -> Path:
     if redo:
         folder = Path(target)
-        return folder.with_name(f"{folder.resolve().name}-redo")
+        whole = folder.resolve()  # of "." too, which has no name of its own
+        return (whole if folder.name in ("", "..") else folder).with_name(f"{whole.name}-redo")
     return Path("runs") / target.replace(":", "-")
-
-
-def _silent(line: str) -> None:
-    del line

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastvi import _files as files
 from fastvi._errors import ConfigError
 from fastvi.cli.table import describe, format_table
 from fastvi.demos.base import Say
@@ -32,11 +33,23 @@ class Report:
     out: Path | None = None
 
     def run(self, say: Say) -> None:
-        """Read, tell, write."""
+        """Read, write, tell."""
         result = LLCEstimate.load(self.run_folder)
-        say(result.summary())
+        try:
+            path = self._write(result)
+        finally:  # a folder that cannot be written does not keep the summary back
+            say(result.summary())
         say("")
-        say(f"written: {result.report(self.out or self.run_folder / REPORT_FILE)}")
+        say(f"written: {path}")
+
+    def _write(self, result: LLCEstimate) -> Path:
+        """Write the page; in the run folder, which may be anybody's, a link in its place is replaced, not followed."""
+        if self.out is not None:
+            return result.report(self.out)
+        with files.staged(self.run_folder) as staging:
+            result.report(staging / REPORT_FILE)
+            files.publish(staging, self.run_folder, (REPORT_FILE,))
+        return self.run_folder / REPORT_FILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +65,30 @@ class Compare:
     out: Path | None = None
 
     def run(self, say: Say) -> None:
-        """Read, tell, draw."""
+        """Read, draw, tell."""
         if not self.run_folders:
             raise ConfigError("compare takes one run folder or more, for example fastvi compare runs/a runs/b.")
         results = [
             (name, LLCEstimate.load(folder)) for name, folder in zip(self._names(), self.run_folders, strict=True)
         ]
+        try:
+            self._draw(results)
+        finally:
+            self._tell(results, say)
+        if self.out is not None:
+            say(f"written: {self.out}")
+
+    def _tell(self, results: list[tuple[str, LLCEstimate]], say: Say) -> None:
         for line in format_table([{"run": name, **describe(result)} for name, result in results]):
             say(line)
         problems = {(result.n_data, result.dim, result.nbeta, result.localization) for _, result in results}
         if len(problems) > 1:
             say("the runs differ in n, d, n beta or localization: their llc and elbo are of different targets")
+
+    def _draw(self, results: list[tuple[str, LLCEstimate]]) -> None:
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             draw_comparison(results).savefig(self.out, dpi=150)
-            say(f"written: {self.out}")
 
     def _names(self) -> list[str]:
         """Name each run by its folder, or where two have the same name by the end of its path."""

@@ -1,26 +1,45 @@
 """`fastvi sweep`: one model under a grid of settings; an interrupted sweep goes on where it stopped."""
 
 import dataclasses
+import functools
+import hashlib
 import itertools
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from fastvi._errors import ConfigError, NonFiniteError
+import jax
+
+from fastvi import _files as files
+from fastvi._arguments import settle_localization
+from fastvi._claim import ORIGIN_FILE, SWEEP, claimed
+from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
 from fastvi._optional import import_optional
-from fastvi.cli.llc import estimate_origin
+from fastvi._sources import parse_yaml
+from fastvi._terminal import warn
+from fastvi.cli.llc import estimate_origin, observe_problem
 from fastvi.cli.sweep_figure import draw_sweep
 from fastvi.cli.table import describe, format_table, write_csv
-from fastvi.cli.target import load, resolve, settle_localization
+from fastvi.cli.target import Problem, load, resolve
 from fastvi.config import VIConfig
 from fastvi.demos.base import Say
-from fastvi.result import RESULT_FILE, LLCEstimate, with_error
-from fastvi.runs import CONFIG_FILE, Origin, check_packages, read_origin, write_run
+from fastvi.identity import differing
+from fastvi.result import LLCEstimate, with_error
+from fastvi.runs import Origin, check_packages, keep_run, read_record, read_settings
 
 TABLE_FILE, FIGURE_FILE, PAGE_DPI = "table.csv", "sweep.png", 150
 RUN_OPTIONS = ("seed", "localization", "nbeta", "num_chains")
 ENTRIES = ("target", "out", "base", "grid", *RUN_OPTIONS)
+LOCALIZATION = ("localization", "gamma")  # two names of one thing
+LONGEST_NAME = 150  # of a run's folder; file systems take 255
+VERSION = 1
+
+# What one run may fail with while the others are none the worse: a setting that its problem refuses, data that it
+# cannot use, a divergence, or a device that has not the memory for it.
+FAILURES = (ConfigError, DataError, NonFiniteError, UnavailableError, jax.errors.JaxRuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,51 +49,40 @@ class Sweep:
     Attributes:
         config: YAML file with a target and a grid; started again, an interrupted sweep goes on.
         out: Folder of the sweep; runs/NAME of the file when neither it nor the file says.
+        trust: Run the code that a run folder names, where the target is one.
         quiet: Print the table alone.
     """
 
     config: Path = Path("sweep.yaml")
     out: Path | None = None
+    trust: bool = False
     quiet: bool = False
 
     def run(self, say: Say) -> int:
-        """Run what is missing, then write the table and the figure."""
+        """Run what is missing, then write the table and the figure, then tell them."""
         check_packages()
-        plan = read_plan(self.config)
-        folder = self.out or plan.out or Path("runs") / self.config.stem
+        plan = read_plan(self.config, trust=self.trust)
         tell = (lambda line: None) if self.quiet else say
-        rows, results, failed, problem = [], [], 0, None
-        for place, cell in enumerate(plan.cells):
-            run_folder = folder / cell.name
-            label = f"[{place + 1}/{len(plan.cells)}] {cell.name}"
-            result = finished(run_folder, cell)
-            if result is not None:
-                tell(f"{label}: kept, llc {with_error(result.llc, result.llc_sem)}")
-            else:
-                problem = problem or load(cell.origin.target or "")
-                began = time.perf_counter()
-                try:
-                    result = estimate_origin(problem, cell.origin, cell.config, progress=not self.quiet)
-                except NonFiniteError as error:
-                    failed += 1
-                    tell(f"{label}: failed, {str(error).split('.')[0]}")
-                    rows.append({**cell.shown, **dict.fromkeys(describe_names(), "-"), "findings": "non_finite"})
-                    continue
-                write_run(result, run_folder, cell.origin, cell.config)
-                seconds = time.perf_counter() - began
-                tell(f"{label}: llc {with_error(result.llc, result.llc_sem)}, {seconds:.0f} s")
-            rows.append({**cell.shown, **describe(result)})
-            results.append((cell.values, result))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_csv(rows, folder / TABLE_FILE)
+        with claimed(self.out or plan.out or Path("runs") / self.config.stem, SWEEP) as folder:
+            _begin(folder, plan)
+            problem = load(plan.target)
+            outcomes, observe = [], functools.cache(lambda dtype: observe_problem(problem, VIConfig(dtype=dtype)))
+            for place, cell in enumerate(plan.cells):
+                label = f"[{place + 1}/{len(plan.cells)}] {cell.name}"
+                outcome = run_cell(cell, folder, problem, observe, progress=not self.quiet)
+                tell(f"{label}: {outcome.words}")
+                outcomes.append(outcome)
+            try:
+                written, trouble = _write(outcomes, folder)
+            finally:  # whatever a figure fails with, the table is told
+                tell("")
+                for line in format_table([outcome.row for outcome in outcomes]):
+                    say(line)
         tell("")
-        for line in format_table(rows):
-            say(line)
-        if results:
-            draw_sweep(results).savefig(folder / FIGURE_FILE, dpi=PAGE_DPI)
-        tell("")
-        tell(f"written: {folder / TABLE_FILE}, {folder / FIGURE_FILE}")
-        return 1 if failed else 0
+        tell(f"written: {', '.join(map(str, written)) or 'nothing'}")
+        if trouble is not None:
+            warn(f"fastvi: warning: {trouble}")
+        return int(trouble is not None or any(outcome.failed for outcome in outcomes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,21 +95,75 @@ class Cell:
 
     @property
     def shown(self) -> dict[str, str]:
-        """The values as text."""
+        """The values as text, different where they are."""
         return {name: _text(value) for name, value in self.values.items()}
 
     @property
     def name(self) -> str:
-        """Name of the run's folder."""
-        return ",".join(f"{name}={value}" for name, value in self.shown.items()).replace("/", "-")
+        """Name of the run's folder, different where the values are."""
+        name = quote(",".join(f"{name}={value}" for name, value in self.shown.items()), safe=",=[]+ '")
+        if len(name) <= LONGEST_NAME:
+            return name
+        return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a sweep's file asks for."""
 
+    target: str
     cells: list[Cell]
     out: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: a row of the table, words for the terminal, and the estimate where there is one."""
+
+    row: dict[str, str]
+    words: str
+    values: dict[str, Any]
+    result: LLCEstimate | None = None
+    failed: bool = False
+
+
+def run_cell(
+    cell: Cell, folder: Path, problem: Problem, observe: Callable[[str], dict[str, Any]], *, progress: bool
+) -> Outcome:
+    """Keep the run of a cell that is there and was asked for in the same way, or run it; a failure is an outcome.
+
+    Args:
+        cell: The cell.
+        folder: The sweep's folder.
+        problem: What is estimated on.
+        observe: Says what the problem computes in a dtype.
+        progress: Whether to show a status line.
+    """
+    place = folder / cell.name
+    try:
+        fingerprint = observe(cell.config.dtype)
+        result, reason = finished(place, cell, fingerprint)
+        if result is not None:
+            return _outcome(cell, result, "kept, ")
+        began = time.perf_counter()
+        with claimed(place, below_ours=True):
+            result = estimate_origin(problem, cell.origin, cell.config, progress=progress)
+            kept = keep_run(result, place, cell.origin, cell.config, fingerprint)
+    except FAILURES as error:
+        is_broken = isinstance(error, NonFiniteError)
+        said = f"{type(error).__name__}: {files.first_line(error)}"
+        row = {**cell.shown, **dict.fromkeys(describe_names(), "-"), "findings": "non_finite" if is_broken else said}
+        return Outcome(row, f"failed, {files.first_line(error).split('. ')[0]}", cell.values, failed=True)
+    if kept.trouble is not None:
+        warn(f"fastvi: warning: {kept.trouble}")
+    outcome = _outcome(cell, result, f"{reason}, " if reason else "", f", {time.perf_counter() - began:.0f} s")
+    return dataclasses.replace(outcome, failed=kept.trouble is not None)
+
+
+def _outcome(cell: Cell, result: LLCEstimate, before: str, after: str = "") -> Outcome:
+    """Take from an estimate what the table and the figure show; the fit, with its parameters and data, is let go."""
+    words = f"{before}llc {with_error(result.llc, result.llc_sem)}{after}"
+    return Outcome({**cell.shown, **describe(result)}, words, cell.values, dataclasses.replace(result, fitted=None))
 
 
 def describe_names() -> tuple[str, ...]:
@@ -109,50 +171,120 @@ def describe_names() -> tuple[str, ...]:
     return ("llc", "q alone", "elbo", "k-hat", "FGE", "s", "findings")
 
 
-def finished(folder: Path, cell: Cell) -> LLCEstimate | None:
-    """Return the run if it is complete and was asked for in the same way."""
-    if not (folder / RESULT_FILE).is_file():
-        return None
-    same = read_origin(folder) == cell.origin and VIConfig.create(folder / CONFIG_FILE) == cell.config
-    return LLCEstimate.load(folder) if same else None
+def finished(folder: Path, cell: Cell, fingerprint: dict[str, Any]) -> tuple[LLCEstimate | None, str]:
+    """Return the run if it is complete and of the same target and settings; else why it is run again."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None, ""
+    try:
+        record, config = read_record(folder), read_settings(folder)
+        if record.origin != cell.origin or config != cell.config:
+            return None, "run again under other settings"
+        names = differing(fingerprint, record.fingerprint or {})
+        if names:
+            return None, f"run again because the target computes something else ({', '.join(names)})"
+        return LLCEstimate.load(folder), ""
+    except (ConfigError, DataError) as error:
+        return None, f"run again because {str(error).split('. ')[0]}"
 
 
-def read_plan(path: Path) -> Plan:
+def _begin(folder: Path, plan: Plan) -> None:
+    """Mark the folder as a sweep's, and withdraw the table and the figure of an earlier one."""
+    for name in (TABLE_FILE, FIGURE_FILE):
+        (folder / name).unlink(missing_ok=True)
+    content = files.json_bytes({"format": SWEEP, "version": VERSION, "target": plan.target})
+    files.replace_file(folder / ORIGIN_FILE, content)
+
+
+def _write(outcomes: list[Outcome], folder: Path) -> tuple[list[Path], str | None]:
+    """Write the table and, where a run succeeded, the figure; return what was written, and what went wrong."""
+    results = [(outcome.values, outcome.result) for outcome in outcomes if outcome.result is not None]
+    written = []
+    try:
+        with files.staged(folder) as staging:
+            write_csv([outcome.row for outcome in outcomes], staging / TABLE_FILE)
+            files.publish(staging, folder, (TABLE_FILE,))
+            written.append(folder / TABLE_FILE)
+            if results:
+                draw_sweep(results).savefig(staging / FIGURE_FILE, dpi=PAGE_DPI)
+                files.publish(staging, folder, (FIGURE_FILE,))
+                written.append(folder / FIGURE_FILE)
+    except OSError as error:
+        return written, f"the table or the figure could not be written to {folder} ({files.first_line(error)})"
+    return written, None
+
+
+def read_plan(path: Path, *, trust: bool = False) -> Plan:
     """Read and check a sweep's file.
 
     Raises:
-        ConfigError: If it cannot be read, or asks for something unknown or impossible.
+        ConfigError: If it cannot be read, or asks for something unknown, impossible or twice.
     """
-    yaml = import_optional("yaml", extra="cli", distribution="PyYAML", purpose="a sweep")
+    import_optional("yaml", extra="cli", distribution="PyYAML", purpose="a sweep")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config must be the YAML file of a sweep; {str(error).splitlines()[0]}") from error
+        given = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config must be the YAML file of a sweep; {files.first_line(error)}") from error
     if not isinstance(given, Mapping) or "target" not in given or not given.get("grid"):
         raise ConfigError(f"{path} must name a target and a grid; see the docs on sweeps.")
     unknown = [name for name in given if name not in ENTRIES]
     if unknown:
         raise ConfigError(f"{path}: unknown entry {unknown[0]!r}; a sweep has {', '.join(ENTRIES)}.")
-    grid = {name: value if isinstance(value, list) else [value] for name, value in given["grid"].items()}
-    target = resolve(str(given["target"]))[0]
+    for name, kind, words in (("target", str, "module:function"), ("grid", Mapping, "a list for each setting")):
+        if not isinstance(given[name], kind):
+            raise ConfigError(f"{path}: {name} must be {words}; got {given[name]!r}.")
+    if "out" in given and not (isinstance(given["out"], str) and given["out"]):
+        raise ConfigError(f"{path}: out must be the name of a folder; got {given['out']!r}.")
+    grid = _read_grid(path, given["grid"])
+    _check_given_once(path, given, grid)
+    target = resolve(given["target"], trust=trust).target
     base = VIConfig.create(given.get("base"))
     shared = {name: given[name] for name in RUN_OPTIONS if name in given}
     combinations = (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
     cells = [_cell(target, base, shared, values) for values in combinations]
-    return Plan(cells, Path(given["out"]) if "out" in given else None)
+    check_packages(cells[0].config)
+    return Plan(target, cells, Path(given["out"]) if "out" in given else None)
+
+
+def _read_grid(path: Path, given: Mapping[Any, Any]) -> dict[str, list[Any]]:
+    """Return the values of each axis, one or more and all different."""
+    grid = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+    for name, values in grid.items():
+        texts = [_text(value) for value in values]
+        twice = [text for place, text in enumerate(texts) if text in texts[:place]]
+        if not values or twice:
+            came = f"{twice[0]} twice" if twice else "[]"
+            raise ConfigError(f"{path}: grid.{name} must list one value or more, all different; got {came}.")
+    return grid
+
+
+def _check_given_once(path: Path, given: Mapping[str, Any], grid: Mapping[str, Any]) -> None:
+    """Refuse a setting that the file gives in two places: one of them would not be what a row was computed with."""
+    base = given.get("base")
+    places = {
+        "at the top": [name for name in RUN_OPTIONS if name in given],
+        "in base": [*base] if isinstance(base, Mapping) else [],
+        "in the grid": [*grid],
+    }
+    seen: dict[str, str] = {}
+    for place, names in places.items():
+        for name in names:
+            meant = LOCALIZATION[0] if name in LOCALIZATION else name
+            now = f"{name} {place}"
+            if meant in seen:
+                raise ConfigError(f"{path} gives one setting in two places: {seen[meant]} and {now}. Leave one out.")
+            seen[meant] = now
 
 
 def _cell(target: str, base: VIConfig, shared: dict[str, Any], values: dict[str, Any]) -> Cell:
     options = {**shared, **{name: value for name, value in values.items() if name in RUN_OPTIONS}}
     config = base.replace(**{name: value for name, value in values.items() if name not in RUN_OPTIONS})
     config.check_available()
-    given = options.get("localization")
     return Cell(
         values=values,
         origin=Origin(
             target=target,
-            seed=int(options.get("seed", 0)),
-            localization=settle_localization(None if given is None else float(given), config, 1.0),
+            seed=options.get("seed", 0),
+            localization=settle_localization(options.get("localization"), config, 1.0),
             nbeta=options.get("nbeta"),
             num_chains=options.get("num_chains"),
         ),
@@ -161,4 +293,7 @@ def _cell(target: str, base: VIConfig, shared: dict[str, Any], values: dict[str,
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+    """Spell a value so that different ones are spelled differently; 5.0 is 5."""
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer() and abs(value) < 1e16:
+        return str(int(value))
+    return value if isinstance(value, str) else repr(value).replace(" ", "")

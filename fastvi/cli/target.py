@@ -3,15 +3,17 @@
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastvi._errors import ConfigError, DataError
+from fastvi._files import first_line
+from fastvi._sources import parse_yaml
 from fastvi.config import VIConfig
-from fastvi.runs import CONFIG_FILE, Origin, read_origin
-
-FORM = "module:function, whose function returns (loss_fn, params, data), or a run folder"
+from fastvi.runs import CONFIG_FILE, Origin, Record, check_target, read_record, read_settings
 
 
 class Problem(NamedTuple):
@@ -22,67 +24,140 @@ class Problem(NamedTuple):
     data: Any
 
 
-def resolve(target: str) -> tuple[str, Origin | None, VIConfig | None]:
+class Resolved(NamedTuple):
+    """A target, and where it came from a run folder what that remembers."""
+
+    target: str
+    before: Record | None = None
+    config: VIConfig | None = None
+
+    @property
+    def origin(self) -> Origin | None:
+        """What the run before was made of."""
+        return None if self.before is None else self.before.origin
+
+
+def resolve(target: str, *, trust: bool) -> Resolved:
     """Return `module:function`, and where the target is a run folder what it remembers.
 
+    Args:
+        target: What the person named.
+        trust: Whether code that a run folder names, rather than the person, may run.
+
     Raises:
-        ConfigError: If the target is neither.
-        DataError: If the folder remembers no target.
+        ConfigError: If the target is neither, or a run folder's without trust.
+        DataError: If the folder remembers no target, or is damaged.
     """
-    if Path(target).is_dir():
-        origin = read_origin(target)
-        if origin.target is None:
-            raise DataError(f"{target} was written by a demo, which has no target to load. Run the demo again.")
-        return origin.target, origin, VIConfig.create(Path(target) / CONFIG_FILE)
-    if target.count(":") != 1 or not all(part.strip() for part in target.split(":")):
-        raise ConfigError(f"TARGET must be {FORM}; got {target!r}.")
-    return target, None, None
+    if not target or not Path(target).is_dir():
+        return Resolved(check_target(target))
+    record = read_record(target)
+    named = record.origin.target
+    if named is None:
+        raise DataError(f"{target} was written by a demo, which has no target to load. Run the demo again.")
+    config = read_settings(Path(target))
+    if not trust:
+        raise ConfigError(
+            f"the run folder {target} asks for {named!r}: {_whereabouts(named)} would be imported and run. Pass "
+            f"--trust if you trust it, or name it yourself: fastvi llc {named} --config {Path(target) / CONFIG_FILE}."
+        )
+    return Resolved(named, record, config)
+
+
+def _whereabouts(target: str) -> str:
+    """Say which file a target's package is in, without running any of it."""
+    top = target.partition(":")[0].partition(".")[0]
+    spec = PathFinder.find_spec(top, [*sys.path, os.getcwd()])
+    if spec is None:
+        return f"the module {top}" + (" of Python" if top in sys.stdlib_module_names else ", which is not found here,")
+    return spec.origin or ", ".join(spec.submodule_search_locations or ["a folder"])
 
 
 def load(target: str) -> Problem:
     """Import the module, from the current folder too, and call the function.
 
+    The current folder comes last on the path: a file in it is no stand-in for a module of Python or of a package
+    that fastvi itself imports later.
+
     Raises:
-        ConfigError: If there is no such module or function.
-        DataError: If the function fails, or returns something else than a loss, parameters and data.
+        ConfigError: If there is no such module or function, or another module goes before the one in the folder.
+        DataError: If the module or the function fails, or returns something else than a loss, parameters and data.
     """
     module_name, _, name = target.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in map(os.path.abspath, sys.path):
+        sys.path.append(os.getcwd())
+    importlib.invalidate_caches()
+    _check_not_hidden(target, module_name.partition(".")[0])
+    # What runs here is the person's own code, which may raise anything, or leave by sys.exit. All of it is told: the
+    # type, the words and the places, and the error itself is the cause of ours.
     try:
         module = importlib.import_module(module_name)
+        function = getattr(module, name, None)
     except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _failed(target, error) from error
         raise ConfigError(f"TARGET {target!r}: {error}. Run fastvi where {module_name} can be imported.") from error
-    function = getattr(module, name, None)
+    except (Exception, SystemExit) as error:
+        raise _failed(target, error) from error
     if not callable(function):
-        raise ConfigError(f"TARGET {target!r}: {module_name} has no function {name!r}.")
+        raise ConfigError(f"TARGET {target!r}: {module_name} has no function {name!r}{_place(module)}.")
     try:
         found: Any = function()
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise DataError(f"TARGET {target!r} failed: {type(error).__name__}: {reason}") from error
+    except (Exception, SystemExit) as error:
+        raise _failed(target, error) from error
     if not isinstance(found, (tuple, list)) or len(found) != 3 or not callable(found[0]):
         raise DataError(f"TARGET {target!r} must return (loss_fn, params, data); got {type(found).__name__}.")
     return Problem(*found)
+
+
+def _check_not_hidden(target: str, top: str) -> None:
+    """Refuse a module of the current folder that another of its name goes before.
+
+    One that another folder's module of the same name was imported as, earlier in this process, is imported anew.
+    """
+    here = PathFinder.find_spec(top, [os.getcwd()])
+    if here is None or here.origin is None:
+        return
+    first = PathFinder.find_spec(top, sys.path)
+    if top in sys.builtin_module_names or first is None or first.origin != here.origin:
+        before = "one that is built into Python" if first is None or first.origin == here.origin else first.origin
+        raise ConfigError(
+            f"TARGET {target!r}: {before} goes before {here.origin}. Rename yours, or put its folder on PYTHONPATH."
+        )
+    file = getattr(sys.modules.get(top), "__file__", None)
+    if file is not None and os.path.realpath(file) != os.path.realpath(here.origin):
+        for name in [name for name in sys.modules if f"{name}.".startswith(f"{top}.")]:
+            del sys.modules[name]
+
+
+def _failed(target: str, error: BaseException) -> DataError:
+    """Tell an error of the person's code with the places it came through, innermost first."""
+    words = f"it called sys.exit({error.code!r})" if isinstance(error, SystemExit) else first_line(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in reversed(own))
+    return DataError(f"TARGET {target!r} failed: {type(error).__name__}: {words}" + (f" ({places})" if places else ""))
+
+
+def _place(module: Any) -> str:
+    file = getattr(module, "__file__", None)
+    return f" in {file}" if file else ""
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     """Read `NAME=VALUE` with values as YAML writes them.
 
     Raises:
-        ConfigError: If a pair is not one.
+        ConfigError: If a pair is not one, or a name is given twice.
     """
-    import yaml
-
     settings: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise ConfigError(f"--set takes NAME=VALUE, for example --set M=16; got {pair!r}.")
-        settings[name] = yaml.safe_load(value)
+        if name in settings:
+            raise ConfigError(f"--set gives {name} twice: {settings[name]!r} and {value!r}. Leave one out.")
+        try:
+            settings[name] = parse_yaml(value)
+        except ValueError as error:
+            raise ConfigError(f"--set takes values as YAML writes them; got {pair!r}: {error}.") from error
     return settings
-
-
-def settle_localization(given: float | None, config: VIConfig, default: float) -> float:
-    """Return the localization: as given, else `gamma` of the configuration, else the default."""
-    return given if given is not None else config.gamma if config.gamma is not None else default

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from fastvi._claim import claimed
 from fastvi._errors import ConfigError
 from fastvi._typing import Batch, PyTree
 from fastvi.api import estimate_llc
 from fastvi.config import VIConfig
 from fastvi.result import LLCEstimate
-from fastvi.runs import Origin, check_packages, listing, write_run
+from fastvi.runs import Origin, check_packages, keep_and_tell
 
 Say = Callable[[str], None]
 
@@ -22,7 +23,7 @@ class AbstractDemo(abc.ABC):
     """Options of every demo; a demo adds its own, and `run`.
 
     Attributes:
-        out: Folder for the results, made if need be; files of an earlier run in it are replaced.
+        out: Folder for the results, new, empty or of an earlier run, whose files are replaced.
         seed: Seed of everything random.
         localization: Strength gamma of the Gaussian that ties w to w*.
         num_chains: Independent fits; 4 when left out, 1 where a correction follows.
@@ -43,17 +44,37 @@ class AbstractDemo(abc.ABC):
     correction: Literal["none", "auto", "importance", "mcmc"] | None = None
     config: Path | None = None
 
-    @abc.abstractmethod
-    def run(self, say: Say) -> LLCEstimate:
-        """Run the demo, telling `say` line by line, and write the run folder.
+    def run(self, say: Say) -> int:
+        """Run the demo in a folder that is claimed first, telling `say` line by line, and write it.
+
+        Returns:
+            The exit status.
 
         Raises:
-            ConfigError: If an option is impossible.
+            ConfigError: If an option or the folder is impossible.
             MissingExtraError: If a package is missing.
         """
+        began = time.perf_counter()
+        self.check_options()
+        config = self.prepare()
+        with claimed(self.out) as folder:
+            result, more = self.produce(config, say)
+            origin = Origin(None, self.seed, self.localization, None, self.num_chains)
+            status = keep_and_tell(result, folder, origin, say=say, began=began, more=more)
+        if status == 0:
+            say(f"read again with fastvi.LLCEstimate.load({str(self.out)!r})")
+        return status
+
+    @abc.abstractmethod
+    def check_options(self) -> None:
+        """Raise ConfigError where an option of the demo's own is impossible."""
+
+    @abc.abstractmethod
+    def produce(self, config: VIConfig, say: Say) -> tuple[LLCEstimate, str]:
+        """Return the estimate, and what there is to tell beside its summary."""
 
     def prepare(self) -> VIConfig:
-        """Check options, packages and folder, before anything takes long."""
+        """Check options and packages, before anything takes long."""
         check_packages()
         check(0 <= self.seed < 2**32, "seed", "an integer from 0 to 2**32 - 1", self.seed)
         check(self.num_chains is None or self.num_chains >= 1, "num_chains", "1 or more", self.num_chains)
@@ -61,7 +82,7 @@ class AbstractDemo(abc.ABC):
         given = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "correction")}
         settings = VIConfig.create(self.config, **{k: v for k, v in given.items() if v is not None})
         settings.check_available()
-        self.out.mkdir(parents=True, exist_ok=True)
+        check_packages(settings)
         return settings
 
     def estimate(self, loss_fn: Callable[..., Any], params: PyTree, data: Batch, config: VIConfig) -> LLCEstimate:
@@ -75,16 +96,6 @@ class AbstractDemo(abc.ABC):
             config=config,
             num_chains=self.num_chains,
         )
-
-    def write(self, result: LLCEstimate, say: Say, began: float) -> None:
-        """Write the run folder and list what it holds."""
-        origin = Origin(None, self.seed, self.localization, None, self.num_chains)
-        folder = write_run(result, self.out, origin)
-        say("")
-        say(f"done in {time.perf_counter() - began:.0f} s; written:")
-        for line in listing(folder):
-            say(line)
-        say(f"read again with fastvi.LLCEstimate.load({str(folder)!r})")
 
 
 def check(holds: bool, name: str, rule: str, value: Any) -> None:

@@ -12,6 +12,7 @@ import optax
 
 from fastvi._optional import import_optional
 from fastvi._typing import Array, Batch, Float, PyTree, Scalar
+from fastvi.config import VIConfig
 from fastvi.demos.base import AbstractDemo, Say, check
 from fastvi.result import LLCEstimate
 
@@ -35,13 +36,14 @@ class DigitsDemo(AbstractDemo):
     train_steps: int = 4000
     train_lr: float = 1e-2
 
-    def run(self, say: Say) -> LLCEstimate:
-        """Train, estimate, tell, write."""
-        began = time.perf_counter()
+    def check_options(self) -> None:
+        """Raise ConfigError where an option of the demo's own is impossible."""
         check(self.hidden >= 1, "hidden", "1 or more", self.hidden)
         check(self.train_steps >= 1, "train_steps", "1 or more", self.train_steps)
         check(0 < self.train_lr < float("inf"), "train_lr", "a positive number", self.train_lr)
-        config = self.prepare()
+
+    def produce(self, config: VIConfig, say: Say) -> tuple[LLCEstimate, str]:
+        """Train and estimate."""
         data = load_digits()
         params = init_network(jax.random.key(self.seed), self.hidden)
         say(
@@ -54,11 +56,7 @@ class DigitsDemo(AbstractDemo):
         loss, right = float(cross_entropy(params, data)), float(accuracy(params, data))
         say(f"trained        loss {loss:.3g} nats, accuracy {100 * right:.1f} %, {seconds:.1f} s")
         say("estimating     under a minute on two idle cores, most of it compiling ...")
-        result = self.estimate(cross_entropy, params, data, config)
-        say("")
-        say(result.summary())
-        self.write(result, say, began)
-        return result
+        return self.estimate(cross_entropy, params, data, config), ""
 
 
 def target() -> tuple[Callable[[PyTree, Batch], Scalar], PyTree, Batch]:

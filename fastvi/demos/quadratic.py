@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Batch, Float, Scalar
+from fastvi.config import VIConfig
 from fastvi.demos.base import AbstractDemo, Say, check
 from fastvi.result import LLCEstimate, with_error
 
@@ -39,13 +39,14 @@ class QuadraticDemo(AbstractDemo):
     condition: float = 100.0
     num_data: int = 1000
 
-    def run(self, say: Say) -> LLCEstimate:
-        """Estimate, compare, write."""
-        began = time.perf_counter()
+    def check_options(self) -> None:
+        """Raise ConfigError where an option of the demo's own is impossible."""
         check(self.dim >= 1, "dim", "1 or more", self.dim)
         check(1 <= self.condition < float("inf"), "condition", "a number from 1", self.condition)
         check(self.num_data >= max(2, self.dim), "num_data", "at least 2 and at least dim", self.num_data)
-        config = self.prepare()
+
+    def produce(self, config: VIConfig, say: Say) -> tuple[LLCEstimate, str]:
+        """Estimate and compare."""
         spectrum = np.geomspace(1.0, 1.0 / self.condition, self.dim)
         center, data = make_regression(self.seed, spectrum, self.num_data)
         say(
@@ -53,12 +54,8 @@ class QuadraticDemo(AbstractDemo):
             f"condition {self.condition:.4g}, ..."
         )
         result = self.estimate(squared_error, center, data, config)
-        say("")
-        say(result.summary())
-        say("")
-        say(comparison(result, exact_values(spectrum, result.nbeta, result.localization)))
-        self.write(result, say, began)
-        return result
+        exact = exact_values(spectrum, result.nbeta, result.localization)
+        return result, f"\n\n{comparison(result, exact)}"
 
 
 def target() -> tuple[Callable[[Array, Batch], Scalar], Array, Batch]:

@@ -1,22 +1,39 @@
 """Findings: what a careful reader would notice in a run, with the cause and the next step."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 
 from fastvi.diagnostics.importance import USABLE, Importance
+from fastvi.estimators.correction import DRIFT, ERROR, GRADIENT_NOISE, LENGTH, RHAT_RADIUS
+from fastvi.geometry.minimum import ROUNDING_UNITS, Bottom
 
 SEVERITIES = ("error", "warning", "note")
 VIRIAL_TOLERANCE = 0.1
 CHAIN_SPREAD_SIGMAS = 4.0
 LOG_WEIGHT_SD_FAR = 2.0  # nats; importance weights of a log-normal this wide have an effective sample of 2 %
-STILL_MATTER = ("non_finite", "not_a_minimum", "core_truncated")  # findings of a fit that a correction leaves standing
+# Findings of the problem: a correction, which mends what a fit has done badly, leaves them standing.
+OF_PROBLEM = (
+    "improper_posterior",
+    "unlocalized",
+    "non_finite",
+    "constant_loss",
+    "negative_curvature",
+    "not_a_minimum",
+    "localizer_decides",
+    "core_truncated",
+)
 DOMINANT_WEIGHT = 0.95  # of one component, beside others
 UNUSED_VARIANCE = 0.1  # that the longest factor row adds to a unit of variance
 DECIDED_DIRECTIONS, DECIDED_SHARE = 1.0, 0.1  # directions that the loss narrows, below which the localizer decides
 DRIFT_SHARE, DRIFT_SIGMAS = 0.1, 4.0  # rise of radius2 over the last half
-GRADIENT_TOLERANCE = 1.0  # standard deviations of q that the minimum lies away from w*
+LEAST_GAIN = 0.25  # nats by which n beta L_n may lie above its minimum: llc is short by about as many
+NEGATIVE_SIGMAS = 2.0  # below zero
+TRAIN_LONGER = "Train longer (a decaying learning rate, full batches at the end), then estimate again."
+SAMPLE = 'Sample the posterior: correction="mcmc" or fastvi.correct(result, "mcmc").'
+FIT_BETTER = "A better q takes more components (M), a larger rank (r) or a flow."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +53,11 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """The numbers that findings are read from; arrays have a leading axis of chains."""
+    """The numbers that findings are read from; arrays have a leading axis of chains.
+
+    `newton_decrement` and `excess`, nbeta (L_n - L_n(w*)) at draws of q, are those of all data; `rounding` is how many
+    nats of the latter may be rounding.
+    """
 
     llc_per_chain: np.ndarray
     llc_sem_per_chain: np.ndarray
@@ -54,6 +75,10 @@ class Evidence:
     radius2: np.ndarray
     localization: float
     dim: int
+    excess: np.ndarray
+    rounding: float = 0.0
+    bottom: Bottom = Bottom()
+    in_memory: bool = True
     num_components: int = 1
     dominant_weight: float = 0.0
     longest_factor: float | None = None
@@ -61,10 +86,13 @@ class Evidence:
 
 def health_findings(evidence: Evidence) -> tuple[Finding, ...]:
     """Return what stands out, gravest first."""
-    broken = _non_finite(evidence)
-    if broken is not None:
-        return (broken,)
+    broken = [finding for check in (_improper, _non_finite) if (finding := check(evidence)) is not None]
+    if any(finding.severity == "error" for finding in broken):
+        return tuple(broken)  # of a q that stands for nothing there is no more to say
     checks = (
+        _improper,
+        _constant_loss,
+        _negative_curvature,
         _not_a_minimum,
         _not_converged,
         _virial,
@@ -83,10 +111,34 @@ def health_findings(evidence: Evidence) -> tuple[Finding, ...]:
 
 def correction_findings(result: Any) -> tuple[Finding, ...]:
     """Return the findings of a corrected estimate: those of its fit that still matter, and its own."""
-    kept = [finding for finding in result.health if finding.name in STILL_MATTER]
-    checks = (_importance_unreliable, _walk_unsettled, _q_was_off)
+    kept = [finding for finding in result.health if finding.name in OF_PROBLEM]
+    checks = (_non_finite_value, _negative_llc, _importance_unreliable, _walk_unsettled, _q_was_off)
     found = [finding for check in checks if (finding := check(result)) is not None]
     return tuple(sorted([*kept, *found], key=lambda finding: SEVERITIES.index(finding.severity)))
+
+
+def _non_finite_value(result: Any) -> Finding | None:
+    if math.isfinite(result.llc) and math.isfinite(result.llc_sem):
+        return None
+    return Finding(
+        "error",
+        "non_finite",
+        f"NaN or infinity appeared in the correction (method {result.correction['method']}).",
+        "The loss or its gradient overflows where the posterior reaches beyond q, or steps were too long.",
+        "Check that loss and gradient are finite a few standard deviations around w*; raise localization.",
+    )
+
+
+def _negative_llc(result: Any) -> Finding | None:
+    if not result.llc < -NEGATIVE_SIGMAS * result.llc_sem:
+        return None
+    return Finding(
+        "error",
+        "negative_llc",
+        f"The corrected llc is negative: {result.llc:.4g} ± {result.llc_sem:.2g}.",
+        "The posterior lies where the loss is below that at w*, so w* is not its minimum.",
+        TRAIN_LONGER,
+    )
 
 
 def _importance_unreliable(result: Any) -> Finding | None:
@@ -98,35 +150,129 @@ def _importance_unreliable(result: Any) -> Finding | None:
         "importance_unreliable",
         f"The importance weights have k-hat {details['khat']:.2g}, above {USABLE}.",
         "q misses part of the posterior, so a few draws carry the estimate.",
-        'Use correction="mcmc".',
+        SAMPLE if details["in_memory"] else FIT_BETTER,
     )
 
 
 def _walk_unsettled(result: Any) -> Finding | None:
     details = result.correction
-    if details["method"] != "mcmc" or details["settled"]:
+    if details.get("settled", True) or not math.isfinite(result.llc):
         return None
+    if details["method"] == "importance":
+        return Finding(
+            "warning",
+            "walk_unsettled",
+            f"correction_budget = {result.config.correction_budget:.4g} full gradients pays for no walk: llc is that of "
+            "reweighted draws of q.",
+            f"The shortest walk takes {details['least_budget']:.0f}.",
+            f"Raise correction_budget to {math.ceil(details['least_budget'])} or more.",
+        )
+    unmet = {entry["criterion"]: entry for entry in details["unmet"]}
+    said = [f"{entry['criterion']} {entry['value']:.3g} ({entry['bound']:.3g} is asked)" for entry in unmet.values()]
+    cause, next_step = _why_unsettled(unmet, result)
     return Finding(
         "warning",
         "walk_unsettled",
-        f"Sampling ended unsettled after {details['steps']} steps of {details['walkers']} walkers: relative error "
-        f"{result.llc_sem / max(abs(result.llc), 1e-30):.2g}, R-hat {details['rhat']:.3g}, virial off by "
-        f"{abs(details['virial_z']):.2g} standard errors.",
-        "The walkers have not yet seen the whole posterior, or its variance is large.",
-        "Raise correction_budget, or fit longer with early_stop=True; llc_sem may be too small.",
+        f"Sampling came to the end of its budget after {details['steps']} steps of {details['walkers']} walkers with "
+        f"{' and '.join(said)}.",
+        cause,
+        next_step,
+    )
+
+
+def _why_unsettled(unmet: dict[str, Any], result: Any) -> tuple[str, str]:
+    """Return cause and next step for the criteria that failed: only what moves one of them is advised."""
+    narrow = result.correction["narrow_dtype"]
+    if any(finding.name == "improper_posterior" for finding in result.health):
+        return "The posterior is improper: walkers have nowhere to settle.", "Set localization > 0."
+    if narrow is not None and set(unmet) - {LENGTH, GRADIENT_NOISE}:
+        return (
+            f"Parameters or loss are {narrow}, which rounds the loss more coarsely than walkers move it.",
+            "Cast parameters and data to float32 before the estimate.",
+        )
+    budget = float(result.config.correction_budget)
+    if set(unmet) <= {LENGTH, GRADIENT_NOISE}:
+        return (
+            f"A budget of {budget:.4g} full gradients pays for no longer or more exact walk.",
+            f"Raise correction_budget to {result.correction['least_budget']:.0f} or more.",
+        )
+    if set(unmet) == {ERROR}:
+        ratio = unmet[ERROR]["value"] / unmet[ERROR]["bound"]
+        return (
+            "The walkers agree; their records are too few for the error that was asked for.",
+            f"Raise correction_budget to about {budget * ratio**2:.1g}, or correction_error to what is enough.",
+        )
+    if set(unmet) <= {RHAT_RADIUS, DRIFT}:
+        return (
+            "Walkers still spread along wide directions, which the loss and so llc hardly feel.",
+            "Raise correction_budget; or raise localization, which narrows these directions and changes the posterior.",
+        )
+    return (
+        "The walkers have not yet seen the whole posterior, so llc_sem may be too small.",
+        "Raise correction_budget, or fit longer with early_stop=True.",
     )
 
 
 def _q_was_off(result: Any) -> Finding | None:
     gap, noise = result.llc_vi - result.llc, np.hypot(result.llc_vi_sem, result.llc_sem)
-    if abs(gap) <= max(3 * noise, 0.05 * abs(result.llc)):
+    if not abs(gap) > max(3 * noise, 0.05 * abs(result.llc)):
         return None
     return Finding(
         "note",
         "corrected",
-        f"q alone gives {result.llc_vi:.4g}; the correction moved it to {result.llc:.4g}.",
-        "The local posterior is not a mixture of Gaussians, or the fit was only as long as sampling needs.",
-        "Nothing to do: the corrected value is the posterior's.",
+        f"q alone gives {result.llc_vi:.4g}, the correction {result.llc:.4g}.",
+        "q and the draws of the correction weigh the neighbourhood of w* differently.",
+        "llc is that of the correction; llc_vi keeps that of q.",
+    )
+
+
+def _improper(evidence: Evidence) -> Finding | None:
+    bottom = evidence.bottom
+    if bottom.level == 0:
+        return None
+    level = f"{bottom.level} of {evidence.dim} directions"
+    if not bottom.is_flat:
+        return Finding(
+            "note",
+            "unlocalized",
+            f"localization is 0, and the loss has no curvature at w* along {level}.",
+            "Only higher orders of the loss bound the posterior there; a symmetry of the model would not.",
+            "Set localization > 0 unless the loss is known to rise along all of them.",
+        )
+    return Finding(
+        "error",
+        "improper_posterior",
+        f"The posterior is improper: localization is 0, and the loss is flat along {level}.",
+        "Nothing bounds w there, so the posterior cannot be normalised and no draw stands for it.",
+        "Set localization > 0 (1.0 is the default), or leave these parameters out (param_mask).",
+    )
+
+
+def _constant_loss(evidence: Evidence) -> Finding | None:
+    if not np.all(np.abs(evidence.excess) <= evidence.rounding / ROUNDING_UNITS):
+        return None
+    return Finding(
+        "error",
+        "constant_loss",
+        f"The loss is constant: at {evidence.excess.size} draws of q it is what it is at w*.",
+        "It does not depend on the parameters that vary, or rounding hides by how much it does.",
+        "Let loss_fn use the parameters that it is given (no stop_gradient, no weights of a closure); subtract a large "
+        'constant, or use dtype="float64".',
+    )
+
+
+def _negative_curvature(evidence: Evidence) -> Finding | None:
+    bottom = evidence.bottom
+    if not bottom.fall > 0:
+        return None
+    curvature = bottom.curvature + evidence.localization
+    return Finding(
+        "warning",
+        "negative_curvature",
+        f"w* is a saddle or a maximum: along one direction n beta L_n falls by {bottom.fall:.2g} nats or more on both "
+        f"sides (curvature of n beta L_n + localizer {curvature:.3g}, without the localizer {bottom.curvature:.3g}).",
+        "The learning coefficient is defined at a local minimum; this direction enters llc with a negative sign.",
+        TRAIN_LONGER,
     )
 
 
@@ -149,18 +295,25 @@ def _non_finite(evidence: Evidence) -> Finding | None:
 
 
 def _not_a_minimum(evidence: Evidence) -> Finding | None:
-    negative = evidence.llc_per_chain.mean() < -2 * np.sqrt(np.mean(evidence.llc_sem_per_chain**2))
-    if not negative and not evidence.newton_decrement > GRADIENT_TOLERANCE:
+    error = float(np.sqrt(np.mean(evidence.llc_sem_per_chain**2)))
+    negative = evidence.llc_per_chain.mean() < -NEGATIVE_SIGMAS * error
+    lower = -float(np.min(evidence.excess, initial=0.0)) - evidence.rounding
+    seen = []
+    if evidence.newton_decrement > LEAST_GAIN:
+        seen.append(f"a Newton step from w* would lower n beta L_n by about {evidence.newton_decrement:.2g} nats")
+    if lower > LEAST_GAIN:
+        seen.append(f"at a draw of q n beta L_n is {lower:.2g} nats lower")
+    if negative:
+        seen.append("llc is negative")
+    if not seen:
         return None
-    gain = f"{evidence.newton_decrement:.2g} nats"
-    observed = f"w* is not a minimum: a Newton step from w* would lower n beta L_n by about {gain}"
-    observed += ", and llc is negative." if negative else "."
     return Finding(
         "error" if negative else "warning",
         "not_a_minimum",
-        observed,
-        "The learning coefficient is defined at a local minimum; elsewhere the loss falls away from w*.",
-        "Train longer (a decaying learning rate, full batches at the end), then estimate again.",
+        f"w* is not a minimum: {', and '.join(seen)}.",
+        "The learning coefficient is defined at a local minimum; elsewhere the loss falls away from w*, and llc is too "
+        "small by about as many nats.",
+        TRAIN_LONGER,
     )
 
 
@@ -217,8 +370,7 @@ def _far_from_posterior(evidence: Evidence) -> Finding | None:
         f"q is far from the posterior: log p - log q varies by {spread:.3g} nats over draws from q.",
         "The local posterior is not a mixture of Gaussians (a singular or strongly curved minimum), so this "
         "variational llc is biased, as a rule upwards.",
-        'Go on to the posterior\'s own value: correction="auto", or fastvi.correct(result). Until then read it as an '
-        "upper estimate.",
+        f"{SAMPLE if evidence.in_memory else FIT_BETTER} Until then read it as an upper estimate.",
     )
 
 
@@ -243,7 +395,7 @@ def _khat(evidence: Evidence) -> Finding | None:
         "khat",
         f"Importance weights of q's draws are {word}: k-hat {khat:.2g}, {effective:.3g} effective draws.",
         "The posterior reaches where q hardly goes.",
-        'Use correction="mcmc"; a better q needs more components (M), a larger rank (r) or a flow.',
+        f"{SAMPLE} {FIT_BETTER}" if evidence.in_memory else FIT_BETTER,
     )
 
 
@@ -278,7 +430,7 @@ def _localizer_decides(evidence: Evidence) -> Finding | None:
         f"The localizer sets the width of q: gamma E|w - w*|^2 is {evidence.localization * radius2:.4g} of d = "
         f"{evidence.dim}.",
         "n beta times the curvature of the loss is far below the localization in every direction.",
-        "Lower localization, or raise nbeta (more data); llc is near zero as it stands.",
+        "Lower localization, or raise nbeta (more data), for an llc that speaks of the loss.",
     )
 
 

@@ -98,10 +98,10 @@ def _findings(result: LLCEstimate) -> str:
     parts = []
     for finding in result.health:
         color = SEVERITY_COLORS[finding.severity]
-        said, cause, fix = (html.escape(text) for text in (finding.observed, finding.cause, finding.next_step))
+        name, said, cause, fix = map(html.escape, (finding.name, finding.observed, finding.cause, finding.next_step))
         parts.append(
             f'<div class="finding" style="border-color: {color}"><b style="color: {color}">{finding.severity} · '
-            f"{finding.name}</b><br>{said} {cause}<br><i>{fix}</i></div>"
+            f"{name}</b><br>{said} {cause}<br><i>{fix}</i></div>"
         )
     return "\n".join(parts)
 

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from fastvi._errors import DataError
 from fastvi._optional import import_optional
+from fastvi.config import VIConfig
 from fastvi.diagnostics.panels import IMAGES, PANELS, render
 from fastvi.inference.driver import Progress
 from fastvi.result import LLCEstimate
+from fastvi.sampler import SamplerRunResult
 
 PREFIX = "vi/"
 STATES = ("cumulative_fge", "lr", "effective_M")  # recorded as they stand; other traces by their mean over the window
@@ -28,32 +31,47 @@ class Windows(NamedTuple):
     values: dict[str, np.ndarray]
 
 
-def write_events(result: LLCEstimate, folder: str | os.PathLike[str], *, every: int | None = None) -> Path:
-    """Write a finished estimate: scalars of the traces, final values, figures along the fit and at its end.
+def write_events(
+    result: LLCEstimate | SamplerRunResult, folder: str | os.PathLike[str], *, every: int | None = None
+) -> Path:
+    """Write a finished estimate, or the chains of `run_vi`: scalars of the traces, final values, figures.
 
     The folder itself holds the mean over the chains, `chain_0`, `chain_1`, ... hold each chain, under the same tags:
-    TensorBoard lays them over each other.
+    TensorBoard lays them over each other. `run_vi` keeps nothing that figures are drawn from.
 
     Figures come every k times `every` steps, k such that there are at most six of a kind. Those of weights, scree
     and D^{1/2}, and the scalar `A_col_norm_p95_<m>` of each component m, need what a fit keeps on its way with
     `tensorboard=True` in its configuration; of another fit they show its end alone.
 
     Args:
-        result: The estimate; one that `LLCEstimate.load` read will do.
+        result: The estimate, also one that `LLCEstimate.load` read; or what `run_vi` returned.
         folder: Where the event files go; made if need be.
-        every: Steps between records; `eval_every` of the configuration when left out.
+        every: Steps between records; `eval_every` of the configuration, or of its default for `run_vi`, when left out.
 
     Returns:
         The folder.
 
     Raises:
+        DataError: If it is another thing.
         MissingExtraError: If tensorboardX or matplotlib is not installed.
     """
-    folder = Path(folder)
-    every = every or result.config.eval_every
+    if not isinstance(result, (LLCEstimate, SamplerRunResult)):
+        raise DataError(f"write_events takes what estimate_llc or run_vi returned; got {type(result).__name__}.")
+    folder, config = Path(folder), result.config if isinstance(result, LLCEstimate) else VIConfig()
+    every = config.eval_every if every is None else every
     last = result.traces["elbo"].shape[1] - 1
     events = Events(folder)
-    events.write_traces(result.traces, every=every)
+    events.write_traces(_sampled(result.traces), every=every)
+    if isinstance(result, LLCEstimate):
+        _write_estimate(events, result, every, last)
+    else:
+        events.write_scalars("mean", last, _final_run(result))
+    events.close()
+    return folder
+
+
+def _write_estimate(events: "Events", result: LLCEstimate, every: int, last: int) -> None:
+    """Write an estimate's figures along the fit, and its final values and figures."""
     moments = _moments(result)
     for step, moment in moments.items():
         _write_row_lengths(events, step, moment)
@@ -65,8 +83,6 @@ def write_events(result: LLCEstimate, folder: str | os.PathLike[str], *, every: 
     for chain in range(len(result.evaluation["llc"])):
         events.write_scalars(f"chain_{chain}", last, _final_of_chain(result, chain))
     events.write_images(last, _images(result, IMAGES))
-    events.close()
-    return folder
 
 
 def _moments(result: LLCEstimate) -> dict[int, LLCEstimate]:
@@ -203,6 +219,17 @@ def reduce_traces(traces: Mapping[str, Any], every: int, first_step: int = 0) ->
 
 def _pairs(starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
     return zip(starts.tolist(), ends.tolist(), strict=True)
+
+
+def _sampled(traces: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what VI does not sample, the NaN that the contract of a sampler asks for."""
+    return {name: trace for name, trace in traces.items() if name != "Ln"}
+
+
+def _final_run(result: SamplerRunResult) -> dict[str, float]:
+    """Values of finished chains, under the tags of an estimate."""
+    names = ("lambda_hat_mean", "lambda_hat_std", "Eq_Ln_mean", "Ln_wstar", "total_fge")
+    return {name: float(result.work[name]) for name in names} | {"llc_mean": float(result.work["lambda_hat_mean"])}
 
 
 def _final_mean(result: LLCEstimate) -> dict[str, float]:

@@ -21,7 +21,7 @@ class Analysis:
     `added` is what the virial columns take off llc. Where it is positive, the dynamics have added it: noisy gradients
     and finite steps heat. Where it is negative beyond doubt, the walkers have not yet spread along wide directions;
     llc, which hardly feels these, is then read without the columns. `systematic` is the part of `llc_sem` that stands
-    for either.
+    for either. `virial_z` is of the column that is furthest off, see `furthest_off`.
     """
 
     llc: float
@@ -35,6 +35,13 @@ class Analysis:
     variance_reduction: float
     burn_in: int
     per_walker: Float[np.ndarray, " walkers"]
+    per_walker_sem: Float[np.ndarray, " walkers"]
+
+    @classmethod
+    def broken(cls, walkers: int) -> "Analysis":
+        """Return what records say that are not finite."""
+        nan, unknown = float("nan"), np.full(walkers, float("nan"))
+        return cls(nan, nan, nan, nan, nan, nan, nan, nan, nan, 0, unknown, unknown)
 
 
 def analyse(
@@ -53,8 +60,6 @@ def analyse(
     burn = discard
     if burn is None:
         burn = max(llc.shape[1] // LEAST_BURN_IN, *map(burn_in, [llc, _adjust(llc, virial), *others]))
-    total = virial[:, burn:].sum(axis=-1)
-    error = standard_error(total)
     kept, columns = llc[:, burn:], virial[:, burn:]
     adjusted = _adjust(kept, columns)
     added = float((kept - adjusted).mean())
@@ -70,12 +75,29 @@ def analyse(
         systematic=systematic,
         rhat=split_rhat(adjusted),
         rhat_radius=max((split_rhat(r[:, burn:]) for r in others), default=1.0),
-        virial_z=float(total.mean() / error) if error > 0 else 0.0,
+        virial_z=furthest_off(columns),
         drift_z=max((drift(values) for values in [adjusted, *(r[:, burn:] for r in others)]), key=abs),
         variance_reduction=float(kept.var() / max(adjusted.var(), 1e-300)),
         burn_in=burn,
         per_walker=per_walker,
+        per_walker_sem=np.array([standard_error(row[None]) for row in adjusted]),
     )
+
+
+def furthest_off(columns: Float[np.ndarray, "walkers bins columns"]) -> float:
+    """Return the mean, in its standard errors, of the column or of their sum that is furthest from zero.
+
+    Each has mean zero under the posterior. One by one, since a wrong center shifts two of them by opposite amounts.
+    """
+    sum_of_all = columns.sum(axis=-1, keepdims=True)
+    each = np.moveaxis(np.concatenate([columns, sum_of_all], axis=-1), -1, 0)
+    return max((_in_errors(float(one.mean()), standard_error(one)) for one in each), key=abs)
+
+
+def _in_errors(mean: float, error: float) -> float:
+    if error > 0:
+        return mean / error
+    return float(np.copysign(np.inf, mean)) if mean else 0.0
 
 
 def burn_in(llc: np.ndarray) -> int:
@@ -140,11 +162,13 @@ def drift(values: Float[np.ndarray, "walkers bins"]) -> float:
 
 
 def split_rhat(values: np.ndarray) -> float:
-    """Compare means of half-walkers with the variance within them; 1 where they agree."""
+    """Compare means of half-walkers with the variance within them; 1 where they agree, infinite where one is stuck."""
     half = values.shape[1] // 2
     if half < 2:
         return float("inf")
     parts = np.concatenate([values[:, :half], values[:, -half:]])
-    within = parts.var(axis=1, ddof=1).mean()
-    between = half * parts.mean(axis=1).var(ddof=1)
-    return float(np.sqrt(((half - 1) / half * within + between / half) / within)) if within > 0 else 1.0
+    variances = parts.var(axis=1, ddof=1)
+    within, between = variances.mean(), half * parts.mean(axis=1).var(ddof=1)
+    if not np.all(variances):
+        return float("inf") if between > 0 else 1.0
+    return float(np.sqrt(((half - 1) / half * within + between / half) / within))

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastvi._typing import Array, Float, Int, Scalar
 from fastvi.inference.loop import Problem
-from fastvi.objective import FlatObjective, full_data_value_and_grad
+from fastvi.objective import FlatObjective, full_data_value_and_grad, value_and_grad
 
 MAX_BLOCKS = 64
 MIN_BLOCK = 16  # examples
@@ -41,6 +41,15 @@ def block_counts(num_data: int, dim: int) -> tuple[int, ...]:
     return (*counts, 1)
 
 
+def block_size(num_data: int, count: int) -> int:
+    """Return the size of each of about `count` blocks."""
+    if count == 1:
+        return num_data
+    wanted = num_data / count
+    sizes = range(max(1, int((1 - TOLERANCE) * wanted)), int((1 + TOLERANCE) * wanted) + 1)
+    return min(sizes, key=lambda s: (num_data % s, abs(s - wanted)))
+
+
 def split_data(num_data: int, count: int, seed: int = 0) -> Int[np.ndarray, "blocks block_size"]:
     """Split a random permutation of the examples into blocks of one size, near `count` of them.
 
@@ -48,9 +57,7 @@ def split_data(num_data: int, count: int, seed: int = 0) -> Int[np.ndarray, "blo
     """
     if count == 1:
         return np.arange(num_data, dtype=np.int32)[None]
-    wanted = num_data / count
-    sizes = range(max(1, int((1 - TOLERANCE) * wanted)), int((1 + TOLERANCE) * wanted) + 1)
-    size = min(sizes, key=lambda s: (num_data % s, abs(s - wanted)))
+    size = block_size(num_data, count)
     blocks = num_data // size
     order = np.random.default_rng(seed).permutation(num_data)[: blocks * size]
     return order.reshape(blocks, size).astype(np.int32)
@@ -59,7 +66,7 @@ def split_data(num_data: int, count: int, seed: int = 0) -> Int[np.ndarray, "blo
 def block_value_and_grad(objective: FlatObjective, problem: Problem, displacement, rows: Int[Array, " block_size"]):
     """Evaluate the mean loss of some examples and its gradient."""
     batch = jax.tree_util.tree_map(lambda leaf: leaf[rows], problem.data)
-    return objective.value_and_grad(problem.posterior.center + displacement, batch)
+    return value_and_grad(objective, problem.posterior.center + displacement, batch)
 
 
 def make_anchor(objective: FlatObjective, problem: Problem, displacement, reference_loss, index) -> Anchor:

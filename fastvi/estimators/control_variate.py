@@ -14,6 +14,11 @@ from fastvi.objective import FlatObjective, full_data_hvp
 RELATIVE_CUTOFF = 1e-6  # singular values of the columns below this share of the largest are dropped
 
 
+def pairs_for(columns: int) -> int:
+    """Count the independent units that the coefficients of so many control variates take."""
+    return 4 * (columns + 1)
+
+
 class Regression(NamedTuple):
     """A mean corrected by control variates."""
 
@@ -22,27 +27,53 @@ class Regression(NamedTuple):
     coefficients: Float[Array, " columns"]
 
 
-def regress(values: Float[Array, " units"], columns: Float[Array, "units columns"]) -> Regression:
+def regress(
+    values: Float[Array, " units"],
+    columns: Float[Array, "units columns"],
+    expectation_variance: Float[Array, " columns"] | None = None,
+) -> Regression:
     """Correct the mean of independent `values` by centred `columns`.
 
-    Coefficients come from one half of the units and are applied to the other, which keeps the mean unbiased.
+    Coefficients come from one half of the units and are applied to the other, which keeps the mean unbiased. Where
+    the columns' expectations have a variance of their own, coefficients are as much smaller as makes up for it, and
+    for what was fitted by chance: the variance is no more than that of the plain mean.
     """
     units = values.shape[0]
-    if columns.shape[1] == 0 or units < 4 * (columns.shape[1] + 1):
+    if columns.shape[1] == 0 or units < pairs_for(columns.shape[1]):
         return Regression(jnp.mean(values), jnp.var(values, ddof=1), jnp.zeros(columns.shape[1], values.dtype))
     half = units // 2
-    first, second = _coefficients(values[:half], columns[:half]), _coefficients(values[half:], columns[half:])
+    parts = (values[:half], columns[:half]), (values[half:], columns[half:])
+    if expectation_variance is None:
+        first, second = (_coefficients(*part) for part in parts)
+    else:
+        first, second = (_shrunk_coefficients(*part, units * expectation_variance) for part in parts)
     residual = jnp.concatenate([values[:half] - columns[:half] @ second, values[half:] - columns[half:] @ first])
     return Regression(jnp.mean(residual), jnp.var(residual, ddof=1), 0.5 * (first + second))
 
 
-def _coefficients(values, columns):
-    """Least squares with an intercept, insensitive to the scale of the columns and to collinear ones."""
+def _coefficients(values, columns, penalty=None):
+    """Least squares with an intercept, insensitive to the scale of the columns and to collinear ones.
+
+    `penalty`, one for each column, times the square of the coefficient is added to the sum of squares.
+    """
     centred = columns - jnp.mean(columns, axis=0)
     spread = jnp.sqrt(jnp.mean(centred**2, axis=0))
     spread = jnp.where(spread > 0, spread, 1.0)
-    solution = jnp.linalg.lstsq(centred / spread, values - jnp.mean(values), rcond=RELATIVE_CUTOFF)[0]
-    return solution / spread
+    design, target = centred / spread, values - jnp.mean(values)
+    if penalty is not None:
+        design = jnp.concatenate([design, jnp.diag(jnp.sqrt(penalty) / spread)])
+        target = jnp.concatenate([target, jnp.zeros(columns.shape[1], target.dtype)])
+    return jnp.linalg.lstsq(design, target, rcond=RELATIVE_CUTOFF)[0] / spread
+
+
+def _shrunk_coefficients(values, columns, noise):
+    """Take off a fit what the columns' expectations leave in doubt (`noise`), and what chance alone explains (Stein)."""
+    count, terms = columns.shape
+    found = _coefficients(values, columns, count * noise)
+    fitted = (columns - jnp.mean(columns, axis=0)) @ found
+    left = jnp.sum((values - jnp.mean(values) - fitted) ** 2)
+    chance, explained = terms * left / max(count - terms - 1, 1), jnp.sum(fitted**2)
+    return found * jnp.maximum(1 - chance / jnp.where(explained > 0, explained, 1.0), 0.0)
 
 
 def hessian_columns(
@@ -56,26 +87,49 @@ def hessian_columns(
 ) -> tuple[Float[Array, "draws 1"], Float[Array, " 1"], Float[Array, " 1"]]:
     """Return `nbeta v . H v / 2` with H the Hessian at w*, its expectation under q and the variance of that.
 
-    The trace covers the whole second moment: the low-rank terms exactly, the diagonal by probes that are
-    independent of the draws.
+    The trace covers the whole second moment D + F^T W F: exactly on the span of F D^{-1/2}, where a steep H would make
+    large terms that cancel, and by probes, independent of the draws, on what that leaves of D^{1/2} H D^{1/2}.
 
     Cost:
-        One Hessian-vector product on all data for each draw, each factor row of `second_moment` and each probe.
+        One Hessian-vector product on all data for each draw, each direction of the span (as many as `second_moment`
+        has factor rows, at most the dimension) and each probe.
     """
     posterior = problem.posterior
     hvp = full_data_hvp(objective, posterior.center, problem.data)
     moment = family.second_moment(params)
-
     values = 0.5 * jax.lax.map(lambda direction: direction @ hvp(direction), draws.displacement)
-    gram = jax.lax.map(lambda row: moment.factors @ hvp(row), moment.factors)
-    low_rank, low_rank_variance = _expected_form(moment, gram)
-    probes = hutchinson.rademacher(key, num_probes, moment.diagonal.size, moment.diagonal.dtype)
     deviation = jnp.sqrt(moment.diagonal)
-    samples = hutchinson.trace_samples(lambda z: deviation * hvp(deviation * z), probes)
-    expected = 0.5 * (low_rank + jnp.mean(samples))
-    variance = 0.25 * (jnp.var(samples, ddof=1) / num_probes + low_rank_variance)
+    root = jnp.where(moment.diagonal > 0, deviation, family.scale)
+    basis = jnp.linalg.qr((moment.factors / root).T)[0].T
+    inner = jax.lax.map(lambda row: basis @ (root * hvp(root * row)), basis)
+    mix = (moment.factors / root) @ basis.T
+    low_rank, low_rank_variance = _expected_form(moment, mix @ inner @ mix.T)
+    share = jnp.mean(moment.diagonal / root**2)  # 1, or 0 where q has no diagonal
+    probes = hutchinson.rademacher(key, num_probes, deviation.size, deviation.dtype)
+    beyond, beyond_variance = _trace_beyond(basis, lambda z: deviation * hvp(deviation * z), probes)
+    expected = 0.5 * (low_rank + share * jnp.trace(inner) + beyond)
+    variance = 0.25 * (beyond_variance + low_rank_variance)
     nbeta = posterior.nbeta
     return nbeta * values[:, None], nbeta * expected[None], nbeta**2 * variance[None]
+
+
+def _trace_beyond(basis: Float[Array, "terms dim"], operator, probes: Float[Array, "probes dim"]):
+    """Return the trace of a symmetric operator off the span of orthonormal rows, by probes, and its variance."""
+    if basis.shape[0] >= basis.shape[1]:
+        return jnp.zeros((), probes.dtype), jnp.zeros((), probes.dtype)
+
+    def off(x):
+        return x - (basis @ x) @ basis
+
+    def one(probe):
+        beyond = off(probe)
+        image = off(operator(beyond))
+        return beyond @ image, image @ image
+
+    samples, squares = jax.lax.map(one, probes)
+    # one probe has no spread: the variance is at most twice the square of the operator's norm, which its image shows
+    variance = jnp.var(samples, ddof=1) if probes.shape[0] > 1 else 2 * jnp.mean(squares)
+    return jnp.mean(samples), variance / probes.shape[0]
 
 
 def _expected_form(moment: SecondMoment, gram: Float[Array, "terms terms"]) -> tuple[Scalar, Scalar]:

@@ -1,5 +1,6 @@
 """The local learning coefficient under a fitted q, with its Monte Carlo error."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from fastvi.estimators.control_variate import hessian_columns, regress
 from fastvi.estimators.stein import even_monomials, stein_columns
 from fastvi.families.base import AbstractFamily, Draws
 from fastvi.inference.loop import Problem
-from fastvi.objective import FlatObjective, excess_loss
+from fastvi.objective import FlatObjective, call_full_loss, excess_loss
 
 EVALUATION_BLOCK = 2**31 + 2**16  # counters of a chain's key beyond those of its steps and its start
 PROBE_STREAM = 2**31
@@ -83,7 +84,8 @@ def evaluate(
         columns, expected = quadratic_columns(family, params, draws, pairs)
     else:
         columns, expected = jnp.zeros((2 * pairs, 0), contribution.dtype), jnp.zeros(0, contribution.dtype)
-    fit = regress(_pair_mean(contribution), _pair_mean(columns - expected))
+    doubt = trace_variance if control_variate == "hvp" else None
+    fit = regress(_pair_mean(contribution), _pair_mean(columns - expected), doubt)
     plain_variance = jnp.var(_pair_mean(contribution), ddof=1)
     variance = fit.residual_variance
     trace_error = jnp.sum(fit.coefficients**2 * trace_variance)
@@ -139,4 +141,5 @@ def make_excess_fn(objective: FlatObjective, problem: Problem, loss_full_flat=No
     center = problem.posterior.center
     if loss_full_flat is None:
         return lambda w: excess_loss(objective, w, center, problem.data)
-    return lambda w: loss_full_flat(w) - loss_full_flat(center)
+    whole = functools.partial(call_full_loss, loss_full_flat, data=problem.data)
+    return lambda w: whole(w) - whole(center)

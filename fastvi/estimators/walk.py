@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
-from fastvi.compilation import cache_key, from_cache_key, quick_compilation
+from fastvi.compilation import PROGRAMS, quick_compilation
 from fastvi.estimators.blocks import Anchor, gradient_noise, make_anchor
 from fastvi.estimators.langevin import Record, Tuning, Walker, make_potential, refresh, run_steps, start_tuning
 from fastvi.estimators.llc import EVALUATION_BLOCK
 from fastvi.families.base import AbstractFamily, LinearMap
+from fastvi.fingerprint import fingerprint_loss, shapes_of
 from fastvi.inference.loop import Problem
 from fastvi.objective import FlatObjective
 
@@ -166,15 +167,14 @@ class WalkPrograms(NamedTuple):
     advance: Callable[..., tuple[Walk, Record]]
 
 
-def walk_programs(objective: FlatObjective, blocks: tuple[int, ...]) -> WalkPrograms:
-    """Return the stages for an objective; the same arguments share them."""
-    return _walk_programs(cache_key(objective), blocks)
+def walk_programs(objective: FlatObjective, problem: Problem, blocks: tuple[int, ...]) -> WalkPrograms:
+    """Return the stages; objectives that compute the same share them, compiled, for the same shapes and blocks."""
+    key = ("walk", blocks, shapes_of(problem))
+    return PROGRAMS.find(fingerprint_loss(objective, problem), key, (objective,), lambda one: _build(one, blocks))
 
 
-@functools.lru_cache(maxsize=32)
-def _walk_programs(key: Any, blocks: tuple[int, ...]) -> WalkPrograms:
-    objective, column_fn = from_cache_key(key), virial_columns(blocks)
-    jit = functools.partial(jax.jit, compiler_options=quick_compilation())
+def _build(objective: Any, blocks: tuple[int, ...]) -> WalkPrograms:
+    column_fn, jit = virial_columns(blocks), functools.partial(jax.jit, compiler_options=quick_compilation())
 
     def noise(problem, linear_map, x, reference_loss, index):
         anchor = make_anchor(objective, problem, linear_map.center, reference_loss, index)

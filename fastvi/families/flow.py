@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastvi._errors import ConfigError
 from fastvi._typing import Array, Float, Key, PyTree, Scalar
 from fastvi.basis import Basis
 from fastvi.families.backends import AbstractBackend, find_backend
@@ -81,7 +82,7 @@ class Flow(AbstractFamily):
     @classmethod
     def create(cls, config, geometry: Geometry):
         """Build the family on the leading curvature directions; see `AbstractFamily.create`."""
-        dim, dtype = geometry.scale.size, geometry.scale.dtype
+        config, dim, dtype = config.filled, geometry.scale.size, geometry.scale.dtype
         latent, key = config.latent_dim(dim), jax.random.key(FRAME_SEED)
         core, leading = geometry.core, jnp.zeros((0, dim), dtype)
         if isinstance(config.latent_basis, Basis):
@@ -90,6 +91,11 @@ class Flow(AbstractFamily):
             leading = normal(key, (latent, dim), dtype)
         beyond = 0 if config.lift == "injective" else core.shape[0]
         size = min(dim, max(latent, leading.shape[0] + beyond))
+        if size == dim and (config.sigma_perp is not None or not config.learn_sigma_perp):
+            raise ConfigError(
+                f"sigma_perp and learn_sigma_perp must be left out where the flow ({latent}) and the core "
+                f"({core.shape[0]}) cover all d = {dim} dimensions: drop them, or give a smaller curvature_rank."
+            )
         # Where the flow covers everything the model's own coordinates, layer by layer, suit its masks best.
         whole = latent == dim and config.latent_basis == "curvature"
         return cls(

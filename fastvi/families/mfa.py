@@ -115,7 +115,7 @@ class MFA(AbstractFamily):
     @classmethod
     def create(cls, config: VIConfig, geometry: Geometry) -> "MFA":
         """Build the family; see `AbstractFamily.create`."""
-        dim, dtype = geometry.scale.size, geometry.scale.dtype
+        config, dim, dtype = config.filled, geometry.scale.size, geometry.scale.dtype
         return cls(
             scale=geometry.scale,
             trust=jnp.ones((), dtype),

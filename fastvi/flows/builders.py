@@ -44,7 +44,7 @@ class BuilderOptions:
     Attributes:
         context_dim: Size of the context; 0: the flow is unconditional.
         context_extractor_hidden_dim: Width of a network that the context passes through first; 0: none.
-        context_extractor_n_layers: Residual blocks of that network.
+        context_extractor_n_layers: Residual blocks of that network; refused where there is none.
         context_feature_dim: Its outputs; None: context_dim.
         res_scale: Factor on what a residual block adds.
         use_permutation: Reverse the features between layers.
@@ -127,6 +127,8 @@ def _takes_options(builder: Callable[..., Built]) -> Callable[..., Built]:
             near = difflib.get_close_matches(unknown[0], [*fields, *own.parameters], 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{builder.__name__} has no option {unknown[0]!r}.{hint}")
+        if "context_extractor_n_layers" in given and not given.get("context_extractor_hidden_dim"):
+            raise ConfigError("context_extractor_n_layers needs an extractor: give context_extractor_hidden_dim.")
         return builder(*args, **kwargs, options=BuilderOptions(**given))
 
     listed = [parameter for parameter in own.parameters.values() if parameter.name != "options"]

@@ -24,9 +24,10 @@ class Start(eqx.Module):
     """Where a fit begins.
 
     `scale` is S^{-1} with the overall scale of q in it, `core` the precision core in those coordinates, so that
-    log_scale starts at zero. `spectrum` holds the leading eigenvalues of the precision `nbeta H + gamma`, and
-    `rest` the mean of what the core leaves out, both in the whitened coordinates before rescaling.
-    `newton_decrement` is how many nats of the log density a Newton step from w* would gain: 0 at a minimum.
+    log_scale starts at zero. `spectrum` holds the leading eigenvalues of the precision `nbeta H + gamma`, the first
+    `num_values` of them computed and the others zero, and `rest` the mean of what the core leaves out, both in the
+    whitened coordinates before rescaling. `lowest` is the least curvature that was met there, `lowest_direction` the
+    displacement of unit length in whitened coordinates that has it.
     """
 
     scale: Float[Array, " dim"]
@@ -37,8 +38,10 @@ class Start(eqx.Module):
     wanted_rank: Int[Array, ""]
     trace: Scalar
     explained: Scalar
+    num_values: Int[Array, ""]
     num_hvp: Int[Array, ""]
-    newton_decrement: Scalar
+    lowest: Scalar
+    lowest_direction: Float[Array, " dim"]
 
 
 def rank_limit(config: VIConfig, dim: int, itemsize: int) -> int:
@@ -64,14 +67,14 @@ def make_start(
     whose other eigenvalues are equal.
 
     Cost:
-        `num_hvp` Hessian-vector products and one gradient of `curvature_batch`, and the whitening's own.
+        `num_hvp` Hessian-vector products on `curvature_batch`, and the whitening's own.
     """
     center, dtype, dim = posterior.center, posterior.center.dtype, posterior.center.size
     key_whiten, key_krylov, key_trace = jax.random.split(key, 3)
     hvp = hvp_operator(objective, center, curvature_batch)
     if whitener_scale is None:
         scale = whitening_scale(
-            config.whitening, key_whiten, objective, posterior, next_batch, hvp, config.whitening_decay
+            config.whitening, key_whiten, objective, posterior, next_batch, hvp, config.filled.whitening_decay
         )
     else:
         scale = whitener_scale
@@ -84,6 +87,7 @@ def make_start(
     images = precision(probes)
     mean = jnp.mean(jnp.sum(probes * images, -1)) / dim
     floor = jnp.maximum(posterior.gamma * jnp.min(scale**2), RELATIVE_FLOOR * jnp.abs(mean))
+    floor = jnp.where(floor > 0, floor, 1.0)  # neither loss nor localizer says anything: any width will do
     if limit == 0:
         spectrum = Spectrum(jnp.zeros(0, dtype), jnp.zeros((0, dim), dtype), jnp.asarray(0))
     elif dim <= DENSE_DIM:
@@ -95,11 +99,10 @@ def make_start(
             return jnp.sum(values > 2 * floor) <= computed - OVERSAMPLING
 
         spectrum = block_krylov(precision, key_krylov, dim, size, exhausted, dtype)
-    slope = scale * posterior.nbeta * objective.grad(center, curvature_batch)
-    return _assemble(spectrum, probes, images, scale, floor, limit, slope)
+    return _assemble(spectrum, probes, images, scale, floor, limit)
 
 
-def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit, slope) -> Start:
+def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:
     """Choose the rank and set scale and core."""
     dim, size = scale.size, spectrum.values.size
     values = jnp.where(jnp.isfinite(spectrum.values), spectrum.values, 0.0)
@@ -124,9 +127,7 @@ def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit, slope) ->
     keep = min(limit, size)
     core = jnp.zeros((limit, dim), scale.dtype).at[:keep].set((lengths[:, None] * vectors)[:keep])
     trace = jnp.sum(values) + complement_trace
-    along = vectors @ slope
-    beside = slope - along @ vectors
-    decrement = jnp.sum(along**2 / jnp.maximum(values, floor)) + beside @ beside / rest
+    lowest, direction = _lowest(spectrum, beyond, images, complement)
     return Start(
         scale=scale / jnp.sqrt(rest),
         core=core,
@@ -136,6 +137,37 @@ def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit, slope) ->
         wanted_rank=wanted_rank,
         trace=trace,
         explained=jnp.sum(jnp.where(chosen, values, 0.0)) / trace,
+        num_values=spectrum.size,
         num_hvp=spectrum.size + TRACE_PROBES,
-        newton_decrement=0.5 * decrement,
+        lowest=lowest,
+        lowest_direction=scale * direction,
     )
+
+
+def _lowest(spectrum: Spectrum, beyond, images, complement):
+    """Return the least curvature among the Ritz pairs and the probes of what they leave out, and its direction."""
+    squares = jnp.sum(beyond**2, axis=-1)
+    is_seen = (complement > 0) & (squares > 0)
+    quotients = jnp.where(is_seen, jnp.sum(beyond * images, axis=-1) / jnp.where(is_seen, squares, 1.0), jnp.inf)
+    is_ritz = jnp.arange(spectrum.values.size) < spectrum.size
+    values = jnp.concatenate([jnp.where(is_ritz, spectrum.values, jnp.inf), quotients])
+    candidates = jnp.concatenate([spectrum.vectors, beyond / jnp.sqrt(jnp.where(is_seen, squares, 1.0))[:, None]])
+    place = jnp.argmin(values)
+    return values[place], candidates[place]
+
+
+def newton_decrement(start: Start, posterior: LocalPosterior, slope: Float[Array, " dim"]) -> Scalar:
+    """Return how many nats of the log density a Newton step from w* would gain: 0 at a minimum.
+
+    Args:
+        start: The precision, as its core and scale have it.
+        posterior: The target.
+        slope: Gradient of L_n at w* on all data. On a part of them its sampling error alone would be
+            `nbeta d / 2` times the difference of their inverse numbers, thousands of nats for a network.
+    """
+    pull = start.scale * posterior.nbeta * slope
+    squares = jnp.sum(start.core**2, axis=-1)
+    used = squares > 0
+    along = jnp.where(used, start.core @ pull / jnp.where(used, squares, 1.0), 0.0)
+    beside = pull - along @ start.core  # the core's rows are orthogonal
+    return 0.5 * (beside @ beside + jnp.sum(along**2 * squares / (1 + squares)))

@@ -30,7 +30,7 @@ from fastvi.inference.schedule import (
     negligible_nats,
 )
 
-CHUNK = 100  # steps between looks at the traces
+CHUNK = 100  # steps between looks at the traces, at most; half of that at least
 MAX_ADAPTIVE_WARMUP = 100  # steps; a run that stops by itself is not planned to last
 
 
@@ -153,15 +153,16 @@ def run_fit(
     Returns:
         The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are zero.
     """
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves((problem, chain_keys)))
-    if traced:
+    config = config.filled
+    leaves = jax.tree_util.tree_leaves((problem, chain_keys, whitener_scale))
+    if stages.is_traced or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return Fit(*stages.whole(problem, chain_keys, whitener_scale), Clock().seconds, None)
     draws = config.steps * config.step_draws * chain_keys.size
     clock, programs = Clock(), stages.for_work(draws, problem.posterior.center.size)
     report = options.report or _silent
     report(Progress("curvature", 0, config.steps, float("nan")))
-    chunk = min(CHUNK, config.steps) if any(options) else config.steps
-    piece = min(chunk, config.eval_every) if config.tensorboard else chunk
+    chunk = chunk_length(config) if any(options) else config.steps
+    piece = _piece_length(config, chunk)
     course = clock.time(
         "adaptation", lambda: _begin(programs, problem, config, chain_keys, whitener_scale, options, piece)
     )
@@ -177,6 +178,22 @@ def run_fit(
     }
     rounds, warm = course.calibration_rounds, options.warm is not None
     return Fit(family, params, start, outcome, traces, rounds, clock.seconds, course.converged, warm, course.snapshots)
+
+
+def chunk_length(config: VIConfig) -> int:
+    """Return the length of chunks, of which one program makes all steps, with the fewest steps beyond the last.
+
+    Where snapshots are kept every chunk ends at one.
+    """
+    if config.tensorboard:
+        return min(config.steps, config.eval_every * max(1, CHUNK // config.eval_every))
+    steps = config.steps
+    return steps if steps <= CHUNK else min(range(CHUNK, CHUNK // 2 - 1, -1), key=lambda length: -steps % length)
+
+
+def _piece_length(config: VIConfig, chunk: int) -> int:
+    """Return the length of what one call of the program runs: a chunk, or the steps between snapshots."""
+    return min(chunk, config.eval_every) if config.tensorboard else chunk
 
 
 def _begin(
@@ -209,9 +226,9 @@ def _begin(
 
 
 def _known_before(start: Start) -> Start:
-    """Return the start of another fit as one that cost nothing and says nothing of the slope at this w*."""
-    none, unknown = jnp.zeros_like(start.num_hvp), jnp.full_like(start.newton_decrement, jnp.nan)
-    return dataclasses.replace(start, num_hvp=none, newton_decrement=unknown)
+    """Return the start of another fit as one that cost nothing and says nothing of the spectrum at this w*."""
+    none, unknown = jnp.zeros_like(start.num_hvp), jnp.full_like(start.lowest, jnp.nan)
+    return dataclasses.replace(start, num_values=none, num_hvp=none, lowest=unknown)
 
 
 def _launch(
@@ -219,18 +236,18 @@ def _launch(
 ) -> tuple[AbstractFamily, State, Array]:
     """Run the launch, with the programs of the later stages compiling beside it."""
     _, problem, _, _, chain_keys = arguments
-    ahead = Ahead()
-    traced = programs.launch.trace(*arguments)
-    ahead.compile("launch", traced.lower())
-    family, state, _ = traced.out_info
-    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    horizon = Horizon(scalar, scalar, scalar)
-    ahead.compile("steps", programs.steps.lower(family, problem, state, chain_keys, step, horizon, length=chunk))
-    if stream is None:
-        ahead.compile("finish", programs.finish.lower(family, problem, state.params, chain_keys))
-    ahead.wait(("launch", "steps") if stream else ("launch", "steps", "finish"))
-    ahead.close()
+    with Ahead() as ahead:
+        traced = programs.launch.trace(*arguments)
+        ahead.compile("launch", traced.lower())
+        family, state, _ = traced.out_info
+        scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        horizon = Horizon(scalar, scalar, scalar)
+        lowered = programs.steps.lower(family, problem, state, chain_keys, step, horizon, length=chunk)
+        ahead.compile("steps", lowered)
+        if stream is None:
+            ahead.compile("finish", programs.finish.lower(family, problem, state.params, chain_keys))
+        ahead.wait(("launch", "steps") if stream else ("launch", "steps", "finish"))
     return programs.launch(*arguments)
 
 
@@ -251,7 +268,7 @@ def _run_chunks(
             problem = dataclasses.replace(problem, data=options.stream.window(course.done))
         length = min(chunk, course.phases[2] - course.done)
         horizon = Horizon(*(jnp.asarray(step, jnp.float32) for step in course.phases))
-        arguments = problem, keys, horizon, course.done + length
+        arguments = problem, keys, horizon, course.done + length, _piece_length(config, chunk)
         part = clock.time("sampling", lambda arguments=arguments: _advance(programs, config, course, *arguments))
         course.parts.append(part)
         elbo = np.concatenate([part["elbo"] for part in course.parts], axis=1)
@@ -265,20 +282,27 @@ def _run_chunks(
 
 
 def _advance(
-    programs: Programs, config: VIConfig, course: Course, problem: Problem, keys: Keys, horizon: Horizon, end: int
+    programs: Programs,
+    config: VIConfig,
+    course: Course,
+    problem: Problem,
+    keys: Keys,
+    horizon: Horizon,
+    end: int,
+    piece: int,
 ) -> dict[str, np.ndarray]:
-    """Run the steps up to `end`, with a snapshot of q after every `eval_every` of them where TensorBoard will ask."""
-    stride, pieces = config.eval_every if config.tensorboard else end, []
+    """Run the steps up to `end` in pieces, with a snapshot of q after each where TensorBoard will ask."""
+    pieces = []
     while course.done < end:
-        stop = min(end, (course.done // stride + 1) * stride)
+        length = min(piece, end - course.done)
         arguments = course.family, problem, course.state, keys, jnp.int32(course.done), horizon
-        course.state, piece = programs.steps(*arguments, length=stop - course.done)
-        pieces.append({name: np.asarray(trace) for name, trace in piece.items()})
-        course.done = stop
-        if config.tensorboard and stop % stride == 0:
+        course.state, traces = programs.steps(*arguments, length=piece)
+        pieces.append({name: np.asarray(trace)[:, :length] for name, trace in traces.items()})
+        course.done += length
+        if config.tensorboard and course.done % config.eval_every == 0:
             arrays = jax.device_get(_described(course.family, course.state.params))
-            course.snapshots.append(Snapshot(stop - 1, arrays))
-    return {name: np.concatenate([piece[name] for piece in pieces], axis=1) for name in pieces[0]}
+            course.snapshots.append(Snapshot(course.done - 1, arrays))
+    return {name: np.concatenate([part[name] for part in pieces], axis=1) for name in pieces[0]}
 
 
 @jax.jit
@@ -304,13 +328,18 @@ def _finish(programs: Programs, arguments: tuple, stream: AbstractStream | None)
     """Evaluate q on all data, from the stream chunk by chunk if there is one."""
     if stream is None:
         return programs.finish(*arguments)
-    excess, reference, count = 0.0, 0.0, 0
+    sums: Any = None
+    count = 0
     for batch, size in stream.chunks():
-        excess_here, reference_here = jax.device_get(programs.excess_on(*arguments, batch))
-        excess = excess + size * excess_here.astype(np.float64)
-        reference, count = reference + size * float(reference_here), count + size
+        here = jax.tree_util.tree_map(
+            lambda leaf, size=size: size * np.asarray(leaf, np.float64),
+            jax.device_get(programs.excess_on(*arguments, batch)),
+        )
+        sums = here if sums is None else jax.tree_util.tree_map(np.add, sums, here)
+        count += size
     dtype = arguments[1].posterior.center.dtype
-    return programs.conclude(*arguments, jnp.asarray(excess / count, dtype), jnp.asarray(reference / count, dtype))
+    excess, at_center = jax.tree_util.tree_map(lambda total: jnp.asarray(total / count, dtype), sums)
+    return programs.conclude(*arguments, excess, *at_center)
 
 
 class Clock:

@@ -14,7 +14,7 @@ from fastvi.inference.annealing import annealed
 from fastvi.inference.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer, scale
 from fastvi.inference.pruning import prune
 from fastvi.kernels.noise import words
-from fastvi.objective import FlatObjective
+from fastvi.objective import FlatObjective, value_and_grad
 from fastvi.posterior import LocalPosterior
 
 BASELINE_DECAY = 0.95
@@ -72,7 +72,7 @@ def evaluate_target(
     """Evaluate log p and its gradient at every draw, on one batch."""
 
     def one(displacement):
-        loss, grad = objective.value_and_grad(posterior.center + displacement, batch)
+        loss, grad = value_and_grad(objective, posterior.center + displacement, batch)
         return posterior.log_density(displacement, loss), posterior.log_density_grad(displacement, grad)
 
     if draws.displacement.shape[0] == 1:
@@ -95,7 +95,7 @@ def init_state(family: AbstractFamily, params: PyTree, config: VIConfig) -> Stat
 
 def draw_groups(config: VIConfig) -> int:
     """Count the independent draws of a step."""
-    return num_groups(config.step_draws, config.antithetic)
+    return num_groups(config.step_draws, config.mirrors)
 
 
 def run_steps(
@@ -111,7 +111,8 @@ def run_steps(
 ) -> tuple[State, dict[str, Float[Array, "chains steps"]]]:
     """Run `length` steps on every chain.
 
-    Randomness depends on the chain's key and the step's index alone, so chunks of any length compose.
+    Randomness depends on the chain's key and the step's index alone, so chunks of any length compose. Steps beyond the
+    horizon's end leave the parameters as they are, so that chunks of one length make any number of steps.
 
     Args:
         family: The family.
@@ -143,12 +144,13 @@ def run_steps(
         draws = family.transform(state.params, noise, mirror=groups < num_draws, cache=state.cache)
         value, grad = evaluate_target(objective, problem.posterior, draws, batch)
         baseline = jnp.where(step == 0, jnp.mean(value - draws.log_prob), state.baseline)
-        ascent = family.ascent(state.params, draws, value, grad, baseline, antithetic=config.antithetic)
+        ascent = family.ascent(state.params, draws, value, grad, baseline, antithetic=config.mirrors)
         updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=elapsed)
         updates = _scaled(updates, rules.rates, rate)
         params, cache = family.apply_updates(state.params, state.cache, updates)
         if config.prunes:
-            params, opt_state = _pruned(family, params, opt_state, config, step)
+            due = ((step + 1) % config.eval_every == 0) & (rate > 0)
+            params, opt_state = _pruned(family, params, opt_state, config, due)
         slow = jax.lax.cond(refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params)
         baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * _objective_value(family, value, draws)
         trace = {**_statistics(draws, value, grad), "grad_norm": gradient_norm(ascent)}
@@ -165,7 +167,7 @@ def run_steps(
         return carry, jnp.stack(list(trace.values()))
 
     steps = first_step + jnp.arange(length)
-    rates = learning_rate(config, horizon, steps)
+    rates = jnp.where(steps < horizon.end, learning_rate(config, horizon, steps), 0.0)
     plan = (steps, rates, elapsed_decay(horizon, steps), steps % config.eval_every == 0)
     # noise is drawn one step ahead: as part of the carry it is computed once, not again by each of its readers
     ahead = jax.vmap(randomness, in_axes=(0, None))(keys, first_step)
@@ -202,10 +204,10 @@ def _at_step(family, config: VIConfig, step):
     return dataclasses.replace(family, annealed=annealed(config, step)) if config.anneals else family
 
 
-def _pruned(family, params, opt_state, config: VIConfig, step):
-    """Prune after every `eval_every` steps."""
+def _pruned(family, params, opt_state, config: VIConfig, due):
+    """Prune where it is due."""
     return jax.lax.cond(
-        (step + 1) % config.eval_every == 0,
+        due,
         lambda p, o: prune(p, o, jnp.exp(family.log_weights(p)), config),
         lambda p, o: (p, o),
         params,

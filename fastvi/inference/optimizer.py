@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from fastvi._typing import Array, PyTree, Scalar
-from fastvi.config import VIConfig
+from fastvi.config import FINAL_RATE, VIConfig
 from fastvi.families.base import Blocks, Outer, UpdateRules
 
-FINAL_RATE = 0.01  # last learning rate relative to the peak, for the decaying schedules
 ADAM_B1 = 0.9
 ADAM_B2 = 0.99
 TYPICAL_NORM_DECAY = 0.98
@@ -192,8 +191,9 @@ class Horizon(NamedTuple):
 
 def fixed_phases(config: VIConfig) -> tuple[float, float, int]:
     """Return the `Horizon` of a fit that runs all its steps: warm-up, then decay."""
-    warmup = config.lr_warmup_frac * config.steps
-    return warmup, warmup, config.steps
+    steps = config.filled.steps
+    warmup = config.lr_warmup_frac * steps
+    return warmup, warmup, steps
 
 
 def elapsed_decay(horizon: Horizon, step: Scalar | int) -> Scalar:
@@ -202,13 +202,13 @@ def elapsed_decay(horizon: Horizon, step: Scalar | int) -> Scalar:
 
 
 def learning_rate(config: VIConfig, horizon: Horizon, step: Scalar | int) -> Scalar:
-    """Evaluate the schedule; it reaches `FINAL_RATE` times the peak at the end of the horizon."""
+    """Evaluate the schedule; it reaches `lr_end_fraction` times the peak at the end of the horizon."""
     warm = jnp.minimum(1.0, (step + 1) / jnp.maximum(horizon.warmup, 1))
-    elapsed = elapsed_decay(horizon, step)
+    elapsed, last = elapsed_decay(horizon, step), config.lr_end_fraction or FINAL_RATE
     if config.lr_schedule == "cosine":
-        decay = optax.schedules.cosine_decay_schedule(1.0, 1, alpha=FINAL_RATE)(elapsed)
+        decay = optax.schedules.cosine_decay_schedule(1.0, 1, alpha=last)(elapsed)
     elif config.lr_schedule == "linear_decay":
-        decay = optax.schedules.linear_schedule(1.0, FINAL_RATE, 1)(elapsed)
+        decay = optax.schedules.linear_schedule(1.0, last, 1)(elapsed)
     else:
         decay = 1.0
     return config.lr * warm * decay

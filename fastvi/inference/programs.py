@@ -1,4 +1,4 @@
-"""The compiled stages of a fit: prepare, launch, steps, finish. One set for each objective and configuration."""
+"""The compiled stages of a fit: prepare, launch, steps, finish. One set for each loss, configuration and shapes."""
 
 import functools
 from collections.abc import Callable
@@ -8,28 +8,33 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
-from fastvi.compilation import cache_key, from_cache_key, quick_compilation
+from fastvi.compilation import PROGRAMS, quick_compilation
 from fastvi.config import VIConfig
 from fastvi.estimators.llc import Evaluation, evaluate, evaluation_draws, excess_at, make_excess_fn
 from fastvi.families import FAMILIES
+from fastvi.families.backends import BACKENDS
 from fastvi.families.base import AbstractFamily, Geometry
+from fastvi.fingerprint import fingerprint_loss, shapes_of
 from fastvi.geometry.start import Start, make_start, rank_limit
 from fastvi.inference.calibrate import calibrate_scale
 from fastvi.inference.loop import Problem, State, init_state, run_steps
 from fastvi.inference.optimizer import Horizon, fixed_phases
-from fastvi.inference.sharding import data_parallel_loss, over_devices
-from fastvi.objective import FlatObjective, excess_loss, full_data_loss
+from fastvi.inference.sharding import data_parallel_value_and_grad, over_devices
+from fastvi.objective import FlatObjective, call_full_loss, excess_loss, full_data_value_and_grad
 
 # Draws of all steps and chains times dim up to which a second of compilation outweighs a quarter of the steps' time.
 QUICK_WORK = 1e8
-CACHED_PROGRAMS = 32  # sets of compiled stages kept; each holds its objective alive
 
 
 class Outcome(NamedTuple):
-    """What the last stage returns for each chain."""
+    """What the last stage returns: for each chain, and on all data at w* the loss and its gradient.
+
+    `slope` is None where the loss on all data is a function of the caller's.
+    """
 
     evaluation: Evaluation
     reference_loss: Scalar
+    slope: Float[Array, " dim"] | None
     arrays: dict[str, Array]
 
 
@@ -44,8 +49,9 @@ class Programs(NamedTuple):
         finish: `(family, problem, params, chain_keys) -> Outcome`.
         relaunch: `(family, problem, params, key)` -> the same as `launch`, from the q of another fit.
         excess_on: `(family, problem, params, chain_keys, batch)` -> mean loss of the batch at the evaluation's draws
-            above that at w*, and that at w*.
-        conclude: `(family, problem, params, chain_keys, excess, reference_loss) -> Outcome`.
+            above that at w*, and that at w* with its gradient.
+        conclude: `(family, problem, params, chain_keys, excess, reference_loss, slope) -> Outcome`.
+        excess_along: `(w*, displacements, batch)` -> mean loss of the batch at these above that at w*.
     """
 
     prepare: Callable[..., Start]
@@ -53,8 +59,9 @@ class Programs(NamedTuple):
     steps: Callable[..., tuple[State, dict[str, Float[Array, "chains steps"]]]]
     finish: Callable[..., Outcome]
     relaunch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
-    excess_on: Callable[..., tuple[Float[Array, "chains draws"], Scalar]]
+    excess_on: Callable[..., tuple[Float[Array, "chains draws"], tuple[Scalar, Float[Array, " dim"]]]]
     conclude: Callable[..., Outcome]
+    excess_along: Callable[..., Float[Array, " points"]]
 
 
 class Stages(NamedTuple):
@@ -65,26 +72,36 @@ class Stages(NamedTuple):
         compiled: Compiled for speed.
         whole: `(problem, chain_keys, whitener_scale)` -> family, params, Start, Outcome, traces, rounds: a fit of fixed
             length as one program, for use inside a trace.
+        is_traced: Whether the loss closes over values of an enclosing trace: then only `whole` can be used.
     """
 
     quick: Programs
     compiled: Programs
     whole: Callable[..., tuple[AbstractFamily, Any, Start, Outcome, dict[str, Array], Scalar]]
+    is_traced: bool = False
 
     def for_work(self, draws: int, dim: int) -> Programs:
         """Return the compiled stages, with steps that compile sooner and run slower where they make few draws."""
         return self.quick if draws * dim <= QUICK_WORK else self.compiled
 
 
-def programs_for(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> Stages:
-    """Return the stages for these functions; the same functions and configuration share them, compiled."""
-    return _build(cache_key(objective), config, loss_full_flat)
+def programs_for(
+    objective: FlatObjective, problem: Problem, config: VIConfig, loss_full_flat: Callable | None = None
+) -> Stages:
+    """Return the stages; functions that compute the same share them, compiled, for one configuration and shapes.
+
+    The stages call the functions as long as somebody else holds them: what is not compiled by then cannot be.
+    """
+    loss, config = fingerprint_loss(objective, problem, loss_full_flat), config.filled
+    if loss.is_traced:
+        return _build(objective, config, loss_full_flat)._replace(is_traced=True)
+    # a family or a backend that is registered anew under an old name is another one
+    key = ("fit", config, shapes_of(problem), FAMILIES[config.family], BACKENDS.get(config.backend))
+    functions = (objective, loss_full_flat)
+    return PROGRAMS.find(loss, key, functions, lambda objective, full: _build(objective, config, full))
 
 
-@functools.lru_cache(maxsize=CACHED_PROGRAMS)
 def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) -> Stages:
-    objective = from_cache_key(objective)
-
     def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
         key_subset, key_start = jax.random.split(key)
         subset = problem.data
@@ -109,8 +126,11 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
     def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
         return run_steps(family, objective, problem, config, state, keys, first_step, horizon, length)
 
+    def excess_along(center, points, batch):
+        return jax.lax.map(lambda v: excess_loss(objective, center + v, center, batch), points)
+
     finish, excess_on, conclude = _evaluation(objective, config, loss_full_flat)
-    return _compiled(Programs(prepare, launch, steps, finish, relaunch, excess_on, conclude), config)
+    return _compiled(Programs(prepare, launch, steps, finish, relaunch, excess_on, conclude, excess_along), config)
 
 
 def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> tuple[Callable, ...]:
@@ -124,18 +144,20 @@ def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Call
             draws = evaluation_draws(family, chain_params, chain_key, config.evaluation_draws)
             return excess_at(draws, center, lambda w: excess_loss(objective, w, center, batch))
 
-        return jax.lax.map(one, (params, keys)), full_data_loss(objective, center, batch)
+        return jax.lax.map(one, (params, keys)), full_data_value_and_grad(objective, center, batch)
 
     def finish(family: AbstractFamily, problem: Problem, params, keys: Keys, *, spread: bool = False) -> Outcome:
-        mean_loss = data_parallel_loss if spread else full_data_loss
-        reference_loss = (
-            mean_loss(objective, problem.posterior.center, problem.data)
-            if loss_full_flat is None
-            else loss_full_flat(problem.posterior.center)
-        )
-        return conclude(family, problem, params, keys, None, reference_loss)
+        center = problem.posterior.center
+        if loss_full_flat is not None:
+            reference_loss = call_full_loss(loss_full_flat, center, problem.data)
+            return conclude(family, problem, params, keys, None, reference_loss, None)
+        mean = data_parallel_value_and_grad if spread else full_data_value_and_grad
+        at_center = mean(objective, center, problem.data)
+        return conclude(family, problem, params, keys, None, *at_center)
 
-    def conclude(family: AbstractFamily, problem: Problem, params, keys: Keys, excess, reference_loss) -> Outcome:
+    def conclude(
+        family: AbstractFamily, problem: Problem, params, keys: Keys, excess, reference_loss, slope
+    ) -> Outcome:
         excess_fn = make_excess_fn(objective, problem, loss_full_flat)
 
         def one(inputs):
@@ -149,14 +171,14 @@ def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Call
                 reference_loss,
                 chain_key,
                 num_draws=config.evaluation_draws,
-                control_variate=config.control_variate,
+                control_variate=config.control_variate or "auto",
                 trace_probes=config.trace_probes,
                 excess=chain_excess,
             )
             return evaluation, family.summary_arrays(chain_params)
 
         evaluation, arrays = jax.lax.map(one, (params, keys, excess))
-        return Outcome(evaluation, reference_loss, arrays)
+        return Outcome(evaluation, reference_loss, slope, arrays)
 
     return finish, excess_on, conclude
 
@@ -173,6 +195,7 @@ def _compiled(plain: Programs, config: VIConfig) -> Stages:
         relaunch=jax.jit(plain.relaunch, compiler_options=once),
         excess_on=jax.jit(plain.excess_on, compiler_options=once),
         conclude=jax.jit(plain.conclude, compiler_options=once),
+        excess_along=jax.jit(plain.excess_along, compiler_options=once),
     )
     quick = compiled._replace(steps=jit_steps(compiler_options=once))
     return Stages(quick, compiled, jax.jit(functools.partial(_whole, plain, config)))

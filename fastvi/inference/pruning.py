@@ -30,7 +30,7 @@ def prune(params: MFAParams, opt_state: PyTree, weights: Float[Array, " comp"], 
     Returns:
         The parameters and the optimiser's state.
     """
-    keep = kept_components(weights, config.prune_threshold, config.mixture_cap)
+    keep = kept_components(weights, config.filled.prune_threshold, config.mixture_cap)
     params = params._replace(logits=jnp.where(keep, params.logits, -jnp.inf))
     is_moments = lambda node: isinstance(node, MomentState)  # noqa: E731
     return params, jax.tree_util.tree_map(

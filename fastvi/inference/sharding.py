@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from fastvi._typing import Array, Batch, Float, Scalar
-from fastvi.objective import FlatObjective, full_data_loss
+from fastvi.objective import FlatObjective, full_data_value_and_grad
 
 CHAINS, SHARED = PartitionSpec("devices"), PartitionSpec()
 
@@ -41,8 +41,10 @@ def over_devices(stage: Callable[..., Any], of_chain: tuple[bool, ...]) -> Calla
     return run
 
 
-def data_parallel_loss(objective: FlatObjective, w: Float[Array, " dim"], data: Batch) -> Scalar:
-    """Evaluate the mean loss on all data, each device on its share of the examples.
+def data_parallel_value_and_grad(
+    objective: FlatObjective, w: Float[Array, " dim"], data: Batch
+) -> tuple[Scalar, Float[Array, " dim"]]:
+    """Evaluate the mean loss on all data and its gradient, each device on its share of the examples.
 
     Cost:
         The examples divided by the devices; what does not divide is done by all of them.
@@ -51,17 +53,20 @@ def data_parallel_loss(objective: FlatObjective, w: Float[Array, " dim"], data: 
     share = size // devices
     mesh = device_mesh(devices * share) if share else None
     if mesh is None:
-        return full_data_loss(objective, w, data)
+        return full_data_value_and_grad(objective, w, data)
     whole = mesh.size * (size // mesh.size)
     parts, rest = (jax.tree_util.tree_map(lambda leaf, s=s: leaf[s], data) for s in (slice(whole), slice(whole, None)))
 
-    def part_loss(w, part):
-        return jax.lax.pmean(full_data_loss(objective, w, part), "devices")
+    def part_mean(w, part):
+        return jax.lax.pmean(full_data_value_and_grad(objective, w, part), "devices")
 
-    mean = jax.shard_map(part_loss, mesh=mesh, in_specs=(SHARED, CHAINS), out_specs=SHARED, check_vma=False)(w, parts)
+    mean = jax.shard_map(part_mean, mesh=mesh, in_specs=(SHARED, CHAINS), out_specs=SHARED, check_vma=False)(w, parts)
     if whole == size:
         return mean
-    return (whole * mean + (size - whole) * full_data_loss(objective, w, rest)) / jnp.asarray(size, mean.dtype)
+    left = full_data_value_and_grad(objective, w, rest)
+    return jax.tree_util.tree_map(
+        lambda a, b: (whole * a + (size - whole) * b) / jnp.asarray(size, a.dtype), mean, left
+    )
 
 
 def _length(tree: Any) -> int:

@@ -1,8 +1,10 @@
 """A transformed haiku function as `fastvi.estimate_llc` takes it."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from fastvi._errors import DataError
 from fastvi._optional import import_optional
 from fastvi._typing import Array, Batch, PyTree, Scalar
 
@@ -15,7 +17,7 @@ def haiku_loss(
     """Make a loss of the parameters that `init` returned.
 
     Args:
-        transformed: What `hk.transform` or `hk.transform_with_state` returned.
+        transformed: What `hk.transform` or `hk.transform_with_state` returned, also within `hk.without_apply_rng`.
         loss: `(outputs, targets) -> mean loss per example`, in nats.
         state: The state of a function transformed with state; it is read and not updated.
         rng: Key of a function that draws; the same at every call, so that the loss is a function of the parameters.
@@ -24,15 +26,34 @@ def haiku_loss(
         `(params, (inputs, targets)) -> mean loss per example`.
 
     Raises:
+        DataError: If the function takes no state or key and is given one, or is none.
         MissingExtraError: If haiku is not installed.
     """
     haiku = import_optional("haiku", extra="haiku", distribution="dm-haiku", purpose="haiku_loss")
     with_state = isinstance(transformed, haiku.TransformedWithState)
+    apply = getattr(transformed, "apply", None)
+    if not callable(apply):
+        raise DataError(
+            "transformed must be what hk.transform or hk.transform_with_state returned; got "
+            f"{type(transformed).__name__}. Of a multi_transform pass hk.Transformed(init, one of its applies)."
+        )
+    before = (state,) if with_state else ()
+    if _takes_key(apply, 1 + len(before)):
+        before = (*before, rng)
+    elif rng is not None:
+        raise DataError("rng is given, and the function takes none: leave it out, or leave out hk.without_apply_rng.")
+    if state is not None and not with_state:
+        raise DataError("state is given, and the function has none: use hk.transform_with_state, or leave it out.")
 
     def loss_fn(params: PyTree, batch: Batch) -> Any:
         inputs, targets = batch
-        if with_state:
-            return loss(transformed.apply(params, state, rng, inputs)[0], targets)
-        return loss(transformed.apply(params, rng, inputs), targets)
+        outputs = apply(params, *before, inputs)
+        return loss(outputs[0] if with_state else outputs, targets)
 
     return loss_fn
+
+
+def _takes_key(apply: Callable[..., Any], place: int) -> bool:
+    """Say whether an apply function takes a key there, as all do but those of `hk.without_apply_rng`."""
+    names = list(inspect.signature(apply).parameters)
+    return names[place : place + 1] == ["rng"]

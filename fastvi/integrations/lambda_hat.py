@@ -88,8 +88,9 @@ class Algorithm:
 def translate(vi_cfg: Any, algorithm: str, num_data: int, dtype: Any) -> VIConfig:
     """Read lambda_hat's configuration.
 
-    A minibatch larger than the data becomes all data, and evaluation draws are made an even number of at least 4.
-    Entries that fastvi does not know are left to lambda_hat.
+    It is one for all of its algorithms: what this one has no use for is left aside. A minibatch larger than the data
+    becomes all data, and evaluation draws are made an even number of at least 4. Entries that fastvi does not know are left to
+    lambda_hat.
 
     Args:
         vi_cfg: A DictConfig, mapping, dataclass or namespace, in which entries may be missing.
@@ -105,7 +106,8 @@ def translate(vi_cfg: Any, algorithm: str, num_data: int, dtype: Any) -> VIConfi
         given["eval_samples"] = max(_LEAST_DRAWS, draws + draws % 2)
     if isinstance(batch := given.get("batch_size"), int):
         given["batch_size"] = min(batch, num_data)
-    return VIConfig.create(given, family=algorithm, dtype=str(jnp.dtype(dtype)))
+    given.setdefault("correction", "none")
+    return VIConfig.create(given, family=algorithm, dtype=str(jnp.dtype(dtype))).recorded
 
 
 _MISSING = object()

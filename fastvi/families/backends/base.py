@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,11 @@ class AbstractBackend(abc.ABC):
         """Evaluate the log density at z."""
 
     @functools.cached_property
+    def settings(self) -> Any:
+        """Return `config` with the default of every entry that it leaves open."""
+        return self.config.filled
+
+    @functools.cached_property
     def structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         """Return the shapes of the parameters."""
         return jax.eval_shape(self.init, jax.random.key(0))
@@ -55,7 +61,7 @@ class AbstractBackend(abc.ABC):
         Raises:
             ConfigError: If they differ.
         """
-        widths = self.config.hidden
+        widths = self.settings.hidden
         if len(set(widths)) > 1:
             raise ConfigError(
                 f"flow.hidden must name equal widths for this backend; got {widths}: use {[max(widths)]}."
@@ -64,7 +70,7 @@ class AbstractBackend(abc.ABC):
     @property
     def width(self) -> int:
         """Return the width of the first hidden layer."""
-        return self.config.hidden[0]
+        return self.settings.hidden[0]
 
 
 def standard_log_prob(z: Float[Array, "*batch latent"]) -> Float[Array, "*batch"]:

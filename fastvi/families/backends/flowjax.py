@@ -36,11 +36,11 @@ class FlowJAXBackend(AbstractBackend):
     def init(self, key):
         """Return FlowJAX's parameters, last layers times `init_scale`."""
         leaves, structure = jax.tree_util.tree_flatten_with_path(_partition(self._build(key))[0])
-        last = str(len(self.config.hidden))
+        last = str(len(self.settings.hidden))
         scaled = []
         for path, leaf in leaves:
             found = LAST_LAYER.search(jax.tree_util.keystr(path))
-            scaled.append(leaf * self.config.init_scale if found and found[1] == last else leaf)
+            scaled.append(leaf * self.settings.init_scale if found and found[1] == last else leaf)
         return jax.tree_util.tree_unflatten(structure, scaled)
 
     def sample_and_log_prob(self, params, noise):
@@ -66,16 +66,16 @@ class FlowJAXBackend(AbstractBackend):
     def _build(self, key) -> Any:
         flows, bijections = _import("flowjax.flows"), _import("flowjax.bijections")
         normal = _import("flowjax.distributions").Normal(jnp.zeros(self.dim))
-        template = self.config.template
-        spline = bijections.RationalQuadraticSpline(knots=self.config.bins - 1, interval=SPLINE_BOUND)
+        template = self.settings.template
+        spline = bijections.RationalQuadraticSpline(knots=self.settings.bins - 1, interval=SPLINE_BOUND)
         build = flows.coupling_flow if template in ("realnvp", "spline_coupling") else flows.masked_autoregressive_flow
         return build(
             key,
             base_dist=normal,
             transformer=spline if template in ("spline_coupling", "nsf_ar") else None,
-            flow_layers=self.config.depth,
+            flow_layers=self.settings.depth,
             nn_width=self.width,
-            nn_depth=len(self.config.hidden),
+            nn_depth=len(self.settings.hidden),
             nn_activation=jnp.tanh,
             invert=False,
         ).bijection

@@ -32,7 +32,7 @@ class NativeBackend(AbstractBackend):
 
     def init(self, key):
         """Return the identity with kernels drawn anew, last layers at `init_scale`."""
-        return _with_kernels(self._build(jax.random.key(0))[1], key, self.config.init_scale)
+        return _with_kernels(self._build(jax.random.key(0))[1], key, self.settings.init_scale)
 
     def sample_and_log_prob(self, params, noise):
         """Map the noise forward."""
@@ -43,17 +43,17 @@ class NativeBackend(AbstractBackend):
         return self._flow.log_prob(params, z)
 
     def _build(self, key: Key):
-        build, options = BUILDERS[self.config.template]
+        build, options = BUILDERS[self.settings.template]
         if "spline" in build.__name__:
-            bins = self.config.bins
+            bins = self.settings.bins
             least = dict.fromkeys(("min_bin_width", "min_bin_height"), FIXED_SHARE / bins)
             options = options | SPLINE_OPTIONS | least | {"num_bins": bins}
         return build(
             key,
             self.dim,
-            self.config.depth,
+            self.settings.depth,
             self.width,
-            len(self.config.hidden),
+            len(self.settings.hidden),
             use_loft=False,
             res_scale=1.0,
             **options,

@@ -28,10 +28,10 @@ class NuxBackend(AbstractBackend):
 
     def __post_init__(self):
         self.require_one_width()
-        if self.config.template not in ("realnvp", "spline_coupling"):
+        if self.settings.template not in ("realnvp", "spline_coupling"):
             known = "'realnvp' and 'spline_coupling'"
             raise ConfigError(
-                f"NuX 2.0.0 has the templates {known}; got {self.config.template!r}: use backend='native'."
+                f"NuX 2.0.0 has the templates {known}; got {self.settings.template!r}: use backend='native'."
             )
         if self.dim % 2:
             raise ConfigError(f"d_latent must be even for backend 'nux'; got {self.dim}: use backend='native'.")
@@ -43,7 +43,7 @@ class NuxBackend(AbstractBackend):
 
         def scaled(path, leaf):
             is_scale = jax.tree_util.keystr(path).endswith("['scale']")
-            return leaf / 0.01 * self.config.init_scale if is_scale else leaf  # NuX draws it at 0.01
+            return leaf / 0.01 * self.settings.init_scale if is_scale else leaf  # NuX draws it at 0.01
 
         return jax.tree_util.tree_map_with_path(scaled, flow.get_params())
 
@@ -62,10 +62,11 @@ class NuxBackend(AbstractBackend):
 
     def _build(self) -> Any:
         nux, widths = _import_nux(), {"working_dim": self.width, "hidden_dim": self.width}
-        layers = {"n_layers": self.config.depth, "n_resnet_layers": len(self.config.hidden), "nonlinearity": jnp.tanh}
-        if self.config.template == "realnvp":
+        depth, blocks = self.settings.depth, len(self.settings.hidden)
+        layers = {"n_layers": depth, "n_resnet_layers": blocks, "nonlinearity": jnp.tanh}
+        if self.settings.template == "realnvp":
             return nux.RealNVP(**layers, **widths, dropout_prob=0.0)
-        return nux.NonlinearCoupling(**layers, **widths, dropout_prob=0.0, K=self.config.bins, kind="spline")
+        return nux.NonlinearCoupling(**layers, **widths, dropout_prob=0.0, K=self.settings.bins, kind="spline")
 
 
 def _import_nux() -> Any:

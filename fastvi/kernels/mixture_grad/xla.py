@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from fastvi.kernels.woodbury import xla as woodbury
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
-UNROLLED_BLOCKS = 8  # more are moved in a loop, for the sake of compilation
-
 
 def pullback(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str) -> Mixture:
     """Pull a cotangent of the displacement back to all parameters."""
@@ -103,11 +101,7 @@ def _update(factors, labels, left, right):
         start = (*place, 0, 0)
         return jax.lax.dynamic_update_slice(factors, jax.lax.dynamic_slice(factors, start, size) + step, start)
 
-    if count > UNROLLED_BLOCKS:
-        factors = jax.lax.fori_loop(0, count, move, factors)
-        grams = jax.lax.map(lambda index: woodbury.component_gram(factors, locate(index)[1]), jnp.arange(count))
-    else:
-        for index in range(count):
-            factors = move(index, factors)
-        grams = jnp.stack([woodbury.component_gram(factors, locate(index)[1]) for index in range(count)])
+    # in a loop, also of two: XLA fuses an update written out into what reads its result, and reads a copy there
+    factors = jax.lax.fori_loop(0, count, move, factors)
+    grams = jax.lax.map(lambda index: woodbury.component_gram(factors, locate(index)[1]), jnp.arange(count))
     return factors, grams.reshape(*labels.shape, *grams.shape[1:])

@@ -1,0 +1,223 @@
+"""Files that are whole or not there, and reading of files that may be anything."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import struct
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvi._errors import DataError
+
+PARTIAL = ".fastvi-partial-"  # begins the names of folders for files that are not finished
+ABANDONED = 3600.0  # seconds after which such a folder is what a killed process left
+
+# What zipfile, its decompressors and numpy raise on bytes that are no archive of arrays.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    EOFError,
+    MemoryError,  # a header that claims an array of terabytes
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,  # an encrypted archive
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def damaged(path: Path, wrong: str, fix: str) -> DataError:
+    """Word every error of a file: the file, what is wrong with it, the way out."""
+    return DataError(f"{path} {wrong}. {fix}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def read_bytes(path: Path, fix: str) -> bytes:
+    """Read a regular file.
+
+    Raises:
+        DataError: If it is missing, no file, or cannot be read.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):  # a pipe would wait for ever, a device may never end
+            what = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+            raise damaged(path, f"is {what} where a file is wanted", fix)
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        is_link = "a link to a file that does not exist" if path.is_symlink() else "missing"
+        raise damaged(path, f"is {is_link}", fix) from error
+    except (OSError, ValueError) as error:
+        raise damaged(path, f"cannot be read ({first_line(error)})", fix) from error
+
+
+def read_text(path: Path, fix: str) -> str:
+    """Read a UTF-8 file, or raise DataError."""
+    try:
+        return read_bytes(path, fix).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise damaged(path, f"is not UTF-8 text ({first_line(error)})", fix) from error
+
+
+def read_object(path: Path, fix: str) -> dict[str, Any]:
+    """Read a JSON object whose names are all different, or raise DataError."""
+    text = read_text(path, fix)
+    if not text.strip():
+        raise damaged(path, "is empty: it was not written to its end", fix)
+    try:
+        found = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"is no JSON, or not all of it ({first_line(error)})", fix) from error
+    if not isinstance(found, dict):
+        raise damaged(path, f"holds a {type(found).__name__} where an object is wanted", fix)
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def check_format(path: Path, found: Mapping[str, Any], name: str, version: int, fix: str) -> None:
+    """Raise DataError unless a file says that it is of this format and version."""
+    if found.get("format") != name:
+        raise damaged(path, f"is not of the format {name!r}, as fastvi writes it", fix)
+    given = found.get("version")
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise damaged(path, f"has no version of the format that could be read: {given!r}", fix)
+    if given > version:
+        raise damaged(path, f"is of version {given} of its format, this fastvi reads {version}", "Upgrade fastvi.")
+    if given < version:
+        raise damaged(path, f"is of the old version {given} of its format, this fastvi reads {version}", fix)
+
+
+def read_arrays(path: Path, fix: str) -> dict[str, np.ndarray]:
+    """Read an .npz file of plain arrays; nothing in it is unpickled.
+
+    Raises:
+        DataError: If it is missing, damaged, or holds anything but arrays of numbers and text.
+    """
+    with contextlib.closing(_open_binary(path, fix)) as file:
+        try:
+            with np.lib.npyio.NpzFile(file, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+        except _UNREADABLE as error:
+            raise damaged(path, f"is no archive of arrays, or not all of it ({first_line(error)})", fix) from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiubU":
+            raise damaged(path, f"holds {name!r}, which is no array of numbers", fix)
+    return arrays
+
+
+def _open_binary(path: Path, fix: str) -> Any:
+    if not path.is_file():
+        read_bytes(path, fix)  # which words what is wrong
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise damaged(path, f"cannot be read ({first_line(error)})", fix) from error
+
+
+def digest_arrays(arrays: Mapping[str, Any]) -> str:
+    """Condense names, dtypes, shapes and numbers, whatever archive they lie in."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    """Write an object as JSON for people to read too."""
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
+
+
+def digest_bytes(content: bytes) -> str:
+    """Condense a file's bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Make a folder inside `folder` for files that are not finished, under a name that nobody else can have.
+
+    It is on the same file system, so that `publish` can move what is in it, and gone afterwards.
+    """
+    remove_abandoned(folder)
+    staging = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish(staging: Path, folder: Path, names: Sequence[str]) -> None:
+    """Move finished files to their places; the last is the mark that the others are complete and of one kind.
+
+    They are on the disk before the mark is withdrawn, and in their places before it comes back: a kill or a power cut
+    at any moment leaves the old files, the new ones, or no mark. A link in a file's place is replaced, not followed.
+    """
+    for name in names:
+        with open(staging / name, "rb+") as file:
+            os.fsync(file.fileno())
+    if len(names) > 1:  # a file alone is replaced at one stroke
+        (folder / names[-1]).unlink(missing_ok=True)
+        sync_folder(folder)
+    for name in names:
+        if name == names[-1]:
+            sync_folder(folder)
+        os.replace(staging / name, folder / name)
+    sync_folder(folder)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file beside its place and move it there once it is on the disk."""
+    with staged(path.parent) as staging:
+        (staging / path.name).write_bytes(content)
+        with open(staging / path.name, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(staging / path.name, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, where the system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folders, and some network file systems sync none
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what processes that were killed left behind."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        with contextlib.suppress(OSError):  # another process may do the same
+            if time.time() - path.lstat().st_mtime > ABANDONED:
+                shutil.rmtree(path)

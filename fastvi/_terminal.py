@@ -1,0 +1,59 @@
+"""Write to a terminal, a pipe or a file that may be closed, full, or without the letters: that never ends the work."""
+
+import contextlib
+import os
+import sys
+from typing import TextIO
+
+SPELLED = {
+    "±": "+-", "…": "...", "·": "-", "−": "-", "–": "-", "—": "-", "×": "x", "λ": "lambda", "β": "beta",
+    "γ": "gamma", "σ": "sigma", "²": "^2", "√": "sqrt", "≤": "<=", "≥": ">=", "≈": "~", "→": "->", "\u00a0": " ",
+}  # fmt: skip
+
+
+def spell(text: str, encoding: str | None) -> str:
+    """Return the text as an encoding can write it: `±` becomes `+-` in ASCII, what has no spelling `?`."""
+    encoding = encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        plain = "".join(SPELLED.get(letter, letter) for letter in text)
+        return plain.encode(encoding, "replace").decode(encoding)
+    except LookupError:  # an encoding that Python does not know
+        return spell(text, "ascii")
+    return text
+
+
+def write_text(stream: TextIO | None, text: str) -> str | None:
+    """Write and flush; return why it could not be done, None where it was."""
+    if stream is None:  # the process was started with the descriptor closed
+        return "it is closed"
+    try:
+        stream.write(spell(text, getattr(stream, "encoding", None)))
+        stream.flush()
+    except (OSError, ValueError) as error:  # a broken pipe or a full disk; a closed stream is a ValueError
+        return str(error) or type(error).__name__
+    return None
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Say whether a stream is shown to a person as it is written."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def warn(line: str) -> None:
+    """Tell something on stderr if that is possible."""
+    write_text(sys.stderr, f"{line}\n")
+
+
+def settle_streams() -> None:
+    """Flush stdout and stderr, and lead what one cannot take nowhere, else Python fails when the process ends."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and write_text(stream, "") is not None:
+            with contextlib.suppress(OSError, ValueError):  # streams without a descriptor, or closed ones
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)

@@ -1,0 +1,128 @@
+"""Is w* a minimum, and does anything bound the posterior? The direction of least curvature, followed on all data."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._typing import Batch
+from fastvi.geometry.start import Start
+from fastvi.posterior import LocalPosterior
+
+CURVATURE_ROUNDING = 1e-5  # of the largest curvature: smaller ones are zero as far as single precision can tell
+HELD = 0.1  # of the localization: a loss that curves down by less than this hardly moves llc
+NEAR = (1.0, 0.3)  # distances along a direction that curves down, where the localizer or curvature is worth a nat
+FAR = (10.0, 100.0)  # distances along a level one, in sizes of w*, or 1 if that is smaller
+ROUNDING_UNITS = 8  # units in the last place that a difference of mean losses may be off
+LEAST_CHANGE = 0.05  # nats that count as a rise or a fall
+
+
+class Bottom(NamedTuple):
+    """What the direction of least curvature at w* says.
+
+    Attributes:
+        curvature: Of n beta L_n along it, for a unit of displacement; on the examples of the start.
+        fall: Nats by which n beta L_n falls along it on all data, both ways averaged; 0 where it does not.
+        level: Directions that neither the loss (to second order) nor the localizer narrows.
+        is_flat: Whether the loss stays as it is along the one that was followed.
+        losses: Mean losses on all data that this took.
+    """
+
+    curvature: float = math.nan
+    fall: float = 0.0
+    level: int = 0
+    is_flat: bool = False
+    losses: int = 0
+
+
+def look_down(
+    excess_along: Callable[..., Any],
+    posterior: LocalPosterior,
+    start: Start,
+    reference_loss: float,
+    pieces: Callable[[], Iterable[tuple[Batch, int]]],
+) -> Bottom:
+    """Follow the direction of least curvature where that is negative, or zero without a localizer.
+
+    What a part of the data says of small curvatures is noise; the loss along the line is that of all data.
+
+    Args:
+        excess_along: `(center, points, batch) -> loss at the points above that at the center`.
+        posterior: The target.
+        start: What is known of the curvature.
+        reference_loss: L_n(w*).
+        pieces: Yields all data in pieces, each with its number of examples.
+
+    Cost:
+        None as a rule; 8 losses on all data where the direction is followed.
+    """
+    line = _line(posterior, start)
+    if line is None:
+        return Bottom()
+    if not (line.goes_down or line.is_level):
+        return Bottom(line.curvature)
+    distances = line.reach * np.asarray(NEAR if line.goes_down else FAR)
+    points = np.concatenate([distances, -distances])[:, None] * line.unit
+    change = float(posterior.nbeta) * _mean_excess(excess_along, posterior.center, points, pieces())
+    least = LEAST_CHANGE + rounding_nats(posterior, reference_loss)
+    fall = -float(np.min(0.5 * (change[: len(distances)] + change[len(distances) :])))
+    return Bottom(
+        curvature=line.curvature,
+        fall=fall if line.goes_down and fall > least else 0.0,
+        level=line.num_level if line.is_level else 0,
+        is_flat=line.is_level and bool(np.all(np.abs(change) <= least)),
+        losses=2 * len(change),
+    )
+
+
+def rounding_nats(posterior: LocalPosterior, reference_loss: float) -> float:
+    """Return how many nats of n beta L_n its dtype may round away in a difference of losses near w*."""
+    unit = float(np.finfo(posterior.center.dtype).eps) * abs(float(reference_loss))
+    return ROUNDING_UNITS * float(posterior.nbeta) * unit
+
+
+class _Line(NamedTuple):
+    """The direction of least curvature; `reach` is how far to go along it."""
+
+    unit: np.ndarray
+    curvature: float
+    goes_down: bool
+    is_level: bool
+    num_level: int
+    reach: float
+
+
+def _line(posterior: LocalPosterior, start: Start) -> _Line | None:
+    """Read the direction off the start, if the start is of this w*."""
+    wanted = (start.spectrum, start.num_values, start.lowest, start.lowest_direction, posterior.gamma, posterior.center)
+    spectrum, size, lowest, along, gamma, center = (np.asarray(leaf, float) for leaf in jax.device_get(wanted))
+    length2, values = float(np.sum(along**2)), spectrum[: int(size)]
+    if not (np.isfinite(lowest) and length2 > 0):
+        return None
+    localizer, dim = float(gamma) * length2, center.size
+    own = float(lowest) - localizer  # of the loss alone, in whitened coordinates
+    rounding = CURVATURE_ROUNDING * max(float(np.max(np.abs(values), initial=0.0)), abs(float(lowest)))
+    goes_down = own < -rounding - HELD * localizer
+    size_of_center = max(1.0, float(np.sqrt(np.mean(center**2))))
+    return _Line(
+        unit=along / math.sqrt(length2),
+        curvature=own / length2,
+        goes_down=goes_down,
+        is_level=gamma == 0 and abs(own) <= rounding,
+        num_level=int(dim - np.sum(values > rounding)),
+        reach=math.sqrt(2 * length2 / -own) if goes_down else size_of_center,
+    )
+
+
+def _mean_excess(excess_along, center, points: np.ndarray, pieces: Iterable[tuple[Batch, int]]) -> np.ndarray:
+    """Average over the pieces."""
+    total, count = np.zeros(len(points)), 0
+    for batch, size in pieces:
+        total += size * np.asarray(
+            jax.device_get(excess_along(center, jnp.asarray(points, center.dtype), batch)), float
+        )
+        count += size
+    return total / count

@@ -1,0 +1,1 @@
+"""What is sampled: the loss that a person wrote, and what it must obey."""

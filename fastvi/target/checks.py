@@ -1,0 +1,324 @@
+"""A look at the loss before anything is compiled for long: is it what the posterior's formula takes it for?
+
+Two small programs, the loss with its gradient on a few rows and the loss on half of them, at w* and at points near it.
+What they show is refused with what was seen, or kept as numbers that the findings of the estimate are read from.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._errors import DataError
+from fastvi._typing import Array, Batch, Float
+
+MOST_EXAMPLES = 4096  # sample gradients that the look may take at the most
+MOST_FGE = 2.0
+BUDGET_SHARE = 0.05  # of the sample gradients that the estimate may take
+HALF_ROWS = 32  # examples of each of the two batches: twice as many double the cost, see more of rare rows
+RANKED_ROWS = 4096  # examples among which the unlike ones are chosen
+LOSS_COST = 1 / 3  # of a gradient
+ROUNDING_UNITS = 256  # units in the last place by which sums in another order may differ
+MISMATCH = 0.2  # of a change of the loss by which its gradient may disagree, beyond what the rule's own error says
+SHARE_OF_WEIGHTS = 0.3  # of the root mean square of w*: a displacement beyond leaves the model's neighbourhood
+SHRINKS, SHRINK = 3, 0.1  # how often, by how much the displacement is made smaller where the loss overflows
+DISPLACEMENT_SEED = 0
+
+
+class LossLook(NamedTuple):
+    """What a look found that is not refused at once.
+
+    Attributes:
+        sample_gradients: Work: gradients of single examples, a loss counted as a third.
+        weight_rounding: Nats that rounding w to its dtype adds to nbeta L_n, on average.
+        loss_rounding: Nats of nbeta L_n that one unit in the last place of the loss stands for.
+    """
+
+    sample_gradients: float = 0.0
+    weight_rounding: float = 0.0
+    loss_rounding: float = 0.0
+
+
+class LossPrograms(NamedTuple):
+    """Compiled: `(w, rows) -> (loss, gradient)` and `(w, rows) -> loss`."""
+
+    value_and_grad: Callable[[Array, Batch], tuple[Array, Array]]
+    loss: Callable[[Array, Batch], Array]
+
+
+@dataclasses.dataclass
+class _Meter:
+    """Evaluates the loss and counts the work; `allowed` bounds it."""
+
+    programs: LossPrograms
+    allowed: float
+    spent: float = 0.0
+    loss_eps: float = 0.0
+
+    def affords(self, batch: Batch, calls: float = 1.0) -> bool:
+        return self.spent + calls * _length(batch) <= self.allowed
+
+    def value_and_grad(self, w: Array, batch: Batch) -> tuple[float, np.ndarray]:
+        self.spent += _length(batch)
+        loss, gradient = jax.device_get(self.programs.value_and_grad(w, batch))
+        self.loss_eps = float(jnp.finfo(loss.dtype).eps)
+        return float(loss), np.asarray(gradient, np.float64)
+
+    def loss(self, w: Array, batch: Batch) -> float:
+        self.spent += LOSS_COST * _length(batch)
+        return float(jax.device_get(self.programs.loss(w, batch)))
+
+
+class _Rows(NamedTuple):
+    """Two batches of unlike examples, both together, and both in reverse order."""
+
+    first: Batch
+    second: Batch
+    union: Batch
+    reverse: Batch
+
+
+def look_at_loss(
+    programs: LossPrograms,
+    center: Float[Array, " dim"],
+    data: Batch,
+    *,
+    nbeta: float,
+    localization: float,
+    resolution: float,
+    weight_eps: float | Float[np.ndarray, " dim"],
+    budget_fge: float = float("inf"),
+    name: str = "loss_fn",
+) -> LossLook:
+    """Evaluate the loss at w* and near it, and hold it to what an estimate takes for granted.
+
+    It must be finite at w* with its gradient, a mean over examples, deterministic, and change as its gradient says.
+
+    Args:
+        programs: The loss, compiled.
+        center: w*.
+        data: All data, or of a stream the first window.
+        nbeta: n times the inverse temperature.
+        localization: Strength of the localizer.
+        resolution: Relative spacing of the coarsest dtype that the loss computes in.
+        weight_eps: Relative spacing of the dtype that each parameter has in the model.
+        budget_fge: Full gradients that the estimate may take.
+        name: Of the function, for errors.
+
+    Raises:
+        DataError: If the loss is none that an estimate could be right for.
+
+    Cost:
+        At most 2 full gradients, 4,096 sample gradients and 5 % of the budget.
+    """
+    size = _length(data)
+    allowed = min(MOST_FGE * size, MOST_EXAMPLES, BUDGET_SHARE * budget_fge * size)
+    half = int(min(HALF_ROWS, size // 2, allowed // _FULL_COST)) or 1
+    rows = _choose_rows(data, half) if size > 1 else _Rows(data, data, data, data)
+    meter = _Meter(programs, allowed)
+    tolerance = ROUNDING_UNITS * resolution
+    at_center = meter.value_and_grad(center, rows.union)
+    _check_finite(at_center, name)
+    resolved = LossLook(loss_rounding=nbeta * float(_last_place(at_center[0], meter.loss_eps)))
+    if not meter.affords(rows.union, 2.0) or size < 2:
+        return resolved._replace(sample_gradients=meter.spent)
+    step = displacement(center, nbeta, localization)
+    displaced, step = _find_finite(meter, center, step, rows.union)
+    if displaced is not None:
+        moved = center + step
+        scale = max(abs(at_center[0]), abs(displaced[0]))
+        _check_mean(meter, moved, displaced[0], rows, tolerance, name)
+        _check_mean(meter, center, at_center[0], rows, tolerance, name)
+        if meter.affords(rows.union):
+            _check_deterministic(meter, moved, rows.union, displaced[0], tolerance * scale, name)
+        _check_order(meter, moved, rows.reverse, displaced[0], tolerance * scale, name)
+        _check_gradient(meter, center, step, rows.union, at_center, displaced, tolerance, name)
+    rounding = _weight_rounding(meter, center, step, rows.union, nbeta, weight_eps)
+    return resolved._replace(sample_gradients=meter.spent, weight_rounding=rounding)
+
+
+# w*, three times displaced, half way and two more, of two halves; four halves' losses
+_FULL_COST = 7 * 2 + 4 * LOSS_COST
+
+
+def _length(batch: Batch) -> int:
+    return jax.tree_util.tree_leaves(batch)[0].shape[0]
+
+
+def _last_place(values: Any, eps: Any) -> np.ndarray:
+    """Return the distance to the next number of a dtype whose relative spacing is `eps`; 0 at 0."""
+    size = np.abs(np.asarray(values, np.float64))
+    return np.where(size > 0, eps * np.exp2(np.floor(np.log2(np.where(size > 0, size, 1.0)))), 0.0)
+
+
+def _choose_rows(data: Batch, half: int) -> _Rows:
+    """Choose two batches as unlike as a cheap ranking finds: padding, masks and sorted data then show."""
+    size = _length(data)
+    rng = np.random.default_rng(DISPLACEMENT_SEED)
+    candidates = np.arange(size) if size <= RANKED_ROWS else np.sort(rng.choice(size, RANKED_ROWS, replace=False))
+    sample = _take(data, candidates)
+    ranks = [np.argsort(_row_sums(leaf), kind="stable") for leaf in jax.tree_util.tree_leaves(sample)]
+    low: list[int] = []
+    high: list[int] = []
+    for place in range(candidates.size):
+        for order in ranks:
+            for chosen, other, at in ((low, high, place), (high, low, -1 - place)):
+                row = int(order[at])
+                if len(chosen) < half and row not in chosen and row not in other:
+                    chosen.append(row)
+        if len(low) == len(high) == half:
+            break
+    first, second = _take(data, candidates[low]), _take(data, candidates[high])
+    both = candidates[[*low, *high]]
+    return _Rows(first, second, _take(data, both), _take(data, both[::-1]))
+
+
+def _row_sums(leaf: Array) -> np.ndarray:
+    numbers = jnp.asarray(leaf, jnp.float32).reshape(leaf.shape[0], -1)
+    return np.asarray(jax.device_get(jnp.sum(numbers, axis=1)))
+
+
+def _take(data: Batch, rows: np.ndarray) -> Batch:
+    index = jnp.asarray(rows)
+    return jax.tree_util.tree_map(lambda leaf: jnp.take(leaf, index, axis=0), data)
+
+
+def displacement(center: Float[Array, " dim"], nbeta: float, localization: float) -> Float[Array, " dim"]:
+    """Return a random step of the size of the posterior where the curvature of the loss is of order one."""
+    width = 1 / np.sqrt(nbeta + localization)
+    values = np.asarray(jax.device_get(center), np.float64)
+    typical = np.sqrt(np.mean(values**2))
+    if typical > 0:
+        width = min(width, SHARE_OF_WEIGHTS * typical)
+    noise = np.random.default_rng(DISPLACEMENT_SEED).standard_normal(values.size)
+    return jnp.asarray(width * noise, center.dtype)
+
+
+def _find_finite(meter: _Meter, center: Array, step: Array, batch: Batch) -> tuple[Any, Array]:
+    """Evaluate at the displaced point, at a nearer one where the loss overflows; None where all of them do."""
+    for _ in range(SHRINKS):
+        found = meter.value_and_grad(center + step, batch)
+        if _is_finite(found):
+            return found, step
+        if not meter.affords(batch):
+            break
+        step = step * SHRINK
+    return None, step
+
+
+def _is_finite(found: tuple[float, np.ndarray]) -> bool:
+    return bool(np.isfinite(found[0]) and np.all(np.isfinite(found[1])))
+
+
+def _check_finite(found: tuple[float, np.ndarray], name: str) -> None:
+    value, gradient = found
+    if not np.isfinite(value):
+        raise DataError(
+            f"{name} is {value} at w* itself. The estimate needs a finite loss there: look for log(0), 0/0 or an "
+            "overflow on these data, and check that params are the trained ones."
+        )
+    bad = int(np.sum(~np.isfinite(gradient)))
+    if bad:
+        raise DataError(
+            f"the gradient of {name} at w* is not finite in {bad} of {gradient.size} parameters, though the loss is "
+            f"{value:.4g}. Look for sqrt, norm or log at 0, or a where() whose unused branch is not finite."
+        )
+
+
+def _check_deterministic(meter: _Meter, w: Array, batch: Batch, before: float, tolerance: float, name: str) -> None:
+    again = meter.value_and_grad(w, batch)[0]
+    if not abs(again - before) <= tolerance:
+        raise DataError(
+            f"{name} is not deterministic: the same parameters and batch gave {before:.7g}, then {again:.7g}. Switch "
+            "off dropout and noise (evaluation mode), or fix their random key."
+        )
+
+
+def _check_mean(meter: _Meter, w: Array, together: float, rows: _Rows, tolerance: float, name: str) -> None:
+    """Compare a batch with its two halves: a mean over examples is the mean of both."""
+    if not meter.affords(rows.union, LOSS_COST):
+        return
+    first, second = meter.loss(w, rows.first), meter.loss(w, rows.second)
+    scale = max(abs(first), abs(second), abs(together))
+    mean = 0.5 * (first + second)
+    if not np.isfinite(mean) or abs(together - mean) <= tolerance * scale:
+        return
+    _check_deterministic(meter, w, rows.union, together, tolerance * scale, name)  # noise fails here too
+    half = _length(rows.first)
+    seen = (
+        f"{name} is not a mean over the examples of the batch: {half} examples gave {first:.6g}, {half} others "
+        f"{second:.6g}, all {2 * half} together {together:.6g} and not {mean:.6g}."
+    )
+    if abs(together - (first + second)) <= tolerance * scale:
+        raise DataError(f"{seen} It is their sum. Divide by the number of examples, or return one loss for each.")
+    raise DataError(
+        f"{seen} Examples must not weigh each other: for masks, padding and class weights return (losses, weights), "
+        "batch axis first; use batch statistics and dropout in evaluation mode; a contrastive loss needs its negatives "
+        "inside each example."
+    )
+
+
+def _check_order(meter: _Meter, w: Array, reverse: Batch, before: float, tolerance: float, name: str) -> None:
+    if not meter.affords(reverse):
+        return
+    turned = meter.value_and_grad(w, reverse)[0]
+    if np.isfinite(turned) and abs(turned - before) > tolerance:
+        raise DataError(
+            f"{name} depends on the order of the examples: a batch gave {before:.7g}, in reverse order {turned:.7g}. "
+            "It must be a mean over examples: is noise or a weight drawn by the position in the batch?"
+        )
+
+
+def _check_gradient(
+    meter: _Meter,
+    center: Array,
+    step: Array,
+    batch: Batch,
+    at_center: tuple[float, np.ndarray],
+    displaced: tuple[float, np.ndarray],
+    tolerance: float,
+    name: str,
+) -> None:
+    """Compare the change of the loss with the integral of its gradient along the way (Simpson's rule)."""
+    if not meter.affords(batch):
+        return
+    middle = meter.value_and_grad(center + 0.5 * step, batch)
+    if not _is_finite(middle):
+        return
+    ends_and_middle = at_center, middle, displaced
+    # the step as it is after rounding, which large weights take much of
+    way = np.asarray(jax.device_get(center + step), np.float64) - np.asarray(jax.device_get(center), np.float64)
+    slopes = [float(gradient @ way) for _, gradient in ends_and_middle]
+    change = displaced[0] - at_center[0]
+    simpson = (slopes[0] + 4 * slopes[1] + slopes[2]) / 6
+    trapezoid = (slopes[0] + slopes[2]) / 2
+    noise = tolerance * max(abs(value) for value, _ in ends_and_middle)
+    allowed = MISMATCH * max(abs(change), abs(simpson)) + 4 * abs(simpson - trapezoid) + noise
+    if abs(simpson - change) > allowed:
+        raise DataError(
+            f"the gradient of {name} disagrees with the loss: from w* to a point near it the loss changes by "
+            f"{change:.4g}, and its gradient says {simpson:.4g}. Check the gradient that is given (its sign, "
+            "its scale, a mean over the same examples), custom derivatives, stop_gradient and rounding inside the loss."
+        )
+
+
+def _weight_rounding(meter: _Meter, center: Array, step: Array, batch: Batch, nbeta: float, eps: Any) -> float:
+    """Return nbeta/2 E[r' H r] for the rounding errors r of w, uniform over a unit in the last place.
+
+    `r' H r` is read off gradients at `w* +- c r`, with c such that the points lie as far as the displaced one.
+    """
+    if not meter.affords(batch, 2.0):
+        return 0.0
+    units = _last_place(jax.device_get(center), eps)
+    direction = units * np.random.default_rng(DISPLACEMENT_SEED + 1).choice([-1.0, 1.0], units.size)
+    length = float(np.linalg.norm(direction))
+    if length == 0:
+        return 0.0
+    factor = max(1.0, float(np.linalg.norm(np.asarray(jax.device_get(step), np.float64))) / length)
+    ahead, behind = (center + jnp.asarray(s * factor * direction, center.dtype) for s in (1.0, -1.0))
+    (_, up), (_, down) = (meter.value_and_grad(point, batch) for point in (ahead, behind))
+    curvature = float((up - down) @ direction) / (2 * factor)
+    return nbeta / 2 * max(curvature, 0.0) / 12 if np.isfinite(curvature) else 0.0

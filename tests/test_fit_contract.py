@@ -130,6 +130,19 @@ def test_value(result):
     assert float(result["lambda_hat"]) == pytest.approx(LLC, rel=0.02)
 
 
+def test_minibatches_agree_with_the_full_batch(result):
+    """Batches of 50 and of all 200 examples: one E_q[L_n], and an unbiased log density along the way."""
+    full = run(vi_cfg=config(batch_size=COUNT))
+    assert full["traces"]["cumulative_fge"][-1] == STEPS
+    excess = [float(out["extras"]["Eq_Ln"] - out["extras"]["Ln_wstar"]) for out in (result, full)]
+    error = sum(float(out["extras"]["llc_sem"]) for out in (result, full)) / (COUNT * BETA)
+    assert excess[0] == pytest.approx(excess[1], abs=4 * error + 0.02 * excess[1])
+    late = [np.asarray(out["traces"]["elbo_like"], float)[-40:] for out in (result, full)]
+    error = math.hypot(*(values.std() / math.sqrt(values.size) for values in late))
+    assert abs(late[0].mean() - late[1].mean()) < 4 * error
+    assert error < 0.5  # a batch of 50 that counted for n / 50 batches would move the mean by three times the llc
+
+
 def test_same_key_same_bits(result):
     again, other = run(), run(jax.random.key(1))
     for name, trace in result["traces"].items():

@@ -53,7 +53,7 @@ def result(live_folder):
         "correction": "none",
     }
     options |= {"num_chains": 2, "eval_every": 40, "tensorboard": True}
-    with LiveEvents(live_folder) as live:
+    with LiveEvents(live_folder, every=20) as live:
         found = estimate_llc(crossing, jnp.zeros(19), DATA, nbeta=100.0, progress=live, **options)
     return dataclasses.replace(found, config=found.config.replace(tensorboard=False))
 
@@ -232,8 +232,8 @@ def test_events_of_a_flow_fit(tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_live_events_are_those_of_the_traces(result, live_folder):
     live = read_events(live_folder).Scalars("vi/elbo")
-    assert [event.step for event in live] == [49, 99, 149, 199]
-    expected = result.traces["elbo"].reshape(2, 4, 50).mean(axis=(0, 2))
+    assert [event.step for event in live] == list(range(19, 200, 20))
+    expected = result.traces["elbo"].reshape(2, 10, 20).mean(axis=(0, 2))
     np.testing.assert_allclose([event.value for event in live], expected, rtol=1e-5)
 
 
@@ -379,6 +379,7 @@ GOOD = Evidence(
     radius2=np.full((2, 400), 6.0),
     localization=1.0,
     dim=10,
+    excess=np.linspace(1.0, 3.0, 64),
     num_components=4,
     dominant_weight=0.4,
     longest_factor=0.5,

@@ -47,7 +47,7 @@ def short_fits(monkeypatch):
     def short(cls, source=None, /, **overrides):
         config = create(cls, source, **overrides)
         correction = config.correction or "none"
-        return dataclasses.replace(config, steps=min(config.steps, 20), eval_samples=4, correction=correction)
+        return dataclasses.replace(config, steps=min(config.filled.steps, 20), eval_samples=4, correction=correction)
 
     monkeypatch.setattr(VIConfig, "create", classmethod(short))
 

@@ -9,16 +9,17 @@ import jax
 
 from fastvi._arguments import DEFAULT_BATCH_SIZE, as_key, check_dtype, settle_localization
 from fastvi._claim import claimed
+from fastvi._data import check_data, is_stream
 from fastvi._terminal import warn
 from fastvi.api import estimate_llc
 from fastvi.cli.target import Problem, Resolved, load, parse_settings, resolve
 from fastvi.config import VIConfig
 from fastvi.demos.base import Say
 from fastvi.identity import differing, digest_tree, observe_loss
-from fastvi.objective import check_data, ravel_loss
+from fastvi.objective import ravel_loss
 from fastvi.result import LLCEstimate
 from fastvi.runs import Origin, check_packages, keep_and_tell
-from fastvi.streaming import HostStream, is_stream
+from fastvi.streaming import HostStream
 from fastvi.target.look import weigh_other_data
 
 

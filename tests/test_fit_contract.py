@@ -274,6 +274,17 @@ def test_float64():
         assert float(out["lambda_hat"]) == pytest.approx(LLC, rel=0.02)
 
 
+def test_a_loss_that_knows_float64_alone_is_fitted_in_float32():
+    """With x64 on, an array that the loss closes over is float64, and so is what the loss returns."""
+    with enable_x64(True):
+        one = jnp.asarray(1.0)
+        assert one.dtype == jnp.float64
+        objective = make_flat_objective(lambda w, batch: one * loss(w, batch))
+        out = run(objective=objective, loss_full_flat=None, vi_cfg=config(steps=5))
+        assert out["traces"]["elbo"].dtype == jnp.float32
+        assert float(out["lambda_hat"]) == pytest.approx(LLC, rel=0.05)
+
+
 def test_a_mean_for_each_component_and_ranks():
     out = run(vi_cfg=config(means="component", M=3, r_per_component=[2, 1, 0]))
     assert float(out["lambda_hat"]) == pytest.approx(LLC, rel=0.03)

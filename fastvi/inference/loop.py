@@ -73,7 +73,8 @@ def evaluate_target(
 
     def one(displacement):
         loss, grad = value_and_grad(objective, posterior.center + displacement, batch)
-        return posterior.log_density(displacement, loss), posterior.log_density_grad(displacement, grad)
+        value, slope = posterior.log_density(displacement, loss), posterior.log_density_grad(displacement, grad)
+        return value.astype(displacement.dtype), slope.astype(displacement.dtype)  # the loss may know float64 alone
 
     if draws.displacement.shape[0] == 1:
         value, grad = one(draws.displacement[0])

@@ -121,7 +121,7 @@ class FittedQ(eqx.Module):
         """
         self._check_one()
         flat = self._flattened(w)
-        displacement = flat.reshape(math.prod(flat.shape[:-1]), self.center.size) - self.center
+        displacement = flat.reshape(math.prod(flat.shape[:-1]), self.center.size) - self.center[None]
         return _log_prob(self.family, self.params, displacement).reshape(flat.shape[:-1])
 
     def _check_one(self) -> None:
@@ -189,12 +189,12 @@ def _draw(
 
     displacements, own = jax.lax.map(one, params)
     if chains == 1:
-        return center + displacements[0], own[0]
+        return center[None] + displacements[0], own[0]
     label = jax.random.randint(key_label, (num,), 0, chains)
     displacement = displacements[label, jnp.arange(num)]
     each = _each_log_prob(family, params, displacement)
-    each = jnp.where(jnp.arange(chains)[:, None] == label, own, each)  # a draw knows its own density best
-    return center + displacement, _mixed(each)
+    each = jnp.where(jnp.arange(chains)[:, None] == label[None], own, each)  # a draw knows its own density best
+    return center[None] + displacement, _mixed(each)
 
 
 @jax.jit

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import enable_x64, quick_jit
-from density_draws import assert_close, draws
 from jax.experimental import pallas as pl
 
 from fastvi._errors import ConfigError
 from fastvi.kernels import OPS, woodbury
 from fastvi.kernels.woodbury import cases, reference, xla
+from tests.support.density_draws import assert_close, draws
 
 if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
     pytest.skip("needs a jax whose Pallas has a Triton backend", allow_module_level=True)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
-from test_mfa import MEANS, dense, make
 
 import fastvi
 from fastvi.diagnostics.importance import fit_pareto, pareto_smooth
 from fastvi.estimators.analysis import analyse, burn_in, drift, split_rhat, standard_error
 from fastvi.estimators.walk import parameter_blocks, resample, virial_columns, walk_programs
 from fastvi.families.base import LinearMap
+from tests.support.mixtures import MEANS, dense, make
 
 COUNT = 1000
 NBETA = COUNT / math.log(COUNT)

@@ -169,8 +169,8 @@ def _walk_unsettled(result: Any) -> Finding | None:
         return Finding(
             "warning",
             "walk_unsettled",
-            f"correction_budget = {result.config.correction_budget:.4g} full gradients pays for no walk: llc is that of "
-            "reweighted draws of q.",
+            f"correction_budget = {result.config.correction_budget:.4g} full gradients pays for no walk: llc is that "
+            "of reweighted draws of q.",
             f"The shortest walk takes {details['least_budget']:.0f}.",
             f"Raise correction_budget to {math.ceil(details['least_budget'])} or more.",
         )

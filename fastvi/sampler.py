@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastvi._arguments import (
     as_key,
@@ -160,7 +161,7 @@ def run_vi(
         traces={
             **run.traces,
             **repeated,
-            "Ln": jnp.full(shape, jnp.nan, dtype),
+            "Ln": jax.device_put(np.full(shape, np.nan, dtype)),  # made on the host: no NaN that jax_debug_nans looks for
             "acceptance_rate": jnp.ones(shape, dtype),
             "energy": run.traces["elbo"],
             "is_divergent": ~jnp.isfinite(run.traces["elbo"]),

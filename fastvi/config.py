@@ -181,7 +181,8 @@ class VIConfig(_CheckedFields):
         lr_schedule: Decay of the learning rate, after the warm-up, from the peak to `lr_end_fraction` of it; None
             is read as "none".
         lr_warmup_frac: Fraction of the steps spent warming up; at most 100 steps with `early_stop`.
-        lr_end_fraction: Last learning rate relative to the peak, of either schedule; None means 0.01.
+        lr_end_fraction: Last learning rate relative to the peak, of either schedule; None means 0.01, see "The end
+            of the schedule" in docs/configuration.md.
         clip_global_norm: Longest gradient, as a multiple of the running root mean square of earlier norms, not a
             norm: 5 is five times the usual one, and the multiple grows with the square root of the steps after 100.
             None for no clipping.
@@ -215,8 +216,9 @@ class VIConfig(_CheckedFields):
         use_whitening: False turns `whitening_mode` off.
         dtype: Floating-point type of the fit; "float64" needs `jax_enable_x64`.
         tensorboard: Whether `LLCEstimate.save` and the command line write events for TensorBoard to
-            `diagnostics/tb` in the run folder. `fit` and `run_vi`, which write to no folder, refuse True:
-            `write_events` takes what `run_vi` returns.
+            `diagnostics/tb` in the run folder; `estimate_llc` then keeps the shape of q after every `eval_every`
+            steps for them. `fit` and `run_vi`, which write to no folder, refuse True: `write_events` takes what
+            `run_vi` returns.
         gamma: Localization strength, where the entry point is not given one; given twice the two must be equal.
         backend: Library of the flow; None means "native".
         d_latent: Dimensions that the flow acts on, at most d; "auto" or None means all of up to 64, else 8.

@@ -26,7 +26,7 @@ def stage_rows():
     loss, center, data = tanh_network(SIZE, NUM_DATA)
     posterior = LocalPosterior(center, jnp.float32(NUM_DATA / math.log(NUM_DATA)), jnp.float32(1.0))
     problem = Problem(posterior, data, NUM_DATA, BATCH)
-    config = settle(VIConfig(), center.size)
+    config = settle(VIConfig(), center.size, 1.0)
     objective = make_flat_objective(loss)
     programs = programs_for(objective, problem, config).compiled
     key, keys = jax.random.key(0), jax.random.split(jax.random.key(1), CHAINS)

@@ -22,6 +22,7 @@ from fastvi.posterior import LocalPosterior
 DEFAULT_BATCH_SIZE = 256
 FLOW_STEP_DRAWS, FLOW_EVALUATION_DRAWS = (8, 128), (64, 512)  # a flow on some, on all dimensions; at least
 FAMILY_COLUMNS = 3  # control variates of each family's own, `AbstractFamily.control_variates`
+MOST_STEP_GRADIENTS = 24  # full gradients of a step of one chain that draws beyond two may take
 MAX_STEP_FACTOR, MAX_EVALUATION_FACTOR = 128, 32  # in few dimensions
 
 
@@ -104,13 +105,16 @@ def make_problem(
     return Problem(posterior, cast, num_data, config.batch_size or min(DEFAULT_BATCH_SIZE, num_data))
 
 
-def settle(config: VIConfig, dim: int) -> VIConfig:
+def settle(config: VIConfig, dim: int, share: float) -> VIConfig:
     """Fill in the draws of a step and of the evaluation as `estimate_llc` takes them: more in few dimensions.
 
     The gradient of a flow that bends has noise even where it fits as well as it can, unlike that of a Gaussian.
+    A minibatch of this share of the data bounds the draws, but for one or two dimensions, whose tails take them.
     """
     step, evaluation = config.samples_per_step, config.eval_samples
     draws = 2 * few_dimensions_factor(dim, MAX_STEP_FACTOR)
+    if dim > 2:
+        draws = max(2, min(draws, 2 * int(MOST_STEP_GRADIENTS / share / 2)))
     more = config.evaluation_draws * few_dimensions_factor(dim, MAX_EVALUATION_FACTOR)
     if config.family == "flow":
         whole = config.latent_dim(dim) == dim

@@ -34,7 +34,7 @@ from fastvi.geometry.start import newton_decrement, rank_limit
 from fastvi.inference.driver import Fit, Options, Progress, Snapshot, run_fit
 from fastvi.inference.loop import Problem
 from fastvi.inference.programs import Outcome, programs_for
-from fastvi.inference.schedule import elbo_trend
+from fastvi.inference.schedule import elbo_trend, few_dimensions_factor
 from fastvi.objective import TreeObjective, ravel_loss
 from fastvi.progress import reporting
 from fastvi.restriction import restrict
@@ -46,6 +46,7 @@ from fastvi.target.look import look_at_target
 
 SNAPSHOT_SCALES = 256  # entries of D^{1/2} in a snapshot
 DEFAULT_CHAINS, DEFAULT_LOCALIZATION = 4, 1.0  # chains of a fit that nothing corrects
+WHOLE_DATA = 2 * DEFAULT_BATCH_SIZE  # examples that a fit in few dimensions takes whole at each step
 PREPARATION = {"steps": 200, "batch_size": 64, "samples_per_step": 1, "eval_samples": 32, "curvature_examples": 512}
 
 
@@ -231,6 +232,8 @@ def _plan(config: VIConfig, problem: Problem, num_chains: int | None) -> tuple[V
     """
     dim, changes = problem.posterior.center.size, {"batch_size": problem.batch_size}
     prepares = config.correction not in ("none", "importance") and not config.early_stop
+    if few_dimensions_factor(dim, 2) > 1 and problem.holds_all and problem.num_data <= WHOLE_DATA:
+        changes["batch_size"] = problem.num_data  # the noise of minibatches would cost more draws than they save
     if prepares:
         batch = min(PREPARATION["batch_size"], problem.num_data)
         changes = {**PREPARATION, "batch_size": batch, "samples_per_step": config.step_draws}
@@ -241,7 +244,8 @@ def _plan(config: VIConfig, problem: Problem, num_chains: int | None) -> tuple[V
         "r": min(config.filled.r, dim),
     }
     plan = config.replace(**{name: value for name, value in changes.items() if getattr(config, name) is None})
-    plan = settle_evaluation(settle(plan, dim), dim).recorded
+    share = (plan.batch_size or problem.num_data) / problem.num_data
+    plan = settle_evaluation(settle(plan, dim, min(share, 1.0)), dim).recorded
     return plan, num_chains or (1 if prepares else DEFAULT_CHAINS)
 
 

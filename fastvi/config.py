@@ -121,6 +121,11 @@ class FlowConfig(_CheckedFields):
     """Configure the normalizing flow of the "flow" family.
 
     Attributes:
+        template: Architecture of the flow; None means "realnvp".
+        depth: Number of transforms; None means 4.
+        hidden: Widths of the conditioner's hidden layers; None means (64, 64).
+        bins: Number of bins of a spline, refused without splines; None means 8.
+        init_scale: Scale of the initial weights; small values start near the identity. None means 0.01.
     """
 
     _prefix = "flow."
@@ -145,58 +150,88 @@ class VIConfig(_CheckedFields):
     An unknown name, an impossible value, or values at odds with each other raise ConfigError.
 
     Attributes:
-        family: Variational family; `create` also reads it from `algo`.
-        M: Number of mixture components.
-        r: Rank budget: columns of each component's covariance factor; unused beside `r_per_component`. The default
-            is cut to the dimension of a smaller problem.
+        family: Variational family; `create` also reads it from `algo`. A field that only the other family reads is
+            refused.
+        M: Number of mixture components; None means 8, or as many as `r_per_component` has ranks.
+        r: Columns of each component's covariance factor, at most d; unused beside `r_per_component`. None means 2,
+            or d where that is less.
         r_per_component: Ranks of the M components, one each, instead of `r`.
-        means: "shared" and "component" are learned, one or M of them; "center" is fixed.
-        curvature_rank: Rows of the shared precision core; "auto" takes them from the Hessian's spectrum.
-        curvature_examples: Examples that the Hessian at w* is averaged over; None means 4096, and 512 where the fit
-            only prepares a correction.
+        means: "shared" and "component" are learned, one or M of them; "center" is fixed. A flow has one. None means
+            "shared", and "center" where `lift` is "injective".
+        curvature_rank: Rows of the shared precision core; "auto" takes them from the Hessian's spectrum, at most 64
+            rows and 128 MiB; 0 for none.
+        curvature_examples: Most examples that the Hessian at w* is averaged over; None means 4096, and 512 where
+            the fit only prepares a correction.
         mixture_cap: Most components that pruning leaves; None for no bound.
-        prune_threshold: Weight below which a component is pruned every `eval_every` steps. Pruning is on where this
-            is not the default, or `mixture_cap` is set; None means by the cap alone.
+        prune_threshold: Weight below which a component is pruned, every `eval_every` steps: the lightest goes
+            first, the others share its weight, one always stays. Pruning is on where this or `mixture_cap` is
+            given; then there is a trace `effective_M`. None means 0.001 beside `mixture_cap`; 0 prunes by the cap
+            alone.
         alpha_dirichlet_prior: Concentration of a Dirichlet prior on the mixture weights, if any.
         entropy_bonus: Additional weight of the entropy of q in the objective.
-        entropy_bonus_steps: Steps after which `entropy_bonus` ends; None means never.
-        alpha_temperature: Temperature of the mixture weights' softmax.
-        alpha_temperature_frac: Fraction of the steps over which `alpha_temperature` goes to 1; 0 keeps it.
-        steps: Optimisation steps.
-        batch_size: Examples per minibatch; None means min(256, n_data).
+        entropy_bonus_steps: Steps after which `entropy_bonus` ends; None means never, and q stays too wide.
+        alpha_temperature: Temperature of the mixture weights' softmax; None means 1.
+        alpha_temperature_frac: Fraction of the steps over which `alpha_temperature` goes to 1; 0 or None keeps it.
+        steps: Optimisation steps; with `early_stop` a cap. None means 5000, and 200 in a fit that only prepares a
+            correction; what else is left open takes minibatches of 64, one draw a step and 32 evaluation draws
+            there.
+        batch_size: Examples per minibatch, at most n; None means min(256, n), and min(64, n) in a fit that only
+            prepares a correction.
         lr: Peak learning rate.
-        lr_schedule: Schedule of the learning rate; None is read as "none".
-        lr_warmup_frac: Fraction of the steps spent warming up.
-        clip_global_norm: Largest global norm of a gradient; None for no clipping.
-        samples_per_step: Draws per step; None means 1 in `fit` and 2 in `estimate_llc`.
-        antithetic: Whether to draw in pairs mirrored about the component's mean.
-        early_stop: Whether to stop at convergence; None means yes in `estimate_llc`, no in `fit`.
-        eval_every: Steps between records of the metrics.
-        eval_samples: Draws of the final estimate; None means 64, and more in fewer than 32 dimensions.
-        control_variate: Control variate of the final estimate.
-        trace_probes: Hutchinson probes per trace.
+        lr_schedule: Decay of the learning rate, after the warm-up, from the peak to `lr_end_fraction` of it; None
+            is read as "none".
+        lr_warmup_frac: Fraction of the steps spent warming up; at most 100 steps with `early_stop`.
+        lr_end_fraction: Last learning rate relative to the peak, of either schedule; None means 0.01, see "The end
+            of the schedule" in docs/configuration.md.
+        clip_global_norm: Longest gradient, as a multiple of the running root mean square of earlier norms, not a
+            norm: 5 is five times the usual one, and the multiple grows with the square root of the steps after 100.
+            None for no clipping.
+        samples_per_step: Draws per step. None means 1 in `fit`, or 2 where `antithetic` is True; in `estimate_llc`
+            without a preparing fit 2, and more in fewer than 17 dimensions: 2 floor(32/d)², at most 256. Family
+            "flow": at least 128 where the flow covers every dimension, else 8.
+        antithetic: Whether the draws of a step come in pairs mirrored about the component's mean. None means yes
+            where their number is even; True beside an odd number is refused.
+        early_stop: Whether to stop at convergence; None means yes in `estimate_llc`, but not in a fit that only
+            prepares a correction, which True makes a full one. `fit` and `run_vi` refuse True.
+        eval_every: Steps between records of the D_sqrt and A_col_norm traces, which hold their value in between;
+            between prunings, and between records for TensorBoard.
+        eval_samples: Draws of the final estimate, rounded down to an even number. None means 64, 32 in a fit that
+            only prepares a correction, and in `estimate_llc` more in fewer than 17 dimensions: times floor(32/d)²,
+            at most 32. Family "flow": at least 512 where the flow covers every dimension.
+        control_variate: Control variate of the final estimate: q's own curvature, the Hessian at w*, or none. None
+            means "auto", and "none" below 32 evaluation draws, too few to find its coefficients from: there "auto"
+            is refused, as "hvp" is below 16.
+        trace_probes: Hutchinson probes of `control_variate="hvp"`, refused without it; None means 16.
         correction: What turns the variational value of `estimate_llc` into the posterior's own: "importance"
-            reweights the evaluation's draws, "mcmc" samples from q on, "auto" chooses, "none" leaves it; None means
-            "auto" in `estimate_llc` and "none" in `fit`.
-        correction_error: Relative standard error at which sampling ends.
-        correction_budget: Most full-gradient equivalents that sampling takes; in many dimensions it may end before,
-            where steps on small blocks of data cost more than their gradients.
-        whitening_mode: Diagonal whitening measured at the center before the fit.
-        whitening_decay: Decay of the moving average of squared gradients.
+            reweights the evaluation's draws, "mcmc" samples from q on, "auto" chooses, "none" leaves it. None means
+            "auto" in `estimate_llc` and "none" in `fit` and `run_vi`, which refuse all else.
+        correction_error: Relative standard error at which sampling may end; None means 0.02. Refused where the
+            correction is "none" or "importance".
+        correction_budget: Most full-gradient equivalents that sampling takes, all walkers together; None means
+            20000. Refused where the correction is "none" or "importance".
+        whitening_mode: Diagonal whitening measured at the center before the fit; a `whitener` that `fit` is given
+            takes its place.
+        whitening_decay: Decay of the moving averages of "rmsprop" and "adam", refused without them; None means
+            0.99.
         use_whitening: False turns `whitening_mode` off.
-        dtype: Floating-point type of the fit.
-        tensorboard: Whether `LLCEstimate.save` writes events for TensorBoard beside the traces, for which
-            `estimate_llc` then keeps the shape of q after every `eval_every` steps.
-        gamma: Localization strength; when given it must equal the one passed to the fit.
-        backend: Library of the flow: "native", "flowjax", "nux" or one that `register_backend` was given.
-        d_latent: Dimensions that the flow acts on; "auto" means all of up to 64, else 8.
+        dtype: Floating-point type of the fit; "float64" needs `jax_enable_x64`.
+        tensorboard: Whether `LLCEstimate.save` and the command line write events for TensorBoard to
+            `diagnostics/tb` in the run folder; `estimate_llc` then keeps the shape of q after every `eval_every`
+            steps for them. `fit` and `run_vi`, which write to no folder, refuse True: `write_events` takes what
+            `run_vi` returns.
+        gamma: Localization strength, where the entry point is not given one; given twice the two must be equal.
+        backend: Library of the flow; None means "native".
+        d_latent: Dimensions that the flow acts on, at most d; "auto" or None means all of up to 64, else 8.
         sigma_perp: Standard deviation of the flow family's noise off the subspace where it starts, in the
-            whitener's coordinates; None takes it from the curvature.
-        learn_sigma_perp: Whether it is learned.
-        lift: What the flow sits on: "core" is the learned linear map of the Laplace approximation, with a free mean;
-            "injective" adds isotropic noise to a subspace, about the center.
-        latent_basis: Directions that the flow acts on: of the largest curvature, random, or the columns of an array.
-        flow: The flow; `create` also reads `flow_type`, `flow_depth` and `flow_hidden`.
+            whitener's coordinates; None takes it from the curvature. Refused where flow and core cover all
+            dimensions.
+        learn_sigma_perp: Whether it is learned; None means yes.
+        lift: What the flow sits on: "core" is the learned linear map of the Laplace approximation, with a free
+            mean; "injective" adds isotropic noise to a subspace through w*. None means "core".
+        latent_basis: Directions that the flow acts on: of the largest curvature, random, or the columns of an array
+            in model coordinates. None means "curvature".
+        flow: The flow, below; `create` also reads `flow_type`, `flow_depth`, `flow_hidden`, and its entries by
+            dotted names such as `flow.hidden`.
     """
 
     family: Literal["mfa", "flow"] = "mfa"

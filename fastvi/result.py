@@ -15,6 +15,7 @@ from fastvi.diagnostics.health import Finding
 from fastvi.diagnostics.importance import Importance, assess_importance
 
 SUMMARY_WIDTH = 80
+NO_FINDINGS = "none: no check was triggered, which does not prove that llc is right"
 MOST_SCALES = 4096  # entries of D^{1/2} that a result keeps
 EVENTS_FOLDER = Path("diagnostics") / "tb"
 
@@ -25,9 +26,12 @@ class LLCEstimate:
 
     Attributes:
         llc: lambda-hat = nbeta (E_q[L_n(w)] - L_n(w*)), mean over chains.
-        llc_sem: Standard error of `llc` from Monte Carlo, including the spread of the fits.
+        llc_sem: Standard error of `llc`; `coverage` says of what. Uncorrected, it is that of q's own value: Monte Carlo
+            under q and, of two or more chains, the spread of the fits, but not the distance of q from the posterior
+            (`distance` estimates it). Reweighted, that of the weighted draws. Sampled, that of the walkers, from their
+            spread and autocorrelation, with a part for finite steps and noisy gradients.
         llc_per_chain: One value for each chain, or for each share of the walkers, shape (chains,).
-        llc_sem_per_chain: Error of each chain's evaluation alone, shape (chains,).
+        llc_sem_per_chain: Error of each of these alone, of the same shape.
         elbo: Lower bound on log of the posterior's normalising constant, in nats, mean over chains.
         init_loss: L_n(w*), in nats.
         nbeta: n times the inverse temperature.
@@ -35,7 +39,8 @@ class LLCEstimate:
         n_data: Number of examples.
         dim: Number of parameters.
         converged: Whether the stopping rule was met before the cap on steps; None without the rule.
-        curvature: What is known of the spectrum at w*: rank, wanted_rank, explained, trace, spectrum.
+        curvature: What is known of the spectrum at w*: rank, wanted_rank, explained, trace, spectrum, lowest (the least
+            curvature of n beta L_n + localizer that was met, for a unit of displacement) and newton_decrement.
         evaluation: Per chain, of q alone: elbo, llc, llc_mc, variance_reduction, trace_term, log_weight_sd.
         work: Raw counts and total_fge, in full-gradient equivalents.
         timings: Seconds in compile, adaptation, sampling, evaluation, total.
@@ -50,10 +55,11 @@ class LLCEstimate:
         health: Findings, gravest first.
         config: The configuration that ran, with nothing left open that had an effect.
         llc_vi: The variational value, under q: `llc` where nothing corrects it.
-        llc_vi_sem: Its standard error.
-        correction: How `llc` was corrected: method, khat and, of a run of walkers, settled, rhat, virial_z,
-            variance_reduction, systematic, walkers, steps, burn_in, data_blocks, energy_error, step_size, returned.
-            None for a variational value.
+        llc_vi_sem: Its standard error, under q.
+        correction: How `llc` was corrected: method, khat, in_memory (of reweighted draws) and, of a run of walkers,
+            settled, unmet (criterion, value, bound of each that was not met), least_budget (FGE of the shortest exact
+            run), rhat, rhat_radius, drift_z, virial_z, variance_reduction, systematic, walkers, steps, burn_in,
+            data_blocks, energy_error, step_size, returned, narrow_dtype. None for a variational value.
         walk_llc: nbeta (L_n(w) - L_n(w*)), means over bins of four steps, shape (walkers, bins).
         fitted: What `fastvi.correct` goes on from, and `q` draws from; not saved.
     """
@@ -94,7 +100,8 @@ class LLCEstimate:
         stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[self.converged]
         khat, word, effective = self.importance
         lines = [
-            f"llc            {with_error(self.llc, self.llc_sem)}   ({self.provenance})",
+            f"llc            {self.llc_text}   ({self.provenance})",
+            f"error          {self.coverage}",
             f"{'per walkers' if is_walk else 'per chain':<15}{chains}",
             f"elbo           {self.elbo:.4f} nats",
             f"problem        d = {self.dim:,}, n = {self.n_data:,}, n beta = {self.nbeta:.4g}, "
@@ -112,7 +119,7 @@ class LLCEstimate:
             + (f", correction {self.timings['correction']:.1f} s" if self.correction else "")
             + f"; about {self.timings['compile']:.1f} s of it compiling",
         ]
-        findings = [str(finding) for finding in self.health] or ["none: nothing stands out"]
+        findings = [str(finding) for finding in self.health] or [NO_FINDINGS]
         wrap = TextWrapper(width=SUMMARY_WIDTH, initial_indent="  ", subsequent_indent="    ")
         return "\n".join([*map(_folded, lines), "findings", *map(wrap.fill, findings)])
 
@@ -126,6 +133,38 @@ class LLCEstimate:
         from fastvi.draws import fitted_q
 
         return fitted_q(self)
+
+    @property
+    def distance(self) -> float:
+        """How far q's llc may be from the posterior's, to first order in log p - log q at the draws of q."""
+        if "excess_loss" not in self.draws or not np.all(np.isfinite(self.log_weights)):
+            return float("nan")
+        excess, weights = np.asarray(self.draws["excess_loss"], float), np.asarray(self.log_weights, float)
+        apart = (excess - excess.mean(axis=1, keepdims=True)) * (weights - weights.mean(axis=1, keepdims=True))
+        return abs(float(self.nbeta * np.mean(apart)))
+
+    @property
+    def llc_text(self) -> str:
+        """`llc` with its error, and no more digits than both the error and q's distance from the posterior allow."""
+        return with_error(self.llc, self.llc_sem, 0.0 if self.correction else self.distance)
+
+    @property
+    def coverage(self) -> str:
+        """Say what `llc_sem` covers, and what it does not."""
+        fits = self.log_weights.shape[0]
+        spread = f" and the spread of {fits} fits" if fits > 1 else ""
+        if self.correction is None:
+            other = "" if fits > 1 else "; nor of another fit, as there is one alone"
+            return (
+                f"Monte Carlo under q{spread}; not of how far q is from the posterior, which is about "
+                f"{self.distance:.1g} by its weights{other}"
+            )
+        if self.correction["method"] == "importance":
+            return f"Monte Carlo of the weighted draws{spread}"
+        return (
+            f"spread and autocorrelation of {self.correction['walkers']} walkers, with "
+            f"{self.correction['systematic']:.1g} for finite steps and noisy gradients"
+        )
 
     @property
     def importance(self) -> Importance:
@@ -193,12 +232,14 @@ class LLCEstimate:
         return cls(**read_estimate(cls, Path(folder)))
 
 
-def with_error(value: float, sem: float) -> str:
-    """Format a value as precisely as its error: `22.296 ± 0.073`."""
-    if not (math.isfinite(value) and math.isfinite(sem) and sem > 0):
+def with_error(value: float, sem: float, resolution: float = 0.0) -> str:
+    """Format a value as precisely as its error: `22.296 ± 0.073`; or as `resolution`, if that is coarser."""
+    coarsest = max(sem, resolution) if math.isfinite(resolution) else sem
+    if not (math.isfinite(value) and math.isfinite(sem) and coarsest > 0):
         return f"{value:.4g} ± {sem:.2g}"
-    decimals = min(max(1 - math.floor(math.log10(sem)), 0), 9)
-    return f"{value:.{decimals}f} ± {sem:.{decimals}f}"
+    decimals = min(max(1 - math.floor(math.log10(coarsest)), 0), 9)
+    error = f"{sem:.{decimals}f}" if coarsest == sem else f"{sem:.1g}"
+    return f"{value:.{decimals}f} ± {error}"
 
 
 def _folded(line: str) -> str:

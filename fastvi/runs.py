@@ -18,7 +18,7 @@ from fastvi._saved import RESULT_FILE, TRACES_FILE
 from fastvi._terminal import warn
 from fastvi.config import VIConfig
 from fastvi.diagnostics.plots import import_matplotlib, plot_traces
-from fastvi.result import EVENTS_FOLDER, LLCEstimate, with_error
+from fastvi.result import EVENTS_FOLDER, LLCEstimate
 
 CONFIG_FILE, FIGURE_FILE, REPORT_FILE = "config.yaml", "traces.png", "report.html"
 VERSION = 1
@@ -202,7 +202,7 @@ def keep_and_tell(
         kept = keep_run(result, folder, origin, settings, fingerprint)
     finally:  # an error of another kind, in a figure for example, does not take the number with it
         if quiet:
-            say(f"llc {with_error(result.llc, result.llc_sem)}  {kept.folder or '-'}")
+            say(f"llc {result.llc_text}  {kept.folder or '-'}")
         else:
             say(f"\n{result.summary()}{more}")
     if kept.trouble is not None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastvi._arguments import (
     as_key,
@@ -160,7 +161,7 @@ def run_vi(
         traces={
             **run.traces,
             **repeated,
-            "Ln": jnp.full(shape, jnp.nan, dtype),
+            "Ln": jax.device_put(np.full(shape, np.nan, dtype)),  # made on the host: no NaN that jax_debug_nans looks for
             "acceptance_rate": jnp.ones(shape, dtype),
             "energy": run.traces["elbo"],
             "is_divergent": ~jnp.isfinite(run.traces["elbo"]),
@@ -215,8 +216,8 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     dtype = check_dtype(config)
     if config.tensorboard:
         raise ConfigError(
-            "tensorboard must be False in fit and run_vi, which have no folder to write to: pass what run_vi returns "
-            "to fastvi.diagnostics.tensorboard.write_events(result, folder)."
+            "tensorboard must be False in fit and run_vi, which write to no folder: pass what run_vi returns to "
+            "fastvi.diagnostics.tensorboard.write_events(result, folder)."
         )
     if config.correction not in (None, "none"):
         raise ConfigError(
@@ -226,9 +227,10 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
         raise ConfigError("early_stop must be off in fit, whose traces have a fixed length: use estimate_llc for it.")
     center = flat_vector(target.wstar_flat, dtype)
     data, num_data = check_data(target.data, check_count("n_data", target.n_data), dtype)
-    config = settle_evaluation(config.replace(correction="none").applied(center.size), center.size).filled
+    config = settle_evaluation(config.replace(correction="none").applied(center.size), center.size)
     nbeta, gamma = positive_scalar("beta", target.beta) * num_data, settle_localization(target.gamma, config)
     problem = make_problem(center, data, num_data, nbeta, gamma, config, "beta")
+    config = config.filled
     budget = config.steps * config.step_draws * problem.batch_size / num_data
     problem, look = look_at_target(
         target.objective, problem, None, "objective", budget_fge=budget, loss_full_flat=target.loss_full_flat

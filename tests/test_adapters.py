@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import enable_x64
 
 import fastvi
 from fastvi._optional import MissingExtraError
-from tests.conftest import enable_x64
 
 COUNT, WIDTH, NOISE = 120, 4, 0.1
 OPTIONS = {

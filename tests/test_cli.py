@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import io
 import json
@@ -16,19 +15,13 @@ from fastvi._optional import MissingExtraError, import_optional
 from fastvi.demos.quadratic import exact_values, make_regression
 from fastvi.diagnostics.plots import batch_llc, plot_traces
 from fastvi.result import with_error
+from tests.support.command_line import run
 
 SMALL_FIT = "M: 1\nr: 0\neval_samples: 32\nwhitening_mode: none\ncorrection: none\n"
 DIGITS = ["demo", "digits", "--hidden", "4", "--train-steps", "300", "--steps", "100", "--num-chains", "2"]
 QUADRATIC = ["demo", "quadratic", "--dim", "8", "--num-data", "200", "--batch-size", "200"]
 QUADRATIC += ["--steps", "100", "--num-chains", "2", "--seed", "3", "--localization", "0.5"]
 QUICK = {"digits": ["demo", "digits", "--train-steps", "1"], "quadratic": ["demo", "quadratic"]}
-
-
-def run(args):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main(args)
-    return status, out.getvalue(), err.getvalue()
 
 
 def run_demo(args, folder):

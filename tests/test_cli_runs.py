@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from test_cli import run
 
 from fastvi import LLCEstimate, NonFiniteError
 from fastvi.cli import sweep as sweep_module
 from fastvi.cli.table import format_table
 from fastvi.demos.quadratic import exact_values
 from fastvi.runs import read_origin
+from tests.support.command_line import run
 
 MODEL = """
 import jax.numpy as jnp

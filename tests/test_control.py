@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_mfa import assert_tree_close, make
 
 from fastvi import VIConfig, estimate_llc
 from fastvi.families.base import Annealed
@@ -16,6 +15,7 @@ from fastvi.inference.annealing import annealed
 from fastvi.inference.loop import init_state
 from fastvi.inference.pruning import kept_components, prune
 from fastvi.kernels import triangular
+from tests.support.mixtures import assert_tree_close, make
 
 DATA = (jnp.zeros((10, 1)),)
 

@@ -1,5 +1,6 @@
 """The correction from q to the posterior: the sampler, its coordinates, its error, and the whole path."""
 
+import dataclasses
 import math
 import sys
 
@@ -9,13 +10,15 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
-from test_mfa import MEANS, dense, make
 
 import fastvi
+from fastvi._arguments import settle
 from fastvi.diagnostics.importance import fit_pareto, pareto_smooth
 from fastvi.estimators.analysis import analyse, burn_in, drift, split_rhat, standard_error
+from fastvi.estimators.correction import unmet_by
 from fastvi.estimators.walk import parameter_blocks, resample, virial_columns, walk_programs
 from fastvi.families.base import LinearMap
+from tests.support.mixtures import MEANS, dense, make
 
 COUNT = 1000
 NBETA = COUNT / math.log(COUNT)
@@ -180,6 +183,9 @@ def test_sampling_finds_the_posterior_s_llc(quartic):
     assert abs(quartic.llc - truth) < 4 * quartic.llc_sem
     assert quartic.llc_vi != quartic.llc
     assert quartic.correction["variance_reduction"] > 10
+    assert quartic.llc_per_chain.shape == quartic.llc_sem_per_chain.shape == (8,)
+    pooled = np.sqrt(np.mean(quartic.llc_sem_per_chain**2) / 8)
+    assert 0.3 < pooled / quartic.llc_sem < 1.5
     assert quartic.work["total_fge"] == pytest.approx(
         sum(quartic.work[name] for name in ("fge_curvature", "fge_fit", "fge_evaluation", "fge_correction"))
     )
@@ -237,24 +243,74 @@ def test_walkers_move_to_another_posterior():
     np.testing.assert_allclose(new, old, atol=1e-4)
 
 
-@pytest.mark.parametrize("budget", [0.1, 30])
-def test_a_small_budget_ends_early_and_says_so(budget):
+@pytest.fixture(scope="module")
+def noisy():
     """Noisy data: walkers would move in by small blocks first."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 12)).astype(np.float32)
     y = np.tanh(x @ rng.normal(size=12)).astype(np.float32) + 0.3 * rng.normal(size=400).astype(np.float32)
-    result = fastvi.estimate_llc(
+    return fastvi.estimate_llc(
         lambda w, batch: jnp.mean((jnp.tanh(batch[0] @ w) - batch[1]) ** 2),
         jnp.zeros(12),
         (x, y),
         progress=False,
-        correction="mcmc",
-        correction_budget=budget,
+        correction="none",
+        num_chains=1,
+        early_stop=False,
         steps=50,
     )
-    assert result.work["fge_correction"] < budget + 32 * 18  # a round of 32 walkers and what comes before
-    assert not result.correction["settled"]
-    assert "walk_unsettled" in [finding.name for finding in result.health]
+
+
+@pytest.mark.parametrize("budget", [0.1, 40, 300])
+def test_no_run_exceeds_its_budget(noisy, budget):
+    result = fastvi.correct(noisy, "mcmc", progress=False, correction_budget=budget, correction_error=0.002)
+    details = result.correction
+    assert result.work["fge_correction"] <= budget
+    assert not details["settled"]
+    finding = next(finding for finding in result.health if finding.name == "walk_unsettled")
+    assert all(entry["criterion"] in finding.observed for entry in details["unmet"] if details["method"] == "mcmc")
+    if budget < 1:
+        assert (details["method"], result.work["fge_correction"]) == ("importance", 0)
+        assert f"correction_budget to {math.ceil(details['least_budget'])} or more" in finding.next_step
+    else:
+        assert details["method"] == "mcmc"
+        assert details["walkers"] % 8 == 0
+        assert details["steps"] >= 48
+
+
+def test_walkers_that_meet_nan_are_told(noisy, monkeypatch):
+    module = sys.modules["fastvi.correct"]
+
+    class Broken(module.Sampler):
+        def advance(self):
+            record = super().advance()
+            return record._replace(virial=np.full_like(record.virial, np.nan))
+
+    monkeypatch.setattr(module, "Sampler", Broken)
+    options = {"progress": False, "correction_budget": 300, "correction_error": 0.002}
+    with pytest.raises(fastvi.NonFiniteError, match="in the correction"):
+        fastvi.correct(noisy, "mcmc", **options)
+    partial = fastvi.correct(noisy, "mcmc", throw=False, **options)
+    assert np.isnan(partial.llc)
+    assert partial.health[0].name == "non_finite"
+
+
+def test_each_criterion_is_named_with_its_bound():
+    rng = np.random.default_rng(0)
+    settled = analyse(5 + 0.01 * rng.normal(size=(8, 40)), rng.normal(size=(8, 40, 1)))
+    assert unmet_by(settled, 0.02, 1.0, 40) == ()
+    assert [unmet.criterion for unmet in unmet_by(settled, 1e-5, 1.0, 4)] == ["relative error", "steps"]
+    apart = dataclasses.replace(settled, rhat=1.3, rhat_radius=1.15, drift_z=-4.0)
+    found = {unmet.criterion: (unmet.value, unmet.bound) for unmet in unmet_by(apart, 0.02, 1.0, 40)}
+    assert found == {"R-hat of llc": (1.3, pytest.approx(1.1)), "drift in standard errors": (4.0, 2.5)}
+    assert [unmet.criterion for unmet in unmet_by(apart, 0.02, 4.0, 40)] == ["drift in standard errors"]
+
+
+def test_draws_of_a_step_are_bounded_by_what_they_cost():
+    """In few dimensions, but for one or two."""
+    draws = [settle(fastvi.VIConfig(), dim, share).samples_per_step for dim, share in ((6, 1.0), (6, 0.1), (2, 1.0))]
+    assert draws == [24, 50, 256]
+    assert settle(fastvi.VIConfig(samples_per_step=100), 6, 1.0).samples_per_step == 100
 
 
 def test_a_corrected_estimate_is_saved_and_read(quartic, tmp_path):

@@ -5,6 +5,7 @@ import json
 import re
 import time
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +14,13 @@ import scipy.stats
 
 import fastvi
 from fastvi import LLCEstimate, estimate_llc
-from fastvi.diagnostics.health import Evidence, health_findings
+from fastvi.diagnostics.health import Evidence, correction_findings, health_findings
 from fastvi.diagnostics.importance import Importance, assess_importance
 from fastvi.diagnostics.panels import PANELS
 from fastvi.diagnostics.plots import plot_panels
 from fastvi.diagnostics.report import write_report
 from fastvi.diagnostics.tensorboard import Events, LiveEvents, reduce_traces, write_events
+from fastvi.geometry.minimum import Bottom
 
 DATA = (jnp.zeros((20, 1)),)
 TAGS = {
@@ -379,11 +381,70 @@ GOOD = Evidence(
     radius2=np.full((2, 400), 6.0),
     localization=1.0,
     dim=10,
-    excess=np.linspace(1.0, 3.0, 64),
+    excess=np.full((2, 50), 2.0),
     num_components=4,
     dominant_weight=0.4,
     longest_factor=0.5,
 )
+
+
+def test_only_findings_of_the_problem_outlive_a_correction():
+    bad = {
+        "newton_decrement": 3.0,
+        "bottom": Bottom(curvature=-5.4, fall=0.8),
+        "log_weight_sd": np.full(2, 9.0),
+        "converged": False,
+        "elbo_gain": 9.0,
+    }
+    found = health_findings(dataclasses.replace(GOOD, **bad))
+    assert {finding.name for finding in found} == {
+        "negative_curvature",
+        "not_a_minimum",
+        "elbo_rising",
+        "far_from_posterior",
+    }
+    values = {"llc": -1.0, "llc_sem": 0.1, "llc_vi": -1.0, "llc_vi_sem": 0.1}
+    result = SimpleNamespace(health=found, correction={"method": "mcmc", "khat": 2.0, "settled": True}, **values)
+    kept = [finding.name for finding in correction_findings(result)]
+    assert kept == ["negative_llc", "negative_curvature", "not_a_minimum"]
+
+
+def test_a_stream_is_not_advised_to_sample():
+    streamed = dataclasses.replace(
+        GOOD, in_memory=False, importance=Importance(0.9, "unreliable", 3.0), log_weight_sd=np.full(2, 9.0)
+    )
+    for finding in health_findings(streamed):
+        assert "mcmc" not in str(finding)
+
+
+@pytest.mark.parametrize(
+    ("unmet", "narrow", "says", "advises"),
+    [
+        ([("relative error", 0.04, 0.02)], None, "relative error 0.04 (0.02 is asked)", "budget to about 4e+03"),
+        ([("R-hat of |w - w*|^2", 1.5, 1.2)], None, "R-hat of |w - w*|^2 1.5 (1.2 is asked)", "localization"),
+        ([("R-hat of llc", 1.3, 1.1)], None, "R-hat of llc 1.3", "early_stop=True"),
+        ([("steps", 16, 32)], None, "steps 16 (32 is asked)", "correction_budget to 70 or more"),
+        ([("drift in standard errors", 3.0, 2.5)], "bfloat16", "drift in standard errors 3", "float32"),
+    ],
+)
+def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says, advises):
+    details = {
+        "method": "mcmc",
+        "khat": 2.0,
+        "settled": False,
+        "unmet": [dict(zip(("criterion", "value", "bound"), entry, strict=True)) for entry in unmet],
+        "least_budget": 70.0,
+        "narrow_dtype": narrow,
+        "steps": 64,
+        "walkers": 8,
+    }
+    config = fastvi.VIConfig(correction_budget=1000.0)
+    values = {"llc": 2.0, "llc_sem": 0.1, "llc_vi": 2.0, "llc_vi_sem": 0.1}
+    (finding,) = correction_findings(SimpleNamespace(health=(), correction=details, config=config, **values))
+    assert finding.name == "walk_unsettled"
+    assert says in finding.observed
+    assert advises in finding.next_step
+    assert ("budget" in finding.next_step) == (narrow is None)
 
 
 @pytest.mark.parametrize(
@@ -391,6 +452,12 @@ GOOD = Evidence(
     [
         ({"importance": Importance(0.9, "unreliable", 3.0)}, "khat", ["correction", "M"]),
         ({"radius2": np.linspace(1, 4, 400) * np.ones((2, 1))}, "radius_rising", ["steps", "localization"]),
+        ({"bottom": Bottom(level=3, is_flat=True)}, "improper_posterior", ["localization", "param_mask"]),
+        ({"bottom": Bottom(level=3)}, "unlocalized", ["localization"]),
+        ({"excess": np.zeros((2, 50))}, "constant_loss", ["loss_fn", "float64"]),
+        ({"bottom": Bottom(curvature=-5.4, fall=0.8)}, "negative_curvature", ["Train longer"]),
+        ({"newton_decrement": 0.9}, "not_a_minimum", ["Train longer"]),
+        ({"excess": np.full((2, 50), -0.9)}, "not_a_minimum", ["Train longer"]),
         ({"radius2": np.full((2, 400), 9.95)}, "localizer_decides", ["localization", "nbeta"]),
         ({"dominant_weight": 0.97}, "weights_collapsed", ["alpha_dirichlet_prior", "alpha_temperature"]),
         ({"longest_factor": 0.01}, "rank_unused", ["r"]),

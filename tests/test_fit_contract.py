@@ -334,7 +334,8 @@ def test_run_vi():
     work = json.loads(json.dumps(out.work))
     assert work["lambda_hat_mean"] == pytest.approx(llc.mean(), rel=1e-5)
     assert work["lambda_hat_std"] == pytest.approx(llc.std(), rel=1e-3)
-    assert work["n_minibatch_grads"] == STEPS
+    assert work["n_minibatch_grads"] == chains * STEPS
+    assert work["fge_fit"] == pytest.approx(chains * STEPS * BATCH / COUNT)
     assert work["n_data"] == COUNT
     assert work["beta"] == pytest.approx(BETA)
     assert out.timings.keys() == {"adaptation", "sampling", "total"}

@@ -6,7 +6,7 @@ from conftest import enable_x64, quick_jit
 
 from fastvi.config import VIConfig
 from fastvi.geometry.curvature import BLOCK, block_krylov, dense_spectrum
-from fastvi.geometry.start import make_start
+from fastvi.geometry.start import make_start, newton_decrement
 from fastvi.geometry.whitening import (
     DIAGONAL_PROBES,
     MOMENT_GRADIENTS,
@@ -210,7 +210,7 @@ def test_start_is_exact_with_all_directions(mode, rank):
     covariance = np.linalg.inv(precision)
     assert start.rank == 11
     np.testing.assert_allclose(start_covariance(start), covariance, rtol=1e-7, atol=1e-9 * np.max(covariance))
-    assert float(start.newton_decrement) < 1e-20
+    assert start.num_values == 12
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,17 @@ def test_newton_decrement_is_the_gain_of_a_newton_step(mode):
     gain = posterior.log_density(step, objective.loss(center + step, None)) - posterior.log_density(
         jnp.zeros(9), objective.loss(center, None)
     )
-    np.testing.assert_allclose(start.newton_decrement, gain, rtol=1e-8)
+    np.testing.assert_allclose(newton_decrement(start, posterior, jnp.asarray(slope / 30.0)), gain, rtol=1e-8)
+
+
+def test_the_least_curvature_comes_with_its_direction():
+    """Below the core's rows too: of 90 directions one curves down."""
+    hessian, vectors = symmetric([5.0, 1.0, *np.zeros(87), -0.2])
+    start, precision = start_on(hessian, np.zeros(90), np.zeros(90), curvature_rank=2)
+    np.testing.assert_allclose(start.lowest, -0.2 * 30 + 2, rtol=1e-6)
+    direction = np.asarray(start.lowest_direction)
+    np.testing.assert_allclose(direction @ precision @ direction, start.lowest * (direction @ direction), rtol=1e-6)
+    np.testing.assert_allclose(abs(direction @ vectors[:, -1]) + abs(direction @ vectors[-1]), 1.0, atol=0.5)
 
 
 def test_a_given_whitener_is_used():

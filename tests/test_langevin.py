@@ -172,6 +172,38 @@ def test_blocks_have_one_size_and_little_is_left_over():
     assert block_counts(10_000, 2**27) == (1,)
 
 
+def test_a_change_of_block_takes_no_step_back():
+    """Blocks whose potentials differ by five thousand nats in 20,000 dimensions: much, and no wall."""
+    dim, walkers = 20_000, 2
+    curvature = jnp.asarray([[1.5]] * 16 + [[0.5]] * 16, jnp.float32)
+    objective, center = ravel_loss(
+        lambda w, batch: 0.5 * jnp.mean(batch[0]) * jnp.sum(w**2), jnp.zeros(dim), jnp.float32
+    )
+    problem = make_problem(center, (curvature,), 32, 1.0, 0.0, VIConfig(batch_size=8), "nbeta")
+    linear_map = LinearMap(center, jnp.ones(dim), jnp.zeros((1, dim)).at[0, 0].set(1.0), jnp.zeros((1, 1)))
+    anchor = make_anchor(objective, problem, center, jnp.zeros(()), jnp.arange(32).reshape(2, 16))
+    evaluate = make_potential(objective, problem, linear_map, jnp.zeros(()))
+    keys = jax.random.split(jax.random.key(1), walkers)
+    x, momentum = jax.random.normal(jax.random.key(2), (2, walkers, dim))
+    state = Walker(x, momentum, jnp.zeros_like(x), jnp.zeros(walkers), jnp.zeros(walkers))
+    _, _, record = run_steps(
+        evaluate,
+        linear_map,
+        anchor,
+        refresh(evaluate, anchor, state, keys, jnp.int32(0)),
+        start_tuning(dim, jnp.float32),
+        keys,
+        jnp.int32(0),
+        lambda v, gradient, x, pulled: jnp.stack([v @ gradient]),
+        friction_time=jnp.float32(2.0),
+        energy_error=jnp.float32(10.0),
+        bins=1,
+        bin_length=16,
+    )
+    np.testing.assert_array_equal(record.returned, 0.0)
+    assert float(record.llc[0, 0]) == pytest.approx(dim / 2, rel=0.1)
+
+
 def test_walkers_far_outside_come_back():
     """A step that meets a wall of more than a thousand nats is taken back."""
     result = fastvi.estimate_llc(

@@ -13,47 +13,9 @@ from jax.scipy.special import logsumexp
 
 from fastvi.families.mfa import FACTOR_INIT, LOG_SCALE_BOUND, MFA, MFAParams
 from fastvi.inference.optimizer import scale
+from tests.support.mixtures import MEANS, assert_tree_close, dense, make
 
-MEANS = ("shared", "center", "component")
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-def make(means="shared", dim=5, ranks=(2, 0, 1), num_core=3, core_mask=None, seed=0, **options):
-    """A family with a nontrivial scale and parameters of order one."""
-    rng = np.random.default_rng(seed)
-    family = MFA(
-        scale=jnp.asarray(np.exp(rng.normal(size=dim))),
-        core_mask=jnp.ones(num_core) if core_mask is None else jnp.asarray(core_mask, float),
-        trust=jnp.ones(()),
-        ranks=tuple(ranks),
-        means=means,
-        noise_size=num_core + 1,
-        **options,
-    )
-    params = MFAParams(
-        logits=jnp.asarray(rng.normal(size=len(ranks))),
-        offsets=jnp.asarray(0.7 * rng.normal(size=(family.num_offsets, dim))),
-        log_scale=jnp.asarray(0.5 * rng.normal(size=dim)),
-        core=jnp.asarray(rng.normal(size=(num_core, dim))),
-        factors=jnp.asarray(rng.normal(size=(len(ranks), max(ranks), dim))),
-    )
-    return family, params
-
-
-def dense(family, params):
-    """Weights, means and covariances in model coordinates, from docs/math.md "Family"; of NumPy or traced."""
-    dim = family.scale.size
-    core = params.core * family.core_mask[:, None]
-    inner = jnp.linalg.inv(jnp.eye(dim) + core.T @ core)
-    deviation = family.scale * jnp.exp(params.log_scale)
-    covariances = []
-    for rank, factor in zip(family.ranks, params.factors, strict=True):
-        covariances.append(deviation[:, None] * (inner + factor[:rank].T @ factor[:rank]) * deviation)
-    means = [jnp.zeros(dim)] * len(family.ranks)
-    if family.means != "center":
-        means = [family.scale * params.offsets[m if family.means == "component" else 0] for m in range(len(means))]
-    weights = jnp.exp(params.logits / family.temperature)
-    return weights / weights.sum(), jnp.stack(means), jnp.stack(covariances)
 
 
 dense_program = quick_jit(dense)
@@ -74,15 +36,6 @@ def moments(family, params):
     mean = weights @ means
     second = jnp.einsum("m,mij->ij", weights, covariances) + jnp.einsum("m,mi,mj->ij", weights, means, means)
     return mean, second - jnp.outer(mean, mean)
-
-
-def assert_tree_close(actual, expected, rtol):
-    assert jax.tree_util.tree_structure(actual) == jax.tree_util.tree_structure(expected)
-    for (path, got), want in zip(
-        jax.tree_util.tree_leaves_with_path(actual), jax.tree_util.tree_leaves(expected), strict=True
-    ):
-        scale = np.max(np.abs(want), initial=1e-300)
-        np.testing.assert_allclose(got, want, rtol=0, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))
 
 
 def z_scores(samples, expected):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import enable_x64, quick_jit
-from density_draws import assert_close, draws
 from jax.experimental import pallas as pl
 
 from fastvi._errors import ConfigError
 from fastvi.kernels import OPS, woodbury
 from fastvi.kernels.woodbury import cases, reference, xla
+from tests.support.density_draws import assert_close, draws
 
 if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
     pytest.skip("needs a jax whose Pallas has a Triton backend", allow_module_level=True)
@@ -102,7 +102,7 @@ def test_what_is_missing_is_refused():
 
 
 def for_a_gpu():
-    """Name the device that programs are lowered for; before jax 0.10 nothing asks."""
+    """Name the device that programs are traced for; before jax 0.10 nothing asks."""
     if jax.__version_info__ < (0, 10):
         return contextlib.nullcontext()
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
@@ -113,9 +113,10 @@ def for_a_gpu():
 def test_lowering_for_cuda_holds_the_kernels(dtype):
     # a function of its own: what was traced for the interpreter is of no use here
     compiled = jax.jit(functools.partial(draws.__wrapped__, density))
-    with enable_x64(dtype == "float64"), for_a_gpu():
-        traced = compiled.trace(*cases.make(LARGE, jnp.dtype(dtype)))
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    with enable_x64(dtype == "float64"):
+        shapes = jax.tree_util.tree_map(jax.typeof, cases.make(LARGE, jnp.dtype(dtype)))
+        with for_a_gpu():
+            text = compiled.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     # project and residual of the draws, project of the density elsewhere
     assert text.count("custom_call @__gpu$xla.gpu.triton") == 3
 

@@ -29,11 +29,14 @@ driver._run_chunks = spy
 options = dict(key=0, num_chains=4, M=2, r=1, curvature_rank=0)
 result = estimate_llc(loss, center, data, steps=60, progress=False, throw=False, correction="none", **options)
 at = center + 0.1
+both = jax.jit(lambda w: sharding.data_parallel_value_and_grad(make_flat_objective(loss), w, data))(at)
 print(json.dumps({
     "devices": jax.device_count(),
     "spread": len(states[0].baseline.sharding.device_set),
     "llc": np.asarray(result.llc_per_chain).tolist(),
-    "parallel": float(jax.jit(lambda w: sharding.data_parallel_loss(make_flat_objective(loss), w, data))(at)),
+    "parallel": float(both[0]),
+    "gradient": np.asarray(both[1]).tolist(),
+    "exact gradient": np.mean((inputs @ at - outputs)[:, None] * inputs, axis=0).tolist(),
     "serial": float(full_data_loss(make_flat_objective(loss), at, data)),
     "exact": float(np.mean((np.float64(inputs) @ np.float64(at) - np.float64(outputs)) ** 2) / 2),
 }))
@@ -55,3 +58,5 @@ def test_chains_on_two_devices_are_those_of_one():
     np.testing.assert_allclose(two["llc"], one["llc"], rtol=1e-4)
     for loss in (one["parallel"], two["parallel"], one["serial"]):
         np.testing.assert_allclose(loss, one["exact"], rtol=1e-5)
+    for found in (one, two):
+        np.testing.assert_allclose(found["gradient"], found["exact gradient"], rtol=1e-4, atol=1e-5)

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import triton_interpreter
 from conftest import enable_x64, quick_jit
-from density_draws import assert_close, draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvi._errors import ConfigError
 from fastvi.kernels import OPS, _triton, woodbury
 from fastvi.kernels.woodbury import cases
+from tests.support import triton_interpreter
+from tests.support.density_draws import assert_close, draws
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton: pip install triton", allow_module_level=True)
@@ -142,7 +142,7 @@ def test_what_is_missing_is_refused():
 @functools.cache
 def compiled():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    program = Path(__file__).with_name("triton_compile.py")
+    program = Path(__file__).parent / "support" / "triton_compile.py"
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

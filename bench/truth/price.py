@@ -55,7 +55,7 @@ def fits(name: str) -> list[dict]:
     """Fit both lanes; return rows of price.csv."""
     source = PROBLEMS[name]()
     objective, center = ravel_loss(source.loss_fn, source.params, jnp.float32)
-    config = settle(VIConfig(steps=FIRST + SECOND, samples_per_step=2, eval_samples=128), center.size)
+    config = settle(VIConfig(steps=FIRST + SECOND, samples_per_step=2, eval_samples=128), center.size, 1.0)
     problem = make_problem(center, source.data, source.n_data, source.nbeta, source.gamma, config, "nbeta")
     keys = jax.random.split(jax.random.key(0), CHAINS)
     long = run_fit(programs_for(objective, problem, config), problem, config, keys)

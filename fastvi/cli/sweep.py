@@ -27,7 +27,7 @@ from fastvi.cli.target import Problem, load, resolve
 from fastvi.config import VIConfig
 from fastvi.demos.base import Say
 from fastvi.identity import differing
-from fastvi.result import LLCEstimate, with_error
+from fastvi.result import LLCEstimate
 from fastvi.runs import Origin, check_packages, keep_run, read_record, read_settings
 
 TABLE_FILE, FIGURE_FILE, PAGE_DPI = "table.csv", "sweep.png", 150
@@ -162,7 +162,7 @@ def run_cell(
 
 def _outcome(cell: Cell, result: LLCEstimate, before: str, after: str = "") -> Outcome:
     """Take from an estimate what the table and the figure show; the fit, with its parameters and data, is let go."""
-    words = f"{before}llc {with_error(result.llc, result.llc_sem)}{after}"
+    words = f"{before}llc {result.llc_text}{after}"
     return Outcome({**cell.shown, **describe(result)}, words, cell.values, dataclasses.replace(result, fitted=None))
 
 

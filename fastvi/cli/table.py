@@ -14,7 +14,7 @@ def describe(result: LLCEstimate) -> dict[str, str]:
     """Return what a table says of a run."""
     worst = [finding.name for finding in result.health if finding.severity != "note"]
     return {
-        "llc": with_error(result.llc, result.llc_sem),
+        "llc": result.llc_text,
         "q alone": with_error(result.llc_vi, result.llc_vi_sem),
         "elbo": f"{result.elbo:.2f}",
         "k-hat": f"{result.importance.khat:.2g}",

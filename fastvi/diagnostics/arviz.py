@@ -42,9 +42,8 @@ def to_arviz(result: LLCEstimate) -> Any:
         "optimization": _dataset(xarray, dict(result.traces), ("chain", "step")),
         "constant_data": _dataset(xarray, _constants(result), ()),
     }
-    container = getattr(arviz, "InferenceData", None)
-    trees = getattr(xarray, "DataTree", None)
-    if container is None or container is trees:  # arviz 1.0 and later
+    container = vars(arviz).get("InferenceData")  # to ask arviz 1 for an attribute that it gave up warns
+    if container is None:
         return xarray.DataTree.from_dict(groups)
     return container(**groups)
 

@@ -169,8 +169,8 @@ def _walk_unsettled(result: Any) -> Finding | None:
         return Finding(
             "warning",
             "walk_unsettled",
-            f"correction_budget = {result.config.correction_budget:.4g} full gradients pays for no walk: llc is that of "
-            "reweighted draws of q.",
+            f"A correction_budget of {result.config.filled.correction_budget:.4g} full gradients pays for no walk: "
+            "llc is that of reweighted draws of q.",
             f"The shortest walk takes {details['least_budget']:.0f}.",
             f"Raise correction_budget to {math.ceil(details['least_budget'])} or more.",
         )
@@ -197,7 +197,7 @@ def _why_unsettled(unmet: dict[str, Any], result: Any) -> tuple[str, str]:
             f"Parameters or loss are {narrow}, which rounds the loss more coarsely than walkers move it.",
             "Cast parameters and data to float32 before the estimate.",
         )
-    budget = float(result.config.correction_budget)
+    budget = float(result.config.filled.correction_budget)
     if set(unmet) <= {LENGTH, GRADIENT_NOISE}:
         return (
             f"A budget of {budget:.4g} full gradients pays for no longer or more exact walk.",

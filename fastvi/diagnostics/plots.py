@@ -13,7 +13,7 @@ from fastvi.diagnostics.panels import (
     spectrum_of,
 )
 from fastvi.diagnostics.style import FAINT, INK, STYLE, import_matplotlib, window_of
-from fastvi.result import LLCEstimate, with_error
+from fastvi.result import LLCEstimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ def _frame(figure: "Figure", result: LLCEstimate) -> None:
         f"localization = {result.localization:.4g}    {chains} chains × {steps:,} steps"
     )
     legend = f"faint: single steps, on minibatches;  solid: running mean of {window_of(steps)} steps"
-    estimate = rf"llc  $\hat\lambda$ = {with_error(result.llc, result.llc_sem)}"
+    estimate = rf"llc  $\hat\lambda$ = {result.llc_text}"
     figure.text(0.012, 0.955, estimate, fontsize=14, ha="left", va="center", color=INK)
     figure.text(0.988, 0.955, problem, fontsize=9.5, ha="right", va="center", color=INK)
     figure.text(0.988, 0.012, legend, fontsize=8.5, ha="right", va="bottom", color=FAINT)

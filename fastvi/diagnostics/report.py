@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from fastvi.diagnostics.panels import PANELS, render
-from fastvi.result import LLCEstimate, with_error
+from fastvi.result import NO_FINDINGS, LLCEstimate, with_error
 
 REPORT_DPI = 110
 SEVERITY_COLORS = {"error": "#b00020", "warning": "#a65b00", "note": "#00629b"}
@@ -72,7 +72,7 @@ def write_report(result: LLCEstimate, path: str | os.PathLike[str]) -> Path:
         MissingExtraError: If matplotlib is not installed.
     """
     path = Path(path)
-    value = with_error(result.llc, result.llc_sem)
+    value = result.llc_text
     page = PAGE.format(
         title=f"llc {value}",
         style=STYLE,
@@ -94,7 +94,7 @@ def write_report(result: LLCEstimate, path: str | os.PathLike[str]) -> Path:
 
 def _findings(result: LLCEstimate) -> str:
     if not result.health:
-        return "<p>None: nothing stands out.</p>"
+        return f"<p>{html.escape(NO_FINDINGS.capitalize())}.</p>"
     parts = []
     for finding in result.health:
         color = SEVERITY_COLORS[finding.severity]
@@ -117,7 +117,7 @@ def _figure(name: str, result: LLCEstimate) -> str:
 def _numbers(result: LLCEstimate) -> dict[str, str]:
     khat, word, effective = result.importance
     numbers = {
-        "llc": with_error(result.llc, result.llc_sem),
+        "llc": result.llc_text,
         "llc of q alone": with_error(result.llc_vi, result.llc_vi_sem),
         "elbo": f"{result.elbo:.4f} nats",
         "k-hat": f"{khat:.3g} ({word}); {effective:.3g} effective of {result.log_weights.size} draws of q",

@@ -67,7 +67,7 @@ def _coefficients(values, columns, penalty=None):
 
 
 def _shrunk_coefficients(values, columns, noise):
-    """Take off a fit what the columns' expectations leave in doubt (`noise`), and what chance alone explains (Stein)."""
+    """Take off a fit what the columns' expectations leave in doubt, and what chance alone explains (Stein)."""
     count, terms = columns.shape
     found = _coefficients(values, columns, count * noise)
     fitted = (columns - jnp.mean(columns, axis=0)) @ found

@@ -101,8 +101,8 @@ def run_steps(
     A step is half a kick, half a drift, friction and noise, half a drift, half a kick (BAOAB): positions are sampled
     without bias where the potential is quadratic, and nothing is rejected. The step size keeps the mean square
     of the energy error, the change of the energy less the heat, at `energy_error`. A step that ends behind a wall is
-    taken back: where the block stays, by its energy error; where it changes, which moves the potential for no fault of
-    the step's, by the energy of the kick that it ends with. Both are a hundredth of d where walkers are at home.
+    taken back: by its energy error and, where the block changes, which moves the potential for no fault of the step's,
+    by the energy of the kick that it ends with as well. Both are a small part of d where walkers are at home.
 
     Args:
         evaluate: From `make_potential`.
@@ -141,7 +141,8 @@ def run_steps(
         heat = _kinetic(after) - _kinetic(before)
         error = moved.potential - walker.potential + _kinetic(moved.momentum) - _kinetic(walker.momentum) - heat
         is_clean = index % held == held - 1  # the block at both ends is the same
-        measure = jnp.where(is_clean, jnp.abs(error), _kinetic(0.5 * step * pulled))
+        kick = jnp.where(is_clean, jnp.inf, _kinetic(0.5 * step * pulled))
+        measure = jnp.minimum(jnp.abs(error), kick)
         worst = WORST_ERROR + walker.x.size
         is_lost = ~((measure < worst) & jnp.isfinite(error))
         back = walker._replace(momentum=-walker.momentum)

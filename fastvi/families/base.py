@@ -23,7 +23,8 @@ class Draws(NamedTuple):
 class SecondMoment(NamedTuple):
     """E_q[v v^T] = diag(diagonal) + factors^T (diag(weights) + E[c c^T]) factors, in model coordinates.
 
-    The diagonal is positive, or zero throughout. `coefficients` are draws of c, mirrored pairs in halves; none where the weights say all.
+    The diagonal is positive, or zero throughout. `coefficients` are draws of c, mirrored pairs in halves; none where
+    the weights say all.
     """
 
     diagonal: Float[Array, " dim"]

@@ -128,7 +128,7 @@ def _takes_options(builder: Callable[..., Built]) -> Callable[..., Built]:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{builder.__name__} has no option {unknown[0]!r}.{hint}")
         if "context_extractor_n_layers" in given and not given.get("context_extractor_hidden_dim"):
-            raise ConfigError("context_extractor_n_layers needs an extractor: give context_extractor_hidden_dim.")
+            raise ConfigError("context_extractor_n_layers needs the network: give context_extractor_hidden_dim.")
         return builder(*args, **kwargs, options=BuilderOptions(**given))
 
     listed = [parameter for parameter in own.parameters.values() if parameter.name != "options"]

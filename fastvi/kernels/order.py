@@ -20,7 +20,7 @@ def upper_median(values: Float[Array, " size"]) -> Scalar:
     keys, rank = jax.lax.bitcast_convert_type(values, word), values.size // 2
 
     def settle_bit(index, found):
-        trial = found | (jnp.ones((), word) << (bits - 1 - index).astype(word))
+        trial = found | (jnp.ones((), word) << jnp.asarray(bits - 1 - index, word))
         return jnp.where(jnp.sum(keys < trial, dtype=jnp.int32) <= rank, trial, found)
 
     found = jax.lax.fori_loop(0, bits, settle_bit, jnp.zeros((), word))

@@ -61,10 +61,9 @@ class NuxBackend(AbstractBackend):
         return self._build()(x, params=params, inverse=inverse, rng_key=jax.random.key(0), is_training=False)
 
     def _build(self) -> Any:
-        nux, widths = _import_nux(), {"working_dim": self.width, "hidden_dim": self.width}
-        depth, blocks = self.settings.depth, len(self.settings.hidden)
-        layers = {"n_layers": depth, "n_resnet_layers": blocks, "nonlinearity": jnp.tanh}
-        if self.settings.template == "realnvp":
+        nux, widths, settings = _import_nux(), {"working_dim": self.width, "hidden_dim": self.width}, self.settings
+        layers = {"n_layers": settings.depth, "n_resnet_layers": len(settings.hidden), "nonlinearity": jnp.tanh}
+        if settings.template == "realnvp":
             return nux.RealNVP(**layers, **widths, dropout_prob=0.0)
         return nux.NonlinearCoupling(**layers, **widths, dropout_prob=0.0, K=self.settings.bins, kind="spline")
 

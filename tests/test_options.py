@@ -499,10 +499,11 @@ def test_every_keyword_of_the_flat_contracts(nothing_is_fitted):
 
 
 KEYWORDS = {
-    fastvi.correct: ["result", "correction", "correction_error", "correction_budget", "progress"],
+    fastvi.correct: ["result", "correction", "correction_error", "correction_budget", "progress", "throw"],
     fastvi.llc_on: ["result", "data"],
     fastvi.example_losses: ["result", "data"],
     fastvi.restrict: ["loss_fn", "params", "param_mask"],
+    fastvi.virial_llc: ["samples", "gradients", "losses", "nbeta", "localization", "center", "init_loss", "discard"],
 }
 
 
@@ -533,7 +534,7 @@ def test_warm_steps_equal_to_the_default_are_taken(monkeypatch):
     def run(target, num_chains, **options):
         steps.append((target.config.steps, options["warm"] is not None))
         fitted = types.SimpleNamespace(problem=target.problem)
-        return dataclasses.make_dataclass("Result", ["fitted"])(fitted)
+        return dataclasses.make_dataclass("Result", ["fitted", "llc"])(fitted, 1.0)
 
     monkeypatch.setattr(fastvi.curve, "run_estimate", run)
     checkpoints = [jnp.zeros(DIM)] * 2

@@ -73,8 +73,10 @@ def _of_the_flow(filled: Any, dim: int | None) -> dict[str, Idle]:
 
 
 def may_cover_all(config: Any, dim: int) -> bool:
-    """Say whether the flow and the core below it may leave no direction for the noise beyond them."""
+    """Say whether the flow and the core beside it may leave no direction for the noise beyond them."""
     from fastvi.geometry.start import rank_limit
 
-    core = 0 if config.filled.lift == "injective" else rank_limit(config, dim, itemsize=4)
-    return config.filled.latent_dim(dim) + core >= dim
+    filled, latent = config.filled, config.filled.latent_dim(dim)
+    core = 0 if filled.lift == "injective" else rank_limit(filled, dim, itemsize=4)
+    own = latent if filled.latent_basis != "curvature" else 0  # along the curvature, the core's rows come first
+    return max(latent, own + core) >= dim

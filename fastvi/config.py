@@ -187,8 +187,9 @@ class VIConfig(_CheckedFields):
             norm: 5 is five times the usual one, and the multiple grows with the square root of the steps after 100.
             None for no clipping.
         samples_per_step: Draws per step. None means 1 in `fit`, or 2 where `antithetic` is True; in `estimate_llc`
-            without a preparing fit 2, and more in fewer than 17 dimensions: 2 floor(32/d)², at most 256. Family
-            "flow": at least 128 where the flow covers every dimension, else 8.
+            without a preparing fit 2, and more in fewer than 17 dimensions: 2 floor(32/d)², at most 256 and, beyond
+            two dimensions, what costs 24 full gradients. Family "flow": at least 128 where the flow covers every
+            dimension, else 8.
         antithetic: Whether the draws of a step come in pairs mirrored about the component's mean. None means yes
             where their number is even; True beside an odd number is refused.
         early_stop: Whether to stop at convergence; None means yes in `estimate_llc`, but not in a fit that only

@@ -107,6 +107,7 @@ class LLCEstimate:
             f"problem        d = {self.dim:,}, n = {self.n_data:,}, n beta = {self.nbeta:.4g}, "
             f"localization = {self.localization:.4g}, L_n(w*) = {self.init_loss:.4g}",
             f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} effective of {self.log_weights.size} draws",
+            *self._without_control_variate,
             f"core           rank {self.curvature['rank']} of {self.dim:,}, explains "
             f"{100 * self.curvature['explained']:.3g} % of the precision's trace at w*",
             f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} ({stop}){self._clipping}",
@@ -182,6 +183,12 @@ class LLCEstimate:
         from fastvi.diagnostics.report import write_report
 
         return write_report(self, path)
+
+    @property
+    def _without_control_variate(self) -> list[str]:
+        """Say that the evaluation had no control variate: it may have had too few draws for one."""
+        draws = self.log_weights.shape[-1]
+        return [f"evaluation     {draws} draws, no control variate"] if self.config.control_variate == "none" else []
 
     @property
     def _clipping(self) -> str:

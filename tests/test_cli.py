@@ -62,16 +62,9 @@ def test_a_demo_prints_the_summary_of_what_it_saved(demo):
 
 def test_a_demo_honours_its_options(demo):
     assert demo.result.traces["elbo"].shape == (2, 100)
-    assert demo.result.config == VIConfig.create(
-        {
-            "M": 1,
-            "r": 0,
-            "eval_samples": 32,
-            "correction": "none",
-            "steps": 100,
-            "batch_size": demo.json["config"]["batch_size"],
-        }
-    )
+    asked = {"M": 1, "r": 0, "eval_samples": 32, "correction": "none", "steps": 100}
+    assert {name: getattr(demo.result.config, name) for name in asked} == asked
+    assert demo.result.config.batch_size == demo.json["config"]["batch_size"] <= demo.result.n_data
 
 
 def test_options_reach_the_problem(digits, quadratic):

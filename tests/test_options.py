@@ -22,7 +22,7 @@ import fastvi.api
 import fastvi.curve
 import fastvi.sampler
 from fastvi import ConfigError, DataError, FlowConfig, UnavailableError, VIConfig
-from fastvi._arguments import as_key, make_problem
+from fastvi._arguments import as_key, make_problem, nonnegative_scalar, positive_scalar, settle_localization
 from fastvi.cli.target import parse_settings
 from fastvi.families.backends import BACKENDS, NativeBackend
 from fastvi.flows import build_realnvp
@@ -299,7 +299,7 @@ PLANS = {
     "another": ({"steps": 5001}, {"steps": 5001}),
     "no correction": (
         {"correction": "none"},
-        {"steps": 5000, "early_stop": True, "samples_per_step": 200, "correction_error": None, "trace_probes": None},
+        {"steps": 5000, "early_stop": True, "correction_error": None, "trace_probes": None},
     ),
     "pairs": ({"antithetic": True}, {"samples_per_step": 2}),
     "stopping": ({"early_stop": True}, {"steps": 5000, "early_stop": True, "correction_budget": 20_000.0}),
@@ -358,7 +358,8 @@ def test_a_file_for_both_families_is_read_for_the_one_it_names(family, nothing_i
     )
     assert float(problem.posterior.gamma) == pytest.approx(1e-3)
     assert (config.M, config.prune_threshold) == ((2, 1e-3) if family == "mfa" else (None, None))
-    assert (config.d_latent, config.backend) == ((None, None) if family == "mfa" else (2, "native"))
+    read = (None, None, None) if family == "mfa" else (2, "native", 1e-3)
+    assert (config.d_latent, config.backend, config.sigma_perp) == read
     read = FlowConfig(template="maf", depth=4, hidden=(8, 8), init_scale=1e-2)  # without bins, which maf has not
     assert config.flow == (read if family == "flow" else FlowConfig())
     other = {"lift": "core"} if family == "mfa" else {"alpha_temperature": 2.0}
@@ -499,10 +500,11 @@ def test_every_keyword_of_the_flat_contracts(nothing_is_fitted):
 
 
 KEYWORDS = {
-    fastvi.correct: ["result", "correction", "correction_error", "correction_budget", "progress"],
+    fastvi.correct: ["result", "correction", "correction_error", "correction_budget", "progress", "throw"],
     fastvi.llc_on: ["result", "data"],
     fastvi.example_losses: ["result", "data"],
     fastvi.restrict: ["loss_fn", "params", "param_mask"],
+    fastvi.virial_llc: ["samples", "gradients", "losses", "nbeta", "localization", "center", "init_loss", "discard"],
 }
 
 
@@ -533,7 +535,7 @@ def test_warm_steps_equal_to_the_default_are_taken(monkeypatch):
     def run(target, num_chains, **options):
         steps.append((target.config.steps, options["warm"] is not None))
         fitted = types.SimpleNamespace(problem=target.problem)
-        return dataclasses.make_dataclass("Result", ["fitted"])(fitted)
+        return dataclasses.make_dataclass("Result", ["fitted", "llc"])(fitted, 1.0)
 
     monkeypatch.setattr(fastvi.curve, "run_estimate", run)
     checkpoints = [jnp.zeros(DIM)] * 2
@@ -561,6 +563,24 @@ def test_all_bits_of_a_seed_count():
     assert words(2**32 - 1) == [0, 2**32 - 1]
     assert words(np.uint64(2**32 + 3)) == [1, 3]
     assert words(2**64 - 1) == [2**32 - 1, 2**32 - 1]
+
+
+def test_a_traced_number_out_of_range_is_nan():
+    """Which makes the fit's result NaN and its `result_code` 1, tests/test_bad_input.py."""
+    config = VIConfig(gamma=2.0)
+
+    @jax.jit
+    def seen(beta, gamma):
+        localization = settle_localization(gamma, config)
+        return positive_scalar("beta", beta), nonnegative_scalar("gamma", gamma), localization
+
+    for beta, gamma, expected in (
+        (-1, 2.0, [np.nan, 2.0, 2.0]),
+        (0.0, -0.5, [np.nan, np.nan, np.nan]),
+        (np.inf, 0, [np.nan, 0.0, np.nan]),
+        (0.25, np.nan, [0.25, np.nan, np.nan]),
+    ):
+        np.testing.assert_array_equal(seen(beta, gamma), expected)
 
 
 def test_a_depth_of_no_extractor_is_refused():

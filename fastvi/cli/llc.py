@@ -58,11 +58,10 @@ class Llc:
         began = time.perf_counter()
         check_packages()
         resolved = resolve(self.target, trust=self.trust)
-        config = VIConfig.create(
-            self.config if self.config is not None else resolved.config,
-            **parse_settings([pair for pairs in self.set for pair in pairs]),
-        )
+        asked = parse_settings([pair for pairs in self.set for pair in pairs])
+        config = VIConfig.create(self.config if self.config is not None else resolved.config, **asked)
         config.check_available()
+        config.check_asked(asked)
         check_packages(config)
         origin, config = self._origin(resolved, config), config.replace(gamma=None)
         with claimed(self.out or _default_folder(self.target, redo=resolved.before is not None)) as folder:

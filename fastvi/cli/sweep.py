@@ -277,8 +277,10 @@ def _check_given_once(path: Path, given: Mapping[str, Any], grid: Mapping[str, A
 
 def _cell(target: str, base: VIConfig, shared: dict[str, Any], values: dict[str, Any]) -> Cell:
     options = {**shared, **{name: value for name, value in values.items() if name in RUN_OPTIONS}}
-    config = base.replace(**{name: value for name, value in values.items() if name not in RUN_OPTIONS})
+    asked = {name: value for name, value in values.items() if name not in RUN_OPTIONS}
+    config = base.replace(**asked)
     config.check_available()
+    config.check_asked(asked)
     return Cell(
         values=values,
         origin=Origin(

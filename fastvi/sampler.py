@@ -71,8 +71,8 @@ def fit(
         loss_full_flat: `(w) -> L_n(w)` or `(w, data) -> L_n(w)`; the objective on `data` in chunks when left out.
 
     Returns:
-        lambda_hat (); traces, each (steps,); extras with Eq_Ln, Ln_wstar, Eq_Ln_mc, Eq_Ln_cv, llc_sem (Monte Carlo under
-        this q alone), elbo, pi, D_sqrt, result_code, cv_info and q (a `FittedQ` of flat vectors, to draw from); timings
+        lambda_hat (); traces, each (steps,); extras with Eq_Ln, Ln_wstar, Eq_Ln_mc, Eq_Ln_cv, llc_sem (Monte Carlo
+        under this q alone), elbo, pi, D_sqrt, result_code, cv_info and q (a `FittedQ` of flat vectors, to draw from); timings
         in seconds (zero under a trace); work.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -161,7 +162,7 @@ def run_fit(
     clock, programs = Clock(), stages.for_work(draws, problem.posterior.center.size)
     report = options.report or _silent
     report(Progress("curvature", 0, config.steps, float("nan")))
-    chunk = chunk_length(config) if any(options) else config.steps
+    chunk = chunk_length(config.steps) if any(options) else config.steps
     piece = _piece_length(config, chunk)
     course = clock.time(
         "adaptation", lambda: _begin(programs, problem, config, chain_keys, whitener_scale, options, piece)
@@ -180,20 +181,17 @@ def run_fit(
     return Fit(family, params, start, outcome, traces, rounds, clock.seconds, course.converged, warm, course.snapshots)
 
 
-def chunk_length(config: VIConfig) -> int:
-    """Return the length of chunks, of which one program makes all steps, with the fewest steps beyond the last.
-
-    Where snapshots are kept every chunk ends at one.
-    """
-    if config.tensorboard:
-        return min(config.steps, config.eval_every * max(1, CHUNK // config.eval_every))
-    steps = config.steps
+def chunk_length(steps: int) -> int:
+    """Return the length of chunks, of which one program makes all steps, with the fewest steps beyond the last."""
     return steps if steps <= CHUNK else min(range(CHUNK, CHUNK // 2 - 1, -1), key=lambda length: -steps % length)
 
 
 def _piece_length(config: VIConfig, chunk: int) -> int:
-    """Return the length of what one call of the program runs: a chunk, or the steps between snapshots."""
-    return min(chunk, config.eval_every) if config.tensorboard else chunk
+    """Return the length of what one call of the program runs: a chunk, or what divides it and the way to a snapshot.
+
+    Chunks are the same with snapshots or without, and with them where the stopping rule looks.
+    """
+    return math.gcd(chunk, config.eval_every) if config.tensorboard else chunk
 
 
 def _begin(

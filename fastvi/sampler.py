@@ -72,8 +72,8 @@ def fit(
 
     Returns:
         lambda_hat (); traces, each (steps,); extras with Eq_Ln, Ln_wstar, Eq_Ln_mc, Eq_Ln_cv, llc_sem (Monte Carlo
-        under this q alone), elbo, pi, D_sqrt, result_code, cv_info and q (a `FittedQ` of flat vectors, to draw from); timings
-        in seconds (zero under a trace); work.
+        under this q alone), elbo, pi, D_sqrt, result_code, cv_info and q (a `FittedQ` of flat vectors, to draw from);
+        timings in seconds (zero under a trace); work.
 
     Raises:
         ConfigError: If an option is unknown or impossible.

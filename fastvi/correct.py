@@ -190,7 +190,9 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
         halves = 0.5 * (influence[:, :pairs] + influence[:, pairs : 2 * pairs])
         fits = [regress(jnp.asarray(y, dtype), jnp.asarray(x, dtype)) for y, x in zip(halves, columns, strict=True)]
         means = value + np.array([float(fit.mean) for fit in fits])
-        variances = np.array([float(fit.residual_variance) / pairs for fit in fits])
+        doubt = np.asarray(evaluation.expectation_variance, float)
+        noise = [np.sum(np.asarray(fit.coefficients) ** 2 * own) for fit, own in zip(fits, doubt, strict=True)]
+        variances = np.array([float(fit.residual_variance) / pairs for fit in fits]) + noise
         value = float(means.mean())
     between = means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else 0.0
     sem = max(np.sqrt(variances.mean() / means.size), between, ROUNDING * abs(value))

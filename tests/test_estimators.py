@@ -109,7 +109,8 @@ def second_moment(q, params):
     total = np.zeros((DIM, DIM))
     for m, rank in enumerate(q.ranks):
         factor = np.asarray(params.factors[m, :rank])
-        mean = np.asarray(q.scale * params.offsets[m if q.means == "component" else 0])
+        offsets = np.zeros(DIM) if q.means == "center" else params.offsets[m if q.means == "component" else 0]
+        mean = np.asarray(q.scale * offsets)
         total += weights[m] * (deviation[:, None] * (inner + factor.T @ factor) * deviation + np.outer(mean, mean))
     return total
 

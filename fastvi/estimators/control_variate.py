@@ -27,53 +27,50 @@ class Regression(NamedTuple):
     coefficients: Float[Array, " columns"]
 
 
-def regress(
-    values: Float[Array, " units"],
-    columns: Float[Array, "units columns"],
-    expectation_variance: Float[Array, " columns"] | None = None,
-) -> Regression:
+def regress(values: Float[Array, " units"], columns: Float[Array, "units columns"]) -> Regression:
     """Correct the mean of independent `values` by centred `columns`.
 
-    Coefficients come from one half of the units and are applied to the other, which keeps the mean unbiased. Where
-    the columns' expectations have a variance of their own, coefficients are as much smaller as makes up for it, and
-    for what was fitted by chance: the variance is no more than that of the plain mean.
+    Coefficients come from one half of the units and are applied to the other, which keeps the mean unbiased.
     """
     units = values.shape[0]
     if columns.shape[1] == 0 or units < pairs_for(columns.shape[1]):
         return Regression(jnp.mean(values), jnp.var(values, ddof=1), jnp.zeros(columns.shape[1], values.dtype))
     half = units // 2
-    parts = (values[:half], columns[:half]), (values[half:], columns[half:])
-    if expectation_variance is None:
-        first, second = (_coefficients(*part) for part in parts)
-    else:
-        first, second = (_shrunk_coefficients(*part, units * expectation_variance) for part in parts)
+    first, second = _coefficients(values[:half], columns[:half]), _coefficients(values[half:], columns[half:])
     residual = jnp.concatenate([values[:half] - columns[:half] @ second, values[half:] - columns[half:] @ first])
     return Regression(jnp.mean(residual), jnp.var(residual, ddof=1), 0.5 * (first + second))
 
 
-def _coefficients(values, columns, penalty=None):
-    """Least squares with an intercept, insensitive to the scale of the columns and to collinear ones.
-
-    `penalty`, one for each column, times the square of the coefficient is added to the sum of squares.
-    """
+def _coefficients(values, columns):
+    """Least squares with an intercept, insensitive to the scale of the columns and to collinear ones."""
     centred = columns - jnp.mean(columns, axis=0)
     spread = jnp.sqrt(jnp.mean(centred**2, axis=0))
     spread = jnp.where(spread > 0, spread, 1.0)
-    design, target = centred / spread, values - jnp.mean(values)
-    if penalty is not None:
-        design = jnp.concatenate([design, jnp.diag(jnp.sqrt(penalty) / spread)])
-        target = jnp.concatenate([target, jnp.zeros(columns.shape[1], target.dtype)])
-    return jnp.linalg.lstsq(design, target, rcond=RELATIVE_CUTOFF)[0] / spread
+    solution = jnp.linalg.lstsq(centred / spread, values - jnp.mean(values), rcond=RELATIVE_CUTOFF)[0]
+    return solution / spread
 
 
-def _shrunk_coefficients(values, columns, noise):
-    """Take off a fit what the columns' expectations leave in doubt, and what chance alone explains (Stein)."""
-    count, terms = columns.shape
-    found = _coefficients(values, columns, count * noise)
-    fitted = (columns - jnp.mean(columns, axis=0)) @ found
-    left = jnp.sum((values - jnp.mean(values) - fitted) ** 2)
-    chance, explained = terms * left / max(count - terms - 1, 1), jnp.sum(fitted**2)
-    return found * jnp.maximum(1 - chance / jnp.where(explained > 0, explained, 1.0), 0.0)
+def regress_one(
+    values: Float[Array, " units"], column: Float[Array, " units"], expectation_variance: Scalar
+) -> Regression:
+    """Correct the mean of independent `values` by one column whose expectation has a variance of its own.
+
+    A unit's coefficient comes from all the others, which keeps the mean unbiased. It is smaller by what makes up for
+    the variance of the expectation, and by what chance alone explains (Stein): a column that says little of the
+    values, or whose expectation is vague, then adds no variance.
+    """
+    units = values.shape[0]
+    if units < pairs_for(1):
+        return Regression(jnp.mean(values), jnp.var(values, ddof=1), jnp.zeros(1, values.dtype))
+    x, y, weight = column - jnp.mean(column), values - jnp.mean(values), units / (units - 1)
+    xx, xy, yy = (jnp.sum(a * b) - weight * a * b for a, b in ((x, x), (x, y), (y, y)))  # without the unit
+    floor = RELATIVE_CUTOFF * jnp.sum(x**2)
+    slope = jnp.where(xx > floor, xy / jnp.where(xx > floor, xx + (units - 1) * units * expectation_variance, 1.0), 0.0)
+    explained = slope**2 * xx
+    chance = jnp.maximum(yy - 2 * slope * xy + explained, 0.0) / (units - 3)
+    slope = slope * jnp.maximum(1 - chance / jnp.where(explained > 0, explained, 1.0), 0.0)
+    residual = values - slope * column
+    return Regression(jnp.mean(residual), jnp.var(residual, ddof=1), jnp.mean(slope)[None])
 
 
 def hessian_columns(

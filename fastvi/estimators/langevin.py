@@ -156,7 +156,8 @@ def run_steps(
         walkers, (excess, radius2, columns, error, lost) = jax.vmap(advance, in_axes=(0, 0, None, None))(
             walkers, keys, tuning.step, index
         )
-        error = jnp.mean(error**2)
+        kept = ~lost  # a step that was taken back says nothing of how long steps may be
+        error = jnp.sum(jnp.where(kept, error**2, 0.0)) / jnp.maximum(jnp.sum(kept), 1)
         is_clean = index % held == held - 1  # the block at both ends is the same
         tuned = _adapt(tuning, error, energy_error)
         tuning = jax.tree_util.tree_map(lambda new, old: jnp.where(is_clean, new, old), tuned, tuning)

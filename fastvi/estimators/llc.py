@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Key, Scalar
-from fastvi.estimators.control_variate import hessian_columns, regress
+from fastvi.estimators.control_variate import hessian_columns, regress, regress_one
 from fastvi.estimators.stein import even_monomials, stein_columns
 from fastvi.families.base import AbstractFamily, Draws
 from fastvi.inference.loop import Problem
@@ -19,7 +19,10 @@ EVALUATION_GROUP = 8  # draws whose full-data losses are evaluated together
 
 
 class Evaluation(NamedTuple):
-    """What one chain's q says; `llc` is corrected by the control variates, `llc_mc` is not."""
+    """What one chain's q says; `llc` is corrected by the control variates, `llc_mc` is not.
+
+    `columns` are these, less their expectations, whose own errors have `expectation_variance`.
+    """
 
     llc: Scalar
     llc_sem: Scalar
@@ -30,6 +33,7 @@ class Evaluation(NamedTuple):
     log_weight_sd: Scalar
     excess: Float[Array, " draws"]
     columns: Float[Array, "pairs columns"]
+    expectation_variance: Float[Array, " columns"]
     log_weight: Float[Array, " draws"]
     log_prob: Float[Array, " draws"]
     resp_entropy: Float[Array, " draws"]
@@ -75,7 +79,6 @@ def evaluate(
     excess = excess_at(draws, posterior.center, excess_fn) if excess is None else excess
     contribution = posterior.learning_coefficient(excess)
     log_density = jax.vmap(posterior.log_density)(draws.displacement, reference_loss + excess)
-    trace_variance = jnp.zeros_like(reference_loss)
     if control_variate == "hvp":
         columns, expected, trace_variance = hessian_columns(
             family, params, objective, problem, draws, jax.random.fold_in(key, PROBE_STREAM), trace_probes
@@ -84,9 +87,11 @@ def evaluate(
         columns, expected = quadratic_columns(family, params, draws, pairs)
     else:
         columns, expected = jnp.zeros((2 * pairs, 0), contribution.dtype), jnp.zeros(0, contribution.dtype)
-    doubt = trace_variance if control_variate == "hvp" else None
-    fit = regress(_pair_mean(contribution), _pair_mean(columns - expected), doubt)
-    plain_variance = jnp.var(_pair_mean(contribution), ddof=1)
+    if control_variate != "hvp":
+        trace_variance = jnp.zeros(columns.shape[1], contribution.dtype)
+    units, centred = _pair_mean(contribution), _pair_mean(columns - expected)
+    fit = regress_one(units, centred[:, 0], trace_variance[0]) if control_variate == "hvp" else regress(units, centred)
+    plain_variance = jnp.var(units, ddof=1)
     variance = fit.residual_variance
     trace_error = jnp.sum(fit.coefficients**2 * trace_variance)
     log_weight = log_density - draws.log_prob
@@ -99,7 +104,8 @@ def evaluate(
         elbo=jnp.mean(log_weight),
         log_weight_sd=jnp.std(log_weight, ddof=1),
         excess=excess,
-        columns=_pair_mean(columns - expected),
+        columns=centred,
+        expectation_variance=trace_variance,
         log_weight=log_weight,
         log_prob=draws.log_prob,
         resp_entropy=family.resp_entropy(draws),

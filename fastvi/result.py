@@ -162,8 +162,8 @@ class LLCEstimate:
         if self.correction["method"] == "importance":
             return f"Monte Carlo of the weighted draws{spread}"
         return (
-            f"spread and autocorrelation of {self.correction['walkers']} walkers, with "
-            f"{self.correction['systematic']:.1g} for finite steps and noisy gradients"
+            f"spread and autocorrelation of {self.walk_llc.shape[0]} walkers, with "
+            f"{self.correction.get('systematic', 0.0):.1g} for finite steps and noisy gradients"
         )
 
     @property

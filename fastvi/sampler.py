@@ -71,9 +71,9 @@ def fit(
         loss_full_flat: `(w) -> L_n(w)` or `(w, data) -> L_n(w)`; the objective on `data` in chunks when left out.
 
     Returns:
-        lambda_hat (); traces, each (steps,); extras with Eq_Ln, Ln_wstar, Eq_Ln_mc, Eq_Ln_cv, llc_sem, elbo, pi,
-        D_sqrt, result_code, cv_info and q (a `FittedQ` of flat vectors, to draw from); timings in seconds (zero
-        under a trace); work.
+        lambda_hat (); traces, each (steps,); extras with Eq_Ln, Ln_wstar, Eq_Ln_mc, Eq_Ln_cv, llc_sem (Monte Carlo
+        under this q alone), elbo, pi, D_sqrt, result_code, cv_info and q (a `FittedQ` of flat vectors, to draw from);
+        timings in seconds (zero under a trace); work.
 
     Raises:
         ConfigError: If an option is unknown or impossible.
@@ -161,7 +161,9 @@ def run_vi(
         traces={
             **run.traces,
             **repeated,
-            "Ln": jax.device_put(np.full(shape, np.nan, dtype)),  # made on the host: no NaN that jax_debug_nans looks for
+            "Ln": jax.device_put(
+                np.full(shape, np.nan, dtype)
+            ),  # made on the host: no NaN that jax_debug_nans looks for
             "acceptance_rate": jnp.ones(shape, dtype),
             "energy": run.traces["elbo"],
             "is_divergent": ~jnp.isfinite(run.traces["elbo"]),

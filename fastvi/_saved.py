@@ -50,7 +50,7 @@ def write_estimate(result: Any, folder: Path) -> None:
     """Write both files, tied by a digest; the estimate is complete when result.json is there."""
     values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     del values["fitted"]
-    arrays = {name: np.asarray(values.pop(name)) for name in SINGLE_ARRAYS}
+    arrays: dict[str, Any] = {name: np.asarray(values.pop(name)) for name in SINGLE_ARRAYS}
     for group, prefix in ARRAY_GROUPS.items():
         arrays |= {prefix + name: np.asarray(array) for name, array in values.pop(group).items()}
     values["health"] = [dataclasses.asdict(finding) for finding in result.health]
@@ -98,7 +98,7 @@ def _check_values(cls: Any, place: Path, values: dict[str, Any]) -> None:
     config = values.get("config")
     if wrong is None and not isinstance(config, dict):
         wrong = "lacks 'config', the settings of the fit"
-    if wrong is None:
+    if wrong is None and isinstance(config, dict):
         lacking = [field.name for field in dataclasses.fields(VIConfig) if field.name not in config]
         wrong = f"lacks 'config.{lacking[0]}'" if lacking else None
     if wrong is not None:

@@ -445,7 +445,7 @@ def test_the_cause_of_a_failing_target_is_kept(place, monkeypatch):
         (["--set", "M=1", "--set", "M=2"], "--set gives M twice"),
         (
             ["--localization", "1", "--set", "gamma=2"],
-            "the localization is given twice and differs: 1.0, and gamma = 2",
+            "gamma is given twice and differs: 2.0 in the config, 1.0 as argument",
         ),
         (["--seed", "-1"], "seed must be an integer >= 0; got -1"),
         (["--num-chains", "0"], "num_chains must be an integer >= 1; got 0"),

@@ -10,7 +10,19 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, final, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Optional,
+    Self,
+    TypeVar,
+    final,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from fastvi import _checks as checks
 from fastvi import _sources as sources
@@ -21,6 +33,12 @@ from fastvi.basis import Basis
 __all__ = ["FlowConfig", "VIConfig"]
 
 Rule = Callable[[str, Any, str], Any]
+T = TypeVar("T")
+if TYPE_CHECKING:
+    Open = Annotated[T, "None where it is not given"]  # stages read a filled configuration, where it is given
+else:
+    Open = Optional
+_OPEN: Any = None
 
 _ALIASES = {"algo": "family"}
 _ALIASES |= {"flow_type": "flow.template", "flow_depth": "flow.depth", "flow_hidden": "flow.hidden"}
@@ -236,10 +254,10 @@ class VIConfig(_CheckedFields):
     """
 
     family: Literal["mfa", "flow"] = "mfa"
-    M: Annotated[int | None, checks.integer] = None
-    r: Annotated[int | None, checks.natural] = None
+    M: Annotated[Open[int], checks.integer] = _OPEN
+    r: Annotated[Open[int], checks.natural] = _OPEN
     r_per_component: Annotated[tuple[int, ...] | None, checks.ranks] = None
-    means: Literal["shared", "center", "component"] | None = None
+    means: Open[Literal["shared", "center", "component"]] = _OPEN
     curvature_rank: Annotated[Literal["auto"] | int, checks.auto_or_integer] = "auto"
     curvature_examples: Annotated[int | None, checks.integer] = None
     mixture_cap: Annotated[int | None, checks.integer] = None
@@ -247,9 +265,9 @@ class VIConfig(_CheckedFields):
     alpha_dirichlet_prior: Annotated[float | None, checks.positive] = None
     entropy_bonus: Annotated[float, checks.nonnegative] = 0.0
     entropy_bonus_steps: Annotated[int | None, checks.integer] = None
-    alpha_temperature: Annotated[float | None, checks.at_least_half] = None
-    alpha_temperature_frac: Annotated[float | None, checks.fraction] = None
-    steps: Annotated[int | None, checks.integer] = None
+    alpha_temperature: Annotated[Open[float], checks.at_least_half] = _OPEN
+    alpha_temperature_frac: Annotated[Open[float], checks.fraction] = _OPEN
+    steps: Annotated[Open[int], checks.integer] = _OPEN
     batch_size: Annotated[int | None, checks.integer] = None
     lr: Annotated[float, checks.positive] = 1e-2
     lr_schedule: Literal["none", "cosine", "linear_decay"] = "cosine"
@@ -262,22 +280,22 @@ class VIConfig(_CheckedFields):
     eval_every: Annotated[int, checks.integer] = 50
     eval_samples: Annotated[int | None, partial(checks.integer, minimum=4)] = None
     control_variate: Literal["auto", "hvp", "none"] | None = None
-    trace_probes: Annotated[int | None, checks.integer] = None
-    correction: Literal["none", "auto", "importance", "mcmc"] | None = None
-    correction_error: Annotated[float | None, checks.positive] = None
-    correction_budget: Annotated[float | None, checks.positive] = None
+    trace_probes: Annotated[Open[int], checks.integer] = _OPEN
+    correction: Open[Literal["none", "auto", "importance", "mcmc"]] = _OPEN
+    correction_error: Annotated[Open[float], checks.positive] = _OPEN
+    correction_budget: Annotated[Open[float], checks.positive] = _OPEN
     whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
-    whitening_decay: Annotated[float | None, checks.decay] = None
+    whitening_decay: Annotated[Open[float], checks.decay] = _OPEN
     use_whitening: bool = True
     dtype: Literal["float32", "float64"] = "float32"
     tensorboard: bool = False
     gamma: Annotated[float | None, checks.nonnegative] = None
-    backend: Annotated[str | None, checks.backend] = None
-    d_latent: Annotated[Literal["auto"] | int | None, checks.auto_or_positive] = None
+    backend: Annotated[Open[str], checks.backend] = _OPEN
+    d_latent: Annotated[Open[Literal["auto"] | int], checks.auto_or_positive] = _OPEN
     sigma_perp: Annotated[float | None, checks.positive] = None
-    learn_sigma_perp: bool | None = None
-    lift: Literal["core", "injective"] | None = None
-    latent_basis: Annotated[str | Basis | None, checks.basis] = None
+    learn_sigma_perp: Open[bool] = _OPEN
+    lift: Open[Literal["core", "injective"]] = _OPEN
+    latent_basis: Annotated[Open[str | Basis], checks.basis] = _OPEN
     flow: Annotated[FlowConfig, _flow] = FlowConfig()
 
     def __post_init__(self) -> None:

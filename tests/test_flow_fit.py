@@ -40,6 +40,9 @@ def loss(w, batch):
 OBJECTIVE = make_flat_objective(loss)
 
 
+OWN = {"mfa": {}, "flow": {"flow": SMALL}}
+
+
 def fit(family, key=0, **options):
     return fastvi.fit(
         rng_key=key,
@@ -49,7 +52,7 @@ def fit(family, key=0, **options):
         n_data=COUNT,
         beta=1 / math.log(COUNT),
         gamma=GAMMA,
-        vi_cfg={"family": family, "steps": STEPS, "flow": SMALL, "samples_per_step": 2} | options,
+        vi_cfg={"family": family, "steps": STEPS, "samples_per_step": 2, **OWN[family]} | options,
     )
 
 

@@ -362,7 +362,7 @@ def test_a_file_for_both_families_is_read_for_the_one_it_names(family, nothing_i
     assert (config.d_latent, config.backend, config.sigma_perp) == read
     read = FlowConfig(template="maf", depth=4, hidden=(8, 8), init_scale=1e-2)  # without bins, which maf has not
     assert config.flow == (read if family == "flow" else FlowConfig())
-    other = {"lift": "core"} if family == "mfa" else {"alpha_temperature": 2.0}
+    other: dict = {"lift": "core"} if family == "mfa" else {"alpha_temperature": 2.0}
     with pytest.raises(ConfigError, match=r"^(lift|alpha_temperature) must be left out with family"):
         fastvi.estimate_llc(loss, jnp.zeros(DIM), DATA, config=entries, progress=False, **other)
 

@@ -77,7 +77,8 @@ def estimate_llc(
         loss_fn: `(params, batch)` -> the mean loss of the batch's examples, in nats; or an array with one loss for each
             example or each of its tokens (batch axis first); or `(losses, weights)` of one such shape, for masks,
             padding and class weights: then `L_n = sum(weights * losses) / sum(weights)` over all data. n counts
-            examples.
+            examples. State that it reads (attributes, globals, arrays) is read anew by each call, except by functions
+            that jax itself keeps traced, as under `jax.jit`.
         params: Trained parameters w*, any pytree with floating-point arrays.
         data: Pytree of arrays with a common leading axis of examples; `batch` has the same structure. Or an object
             that gives such batches from host memory each time it is iterated over: then the only correction is
@@ -207,7 +208,9 @@ def run_estimate(
     result = _estimate(fit, problem, plan, work, timings, bottom, look)
     if throw and _has(result, "non_finite"):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
-    result = dataclasses.replace(result, fitted=Fitted(fit, problem, objective, keys, warm and warm.walked))
+    result = dataclasses.replace(
+        result, fitted=Fitted(fit, problem, objective, stages.loss, keys, warm and warm.walked)
+    )
     if plan.correction == "none" or _has(result, "non_finite", "improper_posterior"):
         return result
     return correct(

@@ -18,6 +18,7 @@ from fastvi.diagnostics.importance import GOOD, pareto_smooth
 from fastvi.estimators.control_variate import regress
 from fastvi.estimators.correction import LENGTH, MIN_BINS, USUAL_ERROR, Sampled, Sampler, Unmet, sample_posterior
 from fastvi.estimators.walk import BIN_LENGTH, Walk, WalkPrograms, parameter_blocks, walk_programs
+from fastvi.fingerprint import Fingerprint, fingerprint_loss
 from fastvi.inference.driver import Fit, Progress
 from fastvi.inference.loop import Problem
 from fastvi.inference.schedule import few_dimensions_factor
@@ -45,15 +46,25 @@ class Walked(NamedTuple):
 class Fitted(NamedTuple):
     """What a correction goes on from: a fit, and walkers that are already on their way.
 
-    `is_masked` says that the caller passed all parameters and a mask, not a restricted loss.
+    `is_masked` says that the caller passed all parameters and a mask, not a restricted loss; `loss` what the objective
+    computed at the fit.
     """
 
     fit: Fit
     problem: Problem
     objective: TreeObjective
+    loss: Fingerprint
     keys: Keys
     walked: Walked | None = None
     is_masked: bool = False
+
+    def check_unchanged(self) -> None:
+        """Refuse a loss that computes something else than at the fit."""
+        if fingerprint_loss(self.objective, self.problem).digest != self.loss.digest:
+            raise DataError(
+                "the loss computes something else than at the fit: state that it reads has changed since (an "
+                "attribute, a global, an array). Set it back, or run estimate_llc again."
+            )
 
 
 def correct(
@@ -88,7 +99,7 @@ def correct(
 
     Raises:
         ConfigError: If an option is impossible, or not one of this correction.
-        DataError: If the result was loaded from disk and holds no fit.
+        DataError: If the result was loaded from disk and holds no fit, or walkers are needed and the loss has changed.
         NonFiniteError: If NaN or infinity appears, unless `throw` is False.
 
     Cost:
@@ -216,6 +227,7 @@ def _sample(
         if report is not None:
             report(Progress("correction", int(done), int(budget), llc))
 
+    fitted.check_unchanged()
     programs = walk_programs(fitted.objective, fitted.problem, parameter_blocks(fitted.objective.structure.leaf_sizes))
     if before is not None and before.walk.walkers.x.shape[0] != chains * per_chain:
         before = None  # another number of walkers: these start at q

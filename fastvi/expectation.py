@@ -39,7 +39,7 @@ def llc_on(result: LLCEstimate, data: Batch) -> DataLLC:
         The coefficient in units of the fit's nbeta. It may be negative, as w* need not be a minimum for these data.
 
     Raises:
-        DataError: If the result was loaded from disk, or the data cannot be used.
+        DataError: If the result was loaded from disk, the loss has changed since, or the data cannot be used.
 
     Cost:
         As many losses of the data as the evaluation had draws.
@@ -69,7 +69,7 @@ def example_losses(result: LLCEstimate, data: Batch) -> Float[np.ndarray, "chain
         weighted loss each example's share in it.
 
     Raises:
-        DataError: If the result was loaded from disk, or the data cannot be used.
+        DataError: If the result was loaded from disk, the loss has changed since, or the data cannot be used.
     """
     fitted = _fitted(result)
     objective, center = fitted.objective, fitted.problem.posterior.center
@@ -96,6 +96,7 @@ def example_losses(result: LLCEstimate, data: Batch) -> Float[np.ndarray, "chain
 def _fitted(result: LLCEstimate) -> Fitted:
     if result.fitted is None:
         raise DataError("this estimate holds no fit to draw from (it was loaded from disk). Run estimate_llc again.")
+    result.fitted.check_unchanged()
     return result.fitted
 
 

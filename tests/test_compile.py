@@ -90,9 +90,13 @@ def reads_global(w, batch):
 def test_a_loss_is_what_it_computes_now():
     """The object of a method changes: the number follows. It changes back: nothing is compiled."""
     scaled = Scaled(1.0)
-    assert estimate(scaled.method) == pytest.approx(exact(1.0), rel=0.05)
+    first = fastvi.estimate_llc(scaled.method, jnp.zeros(4), ONES, **CHEAP)
+    assert first.llc == pytest.approx(exact(1.0), rel=0.05)
     scaled.scale = 0.01
     assert estimate(scaled.method) == pytest.approx(exact(0.01), rel=0.02)
+    for later in (lambda: fastvi.correct(first, "mcmc", progress=False), lambda: fastvi.llc_on(first, ONES)):
+        with pytest.raises(fastvi.DataError, match="computes something else than at the fit"):
+            later()
     scaled.scale = 1.0
     compiled = CLOCK.programs
     for same in (scaled.method, scaled, functools.partial(scaled.method), reads_global, lambda w, b: Scaled(1.0)(w, b)):
@@ -371,7 +375,7 @@ def loss_of_vector(w, batch):
 
 @pytest.mark.parametrize("steps", [1, 99, 100, 101, 130, 150, 199, 250, 1009, 5000, 5001, 10_007])
 def test_one_length_of_chunks_makes_all_steps(steps):
-    length = chunk_length(steps)
+    length = chunk_length(fastvi.VIConfig(steps=steps).filled)
     assert min(steps, CHUNK // 2) <= length <= min(steps, CHUNK)
     assert -steps % length <= max(1, steps // 100)
 
@@ -380,7 +384,7 @@ def test_steps_beyond_the_last_change_nothing():
     """103 steps are two chunks of 52: the same numbers as from one program of 103."""
     compiled = CLOCK.programs
     chunked = fastvi.estimate_llc(loss_of_vector, jnp.zeros(3), ONES, **CHEAP | {"steps": 103, "progress": print_no})
-    assert chunk_length(103) == 52
+    assert chunk_length(fastvi.VIConfig(steps=103).filled) == 52
     assert CLOCK.programs > compiled
     whole = fastvi.estimate_llc(loss_of_vector, jnp.zeros(3), ONES, **CHEAP | {"steps": 103})
     assert chunked.traces["elbo"].shape == (1, 103)

@@ -156,7 +156,7 @@ def run_fit(
     """
     config = config.filled
     leaves = jax.tree_util.tree_leaves((problem, chain_keys, whitener_scale))
-    if stages.is_traced or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if stages.loss.is_traced or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return Fit(*stages.whole(problem, chain_keys, whitener_scale), Clock().seconds, None)
     draws = config.steps * config.step_draws * chain_keys.size
     clock, programs = Clock(), stages.for_work(draws, problem.posterior.center.size)

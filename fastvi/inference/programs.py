@@ -14,7 +14,7 @@ from fastvi.estimators.llc import Evaluation, evaluate, evaluation_draws, excess
 from fastvi.families import FAMILIES
 from fastvi.families.backends import BACKENDS
 from fastvi.families.base import AbstractFamily, Geometry
-from fastvi.fingerprint import fingerprint_loss, shapes_of
+from fastvi.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.geometry.start import Start, make_start, rank_limit
 from fastvi.inference.calibrate import calibrate_scale
 from fastvi.inference.loop import Problem, State, init_state, run_steps
@@ -72,13 +72,13 @@ class Stages(NamedTuple):
         compiled: Compiled for speed.
         whole: `(problem, chain_keys, whitener_scale)` -> family, params, Start, Outcome, traces, rounds: a fit of fixed
             length as one program, for use inside a trace.
-        is_traced: Whether the loss closes over values of an enclosing trace: then only `whole` can be used.
+        loss: What the loss computes; where it closes over values of an enclosing trace only `whole` can be used.
     """
 
     quick: Programs
     compiled: Programs
     whole: Callable[..., tuple[AbstractFamily, Any, Start, Outcome, dict[str, Array], Scalar]]
-    is_traced: bool = False
+    loss: Fingerprint
 
     def for_work(self, draws: int, dim: int) -> Programs:
         """Return the compiled stages, with steps that compile sooner and run slower where they make few draws."""
@@ -94,14 +94,14 @@ def programs_for(
     """
     loss, config = fingerprint_loss(objective, problem, loss_full_flat), config.filled
     if loss.is_traced:
-        return _build(objective, config, loss_full_flat)._replace(is_traced=True)
+        return _build(objective, config, loss_full_flat, loss)
     # a family or a backend that is registered anew under an old name is another one
     key = ("fit", config, shapes_of(problem), FAMILIES[config.family], BACKENDS.get(config.backend))
     functions = (objective, loss_full_flat)
-    return PROGRAMS.find(loss, key, functions, lambda objective, full: _build(objective, config, full))
+    return PROGRAMS.find(loss, key, functions, lambda objective, full: _build(objective, config, full, loss))
 
 
-def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) -> Stages:
+def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None, loss: Fingerprint) -> Stages:
     def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
         key_subset, key_start = jax.random.split(key)
         subset = problem.data
@@ -130,7 +130,9 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None) ->
         return jax.lax.map(lambda v: excess_loss(objective, center + v, center, batch), points)
 
     finish, excess_on, conclude = _evaluation(objective, config, loss_full_flat)
-    return _compiled(Programs(prepare, launch, steps, finish, relaunch, excess_on, conclude, excess_along), config)
+    return _compiled(
+        Programs(prepare, launch, steps, finish, relaunch, excess_on, conclude, excess_along), config, loss
+    )
 
 
 def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> tuple[Callable, ...]:
@@ -183,7 +185,7 @@ def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Call
     return finish, excess_on, conclude
 
 
-def _compiled(plain: Programs, config: VIConfig) -> Stages:
+def _compiled(plain: Programs, config: VIConfig, loss: Fingerprint) -> Stages:
     once = quick_compilation()
     steps = over_devices(plain.steps, (False, False, True, True, False, False))
     jit_steps = functools.partial(jax.jit, steps, static_argnames=("length",), donate_argnums=(2,))
@@ -198,7 +200,7 @@ def _compiled(plain: Programs, config: VIConfig) -> Stages:
         excess_along=jax.jit(plain.excess_along, compiler_options=once),
     )
     quick = compiled._replace(steps=jit_steps(compiler_options=once))
-    return Stages(quick, compiled, jax.jit(functools.partial(_whole, plain, config)))
+    return Stages(quick, compiled, jax.jit(functools.partial(_whole, plain, config)), loss)
 
 
 def _whole(plain: Programs, config: VIConfig, problem: Problem, keys: Keys, whitener_scale: Array | None) -> tuple:

@@ -106,7 +106,13 @@ def half_precision(w, batch):
     return jnp.mean(jnp.logaddexp(0, scores))
 
 
+def interpolating(w, batch):
+    """Residuals of rounding at w*, as a model has that was trained to fit its data."""
+    return 0.5 * jnp.mean((batch[0] @ (w * 1.1) - batch[0] @ jnp.full(DIM, 0.77)) ** 2)
+
+
 ACCEPTED = {
+    "nothing but rounding at w*": (interpolating, CENTER + 0.7),
     "least squares": (mean_square, CENTER),
     "relu network with weight decay": (network, jnp.asarray(RNG.normal(size=15), jnp.float32)),
     "no use of the data": (lambda w, b: 0.5 * jnp.sum(w**2), CENTER),

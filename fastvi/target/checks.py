@@ -130,8 +130,9 @@ def look_at_loss(
     if displaced is not None:
         moved = center + step
         scale = max(abs(at_center[0]), abs(displaced[0]))
-        _check_mean(meter, moved, displaced[0], rows, tolerance, name)
-        _check_mean(meter, center, at_center[0], rows, tolerance, name)
+        # a model that interpolates has nothing but rounding for a loss at w*: the displaced one is its scale
+        _check_mean(meter, moved, displaced[0], rows, tolerance, tolerance * scale, name)
+        _check_mean(meter, center, at_center[0], rows, tolerance, tolerance * scale, name)
         if meter.affords(rows.union):
             _check_deterministic(meter, moved, rows.union, displaced[0], tolerance * scale, name)
         _check_order(meter, moved, rows.reverse, displaced[0], tolerance * scale, name)
@@ -237,22 +238,23 @@ def _check_deterministic(meter: _Meter, w: Array, batch: Batch, before: float, t
         )
 
 
-def _check_mean(meter: _Meter, w: Array, together: float, rows: _Rows, tolerance: float, name: str) -> None:
-    """Compare a batch with its two halves: a mean over examples is the mean of both."""
+def _check_mean(
+    meter: _Meter, w: Array, together: float, rows: _Rows, relative: float, least: float, name: str
+) -> None:
+    """Compare a batch with its two halves: a mean over examples is the mean of both, but for rounding."""
     if not meter.affords(rows.union, LOSS_COST):
         return
     first, second = meter.loss(w, rows.first), meter.loss(w, rows.second)
-    scale = max(abs(first), abs(second), abs(together))
-    mean = 0.5 * (first + second)
-    if not np.isfinite(mean) or abs(together - mean) <= tolerance * scale:
+    mean, tolerance = 0.5 * (first + second), max(least, relative * max(abs(first), abs(second), abs(together)))
+    if not np.isfinite(mean) or abs(together - mean) <= tolerance:
         return
-    _check_deterministic(meter, w, rows.union, together, tolerance * scale, name)  # noise fails here too
+    _check_deterministic(meter, w, rows.union, together, tolerance, name)  # noise fails here too
     half = _length(rows.first)
     seen = (
         f"{name} is not a mean over the examples of the batch: {half} examples gave {first:.6g}, {half} others "
         f"{second:.6g}, all {2 * half} together {together:.6g} and not {mean:.6g}."
     )
-    if abs(together - (first + second)) <= tolerance * scale:
+    if abs(together - (first + second)) <= tolerance:
         raise DataError(f"{seen} It is their sum. Divide by the number of examples, or return one loss for each.")
     raise DataError(
         f"{seen} Examples must not weigh each other: for masks, padding and class weights return (losses, weights), "

@@ -22,6 +22,7 @@ from fastvi._arguments import (
 )
 from fastvi._data import check_data, is_stream, refuse_a_trace
 from fastvi._errors import DataError, NonFiniteError
+from fastvi._modes import in_own_modes
 from fastvi._typing import Batch, Key, PyTree
 from fastvi.accounting import Work, count_work, with_losses
 from fastvi.compilation import CLOCK
@@ -50,6 +51,7 @@ WHOLE_DATA = 2 * DEFAULT_BATCH_SIZE  # examples that a fit in few dimensions tak
 PREPARATION = {"steps": 200, "batch_size": 64, "samples_per_step": 1, "eval_samples": 32, "curvature_examples": 512}
 
 
+@in_own_modes
 def estimate_llc(
     loss_fn: Callable[[PyTree, Batch], Any],
     params: PyTree,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import DataError, NonFiniteError
+from fastvi._modes import in_own_modes
 from fastvi._typing import Array, Float, Keys
 from fastvi.compilation import CLOCK
 from fastvi.config import VIConfig
@@ -67,6 +68,7 @@ class Fitted(NamedTuple):
             )
 
 
+@in_own_modes
 def correct(
     result: LLCEstimate,
     correction: str = "auto",

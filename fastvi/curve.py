@@ -10,6 +10,7 @@ import numpy as np
 from fastvi._arguments import as_key, check_count
 from fastvi._data import check_data, is_stream, refuse_a_trace
 from fastvi._errors import ConfigError, DataError
+from fastvi._modes import in_own_modes
 from fastvi._typing import Batch, PyTree
 from fastvi.api import assemble, run_estimate
 from fastvi.config import VIConfig
@@ -45,6 +46,7 @@ class LLCCurve:
         return np.array([estimate.work["total_fge"] for estimate in self.estimates])
 
 
+@in_own_modes
 def llc_curve(
     loss_fn: Callable[[PyTree, Batch], Any],
     checkpoints: Iterable[PyTree],

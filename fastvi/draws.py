@@ -13,6 +13,7 @@ import numpy as np
 
 from fastvi._arguments import as_key
 from fastvi._errors import DataError
+from fastvi._modes import in_own_modes
 from fastvi._typing import Array, Float, Key, PyTree, Scalar
 from fastvi.correct import Fitted
 from fastvi.families.base import AbstractFamily
@@ -76,6 +77,7 @@ class FittedQ(eqx.Module):
             raise DataError("this q knows flat vectors alone: fit() was given no pytree. Unravel its draws yourself.")
         return dataclasses.replace(self, form=form)
 
+    @in_own_modes
     def sample_and_log_prob(self, key: Any, shape: int | Sequence[int] = ()) -> tuple[PyTree, Float[Array, "..."]]:
         """Draw independently from q.
 
@@ -106,6 +108,7 @@ class FittedQ(eqx.Module):
         """Draw the same w without log q; see `sample_and_log_prob`."""
         return self.sample_and_log_prob(key, shape)[0]
 
+    @in_own_modes
     def log_prob(self, w: PyTree) -> Float[Array, "..."]:
         """Evaluate log q at any w.
 

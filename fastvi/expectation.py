@@ -8,6 +8,7 @@ import numpy as np
 
 from fastvi._data import check_data
 from fastvi._errors import DataError
+from fastvi._modes import in_own_modes
 from fastvi._typing import Array, Batch, Float
 from fastvi.correct import Fitted
 from fastvi.estimators.llc import evaluation_draws, excess_at
@@ -25,6 +26,7 @@ class DataLLC(NamedTuple):
     init_loss: float
 
 
+@in_own_modes
 def llc_on(result: LLCEstimate, data: Batch) -> DataLLC:
     """Estimate the data-restricted coefficient: the posterior of the fit, the loss of other data.
 
@@ -56,6 +58,7 @@ def llc_on(result: LLCEstimate, data: Batch) -> DataLLC:
     return DataLLC(float(chains.mean()), max(within, between), chains, float(reference))
 
 
+@in_own_modes
 def example_losses(result: LLCEstimate, data: Batch) -> Float[np.ndarray, "chains draws examples"]:
     """Evaluate the loss of each example by itself at the draws that the estimate was evaluated at.
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from fastvi._data import is_finite
 from fastvi._errors import DataError, ErrorNote
+from fastvi._modes import call_in_their_modes, in_own_modes
 from fastvi._typing import Array, Batch, Float, PyTree, Scalar
 from fastvi.target.losses import LossForm, classify_loss, describe_value, example_losses, mean_loss, raw_examples
 
@@ -55,7 +56,7 @@ class CallableObjective:
 
     def outputs(self, w, batch):
         """Return what the function returns on the batch."""
-        return self.loss_fn(w, raw_examples(batch))
+        return call_in_their_modes(self.loss_fn, w, raw_examples(batch))
 
     def loss(self, w, batch):
         """Evaluate the mean loss of the batch."""
@@ -63,13 +64,15 @@ class CallableObjective:
 
     def grad(self, w, batch):
         """Differentiate the loss: by the given function if there is one, else by autodiff."""
-        return jax.grad(self.loss)(w, batch) if self.grad_fn is None else self.grad_fn(w, batch)
+        if self.grad_fn is None:
+            return jax.grad(self.loss)(w, batch)
+        return call_in_their_modes(self.grad_fn, w, batch)
 
     def value_and_grad(self, w, batch):
         """Evaluate loss and gradient in one pass."""
         if self.grad_fn is None:
             return jax.value_and_grad(self.loss)(w, batch)
-        return self.loss(w, batch), self.grad_fn(w, batch)
+        return self.loss(w, batch), self.grad(w, batch)
 
 
 def make_flat_objective(loss_minibatch_flat: LossFn, grad_loss_minibatch: LossFn | None = None) -> CallableObjective:
@@ -165,7 +168,7 @@ class TreeObjective:
 
     def outputs(self, w, batch):
         """Return what the function returns on the batch."""
-        return self.loss_fn(self.structure.unravel(w), raw_examples(batch))
+        return call_in_their_modes(self.loss_fn, self.structure.unravel(w), raw_examples(batch))
 
     def loss(self, w, batch):
         """Evaluate the mean loss of the batch."""
@@ -184,6 +187,7 @@ class TreeObjective:
         return jax.value_and_grad(self.loss)(w, batch)
 
 
+@in_own_modes
 def ravel_loss(loss_fn: LossFn, params: PyTree, dtype: Any = jnp.float32) -> tuple[TreeObjective, Float[Array, " dim"]]:
     """Flatten a loss on a parameter pytree.
 
@@ -384,7 +388,8 @@ def call_full_loss(loss_full_flat: LossFn, w: Float[Array, " dim"], data: Batch)
             takes_one = False
     if takes_one is False and takes_two is False:
         raise DataError("loss_full_flat must be a function (w) -> loss or (w, data) -> loss; it takes neither.")
-    return loss_full_flat(w, raw_examples(data)) if takes_one is False else loss_full_flat(w)
+    arguments = (w, raw_examples(data)) if takes_one is False else (w,)
+    return call_in_their_modes(loss_full_flat, *arguments)
 
 
 def _takes(function: LossFn, count: int) -> bool | None:

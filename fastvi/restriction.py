@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError, DataError
+from fastvi._modes import in_own_modes
 from fastvi._typing import Batch, PyTree
 from fastvi.objective import refuse_python_float
 
@@ -86,6 +87,7 @@ class RestrictedLoss:
         return tuple(free)
 
 
+@in_own_modes
 def restrict(
     loss_fn: Callable[[PyTree, Batch], Any], params: PyTree, param_mask: PyTree | Callable[[str], bool]
 ) -> tuple[RestrictedLoss, tuple[jax.Array, ...]]:

@@ -21,6 +21,7 @@ from fastvi._arguments import (
 )
 from fastvi._data import check_data
 from fastvi._errors import ConfigError
+from fastvi._modes import in_own_modes
 from fastvi._typing import Array, Batch, Float, Keys
 from fastvi.accounting import Work, count_work
 from fastvi.config import VIConfig
@@ -39,6 +40,7 @@ class _StaticText(str):
 jax.tree_util.register_static(_StaticText)
 
 
+@in_own_modes
 def fit(
     *,
     rng_key: Any,
@@ -105,6 +107,7 @@ class SamplerRunResult(NamedTuple):
     work: dict[str, Any]
 
 
+@in_own_modes
 def run_vi(
     key: Any,
     posterior: Any,

@@ -234,6 +234,8 @@ def _launch(
 ) -> tuple[AbstractFamily, State, Array]:
     """Run the launch, with the programs of the later stages compiling beside it."""
     _, problem, _, _, chain_keys = arguments
+    if jax.config.jax_disable_jit:  # then nothing is to be compiled
+        return programs.launch(*arguments)
     with Ahead() as ahead:
         traced = programs.launch.trace(*arguments)
         ahead.compile("launch", traced.lower())

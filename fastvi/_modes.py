@@ -1,0 +1,50 @@
+"""Strict modes of jax are for the code of those who set them: this package's runs in jax's own, a person's in theirs.
+
+Under `jax_numpy_rank_promotion="raise"` or `jax_numpy_dtype_promotion="strict"` a person's loss is traced as they say.
+`jax_transfer_guard="disallow"` asks that no data pass to a device unasked for; data and parameters that are passed to
+an estimate are asked for. "disallow_explicit" forbids these too, and is left alone.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+
+P, R = ParamSpec("P"), TypeVar("R")
+_THEIRS = threading.local()  # the modes outside, while this package's own are on
+EXPLICIT = ("disallow_explicit", "log_explicit")
+
+
+def in_own_modes(function: Callable[P, R]) -> Callable[P, R]:
+    """Run an entry point of the package in jax's own modes."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _own_modes():
+            return function(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def _own_modes() -> Iterator[None]:
+    before = getattr(_THEIRS, "modes", None)
+    _THEIRS.modes = before or (jax.config.jax_numpy_rank_promotion, jax.config.jax_numpy_dtype_promotion)
+    guard = contextlib.nullcontext() if jax.config.jax_transfer_guard in EXPLICIT else jax.transfer_guard("allow")
+    try:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), guard:
+            yield
+    finally:
+        _THEIRS.modes = before
+
+
+def call_in_their_modes(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a person's function in the modes that they have set."""
+    modes = getattr(_THEIRS, "modes", None)
+    if modes is None:
+        return function(*args)
+    with jax.numpy_rank_promotion(modes[0]), jax.numpy_dtype_promotion(modes[1]):
+        return function(*args)

@@ -1,7 +1,8 @@
 """Run tests, lint and documents on every Python that the package names, and print one line each.
 
 A Python that this machine lacks is named and left out. The lowest one runs twice: with the newest versions that
-install there, and with those of constraints-lowest.txt. Environments, homes and logs lie in .venv-matrix/, anew for every run.
+install there, and with those of constraints-lowest.txt. Environments, homes and logs lie in .venv-matrix/, anew for
+every run.
 """
 
 import os

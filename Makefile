@@ -9,7 +9,7 @@ SOURCES := $(wildcard fastvi tests bench)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow lint format bench benchall gate docs check
+.PHONY: help demo test slow matrix lint format bench benchall gate docs check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,9 @@ test: $(VENV)/.stamp-test  ## run the fast tests
 
 slow: $(VENV)/.stamp-test  ## run the slow tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m slow
+
+matrix:  ## test, lint and docs on each Python found, with the newest and the lowest versions
+	$(PYTHON) tests/support/matrix.py
 
 lint: $(VENV)/.stamp-lint  ## check style, format and types
 	$(BIN)/ruff check $(SOURCES)

@@ -226,8 +226,8 @@ class VIConfig(_CheckedFields):
             "auto" in `estimate_llc` and "none" in `fit` and `run_vi`, which refuse all else.
         correction_error: Relative standard error at which sampling may end; None means 0.02. Refused where the
             correction is "none" or "importance".
-        correction_budget: Most full-gradient equivalents that sampling takes, all walkers together; None means
-            20000. Refused where the correction is "none" or "importance".
+        correction_budget: Full-gradient equivalents that a correction never exceeds, all walkers and measurements
+            together; None means 20000. Refused where the correction is "none" or "importance".
         whitening_mode: Diagonal whitening measured at the center before the fit; a `whitener` that `fit` is given
             takes its place.
         whitening_decay: Decay of the moving averages of "rmsprop" and "adam", refused without them; None means

@@ -87,7 +87,7 @@ class Borrowed:
     def lend(self, value: Any) -> None:
         """Use this one from now on."""
         try:
-            self._owner = weakref.ref(value)
+            self._owner: Callable[[], Any] = weakref.ref(value)
         except TypeError:  # it has slots, or is a tuple
             self._owner = lambda: value
 

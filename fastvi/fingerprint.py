@@ -200,5 +200,5 @@ def _digest_on_device(array: jax.Array) -> str:
 
 
 def _digest(array: np.ndarray) -> str:
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.size else b""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
     return f"{array.dtype}{array.shape}{hashlib.blake2b(data, digest_size=20).hexdigest()}"

@@ -115,6 +115,11 @@ CASES = {
     "empty parameters": (with_params({"w": np.zeros((0, 3))}), DataError, "1 empty arrays"),
     "parameters beyond float32": (with_params({"w": np.full(2, 1e300)}), DataError, "too large for float32"),
     "float8 parameters": (with_params({"w": CENTER.astype(jnp.float8_e4m3fn)}), DataError, "float8_e4m3fn, too coarse"),
+    "a mean in half precision": (
+        lambda: estimate(loss_fn=lambda w, batch: loss(w, batch).astype(jnp.bfloat16)),
+        DataError,
+        r"bfloat16\[\], too coarse.*mean in float32",
+    ),
     "nothing varies": (lambda: estimate(param_mask=False), ConfigError, "let some parameter vary"),
     "within jit": (lambda: jax.jit(lambda w: estimate(params=w).llc)(CENTER), UnavailableError, "use fastvi.fit"),
     "within grad": (lambda: jax.grad(lambda g: estimate(localization=g).llc)(1.0), UnavailableError, "use fastvi.fit"),

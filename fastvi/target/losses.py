@@ -93,6 +93,9 @@ def classify_loss(shapes: Any, sizes: tuple[int, int], name: str) -> LossForm:
         raise _refusal(name, f"got {describe_value(value)}. Average over the batch with .mean().")
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise _refusal(name, f"got {describe_value(value)}. A loss is floating-point, in nats.")
+    if value.shape == () and value.dtype.itemsize < 4:
+        fix = "Take the mean in float32: losses.astype(jnp.float32).mean()."
+        raise _refusal(name, f"got {describe_value(value)}, too coarse for the differences that make up llc. {fix}")
     if value.shape == ():
         return LossForm.MEAN
     if not _leads_with_batch((value, other), sizes):

@@ -13,7 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _THEIRS = threading.local()  # the modes outside, while this package's own are on
 EXPLICIT = ("disallow_explicit", "log_explicit")
 
@@ -32,13 +33,18 @@ def in_own_modes(function: Callable[P, R]) -> Callable[P, R]:
 @contextlib.contextmanager
 def _own_modes() -> Iterator[None]:
     before = getattr(_THEIRS, "modes", None)
-    _THEIRS.modes = before or (jax.config.jax_numpy_rank_promotion, jax.config.jax_numpy_dtype_promotion)
-    guard = contextlib.nullcontext() if jax.config.jax_transfer_guard in EXPLICIT else jax.transfer_guard("allow")
+    _THEIRS.modes = before or (jax_setting("jax_numpy_rank_promotion"), jax_setting("jax_numpy_dtype_promotion"))
+    guard = contextlib.nullcontext() if jax_setting("jax_transfer_guard") in EXPLICIT else jax.transfer_guard("allow")
     try:
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), guard:
             yield
     finally:
         _THEIRS.modes = before
+
+
+def jax_setting(name: str) -> Any:
+    """Return a setting of jax as it is in this thread; `jax.config.read` refuses those that a context sets."""
+    return getattr(jax.config, name)
 
 
 def call_in_their_modes(function: Callable[..., Any], *args: Any) -> Any:

@@ -341,7 +341,7 @@ def _evidence(
         wanted_rank=int(start.wanted_rank),
         rank_limit=rank_limit(config, posterior.center.size, posterior.center.dtype.itemsize),
         newton_decrement=float(jax.jit(newton_decrement)(start, posterior, fit.outcome.slope)),
-        importance=assess_importance(evaluation.log_weight),
+        importance=assess_importance(np.asarray(evaluation.log_weight)),
         radius2=traces["radius2"],
         localization=float(posterior.gamma),
         dim=posterior.center.size,

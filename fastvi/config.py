@@ -342,7 +342,7 @@ class VIConfig(_CheckedFields):
         Path(path).write_text(sources.import_yaml().safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     @property
-    def filled(self) -> Self:
+    def filled(self) -> "VIConfig":
         """This configuration with the default in place of what is not given, as stages read it.
 
         What depends on the problem or on the entry point (`batch_size`, counts of draws, `early_stop`) stays None.
@@ -350,7 +350,7 @@ class VIConfig(_CheckedFields):
         return _filled(self)
 
     @property
-    def recorded(self) -> Self:
+    def recorded(self) -> "VIConfig":
         """This configuration filled, but for the fields without an effect: what a run says that it did."""
         return self.filled.reduced()
 

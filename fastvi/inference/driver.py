@@ -12,6 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from fastvi._modes import jax_setting
 from fastvi._typing import Array, Batch, Keys
 from fastvi.compilation import Ahead
 from fastvi.config import VIConfig
@@ -234,7 +235,7 @@ def _launch(
 ) -> tuple[AbstractFamily, State, Array]:
     """Run the launch, with the programs of the later stages compiling beside it."""
     _, problem, _, _, chain_keys = arguments
-    if jax.config.jax_disable_jit:  # then nothing is to be compiled
+    if jax_setting("jax_disable_jit"):  # then nothing is to be compiled
         return programs.launch(*arguments)
     with Ahead() as ahead:
         traced = programs.launch.trace(*arguments)

@@ -31,12 +31,12 @@ def haiku_loss(
     """
     haiku = import_optional("haiku", extra="haiku", distribution="dm-haiku", purpose="haiku_loss")
     with_state = isinstance(transformed, haiku.TransformedWithState)
-    apply = getattr(transformed, "apply", None)
-    if not callable(apply):
+    if not callable(getattr(transformed, "apply", None)):
         raise DataError(
             "transformed must be what hk.transform or hk.transform_with_state returned; got "
             f"{type(transformed).__name__}. Of a multi_transform pass hk.Transformed(init, one of its applies)."
         )
+    apply = transformed.apply
     before = (state,) if with_state else ()
     if _takes_key(apply, 1 + len(before)):
         before = (*before, rng)

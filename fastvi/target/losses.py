@@ -87,7 +87,7 @@ def classify_loss(shapes: Any, sizes: tuple[int, int], name: str) -> LossForm:
         DataError: If it is none of the forms.
     """
     value, other = shapes
-    if isinstance(value, (tuple, list)) and len(value) == 2:
+    if _is_pair(value):
         return _classify_pair(value, other, sizes, name)
     if not _is_array(value):
         raise _refusal(name, f"got {describe_value(value)}. Average over the batch with .mean().")
@@ -118,6 +118,10 @@ def _classify_pair(value: Any, other: Any, sizes: tuple[int, int], name: str) ->
     if not (jnp.issubdtype(weights.dtype, jnp.floating) or weights.dtype == bool or _is_integer(weights)):
         raise _refusal(name, f"{came}; weights are numbers of at least 0.")
     return LossForm.WEIGHTED
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2
 
 
 def _is_integer(value: Any) -> bool:

@@ -59,13 +59,13 @@ def make(case):
         means=case.means,
         curvature_rank=case.core,
         samples_per_step=case.draws,
-        antithetic=case.antithetic,
+        antithetic=case.antithetic if case.draws % 2 == 0 else None,
         clip_global_norm=1.05,
         lr=LR,
         batch_size=BATCH,
         eval_every=2,
         **dict(case.options),
-    )
+    ).filled
     scale, core = jnp.asarray(np.exp(0.3 * rng.normal(size=DIM))), jnp.asarray(rng.normal(size=(case.core, DIM)))
     unused = min(case.core, 1)  # rows of padding
     begun = types.SimpleNamespace(scale=scale, core=core, rank=jnp.asarray(case.core - unused), rest=jnp.ones(()))

@@ -20,7 +20,7 @@ PREFIX = "vi/"
 STATES = ("cumulative_fge", "lr", "effective_M")  # recorded as they stand; other traces by their mean over the window
 RADIUS_QUANTILES = (0.05, 0.5, 0.95)
 IMAGE_DPI = 80
-MOST_IMAGES = 5  # of each kind before the last: of more than ten TensorBoard shows a part
+MOST_IMAGES = 3  # of each kind before the last: of more than ten TensorBoard shows a part
 SHAPES = ("pi", "scree", "D_sqrt")  # images of the family's arrays
 
 
@@ -39,7 +39,7 @@ def write_events(
     The folder itself holds the mean over the chains, `chain_0`, `chain_1`, ... hold each chain, under the same tags:
     TensorBoard lays them over each other. `run_vi` keeps nothing that figures are drawn from.
 
-    Figures come every k times `every` steps, k such that there are at most six of a kind. Those of weights, scree
+    Figures come every k times `every` steps, k such that there are at most four of a kind. Those of weights, scree
     and D^{1/2}, and the scalar `A_col_norm_p95_<m>` of each component m, need what a fit keeps on its way with
     `tensorboard=True` in its configuration; of another fit they show its end alone.
 

@@ -45,7 +45,7 @@ _ALIASES |= {"flow_type": "flow.template", "flow_depth": "flow.depth", "flow_hid
 _ALIASES |= {name: name for name in ("flow.template", "flow.depth", "flow.hidden", "flow.bins", "flow.init_scale")}
 _DEFAULT_EVALUATION_DRAWS = 64
 _DEFAULT_CURVATURE_EXAMPLES = 4096
-FINAL_RATE = 0.1  # last learning rate relative to the peak; docs/configuration.md "The end of the schedule"
+FINAL_RATE = 0.01  # last learning rate relative to the peak; measured, docs/configuration.md "The end of the schedule"
 # What a field that is None, not given, takes: a plan, a family or another field may put something else in its place.
 _DEFAULTS: dict[str, Any] = {
     "M": 8,
@@ -199,7 +199,7 @@ class VIConfig(_CheckedFields):
         lr_schedule: Decay of the learning rate, after the warm-up, from the peak to `lr_end_fraction` of it; None
             is read as "none".
         lr_warmup_frac: Fraction of the steps spent warming up; at most 100 steps with `early_stop`.
-        lr_end_fraction: Last learning rate relative to the peak, of either schedule; None means 0.1, see "The end
+        lr_end_fraction: Last learning rate relative to the peak, of either schedule; None means 0.01, see "The end
             of the schedule" in docs/configuration.md.
         clip_global_norm: Longest gradient, as a multiple of the running root mean square of earlier norms, not a
             norm: 5 is five times the usual one, and the multiple grows with the square root of the steps after 100.

@@ -370,6 +370,12 @@ def loss_of_vector(w, batch):
     return jnp.sum(w**2) * jnp.mean(batch[0])
 
 
+@pytest.mark.as_users_compile
+def test_only_the_fast_run_leaves_optimisations_out(request):
+    leaves_out = request.config.option.markexpr == "not slow" and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
+    assert jax.config.read("jax_disable_most_optimizations") == leaves_out
+
+
 # Chunks.
 
 

@@ -176,6 +176,7 @@ def quartic():
     )
 
 
+@pytest.mark.as_users_compile
 def test_sampling_finds_the_posterior_s_llc(quartic):
     truth = quartic_truth(30.0)
     assert quartic.correction["method"] == "mcmc"

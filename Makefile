@@ -17,8 +17,9 @@ help:  ## list the targets
 demo: $(VENV)/.stamp-demo  ## install the package and estimate the LLC of a digits classifier
 	$(BIN)/fastvi demo digits
 
-test: $(VENV)/.stamp-test  ## run the fast tests
+test: $(VENV)/.stamp-test  ## run the fast tests, a part of them once more compiled as people compile
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m as_users_compile
 
 slow: $(VENV)/.stamp-test  ## run the slow tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m slow

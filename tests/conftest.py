@@ -37,11 +37,19 @@ def enable_x64(enabled):
 
 
 def quick_jit(function, **options):
-    """jax.jit for programs of a test that run a few times: half the time to compile."""
+    """jax.jit for programs of a test that run a few times: half the time to compile, but where tests compile fully."""
     from fastvi.compilation import quick_compilation
 
+    if not jax.config.read("jax_disable_most_optimizations"):
+        return jax.jit(function, **options)
     least = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(function, compiler_options={**least, **(quick_compilation() or {})}, **options)
+
+
+def also_as_users_compile(cases, *chosen):
+    """Return parameters of a test, of which the chosen ones also run compiled as people compile them."""
+    assert set(chosen) <= set(cases)
+    return [pytest.param(case, marks=pytest.mark.as_users_compile) if case in chosen else case for case in cases]
 
 
 @pytest.fixture
@@ -51,7 +59,10 @@ def x64():
 
 
 def pytest_configure(config):
-    """Keep compiled programs between sessions, apart for each worker: jax does not lock the folder."""
+    """Keep compiled programs between sessions, apart for each worker: jax does not lock the folder.
+
+    Both ways to compile may share a folder: jax's key of a program has the compiler's options in it.
+    """
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
     folder = Path(config.rootpath) / ".pytest_cache" / "jax" / worker
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder)))
@@ -63,7 +74,8 @@ def pytest_configure(config):
 def compile_quickly():
     """Leave out most of XLA's optimisations, here and in processes that tests start: nearly all programs run once.
 
-    The slow tests compile as people do; so do the others with JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+    The slow tests compile as people do, and so do those of `-m as_users_compile`, which are a part of the fast ones;
+    all do with JAX_DISABLE_MOST_OPTIMIZATIONS=0.
     """
     wanted = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     jax.config.update("jax_disable_most_optimizations", wanted != "0")

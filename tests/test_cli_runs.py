@@ -84,7 +84,7 @@ def test_a_run_folder_is_redone(finished, model):
     first = LLCEstimate.load(folder)
     assert status == 0
     assert re.fullmatch(r"llc \S+ ± \S+  \S+-redo\n", text)
-    assert again.llc == first.llc
+    assert again.llc == first.llc  # the same programs in the same process: the same bits
     assert read_origin(folder) == read_origin(model / "runs" / "cli_model-target-redo")
     assert not list((model / "runs").glob(".*"))
 

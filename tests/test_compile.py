@@ -370,6 +370,12 @@ def loss_of_vector(w, batch):
     return jnp.sum(w**2) * jnp.mean(batch[0])
 
 
+@pytest.mark.as_users_compile
+def test_only_the_fast_run_leaves_optimisations_out(request):
+    leaves_out = request.config.option.markexpr == "not slow" and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
+    assert jax.config.read("jax_disable_most_optimizations") == leaves_out
+
+
 # Chunks.
 
 
@@ -380,16 +386,24 @@ def test_one_length_of_chunks_makes_all_steps(steps):
     assert -steps % length <= max(1, steps // 100)
 
 
+@pytest.mark.usefixtures("x64")
 def test_steps_beyond_the_last_change_nothing():
-    """103 steps are two chunks of 52: the same numbers as from one program of 103."""
-    compiled = CLOCK.programs
-    chunked = fastvi.estimate_llc(loss_of_vector, jnp.zeros(3), ONES, **CHEAP | {"steps": 103, "progress": print_no})
+    """103 steps are two chunks of 52: the numbers of one program of 103, but for how float64 rounds in each."""
+    compiled, options = CLOCK.programs, CHEAP | {"steps": 103, "dtype": "float64"}
+    chunked = fastvi.estimate_llc(loss_of_vector, jnp.zeros(3), ONES, **options | {"progress": print_no})
     assert chunk_length(103) == 52
     assert CLOCK.programs > compiled
-    whole = fastvi.estimate_llc(loss_of_vector, jnp.zeros(3), ONES, **CHEAP | {"steps": 103})
+    whole = fastvi.estimate_llc(loss_of_vector, jnp.zeros(3), ONES, **options)
     assert chunked.traces["elbo"].shape == (1, 103)
-    np.testing.assert_allclose(chunked.traces["elbo"], whole.traces["elbo"], rtol=1e-4, atol=1e-4)
-    assert chunked.llc == pytest.approx(whole.llc, rel=1e-5)
+    np.testing.assert_allclose(chunked.traces["elbo"][:, 0], whole.traces["elbo"][:, 0], rtol=1e-12)
+    np.testing.assert_allclose(chunked.traces["elbo"], whole.traces["elbo"], rtol=1e-8)
+    for one, other in zip(*map(leaves_of_q, (chunked, whole)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9)
+    assert abs(chunked.llc - whole.llc) < 4 * np.hypot(chunked.llc_sem, whole.llc_sem)
+
+
+def leaves_of_q(result):
+    return jax.tree_util.tree_leaves(result.fitted.fit.params)
 
 
 def print_no(progress):

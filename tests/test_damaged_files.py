@@ -394,4 +394,5 @@ def test_a_saved_estimate_comes_back_exactly(changes, whole, tmp_path):
 
 
 def test_a_fresh_estimate_comes_back_exactly(whole):
+    """The same programs in the same process: the same bits."""
     same(LLCEstimate.load(whole), dataclasses.replace(estimate(), timings=LLCEstimate.load(whole).timings))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from conftest import quick_jit
+from conftest import also_as_users_compile, quick_jit
 from jax.extend.random import threefry_2x32
 
 from fastvi import LocalPosterior, VIConfig, make_flat_objective
@@ -179,7 +179,7 @@ def definition(case):
     return jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *results)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", also_as_users_compile(CASES, "mixture_pair"))
 def test_steps_are_the_dense_definition(name, x64):
     case = CASES[name]
     (params, traces), (expected, defined) = implementation(case), definition(case)

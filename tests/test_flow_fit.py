@@ -80,6 +80,12 @@ def test_families_return_the_same_keys(family):
     assert float(result["lambda_hat"]) == pytest.approx(LLC, rel=0.03)
 
 
+@pytest.mark.as_users_compile
+def test_a_flow_meets_the_closed_form():
+    found = plain("flow")
+    assert float(found["lambda_hat"]) == pytest.approx(LLC, abs=4 * float(found["extras"]["llc_sem"]) + 0.02 * LLC)
+
+
 def test_flow_traces():
     traces = plain("flow")["traces"]
     assert traces.keys() >= {"sigma_perp", "latent_logdet_mean", "latent_scale_min", "latent_scale_max", "d_latent"}

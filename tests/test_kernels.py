@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from conftest import enable_x64, quick_jit
+from conftest import also_as_users_compile, enable_x64, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,6 +176,7 @@ def test_show_says_what_runs_and_why():
     assert all("cannot run: it " in line for line in lines[1:] if line.split()[1] in ("triton", "pallas"))
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize("implementation", available("mixture_grad"))
 @given(
     comp=st.integers(1, 4),
@@ -238,7 +239,7 @@ def test_update_factors_copies_no_factors_in_a_loop(chains, rank, blocks, fully_
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("name", also_as_users_compile(cases.CASES, "shared", "component_masked"))
 def test_mixture_agrees_with_dense_algebra(name, implementation):
     # the dense side solves with P of condition 1e7 and multiplies by it again: 16 - 7 digits
     tolerance = 3e-8 if "steep" in name else 1e-12
@@ -247,7 +248,7 @@ def test_mixture_agrees_with_dense_algebra(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", FLOAT32)
+@pytest.mark.parametrize("name", also_as_users_compile(FLOAT32, "shared", "component_masked"))
 def test_float32_is_as_accurate_as_its_inputs(name, implementation):
     # 4e-6: a few roundings of the largest term; beyond it only what a change of the last input bit can do,
     # which is up to |b| = 3e3 times more in steep directions (B A_m^T cancels), whatever the algorithm.
@@ -470,7 +471,7 @@ def test_lower_inverse(size, x64):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("implementation", HUTCHINSON)
-@pytest.mark.parametrize("name", hutchinson_cases.CASES)
+@pytest.mark.parametrize("name", also_as_users_compile(hutchinson_cases.CASES, "ragged", "steep"))
 def test_hutchinson_agrees_with_the_dense_matrix(name, implementation, dtype):
     case = hutchinson_cases.CASES[name]
     with enable_x64(dtype == "float64"):
@@ -528,6 +529,7 @@ def test_noise_has_the_bits_of_jax(shape, dtype):
             np.testing.assert_array_equal(bits(actual), bits(expected))
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_noise_has_the_bits_of_jax_over_chains_and_implementations(dtype):
     with enable_x64(dtype == "float64"):

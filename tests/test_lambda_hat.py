@@ -111,7 +111,10 @@ def test_run_vi(registry, algo):
     for leaf in jax.tree_util.tree_leaves((first["lambda_hat"], first["traces"], first["extras"])):
         assert isinstance(leaf, (jax.Array, int, float, bool))
     np.testing.assert_allclose(llc, LLC, rtol=0.1)
-    assert float(llc[0]) == pytest.approx(float(first["lambda_hat"]), rel=1e-3)
+    # two programs: their sampled numbers agree within their errors, and no closer
+    joint = math.hypot(float(extras["llc_sem"][0]), float(first["extras"]["llc_sem"]))
+    assert abs(float(llc[0]) - float(first["lambda_hat"])) < 4 * joint
+    np.testing.assert_allclose(traces["elbo"][0, 0], first["traces"]["elbo"][0], rtol=1e-4)  # before anything moves
     np.testing.assert_allclose(COUNT * BETA * (extras["Eq_Ln"] - extras["Ln_wstar"]), llc, atol=1e-3)
     np.testing.assert_allclose(extras["Ln_wstar"], float(loss_full(CENTER)), rtol=1e-5)
     assert extras["cv_info"].keys() >= {"Eq_Ln_mc", "Eq_Ln_cv", "variance_reduction"}

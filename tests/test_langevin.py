@@ -86,6 +86,7 @@ def dynamics(objective, problem, linear_map, num_blocks, rounds, walkers=64, ene
     )
 
 
+@pytest.mark.as_users_compile
 def test_positions_of_a_quadratic_are_sampled_without_bias():
     """BAOAB's marginal in x is exact at any stable step; the energy error is held where it was asked."""
     objective, problem, _, hessian = regression(noise=0.0)

@@ -1,4 +1,4 @@
-"""A fit that is interrupted goes on to the bits of one that was not."""
+"""A fit that is interrupted goes on to the bits of one that was not: by the same programs on the same machine."""
 
 import errno
 import os

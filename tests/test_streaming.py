@@ -48,7 +48,7 @@ def test_a_stream_has_the_llc_of_its_data(monkeypatch):
     precision = nbeta * X.T @ X / COUNT
     exact = 0.5 * np.trace(precision @ np.linalg.inv(precision + np.eye(DIM)))
     assert streamed.fitted.problem.num_rows == 100 * BATCH < streamed.n_data == COUNT
-    assert abs(streamed.llc - held.llc) <= 2 * np.hypot(streamed.llc_sem, held.llc_sem) + 0.002 * exact
+    assert abs(streamed.llc - held.llc) < 4 * np.hypot(streamed.llc_sem, held.llc_sem)
     assert streamed.llc == pytest.approx(exact, rel=0.01)
     assert streamed.init_loss == pytest.approx(held.init_loss, rel=1e-5)
     assert streamed.work["total_fge"] == pytest.approx(held.work["total_fge"], rel=0.2)
@@ -57,7 +57,7 @@ def test_a_stream_has_the_llc_of_its_data(monkeypatch):
 
 
 def test_a_stream_that_fits_is_held():
-    """The same arrays in the same order: the same bits."""
+    """The same arrays in the same order, and the same program in the same process: the same bits."""
     options = {"correction": "none", "batch_size": BATCH, "steps": 100, "eval_samples": 16, "progress": False}
     held = fastvi.estimate_llc(loss_fn, W, (X[ORDER], Y[ORDER]), **options)
     assert fastvi.estimate_llc(loss_fn, W, Batches(), **options).llc == held.llc

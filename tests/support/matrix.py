@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,11 +121,14 @@ def jax_version(environment):
 
 
 def describe(cell, jax, text, passed, minutes):
-    """Put a cell into a line: versions, pytest's counts, each target, minutes."""
+    """Put a cell into a line: versions, the counts of pytest's runs together, each target, minutes."""
     summary = re.findall(r"^(?:=+ )?((?:\d+ [a-z]+,? ?)+) in [\d.]+s", text, flags=re.M)
-    count = dict(reversed(part.split()) for part in summary[-1].split(", ")) if summary else {}
-    failed = int(count.get("failed", 0)) + int(count.get("errors", count.get("error", 0)))
-    tests = f"{count.get('passed', 0)} passed, {failed} failed" if summary else "no tests ran"
+    count = Counter()
+    for part in ", ".join(summary).split(", ") if summary else ():
+        number, word = part.split()
+        count[word.removesuffix("s")] += int(number)
+    failed = count["failed"] + count["error"]
+    tests = f"{count['passed']} passed, {failed} failed" if summary else "no tests ran"
     words = ", ".join(f"{target} {'passed' if good else 'FAILED'}" for target, good in passed.items())
     lowest = " (lowest versions)" if cell.constraints else ""
     return f"python {cell.version}{lowest}, jax {jax}: {tests}; {words}; {minutes:.1f} min"

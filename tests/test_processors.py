@@ -19,6 +19,7 @@ SETTINGS = {
     "as it comes": ("", None),
     "one thread": ("--xla_cpu_multi_thread_eigen=false", 1),
     "AVX2": ("--xla_cpu_max_isa=AVX2", None),
+    "AVX": ("--xla_cpu_max_isa=AVX", None),  # no fused multiply-add: other bits, where AVX-512 and AVX2 share theirs
 }
 
 

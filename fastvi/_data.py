@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import DataError, UnavailableError
-from fastvi._typing import Array, Batch
+from fastvi._typing import Array, Batch, Given
 
 FEW_ARRAYS = 8  # alike in shape, that data may be a list or tuple of: more are taken for examples, not stacked
 
@@ -57,7 +57,7 @@ def by_columns(frame: Any) -> dict[Any, np.ndarray]:
     return {name: _as_array(frame[name].to_numpy(), f"data[{name!r}]") for name in names}
 
 
-def check_data(data: Batch, n_data: int | None = None, dtype: Any = None) -> tuple[Batch, int]:
+def check_data(data: Given[Batch], n_data: int | None = None, dtype: Any = None) -> tuple[Batch, int]:
     """Check a data set and put it on the device.
 
     Args:

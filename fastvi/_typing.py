@@ -5,14 +5,27 @@ Axis vocabulary of the jaxtyping annotations: `dim` parameters of the model, `co
 `draws` samples, `chains` independent fits, `examples` data points.
 """
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import jaxtyping
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
 
-Batch: TypeAlias = PyTree[Array]
+T = TypeVar("T")
+if TYPE_CHECKING:
+    Given = Annotated[T, "what a person passes"]
+else:
+
+    class Given:
+        """The type of what a person passes, for readers and type checkers: at run time our own errors refuse it."""
+
+        def __class_getitem__(cls, kind: Any) -> Any:
+            return Any
+
+
+Batch: TypeAlias = PyTree[Array | np.ndarray]
 Scalar: TypeAlias = Float[Array, ""]
 Key: TypeAlias = PRNGKeyArray
 Keys: TypeAlias = jaxtyping.Key[Array, " chains"]
 
-__all__ = ["Any", "Array", "Batch", "Bool", "Float", "Int", "Key", "Keys", "PyTree", "Scalar", "UInt32"]
+__all__ = ["Any", "Array", "Batch", "Bool", "Float", "Given", "Int", "Key", "Keys", "PyTree", "Scalar", "UInt32"]

@@ -23,7 +23,7 @@ from fastvi._arguments import (
 from fastvi._data import check_data, is_stream, refuse_a_trace
 from fastvi._errors import DataError, NonFiniteError
 from fastvi._modes import in_own_modes
-from fastvi._typing import Batch, Key, PyTree
+from fastvi._typing import Batch, Given, Key, PyTree
 from fastvi.accounting import Work, count_work, with_losses
 from fastvi.compilation import CLOCK
 from fastvi.config import VIConfig
@@ -53,19 +53,19 @@ PREPARATION = {"steps": 200, "batch_size": 64, "samples_per_step": 1, "eval_samp
 
 @in_own_modes
 def estimate_llc(
-    loss_fn: Callable[[PyTree, Batch], Any],
+    loss_fn: Given[Callable[[PyTree, Batch], Any]],
     params: PyTree,
-    data: Batch,
+    data: Given[Batch],
     *,
     key: Any = 0,
-    nbeta: float | None = None,
-    localization: float | None = None,
+    nbeta: Given[float | None] = None,
+    localization: Given[float | None] = None,
     config: Any = None,
-    num_chains: int | None = None,
-    progress: bool | Callable[[Progress], None] = True,
-    throw: bool = True,
+    num_chains: Given[int | None] = None,
+    progress: Given[bool | Callable[[Progress], None]] = True,
+    throw: Given[bool] = True,
     param_mask: Any = None,
-    resume_from: str | os.PathLike[str] | None = None,
+    resume_from: Given[str | os.PathLike[str] | None] = None,
     **overrides: Any,
 ) -> LLCEstimate:
     """Estimate the local learning coefficient of a trained model.
@@ -143,11 +143,11 @@ class Target(NamedTuple):
 
 
 def assemble(
-    loss_fn: Callable[..., Any],
+    loss_fn: Given[Callable[..., Any]],
     params: PyTree,
     data: Any,
-    nbeta: float | None,
-    localization: float | None,
+    nbeta: Given[float | None],
+    localization: Given[float | None],
     config: VIConfig,
     key: Key,
 ) -> Target:
@@ -175,11 +175,11 @@ def assemble(
 
 def run_estimate(
     target: Target,
-    num_chains: int | None = None,
+    num_chains: Given[int | None] = None,
     *,
-    progress: bool | Callable[[Progress], None] = True,
-    throw: bool = True,
-    resume_from: str | os.PathLike[str] | None = None,
+    progress: Given[bool | Callable[[Progress], None]] = True,
+    throw: Given[bool] = True,
+    resume_from: Given[str | os.PathLike[str] | None] = None,
     warm: Fitted | None = None,
 ) -> LLCEstimate:
     """Fit, evaluate and correct, from the curvature at w* or from the q of another fit."""

@@ -9,7 +9,7 @@ import types
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +207,7 @@ class Ahead:
         for name in names:
             CLOCK.wait(self._futures[name])
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Ahead":
         """Return itself."""
         return self
 

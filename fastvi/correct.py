@@ -11,7 +11,7 @@ import numpy as np
 
 from fastvi._errors import DataError, NonFiniteError
 from fastvi._modes import in_own_modes
-from fastvi._typing import Array, Float, Keys
+from fastvi._typing import Array, Float, Given, Keys
 from fastvi.compilation import CLOCK
 from fastvi.config import VIConfig
 from fastvi.diagnostics.health import correction_findings
@@ -71,12 +71,12 @@ class Fitted(NamedTuple):
 @in_own_modes
 def correct(
     result: LLCEstimate,
-    correction: str = "auto",
+    correction: Given[str] = "auto",
     *,
-    correction_error: float | None = None,
-    correction_budget: float | None = None,
-    progress: bool | Callable[[Progress], None] = True,
-    throw: bool = True,
+    correction_error: Given[float | None] = None,
+    correction_budget: Given[float | None] = None,
+    progress: Given[bool | Callable[[Progress], None]] = True,
+    throw: Given[bool] = True,
 ) -> LLCEstimate:
     """Turn the variational value of a finished estimate into the posterior's own.
 

@@ -11,7 +11,7 @@ from fastvi._arguments import as_key, check_count
 from fastvi._data import check_data, is_stream, refuse_a_trace
 from fastvi._errors import ConfigError, DataError
 from fastvi._modes import in_own_modes
-from fastvi._typing import Batch, PyTree
+from fastvi._typing import Batch, Given, PyTree
 from fastvi.api import assemble, run_estimate
 from fastvi.config import VIConfig
 from fastvi.inference.driver import Progress
@@ -48,19 +48,19 @@ class LLCCurve:
 
 @in_own_modes
 def llc_curve(
-    loss_fn: Callable[[PyTree, Batch], Any],
-    checkpoints: Iterable[PyTree],
-    data: Batch,
+    loss_fn: Given[Callable[[PyTree, Batch], Any]],
+    checkpoints: Given[Iterable[PyTree]],
+    data: Given[Batch],
     *,
     key: Any = 0,
-    nbeta: float | None = None,
-    localization: float | None = None,
+    nbeta: Given[float | None] = None,
+    localization: Given[float | None] = None,
     config: Any = None,
-    num_chains: int | None = None,
-    progress: bool | Callable[[Progress], None] = True,
-    throw: bool = True,
-    warm_start: bool = True,
-    warm_steps: int | None = None,
+    num_chains: Given[int | None] = None,
+    progress: Given[bool | Callable[[Progress], None]] = True,
+    throw: Given[bool] = True,
+    warm_start: Given[bool] = True,
+    warm_steps: Given[int | None] = None,
     **overrides: Any,
 ) -> LLCCurve:
     """Estimate the local learning coefficient at every checkpoint of a training run.
@@ -155,7 +155,7 @@ def _same_structure(structure: TreeStructure, expected: TreeStructure | None, nu
     return structure
 
 
-def _later(settings: VIConfig, warm_start: bool, warm_steps: int | None) -> VIConfig:
+def _later(settings: VIConfig, warm_start: Given[bool], warm_steps: Given[int | None]) -> VIConfig:
     """Return the configuration of the fits after the first."""
     if warm_steps is not None:
         if not warm_start:

@@ -14,7 +14,7 @@ import numpy as np
 from fastvi._arguments import as_key
 from fastvi._errors import DataError
 from fastvi._modes import in_own_modes
-from fastvi._typing import Array, Float, Key, PyTree, Scalar
+from fastvi._typing import Array, Float, Given, Key, PyTree
 from fastvi.correct import Fitted
 from fastvi.families.base import AbstractFamily
 from fastvi.objective import TreeStructure
@@ -32,7 +32,7 @@ class FittedQ(eqx.Module):
     Attributes:
         family: What the parameters of q mean.
         params: Parameters of q, with a first axis of chains.
-        center: w*, flat.
+        center: w*, flat; of a fit under `jax.vmap` with its axes before, until that is mapped over too.
         structure: How parameters lie in a flat vector; None where w is flat.
         restriction: The loss that `fastvi.restrict` made, where some parameters are held fixed.
         form: What draws look like: flat vectors, the parameters that vary, or all of them.
@@ -40,7 +40,7 @@ class FittedQ(eqx.Module):
 
     family: AbstractFamily
     params: PyTree
-    center: Float[Array, " dim"]
+    center: Float[Array, "*fits dim"]
     structure: TreeStructure | None = eqx.field(static=True, default=None)
     restriction: RestrictedLoss | None = eqx.field(static=True, default=None)
     form: Literal["flat", "varying", "whole"] = eqx.field(static=True, default="flat")
@@ -50,7 +50,7 @@ class FittedQ(eqx.Module):
         """Count the chains that q is a mixture of."""
         return jax.tree_util.tree_leaves(self.params)[0].shape[0]
 
-    def chain(self, index: int) -> "FittedQ":
+    def chain(self, index: Given[int]) -> "FittedQ":
         """Return the q of one chain."""
         if not -self.num_chains <= index < self.num_chains:
             raise DataError(f"index must be that of one of {self.num_chains} chains; got {index}.")
@@ -78,7 +78,9 @@ class FittedQ(eqx.Module):
         return dataclasses.replace(self, form=form)
 
     @in_own_modes
-    def sample_and_log_prob(self, key: Any, shape: int | Sequence[int] = ()) -> tuple[PyTree, Float[Array, "..."]]:
+    def sample_and_log_prob(
+        self, key: Any, shape: Given[int | Sequence[int]] = ()
+    ) -> tuple[PyTree, Float[Array, "..."]]:
         """Draw independently from q.
 
         Args:
@@ -104,7 +106,7 @@ class FittedQ(eqx.Module):
             w, log_prob = _draw(self.family, self.params, self.center, key, num)
         return self._formed(w.reshape(*axes, dim)), log_prob.reshape(axes)
 
-    def sample(self, key: Any, shape: int | Sequence[int] = ()) -> PyTree:
+    def sample(self, key: Any, shape: Given[int | Sequence[int]] = ()) -> PyTree:
         """Draw the same w without log q; see `sample_and_log_prob`."""
         return self.sample_and_log_prob(key, shape)[0]
 
@@ -168,7 +170,7 @@ def fitted_q(result: Any) -> FittedQ:
     return FittedQ(fitted.fit.family, fitted.fit.params, center, structure, restriction, form)
 
 
-def _axes(shape: int | Sequence[int]) -> tuple[int, ...]:
+def _axes(shape: Given[int | Sequence[int]]) -> tuple[int, ...]:
     axes = (shape,) if isinstance(shape, (int, np.integer)) else shape
     if not isinstance(axes, Sequence) or any(
         isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0 for size in axes
@@ -209,6 +211,6 @@ def _each_log_prob(family, params, displacement) -> Float[Array, "chains draws"]
     return jax.lax.map(lambda one: jax.vmap(lambda v: family.log_prob(one, v))(displacement), params)
 
 
-def _mixed(log_probs: Float[Array, "chains draws"]) -> Scalar:
+def _mixed(log_probs: Float[Array, "chains draws"]) -> Float[Array, " draws"]:
     """Mix densities with equal weights."""
     return jax.scipy.special.logsumexp(log_probs, axis=0) - math.log(log_probs.shape[0])

@@ -9,7 +9,7 @@ import numpy as np
 from fastvi._data import check_data
 from fastvi._errors import DataError
 from fastvi._modes import in_own_modes
-from fastvi._typing import Array, Batch, Float
+from fastvi._typing import Array, Batch, Float, Given
 from fastvi.correct import Fitted
 from fastvi.estimators.llc import evaluation_draws, excess_at
 from fastvi.objective import excess_loss, full_data_loss
@@ -27,7 +27,7 @@ class DataLLC(NamedTuple):
 
 
 @in_own_modes
-def llc_on(result: LLCEstimate, data: Batch) -> DataLLC:
+def llc_on(result: LLCEstimate, data: Given[Batch]) -> DataLLC:
     """Estimate the data-restricted coefficient: the posterior of the fit, the loss of other data.
 
     Under q, at the draws that the estimate was evaluated at, without control variates: compare it with `llc_vi`. For a
@@ -59,7 +59,7 @@ def llc_on(result: LLCEstimate, data: Batch) -> DataLLC:
 
 
 @in_own_modes
-def example_losses(result: LLCEstimate, data: Batch) -> Float[np.ndarray, "chains draws examples"]:
+def example_losses(result: LLCEstimate, data: Given[Batch]) -> Float[np.ndarray, "chains draws examples"]:
     """Evaluate the loss of each example by itself at the draws that the estimate was evaluated at.
 
     Args:

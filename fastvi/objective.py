@@ -19,7 +19,7 @@ import numpy as np
 from fastvi._data import is_finite
 from fastvi._errors import DataError, ErrorNote
 from fastvi._modes import call_in_their_modes, in_own_modes
-from fastvi._typing import Array, Batch, Float, PyTree, Scalar
+from fastvi._typing import Array, Batch, Float, Given, PyTree, Scalar
 from fastvi.target.losses import LossForm, classify_loss, describe_value, example_losses, mean_loss, raw_examples
 
 LossFn = Callable[..., Any]
@@ -75,7 +75,9 @@ class CallableObjective:
         return self.loss(w, batch), self.grad(w, batch)
 
 
-def make_flat_objective(loss_minibatch_flat: LossFn, grad_loss_minibatch: LossFn | None = None) -> CallableObjective:
+def make_flat_objective(
+    loss_minibatch_flat: Given[LossFn], grad_loss_minibatch: Given[LossFn | None] = None
+) -> CallableObjective:
     """Build a `FlatObjective` from a flat loss and, optionally, its own gradient.
 
     Args:
@@ -188,7 +190,9 @@ class TreeObjective:
 
 
 @in_own_modes
-def ravel_loss(loss_fn: LossFn, params: PyTree, dtype: Any = jnp.float32) -> tuple[TreeObjective, Float[Array, " dim"]]:
+def ravel_loss(
+    loss_fn: Given[LossFn], params: PyTree, dtype: Any = jnp.float32
+) -> tuple[TreeObjective, Float[Array, " dim"]]:
     """Flatten a loss on a parameter pytree.
 
     Floating-point array leaves become coordinates of `w`. Callables, strings, Python ints and bools, and Python floats
@@ -286,7 +290,9 @@ def _float_leaf(leaf: Any, name: str, dtype: Any) -> Array:
     return jax.device_put(cast)
 
 
-def check_loss(objective: FlatObjective, w: Float[Array, " dim"], batch: Batch, name: str = "loss_fn") -> LossForm:
+def check_loss(
+    objective: Given[FlatObjective], w: Float[Array, " dim"], batch: Batch, name: str = "loss_fn"
+) -> LossForm:
     """Find by abstract evaluation what form the loss returns, and that its gradient has the shape of `w`.
 
     An error that the function itself raises passes through, with a note of what it was called on.
@@ -374,7 +380,7 @@ def _gradient_difference(gradient: Callable, w: Float[Array, " dim"], tangent: F
     return (gradient(w + step * tangent) - gradient(w - step * tangent)) / (2 * step)
 
 
-def call_full_loss(loss_full_flat: LossFn, w: Float[Array, " dim"], data: Batch) -> Scalar:
+def call_full_loss(loss_full_flat: Given[LossFn], w: Float[Array, " dim"], data: Batch) -> Scalar:
     """Evaluate a full-data loss of either form, `(w) -> L_n(w)` or `(w, data) -> L_n(w)`.
 
     Raises:
@@ -392,7 +398,7 @@ def call_full_loss(loss_full_flat: LossFn, w: Float[Array, " dim"], data: Batch)
     return call_in_their_modes(loss_full_flat, *arguments)
 
 
-def _takes(function: LossFn, count: int) -> bool | None:
+def _takes(function: Given[LossFn], count: int) -> bool | None:
     """Say whether a function can be called with so many arguments, None where it takes any number."""
     try:
         signature = inspect.signature(function)

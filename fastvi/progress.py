@@ -4,9 +4,10 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Self, TextIO
+from typing import TextIO
 
 from fastvi._terminal import is_terminal, write_text
+from fastvi._typing import Given
 from fastvi.inference.driver import Progress
 
 MIN_SECONDS = 0.2  # between redraws
@@ -45,7 +46,7 @@ class StatusLine:
         if self.interactive and self.stage:
             self._write("\r\x1b[K")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StatusLine":
         """Return itself."""
         return self
 
@@ -59,7 +60,7 @@ class StatusLine:
 
 
 @contextlib.contextmanager
-def reporting(progress: bool | Callable[[Progress], None]) -> Iterator[Callable[[Progress], None] | None]:
+def reporting(progress: Given[bool | Callable[[Progress], None]]) -> Iterator[Callable[[Progress], None] | None]:
     """Give what a stage of work reports to: a status line, ended however the stage ends, a caller's function, None."""
     if progress is True:
         with StatusLine() as line:

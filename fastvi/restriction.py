@@ -10,7 +10,7 @@ import numpy as np
 
 from fastvi._errors import ConfigError, DataError
 from fastvi._modes import in_own_modes
-from fastvi._typing import Batch, PyTree
+from fastvi._typing import Batch, Given, PyTree
 from fastvi.objective import refuse_python_float
 
 
@@ -89,7 +89,7 @@ class RestrictedLoss:
 
 @in_own_modes
 def restrict(
-    loss_fn: Callable[[PyTree, Batch], Any], params: PyTree, param_mask: PyTree | Callable[[str], bool]
+    loss_fn: Given[Callable[[PyTree, Batch], Any]], params: PyTree, param_mask: Given[PyTree | Callable[[str], bool]]
 ) -> tuple[RestrictedLoss, tuple[jax.Array, ...]]:
     """Make a loss a function of some of its parameters, for their weight-restricted learning coefficient.
 

@@ -22,7 +22,7 @@ from fastvi._arguments import (
 from fastvi._data import check_data
 from fastvi._errors import ConfigError
 from fastvi._modes import in_own_modes
-from fastvi._typing import Array, Batch, Float, Keys
+from fastvi._typing import Array, Batch, Float, Given, Keys
 from fastvi.accounting import Work, count_work
 from fastvi.config import VIConfig
 from fastvi.draws import FittedQ
@@ -44,15 +44,15 @@ jax.tree_util.register_static(_StaticText)
 def fit(
     *,
     rng_key: Any,
-    objective: FlatObjective,
-    wstar_flat: Float[Array, " dim"],
-    data: Batch,
-    n_data: int,
+    objective: Given[FlatObjective],
+    wstar_flat: Given[Float[Array, " dim"]],
+    data: Given[Batch],
+    n_data: Given[int],
     beta: Any,
     gamma: Any = None,
     vi_cfg: Any = None,
     whitener: Any = None,
-    loss_full_flat: Callable[..., Array] | None = None,
+    loss_full_flat: Given[Callable[..., Array] | None] = None,
 ) -> dict[str, Any]:
     """Fit one chain in flat coordinates: the contract of a sampler backend.
 
@@ -111,13 +111,13 @@ class SamplerRunResult(NamedTuple):
 def run_vi(
     key: Any,
     posterior: Any,
-    data: Batch,
+    data: Given[Batch],
     config: Any,
-    num_chains: int,
-    loss_minibatch_flat: Callable[[Float[Array, " dim"], Batch], Array],
-    grad_loss_minibatch: Callable[[Float[Array, " dim"], Batch], Array] | None,
-    loss_full_flat: Callable[..., Array],
-    n_data: int | None = None,
+    num_chains: Given[int],
+    loss_minibatch_flat: Given[Callable[[Float[Array, " dim"], Batch], Array]],
+    grad_loss_minibatch: Given[Callable[[Float[Array, " dim"], Batch], Array] | None],
+    loss_full_flat: Given[Callable[..., Array]],
+    n_data: Given[int | None] = None,
     beta: Any = None,
     gamma: Any = None,
 ) -> SamplerRunResult:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastvi._arguments import nonnegative_scalar, positive_scalar
 from fastvi._errors import ConfigError, DataError
-from fastvi._typing import Float, PyTree
+from fastvi._typing import Float, Given, PyTree
 from fastvi.estimators.analysis import analyse, burn_in, furthest_off, split_rhat, standard_error
 from fastvi.estimators.walk import block_virials, parameter_blocks
 
@@ -77,11 +77,11 @@ def virial_llc(
     gradients: PyTree,
     losses: Any,
     *,
-    nbeta: float,
-    localization: float,
+    nbeta: Given[float],
+    localization: Given[float],
     center: PyTree,
-    init_loss: float,
-    discard: int | None = None,
+    init_loss: Given[float],
+    discard: Given[int | None] = None,
 ) -> VirialLLC:
     """Estimate the learning coefficient from a sampler's chains, with control variates of mean zero.
 
@@ -216,7 +216,7 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _discarded(discard: int | None, llc: np.ndarray, radius2: np.ndarray) -> int:
+def _discarded(discard: Given[int | None], llc: np.ndarray, radius2: np.ndarray) -> int:
     draws = llc.shape[1]
     if discard is None:
         burn = max(draws // 5, burn_in(llc), burn_in(radius2)) if draws else 0

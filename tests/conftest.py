@@ -11,9 +11,40 @@ from jaxtyping import install_import_hook
 MEMORY = 3.0  # GiB of a process above which a file of tests gives back what it compiled
 
 # Hold the annotated functions on arrays to their shapes and dtypes; must precede the first import of fastvi.
-# Not fastvi.config (beartype refuses typing.Self on a single method) nor fastvi.objective and the transforms of
-# fastvi.flows, which say themselves what is wrong with the data, parameters and functions that people pass.
-CHECKED = ("kernels", "families", "flows.elementwise", "flows.networks", "geometry", "estimators")
+# Not fastvi.config: beartype refuses typing.Self on a single method.
+CHECKED = (
+    "_arguments",
+    "_data",
+    "accounting",
+    "api",
+    "basis",
+    "compilation",
+    "correct",
+    "curve",
+    "demos",
+    "diagnostics",
+    "draws",
+    "estimators",
+    "expectation",
+    "families",
+    "fingerprint",
+    "flows",
+    "geometry",
+    "identity",
+    "inference",
+    "integrations",
+    "kernels",
+    "objective",
+    "posterior",
+    "progress",
+    "restriction",
+    "result",
+    "resume",
+    "sampler",
+    "streaming",
+    "target",
+    "virial",
+)
 install_import_hook([f"fastvi.{name}" for name in CHECKED], "beartype.beartype")
 
 # The same examples every run; a fixture that sets float64 is the same for all examples of a test.

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -191,7 +191,7 @@ class LiveEvents:
             self._events.write_traces(progress.traces, every=self._every, first_step=progress.step - steps)
             self._events.flush()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "LiveEvents":
         """Return itself."""
         return self
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._errors import DataError
-from fastvi._typing import Any, Array, Float, Key
+from fastvi._typing import Any, Array, Float, Given, Key
 from fastvi.flows._columns import check_features
 from fastvi.flows.distributions import AbstractBase
 from fastvi.flows.networks import ResNet
@@ -34,7 +34,7 @@ class Bijection(eqx.Module):
     identity_gate: Gate | None = eqx.field(static=True, default=None)
 
     def forward(
-        self, params: Params, x: Float[Array, "*batch dim"], context: Float[Array, "..."] | None = None
+        self, params: Params, x: Given[Float[Array, "*batch dim"]], context: Given[Float[Array, "..."] | None] = None
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
         """Map x to y.
 
@@ -52,7 +52,7 @@ class Bijection(eqx.Module):
         return _move(self, params, jnp.asarray(x), context, "forward")
 
     def inverse(
-        self, params: Params, y: Float[Array, "*batch dim"], context: Float[Array, "..."] | None = None
+        self, params: Params, y: Given[Float[Array, "*batch dim"]], context: Given[Float[Array, "..."] | None] = None
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
         """Map y back to x; arguments as in `forward`.
 
@@ -90,19 +90,19 @@ class Flow(eqx.Module):
         return Bijection(self.transform, self.feature_extractor, self.identity_gate)
 
     def forward(
-        self, params: Params, z: Float[Array, "*batch dim"], context: Float[Array, "..."] | None = None
+        self, params: Params, z: Given[Float[Array, "*batch dim"]], context: Given[Float[Array, "..."] | None] = None
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
         """Map z to x; see `Bijection.forward`."""
         return self.bijection.forward(params, z, context)
 
     def inverse(
-        self, params: Params, x: Float[Array, "*batch dim"], context: Float[Array, "..."] | None = None
+        self, params: Params, x: Given[Float[Array, "*batch dim"]], context: Given[Float[Array, "..."] | None] = None
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
         """Map x back to z; see `Bijection.inverse`."""
         return self.bijection.inverse(params, x, context)
 
     def log_prob(
-        self, params: Params, x: Float[Array, "*batch dim"], context: Float[Array, "..."] | None = None
+        self, params: Params, x: Given[Float[Array, "*batch dim"]], context: Given[Float[Array, "..."] | None] = None
     ) -> Float[Array, "*batch"]:
         """Return the log density at x, in nats.
 
@@ -117,13 +117,13 @@ class Flow(eqx.Module):
         return _log_prob(self, params, jnp.asarray(x), context)
 
     def sample(
-        self, params: Params, key: Key, shape: tuple[int, ...], context: Float[Array, "..."] | None = None
+        self, params: Params, key: Key, shape: Given[tuple[int, ...]], context: Given[Float[Array, "..."] | None] = None
     ) -> Float[Array, "..."]:
         """Draw samples of shape (*shape, dim); arguments as in `sample_and_log_prob`."""
         return self.sample_and_log_prob(params, key, shape, context)[0]
 
     def sample_and_log_prob(
-        self, params: Params, key: Key, shape: tuple[int, ...], context: Float[Array, "..."] | None = None
+        self, params: Params, key: Key, shape: Given[tuple[int, ...]], context: Given[Float[Array, "..."] | None] = None
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """Draw samples with their log densities, in one forward pass.
 
@@ -146,7 +146,10 @@ class Flow(eqx.Module):
         return _sample(self, params, key, shape, context)
 
     def transform_noise(
-        self, params: Params, noise: Float[Array, "*batch dim"], context: Float[Array, "..."] | None = None
+        self,
+        params: Params,
+        noise: Given[Float[Array, "*batch dim"]],
+        context: Given[Float[Array, "..."] | None] = None,
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
         """Turn standard normals of the caller's choice, such as mirrored pairs, to samples with log densities.
 

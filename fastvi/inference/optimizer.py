@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fastvi._typing import Array, PyTree, Scalar
+from fastvi._typing import Array, Float, Int, PyTree, Scalar
 from fastvi.config import FINAL_RATE, VIConfig
 from fastvi.families.base import Blocks, Outer, UpdateRules
 
@@ -196,12 +196,12 @@ def fixed_phases(config: VIConfig) -> tuple[float, float, int]:
     return warmup, warmup, steps
 
 
-def elapsed_decay(horizon: Horizon, step: Scalar | int) -> Scalar:
+def elapsed_decay(horizon: Horizon, step: Int[Array, "*steps"] | int) -> Float[Array, "*steps"]:
     """Return the share of the decay phase that lies behind, from 0 to 1."""
     return jnp.clip((step - horizon.decay_start) / jnp.maximum(horizon.end - horizon.decay_start, 1), 0.0, 1.0)
 
 
-def learning_rate(config: VIConfig, horizon: Horizon, step: Scalar | int) -> Scalar:
+def learning_rate(config: VIConfig, horizon: Horizon, step: Int[Array, "*steps"] | int) -> Float[Array, "*steps"]:
     """Evaluate the schedule; it reaches `lr_end_fraction` times the peak at the end of the horizon."""
     warm = jnp.minimum(1.0, (step + 1) / jnp.maximum(horizon.warmup, 1))
     elapsed, last = elapsed_decay(horizon, step), config.lr_end_fraction or FINAL_RATE

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import DataError
-from fastvi._typing import Array, Batch, Float
+from fastvi._typing import Array, Batch, Float, Given
 from fastvi.compilation import PROGRAMS, quick_compilation
 from fastvi.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.inference.driver import AbstractStream
@@ -36,7 +36,7 @@ FULL_LOSS_MISMATCH = 0.01  # of a change of the loss, between a full-data loss t
 
 
 def look_at_target(
-    objective: FlatObjective,
+    objective: Given[FlatObjective],
     problem: Problem,
     stream: AbstractStream | None,
     name: str,

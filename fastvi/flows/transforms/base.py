@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fastvi._typing import Any, Array, Float, Key
+from fastvi._typing import Any, Array, Float, Given, Key
 from fastvi.flows._columns import (
     Condition,
     Order,
@@ -80,9 +80,9 @@ class AbstractTransform(eqx.Module):
     def forward(
         self,
         params: Any,
-        x: Float[Array, "*batch dim"],
-        context: Float[Array, "..."] | None = None,
-        g_value: Float[Array, "..."] | None = None,
+        x: Given[Float[Array, "*batch dim"]],
+        context: Given[Float[Array, "..."] | None] = None,
+        g_value: Given[Float[Array, "..."] | None] = None,
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
         """Map x to y.
 
@@ -103,9 +103,9 @@ class AbstractTransform(eqx.Module):
     def inverse(
         self,
         params: Any,
-        y: Float[Array, "*batch dim"],
-        context: Float[Array, "..."] | None = None,
-        g_value: Float[Array, "..."] | None = None,
+        y: Given[Float[Array, "*batch dim"]],
+        context: Given[Float[Array, "..."] | None] = None,
+        g_value: Given[Float[Array, "..."] | None] = None,
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
         """Map y back to x; arguments as in `forward`.
 

@@ -100,6 +100,24 @@ class Borrowed:
         return getattr(self._owner(), name)
 
 
+class BorrowedObjective(Borrowed):
+    """A borrowed objective: its methods are attributes of its own, by which Python 3.12 knows a protocol."""
+
+    def loss(self, *args: Any) -> Any:
+        """Evaluate the loss of the objective."""
+        return self._owner().loss(*args)
+
+    def grad(self, *args: Any) -> Any:
+        """Differentiate the loss of the objective."""
+        return self._owner().grad(*args)
+
+
+def _borrow(value: Any) -> Borrowed | None:
+    if value is None:
+        return None
+    return BorrowedObjective(value) if hasattr(value, "loss") else Borrowed(value)
+
+
 @dataclasses.dataclass
 class _Kept:
     """Programs, the loss they are of, what they borrow, and whether people still hold the loss's function."""
@@ -138,7 +156,7 @@ class ProgramStore:
             kept = self._kept.pop((loss, key), None)
             if kept is None:
                 self._make_room(loss)
-                borrowed = tuple(None if function is None else Borrowed(function) for function in functions)
+                borrowed = tuple(map(_borrow, functions))
                 kept = _Kept(build(*borrowed), loss, borrowed, lambda: None)
             for borrowed, function in zip(kept.borrowed, functions, strict=True):
                 if borrowed is not None:

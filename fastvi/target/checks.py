@@ -133,10 +133,10 @@ def look_at_loss(
         # a model that interpolates has nothing but rounding for a loss at w*: the displaced one is its scale
         _check_mean(meter, moved, displaced[0], rows, tolerance, tolerance * scale, name)
         _check_mean(meter, center, at_center[0], rows, tolerance, tolerance * scale, name)
+        _check_gradient(meter, center, step, rows.union, at_center, displaced, tolerance, name)
         if meter.affords(rows.union):
             _check_deterministic(meter, moved, rows.union, displaced[0], tolerance * scale, name)
         _check_order(meter, moved, rows.reverse, displaced[0], tolerance * scale, name)
-        _check_gradient(meter, center, step, rows.union, at_center, displaced, tolerance, name)
     rounding = _weight_rounding(meter, center, step, rows.union, nbeta, weight_eps)
     return resolved._replace(sample_gradients=meter.spent, weight_rounding=rounding)
 

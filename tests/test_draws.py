@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from conftest import quick_jit
 
 import fastvi
 from fastvi import DataError, FittedQ, VIConfig
@@ -21,7 +22,14 @@ LOSS = 0.3  # at w*
 DATA = (jnp.ones((COUNT, 1)),)
 CENTER = np.array([[1.0, -2.0], [0.5, 3.0]], np.float32), np.float16(0.25)
 PARAMS = {"w": CENTER[0], "b": CENTER[1], "activation": math.tanh, "name": "net"}
-OPTIONS = {"correction": "none", "early_stop": False, "steps": 4, "eval_samples": 4, "progress": False}
+OPTIONS = {
+    "correction": "none",
+    "control_variate": "none",
+    "early_stop": False,
+    "steps": 4,
+    "eval_samples": 4,
+    "progress": False,
+}
 
 
 def loss_fn(params, batch):
@@ -44,23 +52,26 @@ def result():
 # The law of the draws.
 
 
-def normals(shift):
-    """A q of one component with a core and a factor, and its mean and covariance by docs/math.md "Family"."""
+def normals(*shifts):
+    """A q of one component with a core and a factor, its parameters at each shift, means, and covariance.
+
+    The last two by docs/math.md "Family".
+    """
     rng, dim = np.random.default_rng(1), 3
     scale, core = np.exp(0.3 * rng.normal(size=dim)), rng.normal(size=(1, dim))
     geometry = Geometry(*(jnp.asarray(x, jnp.float32) for x in (scale, core)), jnp.int32(1), jnp.float32(1.0), 1)
     family = FAMILIES["mfa"].create(VIConfig(M=1, r=1), geometry)
     factors, log_scale = rng.normal(size=(1, 1, dim)), 0.3 * rng.normal(size=dim)
-    start = family.init(jax.random.key(0), geometry.core, jnp.asarray(log_scale, jnp.float32))
-    params = start._replace(factors=jnp.asarray(factors, jnp.float32), offsets=jnp.full((1, dim), shift, jnp.float32))
+    start = quick_jit(lambda *given: family.init(*given))(jax.random.key(0), geometry.core, jnp.float32(log_scale))
+    start = start._replace(factors=jnp.asarray(factors, jnp.float32))
+    params = [start._replace(offsets=jnp.full((1, dim), shift, jnp.float32)) for shift in shifts]
     inner = np.linalg.inv(np.eye(dim) + core.T @ core) + factors[0].T @ factors[0]
     deviation = scale * np.exp(log_scale)
-    return family, params, 5.0 + shift * scale, deviation[:, None] * inner * deviation
+    return family, params, [5.0 + shift * scale for shift in shifts], deviation[:, None] * inner * deviation
 
 
 def test_draws_have_the_moments_and_the_density_of_a_mixture_over_chains():
-    family, first, mean, covariance = normals(0.0)
-    _, second, other_mean, _ = normals(4.0)
+    family, (first, second), (mean, other_mean), covariance = normals(0.0, 4.0)
     params = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), first, second)
     q, num = FittedQ(family, params, jnp.full(3, 5.0)), 20_000
     w, log_q = q.sample_and_log_prob(0, (num,))
@@ -90,7 +101,7 @@ def laplace_flow():
     config = VIConfig.create({"family": "flow", "d_latent": 2, "flow": flow})
     geometry = Geometry(*(jnp.asarray(x, jnp.float32) for x in (scale, core)), jnp.int32(1), jnp.float32(1.0), 1)
     family = FAMILIES["flow"].create(config, geometry)
-    params = family.init(jax.random.key(0), geometry.core, jnp.zeros(3))
+    params = quick_jit(lambda *given: family.init(*given))(jax.random.key(0), geometry.core, jnp.zeros(3))
     q = FittedQ(family, jax.tree_util.tree_map(lambda leaf: leaf[None], params), jnp.full(3, 5.0))
     return q, (np.eye(3) + core.T @ core) / np.outer(scale, scale), 0.0
 

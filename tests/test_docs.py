@@ -41,13 +41,19 @@ def test_configuration_page_lists_every_field_with_its_default(cls):
 
 @pytest.fixture
 def short_fits(monkeypatch):
-    """Cut fits short, without a walk: an example shows how to call, the numbers have tests of their own."""
+    """Cut fits short, without a walk: an example shows how to call, the numbers have tests of their own.
+
+    A flow is a small one, which compiles in half the time.
+    """
     create = VIConfig.create.__func__
 
     def short(cls, source=None, /, **overrides):
         config = create(cls, source, **overrides)
         correction = config.correction or "none"
-        return dataclasses.replace(config, steps=min(config.filled.steps, 20), eval_samples=4, correction=correction)
+        short = {"steps": min(config.filled.steps, 20), "eval_samples": 4, "correction": correction}
+        if config.family == "flow":
+            short["flow"] = dataclasses.replace(config.flow, depth=2, hidden=(8,))
+        return dataclasses.replace(config, **short)
 
     monkeypatch.setattr(VIConfig, "create", classmethod(short))
 

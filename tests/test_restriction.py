@@ -45,7 +45,9 @@ def exact(columns, inputs=X):
         ({"first": {"w": True, "b": False}, "last": False}, [0, 1]),
         ({"first": False, "last": True}, [3, 4, 5]),
         ({"first": {"w": np.array([False, True]), "b": True}, "last": np.array([True, False, True])}, [1, 2, 3, 5]),
-        (lambda path: path.startswith("['first']"), [0, 1, 2]),
+        # each selects what a mask above does, and shares its programs
+        (lambda path: path == "['first']['w']", [0, 1]),
+        (lambda path: path.startswith("['last']"), [3, 4, 5]),
     ],
 )
 def test_weight_restricted(mask, columns):

@@ -160,7 +160,7 @@ def _choose_rows(data: Batch, half: int) -> _Rows:
     size = _length(data)
     rng = np.random.default_rng(DISPLACEMENT_SEED)
     candidates = np.arange(size) if size <= RANKED_ROWS else np.sort(rng.choice(size, RANKED_ROWS, replace=False))
-    sample = _take(data, candidates)
+    sample = on_host(data, candidates)
     ranks = [np.argsort(_row_sums(leaf), kind="stable") for leaf in jax.tree_util.tree_leaves(sample)]
     low: list[int] = []
     high: list[int] = []
@@ -172,19 +172,26 @@ def _choose_rows(data: Batch, half: int) -> _Rows:
                     chosen.append(row)
         if len(low) == len(high) == half:
             break
-    first, second = _take(data, candidates[low]), _take(data, candidates[high])
-    both = candidates[[*low, *high]]
-    return _Rows(first, second, _take(data, both), _take(data, both[::-1]))
+    both = [*low, *high]
+    return _Rows(*(take_rows(sample, chosen) for chosen in (low, high, both, both[::-1])))
 
 
-def _row_sums(leaf: Array) -> np.ndarray:
-    numbers = jnp.asarray(leaf, jnp.float32).reshape(leaf.shape[0], -1)
-    return np.asarray(jax.device_get(jnp.sum(numbers, axis=1)))
+def _row_sums(leaf: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):  # a sum that overflows is as good for a rank
+        return leaf.real.astype(np.float32).reshape(leaf.shape[0], -1).sum(axis=1)
 
 
-def _take(data: Batch, rows: np.ndarray) -> Batch:
+def on_host(data: Batch, rows: np.ndarray) -> Batch:
+    """Copy rows to the host: there choosing among them compiles nothing."""
+    if rows.size == _length(data):
+        return jax.tree_util.tree_map(lambda leaf: leaf[rows], jax.device_get(data))
     index = jnp.asarray(rows)
-    return jax.tree_util.tree_map(lambda leaf: jnp.take(leaf, index, axis=0), data)
+    return jax.device_get(jax.tree_util.tree_map(lambda leaf: jnp.take(leaf, index, axis=0), data))
+
+
+def take_rows(sample: Batch, rows: Any) -> Batch:
+    """Move rows of a sample on the host, a slice or a list of their numbers, to the device."""
+    return jax.device_put(jax.tree_util.tree_map(lambda leaf: leaf[rows], sample))
 
 
 def displacement(center: Float[Array, " dim"], nbeta: float, localization: float) -> Float[Array, " dim"]:

@@ -19,7 +19,7 @@ MOST_EXAMPLES = 4096  # sample gradients that the look may take at the most
 MOST_FGE = 2.0
 BUDGET_SHARE = 0.05  # of the sample gradients that the estimate may take
 HALF_ROWS = 32  # examples of each of the two batches: twice as many double the cost, see more of rare rows
-RANKED_ROWS = 4096  # examples among which the unlike ones are chosen
+RANKED_ROWS, RANKED_BYTES = 4096, 2**26  # examples among which the unlike ones are chosen, at most
 LOSS_COST = 1 / 3  # of a gradient
 ROUNDING_UNITS = 256  # units in the last place by which sums in another order may differ
 MISMATCH = 0.2  # of a change of the loss by which its gradient may disagree, beyond what the rule's own error says
@@ -159,8 +159,9 @@ def _choose_rows(data: Batch, half: int) -> _Rows:
     """Choose two batches as unlike as a cheap ranking finds: padding, masks and sorted data then show."""
     size = _length(data)
     rng = np.random.default_rng(DISPLACEMENT_SEED)
-    candidates = np.arange(size) if size <= RANKED_ROWS else np.sort(rng.choice(size, RANKED_ROWS, replace=False))
-    sample = _take(data, candidates)
+    most = max(2 * half, min(RANKED_ROWS, RANKED_BYTES * size // max(_bytes(data), 1)))
+    candidates = np.arange(size) if size <= most else np.sort(rng.choice(size, most, replace=False))
+    sample = on_host(data, candidates)
     ranks = [np.argsort(_row_sums(leaf), kind="stable") for leaf in jax.tree_util.tree_leaves(sample)]
     low: list[int] = []
     high: list[int] = []
@@ -172,19 +173,30 @@ def _choose_rows(data: Batch, half: int) -> _Rows:
                     chosen.append(row)
         if len(low) == len(high) == half:
             break
-    first, second = _take(data, candidates[low]), _take(data, candidates[high])
-    both = candidates[[*low, *high]]
-    return _Rows(first, second, _take(data, both), _take(data, both[::-1]))
+    both = [*low, *high]
+    return _Rows(*(take_rows(sample, chosen) for chosen in (low, high, both, both[::-1])))
 
 
-def _row_sums(leaf: Array) -> np.ndarray:
-    numbers = jnp.asarray(leaf, jnp.float32).reshape(leaf.shape[0], -1)
-    return np.asarray(jax.device_get(jnp.sum(numbers, axis=1)))
+def _bytes(data: Batch) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(data))
 
 
-def _take(data: Batch, rows: np.ndarray) -> Batch:
+def _row_sums(leaf: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):  # a sum that overflows is as good for a rank
+        return leaf.real.astype(np.float32).reshape(leaf.shape[0], -1).sum(axis=1)
+
+
+def on_host(data: Batch, rows: np.ndarray) -> Batch:
+    """Copy rows to the host: there choosing among them compiles nothing."""
+    if rows.size == _length(data):
+        return jax.tree_util.tree_map(lambda leaf: leaf[rows], jax.device_get(data))
     index = jnp.asarray(rows)
-    return jax.tree_util.tree_map(lambda leaf: jnp.take(leaf, index, axis=0), data)
+    return jax.device_get(jax.tree_util.tree_map(lambda leaf: jnp.take(leaf, index, axis=0), data))
+
+
+def take_rows(sample: Batch, rows: Any) -> Batch:
+    """Move rows of a sample on the host, a slice or a list of their numbers, to the device."""
+    return jax.device_put(jax.tree_util.tree_map(lambda leaf: leaf[rows], sample))
 
 
 def displacement(center: Float[Array, " dim"], nbeta: float, localization: float) -> Float[Array, " dim"]:

@@ -25,7 +25,15 @@ from fastvi.objective import (
     check_loss,
     value_and_grad,
 )
-from fastvi.target.checks import LOSS_COST, LossLook, LossPrograms, displacement, look_at_loss
+from fastvi.target.checks import (
+    LOSS_COST,
+    LossLook,
+    LossPrograms,
+    displacement,
+    look_at_loss,
+    on_host,
+    take_rows,
+)
 from fastvi.target.losses import LossForm, weigh_batch, weigh_data
 
 NARROW = re.compile(r"\b(bf16|f16|f8_\w+|f4_\w+)\[")  # dtypes as jaxprs write them
@@ -125,10 +133,10 @@ def _check_full_loss(programs: LossPrograms, problem: Problem, loss_full_flat: C
     )
     given = [float(call_full_loss(loss_full_flat, point, problem.data)) for point in points]
     order = np.random.default_rng(0).permutation(size)[:FULL_LOSS_EXAMPLES]
-    parts = np.array_split(order, min(FULL_LOSS_PARTS, size))
+    sample, parts = on_host(problem.data, order), np.array_split(np.arange(order.size), min(FULL_LOSS_PARTS, size))
     changes = []
     for part in parts:
-        rows = jax.tree_util.tree_map(lambda leaf, at=part: leaf[at], problem.data)
+        rows = take_rows(sample, part)
         changes.append(float(programs.loss(points[1], rows)) - float(programs.loss(points[0], rows)))
     weights = np.array([part.size for part in parts])
     change = float(np.average(changes, weights=weights))

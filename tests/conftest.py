@@ -8,6 +8,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
+from tests.support import annotations
+
 MEMORY = 3.0  # GiB of a process above which a file of tests gives back what it compiled
 
 # Hold the annotated functions on arrays to their shapes and dtypes; must precede the first import of fastvi.
@@ -45,7 +47,7 @@ CHECKED = (
     "target",
     "virial",
 )
-install_import_hook([f"fastvi.{name}" for name in CHECKED], "beartype.beartype")
+install_import_hook([f"fastvi.{name}" for name in CHECKED], f"{annotations.__name__}.hold")
 
 # The same examples every run; a fixture that sets float64 is the same for all examples of a test.
 settings.register_profile(

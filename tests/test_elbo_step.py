@@ -1,7 +1,6 @@
 """The loop's step against its dense definition, chain by chain."""
 
 import dataclasses
-import types
 from typing import NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from fastvi.inference import loop, optimizer
 from fastvi.inference.programs import build_family
 from fastvi.kernels.elbo_step import reference
 from fastvi.kernels.woodbury import Noise
+from tests.support.stand_ins import begun
 
 DIM, NUM_DATA, BATCH, CHAINS, LENGTH, CHUNKS = 5, 12, 4, 2, 3, 2
 NBETA, GAMMA, LR, TRUST, WARMUP, DECAY_START, END = 3.0, 0.7, 0.05, 0.5, 2, 3, 8
@@ -68,8 +68,8 @@ def make(case):
     ).filled
     scale, core = jnp.asarray(np.exp(0.3 * rng.normal(size=DIM))), jnp.asarray(rng.normal(size=(case.core, DIM)))
     unused = min(case.core, 1)  # rows of padding
-    begun = types.SimpleNamespace(scale=scale, core=core, rank=jnp.asarray(case.core - unused), rest=jnp.ones(()))
-    family = dataclasses.replace(build_family(config, begun, case.core), trust=jnp.asarray(TRUST))
+    start = begun(scale, core, case.core - unused)
+    family = dataclasses.replace(build_family(config, start, case.core), trust=jnp.asarray(TRUST))
     data = jnp.asarray(rng.normal(size=(NUM_DATA, DIM))), jnp.asarray(rng.normal(size=NUM_DATA))
     posterior = LocalPosterior(jnp.asarray(rng.normal(size=DIM)), jnp.asarray(NBETA), jnp.asarray(GAMMA))
     sizes = (num,), (family.num_offsets, DIM), (DIM,), (case.core, DIM), (num, max(case.ranks), DIM)

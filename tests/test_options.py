@@ -31,12 +31,13 @@ from fastvi.inference.loop import init_state, run_steps
 from fastvi.inference.optimizer import Horizon, fixed_phases, learning_rate
 from fastvi.inference.programs import _evaluation, build_family
 from fastvi.objective import make_flat_objective
+from tests.support.stand_ins import begun, finished
 
 DIM, COUNT = 3, 40
 HESSIAN = jnp.array([4.0, 2.0, 1.0])
 DATA = (np.ones((COUNT, 1), np.float32),)
 KEYS = jax.random.split(jax.random.key(0), 1)
-START = types.SimpleNamespace(scale=jnp.ones(DIM), core=jnp.eye(1, DIM), rank=jnp.int32(1), rest=jnp.ones(()))
+START = begun(jnp.ones(DIM), jnp.eye(1, DIM), 1)
 
 
 def loss(w, batch):
@@ -66,7 +67,7 @@ def text_of(function):
 
 def built(config):
     rows = 0 if config.family == "flow" else 1  # a flow on all but one direction, for the noise there
-    family = build_family(config, START, rows)  # pyright: ignore[reportArgumentType]
+    family = build_family(config, START, rows)
     return family, lambda key: family.init(key, START.core[:rows], jnp.zeros(DIM))
 
 
@@ -517,16 +518,16 @@ def test_the_other_functions_take_no_more_than_they_use():
 
 
 def test_correct_takes_its_two_settings_alone():
-    finished = types.SimpleNamespace(fitted=object(), config=VIConfig(correction="none").recorded, dim=DIM)
+    result = finished(DIM, VIConfig(correction="none").recorded, fitted=object())
     with pytest.raises(TypeError, match="M"):
-        fastvi.correct(finished, "importance", M=32)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        fastvi.correct(result, "importance", M=32)  # pyright: ignore[reportCallIssue]
     for correction in ("importance", "none"):
         for name in ("correction_error", "correction_budget"):
             with pytest.raises(ConfigError, match=f"^{name} must be left out without correction"):
-                fastvi.correct(finished, correction, **{name: 0.02})  # pyright: ignore[reportArgumentType]
+                fastvi.correct(result, correction, **{name: 0.02})
     with pytest.raises(ConfigError, match="^correction must be one of"):
-        fastvi.correct(finished, "mcm")  # pyright: ignore[reportArgumentType]
-    assert fastvi.correct(finished, "none") is finished  # pyright: ignore[reportArgumentType]
+        fastvi.correct(result, "mcm")
+    assert fastvi.correct(result, "none") is result
 
 
 def test_warm_steps_equal_to_the_default_are_taken(monkeypatch):
@@ -534,8 +535,7 @@ def test_warm_steps_equal_to_the_default_are_taken(monkeypatch):
 
     def run(target, num_chains, **options):
         steps.append((target.config.steps, options["warm"] is not None))
-        fitted = types.SimpleNamespace(problem=target.problem)
-        return dataclasses.make_dataclass("Result", ["fitted", "llc"])(fitted, 1.0)
+        return finished(DIM, fitted=types.SimpleNamespace(problem=target.problem))
 
     monkeypatch.setattr(fastvi.curve, "run_estimate", run)
     checkpoints = [jnp.zeros(DIM)] * 2

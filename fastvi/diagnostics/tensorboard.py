@@ -10,6 +10,7 @@ import numpy as np
 
 from fastvi._errors import DataError
 from fastvi._optional import import_optional
+from fastvi._typing import Given
 from fastvi.config import VIConfig
 from fastvi.diagnostics.panels import IMAGES, PANELS, render
 from fastvi.inference.driver import Progress
@@ -32,7 +33,10 @@ class Windows(NamedTuple):
 
 
 def write_events(
-    result: LLCEstimate | SamplerRunResult, folder: str | os.PathLike[str], *, every: int | None = None
+    result: Given[LLCEstimate | SamplerRunResult],
+    folder: Given[str | os.PathLike[str]],
+    *,
+    every: Given[int | None] = None,
 ) -> Path:
     """Write a finished estimate, or the chains of `run_vi`: scalars of the traces, final values, figures.
 

@@ -215,18 +215,13 @@ def test_vmap_over_keys(mapped, double, make_key):
     assert_within_errors({"lambda_hat": llc[0], "extras": {"llc_sem": extras["llc_sem"][0]}}, double)
     assert len(set(np.asarray(llc).tolist())) == 3
     np.testing.assert_allclose(llc, LLC, rtol=0.03)
-<<<<<<< HEAD
-    draws, log_q = jax.vmap(lambda q, key: q.sample_and_log_prob(key, (4,)))(extras["q"], keys)
-    first = jax.tree_util.tree_map(lambda leaf: leaf[0], extras["q"])
-    alone, log_q_alone = first.sample_and_log_prob(keys[0], (4,))
-=======
 
     def draw(q, key):
         return q.sample_and_log_prob(key, (4,))
 
     draws, log_q = quick_jit(jax.vmap(draw))(extras["q"], keys)
-    alone, log_q_alone = quick_jit(draw)(result["extras"]["q"], keys[0])
->>>>>>> speed-a
+    first = jax.tree_util.tree_map(lambda leaf: leaf[0], extras["q"])
+    alone, log_q_alone = quick_jit(draw)(first, keys[0])
     assert draws.shape == (3, 4, DIM)
     np.testing.assert_allclose(draws[0], alone, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(log_q[0], log_q_alone, rtol=1e-12, atol=1e-12)

@@ -15,15 +15,9 @@ from fastvi.inference import driver, sharding
 from fastvi.objective import full_data_loss
 
 rng = np.random.default_rng(0)
-<<<<<<< HEAD
-inputs = jnp.asarray(rng.normal(size=(501, 5)))
-outputs = inputs @ jnp.arange(5.0) + jnp.asarray(rng.normal(size=501))
-data = (inputs, outputs)
-=======
-inputs = np.float32(rng.normal(size=(501, 5)))
-outputs = np.float32(inputs @ np.arange(5.0) + rng.normal(size=501))
+inputs = rng.normal(size=(501, 5))
+outputs = inputs @ np.arange(5.0) + rng.normal(size=501)
 data = (jnp.asarray(inputs), jnp.asarray(outputs))
->>>>>>> speed-a
 loss = lambda w, batch: 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
 center = jnp.asarray(np.linalg.lstsq(inputs, outputs)[0])
 states = []
@@ -32,11 +26,7 @@ def spy(programs, problem, config, course, *rest):
     original(programs, problem, config, course, *rest)
     states.append(course.state)
 driver._run_chunks = spy
-<<<<<<< HEAD
-options = dict(key=0, num_chains=4, M=2, r=1, curvature_rank=0, dtype="float64")
-=======
-options = dict(key=0, num_chains=4, M=1, r=0, curvature_rank=0)
->>>>>>> speed-a
+options = dict(key=0, num_chains=4, M=1, r=0, curvature_rank=0, dtype="float64")
 result = estimate_llc(loss, center, data, steps=60, progress=False, throw=False, correction="none", **options)
 at = center + 0.1
 both = jax.jit(lambda w: sharding.data_parallel_value_and_grad(make_flat_objective(loss), w, data))(at)

@@ -57,16 +57,9 @@ def test_a_stream_has_the_llc_of_its_data(monkeypatch):
 
 
 def test_a_stream_that_fits_is_held():
-<<<<<<< HEAD
     """The same arrays in the same order, and the same program in the same process: the same bits."""
-    options = {"correction": "none", "batch_size": BATCH, "steps": 100, "eval_samples": 16, "progress": False}
-    held = fastvi.estimate_llc(loss_fn, W, (X[ORDER], Y[ORDER]), **options)
-    assert fastvi.estimate_llc(loss_fn, W, Batches(), **options).llc == held.llc
-=======
-    """The same arrays in the same order: the same bits."""
     held = fastvi.estimate_llc(loss_fn, W, (X[ORDER], Y[ORDER]), **OPTIONS)
     assert fastvi.estimate_llc(loss_fn, W, Batches(), **OPTIONS).llc == held.llc
->>>>>>> speed-a
 
 
 def test_windows_are_uniform_draws():

@@ -183,7 +183,7 @@ def _bytes(data: Batch) -> int:
 
 def _row_sums(leaf: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):  # a sum that overflows is as good for a rank
-        return leaf.real.astype(np.float32).reshape(leaf.shape[0], -1).sum(axis=1)
+        return np.real(leaf).astype(np.float32).reshape(leaf.shape[0], -1).sum(axis=1)
 
 
 def on_host(data: Batch, rows: np.ndarray) -> Batch:

@@ -104,7 +104,7 @@ def accuracy(params: PyTree, batch: Batch) -> Scalar:
 
 
 @partial(jax.jit, static_argnames="steps")
-def train(params: PyTree, data: Batch, steps: int, lr: float) -> PyTree:
+def train(params: PyTree, data: Batch, steps: int, lr: Scalar | float) -> PyTree:
     """Minimise the cross-entropy on all data by Adam with a cosine decay."""
     optimizer = optax.adam(lambda count: lr * optax.cosine_decay_schedule(1.0, steps)(count))
 

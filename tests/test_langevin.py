@@ -86,7 +86,7 @@ def dynamics(objective, problem, linear_map, num_blocks, rounds, walkers=64, ene
         records.append(jax.device_get(record))
     later = records[rounds // 2 :]
     return (
-        np.mean([problem.posterior.learning_coefficient(r.llc).mean() for r in later]),
+        np.mean([problem.posterior.learning_coefficient(jnp.asarray(r.llc)).mean() for r in later]),
         np.mean([r.radius2.mean() for r in later]),
         np.mean([r.energy_error.mean() for r in later]),
         float(tuning.step),

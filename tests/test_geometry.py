@@ -260,7 +260,7 @@ def test_newton_decrement_is_the_gain_of_a_newton_step(mode):
     center, minimum = RNG.normal(size=(2, 9))
     start, precision = start_on(hessian, center, minimum, whitening_mode=mode)
     slope = 30.0 * np.asarray(hessian) @ (center - minimum)
-    step = -np.linalg.solve(precision, slope)
+    step = jnp.asarray(-np.linalg.solve(precision, slope))
     objective, posterior = quadratic(hessian, minimum), posterior_at(center)
     gain = posterior.log_density(step, objective.loss(center + step, None)) - posterior.log_density(
         jnp.zeros(9), objective.loss(center, None)

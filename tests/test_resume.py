@@ -41,7 +41,7 @@ def estimate(folder=None, progress=False, **changes):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return estimate(tmp_path_factory.mktemp("whole"))
+    return estimate(tmp_path_factory.mktemp("a-whole-fit", numbered=False))
 
 
 def crash(*paths):
@@ -103,13 +103,13 @@ def test_keeping_progress_changes_nothing(whole):
     ],
 )
 def test_another_fit_is_refused(changes, named, whole, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "whole0"
+    folder = tmp_path_factory.getbasetemp() / "a-whole-fit"
     with pytest.raises(fastvi.ConfigError, match=named):
         estimate(folder, **changes)
 
 
 def test_other_data_or_loss_are_refused(whole, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "whole0"
+    folder = tmp_path_factory.getbasetemp() / "a-whole-fit"
     options = {**OPTIONS, "progress": False, "resume_from": folder}
     with pytest.raises(fastvi.ConfigError, match="data was"):
         fastvi.estimate_llc(loss_fn, W, (X, Y + 1), **options)

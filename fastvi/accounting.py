@@ -8,9 +8,8 @@ from fastvi.geometry.whitening import DIAGONAL_PROBES, MOMENT_GRADIENTS
 from fastvi.inference.calibrate import CALIBRATION_DRAWS
 from fastvi.inference.driver import Fit
 from fastvi.inference.loop import Problem
-from fastvi.target.checks import LossLook
+from fastvi.target.checks import LOSS_COST, LossLook
 
-LOSS_COST = 1 / 3  # of a gradient: reverse mode costs about twice the forward pass on top of it
 HVP_COST = 2.0
 
 

@@ -273,12 +273,7 @@ def _estimate(
     within = float(np.sqrt(np.mean(evaluation.llc_sem.astype(float) ** 2) / chains))
     between = float(np.std(evaluation.llc, ddof=1) / np.sqrt(chains)) if chains > 1 else 0.0
     posterior = problem.posterior
-    evidence = dataclasses.replace(
-        _evidence(fit, outcome, problem, config, traces, bottom),
-        weight_rounding=look.weight_rounding,
-        loss_rounding=look.loss_rounding,
-        init_loss=float(outcome.reference_loss),
-    )
+    evidence = _evidence(fit, outcome, problem, config, traces, bottom, look)
     return LLCEstimate(
         llc=float(np.mean(evaluation.llc)),
         llc_sem=max(within, between),
@@ -323,7 +318,13 @@ def _estimate(
 
 
 def _evidence(
-    fit: Fit, outcome: Outcome, problem: Problem, config: VIConfig, traces: dict[str, np.ndarray], bottom: Bottom
+    fit: Fit,
+    outcome: Outcome,
+    problem: Problem,
+    config: VIConfig,
+    traces: dict[str, np.ndarray],
+    bottom: Bottom,
+    look: LossLook,
 ) -> Evidence:
     """Collect what findings are read from."""
     start, evaluation, posterior = fit.start, outcome.evaluation, problem.posterior
@@ -347,6 +348,9 @@ def _evidence(
         dim=posterior.center.size,
         excess=float(posterior.nbeta) * np.asarray(evaluation.excess, float),
         rounding=rounding_nats(posterior, float(outcome.reference_loss)),
+        weight_rounding=look.weight_rounding,
+        loss_rounding=look.loss_rounding,
+        init_loss=float(outcome.reference_loss),
         bottom=bottom,
         in_memory=problem.holds_all,
         **_mixture_evidence(outcome.arrays, config),

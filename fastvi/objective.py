@@ -20,7 +20,16 @@ from fastvi._data import is_finite
 from fastvi._errors import DataError, ErrorNote
 from fastvi._modes import call_in_their_modes, in_own_modes
 from fastvi._typing import Array, Batch, Float, Given, PyTree, Scalar
-from fastvi.target.losses import LossForm, classify_loss, describe_value, example_losses, mean_loss, raw_examples
+from fastvi.target.losses import (
+    LossForm,
+    classify_loss,
+    describe_value,
+    example_losses,
+    first_rows,
+    mean_loss,
+    num_examples,
+    raw_examples,
+)
 
 LossFn = Callable[..., Any]
 
@@ -306,10 +315,10 @@ def check_loss(
                 f"{name} must have the methods loss(w, batch) and grad(w, batch); {type(objective).__name__} has no "
                 f"{method}. make_flat_objective(loss) makes one of a function."
             )
-    length = jax.tree_util.tree_leaves(batch)[0].shape[0]
+    length = num_examples(batch)
     sizes = (length, max(1, length // 2))
     outputs = getattr(objective, "outputs", objective.loss)
-    values = tuple(_abstract(outputs, w, _first_rows(batch, size), name) for size in sizes)
+    values = tuple(_abstract(outputs, w, first_rows(batch, size), name) for size in sizes)
     form = classify_loss(values, sizes, name)
     own_gradient = getattr(objective, "grad_fn", None) is not None
     if form is not LossForm.MEAN and (outputs is objective.loss or (own_gradient and form is LossForm.WEIGHTED)):
@@ -328,10 +337,6 @@ def _abstract(function: Callable[..., Any], w: Float[Array, " dim"], batch: Batc
     """Return the shapes that a person's function returns; whatever it raises gets a note and passes."""
     with ErrorNote(f"fastvi: raised by {name} on a batch of shapes {_shapes(batch)}."):
         return jax.eval_shape(function, w, batch)
-
-
-def _first_rows(batch: Batch, count: int) -> Batch:
-    return jax.tree_util.tree_map(lambda leaf: leaf[:count], batch)
 
 
 def _shapes(batch: Batch) -> str:
@@ -442,14 +447,14 @@ def full_data_hvp(
     objective: FlatObjective, w: Float[Array, " dim"], data: Batch
 ) -> Callable[[Float[Array, " dim"]], Float[Array, " dim"]]:
     """Return the Hessian-vector product of the mean loss on all data, chunk by chunk."""
-    if jax.tree_util.tree_leaves(data)[0].shape[0] <= EVALUATION_CHUNK:
+    if num_examples(data) <= EVALUATION_CHUNK:
         return hvp_operator(objective, w, data)
     return lambda tangent: _chunked_mean(lambda chunk: hvp_operator(objective, w, chunk)(tangent), data)
 
 
 def _chunked_mean(statistic: Callable[[Batch], Any], data: Batch) -> Any:
     """Average a mean-per-example statistic, an array or a tree of them, over chunks weighted by their sizes."""
-    length = jax.tree_util.tree_leaves(data)[0].shape[0]
+    length = num_examples(data)
     if length <= EVALUATION_CHUNK:
         return statistic(data)
     num_chunks = length // EVALUATION_CHUNK

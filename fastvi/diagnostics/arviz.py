@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from fastvi._optional import import_optional
-from fastvi.accounting import LOSS_COST
 from fastvi.result import LLCEstimate
+from fastvi.target.checks import LOSS_COST
 
 ENOUGH_WALK = 4  # records of a walker that are worth a posterior
 

@@ -14,13 +14,14 @@ import numpy as np
 
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float
+from fastvi.target.losses import num_examples
 
 MOST_EXAMPLES = 4096  # sample gradients that the look may take at the most
 MOST_FGE = 2.0
 BUDGET_SHARE = 0.05  # of the sample gradients that the estimate may take
 HALF_ROWS = 32  # examples of each of the two batches: twice as many double the cost, see more of rare rows
 RANKED_ROWS, RANKED_BYTES = 4096, 2**26  # examples among which the unlike ones are chosen, at most
-LOSS_COST = 1 / 3  # of a gradient
+LOSS_COST = 1 / 3  # of a gradient: reverse mode costs about twice the forward pass on top of it
 ROUNDING_UNITS = 256  # units in the last place by which sums in another order may differ
 MISMATCH = 0.2  # of a change of the loss by which its gradient may disagree, beyond what the rule's own error says
 SHARE_OF_WEIGHTS = 0.3  # of the root mean square of w*: a displacement beyond leaves the model's neighbourhood
@@ -59,16 +60,16 @@ class _Meter:
     loss_eps: float = 0.0
 
     def affords(self, batch: Batch, calls: float = 1.0) -> bool:
-        return self.spent + calls * _length(batch) <= self.allowed
+        return self.spent + calls * num_examples(batch) <= self.allowed
 
     def value_and_grad(self, w: Array, batch: Batch) -> tuple[float, np.ndarray]:
-        self.spent += _length(batch)
+        self.spent += num_examples(batch)
         loss, gradient = jax.device_get(self.programs.value_and_grad(w, batch))
         self.loss_eps = float(jnp.finfo(loss.dtype).eps)
         return float(loss), np.asarray(gradient, np.float64)
 
     def loss(self, w: Array, batch: Batch) -> float:
-        self.spent += LOSS_COST * _length(batch)
+        self.spent += LOSS_COST * num_examples(batch)
         return float(jax.device_get(self.programs.loss(w, batch)))
 
 
@@ -114,7 +115,7 @@ def look_at_loss(
     Cost:
         At most 2 full gradients, 4,096 sample gradients and 5 % of the budget.
     """
-    size = _length(data)
+    size = num_examples(data)
     allowed = min(MOST_FGE * size, MOST_EXAMPLES, BUDGET_SHARE * budget_fge * size)
     half = int(min(HALF_ROWS, size // 2, allowed // _FULL_COST)) or 1
     rows = _choose_rows(data, half) if size > 1 else _Rows(data, data, data, data)
@@ -145,10 +146,6 @@ def look_at_loss(
 _FULL_COST = 7 * 2 + 4 * LOSS_COST
 
 
-def _length(batch: Batch) -> int:
-    return jax.tree_util.tree_leaves(batch)[0].shape[0]
-
-
 def _last_place(values: Any, eps: Any) -> np.ndarray:
     """Return the distance to the next number of a dtype whose relative spacing is `eps`; 0 at 0."""
     size = np.abs(np.asarray(values, np.float64))
@@ -157,7 +154,7 @@ def _last_place(values: Any, eps: Any) -> np.ndarray:
 
 def _choose_rows(data: Batch, half: int) -> _Rows:
     """Choose two batches as unlike as a cheap ranking finds: padding, masks and sorted data then show."""
-    size = _length(data)
+    size = num_examples(data)
     rng = np.random.default_rng(DISPLACEMENT_SEED)
     most = max(2 * half, min(RANKED_ROWS, RANKED_BYTES * size // max(_bytes(data), 1)))
     candidates = np.arange(size) if size <= most else np.sort(rng.choice(size, most, replace=False))
@@ -188,7 +185,7 @@ def _row_sums(leaf: np.ndarray) -> np.ndarray:
 
 def on_host(data: Batch, rows: np.ndarray) -> Batch:
     """Copy rows to the host: there choosing among them compiles nothing."""
-    if rows.size == _length(data):
+    if rows.size == num_examples(data):
         return jax.tree_util.tree_map(lambda leaf: leaf[rows], jax.device_get(data))
     index = jnp.asarray(rows)
     return jax.device_get(jax.tree_util.tree_map(lambda leaf: jnp.take(leaf, index, axis=0), data))
@@ -261,7 +258,7 @@ def _check_mean(
     if not np.isfinite(mean) or abs(together - mean) <= tolerance:
         return
     _check_deterministic(meter, w, rows.union, together, tolerance, name)  # noise fails here too
-    half = _length(rows.first)
+    half = num_examples(rows.first)
     seen = (
         f"{name} is not a mean over the examples of the batch: {half} examples gave {first:.6g}, {half} others "
         f"{second:.6g}, all {2 * half} together {together:.6g} and not {mean:.6g}."

@@ -34,7 +34,7 @@ from fastvi.target.checks import (
     on_host,
     take_rows,
 )
-from fastvi.target.losses import LossForm, weigh_batch, weigh_data
+from fastvi.target.losses import LossForm, first_rows, num_examples, weigh_batch, weigh_data
 
 NARROW = re.compile(r"\b(bf16|f16|f8_\w+|f4_\w+)\[")  # dtypes as jaxprs write them
 NARROW_EPS = 2.0**-7  # of bfloat16
@@ -56,7 +56,7 @@ def look_at_target(
 
     Under a trace, of jit or of data that are mapped over, only shapes are looked at.
     """
-    form = check_loss(objective, problem.posterior.center, _first_rows(problem.data, problem.batch_size), name)
+    form = check_loss(objective, problem.posterior.center, first_rows(problem.data, problem.batch_size), name)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(problem))
     passes = 0.0
     if form is LossForm.WEIGHTED:
@@ -79,7 +79,7 @@ def look_at_target(
         problem.data,
         nbeta=float(posterior.nbeta),
         localization=float(posterior.gamma),
-        resolution=_resolution(objective, center, _first_rows(problem.data, problem.batch_size)),
+        resolution=_resolution(objective, center, first_rows(problem.data, problem.batch_size)),
         weight_eps=_weight_eps(objective, center),
         budget_fge=budget_fge,
         name=name,
@@ -90,14 +90,14 @@ def look_at_target(
     return problem, look._replace(sample_gradients=spent)
 
 
-def _first_rows(data: Batch, count: int) -> Batch:
-    return jax.tree_util.tree_map(lambda leaf: leaf[:count], data)
-
-
 def weigh_other_data(objective: Any, center: Float[Array, " dim"], data: Batch, name: str) -> Batch:
     """Return other data as the loss takes them, with their own mean weight where it is weighted."""
     if check_loss(objective, center, data, name) is not LossForm.WEIGHTED:
         return data
+    return _weigh_held(objective, center, data, name)
+
+
+def _weigh_held(objective: Any, center: Float[Array, " dim"], data: Batch, name: str) -> Batch:
     return weigh_batch(data, weigh_data(objective.outputs, center, _chunks(data), name), center.dtype)
 
 
@@ -105,13 +105,13 @@ def _weigh(objective: Any, problem: Problem, stream: Any, name: str) -> Problem:
     """Attach the mean weight of an example to the data, found in one pass."""
     center = problem.posterior.center
     if stream is None:
-        return dataclasses.replace(problem, data=weigh_other_data(objective, center, problem.data, name))
+        return dataclasses.replace(problem, data=_weigh_held(objective, center, problem.data, name))
     stream.mean_weight = weigh_data(objective.outputs, center, stream.chunks(), name)
     return dataclasses.replace(problem, data=stream.window(0))
 
 
 def _chunks(data: Batch) -> Iterator[tuple[Batch, int]]:
-    size = jax.tree_util.tree_leaves(data)[0].shape[0]
+    size = num_examples(data)
     for start in range(0, size, EVALUATION_CHUNK):
         stop = min(size, start + EVALUATION_CHUNK)
         yield jax.tree_util.tree_map(lambda leaf, at=slice(start, stop): leaf[at], data), stop - start

@@ -41,6 +41,16 @@ class WeightedBatch(NamedTuple):
     inverse_mean_weight: Float[Array, " batch"]
 
 
+def num_examples(batch: Batch) -> int:
+    """Count the examples of a batch or of data."""
+    return jax.tree_util.tree_leaves(batch)[0].shape[0]
+
+
+def first_rows(batch: Batch, count: int) -> Batch:
+    """Return the first examples."""
+    return jax.tree_util.tree_map(lambda leaf: leaf[:count], batch)
+
+
 def raw_examples(batch: Batch) -> Batch:
     """Return the batch as the person's function takes it."""
     return batch.examples if isinstance(batch, WeightedBatch) else batch
@@ -71,8 +81,7 @@ def _per_example(values: Float[Array, "batch ..."], reduce: Any) -> Float[Array,
 
 def weigh_batch(batch: Batch, mean_weight: float, dtype: Any) -> WeightedBatch:
     """Attach the data's mean weight to every example of a batch."""
-    size = jax.tree_util.tree_leaves(batch)[0].shape[0]
-    return WeightedBatch(batch, jnp.full(size, 1 / mean_weight, dtype))
+    return WeightedBatch(batch, jnp.full(num_examples(batch), 1 / mean_weight, dtype))
 
 
 def classify_loss(shapes: Any, sizes: tuple[int, int], name: str) -> LossForm:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PANEL_SIZE = (6.4, 3.7)
 MOST_BARS = 64  # of a bar chart
+NARROW_RANGE = 1000  # largest over smallest, below which a logarithmic axis is labelled by plain numbers
 
 
 class Panel(NamedTuple):
@@ -116,13 +117,23 @@ def draw_radius(axes: "Axes", result: LLCEstimate) -> None:
         axes.set_yscale("log")
         bulk = values[np.isfinite(values) & (values > 0)]
         axes.set_ylim(0.5 * np.percentile(bulk, 1), None)
+        low, high = axes.get_ylim()
+        if high < NARROW_RANGE * low:
+            _label_plainly(axes)
     axes.set(title=r"radius:  $|w - w^*|^2$ of draws", ylabel=r"$|w - w^*|^2$", xlabel="step")
+
+
+def _label_plainly(axes: "Axes") -> None:
+    """Label a logarithmic axis of few decades by numbers, which are read, and drawn, sooner than powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def draw_spectrum(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the leading eigenvalues of the precision at w*, those in the core filled."""
-    from matplotlib.ticker import LogLocator
-
     values, rank = spectrum_of(result), int(result.curvature["rank"])
     index = np.arange(1, values.size + 1)
     blue, white = CHAIN_COLORS[0], "white"
@@ -134,10 +145,8 @@ def draw_spectrum(axes: "Axes", result: LLCEstimate) -> None:
     if plain and result.localization > 0:
         axes.axhline(result.localization, color=INK, linewidth=1, linestyle=DASHED, label="localization")
     axes.set_yscale("log")
-    if values.max() < 1000 * values.min():
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+    if values.max() < NARROW_RANGE * values.min():
+        _label_plainly(axes)
     title = r"leading spectrum of $n\beta H + \gamma$ at $w^*$" + ("" if plain else ", whitened")
     axes.set(title=title, ylabel="eigenvalue", xlabel=f"index, of {result.dim:,}")
     axes.legend(loc="upper right")

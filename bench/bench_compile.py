@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from bench.harness import record
 from bench.problems import BATCH, tanh_network
 from fastvi import LocalPosterior, VIConfig, estimate_llc, make_flat_objective
-from fastvi._arguments import settle
-from fastvi.inference.driver import CHUNK
-from fastvi.inference.loop import Problem
-from fastvi.inference.optimizer import Horizon
-from fastvi.inference.programs import build_family, programs_for
+from fastvi.api.arguments import settle
+from fastvi.fitting.optimizer import Horizon
+from fastvi.fitting.stages import build_family, programs_for
+from fastvi.target.data import Problem
+from fastvi.target.stream import CHUNK
 
 SIZE, NUM_DATA = 10_000, 2_000
 CHAINS = 4  # default of estimate_llc

@@ -14,9 +14,9 @@ from bench.bench_step import COMPONENTS, RANK, numpyro_guide
 from bench.harness import Timing, record, score
 from bench.problems import BATCH, trained_tanh_network
 from fastvi import LocalPosterior, estimate_llc, make_flat_objective
-from fastvi.estimators.llc import evaluation_draws
-from fastvi.inference.loop import Problem
-from fastvi.objective import full_data_loss
+from fastvi.evaluation.llc import evaluation_draws
+from fastvi.target.data import Problem
+from fastvi.target.objective import full_data_loss
 
 SIZE = 10_000
 ASKED = 1 / 3  # of the peer's time

@@ -12,7 +12,7 @@ from bench.harness import Timing, against, peak_megabytes, record, score
 from bench.problems import BATCH, INPUTS, WIDTHS, tanh_network
 from bench.selection import sizes
 from fastvi import LocalPosterior, estimate_llc, make_flat_objective
-from fastvi.inference.loop import Problem
+from fastvi.target.data import Problem
 
 STEPS = 100
 CHAINS = 4

@@ -12,13 +12,14 @@ import pytest
 import fastvi
 from bench.harness import interleaved, record
 from fastvi.config import VIConfig
-from fastvi.diagnostics.importance import pareto_smooth
+from fastvi.evaluation.importance import pareto_smooth
 from fastvi.families import FAMILIES
 from fastvi.families.base import Geometry
-from fastvi.inference.loop import Problem, init_state, run_steps
-from fastvi.inference.optimizer import Horizon
-from fastvi.objective import make_flat_objective
-from fastvi.posterior import LocalPosterior
+from fastvi.fitting.optimizer import Horizon
+from fastvi.fitting.step import init_state, run_steps
+from fastvi.target.data import Problem
+from fastvi.target.objective import make_flat_objective
+from fastvi.target.posterior import LocalPosterior
 
 pytestmark = pytest.mark.slow
 COUNT = 1000

@@ -13,9 +13,10 @@ from bench.harness import bytes_accessed, compared, in_turn, peak_megabytes, rec
 from bench.problems import BATCH, tanh_network
 from bench.selection import sizes
 from fastvi import LocalPosterior, VIConfig, make_flat_objective
-from fastvi.inference.loop import Problem, init_state
-from fastvi.inference.optimizer import Horizon
-from fastvi.inference.programs import build_family, programs_for
+from fastvi.fitting.optimizer import Horizon
+from fastvi.fitting.stages import build_family, programs_for
+from fastvi.fitting.step import init_state
+from fastvi.target.data import Problem
 
 STEPS = 200
 COMPONENTS, RANK = 8, 2

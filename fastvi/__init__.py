@@ -1,19 +1,19 @@
 """Fast variational inference on the local posterior of a trained model, and its local learning coefficient."""
 
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
-from fastvi.api import estimate_llc
+from fastvi.api.curve import LLCCurve, llc_curve
+from fastvi.api.estimate import estimate_llc
+from fastvi.api.flat import SamplerRunResult, fit, run_vi
+from fastvi.api.other_data import DataLLC, example_losses, llc_on
+from fastvi.api.resample import correct
+from fastvi.api.virial import VirialLLC, virial_llc
 from fastvi.config import FlowConfig, VIConfig
-from fastvi.correct import correct
-from fastvi.curve import LLCCurve, llc_curve
-from fastvi.draws import FittedQ
-from fastvi.expectation import DataLLC, example_losses, llc_on
 from fastvi.families import AbstractBackend, register_backend
-from fastvi.objective import FlatObjective, make_flat_objective, ravel_loss
-from fastvi.posterior import LocalPosterior
-from fastvi.restriction import restrict
-from fastvi.result import LLCEstimate
-from fastvi.sampler import SamplerRunResult, fit, run_vi
-from fastvi.virial import VirialLLC, virial_llc
+from fastvi.observables.draws import FittedQ
+from fastvi.results.estimate import LLCEstimate
+from fastvi.target.objective import FlatObjective, make_flat_objective, ravel_loss
+from fastvi.target.posterior import LocalPosterior
+from fastvi.target.restrict import restrict
 
 __version__ = "0.1.0"
 

@@ -13,38 +13,27 @@ from tests.support import annotations
 MEMORY = 3.0  # GiB of a process above which a file of tests gives back what it compiled
 
 # Hold the annotated functions on arrays to their shapes and dtypes; must precede the first import of fastvi.
-# Not fastvi.config: beartype refuses typing.Self on a single method. Nor what has no arrays of its own, such as the
+# Not fastvi.config.vi: beartype refuses typing.Self on a single method. Nor what has no arrays of its own, such as the
 # command line, and the integrations, to which people pass anything.
 CHECKED = (
-    "_arguments",
-    "_data",
-    "accounting",
+    "_compilation",
     "api",
-    "basis",
-    "compilation",
-    "correct",
-    "curve",
+    "config.basis",
     "demos",
-    "diagnostics",
-    "draws",
-    "estimators",
-    "expectation",
+    "evaluation",
     "families",
-    "fingerprint",
+    "fitting",
     "flows",
     "geometry",
-    "identity",
-    "inference",
     "kernels",
-    "objective",
-    "posterior",
-    "restriction",
-    "result",
-    "resume",
-    "sampler",
-    "streaming",
+    "observables",
+    "results.estimate",
+    "results.findings",
+    "results.report",
+    "results.resume",
+    "results.work",
+    "sampling",
     "target",
-    "virial",
 )
 install_import_hook([f"fastvi.{name}" for name in CHECKED], f"{annotations.__name__}.hold")
 
@@ -70,7 +59,7 @@ def enable_x64(enabled):
 
 def quick_jit(function, **options):
     """jax.jit for programs of a test that run a few times: half the time to compile, but where tests compile fully."""
-    from fastvi.compilation import quick_compilation
+    from fastvi._compilation import quick_compilation
 
     if not jax.config.read("jax_disable_most_optimizations"):
         return jax.jit(function, **options)
@@ -112,7 +101,7 @@ def compile_quickly():
     wanted = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     jax.config.update("jax_disable_most_optimizations", wanted != "0")
     if wanted != "0":
-        from fastvi.compilation import QUICK_OPTIONS
+        from fastvi._compilation import QUICK_OPTIONS
 
         # a program in one piece takes a fifth less of the processor; pieces in parallel are sooner on idle cores
         QUICK_OPTIONS["xla_cpu_parallel_codegen_split_count"] = 1

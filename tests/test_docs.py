@@ -11,10 +11,11 @@ import jax
 import pytest
 
 import fastvi
-from fastvi import FlowConfig, VIConfig, api
+from fastvi import FlowConfig, VIConfig
+from fastvi.api import estimate as api
 from fastvi.cli.sweep import read_plan
-from fastvi.diagnostics import health
 from fastvi.families import BACKENDS
+from fastvi.results import findings as health
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -20,11 +20,11 @@ from bench import harness
 from bench.truth.problems import PROBLEMS
 from bench.truth.reference import load_reference
 from fastvi import VIConfig
-from fastvi._arguments import make_problem, settle
+from fastvi.api.arguments import make_problem, settle
+from fastvi.fitting.run import run_fit
+from fastvi.fitting.stages import programs_for
 from fastvi.geometry.start import make_start
-from fastvi.inference.driver import run_fit
-from fastvi.inference.programs import programs_for
-from fastvi.objective import TreeObjective, ravel_loss
+from fastvi.target.objective import TreeObjective, ravel_loss
 
 TABLE = "price"
 DEFAULT = ("deep_linear_2x5_g10", "deep_linear_2x5_g100", "deep_linear_2x22_g10", "tanh_3_g1", "digits_16_g1")

@@ -15,9 +15,9 @@ import numpy as np
 
 from bench.truth.hmc import Recipe, draw, start_tuning, target_of, tune
 from bench.truth.problem import Problem
-from fastvi.objective import full_data_loss, ravel_loss
-from fastvi.posterior import LocalPosterior
 from fastvi.target.checks import LOSS_COST
+from fastvi.target.objective import full_data_loss, ravel_loss
+from fastvi.target.posterior import LocalPosterior
 
 CHAINS = 4
 BATCH = 256

@@ -17,10 +17,10 @@ import optax
 from bench.bench_step import numpyro_guide
 from bench.truth.problem import Problem
 from bench.truth.samplers import BATCH
-from fastvi.inference.loop import Problem as Minibatches
-from fastvi.objective import excess_loss, full_data_loss, ravel_loss
-from fastvi.posterior import LocalPosterior
 from fastvi.target.checks import LOSS_COST
+from fastvi.target.data import Problem as Minibatches
+from fastvi.target.objective import excess_loss, full_data_loss, ravel_loss
+from fastvi.target.posterior import LocalPosterior
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of Adam; the ELBO chooses
 STEP_DRAWS, FLOW_DRAWS = 4, 16  # of a step: of a normal as many as the samplers have chains

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Union, get_type_hints
 
 from fastvi import ConfigError, DataError, NonFiniteError, UnavailableError, __version__
 from fastvi._optional import MissingExtraError, import_optional
-from fastvi._terminal import is_terminal, settle_streams, warn, write_text
 from fastvi.cli.llc import Llc
 from fastvi.cli.runs import Compare, Report
 from fastvi.cli.sweep import Sweep
 from fastvi.demos import DEMOS
+from fastvi.results.terminal import is_terminal, settle_streams, warn, write_text
 
 COMMANDS: Mapping[str, Any] = {"llc": Llc, "report": Report, "compare": Compare, "sweep": Sweep, "demo": DEMOS}
 GROUP_HELP = {"demo": "Complete runs on a laptop: train, estimate, plot, write a folder."}

@@ -7,20 +7,20 @@ from typing import Any
 
 import jax
 
-from fastvi._arguments import DEFAULT_BATCH_SIZE, as_key, check_dtype, settle_localization
-from fastvi._claim import claimed
-from fastvi._data import check_data, is_stream
-from fastvi._terminal import warn
-from fastvi.api import estimate_llc
+from fastvi.api.arguments import DEFAULT_BATCH_SIZE, as_key, check_dtype, settle_localization
+from fastvi.api.estimate import estimate_llc
 from fastvi.cli.target import Problem, Resolved, load, parse_settings, resolve
 from fastvi.config import VIConfig
 from fastvi.demos.base import Say
-from fastvi.identity import differing, digest_tree, observe_loss
-from fastvi.objective import ravel_loss
-from fastvi.result import LLCEstimate
-from fastvi.runs import Origin, check_packages, keep_and_tell
-from fastvi.streaming import HostStream
+from fastvi.results.claim import claimed
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.runs import Origin, check_packages, keep_and_tell
+from fastvi.results.terminal import warn
+from fastvi.target.identity import differing, digest_tree, observe_loss
+from fastvi.target.inputs import check_data, is_stream
 from fastvi.target.look import weigh_other_data
+from fastvi.target.objective import ravel_loss
+from fastvi.target.stream import HostStream
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastvi import _files as files
 from fastvi._errors import ConfigError
 from fastvi.cli.table import describe, format_table
 from fastvi.demos.base import Say
-from fastvi.diagnostics.style import DASHED, INK, STYLE, chain_color, import_matplotlib, running_mean, window_of
-from fastvi.result import LLCEstimate
-from fastvi.runs import REPORT_FILE
+from fastvi.results import files
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.report.style import DASHED, INK, STYLE, chain_color, import_matplotlib, running_mean, window_of
+from fastvi.results.runs import REPORT_FILE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

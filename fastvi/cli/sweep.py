@@ -13,22 +13,22 @@ from urllib.parse import quote
 
 import jax
 
-from fastvi import _files as files
-from fastvi._arguments import settle_localization
-from fastvi._claim import ORIGIN_FILE, SWEEP, claimed
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
 from fastvi._optional import import_optional
-from fastvi._sources import parse_yaml
-from fastvi._terminal import warn
+from fastvi.api.arguments import settle_localization
 from fastvi.cli.llc import estimate_origin, observe_problem
 from fastvi.cli.sweep_figure import draw_sweep
 from fastvi.cli.table import describe, format_table, write_csv
 from fastvi.cli.target import Problem, load, resolve
 from fastvi.config import VIConfig
+from fastvi.config.sources import parse_yaml
 from fastvi.demos.base import Say
-from fastvi.identity import differing
-from fastvi.result import LLCEstimate
-from fastvi.runs import Origin, check_packages, keep_run, read_record, read_settings
+from fastvi.results import files
+from fastvi.results.claim import ORIGIN_FILE, SWEEP, claimed
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.runs import Origin, check_packages, keep_run, read_record, read_settings
+from fastvi.results.terminal import warn
+from fastvi.target.identity import differing
 
 TABLE_FILE, FIGURE_FILE, PAGE_DPI = "table.csv", "sweep.png", 150
 RUN_OPTIONS = ("seed", "localization", "nbeta", "num_chains")

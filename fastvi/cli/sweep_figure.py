@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvi.diagnostics.style import STYLE, chain_color, import_matplotlib
-from fastvi.result import LLCEstimate
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.report.style import STYLE, chain_color, import_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

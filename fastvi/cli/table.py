@@ -4,7 +4,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastvi.result import LLCEstimate, with_error
+from fastvi.results.estimate import LLCEstimate, with_error
 
 Row = Mapping[str, str]
 WIDTH = 80

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastvi._errors import ConfigError, DataError
-from fastvi._files import first_line
-from fastvi._sources import parse_yaml
 from fastvi.config import VIConfig
-from fastvi.runs import CONFIG_FILE, Origin, Record, check_target, read_record, read_settings
+from fastvi.config.sources import parse_yaml
+from fastvi.results.files import first_line
+from fastvi.results.runs import CONFIG_FILE, Origin, Record, check_target, read_record, read_settings
 
 
 class Problem(NamedTuple):

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from fastvi._claim import claimed
 from fastvi._errors import ConfigError
 from fastvi._typing import Batch, PyTree
-from fastvi.api import estimate_llc
+from fastvi.api.estimate import estimate_llc
 from fastvi.config import VIConfig
-from fastvi.result import LLCEstimate
-from fastvi.runs import Origin, check_packages, keep_and_tell
+from fastvi.results.claim import claimed
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.runs import Origin, check_packages, keep_and_tell
 
 Say = Callable[[str], None]
 

@@ -14,7 +14,7 @@ from fastvi._optional import import_optional
 from fastvi._typing import Array, Batch, Float, PyTree, Scalar
 from fastvi.config import VIConfig
 from fastvi.demos.base import AbstractDemo, Say, check
-from fastvi.result import LLCEstimate
+from fastvi.results.estimate import LLCEstimate
 
 PIXELS, CLASSES, BRIGHTEST = 64, 10, 16
 

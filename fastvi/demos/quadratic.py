@@ -12,7 +12,7 @@ import numpy as np
 from fastvi._typing import Array, Batch, Float, Scalar
 from fastvi.config import VIConfig
 from fastvi.demos.base import AbstractDemo, Say, check
-from fastvi.result import LLCEstimate, with_error
+from fastvi.results.estimate import LLCEstimate, with_error
 
 
 class Exact(NamedTuple):

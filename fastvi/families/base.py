@@ -137,9 +137,6 @@ class Annealed(NamedTuple):
     entropy_bonus: Scalar
 
 
-NOISE_BLOCKS = 2  # blocks of a key's counters that one call of `draw_noise` may use
-
-
 def num_groups(num_draws: int, antithetic: bool) -> int:
     """Count the independent draws among `num_draws`: half of them where they come in mirrored pairs."""
     return num_draws // 2 if antithetic and num_draws % 2 == 0 else num_draws

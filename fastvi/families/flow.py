@@ -10,7 +10,7 @@ import numpy as np
 
 from fastvi._errors import ConfigError
 from fastvi._typing import Array, Float, Key, PyTree, Scalar
-from fastvi.basis import Basis
+from fastvi.config.basis import Basis
 from fastvi.families.backends import AbstractBackend, find_backend
 from fastvi.families.backends.base import standard_log_prob
 from fastvi.families.base import AbstractFamily, Annealed, Draws, Geometry, LinearMap, SecondMoment, UpdateRules

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastvi._typing import Batch
 from fastvi.geometry.start import Start
-from fastvi.posterior import LocalPosterior
+from fastvi.target.posterior import LocalPosterior
 
 CURVATURE_ROUNDING = 1e-5  # of the largest curvature: smaller ones are zero as far as single precision can tell
 HELD = 0.1  # of the localization: a loss that curves down by less than this hardly moves llc

@@ -9,8 +9,8 @@ from fastvi.config import VIConfig
 from fastvi.geometry.curvature import BLOCK, Spectrum, block_krylov, dense_spectrum
 from fastvi.geometry.whitening import whitening_scale
 from fastvi.kernels import hutchinson
-from fastvi.objective import FlatObjective, hvp_operator
-from fastvi.posterior import LocalPosterior
+from fastvi.target.objective import FlatObjective, hvp_operator
+from fastvi.target.posterior import LocalPosterior
 
 MAX_RANK = 64  # rows of the core under curvature_rank="auto"
 CORE_BYTES = 128 * 2**20  # memory budget of the core

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Key
 from fastvi.kernels import hutchinson
-from fastvi.objective import FlatObjective
-from fastvi.posterior import LocalPosterior
+from fastvi.target.objective import FlatObjective
+from fastvi.target.posterior import LocalPosterior
 
 MOMENT_GRADIENTS = 128  # minibatch gradients at w* in the pre-pass of rmsprop and adam
 DIAGONAL_PROBES = 16  # Rademacher probes of hvp_diag

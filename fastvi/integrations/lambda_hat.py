@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from fastvi._errors import UnavailableError
 from fastvi._optional import MissingExtraError
+from fastvi.api.flat import fit
 from fastvi.config import VIConfig
 from fastvi.families import FAMILIES
-from fastvi.sampler import fit
 
 ALGORITHMS = ("mfa", "flow")
 # What lambda_hat does itself or says by an argument: the whitening pre-pass, TensorBoard, gamma, the dtype of w*.

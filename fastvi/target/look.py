@@ -11,20 +11,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from fastvi._compilation import PROGRAMS, quick_compilation
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float, Given
-from fastvi.compilation import PROGRAMS, quick_compilation
-from fastvi.fingerprint import Fingerprint, fingerprint_loss, shapes_of
-from fastvi.inference.driver import AbstractStream
-from fastvi.inference.loop import Problem
-from fastvi.objective import (
-    EVALUATION_CHUNK,
-    FlatObjective,
-    TreeObjective,
-    call_full_loss,
-    check_loss,
-    value_and_grad,
-)
 from fastvi.target.checks import (
     LOSS_COST,
     LossLook,
@@ -34,7 +23,18 @@ from fastvi.target.checks import (
     on_host,
     take_rows,
 )
+from fastvi.target.data import Problem
+from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.target.losses import LossForm, first_rows, num_examples, weigh_batch, weigh_data
+from fastvi.target.objective import (
+    EVALUATION_CHUNK,
+    FlatObjective,
+    TreeObjective,
+    call_full_loss,
+    check_loss,
+    value_and_grad,
+)
+from fastvi.target.stream import AbstractStream
 
 NARROW = re.compile(r"\b(bf16|f16|f8_\w+|f4_\w+)\[")  # dtypes as jaxprs write them
 NARROW_EPS = 2.0**-7  # of bfloat16

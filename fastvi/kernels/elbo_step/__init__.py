@@ -1,1 +1,1 @@
-"""A whole step of the mixture, defined. The one implementation is the loop's, `fastvi.inference.loop.run_steps`."""
+"""A whole step of the mixture, defined. The one implementation is the loop's, `fastvi.fitting.step.run_steps`."""

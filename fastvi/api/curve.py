@@ -1,0 +1,164 @@
+"""The learning coefficient along training: each fit begins at the q of the checkpoint before."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._errors import ConfigError, DataError
+from fastvi._typing import Batch, Given, PyTree
+from fastvi.api.arguments import as_key, check_count
+from fastvi.api.estimate import assemble, run_estimate
+from fastvi.config import VIConfig
+from fastvi.fitting.protocols import Progress
+from fastvi.results.estimate import LLCEstimate
+from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
+from fastvi.target.modes import in_own_modes
+from fastvi.target.objective import TreeStructure
+
+
+@dataclasses.dataclass(frozen=True)
+class LLCCurve:
+    """Estimates at the checkpoints of one training run, in their order."""
+
+    estimates: tuple[LLCEstimate, ...]
+
+    @property
+    def llc(self) -> np.ndarray:
+        """The coefficients, shape (checkpoints,)."""
+        return np.array([estimate.llc for estimate in self.estimates])
+
+    @property
+    def llc_sem(self) -> np.ndarray:
+        """Their standard errors."""
+        return np.array([estimate.llc_sem for estimate in self.estimates])
+
+    @property
+    def init_loss(self) -> np.ndarray:
+        """The training loss at each checkpoint, in nats."""
+        return np.array([estimate.init_loss for estimate in self.estimates])
+
+    @property
+    def total_fge(self) -> np.ndarray:
+        """The work at each checkpoint, in full-gradient equivalents."""
+        return np.array([estimate.work["total_fge"] for estimate in self.estimates])
+
+
+@in_own_modes
+def llc_curve(
+    loss_fn: Given[Callable[[PyTree, Batch], Any]],
+    checkpoints: Given[Iterable[PyTree]],
+    data: Given[Batch],
+    *,
+    key: Any = 0,
+    nbeta: Given[float | None] = None,
+    localization: Given[float | None] = None,
+    config: Any = None,
+    num_chains: Given[int | None] = None,
+    progress: Given[bool | Callable[[Progress], None]] = True,
+    throw: Given[bool] = True,
+    warm_start: Given[bool] = True,
+    warm_steps: Given[int | None] = None,
+    **overrides: Any,
+) -> LLCCurve:
+    """Estimate the local learning coefficient at every checkpoint of a training run.
+
+    The first fit begins at the curvature there, every other at the q of the checkpoint before, moved to the new w* and
+    narrowed where the loss says so. Where walkers correct the estimate, they too go on from where those of the
+    checkpoint before have come to. A checkpoint in the middle of training is no minimum: the estimate is then of the
+    posterior near it, and may be negative.
+
+    Args:
+        loss_fn: `(params, batch) -> mean loss per example`, in nats.
+        checkpoints: Parameters in the order of training, all of one structure; read one at a time.
+        data: As for `estimate_llc`.
+        key: An int seed or a jax random key, the same at every checkpoint.
+        nbeta: n times the inverse temperature; n / log n when left out.
+        localization: As for `estimate_llc`.
+        config: A `VIConfig`, or anything `VIConfig.create` reads.
+        num_chains: Independent fits.
+        progress: As for `estimate_llc`.
+        throw: Whether to raise at a checkpoint whose fit or evaluation is not finite; otherwise its estimate is not
+            finite, a finding says so, and the next fit begins at the last one that is.
+        warm_start: Whether to begin at the q before; otherwise every fit begins at the curvature.
+        warm_steps: Steps of every fit but the first, at most; those of the first when left out.
+        **overrides: Fields of `VIConfig`.
+
+    Returns:
+        The estimates; only the last one can be corrected later.
+
+    Raises:
+        ConfigError: If `warm_steps` is below 1, or without `warm_start`.
+        DataError: If there is no checkpoint, or they are not of one model. Any error at a checkpoint, or while it is
+            read, names it in a note, and its attribute `partial` is the curve of those before.
+    """
+    if isinstance(checkpoints, Mapping):
+        raise DataError("checkpoints must be an iterable of parameters; got a mapping. Pass a list, such as [params].")
+    refuse_a_trace(data, key, nbeta, localization)
+    first = VIConfig.create(config, **overrides)
+    first.check_asked(overrides)
+    later = _later(first, warm_start, warm_steps)
+    data = data if is_stream(data) else check_data(data, dtype=jnp.dtype(first.dtype))[0]
+    remaining, estimates, structure, before = iter(checkpoints), [], None, None
+    while True:
+        with _AtCheckpoint(estimates):
+            params = next(remaining, _NO_MORE)
+            if params is _NO_MORE:
+                break
+            settings = later if before else first
+            target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
+            structure = _same_structure(target.objective.structure, structure, len(estimates))
+            estimate = run_estimate(
+                target, num_chains, progress=progress, throw=throw, warm=before if warm_start else None
+            )
+        before = estimate.fitted if np.isfinite(estimate.llc) else before
+        estimates[:] = [*(dataclasses.replace(one, fitted=None) for one in estimates), estimate]
+    if not estimates:
+        raise DataError("llc_curve needs at least one checkpoint; got none.")
+    return LLCCurve(tuple(estimates))
+
+
+_NO_MORE = object()
+
+
+class _AtCheckpoint:
+    """Let an error say at which checkpoint it was raised, and carry the estimates of those before."""
+
+    def __init__(self, estimates: list[LLCEstimate]):
+        self.estimates = estimates
+
+    def __enter__(self) -> None:
+        """Begin the block."""
+
+    def __exit__(self, kind: object, error: Any, traceback: object) -> None:
+        """Add both to the error, which passes."""
+        if error is not None:
+            number = len(self.estimates)
+            error.add_note(f"fastvi: at checkpoint {number} (from 0); `partial` of this error holds those before it.")
+            error.partial = LLCCurve(tuple(self.estimates))
+
+
+def _same_structure(structure: TreeStructure, expected: TreeStructure | None, number: int) -> TreeStructure:
+    """Return the structure of a checkpoint's parameters, the same as before."""
+    if expected is not None and structure.num_parameters != expected.num_parameters:
+        raise DataError(
+            f"checkpoint {number} has {structure.num_parameters} parameters, the one before "
+            f"{expected.num_parameters}; they must be checkpoints of one model."
+        )
+    if expected is not None and (structure.treedef, structure.shapes) != (expected.treedef, expected.shapes):
+        raise DataError(
+            f"checkpoint {number} has parameters {structure.treedef} of shapes {structure.shapes}, the one before "
+            f"{expected.treedef} of shapes {expected.shapes}; they must be checkpoints of one model."
+        )
+    return structure
+
+
+def _later(settings: VIConfig, warm_start: Given[bool], warm_steps: Given[int | None]) -> VIConfig:
+    """Return the configuration of the fits after the first."""
+    if warm_steps is not None:
+        if not warm_start:
+            raise ConfigError("warm_steps is of fits that begin at another's q; got warm_start=False. Leave one out.")
+        return settings.replace(steps=check_count("warm_steps", warm_steps))
+    return settings

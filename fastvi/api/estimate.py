@@ -1,0 +1,386 @@
+"""`estimate_llc`: the learning coefficient of a trained model, for people."""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fastvi._compilation import CLOCK
+from fastvi._errors import DataError, NonFiniteError
+from fastvi._typing import Batch, Given, Key, PyTree
+from fastvi.api.arguments import (
+    DEFAULT_BATCH_SIZE,
+    as_key,
+    check_count,
+    check_dtype,
+    make_problem,
+    settle,
+    settle_evaluation,
+    settle_localization,
+)
+from fastvi.api.resample import Fitted, correct
+from fastvi.config import VIConfig
+from fastvi.evaluation.importance import assess_importance
+from fastvi.fitting.protocols import Progress
+from fastvi.fitting.run import Fit, Options, Snapshot, run_fit
+from fastvi.fitting.schedule import elbo_trend, few_dimensions_factor
+from fastvi.fitting.stages import Outcome, programs_for
+from fastvi.geometry.minimum import Bottom, look_down, rounding_nats
+from fastvi.geometry.start import newton_decrement, rank_limit
+from fastvi.results.estimate import MOST_SCALES, LLCEstimate, kept_scales
+from fastvi.results.findings import Evidence, health_findings
+from fastvi.results.progress import reporting
+from fastvi.results.resume import FolderKeeper, identify
+from fastvi.results.work import Work, count_work, with_losses
+from fastvi.target.checks import LossLook
+from fastvi.target.data import Problem
+from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
+from fastvi.target.look import look_at_target
+from fastvi.target.modes import in_own_modes
+from fastvi.target.objective import TreeObjective, ravel_loss
+from fastvi.target.restrict import restrict
+from fastvi.target.stream import HostStream, uncorrected
+
+SNAPSHOT_SCALES = 256  # entries of D^{1/2} in a snapshot
+DEFAULT_CHAINS, DEFAULT_LOCALIZATION = 4, 1.0  # chains of a fit that nothing corrects
+WHOLE_DATA = 2 * DEFAULT_BATCH_SIZE  # examples that a fit in few dimensions takes whole at each step
+PREPARATION = {"steps": 200, "batch_size": 64, "samples_per_step": 1, "eval_samples": 32, "curvature_examples": 512}
+
+
+@in_own_modes
+def estimate_llc(
+    loss_fn: Given[Callable[[PyTree, Batch], Any]],
+    params: PyTree,
+    data: Given[Batch],
+    *,
+    key: Any = 0,
+    nbeta: Given[float | None] = None,
+    localization: Given[float | None] = None,
+    config: Any = None,
+    num_chains: Given[int | None] = None,
+    progress: Given[bool | Callable[[Progress], None]] = True,
+    throw: Given[bool] = True,
+    param_mask: Any = None,
+    resume_from: Given[str | os.PathLike[str] | None] = None,
+    **overrides: Any,
+) -> LLCEstimate:
+    """Estimate the local learning coefficient of a trained model.
+
+    Fits q to the local posterior `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)` by variational inference, then
+    corrects what q says: by importance weights where they allow it, else by walkers that start at draws of q. Returns
+    lambda-hat = nbeta (E[L_n(w)] - L_n(w*)), its error, and findings on whether to believe it. `llc` is the posterior's
+    own value, `llc_vi` that of q, which is too large at singular points; with `correction="none"` both are q's.
+
+    Args:
+        loss_fn: `(params, batch)` -> the mean loss of the batch's examples, in nats; or an array with one loss for each
+            example or each of its tokens (batch axis first); or `(losses, weights)` of one such shape, for masks,
+            padding and class weights: then `L_n = sum(weights * losses) / sum(weights)` over all data. n counts
+            examples. State that it reads (attributes, globals, arrays) is read anew by each call, except by functions
+            that jax itself keeps traced, as under `jax.jit`.
+        params: Trained parameters w*, any pytree with floating-point arrays.
+        data: Pytree of arrays with a common leading axis of examples; `batch` has the same structure. Or an object
+            that gives such batches from host memory each time it is iterated over: then the only correction is
+            "importance".
+        key: An int seed or a jax random key.
+        nbeta: n times the inverse temperature; n / log n when left out.
+        localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates; `gamma` of the
+            configuration when left out, else 1.
+        config: A `VIConfig`, or anything `VIConfig.create` reads.
+        num_chains: Independent fits; two or more let `llc_vi_sem` see the spread of the fits. None means 4 where
+            nothing corrects them, else 1.
+        progress: Whether to show a status line on stderr, or a function that receives `Progress`.
+        throw: Whether to raise when the fit or the evaluation is not finite; otherwise a finding says so.
+        param_mask: Which parameters vary, see `fastvi.restrict`; all when left out.
+        resume_from: Folder in which the fit keeps its progress and, if there is some, goes on from it.
+        **overrides: Fields of `VIConfig`.
+
+    Returns:
+        The estimate; `print(estimate.summary())`.
+
+    Raises:
+        ConfigError: If an option is unknown or impossible, or has no effect beside the others.
+        DataError: If the data, the parameters or the loss cannot be used: a loss that is not finite at w*, not a mean
+            over examples, not deterministic, or at odds with its gradient.
+        NonFiniteError: If NaN or infinity appears, unless `throw` is False.
+
+    Cost:
+        `estimate.work`; with the defaults some 100 to 3,000 full gradients, at most `correction_budget` and the fit's.
+
+    References:
+        Lau et al., The Local Learning Coefficient (2024).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fastvi import estimate_llc
+        >>> data = (jnp.ones((100, 1)),)
+        >>> result = estimate_llc(lambda w, batch: 0.5 * jnp.sum(w**2), jnp.zeros(4), data, progress=False)
+        >>> round(result.llc, 1)
+        1.9
+    """
+    refuse_a_trace(params, data, key, nbeta, localization)
+    settings = VIConfig.create(config, **overrides)
+    settings.check_asked(overrides)
+    if param_mask is not None:
+        loss_fn, params = restrict(loss_fn, params, param_mask)
+    target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
+    result = run_estimate(target, num_chains, progress=progress, throw=throw, resume_from=resume_from)
+    return dataclasses.replace(result, fitted=result.fitted._replace(is_masked=param_mask is not None))
+
+
+class Target(NamedTuple):
+    """What is estimated, checked; `config` is the one asked for."""
+
+    objective: TreeObjective
+    problem: Problem
+    config: VIConfig
+    key: Key
+    stream: HostStream | None
+    look: LossLook
+
+
+def assemble(
+    loss_fn: Given[Callable[..., Any]],
+    params: PyTree,
+    data: Any,
+    nbeta: Given[float | None],
+    localization: Given[float | None],
+    config: VIConfig,
+    key: Key,
+) -> Target:
+    """Check loss, parameters and data, and put them together."""
+    dtype = check_dtype(config)
+    localization = settle_localization(localization, config, DEFAULT_LOCALIZATION)
+    objective, center = ravel_loss(loss_fn, params, dtype)
+    stream = None
+    if is_stream(data):
+        stream = HostStream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
+        config = config.replace(correction=uncorrected(config.correction))
+        data, num_data = stream.window(0), stream.num_data
+        stream = stream if stream.num_rows < num_data else None
+    else:
+        data, num_data = check_data(data, dtype=dtype)
+    if nbeta is None:
+        if num_data < 2:
+            raise DataError("nbeta defaults to n / log n, which needs at least 2 examples; got 1. Pass nbeta.")
+        nbeta = num_data / math.log(num_data)
+    config = config.applied(center.size)
+    problem = make_problem(center, data, num_data, nbeta, localization, config, "nbeta")
+    problem, look = look_at_target(objective, problem, stream, "loss_fn", budget_fge=config.filled.correction_budget)
+    return Target(objective, problem, config, key, stream, look)
+
+
+def run_estimate(
+    target: Target,
+    num_chains: Given[int | None] = None,
+    *,
+    progress: Given[bool | Callable[[Progress], None]] = True,
+    throw: Given[bool] = True,
+    resume_from: Given[str | os.PathLike[str] | None] = None,
+    warm: Fitted | None = None,
+) -> LLCEstimate:
+    """Fit, evaluate and correct, from the curvature at w* or from the q of another fit."""
+    began, compiled = time.perf_counter(), CLOCK.seconds
+    if num_chains is not None:
+        check_count("num_chains", num_chains)
+    objective, problem, settings, key, stream, look = target
+    plan, num_chains = _plan(settings, problem, num_chains)
+    early_stop = bool(plan.early_stop)
+    problem = dataclasses.replace(problem, batch_size=plan.batch_size)
+    keys = jax.random.split(key, num_chains)
+    keeper = None
+    if resume_from is not None:
+        keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
+    stages = programs_for(objective, problem, plan)
+    with reporting(progress) as report:
+        options = Options(early_stop, report, warm and warm.fit, keeper, stream)
+        fit = run_fit(stages, problem, plan, keys, options=options)
+        bottom = look_down(
+            stages.compiled.excess_along,
+            problem.posterior,
+            fit.start,
+            float(fit.outcome.reference_loss),
+            stream.chunks if stream is not None else lambda: [(problem.data, problem.num_data)],
+        )
+    timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}
+    work = with_losses(count_work(fit, problem, plan, num_chains, look), bottom.losses)
+    result = _estimate(fit, problem, plan, work, timings, bottom, look)
+    if throw and _has(result, "non_finite"):
+        raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
+    result = dataclasses.replace(
+        result, fitted=Fitted(fit, problem, objective, stages.loss, keys, warm and warm.walked)
+    )
+    if plan.correction == "none" or _has(result, "non_finite", "improper_posterior"):
+        return result
+    return correct(
+        result,
+        plan.correction,
+        correction_error=settings.correction_error,
+        correction_budget=settings.correction_budget,
+        progress=progress,
+        throw=throw,
+    )
+
+
+def _has(result: LLCEstimate, *names: str) -> bool:
+    return any(finding.name in names for finding in result.health)
+
+
+def _plan(config: VIConfig, problem: Problem, num_chains: int | None) -> tuple[VIConfig, int]:
+    """Return the configuration of the fit with nothing left open, and its chains.
+
+    A fit that only prepares a walk is one short chain on little data, where the configuration leaves that open:
+    what it leaves undone costs the walkers a few steps.
+    """
+    dim, changes = problem.posterior.center.size, {"batch_size": problem.batch_size}
+    prepares = config.correction not in ("none", "importance") and not config.early_stop
+    if few_dimensions_factor(dim, 2) > 1 and problem.holds_all and problem.num_data <= WHOLE_DATA:
+        changes["batch_size"] = problem.num_data  # the noise of minibatches would cost more draws than they save
+    if prepares:
+        batch = min(PREPARATION["batch_size"], problem.num_data)
+        changes = {**PREPARATION, "batch_size": batch, "samples_per_step": config.step_draws}
+    changes |= {
+        "early_stop": not prepares and config.early_stop is not False,
+        "correction": config.correction or "auto",
+        "curvature_examples": changes.get("curvature_examples", config.hessian_examples),
+        "r": min(config.filled.r, dim),
+    }
+    plan = config.replace(**{name: value for name, value in changes.items() if getattr(config, name) is None})
+    share = (plan.batch_size or problem.num_data) / problem.num_data
+    plan = settle_evaluation(settle(plan, dim, min(share, 1.0)), dim).recorded
+    return plan, num_chains or (1 if prepares else DEFAULT_CHAINS)
+
+
+def _estimate(
+    fit: Fit,
+    problem: Problem,
+    config: VIConfig,
+    work: Work,
+    timings: dict[str, float],
+    bottom: Bottom,
+    look: LossLook,
+) -> LLCEstimate:
+    """Move a finished fit to the host and interpret it."""
+    outcome, start = jax.device_get(fit.outcome), fit.start
+    evaluation = outcome.evaluation
+    traces = {name: np.asarray(trace) for name, trace in fit.traces.items()}
+    steps = traces["elbo"].shape[1]
+    traces["cumulative_fge"] = np.broadcast_to(work.fge_per_step * np.arange(1, steps + 1), traces["elbo"].shape)
+    chains = evaluation.llc.size
+    within = float(np.sqrt(np.mean(evaluation.llc_sem.astype(float) ** 2) / chains))
+    between = float(np.std(evaluation.llc, ddof=1) / np.sqrt(chains)) if chains > 1 else 0.0
+    posterior = problem.posterior
+    evidence = _evidence(fit, outcome, problem, config, traces, bottom, look)
+    return LLCEstimate(
+        llc=float(np.mean(evaluation.llc)),
+        llc_sem=max(within, between),
+        llc_per_chain=evidence.llc_per_chain,
+        llc_sem_per_chain=evidence.llc_sem_per_chain,
+        elbo=float(np.mean(evaluation.elbo)),
+        init_loss=float(outcome.reference_loss),
+        nbeta=float(posterior.nbeta),
+        localization=float(posterior.gamma),
+        n_data=problem.num_data,
+        dim=posterior.center.size,
+        converged=fit.converged,
+        curvature={
+            "rank": int(start.rank),
+            "wanted_rank": int(start.wanted_rank),
+            "explained": float(start.explained),
+            "trace": float(start.trace),
+            "spectrum": np.asarray(start.spectrum, float)[: int(start.num_values)].tolist(),
+            "newton_decrement": evidence.newton_decrement,
+            "lowest": bottom.curvature + float(posterior.gamma),
+        },
+        evaluation={
+            name: np.asarray(getattr(evaluation, name), float).tolist()
+            for name in ("elbo", "llc", "llc_mc", "variance_reduction", "trace_term", "log_weight_sd")
+        },
+        work=work.as_dict(),
+        timings=timings,
+        traces=traces,
+        log_weights=np.asarray(evaluation.log_weight),
+        draws={
+            "excess_loss": np.asarray(evaluation.excess),
+            "log_q": np.asarray(evaluation.log_prob),
+            "resp_entropy": np.asarray(evaluation.resp_entropy),
+        },
+        family_arrays=_family_arrays(outcome.arrays),
+        snapshots=_snapshots(fit.snapshots),
+        health=health_findings(evidence),
+        config=config.replace(correction="none").recorded,
+        llc_vi=float(np.mean(evaluation.llc)),
+        llc_vi_sem=max(within, between),
+    )
+
+
+def _evidence(
+    fit: Fit,
+    outcome: Outcome,
+    problem: Problem,
+    config: VIConfig,
+    traces: dict[str, np.ndarray],
+    bottom: Bottom,
+    look: LossLook,
+) -> Evidence:
+    """Collect what findings are read from."""
+    start, evaluation, posterior = fit.start, outcome.evaluation, problem.posterior
+    steps, trend = traces["elbo"].shape[1], elbo_trend(traces["elbo"])
+    return Evidence(
+        llc_per_chain=np.asarray(evaluation.llc, float),
+        llc_sem_per_chain=np.asarray(evaluation.llc_sem, float),
+        elbo=traces["elbo"],
+        virial=traces["virial"][:, -max(1, min(steps // 4, 500)) :].mean(axis=0),
+        log_weight_sd=np.asarray(evaluation.log_weight_sd, float),
+        elbo_gain=trend.gain,
+        elbo_gain_error=trend.error,
+        converged=fit.converged,
+        rank=int(start.rank),
+        wanted_rank=int(start.wanted_rank),
+        rank_limit=rank_limit(config, posterior.center.size, posterior.center.dtype.itemsize),
+        newton_decrement=float(jax.jit(newton_decrement)(start, posterior, fit.outcome.slope)),
+        importance=assess_importance(np.asarray(evaluation.log_weight)),
+        radius2=traces["radius2"],
+        localization=float(posterior.gamma),
+        dim=posterior.center.size,
+        excess=float(posterior.nbeta) * np.asarray(evaluation.excess, float),
+        rounding=rounding_nats(posterior, float(outcome.reference_loss)),
+        weight_rounding=look.weight_rounding,
+        loss_rounding=look.loss_rounding,
+        init_loss=float(outcome.reference_loss),
+        bottom=bottom,
+        in_memory=problem.holds_all,
+        **_mixture_evidence(outcome.arrays, config),
+    )
+
+
+def _family_arrays(arrays: dict[str, Any], most_scales: int = MOST_SCALES) -> dict[str, np.ndarray]:
+    """Move the family's arrays to the host, with the scales thinned out."""
+    found = {name: np.asarray(array) for name, array in arrays.items()}
+    return {**found, "D_sqrt": kept_scales(found["D_sqrt"], most_scales)} if "D_sqrt" in found else found
+
+
+def _snapshots(snapshots: list[Snapshot]) -> dict[str, np.ndarray]:
+    """Stack what the fit kept of q's shape along its way: steps (snapshots,), arrays (chains, snapshots, ...)."""
+    if not snapshots:
+        return {}
+    thinned = [_family_arrays(one.arrays, SNAPSHOT_SCALES) for one in snapshots]
+    stacked = {name: np.stack([arrays[name] for arrays in thinned], axis=1) for name in thinned[0]}
+    return {"step": np.array([one.step for one in snapshots]), **stacked}
+
+
+def _mixture_evidence(arrays: dict[str, Any], config: VIConfig) -> dict[str, Any]:
+    """Read off weights and factors; a rank is called unused only where somebody asked for more than the default."""
+    if "pi" not in arrays:
+        return {}
+    asked = config.r_per_component is not None or config.filled.r > VIConfig().filled.r
+    norms = arrays.get("factor_norm2", np.zeros(0))
+    return {
+        "num_components": arrays["pi"].shape[1],
+        "dominant_weight": float(np.mean(np.max(arrays["pi"], axis=1))),
+        "longest_factor": float(np.max(norms)) if asked and norms.size else None,
+    }

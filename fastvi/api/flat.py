@@ -1,0 +1,285 @@
+"""`fit` and `run_vi`: the contracts of a sampler backend, in flat coordinates."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._errors import ConfigError
+from fastvi._typing import Array, Batch, Float, Given, Keys
+from fastvi.api.arguments import (
+    as_key,
+    check_count,
+    check_dtype,
+    flat_vector,
+    make_problem,
+    positive_scalar,
+    settle_evaluation,
+    settle_localization,
+    whitener_scale,
+)
+from fastvi.config import VIConfig
+from fastvi.fitting.run import Fit, run_fit
+from fastvi.fitting.stages import programs_for
+from fastvi.observables.draws import FittedQ
+from fastvi.results.work import Work, count_work
+from fastvi.target.data import Problem
+from fastvi.target.inputs import check_data
+from fastvi.target.look import look_at_target
+from fastvi.target.modes import in_own_modes
+from fastvi.target.objective import FlatObjective, make_flat_objective
+
+
+class _StaticText(str):
+    """Text inside a result that `jax.jit` may return: a pytree node without leaves."""
+
+
+jax.tree_util.register_static(_StaticText)
+
+
+@in_own_modes
+def fit(
+    *,
+    rng_key: Any,
+    objective: Given[FlatObjective],
+    wstar_flat: Given[Float[Array, " dim"]],
+    data: Given[Batch],
+    n_data: Given[int],
+    beta: Any,
+    gamma: Any = None,
+    vi_cfg: Any = None,
+    whitener: Any = None,
+    loss_full_flat: Given[Callable[..., Array] | None] = None,
+) -> dict[str, Any]:
+    """Fit one chain in flat coordinates: the contract of a sampler backend.
+
+    Fixed number of steps, one gradient a step unless `samples_per_step` says otherwise; works plainly and inside
+    `jax.jit` and `jax.vmap` over `rng_key`. A fit that is not finite returns NaN and `result_code` 1; so does one whose
+    beta or gamma is traced and turns out to be impossible.
+
+    Args:
+        rng_key: Typed or legacy jax key, or an int.
+        objective: Mean loss per example and its gradient on a flat vector and a batch.
+        wstar_flat: w*, shape (dim,).
+        data: Pytree of arrays with `n_data` examples.
+        n_data: Number of examples n.
+        beta: Inverse temperature.
+        gamma: Strength of the localizer; `gamma` of the configuration when left out, one of the two must be given.
+        vi_cfg: Anything `VIConfig.create` reads.
+        whitener: Object with `A_sqrt`, shape (dim,) or (): a diagonal geometry of which the shape is used.
+        loss_full_flat: `(w) -> L_n(w)` or `(w, data) -> L_n(w)`; the objective on `data` in chunks when left out.
+
+    Returns:
+        lambda_hat (); traces, each (steps,); extras with Eq_Ln, Ln_wstar, Eq_Ln_mc, Eq_Ln_cv, llc_sem (Monte Carlo
+        under this q alone), elbo, pi, D_sqrt, result_code, cv_info and q (a `FittedQ` of flat vectors, to draw from);
+        timings in seconds (zero under a trace); work.
+
+    Raises:
+        ConfigError: If an option is unknown or impossible.
+        DataError: If the data, w* or the objective cannot be used.
+    """
+    run = _run(
+        _Target(objective, wstar_flat, data, n_data, beta, gamma, loss_full_flat, whitener),
+        VIConfig.create(vi_cfg),
+        as_key(rng_key)[None],
+    )
+    llc, traces, extras = jax.tree_util.tree_map(lambda leaf: leaf[0], (run.llc, run.traces, run.extras))
+    return {
+        "lambda_hat": llc,
+        "traces": traces,
+        "extras": {**extras, "q": run.q},
+        "timings": {
+            "adaptation": run.seconds["adaptation"],
+            "sampling": run.seconds["sampling"] + run.seconds["evaluation"],
+        },
+        "work": {"sampler_flavour": _StaticText(run.config.family), **run.work.as_dict()},
+    }
+
+
+class SamplerRunResult(NamedTuple):
+    """What `run_vi` returns: traces of shape (chains, steps), seconds, counts."""
+
+    traces: dict[str, Array]
+    timings: dict[str, float]
+    work: dict[str, Any]
+
+
+@in_own_modes
+def run_vi(
+    key: Any,
+    posterior: Any,
+    data: Given[Batch],
+    config: Any,
+    num_chains: Given[int],
+    loss_minibatch_flat: Given[Callable[[Float[Array, " dim"], Batch], Array]],
+    grad_loss_minibatch: Given[Callable[[Float[Array, " dim"], Batch], Array] | None],
+    loss_full_flat: Given[Callable[..., Array]],
+    n_data: Given[int | None] = None,
+    beta: Any = None,
+    gamma: Any = None,
+) -> SamplerRunResult:
+    """Run several chains of `fit` under the contract of a sampler.
+
+    Args:
+        key: Typed or legacy key, or an int.
+        posterior: Object with `flat0`, the centre w* of shape (dim,), or that vector itself.
+        data: Pytree of arrays with a common leading axis.
+        config: Anything `VIConfig.create` reads.
+        num_chains: Number of independent chains, vmapped.
+        loss_minibatch_flat: `(w, batch) -> mean loss`.
+        grad_loss_minibatch: Its gradient, or None for autodiff.
+        loss_full_flat: `(w) -> L_n(w)` or `(w, data) -> L_n(w)`.
+        n_data: Number of examples; read off the data when left out.
+        beta: Inverse temperature, required.
+        gamma: Strength of the localizer; `gamma` of the configuration when left out, one of the two must be given.
+
+    Returns:
+        Traces (chains, steps): those of `fit` and, repeated along steps, llc, Eq_Ln_mc, Eq_Ln_cv,
+        variance_reduction, acceptance_rate, energy (the ELBO) and is_divergent. Ln is NaN: VI does not sample it.
+
+    Raises:
+        ConfigError: If beta or gamma is missing, or an option is impossible or has no effect here.
+        DataError: If the data cannot be used.
+    """
+    settings = VIConfig.create(config)
+    for name, value in (("beta", beta), ("gamma", settle_localization(gamma, settings))):
+        if value is None:
+            raise ConfigError(f"{name} must be given to run_vi; got None. Use beta=1/log(n) and gamma=1 to begin with.")
+    began = time.perf_counter()
+    check_count("num_chains", num_chains)
+    objective = make_flat_objective(loss_minibatch_flat, grad_loss_minibatch)
+    num_data = check_data(data, n_data)[1]
+    run = _run(
+        _Target(objective, getattr(posterior, "flat0", posterior), data, num_data, beta, gamma, loss_full_flat, None),
+        settings,
+        jax.random.split(as_key(key), num_chains),
+    )
+    shape, dtype = run.traces["elbo"].shape, run.traces["elbo"].dtype
+    control = {name: value for name, value in run.extras["cv_info"].items() if name != "trace_term"}
+    repeated = {name: jnp.broadcast_to(value[:, None], shape) for name, value in {"llc": run.llc, **control}.items()}
+    return SamplerRunResult(
+        traces={
+            **run.traces,
+            **repeated,
+            # made on the host: no NaN that jax_debug_nans looks for
+            "Ln": jax.device_put(np.full(shape, np.nan, dtype)),
+            "acceptance_rate": jnp.ones(shape, dtype),
+            "energy": run.traces["elbo"],
+            "is_divergent": ~jnp.isfinite(run.traces["elbo"]),
+        },
+        timings={
+            "adaptation": run.seconds["adaptation"],
+            "sampling": run.seconds["sampling"] + run.seconds["evaluation"],
+            "total": time.perf_counter() - began,
+        },
+        work={
+            "sampler_flavour": run.config.family,
+            **run.work.as_dict(),
+            "lambda_hat_mean": float(jnp.mean(run.llc)),
+            "lambda_hat_std": float(jnp.std(run.llc)),
+            "Eq_Ln_mean": float(jnp.mean(run.extras["Eq_Ln"])),
+            "Eq_Ln_std": float(jnp.std(run.extras["Eq_Ln"])),
+            "Ln_wstar": float(run.extras["Ln_wstar"][0]),
+            "beta": float(beta),
+            "n_data": num_data,
+            "steps": run.config.steps,
+        },
+    )
+
+
+class _Target(NamedTuple):
+    """What is fitted, as the callers pass it."""
+
+    objective: FlatObjective
+    wstar_flat: Any
+    data: Batch
+    n_data: int
+    beta: Any
+    gamma: Any
+    loss_full_flat: Callable | None
+    whitener: Any
+
+
+class _Run(NamedTuple):
+    """Finished chains: llc (chains,), traces (chains, steps), extras with a leading axis of chains; their q."""
+
+    llc: Float[Array, " chains"]
+    traces: dict[str, Array]
+    extras: dict[str, Any]
+    seconds: dict[str, float]
+    work: Work
+    config: VIConfig
+    q: FittedQ
+
+
+def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
+    """Check the arguments, run the chains for a fixed number of steps, and collect what the contracts name."""
+    dtype = check_dtype(config)
+    if config.tensorboard:
+        raise ConfigError(
+            "tensorboard must be False in fit and run_vi, which write to no folder: pass what run_vi returns to "
+            "fastvi.results.report.tensorboard.write_events(result, folder)."
+        )
+    if config.correction not in (None, "none"):
+        raise ConfigError(
+            f"correction must be 'none' in fit and run_vi; got {config.correction!r}. Use estimate_llc for it."
+        )
+    if config.early_stop:
+        raise ConfigError("early_stop must be off in fit, whose traces have a fixed length: use estimate_llc for it.")
+    center = flat_vector(target.wstar_flat, dtype)
+    data, num_data = check_data(target.data, check_count("n_data", target.n_data), dtype)
+    config = settle_evaluation(config.replace(correction="none").applied(center.size), center.size)
+    nbeta, gamma = positive_scalar("beta", target.beta) * num_data, settle_localization(target.gamma, config)
+    problem = make_problem(center, data, num_data, nbeta, gamma, config, "beta")
+    config = config.filled
+    budget = config.steps * config.step_draws * problem.batch_size / num_data
+    problem, look = look_at_target(
+        target.objective, problem, None, "objective", budget_fge=budget, loss_full_flat=target.loss_full_flat
+    )
+    finished = run_fit(
+        programs_for(target.objective, problem, config, target.loss_full_flat),
+        problem,
+        config,
+        chain_keys,
+        whitener_scale=whitener_scale(target.whitener, center),
+    )
+    work = count_work(finished, problem, config, chain_keys.size, look)
+    steps = jnp.arange(1, finished.traces["elbo"].shape[1] + 1, dtype=dtype)
+    cumulative = jnp.broadcast_to(work.fge_per_step * steps, finished.traces["elbo"].shape)
+    return _Run(
+        llc=finished.outcome.evaluation.llc,
+        traces={**finished.traces, "cumulative_fge": cumulative},
+        extras=_extras(finished, problem),
+        seconds=finished.seconds,
+        work=work,
+        config=config,
+        q=FittedQ(finished.family, finished.params, center),
+    )
+
+
+def _extras(finished: Fit, problem: Problem) -> dict[str, Any]:
+    """Collect values beside the estimate, each with a leading axis of chains."""
+    evaluation, nbeta = finished.outcome.evaluation, problem.posterior.nbeta
+    reference_loss = finished.outcome.reference_loss.astype(evaluation.llc.dtype)
+    mean_loss, plain_loss = reference_loss + evaluation.llc / nbeta, reference_loss + evaluation.llc_mc / nbeta
+    finite = jnp.isfinite(evaluation.llc + finished.traces["elbo"][:, -1])
+    return {
+        "Eq_Ln": mean_loss,
+        "Ln_wstar": jnp.broadcast_to(reference_loss, mean_loss.shape),
+        "Eq_Ln_mc": plain_loss,
+        "Eq_Ln_cv": mean_loss,
+        "llc_sem": evaluation.llc_sem,
+        "elbo": evaluation.elbo,
+        "log_weight_sd": evaluation.log_weight_sd,
+        "result_code": (~finite).astype(jnp.int32),
+        "cv_info": {
+            "Eq_Ln_mc": plain_loss,
+            "Eq_Ln_cv": mean_loss,
+            "variance_reduction": evaluation.variance_reduction,
+            "trace_term": evaluation.trace_term,
+        },
+        **finished.outcome.arrays,
+    }

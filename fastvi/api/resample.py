@@ -1,0 +1,308 @@
+"""`correct`: from the variational value of a finished fit to the posterior's own."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._compilation import CLOCK
+from fastvi._errors import DataError, NonFiniteError
+from fastvi._typing import Array, Float, Given, Keys
+from fastvi.config import VIConfig
+from fastvi.evaluation.control_variate import regress
+from fastvi.evaluation.importance import GOOD, pareto_smooth
+from fastvi.fitting.protocols import Progress
+from fastvi.fitting.run import Fit
+from fastvi.fitting.schedule import few_dimensions_factor
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.findings import correction_findings
+from fastvi.results.progress import reporting
+from fastvi.sampling.run import LENGTH, MIN_BINS, USUAL_ERROR, Sampled, Sampler, Unmet, sample_posterior
+from fastvi.sampling.walkers import BIN_LENGTH, Walk, WalkPrograms, parameter_blocks, walk_programs
+from fastvi.target.data import Problem
+from fastvi.target.fingerprint import Fingerprint, fingerprint_loss
+from fastvi.target.modes import in_own_modes
+from fastvi.target.objective import TreeObjective
+from fastvi.target.stream import uncorrected
+
+EFFECTIVE_SHARE = 0.5  # of the draws that must count for "auto" to reweight them
+RELINEARISATIONS = 3
+ROUNDING = 1e-4  # of a weighted mean, whose log weights are differences of numbers of the size of the ELBO
+WALKERS = 8  # at least; a multiple of the chains
+MOST_IN_FEW_DIMENSIONS = 64  # times as many there: they are cheap, and arms of the posterior narrow
+
+
+class Walked(NamedTuple):
+    """Where walkers have come to, about which w*, after how many corrections, and whether they agreed."""
+
+    walk: Walk
+    center: Float[Array, " dim"]
+    corrections: int
+    settled: bool
+
+
+class Fitted(NamedTuple):
+    """What a correction goes on from: a fit, and walkers that are already on their way.
+
+    `is_masked` says that the caller passed all parameters and a mask, not a restricted loss; `loss` what the objective
+    computed at the fit.
+    """
+
+    fit: Fit
+    problem: Problem
+    objective: TreeObjective
+    loss: Fingerprint
+    keys: Keys
+    walked: Walked | None = None
+    is_masked: bool = False
+
+    def check_unchanged(self) -> None:
+        """Refuse a loss that computes something else than at the fit."""
+        if fingerprint_loss(self.objective, self.problem).digest != self.loss.digest:
+            raise DataError(
+                "the loss computes something else than at the fit: state that it reads has changed since (an "
+                "attribute, a global, an array). Set it back, or run estimate_llc again."
+            )
+
+
+@in_own_modes
+def correct(
+    result: LLCEstimate,
+    correction: Given[str] = "auto",
+    *,
+    correction_error: Given[float | None] = None,
+    correction_budget: Given[float | None] = None,
+    progress: Given[bool | Callable[[Progress], None]] = True,
+    throw: Given[bool] = True,
+) -> LLCEstimate:
+    """Turn the variational value of a finished estimate into the posterior's own.
+
+    "importance" reweights the draws of the evaluation (Pareto-smoothed) and costs nothing more; it can be trusted
+    while k-hat is below 0.7. "mcmc" runs underdamped Langevin dynamics from draws of q in the coordinates that q makes
+    round, on blocks of the data as small as the noise of their gradients allows, with virial control variates. "auto"
+    reweights where k-hat is below 0.5, half of the draws count and the error is below `correction_error`, and samples
+    otherwise.
+
+    Walkers that have corrected this result before go on from where they are.
+
+    Args:
+        result: An estimate of this process, from `estimate_llc`.
+        correction: "auto", "importance" or "mcmc"; "none" returns the result as it is.
+        correction_error: As in `VIConfig`; what the result was estimated with when left out.
+        correction_budget: As in `VIConfig`; what the result was estimated with when left out.
+        progress: Whether to show a status line on stderr, or a function that receives `Progress`.
+        throw: Whether to raise when the corrected value is not finite; otherwise a finding says so.
+
+    Returns:
+        A new estimate whose llc, llc_sem and findings are the corrected ones; `llc_vi` keeps the old value.
+
+    Raises:
+        ConfigError: If an option is impossible, or not one of this correction.
+        DataError: If the result was loaded from disk and holds no fit, or walkers are needed and the loss has changed.
+        NonFiniteError: If NaN or infinity appears, unless `throw` is False.
+
+    Cost:
+        "mcmc": some 50 to 3,000 full gradients, never more than `correction_budget`. Where that pays for no
+        walk, draws of q are reweighted, and a finding says how much would do.
+    """
+    fitted = result.fitted
+    if fitted is None:
+        raise DataError("this estimate holds no fit to go on from (it was loaded from disk). Run estimate_llc again.")
+    recorded = _recorded(result, correction, correction_error, correction_budget)
+    if recorded.correction == "none":
+        return result
+    config = recorded.filled
+    if not fitted.problem.holds_all:
+        uncorrected(config.correction)
+    began, compiled = time.perf_counter(), CLOCK.seconds
+    method, weights, khat = _choose(fitted, config)
+    values = _reweight(fitted, weights) if method == "importance" else None
+    too_rough = values is not None and values.llc_sem > config.correction_error * abs(values.llc)
+    if values is None or (too_rough and config.correction == "auto"):
+        with reporting(progress) as report:
+            method, values = "mcmc", _sample(fitted, config, weights, report)
+    details = {"method": method, "khat": khat, **values.details}
+    work = {**result.work, "fge_correction": values.work}
+    work["total_fge"] = result.work["total_fge"] + values.work
+    seconds = time.perf_counter() - began
+    timings = {**result.timings, "correction": seconds, "total": result.timings["total"] + seconds}
+    timings["compile"] += CLOCK.seconds - compiled
+    corrected = dataclasses.replace(
+        result,
+        llc=values.llc,
+        llc_sem=values.llc_sem,
+        llc_per_chain=values.per_chain,
+        llc_sem_per_chain=values.sem_per_chain,
+        correction=details,
+        walk_llc=values.walk,
+        work=work,
+        timings=timings,
+        config=recorded,
+        fitted=fitted._replace(walked=values.walked or fitted.walked),
+    )
+    corrected = dataclasses.replace(corrected, health=correction_findings(corrected))
+    broken = [finding for finding in corrected.health if finding.name == "non_finite"]
+    if throw and broken:
+        raise NonFiniteError(f"{broken[0]} Pass throw=False to get the partial result.")
+    return corrected
+
+
+def _recorded(result: LLCEstimate, correction: str, error: float | None, budget: float | None) -> VIConfig:
+    """Return the result's configuration with this correction; one that has no use for a setting refuses it."""
+    asked: dict[str, Any] = {"correction": correction, "correction_error": error, "correction_budget": budget}
+    VIConfig.create(asked).check_available()
+    given = {name: value for name, value in asked.items() if value is not None}
+    return result.config.replace(**given).recorded
+
+
+class _Values(NamedTuple):
+    """What a method found."""
+
+    llc: float
+    llc_sem: float
+    per_chain: Float[np.ndarray, " chains"]
+    sem_per_chain: Float[np.ndarray, " chains"]
+    walk: Float[np.ndarray, "walkers bins"]
+    work: float
+    details: dict[str, Any]
+    walked: Walked | None = None
+
+
+def _choose(fitted: Fitted, config: VIConfig) -> tuple[str, Float[np.ndarray, "chains draws"], float]:
+    """Return the method, and the weights with their k-hat: smoothed only where their tail is heavy.
+
+    Smoothing light tails would add noise that no error accounts for.
+    """
+    log_weight = np.asarray(fitted.fit.outcome.evaluation.log_weight, float)
+    weights, khat = pareto_smooth(log_weight.ravel())
+    if khat < GOOD:
+        weights = np.asarray(jax.nn.softmax(log_weight.ravel()), float)
+    method: str = config.correction or "auto"
+    if method == "auto":
+        effective = 1 / np.sum(weights**2)
+        method = "importance" if khat < GOOD and effective >= EFFECTIVE_SHARE * weights.size else "mcmc"
+    return method, weights.reshape(log_weight.shape), khat
+
+
+def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Values:
+    """Average under self-normalised weights, with the control variates of q on the linearised ratio.
+
+    The ratio is linearised about its own result, else the noise of the weights times what the control variates have
+    taken off is left.
+    """
+    evaluation = fitted.fit.outcome.evaluation
+    llc = float(fitted.problem.posterior.nbeta) * np.asarray(evaluation.excess, float)
+    columns, dtype = np.asarray(evaluation.columns, float), fitted.problem.posterior.center.dtype
+    pairs, value = llc.shape[1] // 2, float(np.sum(weights * llc))
+    means = variances = np.zeros(llc.shape[0])
+    for _ in range(RELINEARISATIONS):
+        influence = weights * weights.size * (llc - value)
+        halves = 0.5 * (influence[:, :pairs] + influence[:, pairs : 2 * pairs])
+        fits = [regress(jnp.asarray(y, dtype), jnp.asarray(x, dtype)) for y, x in zip(halves, columns, strict=True)]
+        means = value + np.array([float(fit.mean) for fit in fits])
+        doubt = np.asarray(evaluation.expectation_variance, float)
+        noise = [np.sum(np.asarray(fit.coefficients) ** 2 * own) for fit, own in zip(fits, doubt, strict=True)]
+        variances = np.array([float(fit.residual_variance) / pairs for fit in fits]) + noise
+        value = float(means.mean())
+    between = means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else 0.0
+    sem = max(np.sqrt(variances.mean() / means.size), between, ROUNDING * abs(value))
+    details = {"effective_draws": float(1 / np.sum(weights**2)), "in_memory": fitted.problem.holds_all}
+    return _Values(value, float(sem), means, np.sqrt(variances), np.zeros((0, 0)), 0, details)
+
+
+def _sample(
+    fitted: Fitted,
+    config: VIConfig,
+    weights: Float[np.ndarray, "chains draws"],
+    report: Callable[[Progress], None] | None,
+) -> _Values:
+    """Run the walkers; reweight where the budget pays for no step of theirs."""
+    chains, dim = fitted.keys.size, fitted.problem.posterior.center.size
+    most = MOST_IN_FEW_DIMENSIONS * min(1.0, (USUAL_ERROR / config.correction_error) ** 2)
+    per_chain = -(-WALKERS * few_dimensions_factor(dim, max(1, round(most))) // chains)
+    budget, before = config.correction_budget, fitted.walked
+
+    def tell(done: float, llc: float) -> None:
+        if report is not None:
+            report(Progress("correction", int(done), int(budget), llc))
+
+    fitted.check_unchanged()
+    programs = walk_programs(fitted.objective, fitted.problem, parameter_blocks(fitted.objective.structure.leaf_sizes))
+    if before is not None and before.walk.walkers.x.shape[0] != chains * per_chain:
+        before = None  # another number of walkers: these start at q
+    sampler = Sampler(
+        programs,
+        fitted.problem,
+        _set_out(programs, fitted, before, chains * per_chain),
+        fitted.fit.outcome.reference_loss,
+        budget,
+        chains=chains,
+        fewest=chains * -(-WALKERS // chains),
+        has_moved_in=before is not None and before.settled,
+    )
+    if not sampler.pays:
+        return _unpaid(_reweight(fitted, weights), sampler.least_budget)
+    run = sample_posterior(sampler, relative_error=config.correction_error, report=tell)
+    analysis, corrections = run.analysis, 1 if before is None else before.corrections + 1
+    shares = (chains, -1) if chains > 1 else (-1, WALKERS)
+    means, errors = (values.reshape(shares) for values in (analysis.per_walker, analysis.per_walker_sem))
+    means, errors = (means, errors) if chains > 1 else (means.T, errors.T)
+    return _Values(
+        analysis.llc,
+        analysis.llc_sem,
+        means.mean(axis=1),
+        np.sqrt(np.sum(errors**2, axis=1)) / errors.shape[1],
+        run.llc,
+        run.work,
+        {**_walk_details(run), "narrow_dtype": _narrow_dtype(fitted)},
+        Walked(sampler.walk, fitted.problem.posterior.center, corrections, not run.unmet),
+    )
+
+
+def _unpaid(values: _Values, least_budget: float) -> _Values:
+    """Say of reweighted draws that they stand in for a walk."""
+    unmet = [Unmet(LENGTH, 0, MIN_BINS * BIN_LENGTH)._asdict()]
+    details = {"method": "importance", "settled": False, "unmet": unmet, "least_budget": least_budget}
+    return values._replace(details={**values.details, **details, "narrow_dtype": None})
+
+
+def _set_out(programs: WalkPrograms, fitted: Fitted, before: Walked | None, num_walkers: int) -> Walk:
+    """Place walkers at draws of q, or take over those of a correction before."""
+    common, evaluation = (fitted.fit.family, fitted.problem, fitted.fit.params), fitted.fit.outcome.evaluation
+    if before is not None:
+        return programs.move(*common, before.walk, before.center, jnp.int32(before.corrections))
+    return programs.start(*common, fitted.keys, evaluation.log_weight, evaluation.excess, num_walkers=num_walkers)
+
+
+def _walk_details(run: Sampled) -> dict[str, Any]:
+    """Return what a result keeps of a run."""
+    analysis = run.analysis
+    return {
+        "settled": not run.unmet,
+        "unmet": [unmet._asdict() for unmet in run.unmet],
+        "least_budget": run.least_budget,
+        "rhat": analysis.rhat,
+        "rhat_radius": analysis.rhat_radius,
+        "drift_z": analysis.drift_z,
+        "virial_z": analysis.virial_z,
+        "variance_reduction": analysis.variance_reduction,
+        "systematic": analysis.systematic,
+        "walkers": run.llc.shape[0],
+        "steps": run.llc.shape[1] * BIN_LENGTH,
+        "burn_in": analysis.burn_in * BIN_LENGTH,
+        "data_blocks": run.level.num_blocks,
+        "energy_error": run.level.energy_error,
+        "step_size": run.step_size,
+        "returned": run.returned,
+    }
+
+
+def _narrow_dtype(fitted: Fitted) -> str | None:
+    """Name the half-precision type of a parameter or of the loss, if there is one."""
+    loss = jax.eval_shape(fitted.objective.loss, fitted.problem.posterior.center, fitted.problem.data)
+    dtypes = [loss.dtype, *(dtype for dtype in fitted.objective.structure.dtypes if dtype is not None)]
+    return next((jnp.dtype(dtype).name for dtype in dtypes if jnp.dtype(dtype).itemsize <= 2), None)

@@ -1,0 +1,528 @@
+"""Configuration of a variational fit: `VIConfig`, from keywords, mappings, OmegaConf, dataclasses or YAML.
+
+Unknown names and impossible values are refused where they enter, with the rule, what came and the likely fix.
+"""
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Optional,
+    Self,
+    TypeVar,
+    final,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from fastvi._errors import UnavailableError
+from fastvi.config import rules as checks
+from fastvi.config import sources
+from fastvi.config.basis import Basis
+from fastvi.config.effects import OWN_FIELDS, idle_fields, may_cover_all
+
+__all__ = ["FlowConfig", "VIConfig"]
+
+Rule = Callable[[str, Any, str], Any]
+T = TypeVar("T")
+if TYPE_CHECKING:
+    Open = Annotated[T, "None where it is not given"]  # stages read a filled configuration, where it is given
+else:
+    Open = Optional
+_OPEN: Any = None
+
+_ALIASES = {"algo": "family"}
+_ALIASES |= {"flow_type": "flow.template", "flow_depth": "flow.depth", "flow_hidden": "flow.hidden"}
+_ALIASES |= {name: name for name in ("flow.template", "flow.depth", "flow.hidden", "flow.bins", "flow.init_scale")}
+_DEFAULT_EVALUATION_DRAWS = 64
+_DEFAULT_CURVATURE_EXAMPLES = 4096
+FINAL_RATE = 0.01  # last learning rate relative to the peak; measured, docs/configuration.md "The end of the schedule"
+# What a field that is None, not given, takes: a plan, a family or another field may put something else in its place.
+_DEFAULTS: dict[str, Any] = {
+    "M": 8,
+    "r": 2,
+    "means": "shared",
+    "prune_threshold": 1e-3,  # where mixture_cap is given
+    "alpha_temperature": 1.0,
+    "alpha_temperature_frac": 0.0,
+    "steps": 5000,
+    "lr_end_fraction": FINAL_RATE,
+    "trace_probes": 16,
+    "correction_error": 0.02,
+    "correction_budget": 20_000.0,
+    "whitening_decay": 0.99,
+    "backend": "native",
+    "d_latent": "auto",
+    "learn_sigma_perp": True,
+    "lift": "core",
+    "latent_basis": "curvature",
+}
+_USUAL = {"antithetic": True, "control_variate": "auto"}  # of fields that stay None: the counts of draws decide
+_FLOW_DEFAULTS: dict[str, Any] = {
+    "template": "realnvp",
+    "depth": 4,
+    "hidden": (64, 64),
+    "bins": 8,
+    "init_scale": 1e-2,
+}
+CORRECTIONS = ("none", "auto", "importance", "mcmc")
+FULL_LATENT_DIM, AUTO_LATENT_DIM = 64, 8  # d_latent="auto": all of up to so many dimensions, else so many
+
+
+def _flow(name: str, value: Any, fix: str) -> "FlowConfig":
+    entries = sources.entries(name, value, fix)
+    _refuse_unknown(FlowConfig, entries)
+    return FlowConfig(**entries)
+
+
+class _CheckedFields:
+    """Base of the config dataclasses: refuse unknown keywords, hold every field to its annotation's rule."""
+
+    _prefix = ""
+
+    def __new__(cls, *_args: Any, **values: Any) -> Self:
+        _refuse_unknown(cls, values)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name in _rules(type(self)):
+            object.__setattr__(self, name, _checked(type(self), name, getattr(self, name)))
+
+
+@cache
+def _rules(cls: type[Any]) -> dict[str, tuple[Rule, bool, str]]:
+    """Each field's rule, whether it may be None, and an example, read from its annotation and default."""
+    hints, rules = get_type_hints(cls, include_extras=True), {}
+    for field in fields(cls):
+        hint = hints[field.name]
+        kind, rule = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, checks.boolean)
+        optional = type(None) in get_args(kind)
+        alone = [one for one in get_args(kind) if one is not type(None)] if optional else [kind]
+        if len(alone) == 1 and get_origin(alone[0]) is Literal:
+            rule = partial(checks.choice, choices=get_args(alone[0]))
+        default = (_FLOW_DEFAULTS if cls._prefix else _DEFAULTS | _USUAL).get(field.name, field.default)
+        example = f"for example {default!r}" + (" (null in YAML)" if default is None else "")
+        rules[field.name] = (rule, optional, example)
+    return rules
+
+
+def _checked(cls: type[_CheckedFields], name: str, value: Any) -> Any:
+    rule, optional, fix = _rules(cls)[name]
+    return None if value is None and optional else rule(cls._prefix + name, checks.plain(value), fix)
+
+
+def _refuse_unknown(cls: type[Any], given: Mapping[Any, Any], also: Collection[str] = ()) -> None:
+    known = _rules(cls)
+    candidates = {name.lower(): name for name in known}
+    if cls is not FlowConfig:
+        candidates |= _ALIASES
+    for name, value in given.items():
+        if name not in known and name not in also:
+            near = difflib.get_close_matches(str(name).lower(), candidates, 1)
+            fix = f"did you mean {candidates[near[0]]!r}?" if near else "remove it"
+            rule = f"a field of {cls.__name__} ({', '.join([*known][:5])}, ... {len(known)} in all)"
+            raise checks.refusal(f"{cls._prefix}{name}", rule, value, fix)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(_CheckedFields):
+    """Configure the normalizing flow of the "flow" family.
+
+    Attributes:
+        template: Architecture of the flow; None means "realnvp".
+        depth: Number of transforms; None means 4.
+        hidden: Widths of the conditioner's hidden layers; None means (64, 64).
+        bins: Number of bins of a spline, refused without splines; None means 8.
+        init_scale: Scale of the initial weights; small values start near the identity. None means 0.01.
+    """
+
+    _prefix = "flow."
+
+    template: Literal["realnvp", "maf", "spline_coupling", "nsf_ar"] | None = None
+    depth: Annotated[int | None, checks.integer] = None
+    hidden: Annotated[tuple[int, ...] | None, checks.widths] = None
+    bins: Annotated[int | None, partial(checks.integer, minimum=2)] = None
+    init_scale: Annotated[float | None, checks.nonnegative] = None
+
+    @property
+    def filled(self) -> Self:
+        """This flow with the default in place of every entry that is not given."""
+        return type(self)(**_FLOW_DEFAULTS | {k: v for k, v in vars(self).items() if v is not None})
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class VIConfig(_CheckedFields):
+    """Configure a variational fit: immutable and hashable; `create` builds one from other sources.
+
+    An unknown name, an impossible value, or values at odds with each other raise ConfigError.
+
+    Attributes:
+        family: Variational family; `create` also reads it from `algo`. A field that only the other family reads is
+            refused.
+        M: Number of mixture components; None means 8, or as many as `r_per_component` has ranks.
+        r: Columns of each component's covariance factor, at most d; unused beside `r_per_component`. None means 2,
+            or d where that is less.
+        r_per_component: Ranks of the M components, one each, instead of `r`.
+        means: "shared" and "component" are learned, one or M of them; "center" is fixed. A flow has one. None means
+            "shared", and "center" where `lift` is "injective".
+        curvature_rank: Rows of the shared precision core; "auto" takes them from the Hessian's spectrum, at most 64
+            rows and 128 MiB; 0 for none.
+        curvature_examples: Most examples that the Hessian at w* is averaged over; None means 4096, and 512 where
+            the fit only prepares a correction.
+        mixture_cap: Most components that pruning leaves; None for no bound.
+        prune_threshold: Weight below which a component is pruned, every `eval_every` steps: the lightest goes
+            first, the others share its weight, one always stays. Pruning is on where this or `mixture_cap` is
+            given; then there is a trace `effective_M`. None means 0.001 beside `mixture_cap`; 0 prunes by the cap
+            alone.
+        alpha_dirichlet_prior: Concentration of a Dirichlet prior on the mixture weights, if any.
+        entropy_bonus: Additional weight of the entropy of q in the objective.
+        entropy_bonus_steps: Steps after which `entropy_bonus` ends; None means never, and q stays too wide.
+        alpha_temperature: Temperature of the mixture weights' softmax; None means 1.
+        alpha_temperature_frac: Fraction of the steps over which `alpha_temperature` goes to 1; 0 or None keeps it.
+        steps: Optimisation steps; with `early_stop` a cap. None means 5000, and 200 in a fit that only prepares a
+            correction; what else is left open takes minibatches of 64, one draw a step and 32 evaluation draws
+            there.
+        batch_size: Examples per minibatch, at most n; None means min(256, n), and min(64, n) in a fit that only
+            prepares a correction.
+        lr: Peak learning rate.
+        lr_schedule: Decay of the learning rate, after the warm-up, from the peak to `lr_end_fraction` of it; None
+            is read as "none".
+        lr_warmup_frac: Fraction of the steps spent warming up; at most 100 steps with `early_stop`.
+        lr_end_fraction: Last learning rate relative to the peak, of either schedule; None means 0.01, see "The end
+            of the schedule" in docs/configuration.md.
+        clip_global_norm: Longest gradient, as a multiple of the running root mean square of earlier norms, not a
+            norm: 5 is five times the usual one, and the multiple grows with the square root of the steps after 100.
+            None for no clipping.
+        samples_per_step: Draws per step. None means 1 in `fit`, or 2 where `antithetic` is True; in `estimate_llc`
+            without a preparing fit 2, and more in fewer than 17 dimensions: 2 floor(32/d)², at most 256 and, beyond
+            two dimensions, what costs 24 full gradients. Family "flow": at least 128 where the flow covers every
+            dimension, else 8.
+        antithetic: Whether the draws of a step come in pairs mirrored about the component's mean. None means yes
+            where their number is even; True beside an odd number is refused.
+        early_stop: Whether to stop at convergence; None means yes in `estimate_llc`, but not in a fit that only
+            prepares a correction, which True makes a full one. `fit` and `run_vi` refuse True.
+        eval_every: Steps between records of the D_sqrt and A_col_norm traces, which hold their value in between;
+            between prunings, and between records for TensorBoard.
+        eval_samples: Draws of the final estimate, rounded down to an even number. None means 64, 32 in a fit that
+            only prepares a correction, and in `estimate_llc` more in fewer than 17 dimensions: times floor(32/d)²,
+            at most 32. Family "flow": at least 512 where the flow covers every dimension.
+        control_variate: Control variate of the final estimate: q's own curvature, the Hessian at w*, or none. None
+            means "auto", and "none" below 32 evaluation draws, too few to find its coefficients from: there "auto"
+            is refused, as "hvp" is below 16.
+        trace_probes: Hutchinson probes of `control_variate="hvp"`, refused without it; None means 16.
+        correction: What turns the variational value of `estimate_llc` into the posterior's own: "importance"
+            reweights the evaluation's draws, "mcmc" samples from q on, "auto" chooses, "none" leaves it. None means
+            "auto" in `estimate_llc` and "none" in `fit` and `run_vi`, which refuse all else.
+        correction_error: Relative standard error at which sampling may end; None means 0.02. Refused where the
+            correction is "none" or "importance".
+        correction_budget: Full-gradient equivalents that a correction never exceeds, all walkers and measurements
+            together; None means 20000. Refused where the correction is "none" or "importance".
+        whitening_mode: Diagonal whitening measured at the center before the fit; a `whitener` that `fit` is given
+            takes its place.
+        whitening_decay: Decay of the moving averages of "rmsprop" and "adam", refused without them; None means
+            0.99.
+        use_whitening: False turns `whitening_mode` off.
+        dtype: Floating-point type of the fit; "float64" needs `jax_enable_x64`.
+        tensorboard: Whether `LLCEstimate.save` and the command line write events for TensorBoard to
+            `diagnostics/tb` in the run folder; `estimate_llc` then keeps the shape of q after every `eval_every`
+            steps for them. `fit` and `run_vi`, which write to no folder, refuse True: `write_events` takes what
+            `run_vi` returns.
+        gamma: Localization strength, where the entry point is not given one; given twice the two must be equal.
+        backend: Library of the flow; None means "native".
+        d_latent: Dimensions that the flow acts on, at most d; "auto" or None means all of up to 64, else 8.
+        sigma_perp: Standard deviation of the flow family's noise off the subspace where it starts, in the
+            whitener's coordinates; None takes it from the curvature. Refused where flow and core cover all
+            dimensions.
+        learn_sigma_perp: Whether it is learned; None means yes.
+        lift: What the flow sits on: "core" is the learned linear map of the Laplace approximation, with a free
+            mean; "injective" adds isotropic noise to a subspace through w*. None means "core".
+        latent_basis: Directions that the flow acts on: of the largest curvature, random, or the columns of an array
+            in model coordinates. None means "curvature".
+        flow: The flow, below; `create` also reads `flow_type`, `flow_depth`, `flow_hidden`, and its entries by
+            dotted names such as `flow.hidden`.
+    """
+
+    family: Literal["mfa", "flow"] = "mfa"
+    M: Annotated[Open[int], checks.integer] = _OPEN
+    r: Annotated[Open[int], checks.natural] = _OPEN
+    r_per_component: Annotated[tuple[int, ...] | None, checks.ranks] = None
+    means: Open[Literal["shared", "center", "component"]] = _OPEN
+    curvature_rank: Annotated[Literal["auto"] | int, checks.auto_or_integer] = "auto"
+    curvature_examples: Annotated[int | None, checks.integer] = None
+    mixture_cap: Annotated[int | None, checks.integer] = None
+    prune_threshold: Annotated[float | None, checks.fraction] = None
+    alpha_dirichlet_prior: Annotated[float | None, checks.positive] = None
+    entropy_bonus: Annotated[float, checks.nonnegative] = 0.0
+    entropy_bonus_steps: Annotated[int | None, checks.integer] = None
+    alpha_temperature: Annotated[Open[float], checks.at_least_half] = _OPEN
+    alpha_temperature_frac: Annotated[Open[float], checks.fraction] = _OPEN
+    steps: Annotated[Open[int], checks.integer] = _OPEN
+    batch_size: Annotated[int | None, checks.integer] = None
+    lr: Annotated[float, checks.positive] = 1e-2
+    lr_schedule: Literal["none", "cosine", "linear_decay"] = "cosine"
+    lr_warmup_frac: Annotated[float, checks.fraction] = 0.05
+    lr_end_fraction: Annotated[float | None, checks.share] = None
+    clip_global_norm: Annotated[float | None, checks.positive] = 5.0
+    samples_per_step: Annotated[int | None, checks.integer] = None
+    antithetic: bool | None = None
+    early_stop: bool | None = None
+    eval_every: Annotated[int, checks.integer] = 50
+    eval_samples: Annotated[int | None, partial(checks.integer, minimum=4)] = None
+    control_variate: Literal["auto", "hvp", "none"] | None = None
+    trace_probes: Annotated[Open[int], checks.integer] = _OPEN
+    correction: Open[Literal["none", "auto", "importance", "mcmc"]] = _OPEN
+    correction_error: Annotated[Open[float], checks.positive] = _OPEN
+    correction_budget: Annotated[Open[float], checks.positive] = _OPEN
+    whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
+    whitening_decay: Annotated[Open[float], checks.decay] = _OPEN
+    use_whitening: bool = True
+    dtype: Literal["float32", "float64"] = "float32"
+    tensorboard: bool = False
+    gamma: Annotated[float | None, checks.nonnegative] = None
+    backend: Annotated[Open[str], checks.backend] = _OPEN
+    d_latent: Annotated[Open[Literal["auto"] | int], checks.auto_or_positive] = _OPEN
+    sigma_perp: Annotated[float | None, checks.positive] = None
+    learn_sigma_perp: Open[bool] = _OPEN
+    lift: Open[Literal["core", "injective"]] = _OPEN
+    latent_basis: Annotated[Open[str | Basis], checks.basis] = _OPEN
+    flow: Annotated[FlowConfig, _flow] = FlowConfig()
+
+    def __post_init__(self) -> None:
+        """Read a null schedule, check every field, then the fields against each other."""
+        if self.lr_schedule is None:
+            object.__setattr__(self, "lr_schedule", "none")
+        super().__post_init__()
+        ranks, draws = self.r_per_component, self.samples_per_step
+        if ranks is not None and self.M not in (None, len(ranks)):
+            fix = f"give one rank per component, or use M={len(ranks)}"
+            raise checks.refusal("r_per_component", f"a list of M={self.M} ranks", ranks, fix)
+        if self.antithetic and draws is not None and draws % 2:
+            rule = "False beside an odd samples_per_step: mirrored draws come in pairs"
+            raise checks.refusal("antithetic", rule, True, f"use samples_per_step={draws + 1}")
+
+    @classmethod
+    def create(cls, source: Any = None, /, **overrides: Any) -> Self:
+        """Build a config from `source`, with `overrides` in place of what it says.
+
+        Args:
+            source: None, a VIConfig, another dataclass instance, a mapping, an OmegaConf DictConfig, a
+                namespace, or the path of a YAML file. A `vi` or an `overrides` entry, alone or beside `name: vi`, is
+                unwrapped.
+            **overrides: Fields, aliases included. A `flow` mapping replaces only the entries it names.
+
+        Raises:
+            ConfigError: If the source cannot be read, a name is unknown or a value impossible.
+        """
+        base, changes = _canonical(sources.read(source)), _canonical(overrides)
+        if "flow" in base and "flow" in changes:
+            changes["flow"] = base["flow"] | changes["flow"]
+        return cls(**base | changes)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with `changes`, which are the overrides of `create`."""
+        return type(self).create(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python values, with `flow` nested and lists for tuples, which `create` reads back."""
+        return asdict(self, dict_factory=lambda items: {name: sources.written(value) for name, value in items})
+
+    def to_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Write a YAML file, which `create` reads back; needs PyYAML."""
+        Path(path).write_text(sources.import_yaml().safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @property
+    def filled(self) -> "VIConfig":
+        """This configuration with the default in place of what is not given, as stages read it.
+
+        What depends on the problem or on the entry point (`batch_size`, counts of draws, `early_stop`) stays None.
+        """
+        return _filled(self)
+
+    @property
+    def recorded(self) -> "VIConfig":
+        """This configuration filled, but for the fields without an effect: what a run says that it did."""
+        return self.filled.reduced()
+
+    def reduced(self, dim: int | None = None) -> Self:
+        """Return a copy without the fields that have no effect beside the others."""
+        return self._without(idle_fields(self, dim))
+
+    def applied(self, dim: int) -> Self:
+        """Return the configuration of a run in `dim` dimensions, in which every field that is given has an effect.
+
+        The complete form, a configuration that gives fields of "mfa" beside d_latent and sigma_perp, is one for both
+        families, of which `family` chooses: its fields without an effect are left aside.
+
+        Raises:
+            ConfigError: If another configuration gives a field that nothing reads.
+            UnavailableError: If it prunes the components of a flow.
+        """
+        self.check_available(dim)
+        covers_all = self._is_complete_form and self.family == "flow" and may_cover_all(self, dim)
+        return self.reduced(dim)._without(["sigma_perp"] if covers_all else [])
+
+    def check_available(self, dim: int | None = None) -> None:
+        """Raise ConfigError for a field that has no effect, UnavailableError for pruning with the flow family."""
+        if not self._is_complete_form:
+            self._refuse_idle(self, dim)
+
+    def check_asked(self, asked: Mapping[str, Any]) -> None:
+        """Raise the same for keywords, even beside the complete form."""
+        self._refuse_idle(type(self).create(**asked), None)
+
+    def _refuse_idle(self, given: "VIConfig", dim: int | None) -> None:
+        if self.family == "flow" and given.prunes:
+            raise UnavailableError(
+                "the flow family has no components to prune; leave out mixture_cap and prune_threshold, "
+                "or use family='mfa'"
+            )
+        for name, (rule, fix) in idle_fields(self, dim).items():
+            if given._gives(name):
+                raise checks.refusal(name, rule, given._value(name), fix)
+
+    @property
+    def _is_complete_form(self) -> bool:
+        return self._gives("d_latent") and self._gives("sigma_perp") and any(map(self._gives, OWN_FIELDS["mfa"]))
+
+    def _gives(self, name: str) -> bool:
+        return self._value(name) not in (None, FlowConfig())
+
+    def _value(self, name: str) -> Any:
+        return self.flow.bins if name == "flow.bins" else getattr(self, name)
+
+    def _without(self, names: Collection[str]) -> Self:
+        """Return a copy in which these fields are not given."""
+        changes: dict[str, Any] = {name: None for name in names if "." not in name}
+        if "flow" in names:
+            changes["flow"] = FlowConfig()
+        elif "flow.bins" in names:
+            changes["flow"] = replace(self.flow, bins=None)
+        return replace(self, **changes)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each of the M components."""
+        filled = self.filled
+        return (filled.r,) * filled.M if self.r_per_component is None else self.r_per_component
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether the draws of a step come in mirrored pairs, where their number is even."""
+        return self.antithetic is not False
+
+    @property
+    def step_draws(self) -> int:
+        """Draws of one step."""
+        return (2 if self.antithetic else 1) if self.samples_per_step is None else self.samples_per_step
+
+    @property
+    def evaluation_draws(self) -> int:
+        """Draws of the final estimate: an even number, mirrored pairs."""
+        draws = _DEFAULT_EVALUATION_DRAWS if self.eval_samples is None else self.eval_samples
+        return draws - draws % 2
+
+    @property
+    def hessian_examples(self) -> int:
+        """Examples of the Hessian at w*, before they are cut to the data."""
+        return _DEFAULT_CURVATURE_EXAMPLES if self.curvature_examples is None else self.curvature_examples
+
+    @property
+    def rank(self) -> int:
+        """Largest rank, the columns that the factors are padded to."""
+        return max(self.ranks)
+
+    @property
+    def whitening(self) -> str:
+        """The whitening in effect: `whitening_mode`, or "none" when `use_whitening` is False."""
+        return self.whitening_mode if self.use_whitening else "none"
+
+    def latent_dim(self, dim: int) -> int:
+        """Return `d_latent`, or where it is "auto" as many dimensions as a flow handles well."""
+        if self.d_latent in (None, "auto"):
+            if isinstance(self.latent_basis, Basis):
+                return self.latent_basis.columns.shape[1]
+            return dim if dim <= FULL_LATENT_DIM else AUTO_LATENT_DIM
+        return int(self.d_latent)
+
+    def check_against(self, dim: int, n_data: int) -> None:
+        """Raise ConfigError for a rank or latent dimension above `dim`, or a minibatch above `n_data`."""
+        bounded_by_dim: dict[str, Any] = {"curvature_rank": self.curvature_rank}
+        if self.family == "flow":
+            self._check_flow(dim)
+            bounded_by_dim["d_latent"] = self.d_latent
+        elif self.r_per_component is not None:
+            bounded_by_dim["r_per_component"] = self.rank
+        else:
+            bounded_by_dim["r"] = self.r  # the default is cut to fit
+        for name, size in bounded_by_dim.items():
+            if isinstance(size, int) and size > dim:
+                raise checks.refusal(name, f"<= dim={dim}", getattr(self, name), f"use {dim} or less")
+        if self.batch_size is not None and self.batch_size > n_data:
+            raise checks.refusal("batch_size", f"<= n_data={n_data}", self.batch_size, f"use {n_data} or less")
+
+    def _check_flow(self, dim: int) -> None:
+        """Refuse a flow that the backend does not have."""
+        from fastvi.families.backends import find_backend
+
+        latent = self.latent_dim(dim)
+        if isinstance(self.latent_basis, Basis) and self.latent_basis.columns.shape != (dim, latent):
+            rule = f"an array of shape (dim={dim}, d_latent={latent})"
+            raise checks.refusal("latent_basis", rule, self.latent_basis, "give one column for each latent dimension")
+        find_backend(self.filled.backend)(latent, self.flow.filled)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether components are pruned during the fit."""
+        return self.mixture_cap is not None or self.prune_threshold is not None
+
+    @property
+    def anneals(self) -> bool:
+        """Whether the temperature or the entropy bonus changes during the fit."""
+        return self.settled_after > 0
+
+    @property
+    def settled_after(self) -> int:
+        """Count the steps after which temperature and entropy bonus stay as they are."""
+        filled = self.filled
+        heated = math.ceil(filled.alpha_temperature_frac * filled.steps) if filled.alpha_temperature != 1 else 0
+        ends = self.entropy_bonus > 0 and self.entropy_bonus_steps is not None
+        return max(heated, min(self.entropy_bonus_steps or 0, filled.steps) if ends else 0)
+
+
+@lru_cache(maxsize=256)
+def _filled(config: VIConfig) -> VIConfig:
+    changes = {name: default for name, default in _DEFAULTS.items() if getattr(config, name) is None}
+    if config.M is None and config.r_per_component is not None:
+        changes["M"] = len(config.r_per_component)
+    if config.mixture_cap is None:
+        changes.pop("prune_threshold", None)
+    if config.means is None and config.family == "flow" and config.lift == "injective":
+        changes["means"] = "center"
+    return replace(config, flow=config.flow.filled, **changes)
+
+
+def _canonical(given: Mapping[Any, Any]) -> dict[str, Any]:
+    """Put aliases under the names they stand for, and make `flow` a dict of the entries that were given."""
+    _refuse_unknown(VIConfig, given, also=_ALIASES)
+    found = {name: value for name, value in given.items() if name not in _ALIASES}
+    if "flow" in found:
+        found["flow"] = sources.entries("flow", found["flow"], "for example {'depth': 4}")
+    for alias in [name for name in _ALIASES if name in given]:
+        full, value = _ALIASES[alias], given[alias]
+        name = full.removeprefix("flow.")
+        cls, target = (VIConfig, found) if name == full else (FlowConfig, found.setdefault("flow", {}))
+        if name in target and _checked(cls, name, target[name]) != _checked(cls, name, value):
+            raise checks.refusal(alias, f"equal to {full}={target[name]!r}", value, f"give {full} alone")
+        target[name] = value
+    return found

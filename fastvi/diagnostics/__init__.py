@@ -1,1 +1,0 @@
-"""What a careful reader notices in a run: findings and figures."""

@@ -1,1 +1,0 @@
-"""Estimates under a fitted q."""

@@ -1,0 +1,1 @@
+"""What q itself says: its llc, control variates, importance weights."""

@@ -1,0 +1,214 @@
+"""Adam on natural coordinates, a guard against outliers, and the learning-rate schedule."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fastvi._typing import Array, Float, Int, PyTree, Scalar
+from fastvi.config.vi import FINAL_RATE, VIConfig
+from fastvi.families.base import Blocks, Outer, UpdateRules
+
+ADAM_B1 = 0.9
+ADAM_B2 = 0.99
+TYPICAL_NORM_DECAY = 0.98
+TRUNCATION_STEPS = 100.0  # steps after which the clipping bound starts to grow
+
+
+class TypicalNormState(NamedTuple):
+    """Running mean of the squared gradient norm."""
+
+    mean_square: Scalar
+    count: Scalar
+
+
+def clip_by_typical_norm(max_ratio: float) -> optax.GradientTransformation:
+    """Clip gradients whose norm exceeds `max_ratio` times the running root mean square of earlier norms.
+
+    A bound in units of the gradient's own noise touches outliers only. A fixed bound on single-sample gradients,
+    whose norm grows with the dimension, rescales nearly all of them and biases the fit. The bound grows with the
+    square root of the number of steps, as for a truncated mean, so that heavy tails are cut early on but not in
+    the limit.
+    """
+
+    def init(params):
+        del params
+        return TypicalNormState(jnp.zeros(()), jnp.zeros(()))
+
+    def update(updates, state, params=None):
+        del params
+        norm = gradient_norm(updates)
+        typical = jnp.sqrt(state.mean_square / jnp.maximum(1 - TYPICAL_NORM_DECAY**state.count, 1e-9))
+        growth = jnp.sqrt(jnp.maximum(1.0, state.count / TRUNCATION_STEPS))
+        bound = jnp.where(state.count > 0, max_ratio * growth * typical, norm)
+        factor = jnp.where(norm > bound, bound / norm, 1.0)
+        square = jnp.minimum(norm, bound) ** 2
+        mean_square = TYPICAL_NORM_DECAY * state.mean_square + (1 - TYPICAL_NORM_DECAY) * square
+        clipped = scale(updates, factor.astype(norm.dtype))
+        return clipped, TypicalNormState(mean_square.astype(state.mean_square.dtype), state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale(updates: PyTree, factor: Array | float) -> PyTree:
+    """Multiply a gradient by a number, blocks included."""
+    return jax.tree_util.tree_map(
+        lambda leaf: leaf.scaled(factor) if _is_blocks(leaf) else leaf * factor, updates, is_leaf=_is_blocks
+    )
+
+
+def gradient_norm(updates: PyTree) -> Scalar:
+    """Return the global norm of a gradient, blocks included."""
+    leaves = jax.tree_util.tree_leaves(updates, is_leaf=_is_blocks)
+    return jnp.sqrt(sum(leaf.square_norm() if _is_blocks(leaf) else jnp.sum(leaf**2) for leaf in leaves))
+
+
+class MomentState(NamedTuple):
+    """Moments in the structure of the parameters.
+
+    `square` has a last axis of length 1 where a row shares it. `unseen` is the weight that the zeros of the start
+    still have in mean and square, and `block_unseen` that in the square of each block of the leaves that are updated
+    block by block (empty for the others). Those have no first moment.
+    """
+
+    mean: PyTree
+    square: PyTree
+    unseen: tuple[Scalar, Scalar]
+    block_unseen: PyTree
+
+
+def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArgs:
+    """Adam, with one second moment for a whole row where the rules say so, and lazy where gradients are `Blocks`.
+
+    A natural gradient points along steep and flat directions in the right proportion; dividing its entries by
+    different numbers would mix them again, and one part in a hundred of a flat step is fatal in a direction
+    that is a hundred times steeper. A shared second moment keeps the direction and saves the memory of the other.
+
+    A `Blocks` gradient touches the second moments of its blocks alone, as if time stood still between their draws.
+
+    Second moments freeze as the schedule runs out (`elapsed`, an extra argument, goes to 1): with them fixed a
+    step is linear in the gradient, so that heavy-tailed noise does not move the point of rest.
+
+    References:
+        Kingma & Ba, Adam (2015); Ginsburg et al., NovoGrad (2019), for moments shared by a layer.
+    """
+
+    def init(params):
+        def mean(leaf, blocked):
+            return jnp.zeros(0, leaf.dtype) if blocked else jnp.zeros_like(leaf)
+
+        def block_unseen(leaf, blocked):
+            return jnp.ones(leaf.shape[0] if blocked else 0, leaf.dtype)
+
+        zero = jax.tree_util.tree_map(jnp.zeros_like, params)
+        square = jax.tree_util.tree_map(_square, zero, rules.shared_rows)
+        return MomentState(
+            jax.tree_util.tree_map(mean, params, rules.blocked),
+            square,
+            (jnp.ones(()), jnp.ones(())),
+            jax.tree_util.tree_map(block_unseen, params, rules.blocked),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        del params
+        elapsed = jnp.asarray(extra_args["elapsed"])
+        gain = (1 - ADAM_B2) * (1 - elapsed) ** 2
+        unseen = (ADAM_B1 * state.unseen[0], ((1 - gain) * state.unseen[1]).astype(state.unseen[1].dtype))
+        correction = (1 / (1 - unseen[0]), 1 / (1 - unseen[1]))
+        treedef = jax.tree_util.tree_structure(updates, is_leaf=_is_blocks)
+        trees = (updates, state.mean, state.square, state.block_unseen, rules.shared_rows, rules.damping)
+        stepped = [
+            _step_blocks(leaf, mean, square, waiting, shared, damping, gain)
+            if _is_blocks(leaf)
+            else (*_step(leaf, mean, square, shared, damping, gain, correction), waiting)
+            for leaf, mean, square, waiting, shared, damping in zip(*map(treedef.flatten_up_to, trees), strict=True)
+        ]
+        scaled, mean, square, waiting = (treedef.unflatten(column) for column in zip(*stepped, strict=True))
+        return scaled, MomentState(mean, square, unseen, waiting)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_blocks(leaf) -> bool:
+    return isinstance(leaf, Blocks)
+
+
+def _square(leaf, shared):
+    return jnp.mean(leaf**2, axis=-1, keepdims=True) if shared else leaf**2
+
+
+def _step(gradient, mean, square, shared, damping, gain, correction):
+    """Advance the moments of one leaf; return the scaled gradient and the moments."""
+    gain, first, second = (scalar.astype(gradient.dtype) for scalar in (gain, *correction))
+    mean = ADAM_B1 * mean + (1 - ADAM_B1) * gradient
+    square = square + gain * (_square(gradient, shared) - square)
+    return mean * (first / (jnp.sqrt(square * second) + damping)), mean, square
+
+
+def _step_blocks(gradient: Blocks, mean, square, unseen, shared, damping, gain):
+    """Scale the blocks that the gradient names by their own second moments, one after another.
+
+    There is no first moment: averaging happens in the parameters, and an array as large as they are need not be moved.
+    """
+    values, factors, gain = gradient.values, [], gain.astype(square.dtype)
+    if isinstance(values, Outer):
+        if not shared:
+            raise ValueError("blocks of low rank need second moments that their rows share.")
+        squares = values.row_squares()[..., None] / values.right.shape[-1]
+    else:
+        squares = _square(values, shared)
+    for index, own in zip(gradient.index, squares, strict=True):
+        left = _read(unseen, index) * (1 - gain)
+        moment = _read(square, index)
+        moment = moment + gain * (own - moment)
+        factors.append(1 / (jnp.sqrt(moment / (1 - left)) + damping))
+        square = square.at[index].set(moment, mode="promise_in_bounds")
+        unseen = unseen.at[index].set(left, mode="promise_in_bounds")
+    factor = jnp.stack(factors)
+    if isinstance(values, Outer):
+        factor = jnp.swapaxes(factor, -1, -2)  # a row's number scales an entry of every left vector
+    return gradient.scaled(factor), mean, square, unseen
+
+
+def _read(whole, index):
+    return whole.at[index].get(mode="promise_in_bounds")
+
+
+def make_optimizer(config: VIConfig, rules: UpdateRules) -> optax.GradientTransformationExtraArgs:
+    """Return the gradient transformation of a fit; the caller multiplies by the learning rate."""
+    guard = optax.identity() if config.clip_global_norm is None else clip_by_typical_norm(config.clip_global_norm)
+    return optax.chain(optax.with_extra_args_support(guard), scale_by_moments(rules))
+
+
+class Horizon(NamedTuple):
+    """The phases of a fit in steps: warm-up, then the peak rate, then decay from `decay_start` to `end`."""
+
+    warmup: Scalar
+    decay_start: Scalar
+    end: Scalar
+
+
+def fixed_phases(config: VIConfig) -> tuple[float, float, int]:
+    """Return the `Horizon` of a fit that runs all its steps: warm-up, then decay."""
+    steps = config.filled.steps
+    warmup = config.lr_warmup_frac * steps
+    return warmup, warmup, steps
+
+
+def elapsed_decay(horizon: Horizon, step: Int[Array, "*steps"] | int) -> Float[Array, "*steps"]:
+    """Return the share of the decay phase that lies behind, from 0 to 1."""
+    return jnp.clip((step - horizon.decay_start) / jnp.maximum(horizon.end - horizon.decay_start, 1), 0.0, 1.0)
+
+
+def learning_rate(config: VIConfig, horizon: Horizon, step: Int[Array, "*steps"] | int) -> Float[Array, "*steps"]:
+    """Evaluate the schedule; it reaches `lr_end_fraction` times the peak at the end of the horizon."""
+    warm = jnp.minimum(1.0, (step + 1) / jnp.maximum(horizon.warmup, 1))
+    elapsed, last = elapsed_decay(horizon, step), config.lr_end_fraction or FINAL_RATE
+    if config.lr_schedule == "cosine":
+        decay = optax.schedules.cosine_decay_schedule(1.0, 1, alpha=last)(elapsed)
+    elif config.lr_schedule == "linear_decay":
+        decay = optax.schedules.linear_schedule(1.0, last, 1)(elapsed)
+    else:
+        decay = 1.0
+    return config.lr * warm * decay

@@ -1,0 +1,237 @@
+"""The compiled stages of a fit: prepare, launch, steps, finish. One set for each loss, configuration and shapes."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fastvi._compilation import PROGRAMS, quick_compilation
+from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
+from fastvi.config import VIConfig
+from fastvi.evaluation.llc import Evaluation, evaluate, evaluation_draws, excess_at, make_excess_fn
+from fastvi.families import FAMILIES
+from fastvi.families.backends import BACKENDS
+from fastvi.families.base import AbstractFamily, Geometry
+from fastvi.fitting.calibrate import calibrate_scale
+from fastvi.fitting.optimizer import Horizon, fixed_phases
+from fastvi.fitting.sharding import data_parallel_value_and_grad, over_devices
+from fastvi.fitting.step import State, init_state, run_steps
+from fastvi.geometry.start import Start, make_start, rank_limit
+from fastvi.target.data import Problem
+from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
+from fastvi.target.objective import FlatObjective, call_full_loss, excess_loss, full_data_value_and_grad
+
+# Draws of all steps and chains times dim up to which a second of compilation outweighs a quarter of the steps' time.
+QUICK_WORK = 1e8
+
+
+class Outcome(NamedTuple):
+    """What the last stage returns: for each chain, and on all data at w* the loss and its gradient.
+
+    `slope` is None where the loss on all data is a function of the caller's.
+    """
+
+    evaluation: Evaluation
+    reference_loss: Scalar
+    slope: Float[Array, " dim"] | None
+    arrays: dict[str, Array]
+
+
+class Programs(NamedTuple):
+    """The stages, compiled for calls from the host or plain for use inside a trace.
+
+    Attributes:
+        prepare: `(problem, key, whitener_scale) -> Start`.
+        launch: `(family, problem, core, key, chain_keys) -> (family, State, rounds of calibration)`.
+        steps: `(family, problem, state, chain_keys, first_step, horizon, length) -> (State, traces)`; compiled, it
+            consumes the state.
+        finish: `(family, problem, params, chain_keys) -> Outcome`.
+        relaunch: `(family, problem, params, key)` -> the same as `launch`, from the q of another fit.
+        excess_on: `(family, problem, params, chain_keys, batch)` -> mean loss of the batch at the evaluation's draws
+            above that at w*, and that at w* with its gradient.
+        conclude: `(family, problem, params, chain_keys, excess, reference_loss, slope) -> Outcome`.
+        excess_along: `(w*, displacements, batch)` -> mean loss of the batch at these above that at w*.
+    """
+
+    prepare: Callable[..., Start]
+    launch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
+    steps: Callable[..., tuple[State, dict[str, Float[Array, "chains steps"]]]]
+    finish: Callable[..., Outcome]
+    relaunch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
+    excess_on: Callable[..., tuple[Float[Array, "chains draws"], tuple[Scalar, Float[Array, " dim"]]]]
+    conclude: Callable[..., Outcome]
+    excess_along: Callable[..., Float[Array, " points"]]
+
+
+class Stages(NamedTuple):
+    """One set of stages in all forms.
+
+    Attributes:
+        quick: Compiled sooner, run slower.
+        compiled: Compiled for speed.
+        whole: `(problem, chain_keys, whitener_scale)` -> family, params, Start, Outcome, traces, rounds: a fit of fixed
+            length as one program, for use inside a trace.
+        loss: What the loss computes; where it closes over values of an enclosing trace only `whole` can be used.
+    """
+
+    quick: Programs
+    compiled: Programs
+    whole: Callable[..., tuple[AbstractFamily, Any, Start, Outcome, dict[str, Array], Scalar]]
+    loss: Fingerprint
+
+    def for_work(self, draws: int, dim: int) -> Programs:
+        """Return the compiled stages, with steps that compile sooner and run slower where they make few draws."""
+        return self.quick if draws * dim <= QUICK_WORK else self.compiled
+
+
+def programs_for(
+    objective: FlatObjective, problem: Problem, config: VIConfig, loss_full_flat: Callable | None = None
+) -> Stages:
+    """Return the stages; functions that compute the same share them, compiled, for one configuration and shapes.
+
+    The stages call the functions as long as somebody else holds them: what is not compiled by then cannot be.
+    """
+    loss, config = fingerprint_loss(objective, problem, loss_full_flat), config.filled
+    if loss.is_traced:
+        return _build(objective, config, loss_full_flat, loss)
+    # a family or a backend that is registered anew under an old name is another one
+    key = ("fit", config, shapes_of(problem), FAMILIES[config.family], BACKENDS.get(config.backend))
+    functions = (objective, loss_full_flat)
+    return PROGRAMS.find(loss, key, functions, lambda objective, full: _build(objective, config, full, loss))
+
+
+def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None, loss: Fingerprint) -> Stages:
+    def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
+        key_subset, key_start = jax.random.split(key)
+        subset = problem.data
+        if problem.num_rows > config.hessian_examples:
+            index = jax.random.choice(key_subset, problem.num_rows, (config.hessian_examples,), replace=False)
+            subset = jax.tree_util.tree_map(lambda leaf: leaf[index], problem.data)
+        return make_start(objective, problem.posterior, subset, problem.next_batch, config, key_start, whitener_scale)
+
+    def launch(family: AbstractFamily, problem: Problem, core, key: Key, keys: Keys):
+        """Initialise the chains; a start that passes the virial check at once is changed more slowly."""
+        flat = jnp.zeros_like(problem.posterior.center)
+        params = jax.vmap(lambda k: family.init(k, core, flat, _START_BLOCK))(keys)
+        return relaunch(family, problem, params, key)
+
+    def relaunch(family: AbstractFamily, problem: Problem, params, key: Key):
+        first = jax.tree_util.tree_map(lambda leaf: leaf[0], params)
+        shift, rounds = calibrate_scale(family, first, objective, problem, key)
+        params = jax.vmap(lambda one: family.widened(one, shift))(params)
+        family = family.trusting(rounds == 1)
+        return family, jax.vmap(lambda one: init_state(family, one, config))(params), rounds
+
+    def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
+        return run_steps(family, objective, problem, config, state, keys, first_step, horizon, length)
+
+    def excess_along(center, points, batch):
+        return jax.lax.map(lambda v: excess_loss(objective, center + v, center, batch), points)
+
+    finish, excess_on, conclude = _evaluation(objective, config, loss_full_flat)
+    return _compiled(
+        Programs(prepare, launch, steps, finish, relaunch, excess_on, conclude, excess_along), config, loss
+    )
+
+
+def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> tuple[Callable, ...]:
+    """Return the stages after the last step: on the problem's data, or on a stream's chunk by chunk."""
+
+    def excess_on(family: AbstractFamily, problem: Problem, params, keys: Keys, batch):
+        center = problem.posterior.center
+
+        def one(inputs):
+            chain_params, chain_key = inputs
+            draws = evaluation_draws(family, chain_params, chain_key, config.evaluation_draws)
+            return excess_at(draws, center, lambda w: excess_loss(objective, w, center, batch))
+
+        return jax.lax.map(one, (params, keys)), full_data_value_and_grad(objective, center, batch)
+
+    def finish(family: AbstractFamily, problem: Problem, params, keys: Keys, *, spread: bool = False) -> Outcome:
+        center = problem.posterior.center
+        if loss_full_flat is not None:
+            reference_loss = call_full_loss(loss_full_flat, center, problem.data)
+            return conclude(family, problem, params, keys, None, reference_loss, None)
+        mean = data_parallel_value_and_grad if spread else full_data_value_and_grad
+        at_center = mean(objective, center, problem.data)
+        return conclude(family, problem, params, keys, None, *at_center)
+
+    def conclude(
+        family: AbstractFamily, problem: Problem, params, keys: Keys, excess, reference_loss, slope
+    ) -> Outcome:
+        excess_fn = make_excess_fn(objective, problem, loss_full_flat)
+
+        def one(inputs):
+            chain_params, chain_key, chain_excess = inputs
+            evaluation = evaluate(
+                family,
+                chain_params,
+                objective,
+                problem,
+                excess_fn,
+                reference_loss,
+                chain_key,
+                num_draws=config.evaluation_draws,
+                control_variate=config.control_variate or "auto",
+                trace_probes=config.trace_probes,
+                excess=chain_excess,
+            )
+            return evaluation, family.summary_arrays(chain_params)
+
+        evaluation, arrays = jax.lax.map(one, (params, keys, excess))
+        return Outcome(evaluation, reference_loss, slope, arrays)
+
+    return finish, excess_on, conclude
+
+
+def _compiled(plain: Programs, config: VIConfig, loss: Fingerprint) -> Stages:
+    once = quick_compilation()
+    steps = over_devices(plain.steps, (False, False, True, True, False, False))
+    jit_steps = functools.partial(jax.jit, steps, static_argnames=("length",), donate_argnums=(2,))
+    compiled = Programs(
+        prepare=jax.jit(plain.prepare, compiler_options=once),
+        launch=jax.jit(plain.launch, compiler_options=once),
+        steps=jit_steps(),
+        finish=jax.jit(functools.partial(plain.finish, spread=True), compiler_options=once),
+        relaunch=jax.jit(plain.relaunch, compiler_options=once),
+        excess_on=jax.jit(plain.excess_on, compiler_options=once),
+        conclude=jax.jit(plain.conclude, compiler_options=once),
+        excess_along=jax.jit(plain.excess_along, compiler_options=once),
+    )
+    quick = compiled._replace(steps=jit_steps(compiler_options=once))
+    return Stages(quick, compiled, jax.jit(functools.partial(_whole, plain, config)), loss)
+
+
+def _whole(plain: Programs, config: VIConfig, problem: Problem, keys: Keys, whitener_scale: Array | None) -> tuple:
+    """Run all stages; the core has all the rows that it may have, since their number is not known."""
+    key, center = start_key(), problem.posterior.center
+    start = plain.prepare(problem, key, whitener_scale)
+    rank = rank_limit(config, center.size, center.dtype.itemsize)
+    family, state, rounds = plain.launch(build_family(config, start, rank), problem, start.core[:rank], key, keys)
+    horizon = Horizon(*(jnp.asarray(step, jnp.float32) for step in fixed_phases(config)))
+    state, traces = plain.steps(family, problem, state, keys, jnp.int32(0), horizon, length=config.steps)
+    outcome = plain.finish(family, problem, state.params, keys)
+    return family, state.params, start, outcome, traces, rounds
+
+
+START_SEED = 0
+_START_BLOCK = 2**31  # counters of a chain's key beyond those of its steps; the evaluation's follow
+
+
+def start_key() -> Key:
+    """Return the key of what the chains share, the same for every fit."""
+    return jax.random.key(START_SEED)
+
+
+def build_family(config: VIConfig, start: Start, core_rows: int) -> AbstractFamily:
+    """Instantiate the configured family with `core_rows` rows of core (a padding of the rows in use)."""
+    geometry = Geometry(
+        scale=start.scale,
+        core=start.core[:core_rows],
+        rank=start.rank,
+        unit=1 / jnp.sqrt(start.rest),
+        noise_size=rank_limit(config, start.scale.size, start.scale.dtype.itemsize),
+    )
+    return FAMILIES[config.family].create(config, geometry)

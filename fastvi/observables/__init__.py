@@ -1,0 +1,1 @@
+"""What draws of q or of the posterior are used for."""

@@ -1,0 +1,138 @@
+"""Hold a folder for results before the work that fills it, so that the number has a place when it comes."""
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastvi._errors import ConfigError, DataError
+from fastvi.results import files
+
+LOCK_FILE = ".fastvi.lock"
+ORIGIN_FILE = "run.json"  # what makes a folder fastvi's own
+RUN, SWEEP = "fastvi run", "fastvi sweep"
+BUSY = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)  # what flock says of a file that somebody holds
+
+
+@contextlib.contextmanager
+def claimed(folder: str | os.PathLike[str], kind: str = RUN, *, below_ours: bool = False) -> Iterator[Path]:
+    """Make a folder, prove that it can be written and is nobody else's, and hold it while the block runs.
+
+    Nobody else's is a folder that is new or empty, or whose run.json is of this kind. What was made is removed again
+    where the block leaves it empty. On Windows, and on file systems without locks, two processes are not told apart.
+
+    Args:
+        folder: The folder.
+        kind: `RUN` or `SWEEP`.
+        below_ours: Whether it lies in a sweep that this process holds, hence is ours whatever state it is in.
+
+    Raises:
+        ConfigError: If it cannot be had; the message says why and what to name instead.
+    """
+    folder = Path(folder)
+    made = _make(folder)
+    try:
+        if not below_ours:
+            _check_owner(folder, kind)
+        with _locked(folder):
+            yield folder
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # it holds something by now
+                path.rmdir()
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make a folder and return what had to be made, innermost first."""
+    try:
+        missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = "a file is in its place" if isinstance(error, FileExistsError) else files.first_line(error)
+        raise ConfigError(
+            f"the folder {str(folder)!r} cannot be made: {reason}. Name another one with --out, where you may write."
+        ) from error
+    return missing
+
+
+def _check_owner(folder: Path, kind: str) -> None:
+    try:
+        held = sorted(path.name for path in folder.iterdir() if not path.name.startswith((files.PARTIAL, LOCK_FILE)))
+    except OSError as error:
+        raise ConfigError(f"the folder {str(folder)!r} cannot be read: {files.first_line(error)}.") from error
+    if held and not is_ours(folder, kind):
+        shown = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
+        what = "no sweep" if kind == SWEEP else "no run"
+        raise ConfigError(
+            f"the folder {str(folder)!r} is {what} of fastvi and holds {shown}, which would be written over. "
+            f"Name an empty or a new folder, for example --out {folder / 'llc'!s}."
+        )
+
+
+def is_ours(folder: Path, kind: str) -> bool:
+    """Say whether a folder's run.json says that fastvi wrote it, of any version."""
+    try:
+        found: dict[str, Any] = files.read_object(folder / ORIGIN_FILE, "")
+    except DataError:
+        return False
+    return found.get("format") == kind
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back from a process that dies."""
+    path = folder / LOCK_FILE
+    handle = _open_lock(path)
+    try:
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the words
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before others can have it, else they would hold a file that is gone
+        os.close(handle)
+
+
+def _open_lock(path: Path) -> int:
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"the folder {str(path.parent)!r} cannot be written: {files.first_line(error)}. Name another one with "
+                "--out, where you may write."
+            ) from error
+        if not _take(handle):
+            holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            raise ConfigError(
+                f"the folder {str(path.parent)!r} is being written by another fastvi ({holder!r}). Name another folder "
+                "with --out, or wait for it."
+            )
+        if _is_still(path, handle):
+            return handle
+        os.close(handle)  # its holder has just removed it
+
+
+def _take(handle: int) -> bool:
+    """Lock an open file; False where another process holds it."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # some network file systems have no locks
+        return error.errno not in BUSY
+    return True
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False

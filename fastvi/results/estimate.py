@@ -1,0 +1,265 @@
+"""What a person gets from an estimate: numbers, their errors, findings, and a folder to keep them in."""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from textwrap import TextWrapper
+from typing import Any
+
+import numpy as np
+
+from fastvi.config import VIConfig
+from fastvi.evaluation.importance import Importance, assess_importance
+from fastvi.results.findings import Finding
+from fastvi.results.saved import read_estimate, write_estimate
+
+SUMMARY_WIDTH = 80
+NO_FINDINGS = "none: no check was triggered, which does not prove that llc is right"
+MOST_SCALES = 4096  # entries of D^{1/2} that a result keeps
+EVENTS_FOLDER = Path("diagnostics") / "tb"
+
+
+@dataclasses.dataclass(frozen=True)
+class LLCEstimate:
+    """An estimate of the local learning coefficient.
+
+    Attributes:
+        llc: lambda-hat = nbeta (E_q[L_n(w)] - L_n(w*)), mean over chains.
+        llc_sem: Standard error of `llc`; `coverage` says of what. Uncorrected, it is that of q's own value: Monte Carlo
+            under q and, of two or more chains, the spread of the fits, but not the distance of q from the posterior
+            (`distance` estimates it). Reweighted, that of the weighted draws. Sampled, that of the walkers, from their
+            spread and autocorrelation, with a part for finite steps and noisy gradients.
+        llc_per_chain: One value for each chain, or for each share of the walkers, shape (chains,).
+        llc_sem_per_chain: Error of each of these alone, of the same shape.
+        elbo: Lower bound on log of the posterior's normalising constant, in nats, mean over chains.
+        init_loss: L_n(w*), in nats.
+        nbeta: n times the inverse temperature.
+        localization: gamma of the Gaussian localizer.
+        n_data: Number of examples.
+        dim: Number of parameters.
+        converged: Whether the stopping rule was met before the cap on steps; None without the rule.
+        curvature: What is known of the spectrum at w*: rank, wanted_rank, explained, trace, spectrum, lowest (the least
+            curvature of n beta L_n + localizer that was met, for a unit of displacement) and newton_decrement.
+        evaluation: Per chain, of q alone: elbo, llc, llc_mc, variance_reduction, trace_term, log_weight_sd.
+        work: Raw counts and total_fge, in full-gradient equivalents.
+        timings: Seconds in compile, adaptation, sampling, evaluation, total.
+        traces: Arrays of shape (chains, steps).
+        log_weights: log p(w) - log q(w) at the evaluation's draws, shape (chains, draws).
+        draws: The evaluation's draws: excess_loss L_n(w) - L_n(w*), log_q and resp_entropy, each of shape (chains,
+            draws).
+        family_arrays: What the fitted q looks like, each with a first axis of chains: pi, D_sqrt (sorted, at most
+            `MOST_SCALES` quantiles of it), factor_norm2 (component, rank).
+        snapshots: With `tensorboard=True` the family's arrays after every `eval_every` steps, each of shape (chains,
+            snapshots, ...), and the steps' numbers, `step`.
+        health: Findings, gravest first.
+        config: The configuration that ran, with nothing left open that had an effect.
+        llc_vi: The variational value, under q: `llc` where nothing corrects it.
+        llc_vi_sem: Its standard error, under q.
+        correction: How `llc` was corrected: method, khat, in_memory (of reweighted draws) and, of a run of walkers,
+            settled, unmet (criterion, value, bound of each that was not met), least_budget (FGE of the shortest exact
+            run), rhat, rhat_radius, drift_z, virial_z, variance_reduction, systematic, walkers, steps, burn_in,
+            data_blocks, energy_error, step_size, returned, narrow_dtype. None for a variational value.
+        walk_llc: nbeta (L_n(w) - L_n(w*)), means over bins of four steps, shape (walkers, bins).
+        fitted: What `fastvi.api.resample` goes on from, and `q` draws from; not saved.
+    """
+
+    llc: float
+    llc_sem: float
+    llc_per_chain: np.ndarray
+    llc_sem_per_chain: np.ndarray
+    elbo: float
+    init_loss: float
+    nbeta: float
+    localization: float
+    n_data: int
+    dim: int
+    converged: bool | None
+    curvature: dict[str, Any]
+    evaluation: dict[str, list[float]]
+    work: dict[str, Any]
+    timings: dict[str, float]
+    traces: dict[str, np.ndarray] = dataclasses.field(repr=False)
+    log_weights: np.ndarray = dataclasses.field(repr=False)
+    health: tuple[Finding, ...]
+    config: VIConfig
+    llc_vi: float
+    llc_vi_sem: float
+    correction: dict[str, Any] | None = None
+    walk_llc: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)), repr=False)
+    draws: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    family_arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    snapshots: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    fitted: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    def summary(self) -> str:
+        """Return the estimate in words, for a terminal."""
+        chains = "  ".join(f"{value:.4g}" for value in self.llc_per_chain)
+        fits, steps = next(iter(self.traces.values())).shape
+        is_walk = self.correction is not None and self.correction["method"] == "mcmc"
+        stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[self.converged]
+        khat, word, effective = self.importance
+        lines = [
+            f"llc            {self.llc_text}   ({self.provenance})",
+            f"error          {self.coverage}",
+            f"{'per walkers' if is_walk else 'per chain':<15}{chains}",
+            f"elbo           {self.elbo:.4f} nats",
+            f"problem        d = {self.dim:,}, n = {self.n_data:,}, n beta = {self.nbeta:.4g}, "
+            f"localization = {self.localization:.4g}, L_n(w*) = {self.init_loss:.4g}",
+            f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} effective of {self.log_weights.size} draws",
+            *self._without_control_variate,
+            f"core           rank {self.curvature['rank']} of {self.dim:,}, explains "
+            f"{100 * self.curvature['explained']:.3g} % of the precision's trace at w*",
+            f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} ({stop}){self._clipping}",
+            f"work           {self.work['total_fge']:.0f} FGE: curvature {self.work['fge_curvature']:.0f}, "
+            f"fit {self.work['fge_fit']:.0f}, evaluation {self.work['fge_evaluation']:.0f}"
+            + (f", correction {self.work['fge_correction']:.0f}" if self.correction else ""),
+            f"time           {self.timings['total']:.1f} s: fit "
+            f"{self.timings['adaptation'] + self.timings['sampling']:.1f} s, evaluation "
+            f"{self.timings['evaluation']:.1f} s"
+            + (f", correction {self.timings['correction']:.1f} s" if self.correction else "")
+            + f"; about {self.timings['compile']:.1f} s of it compiling",
+        ]
+        findings = [str(finding) for finding in self.health] or [NO_FINDINGS]
+        wrap = TextWrapper(width=SUMMARY_WIDTH, initial_indent="  ", subsequent_indent="    ")
+        return "\n".join([*map(_folded, lines), "findings", *map(wrap.fill, findings)])
+
+    @property
+    def q(self) -> Any:
+        """The fitted q, to draw from: see `fastvi.FittedQ`.
+
+        Raises:
+            DataError: If the result was loaded from disk and holds no fit.
+        """
+        from fastvi.observables.draws import fitted_q
+
+        return fitted_q(self)
+
+    @property
+    def distance(self) -> float:
+        """How far q's llc may be from the posterior's, to first order in log p - log q at the draws of q."""
+        if "excess_loss" not in self.draws or not np.all(np.isfinite(self.log_weights)):
+            return float("nan")
+        excess, weights = np.asarray(self.draws["excess_loss"], float), np.asarray(self.log_weights, float)
+        apart = (excess - excess.mean(axis=1, keepdims=True)) * (weights - weights.mean(axis=1, keepdims=True))
+        return abs(float(self.nbeta * np.mean(apart)))
+
+    @property
+    def llc_text(self) -> str:
+        """`llc` with its error, and no more digits than both the error and q's distance from the posterior allow."""
+        return with_error(self.llc, self.llc_sem, 0.0 if self.correction else self.distance)
+
+    @property
+    def coverage(self) -> str:
+        """Say what `llc_sem` covers, and what it does not."""
+        fits = self.log_weights.shape[0]
+        spread = f" and the spread of {fits} fits" if fits > 1 else ""
+        if self.correction is None:
+            other = "" if fits > 1 else "; nor of another fit, as there is one alone"
+            return (
+                f"Monte Carlo under q{spread}; not of how far q is from the posterior, which is about "
+                f"{self.distance:.1g} by its weights{other}"
+            )
+        if self.correction["method"] == "importance":
+            return f"Monte Carlo of the weighted draws{spread}"
+        return (
+            f"spread and autocorrelation of {self.walk_llc.shape[0]} walkers, with "
+            f"{self.correction.get('systematic', 0.0):.1g} for finite steps and noisy gradients"
+        )
+
+    @property
+    def importance(self) -> Importance:
+        """How well draws of q stand for the posterior: k-hat, its word, effective draws."""
+        return assess_importance(self.log_weights)
+
+    def to_arviz(self) -> Any:
+        """Convert to arviz; see `fastvi.results.report.arviz.to_arviz`."""
+        from fastvi.results.report.arviz import to_arviz
+
+        return to_arviz(self)
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Write a page for a browser; see `fastvi.results.report.page.write_report`."""
+        from fastvi.results.report.page import write_report
+
+        return write_report(self, path)
+
+    @property
+    def _without_control_variate(self) -> list[str]:
+        """Say that the evaluation had no control variate: it may have had too few draws for one."""
+        draws = self.log_weights.shape[-1]
+        return [f"evaluation     {draws} draws, no control variate"] if self.config.control_variate == "none" else []
+
+    @property
+    def _clipping(self) -> str:
+        """Say what `clip_global_norm` is, which its name does not."""
+        limit = self.config.clip_global_norm
+        return "" if limit is None else f", norms clipped at {limit:g} x usual"
+
+    @property
+    def walk_burn_in(self) -> int:
+        """Records of `walk_llc` that the corrected value leaves out."""
+        details, length = self.correction or {}, self.walk_llc.shape[-1]
+        return int(details.get("burn_in", 0) * length // max(details.get("steps", length), 1))
+
+    @property
+    def provenance(self) -> str:
+        """Say where `llc` comes from, in words."""
+        if self.correction is None:
+            return "uncorrected variational estimate"
+        methods = {"importance": "reweighted draws of q", "mcmc": "Langevin dynamics from q"}
+        short = " after a short fit" if self.converged is None else ""
+        return f"{methods[self.correction['method']]}; q alone{short} {with_error(self.llc_vi, self.llc_vi_sem)}"
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write result.json and traces.npz into a folder, which is made if need be.
+
+        With `tensorboard=True` in the configuration, events for TensorBoard go to `diagnostics/tb` in it.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_estimate(self, folder)
+        if self.config.tensorboard:
+            from fastvi.results.report.tensorboard import write_events
+
+            write_events(self, folder / EVENTS_FOLDER)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "LLCEstimate":
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: If the folder does not hold a saved estimate, or a file of it is damaged, of another estimate or
+                of another version of fastvi's format.
+        """
+        return cls(**read_estimate(cls, Path(folder)))
+
+
+def with_error(value: float, sem: float, resolution: float = 0.0) -> str:
+    """Format a value as precisely as its error: `22.296 ± 0.073`; or as `resolution`, if that is coarser."""
+    coarsest = max(sem, resolution) if math.isfinite(resolution) else sem
+    if not (math.isfinite(value) and math.isfinite(sem) and coarsest > 0):
+        return f"{value:.4g} ± {sem:.2g}"
+    decimals = min(max(1 - math.floor(math.log10(coarsest)), 0), 9)
+    error = f"{sem:.{decimals}f}" if coarsest == sem else f"{sem:.1g}"
+    return f"{value:.{decimals}f} ± {error}"
+
+
+def _folded(line: str) -> str:
+    """Break a line of the summary where it is too long, but not around `=` and `±`."""
+    wrap = TextWrapper(width=SUMMARY_WIDTH, subsequent_indent=15 * " ", break_on_hyphens=False)
+    for sign in ("=", "±"):
+        line = line.replace(f" {sign} ", f"\u00a0{sign}\u00a0")
+    return wrap.fill(line).replace("\u00a0", " ")
+
+
+def kept_scales(deviations: np.ndarray, most: int = MOST_SCALES) -> np.ndarray:
+    """Sort each chain's D^{1/2}, shape (chains, dim), and keep at most `most` evenly spaced quantiles."""
+    ordered = np.sort(deviations, axis=1)
+    if ordered.shape[1] <= most:
+        return ordered
+    return ordered[:, np.linspace(0, ordered.shape[1] - 1, most).round().astype(int)]

@@ -1,0 +1,69 @@
+"""A status line on stderr for long work, without a dependency."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+from fastvi._typing import Given
+from fastvi.fitting.protocols import Progress
+from fastvi.results.terminal import is_terminal, write_text
+
+MIN_SECONDS = 0.2  # between redraws
+
+
+class StatusLine:
+    """Show stage, step and ELBO on one line, redrawn in a terminal and printed sparsely elsewhere.
+
+    A stream that cannot be written ends the showing, not the work.
+    """
+
+    def __init__(self, stream: TextIO | None = None):
+        self.stream = sys.stderr if stream is None else stream
+        self.interactive = is_terminal(self.stream)
+        self.began = time.monotonic()
+        self.shown = -1e9
+        self.stage = ""
+
+    def __call__(self, progress: Progress) -> None:
+        """Redraw if the stage changed or enough time went by."""
+        now = time.monotonic()
+        pause = MIN_SECONDS if self.interactive else 10.0
+        if progress.stage == self.stage and now - self.shown < pause:
+            return
+        self.stage, self.shown = progress.stage, now
+        text = f"fastvi: {progress.stage}"
+        if progress.stage == "fit":
+            text += f" {progress.step}/{progress.steps} steps, elbo {progress.value:.2f}"
+        if progress.stage == "correction":
+            text += f" {progress.step}/{progress.steps} FGE at most, llc {progress.value:.4g}"
+        text += f" [{now - self.began:.0f} s]"
+        self._write(f"\r\x1b[K{text}" if self.interactive else f"{text}\n")
+
+    def close(self) -> None:
+        """End the line."""
+        if self.interactive and self.stage:
+            self._write("\r\x1b[K")
+
+    def __enter__(self) -> "StatusLine":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the line, however the work ended."""
+        self.close()
+
+    def _write(self, text: str) -> None:
+        if self.stream is not None and write_text(self.stream, text) is not None:
+            self.stream, self.interactive = None, False
+
+
+@contextlib.contextmanager
+def reporting(progress: Given[bool | Callable[[Progress], None]]) -> Iterator[Callable[[Progress], None] | None]:
+    """Give what a stage of work reports to: a status line, ended however the stage ends, a caller's function, None."""
+    if progress is True:
+        with StatusLine() as line:
+            yield line
+    else:
+        yield progress if callable(progress) else None

@@ -1,0 +1,130 @@
+"""An estimate as arviz sees it: draws with their statistics, the optimisation apart from them, the problem."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from fastvi._optional import import_optional
+from fastvi.results.estimate import LLCEstimate
+from fastvi.target.checks import LOSS_COST
+
+ENOUGH_WALK = 4  # records of a walker that are worth a posterior
+
+
+def to_arviz(result: LLCEstimate) -> Any:
+    """Convert an estimate to arviz's container.
+
+    Groups: `posterior` with llc and L (the mean loss), one entry for each chain and draw: the walkers after their
+    burn-in where `correction="mcmc"` ran, else independent draws of q; `sample_stats` of the same draws;
+    `variational`, the draws of q in any case, with resp_entropy, log_q, log_p (under the names of the traces, logq
+    and elbo_like, as well) and log_weight = log_p - log_q; `optimization`, the traces of the fit on a dimension `step`;
+    `constant_data`. Mirrored draws stand side by side, so that their dependence is seen. Numbers of the estimate and
+    its configuration are attributes of `posterior`.
+
+    Args:
+        result: The estimate; one that `LLCEstimate.load` read will do.
+
+    Returns:
+        An `arviz.InferenceData` (arviz before 1.0) or an `xarray.DataTree`; both have `to_netcdf`.
+
+    Raises:
+        MissingExtraError: If arviz is not installed.
+    """
+    arviz = import_optional("arviz", extra="arviz", distribution="arviz", purpose="to_arviz")
+    xarray = import_optional("xarray", extra="arviz", distribution="xarray", purpose="to_arviz")
+    draws, statistics = _draws_of_q(result)
+    posterior, sample_stats = _walk(result) if _has_walk(result) else (draws, statistics)
+    groups = {
+        "posterior": _dataset(xarray, posterior, ("chain", "draw"), _attributes(result)),
+        "sample_stats": _dataset(xarray, sample_stats, ("chain", "draw")),
+        "variational": _dataset(xarray, draws | statistics, ("chain", "draw")),
+        "optimization": _dataset(xarray, dict(result.traces), ("chain", "step")),
+        "constant_data": _dataset(xarray, _constants(result), ()),
+    }
+    container = vars(arviz).get("InferenceData")  # to ask arviz 1 for an attribute that it gave up warns
+    if container is None:
+        return xarray.DataTree.from_dict(groups)
+    return container(**groups)
+
+
+def _has_walk(result: LLCEstimate) -> bool:
+    return result.walk_llc.ndim == 2 and result.walk_llc.shape[1] >= ENOUGH_WALK
+
+
+def _draws_of_q(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return llc and L of the evaluation's draws, and their statistics, mirrored draws side by side."""
+    found = {**result.draws, "log_weight": result.log_weights}
+    found = {name: _side_by_side(np.asarray(array, float)) for name, array in found.items()}
+    excess, log_q, log_weight = (found[name] for name in ("excess_loss", "log_q", "log_weight"))
+    fitted = np.asarray(result.traces["cumulative_fge"], float)[:, -1:]
+    work = fitted + LOSS_COST * np.arange(1, excess.shape[1] + 1)
+    return (
+        {"llc": result.nbeta * excess, "L": result.init_loss + excess},
+        {
+            "cumulative_fge": work,
+            "diverging": ~np.isfinite(log_weight),
+            "log_q": log_q,
+            "log_p": log_q + log_weight,
+            "log_weight": log_weight,
+            "logq": log_q,
+            "elbo_like": log_q + log_weight,
+            "resp_entropy": found["resp_entropy"],
+        },
+    )
+
+
+def _side_by_side(draws: np.ndarray) -> np.ndarray:
+    """Put draw i and its mirror image i + n/2 next to each other."""
+    chains, count = draws.shape
+    return draws.reshape(chains, 2, count // 2).swapaxes(1, 2).reshape(chains, count)
+
+
+def _walk(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return the walkers after their burn-in, and the work that each record took."""
+    burn, (walkers, length) = result.walk_burn_in, result.walk_llc.shape
+    llc = np.asarray(result.walk_llc, float)[:, burn:]
+    before = result.work["total_fge"] - result.work["fge_correction"]
+    work = before / walkers + result.work["fge_correction"] / walkers * np.arange(burn + 1, length + 1) / length
+    return (
+        {"llc": llc, "L": result.init_loss + llc / result.nbeta},
+        {"cumulative_fge": np.broadcast_to(work, llc.shape), "diverging": ~np.isfinite(llc)},
+    )
+
+
+def _constants(result: LLCEstimate) -> dict[str, np.ndarray]:
+    values = {
+        "n_data": result.n_data,
+        "dim": result.dim,
+        "nbeta": result.nbeta,
+        "localization": result.localization,
+        "init_loss": result.init_loss,
+    }
+    return {name: np.asarray(value) for name, value in values.items()}
+
+
+def _attributes(result: LLCEstimate) -> dict[str, Any]:
+    """Collect what netCDF can hold: numbers and text."""
+    khat, word, effective = result.importance
+    return {
+        "inference_library": "fastvi",
+        "llc": result.llc,
+        "llc_sem": result.llc_sem,
+        "llc_vi": result.llc_vi,
+        "elbo": result.elbo,
+        "correction": "none" if result.correction is None else result.correction["method"],
+        "khat": khat,
+        "khat_word": word,
+        "effective_draws": effective,
+        "total_fge": float(result.work["total_fge"]),
+        "converged": str(result.converged),
+        "findings": " ".join(finding.name for finding in result.health),
+        "config": json.dumps(result.config.to_dict()),
+    }
+
+
+def _dataset(xarray: Any, arrays: dict[str, np.ndarray], dims: tuple[str, ...], attrs: dict | None = None) -> Any:
+    variables = {name: (dims, np.asarray(array)) for name, array in arrays.items()}
+    lengths = next(iter(variables.values()))[1].shape
+    coords = {dim: np.arange(length) for dim, length in zip(dims, lengths, strict=True)}
+    return xarray.Dataset(variables, coords=coords, attrs=attrs or {})

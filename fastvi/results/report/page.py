@@ -1,0 +1,139 @@
+"""One page for a browser: numbers, findings and figures of an estimate in a single file."""
+
+import base64
+import html
+import os
+from pathlib import Path
+
+from fastvi.results.estimate import NO_FINDINGS, LLCEstimate, with_error
+from fastvi.results.report.panels import PANELS, render
+
+REPORT_DPI = 110
+SEVERITY_COLORS = {"error": "#b00020", "warning": "#a65b00", "note": "#00629b"}
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+<main>
+<h1>{heading}</h1>
+<p class="lead">{lead}</p>
+<h2>Findings</h2>
+{findings}
+<h2>Figures</h2>
+<div class="figures">
+{figures}
+</div>
+<h2>Numbers</h2>
+<table>{numbers}</table>
+<h2>Summary</h2>
+<pre>{summary}</pre>
+<h2>Settings</h2>
+<table>{settings}</table>
+</main>
+</body>
+</html>
+"""
+STYLE = """
+body { margin: 0; color: #222; background: #fff; font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 24px 20px 64px; }
+h1 { font-size: 26px; margin: 0 0 4px; }
+h2 { font-size: 18px; margin: 32px 0 8px; border-bottom: 1px solid #ddd; }
+.lead { color: #555; margin: 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 16px; }
+figure { margin: 0; }
+figure img { width: 100%; height: auto; }
+figcaption { color: #555; font-size: 14px; padding-left: 12px; }
+table { border-collapse: collapse; font-size: 14px; }
+td { padding: 2px 16px 2px 0; vertical-align: top; }
+td:first-child { color: #555; }
+pre { font-size: 13px; overflow-x: auto; background: #f6f6f6; padding: 12px; }
+.finding { margin: 8px 0; padding: 8px 12px; border-left: 4px solid; background: #f8f8f8; }
+.finding b { text-transform: uppercase; font-size: 12px; letter-spacing: 0.04em; }
+"""
+
+
+def write_report(result: LLCEstimate, path: str | os.PathLike[str]) -> Path:
+    """Write an estimate as one HTML file: no script, no network, images inside.
+
+    Args:
+        result: The estimate; one that `LLCEstimate.load` read will do.
+        path: The file; its folder is made if need be.
+
+    Returns:
+        The path.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    path = Path(path)
+    value = result.llc_text
+    page = PAGE.format(
+        title=f"llc {value}",
+        style=STYLE,
+        heading=f"Local learning coefficient {value}",
+        lead=html.escape(
+            f"{result.provenance}. d = {result.dim:,}, n = {result.n_data:,}, nβ = {result.nbeta:.4g}, "
+            f"localization = {result.localization:.4g}."
+        ),
+        findings=_findings(result),
+        figures="\n".join(_figure(name, result) for name, panel in PANELS.items() if panel.applies(result)),
+        numbers=_rows(_numbers(result)),
+        summary=html.escape(result.summary()),
+        settings=_rows({name: str(value) for name, value in result.config.to_dict().items()}),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _findings(result: LLCEstimate) -> str:
+    if not result.health:
+        return f"<p>{html.escape(NO_FINDINGS.capitalize())}.</p>"
+    parts = []
+    for finding in result.health:
+        color = SEVERITY_COLORS[finding.severity]
+        name, said, cause, fix = map(html.escape, (finding.name, finding.observed, finding.cause, finding.next_step))
+        parts.append(
+            f'<div class="finding" style="border-color: {color}"><b style="color: {color}">{finding.severity} · '
+            f"{name}</b><br>{said} {cause}<br><i>{fix}</i></div>"
+        )
+    return "\n".join(parts)
+
+
+def _figure(name: str, result: LLCEstimate) -> str:
+    encoded = base64.b64encode(render(name, result, REPORT_DPI)).decode("ascii")
+    reading = html.escape(PANELS[name].reading)
+    return (
+        f'<figure><img alt="{name}" src="data:image/png;base64,{encoded}"><figcaption>{reading}</figcaption></figure>'
+    )
+
+
+def _numbers(result: LLCEstimate) -> dict[str, str]:
+    khat, word, effective = result.importance
+    numbers = {
+        "llc": result.llc_text,
+        "llc of q alone": with_error(result.llc_vi, result.llc_vi_sem),
+        "elbo": f"{result.elbo:.4f} nats",
+        "k-hat": f"{khat:.3g} ({word}); {effective:.3g} effective of {result.log_weights.size} draws of q",
+        "loss at w*": f"{result.init_loss:.6g} nats",
+        "work": f"{result.work['total_fge']:.0f} full-gradient equivalents",
+        "time": f"{result.timings['total']:.1f} s, of which {result.timings['compile']:.1f} s compiling",
+        "factorisations that took a ridge": str(result.work["n_cholesky_ridge"]),
+    }
+    return numbers | {f"correction: {name}": _text(value) for name, value in (result.correction or {}).items()}
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _rows(values: dict[str, str]) -> str:
+    return "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>" for name, text in values.items()
+    )

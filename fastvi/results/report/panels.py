@@ -1,0 +1,283 @@
+"""The single pictures of a run: what plots, report and TensorBoard are made of."""
+
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.report.style import (
+    CHAIN_COLORS,
+    DASHED,
+    FAINT,
+    INK,
+    STYLE,
+    chain_color,
+    draw_chains,
+    import_matplotlib,
+    set_limits,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PANEL_SIZE = (6.4, 3.7)
+MOST_BARS = 64  # of a bar chart
+NARROW_RANGE = 1000  # largest over smallest, below which a logarithmic axis is labelled by plain numbers
+
+
+class Panel(NamedTuple):
+    """A picture: how to draw it, whether a result has what it shows, what to look for in it."""
+
+    draw: Callable[["Axes", LLCEstimate], None]
+    applies: Callable[[LLCEstimate], bool]
+    reading: str
+
+
+def render(name: str, result: LLCEstimate, dpi: int) -> bytes:
+    """Draw one panel as a PNG image."""
+    matplotlib = import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=PANEL_SIZE, facecolor="white")
+        FigureCanvasAgg(figure)
+        PANELS[name].draw(figure.subplots(), result)
+        figure.subplots_adjust(left=0.12, right=0.97, top=0.9, bottom=0.15)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=dpi)
+    return stream.getvalue()
+
+
+def batch_llc(result: LLCEstimate) -> np.ndarray:
+    """Return `nbeta (L_B(w) - L_n(w*))` at each step, shape (chains, steps): a noisy llc of the moving q.
+
+    The trace `elbo_like` is `-nbeta L_B - localization/2 |w - w*|^2`, and `radius2` is `|w - w*|^2`.
+    """
+    traces = {name: np.asarray(result.traces[name], float) for name in ("elbo_like", "radius2")}
+    nbeta_loss = -traces["elbo_like"] - 0.5 * result.localization * traces["radius2"]
+    return nbeta_loss - result.nbeta * result.init_loss
+
+
+def spectrum_of(result: LLCEstimate) -> np.ndarray:
+    """Return the eigenvalues that a logarithmic axis can show."""
+    values = np.asarray(result.curvature["spectrum"], float)
+    return values[np.isfinite(values) & (values > 0)]
+
+
+def draw_elbo(axes: "Axes", result: LLCEstimate) -> None:
+    """Draw the ELBO with its noise."""
+    values = np.asarray(result.traces["elbo"], float)
+    means = draw_chains(axes, values, label_chains=True, band=True)
+    axes.axhline(result.elbo, color=INK, linewidth=1, linestyle=DASHED, label="final, all data")
+    set_limits(axes, values, means, include=(result.elbo,))
+    axes.set(title="ELBO:  mean ± standard deviation of steps", ylabel="nats", xlabel="step")
+    axes.legend(loc="lower right", ncols=2 if len(values) > 2 else 1)
+
+
+def draw_llc(axes: "Axes", result: LLCEstimate) -> None:
+    """Draw the llc of the moving q by chain against the work of one chain, and the final values."""
+    values = batch_llc(result)
+    work = np.asarray(result.traces["cumulative_fge"], float)[0]
+    means = draw_chains(axes, values, where=work)
+    low, high = result.llc - result.llc_sem, result.llc + result.llc_sem
+    label = f"{'corrected' if result.correction else 'final'} llc ± sem, all data"
+    axes.axhspan(low, high, color=INK, alpha=0.18, linewidth=0, zorder=3, label=label)
+    axes.axhline(result.llc, color=INK, linewidth=1, zorder=3)
+    if result.correction:
+        axes.axhline(result.llc_vi, color=INK, linewidth=1, linestyle=DASHED, zorder=3, label="q alone, all data")
+    set_limits(axes, values, means, include=(low, high, result.llc_vi))
+    title = r"llc on minibatches:  $n\beta\,(L_B(w) - L_n(w^*))$"
+    axes.set(title=title, ylabel="nats", xlabel="full-gradient equivalents of one chain")
+    axes.legend(loc="upper right")
+
+
+def draw_virial(axes: "Axes", result: LLCEstimate) -> None:
+    """Draw the virial, 1 at the best fit."""
+    values = np.asarray(result.traces["virial"], float)
+    means = draw_chains(axes, values)
+    axes.axhline(1, color=INK, linewidth=1, linestyle=DASHED, label="1 at the best fit")
+    set_limits(axes, values, means, include=(0.9, 1.1))
+    axes.set(title="virial:  above 1, q is too wide; below, too narrow", ylabel="virial", xlabel="step")
+    axes.legend(loc="upper right")
+
+
+def draw_radius(axes: "Axes", result: LLCEstimate) -> None:
+    """Draw |w - w*|^2 beside what the localizer alone would give."""
+    values = np.asarray(result.traces["radius2"], float)
+    means = draw_chains(axes, values)
+    if result.localization > 0:
+        prior = result.dim / result.localization
+        axes.axhline(prior, color=INK, linewidth=1, linestyle=DASHED, label=r"$d/\gamma$: the localizer alone")
+        axes.legend(loc="lower right")
+    finite = means[np.isfinite(means) & (means > 0)]
+    if finite.size:
+        axes.set_yscale("log")
+        bulk = values[np.isfinite(values) & (values > 0)]
+        axes.set_ylim(0.5 * np.percentile(bulk, 1), None)
+        low, high = axes.get_ylim()
+        if high < NARROW_RANGE * low:
+            _label_plainly(axes)
+    axes.set(title=r"radius:  $|w - w^*|^2$ of draws", ylabel=r"$|w - w^*|^2$", xlabel="step")
+
+
+def _label_plainly(axes: "Axes") -> None:
+    """Label a logarithmic axis of few decades by numbers, which are read, and drawn, sooner than powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+
+
+def draw_spectrum(axes: "Axes", result: LLCEstimate) -> None:
+    """Draw the leading eigenvalues of the precision at w*, those in the core filled."""
+    values, rank = spectrum_of(result), int(result.curvature["rank"])
+    index = np.arange(1, values.size + 1)
+    blue, white = CHAIN_COLORS[0], "white"
+    axes.plot(index[:rank], values[:rank], "o", color=blue, markersize=4, label=f"in the core, rank {rank}")
+    (rest,) = axes.plot(index[rank:], values[rank:], "o", color=FAINT, markersize=4, markerfacecolor=white)
+    rest.set_label("covered by the diagonal")
+    axes.axvline(rank + 0.5, color=blue, linewidth=0.8, linestyle=(0, (1, 2)))
+    plain = result.config.whitening == "none"
+    if plain and result.localization > 0:
+        axes.axhline(result.localization, color=INK, linewidth=1, linestyle=DASHED, label="localization")
+    axes.set_yscale("log")
+    if values.max() < NARROW_RANGE * values.min():
+        _label_plainly(axes)
+    title = r"leading spectrum of $n\beta H + \gamma$ at $w^*$" + ("" if plain else ", whitened")
+    axes.set(title=title, ylabel="eigenvalue", xlabel=f"index, of {result.dim:,}")
+    axes.legend(loc="upper right")
+
+
+def draw_learning_rate(axes: "Axes", result: LLCEstimate) -> None:
+    """Draw the schedule."""
+    axes.plot(np.asarray(result.traces["lr"])[0], color=CHAIN_COLORS[0], linewidth=1.6)
+    axes.set(title="learning rate", ylabel="lr", xlabel="step")
+    axes.set_ylim(bottom=0)
+
+
+def draw_weights(axes: "Axes", result: LLCEstimate) -> None:
+    """Draw the mixture weights of each chain, heaviest first."""
+    weights = np.sort(np.asarray(result.family_arrays["pi"], float), axis=1)[:, ::-1]
+    equal = 1 / weights.shape[1]
+    weights = weights[:, :MOST_BARS]
+    chains, count = weights.shape
+    width = 0.8 / chains
+    for chain, row in enumerate(weights):
+        at = np.arange(1, count + 1) - 0.4 + width * (chain + 0.5)
+        axes.bar(at, row, width=width, color=chain_color(chain), linewidth=0)
+    axes.axhline(equal, color=INK, linewidth=1, linestyle=DASHED, label="equal weights")
+    axes.set(title=r"mixture weights $\pi$, sorted, by chain", ylabel="weight", xlabel="component, heaviest first")
+    axes.set_xticks(np.arange(1, count + 1, max(1, count // 16)))
+    axes.legend(loc="upper right")
+
+
+def draw_scree(axes: "Axes", result: LLCEstimate) -> None:
+    """Draw what each factor row adds to the variance, row by row of the first chain's components."""
+    norms = np.asarray(result.family_arrays["factor_norm2"], float)[0]
+    weights = np.asarray(result.family_arrays["pi"], float)[0]
+    ordered = -np.sort(-norms, axis=1)
+    order = np.argsort(-weights)
+    index = np.arange(1, norms.shape[1] + 1)
+    for place, component in enumerate(order[: len(CHAIN_COLORS)]):
+        label = f"component {component}, weight {weights[component]:.2f}"
+        axes.plot(
+            index, np.maximum(ordered[component], 1e-12), "o-", color=chain_color(place), markersize=4, label=label
+        )
+    for component in order[len(CHAIN_COLORS) :]:
+        axes.plot(index, np.maximum(ordered[component], 1e-12), "-", color=FAINT, linewidth=0.8)
+    axes.axhline(1, color=INK, linewidth=1, linestyle=DASHED)
+    axes.set_yscale("log")
+    axes.set_xticks(index[:: max(1, index.size // 12)])
+    title = "scree:  variance that each factor adds, 1 = the diagonal's"
+    axes.set(title=title, ylabel=r"$|A_m\ \mathrm{row}|^2$", xlabel="rank, longest first")
+    axes.legend(loc="best", fontsize=7.5)
+
+
+def draw_scales(axes: "Axes", result: LLCEstimate) -> None:
+    """Draw the histogram of D^{1/2} on a logarithmic axis."""
+    scales = np.asarray(result.family_arrays["D_sqrt"], float)
+    kept = scales[np.isfinite(scales) & (scales > 0)]
+    if kept.size:
+        low, high = kept.min(), kept.max()
+        bins = np.geomspace(low / 1.05, high * 1.05, 41)
+        for chain, row in enumerate(scales):
+            weights = np.full(row.size, 1 / row.size)
+            axes.hist(row, bins=bins, weights=weights, histtype="step", color=chain_color(chain), linewidth=1.4)
+        axes.set_xscale("log")
+    if result.localization > 0:
+        axes.axvline(result.localization**-0.5, color=INK, linewidth=1, linestyle=DASHED, label=r"$\gamma^{-1/2}$")
+        axes.legend(loc="upper left")
+    axes.set(title=r"standard deviations $D^{1/2}$ of the diagonal", ylabel="share", xlabel="model coordinates")
+
+
+def draw_importance(axes: "Axes", result: LLCEstimate) -> None:
+    """Draw the largest importance weights and their tail's shape."""
+    khat, word, effective = result.importance
+    log_weights = np.sort(np.ravel(np.asarray(result.log_weights, float)))[::-1]
+    finite = log_weights[np.isfinite(log_weights)]
+    if finite.size:
+        shares = np.exp(finite - finite[0])
+        shares /= shares.sum()
+        index = np.arange(1, finite.size + 1)
+        axes.plot(index, np.maximum(shares, 1e-8), ".", color=CHAIN_COLORS[0], markersize=4)
+        axes.axhline(1 / finite.size, color=INK, linewidth=1, linestyle=DASHED, label="equal weights")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(1e-8, 2)
+        axes.legend(loc="lower left")
+    title = f"importance weights:  k-hat {khat:.2g} ({word}), {effective:.3g} effective draws"
+    axes.set(title=title, ylabel="share of the weight", xlabel="draw of q, heaviest first")
+
+
+def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
+    """Draw the walkers of the correction, and the value that they end at."""
+    from matplotlib.ticker import MaxNLocator
+
+    details, values = result.correction or {}, np.asarray(result.walk_llc, float)
+    means = draw_chains(axes, values)
+    burn = result.walk_burn_in
+    axes.axvspan(0, burn, color=FAINT, alpha=0.12, linewidth=0, label="burn-in")
+    axes.axhspan(result.llc - result.llc_sem, result.llc + result.llc_sem, color=INK, alpha=0.3, zorder=3, linewidth=0)
+    axes.axhline(result.llc, color=INK, linewidth=1, zorder=3, label="corrected llc ± sem")
+    set_limits(axes, values[:, burn:], means[:, burn:] if means.shape[1] > burn else means, include=(result.llc,))
+    title = f"walkers:  R-hat {details.get('rhat', float('nan')):.3f}, variance reduced "
+    title += f"{details.get('variance_reduction', float('nan')):.2g} times"
+    axes.set(title=title, ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$", xlabel="bin of steps")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper right")
+
+
+def _always(result: LLCEstimate) -> bool:
+    return result.traces["elbo"].shape[1] > 0
+
+
+def _has_array(name: str) -> Callable[[LLCEstimate], bool]:
+    return lambda result: name in result.family_arrays and result.family_arrays[name].size > 0
+
+
+PANELS = {
+    "elbo": Panel(draw_elbo, _always, "Rises, then levels off within its noise. Still rising: raise steps."),
+    "llc": Panel(
+        draw_llc, _always, "Chains agree and level off. A corrected value may lie far off: then q is not the posterior."
+    ),
+    "walk": Panel(
+        draw_walk, lambda result: result.walk_llc.size > 0, "Walkers mix: no trend after the burn-in, R-hat near 1."
+    ),
+    "importance": Panel(
+        draw_importance, lambda result: result.log_weights.size > 0, "Flat is good; a few draws far above are not."
+    ),
+    "virial": Panel(draw_virial, _always, "1 at the end: the width of q is right."),
+    "radius": Panel(draw_radius, _always, "Settles. At the dashed line the loss decides nothing."),
+    "spectrum": Panel(
+        draw_spectrum, lambda result: spectrum_of(result).size > 0, "Steep directions stand above the localization."
+    ),
+    "pi": Panel(draw_weights, _has_array("pi"), "One bar alone: the mixture collapsed."),
+    "scree": Panel(draw_scree, _has_array("factor_norm2"), "Far below 1 throughout: rank r is not used."),
+    "scales": Panel(draw_scales, _has_array("D_sqrt"), "All at the dashed line: only the localizer acts there."),
+    "lr": Panel(draw_learning_rate, _always, "The schedule."),
+}
+IMAGES = {"pi": "pi", "scree": "scree", "D_sqrt": "scales", "radius2_trace": "radius", "spectrum": "spectrum"}

@@ -1,0 +1,95 @@
+"""Figures of a run: is it converged, does it agree with itself, what does the minimum look like."""
+
+from typing import TYPE_CHECKING
+
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.report.panels import (
+    PANELS,
+    batch_llc,
+    draw_elbo,
+    draw_learning_rate,
+    draw_llc,
+    draw_spectrum,
+    draw_virial,
+    spectrum_of,
+)
+from fastvi.results.report.style import FAINT, INK, STYLE, import_matplotlib, window_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["batch_llc", "import_matplotlib", "plot_panels", "plot_traces"]
+
+
+def plot_traces(result: LLCEstimate) -> "Figure":
+    """Draw the traces of an estimate and the curvature at w*.
+
+    Four panels: the ELBO; `nbeta (L_B(w) - L_n(w*))` on the minibatches of the fit against work, with the final
+    llc; the virial, 1 at the best fit; the leading spectrum of the precision at w*, or the learning rate without one.
+    Limits follow percentiles, so that a wild start does not flatten the rest.
+
+    Args:
+        result: The estimate; one that `LLCEstimate.load` read will do.
+
+    Returns:
+        A figure that no window manager knows of; `figure.savefig(path)` writes it.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    matplotlib = import_matplotlib()
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 7.4), facecolor="white")
+        ((elbo, llc), (virial, last)) = figure.subplots(2, 2)
+        draw_elbo(elbo, result)
+        draw_llc(llc, result)
+        draw_virial(virial, result)
+        if spectrum_of(result).size:
+            draw_spectrum(last, result)
+        else:
+            draw_learning_rate(last, result)
+        _frame(figure, result)
+    return figure
+
+
+def _frame(figure: "Figure", result: LLCEstimate) -> None:
+    """Write title, problem and reading aid, each on a line of its own."""
+    chains, steps = result.traces["elbo"].shape
+    problem = (
+        f"d = {result.dim:,}    n = {result.n_data:,}    nβ = {result.nbeta:.4g}    "
+        f"localization = {result.localization:.4g}    {chains} chains × {steps:,} steps"
+    )
+    legend = f"faint: single steps, on minibatches;  solid: running mean of {window_of(steps)} steps"
+    estimate = rf"llc  $\hat\lambda$ = {result.llc_text}"
+    figure.text(0.012, 0.955, estimate, fontsize=14, ha="left", va="center", color=INK)
+    figure.text(0.988, 0.955, problem, fontsize=9.5, ha="right", va="center", color=INK)
+    figure.text(0.988, 0.012, legend, fontsize=8.5, ha="right", va="bottom", color=FAINT)
+    figure.set_layout_engine("constrained", rect=(0.004, 0.035, 0.992, 0.885), w_pad=0.1, h_pad=0.08)
+
+
+def plot_panels(result: LLCEstimate, *names: str) -> "Figure":
+    """Draw chosen panels below each other, two in a row.
+
+    Args:
+        result: The estimate.
+        *names: Of elbo, llc, walk, importance, virial, radius, spectrum, pi, scree, scales, lr; all that the result
+            has something to show in when left out.
+
+    Raises:
+        KeyError: If there is no such panel.
+        MissingExtraError: If matplotlib is not installed.
+    """
+    matplotlib = import_matplotlib()
+    from matplotlib.figure import Figure
+
+    chosen = [name for name in names or PANELS if PANELS[name].applies(result)]
+    rows = -(-len(chosen) // 2)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.7 * rows), facecolor="white", layout="constrained")
+        for axes, name in zip(figure.subplots(rows, 2, squeeze=False).flat, chosen, strict=False):
+            PANELS[name].draw(axes, result)
+        for axes in figure.axes[len(chosen) :]:
+            axes.set_axis_off()
+    return figure

@@ -1,0 +1,265 @@
+"""Traces and figures of a fit as events for TensorBoard."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastvi._errors import DataError
+from fastvi._optional import import_optional
+from fastvi._typing import Given
+from fastvi.api.flat import SamplerRunResult
+from fastvi.config import VIConfig
+from fastvi.fitting.protocols import Progress
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.report.panels import IMAGES, PANELS, render
+
+PREFIX = "vi/"
+STATES = ("cumulative_fge", "lr", "effective_M")  # recorded as they stand; other traces by their mean over the window
+RADIUS_QUANTILES = (0.05, 0.5, 0.95)
+IMAGE_DPI = 80
+MOST_IMAGES = 3  # of each kind before the last: of more than ten TensorBoard shows a part
+SHAPES = ("pi", "scree", "D_sqrt")  # images of the family's arrays
+
+
+class Windows(NamedTuple):
+    """Traces reduced to one record for each window of `every` steps: `steps` (windows,), values (chains, windows)."""
+
+    steps: np.ndarray
+    values: dict[str, np.ndarray]
+
+
+def write_events(
+    result: Given[LLCEstimate | SamplerRunResult],
+    folder: Given[str | os.PathLike[str]],
+    *,
+    every: Given[int | None] = None,
+) -> Path:
+    """Write a finished estimate, or the chains of `run_vi`: scalars of the traces, final values, figures.
+
+    The folder itself holds the mean over the chains, `chain_0`, `chain_1`, ... hold each chain, under the same tags:
+    TensorBoard lays them over each other. `run_vi` keeps nothing that figures are drawn from.
+
+    Figures come every k times `every` steps, k such that there are at most four of a kind. Those of weights, scree
+    and D^{1/2}, and the scalar `A_col_norm_p95_<m>` of each component m, need what a fit keeps on its way with
+    `tensorboard=True` in its configuration; of another fit they show its end alone.
+
+    Args:
+        result: The estimate, also one that `LLCEstimate.load` read; or what `run_vi` returned.
+        folder: Where the event files go; made if need be.
+        every: Steps between records; `eval_every` of the configuration, or of its default for `run_vi`, when left out.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: If it is another thing.
+        MissingExtraError: If tensorboardX or matplotlib is not installed.
+    """
+    if not isinstance(result, (LLCEstimate, SamplerRunResult)):
+        raise DataError(f"write_events takes what estimate_llc or run_vi returned; got {type(result).__name__}.")
+    folder, config = Path(folder), result.config if isinstance(result, LLCEstimate) else VIConfig()
+    every = config.eval_every if every is None else every
+    last = result.traces["elbo"].shape[1] - 1
+    events = Events(folder)
+    events.write_traces(_sampled(result.traces), every=every)
+    if isinstance(result, LLCEstimate):
+        _write_estimate(events, result, every, last)
+    else:
+        events.write_scalars("mean", last, _final_run(result))
+    events.close()
+    return folder
+
+
+def _write_estimate(events: "Events", result: LLCEstimate, every: int, last: int) -> None:
+    """Write an estimate's figures along the fit, and its final values and figures."""
+    moments = _moments(result)
+    for step, moment in moments.items():
+        _write_row_lengths(events, step, moment)
+    for step in _image_steps(last + 1, every):
+        early = moments.get(step, dataclasses.replace(result, family_arrays={}))
+        upto = {name: trace[:, : step + 1] for name, trace in result.traces.items()}
+        events.write_images(step, _images(dataclasses.replace(early, traces=upto), (*SHAPES, "radius2_trace")))
+    events.write_scalars("mean", last, _final_mean(result))
+    for chain in range(len(result.evaluation["llc"])):
+        events.write_scalars(f"chain_{chain}", last, _final_of_chain(result, chain))
+    events.write_images(last, _images(result, IMAGES))
+
+
+def _moments(result: LLCEstimate) -> dict[int, LLCEstimate]:
+    """Return the result as it would stand with the family's arrays after each step that they are known for."""
+    arrays = dict(result.snapshots)
+    steps = arrays.pop("step", np.zeros(0, int)).tolist()
+    taken = {
+        step: dataclasses.replace(result, family_arrays={name: array[:, at] for name, array in arrays.items()})
+        for at, step in enumerate(steps)
+    }
+    return {**taken, result.traces["elbo"].shape[1] - 1: result}
+
+
+def _image_steps(length: int, every: int) -> range:
+    """Return steps before the last, evenly spaced, each the end of a record."""
+    stride = every * -(-length // (every * (MOST_IMAGES + 1)))
+    return range(stride - 1, length - 1, stride)
+
+
+def _images(result: LLCEstimate, tags: Iterable[str]) -> dict[str, bytes]:
+    return {tag: render(IMAGES[tag], result, IMAGE_DPI) for tag in tags if PANELS[IMAGES[tag]].applies(result)}
+
+
+def _write_row_lengths(events: "Events", step: int, result: LLCEstimate) -> None:
+    """Write the 95 % point of the norms of each component's factor rows."""
+    if "factor_norm2" not in result.family_arrays:
+        return
+    ordered = np.sqrt(-np.sort(-np.asarray(result.family_arrays["factor_norm2"], float), axis=2))
+    ranks = [min(rank, ordered.shape[2]) for rank in result.config.ranks]
+    lengths = {m: np.quantile(ordered[:, m, :rank], 0.95, axis=1) for m, rank in enumerate(ranks) if rank}
+    runs = {"mean": slice(None), **{f"chain_{chain}": slice(chain, chain + 1) for chain in range(len(ordered))}}
+    for run, chains in runs.items():
+        events.write_scalars(run, step, {f"A_col_norm_p95_{m}": found[chains].mean() for m, found in lengths.items()})
+
+
+class Events:
+    """Event files of one run: the mean over the chains in the folder, each chain in one of its own below."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self._proto = import_optional(
+            "tensorboardX.proto.summary_pb2", extra="tensorboard", distribution="tensorboardX", purpose="TensorBoard"
+        )
+        self._writer = import_optional(
+            "tensorboardX.writer", extra="tensorboard", distribution="tensorboardX", purpose="TensorBoard"
+        ).FileWriter
+        self._folder = Path(folder)
+        self._files: dict[str, Any] = {}
+
+    def write_traces(self, traces: Mapping[str, Any], *, every: int, first_step: int = 0) -> None:
+        """Write traces of shape (chains, steps), one record for every `every` steps."""
+        windows = reduce_traces(traces, every, first_step)
+        for index, step in enumerate(windows.steps):
+            per_chain = {name: values[:, index] for name, values in windows.values.items()}
+            mean = {name: float(values.mean()) for name, values in per_chain.items()}
+            self.write_scalars("mean", int(step), mean)
+            for chain in range(len(next(iter(per_chain.values())))):
+                values = {name: float(values[chain]) for name, values in per_chain.items()}
+                self.write_scalars(f"chain_{chain}", int(step), values)
+
+    def write_scalars(self, run: str, step: int, values: Mapping[str, float]) -> None:
+        """Write one event that holds all values of a step."""
+        summary = self._proto.Summary()
+        for name, value in values.items():
+            summary.value.add(tag=PREFIX + name, simple_value=float(value))
+        self._file(run).add_summary(summary, step)
+
+    def write_images(self, step: int, images: Mapping[str, bytes]) -> None:
+        """Write PNG images beside the means."""
+        summary = self._proto.Summary()
+        for name, png in images.items():
+            width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+            image = self._proto.Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+            summary.value.add(tag=PREFIX + name, image=image)
+        self._file("mean").add_summary(summary, step)
+
+    def flush(self) -> None:
+        """Make what is written visible to readers."""
+        for file in self._files.values():
+            file.flush()
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        for file in self._files.values():
+            file.close()
+
+    def _file(self, run: str) -> Any:
+        if run not in self._files:
+            self._files[run] = self._writer(str(self._folder if run == "mean" else self._folder / run))
+        return self._files[run]
+
+
+class LiveEvents:
+    """Write traces while a fit runs: pass it as `progress` to `estimate_llc`, and close it afterwards.
+
+    Example:
+        `with LiveEvents("runs/tb") as live: estimate_llc(loss_fn, params, data, progress=live)`
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, every: int = 50):
+        self._events, self._every = Events(folder), every
+
+    def __call__(self, progress: Progress) -> None:
+        """Write the steps since the last report."""
+        if progress.traces:
+            steps = next(iter(progress.traces.values())).shape[1]
+            self._events.write_traces(progress.traces, every=self._every, first_step=progress.step - steps)
+            self._events.flush()
+
+    def __enter__(self) -> "LiveEvents":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the files."""
+        self._events.close()
+
+
+def reduce_traces(traces: Mapping[str, Any], every: int, first_step: int = 0) -> Windows:
+    """Reduce traces to windows of `every` steps, the last perhaps shorter, and add quantiles of radius2 over each."""
+    arrays = {name: np.asarray(trace, float) for name, trace in traces.items()}
+    length = next(iter(arrays.values())).shape[1]
+    starts = np.arange(0, length, every)
+    ends = np.minimum(starts + every, length)
+    values = {
+        name: array[:, ends - 1] if name in STATES else np.add.reduceat(array, starts, axis=1) / (ends - starts)
+        for name, array in arrays.items()
+    }
+    if "radius2" in arrays:
+        for level in RADIUS_QUANTILES:
+            columns = [np.quantile(arrays["radius2"][:, a:b], level, axis=1) for a, b in _pairs(starts, ends)]
+            values[f"radius2_q{100 * level:02.0f}"] = np.stack(columns, axis=1)
+    return Windows(first_step + ends - 1, values)
+
+
+def _pairs(starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
+    return zip(starts.tolist(), ends.tolist(), strict=True)
+
+
+def _sampled(traces: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what VI does not sample, the NaN that the contract of a sampler asks for."""
+    return {name: trace for name, trace in traces.items() if name != "Ln"}
+
+
+def _final_run(result: SamplerRunResult) -> dict[str, float]:
+    """Values of finished chains, under the tags of an estimate."""
+    names = ("lambda_hat_mean", "lambda_hat_std", "Eq_Ln_mean", "Ln_wstar", "total_fge")
+    return {name: float(result.work[name]) for name in names} | {"llc_mean": float(result.work["lambda_hat_mean"])}
+
+
+def _final_mean(result: LLCEstimate) -> dict[str, float]:
+    """Values of the finished estimate: the headline as llc_mean and lambda_hat_mean, q's own beside it."""
+    mean = {name: float(np.mean(result.evaluation[name])) for name in ("llc", "llc_mc", "variance_reduction")}
+    return {
+        "llc": result.llc,
+        "lambda_hat": result.llc,
+        "llc_mean": result.llc,
+        "lambda_hat_mean": result.llc,
+        "llc_vi": result.llc_vi,
+        "L0": result.init_loss,
+        "Ln_wstar": result.init_loss,
+        "Eq_Ln_mc": result.init_loss + mean["llc_mc"] / result.nbeta,
+        "Eq_Ln_cv": result.init_loss + mean["llc"] / result.nbeta,
+        "Eq_Ln_final": result.init_loss + result.llc / result.nbeta,
+        "variance_reduction": mean["variance_reduction"],
+        "khat": result.importance.khat,
+    }
+
+
+def _final_of_chain(result: LLCEstimate, chain: int) -> dict[str, float]:
+    evaluation = {name: values[chain] for name, values in result.evaluation.items()}
+    return {
+        "llc_vi": evaluation["llc"],
+        "Eq_Ln_mc": result.init_loss + evaluation["llc_mc"] / result.nbeta,
+        "Eq_Ln_cv": result.init_loss + evaluation["llc"] / result.nbeta,
+        "variance_reduction": evaluation["variance_reduction"],
+    }

@@ -1,0 +1,211 @@
+"""Keep the progress of a fit in a folder, and go on from there to the bits of a fit that was never interrupted."""
+
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._errors import ConfigError
+from fastvi._typing import Keys, PyTree
+from fastvi.config import VIConfig
+from fastvi.fitting.protocols import AbstractKeeper
+from fastvi.fitting.run import Course
+from fastvi.results import files
+from fastvi.results.schema import fits
+from fastvi.target.data import Problem
+from fastvi.target.identity import differing, digest_tree, observe_loss
+from fastvi.target.objective import FlatObjective
+
+PROGRESS_FILE = "progress.npz"
+FORMAT, VERSION = "fastvi progress", 1
+SAVING_SHARE = 0.05  # of the time that may go into saving
+WAY_OUT = "Delete it, and the fit begins anew."
+META = {
+    "identity": dict[str, Any],
+    "num_leaves": int,
+    "lengths": list[int],
+    "phases": list[float],
+    "done": int,
+    "flat_looks": int,
+    "converged": bool | None,
+}
+
+
+class FolderKeeper(AbstractKeeper):
+    """Keeps a fit's progress in one file, replaced as a whole: a kill at any moment leaves the old or the new one.
+
+    Attributes:
+        folder: Where the file lies.
+        identity: What must be equal for a fit to go on, by name.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]):
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"resume_from must be a folder, or one that can be made; got {str(folder)!r}: {files.first_line(error)}"
+            ) from error
+        self.identity = identity
+        self._due = 0.0
+        self._has_warned = False
+
+    def restore(self, course: Course) -> None:
+        """Move a course to where the kept one was.
+
+        Raises:
+            ConfigError: If the kept fit is another one.
+            DataError: If the file is damaged.
+        """
+        path = self.folder / PROGRESS_FILE
+        if not os.path.lexists(path):
+            return
+        stored = files.read_arrays(path, WAY_OUT)
+        kept = _read_meta(path, stored.get("meta"))
+        self._compare(kept["identity"])
+        template = jax.tree_util.tree_leaves(_arrays(course))
+        leaves = [stored.get(f"leaf_{i}") for i in range(kept["num_leaves"])]
+        traces = {name.removeprefix("trace_"): array for name, array in stored.items() if name.startswith("trace_")}
+        _check_leaves(path, leaves, template)
+        _check_course(path, kept, traces)
+        structure = jax.tree_util.tree_structure(_arrays(course))
+        restored = structure.unflatten([jnp.asarray(leaf) for leaf in leaves])
+        course.family, course.state, course.start, course.calibration_rounds = restored
+        course.parts = [{name: trace[:, at] for name, trace in traces.items()} for at in _slices(kept["lengths"])]
+        course.phases = (*kept["phases"][:2], int(kept["phases"][2]))
+        course.done, course.flat_looks, course.converged = kept["done"], kept["flat_looks"], kept["converged"]
+
+    def save(self, course: Course) -> None:
+        """Keep the course, but one before the last only if the latest was kept long enough ago for what it cost.
+
+        A folder that cannot be written is told once, and the fit goes on without a new checkpoint.
+        """
+        began = time.monotonic()
+        if began < self._due and course.done < course.phases[2]:
+            return
+        try:
+            self._write(course)
+        except OSError as error:
+            self._warn(error)
+        ended = time.monotonic()
+        self._due = ended + (ended - began) / SAVING_SHARE
+
+    def _write(self, course: Course) -> None:
+        leaves = jax.device_get(jax.tree_util.tree_leaves(_arrays(course)))
+        meta = {
+            "format": FORMAT,
+            "version": VERSION,
+            "identity": self.identity,
+            "num_leaves": len(leaves),
+            "lengths": [part["elbo"].shape[1] for part in course.parts],
+            "phases": course.phases,
+            "done": course.done,
+            "flat_looks": course.flat_looks,
+            "converged": course.converged,
+        }
+        names = course.parts[0]
+        traces = {f"trace_{name}": np.concatenate([part[name] for part in course.parts], axis=1) for name in names}
+        with files.staged(self.folder) as staging:
+            np.savez(
+                staging / PROGRESS_FILE,
+                meta=np.array(json.dumps(meta)),
+                **traces,
+                **{f"leaf_{i}": leaf for i, leaf in enumerate(leaves)},
+            )
+            files.publish(staging, self.folder, (PROGRESS_FILE,))
+
+    def _warn(self, error: OSError) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"the progress of the fit could not be kept in {self.folder} ({files.first_line(error)}): the fit goes "
+                "on, but one that is interrupted now begins at the checkpoint before. Free space, or name another "
+                "folder next time.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _compare(self, kept: dict[str, Any]) -> None:
+        now = json.loads(json.dumps(self.identity))
+        names = differing(now, kept)
+        if names:
+            listed = "; ".join(f"{name} was {kept.get(name)!r}, now {self.identity[name]!r}" for name in names)
+            raise ConfigError(
+                f"{self.folder} holds the progress of another fit: {listed}. Pass what it was begun with, or an empty "
+                "folder."
+            )
+
+
+def identify(objective: FlatObjective, problem: Problem, config: VIConfig, keys: Keys, early_stop: bool) -> dict:
+    """Name all that the bits of a fit depend on: configuration, key, w*, data, loss, versions."""
+    from fastvi import __version__  # this module is part of what the package imports first
+
+    posterior = problem.posterior
+    first = jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data)
+    return {
+        **config.to_dict(),
+        "early_stop": early_stop,
+        "key": digest_tree(jax.random.key_data(keys)),
+        "params": digest_tree(posterior.center),
+        "data": digest_tree(problem.data),
+        "n_data": problem.num_data,
+        "nbeta": float(posterior.nbeta),
+        "localization": float(posterior.gamma),
+        **observe_loss(objective, posterior.center, first),
+        "jax": jax.__version__,
+        "fastvi": __version__,
+    }
+
+
+def _read_meta(path: Path, stored: Any) -> dict[str, Any]:
+    """Read and check what a progress file says of itself."""
+    try:
+        meta = json.loads(str(stored))
+    except (ValueError, RecursionError):
+        meta = None
+    if not isinstance(meta, dict):
+        raise files.damaged(path, "is not the progress of a fit", WAY_OUT)
+    files.check_format(path, meta, FORMAT, VERSION, WAY_OUT)
+    wrong = [name for name, hint in META.items() if not fits(meta.get(name, ()), hint)]
+    if wrong:
+        raise files.damaged(path, f"has an impossible {wrong[0]!r}", WAY_OUT)
+    return meta
+
+
+def _check_leaves(path: Path, leaves: list[Any], template: list[Any]) -> None:
+    kinds = [None if leaf is None else (leaf.shape, leaf.dtype) for leaf in leaves]
+    if kinds != [(leaf.shape, leaf.dtype) for leaf in template]:
+        raise files.damaged(path, "lacks arrays of the fit, or has them in other shapes", WAY_OUT)
+
+
+def _check_course(path: Path, kept: dict[str, Any], traces: dict[str, np.ndarray]) -> None:
+    """Check that steps, phases and traces are of one course."""
+    done, phases, lengths = kept["done"], kept["phases"], kept["lengths"]
+    possible = (
+        len(phases) == 3
+        and bool(np.all(np.isfinite(phases)))
+        and 0 < done <= phases[2]
+        and min(lengths, default=0) > 0
+        and sum(lengths) == done
+        and kept["flat_looks"] >= 0
+        and "elbo" in traces
+        and all(trace.ndim == 2 and trace.shape[1] == done and trace.dtype.kind == "f" for trace in traces.values())
+    )
+    if not possible:
+        raise files.damaged(path, "has steps, phases and traces that are not of one fit", WAY_OUT)
+
+
+def _arrays(course: Course) -> PyTree:
+    return course.family, course.state, course.start, course.calibration_rounds
+
+
+def _slices(lengths: list[int]) -> list[slice]:
+    ends = np.cumsum(lengths)
+    return [slice(int(end - length), int(end)) for end, length in zip(ends, lengths, strict=True)]

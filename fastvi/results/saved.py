@@ -1,0 +1,159 @@
+"""The files of a saved estimate: their format, and the checks at reading."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvi._errors import ConfigError
+from fastvi.config import VIConfig
+from fastvi.results import files
+from fastvi.results.findings import SEVERITIES, Finding
+from fastvi.results.schema import COUNT, NONNEGATIVE, POSITIVE, Rule, fits, wrong_field
+
+RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
+FORMAT, VERSION = "fastvi estimate", 1
+HEADER = ("format", "version", "arrays_digest")
+# fields of arrays by name, and the prefix of their names in the file
+ARRAY_GROUPS = {"traces": "trace_", "draws": "draw_", "family_arrays": "family_", "snapshots": "snapshot_"}
+SINGLE_ARRAYS = ("log_weights", "walk_llc")
+NON_FINITE = ("nan", "inf", "-inf")
+WAY_OUT = "Restore both files of the estimate from a copy, or run it again."
+
+NEEDED = {  # by what summaries, pages and events read
+    "curvature": ("rank", "explained", "spectrum"),
+    "evaluation": ("elbo", "llc", "llc_mc", "variance_reduction"),
+    "work": ("total_fge", "fge_curvature", "fge_fit", "fge_evaluation", "n_cholesky_ridge"),
+    "timings": ("compile", "adaptation", "sampling", "evaluation", "total"),
+}
+NEEDED_OF_A_CORRECTION = {"correction": ("method", "khat"), "work": ("fge_correction",), "timings": ("correction",)}
+RULES = {
+    "nbeta": POSITIVE,
+    "localization": NONNEGATIVE,
+    "n_data": COUNT,
+    "dim": COUNT,
+    "llc_per_chain": Rule("a list of numbers, one or more", lambda value: len(value) > 0),
+    "timings": Rule("seconds by name", lambda value: all(map(NONNEGATIVE.holds, value.values()))),
+    "work": Rule("numbers by name", lambda value: all(fits(item, float | str) for item in value.values())),
+    "curvature": Rule("what is known of the spectrum", lambda value: fits(value.get("spectrum"), list[float])),
+    "health": Rule("findings", lambda value: all(item["severity"] in SEVERITIES for item in value)),
+    "correction": Rule(
+        "an importance or mcmc correction", lambda value: value is None or value.get("method") in ("importance", "mcmc")
+    ),
+}
+
+
+def write_estimate(result: Any, folder: Path) -> None:
+    """Write both files, tied by a digest; the estimate is complete when result.json is there."""
+    values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    del values["fitted"]
+    arrays: dict[str, Any] = {name: np.asarray(values.pop(name)) for name in SINGLE_ARRAYS}
+    for group, prefix in ARRAY_GROUPS.items():
+        arrays |= {prefix + name: np.asarray(array) for name, array in values.pop(group).items()}
+    values["health"] = [dataclasses.asdict(finding) for finding in result.health]
+    values["config"] = result.config.to_dict()
+    header = dict(zip(HEADER, (FORMAT, VERSION, files.digest_arrays(arrays)), strict=True))
+    with files.staged(folder) as staging:
+        np.savez_compressed(staging / TRACES_FILE, **arrays)
+        (staging / RESULT_FILE).write_bytes(files.json_bytes(header | _plain(values)))
+        files.publish(staging, folder, (TRACES_FILE, RESULT_FILE))
+
+
+def read_estimate(cls: Any, folder: Path) -> dict[str, Any]:
+    """Read and check what `write_estimate` wrote, as arguments of the class.
+
+    Raises:
+        DataError: If a file is missing, damaged, of another program, version or estimate.
+    """
+    place = folder / RESULT_FILE
+    values = files.read_object(place, f"Pass the folder given to save(). {WAY_OUT}")
+    files.check_format(place, values, FORMAT, VERSION, "Run the estimate again with this fastvi.")
+    digest = values.get("arrays_digest")
+    values = _restored({name: value for name, value in values.items() if name not in HEADER}, place)
+    arrays = files.read_arrays(folder / TRACES_FILE, WAY_OUT)
+    if files.digest_arrays(arrays) != digest:
+        raise files.damaged(folder / TRACES_FILE, f"does not belong to {RESULT_FILE} beside it", WAY_OUT)
+    values |= {name: arrays[name] for name in SINGLE_ARRAYS if name in arrays}
+    for group, prefix in ARRAY_GROUPS.items():
+        values[group] = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    _check_values(cls, place, values)
+    _check_arrays(folder / TRACES_FILE, arrays, values)
+    values["health"] = tuple(Finding(**finding) for finding in values["health"])
+    for name in ("llc_per_chain", "llc_sem_per_chain"):
+        values[name] = np.asarray(values[name], dtype=float)
+    return values
+
+
+def _check_values(cls: Any, place: Path, values: dict[str, Any]) -> None:
+    """Check what lies in result.json, and make the configuration."""
+    elsewhere = ("config", "fitted", *SINGLE_ARRAYS, *ARRAY_GROUPS)
+    wrong = wrong_field(cls, values, RULES, elsewhere)
+    needed = NEEDED if values.get("correction") is None else _merged(NEEDED, NEEDED_OF_A_CORRECTION)
+    if wrong is None:
+        lacking = [f"{name}.{entry}" for name, given in needed.items() for entry in given if entry not in values[name]]
+        wrong = f"lacks {lacking[0]!r}" if lacking else None
+    config = values.get("config")
+    if wrong is None and not isinstance(config, dict):
+        wrong = "lacks 'config', the settings of the fit"
+    if wrong is None and isinstance(config, dict):
+        lacking = [field.name for field in dataclasses.fields(VIConfig) if field.name not in config]
+        wrong = f"lacks 'config.{lacking[0]}'" if lacking else None
+    if wrong is not None:
+        raise files.damaged(place, wrong, WAY_OUT)
+    try:
+        values["config"] = VIConfig.create(config)
+    except ConfigError as error:
+        raise files.damaged(place, f"has an impossible config: {error}", WAY_OUT) from error
+
+
+def _check_arrays(place: Path, arrays: Mapping[str, np.ndarray], values: dict[str, Any]) -> None:
+    """Check names and shapes of the arrays against each other and against result.json."""
+    prefixes = tuple(ARRAY_GROUPS.values())
+    lacking = [name for name in (*SINGLE_ARRAYS, "trace_elbo") if name not in arrays]
+    unknown = [name for name in arrays if name not in SINGLE_ARRAYS and not name.startswith(prefixes)]
+    textual = [name for name, array in arrays.items() if array.dtype.kind not in "fiub"]
+    if lacking or unknown or textual:
+        wrong = f"lacks the array {lacking[0]!r}" if lacking else f"holds {[*unknown, *textual][0]!r}, no array of it"
+        raise files.damaged(place, wrong, WAY_OUT)
+    chains = len(values["evaluation"]["llc"])
+    shapes = {
+        **{f"trace_{name}": (chains, arrays["trace_elbo"].shape[-1]) for name in values["traces"]},
+        "log_weights": (chains, arrays["log_weights"].shape[-1] if arrays["log_weights"].ndim else 0),
+        **{f"draw_{name}": arrays["log_weights"].shape for name in values["draws"]},
+    }
+    wrong = [name for name, shape in shapes.items() if arrays[name].shape != shape or 0 in shape]
+    wrong += [] if arrays["walk_llc"].ndim == 2 else ["walk_llc"]
+    wrong += [f"family_{k}" for k, array in values["family_arrays"].items() if array.shape[:1] != (chains,)]
+    if wrong:
+        raise files.damaged(place, f"has {wrong[0]!r} of the impossible shape {arrays[wrong[0]].shape}", WAY_OUT)
+
+
+def _merged(first: Mapping[str, tuple], second: Mapping[str, tuple]) -> dict[str, tuple]:
+    return {name: (*first.get(name, ()), *second.get(name, ())) for name in {**first, **second}}
+
+
+def _plain(value: Any) -> Any:
+    """Turn arrays and numpy scalars into lists and numbers; JSON has no NaN, so those become strings."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"non_finite": repr(value)}
+    return value
+
+
+def _restored(value: Any, place: Path) -> Any:
+    """Undo `_plain` where JSON lacks a value."""
+    if isinstance(value, dict):
+        if set(value) != {"non_finite"}:
+            return {name: _restored(item, place) for name, item in value.items()}
+        if value["non_finite"] not in NON_FINITE:
+            raise files.damaged(place, f"has {value['non_finite']!r} where nan, inf or -inf is wanted", WAY_OUT)
+        return float(value["non_finite"])
+    return [_restored(item, place) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""The sampler: Langevin walkers that begin at draws of q."""

@@ -1,0 +1,204 @@
+"""What a loss computes, found by tracing it: programs are shared by this, and not by which function it is."""
+
+import dataclasses
+import functools
+import hashlib
+import types
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from fastvi.target.data import Problem
+from fastvi.target.objective import CallableObjective, FlatObjective, TreeObjective, call_full_loss, value_and_grad
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype)
+FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+WITH_RULES = ("custom_jvp_call", "custom_vjp_call")  # operations with derivative rules, which a gradient has applied
+
+
+class Fingerprint(NamedTuple):
+    """Equal where the same is computed.
+
+    Attributes:
+        digest: Of operations, shapes, and the contents of all arrays that are closed over.
+        objects: What else is compared, and kept alive for that: callbacks and the like.
+        is_traced: Whether values of an enclosing trace of jax are closed over; then nothing else is equal to it.
+    """
+
+    digest: str
+    objects: tuple[Hashable, ...]
+    is_traced: bool
+
+
+class Identity:
+    """Compare by identity, for values that cannot be compared by content."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Identity) and self.value is other.value
+
+
+def fingerprint_loss(
+    objective: FlatObjective, problem: Problem, loss_full_flat: Callable[..., Any] | None = None
+) -> Fingerprint:
+    """Trace loss and gradient on a minibatch, and the loss of all data where there is one.
+
+    State that the functions read counts as it is now: attributes, globals, arrays changed in place. What jax itself
+    keeps traced, such as a function under `jax.jit`, is seen as jax sees it.
+
+    Cost:
+        A trace of the gradient; each array that is closed over is read once.
+    """
+    ours = isinstance(objective, (TreeObjective, CallableObjective))  # one method says all of these
+
+    def everything(w, batch, data):
+        others = () if ours else (objective.loss(w, batch), objective.grad(w, batch))
+        full = None if loss_full_flat is None else call_full_loss(loss_full_flat, w, data)
+        return value_and_grad(objective, w, batch), others, full
+
+    batch = jax.eval_shape(problem.next_batch, jax.random.key(0))
+    data = jax.eval_shape(lambda: problem.data)
+    center = problem.posterior.center
+    reader = _Reader()
+    reader.value(jax.make_jaxpr(everything)(jax.ShapeDtypeStruct(center.shape, center.dtype), batch, data))
+    return Fingerprint(reader.digest.hexdigest(), tuple(reader.objects), reader.is_traced)
+
+
+def shapes_of(problem: Problem) -> Hashable:
+    """Return structure, shapes and dtypes of a problem, on which programs depend beside the loss."""
+    leaves, treedef = jax.tree_util.tree_flatten(problem)
+    return treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+
+
+class _Reader:
+    """Collects what makes up a fingerprint."""
+
+    def __init__(self):
+        self.digest = hashlib.blake2b(digest_size=20)
+        self.objects: list[Hashable] = []
+        self.is_traced = False
+        self._functions: set[int] = set()
+
+    def text(self, *parts: Any) -> None:
+        """Add something that its repr says all of."""
+        self.digest.update(repr(parts).encode())
+
+    def value(self, value: Any) -> None:
+        """Add the parameter of an operation, or an object that a function closes over."""
+        if isinstance(value, PLAIN):
+            self.text(type(value).__name__, value)
+        elif isinstance(value, ClosedJaxpr):
+            self.operations(value.jaxpr, value.consts)
+        elif isinstance(value, Jaxpr):
+            self.operations(value, ())
+        elif isinstance(value, (tuple, list)):
+            self.text(type(value).__name__, len(value))
+            for one in value:
+                self.value(one)
+        elif isinstance(value, jax.core.Tracer):
+            self.is_traced = True
+        elif _is_array(value):
+            self.text(_content(value))
+        elif isinstance(value, FUNCTIONS):
+            self.function(value)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            self.text(type(value).__qualname__)
+            for field in dataclasses.fields(value):
+                self.value(getattr(value, field.name))
+        else:
+            self.object(value)
+
+    def object(self, value: Any) -> None:
+        """Add something to compare as it is."""
+        self.objects.append(value if _has_equality(value) else Identity(value))
+
+    def operations(self, jaxpr: Any, consts: Any) -> None:
+        """Add a program: its operations with the variables numbered, and the arrays it closes over."""
+        numbers: dict[Any, int] = {}
+
+        def variables(atoms) -> list:
+            return [
+                _content(atom.val) if isinstance(atom, Literal) else (numbers.setdefault(atom, len(numbers)), atom.aval)
+                for atom in atoms
+            ]
+
+        self.text(variables(jaxpr.constvars), variables(jaxpr.invars))
+        for const in consts:
+            self.value(const)
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            self.text(name, variables(equation.invars), variables(equation.outvars))
+            for key, parameter in sorted(equation.params.items()):
+                if not name.startswith(WITH_RULES) or isinstance(parameter, ClosedJaxpr):
+                    self.text(key)
+                    self.value(parameter)
+        self.text(variables(jaxpr.outvars))
+
+    def function(self, function: Any) -> None:
+        """Add a function that runs on the host: its code and what it closes over."""
+        if id(function) in self._functions:
+            return
+        self._functions.add(id(function))
+        if isinstance(function, functools.partial):
+            self.value((function.func, function.args, tuple(sorted(function.keywords.items()))))
+        elif isinstance(function, types.MethodType):
+            self.objects.append(Identity(function.__self__))
+            self.value(function.__func__)
+        else:
+            self.objects += [function.__code__, Identity(function.__globals__)]
+            held = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+            for one in (*held, *(cell.cell_contents for cell in function.__closure__ or ())):
+                # by identity what may change before the function runs: arrays, lists
+                self.value(one) if isinstance(one, PLAIN + FUNCTIONS) else self.object(one)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray, np.generic))
+
+
+def _has_equality(value: Any) -> bool:
+    if type(value).__eq__ is object.__eq__:
+        return False
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+_CONTENTS: dict[int, tuple[weakref.ref, str]] = {}  # digests of jax's arrays, which do not change, by id
+
+
+def _content(array: Any) -> str:
+    """Digest an array; that of jax once only."""
+    if not isinstance(array, jax.Array):
+        return _digest(np.asarray(array))
+    known, digest = _CONTENTS.get(id(array), (lambda: None, ""))
+    if known() is array:
+        return digest
+    number = id(array)
+    digest = _digest_on_device(array)
+    _CONTENTS[number] = weakref.ref(array, lambda _: _CONTENTS.pop(number, None)), digest
+    return digest
+
+
+def _digest_on_device(array: jax.Array) -> str:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return f"{array.dtype}{_digest(jax.device_get(jax.random.key_data(array)))}"
+    return _digest(jax.device_get(array))
+
+
+def _digest(array: np.ndarray) -> str:
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
+    return f"{array.dtype}{array.shape}{hashlib.blake2b(data, digest_size=20).hexdigest()}"

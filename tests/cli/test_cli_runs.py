@@ -1,0 +1,197 @@
+"""The commands on somebody's model: llc, report, compare, sweep."""
+
+import csv
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from fastvi import LLCEstimate, NonFiniteError
+from fastvi.cli import sweep as sweep_module
+from fastvi.cli.table import format_table
+from fastvi.demos.quadratic import exact_values
+from fastvi.results.runs import read_origin
+from tests.support.command_line import run
+
+MODEL = """
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi.demos.quadratic import make_regression, squared_error
+
+
+def target():
+    center, data = make_regression(0, np.geomspace(1.0, 0.1, 4), 50)
+    return squared_error, center, data
+
+
+def fails():
+    raise RuntimeError("no such file: weights.npz")
+
+
+def wrong():
+    return 3
+
+
+CONSTANT = 4
+"""
+FAST = ["--set", "M=1", "r=0", "steps=60", "--set", "correction=none", "early_stop=false", "eval_samples=256"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "cli_model.py").write_text(MODEL)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_the_folder(model, monkeypatch):
+    monkeypatch.chdir(model)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.fixture(scope="module")
+def finished(model):
+    """One run of `fastvi llc`, in the folder of the model."""
+    context = pytest.MonkeyPatch()
+    context.chdir(model)
+    context.setattr(sys, "path", [*sys.path])
+    found = run(["llc", "cli_model:target", "--localization", "2", "--num-chains", "2", *FAST])
+    context.undo()
+    return found
+
+
+def test_llc_meets_the_exact_value(finished, model):
+    status, text, errors = finished
+    assert status == 0, errors
+    result = LLCEstimate.load(model / "runs" / "cli_model-target")
+    exact = exact_values(np.geomspace(1, 0.1, 4), result.nbeta, 2.0).llc
+    assert result.llc == pytest.approx(exact, rel=0.02)
+    assert result.summary() in text
+    assert (result.config.M, result.config.r, result.config.steps) == (1, 0, 60)
+    assert "report.html" in text
+
+
+def test_a_run_folder_is_redone(finished, model):
+    del finished
+    folder = model / "runs" / "cli_model-target"
+    status, text, _ = run(["llc", str(folder), "--trust", "--quiet"])
+    again = LLCEstimate.load(model / "runs" / "cli_model-target-redo")
+    first = LLCEstimate.load(folder)
+    assert status == 0
+    assert re.fullmatch(r"llc \S+ ± \S+  \S+-redo\n", text)
+    assert again.llc == first.llc  # the same programs in the same process: the same bits
+    assert read_origin(folder) == read_origin(model / "runs" / "cli_model-target-redo")
+    assert not list((model / "runs").glob(".*"))
+
+
+def test_report_and_compare(finished, model):
+    del finished
+    folder = model / "runs" / "cli_model-target"
+    status, text, _ = run(["report", str(folder), "--out", str(model / "page.html")])
+    assert status == 0
+    assert text.startswith("llc ")
+    assert (model / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    status, text, _ = run(["compare", str(folder), str(folder), "--out", str(model / "compare.png")])
+    lines = text.splitlines()
+    assert status == 0
+    assert lines[0].split()[:2] == ["run", "llc"]
+    assert lines[1] == lines[2]
+    assert (model / "compare.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["llc", "absent_module:target"], "No module named 'absent_module'"),
+        (["llc", "cli_model"], "TARGET must be module:function"),
+        (["llc", "cli_model:nothing"], "cli_model has no function 'nothing'"),
+        (["llc", "cli_model:CONSTANT"], "cli_model has no function 'CONSTANT'"),
+        (["llc", "cli_model:fails"], "RuntimeError: no such file: weights.npz"),
+        (["llc", "cli_model:wrong"], "must return (loss_fn, params, data); got int"),
+        (["llc", "cli_model:target", "--set", "M"], "--set takes NAME=VALUE"),
+        (["llc", "cli_model:target", "--set", "stepz=3"], "did you mean 'steps'?"),
+        (["llc", "."], "run.json is missing"),
+        (["report", "."], "result.json is missing"),
+        (["compare"], "one run folder or more"),
+        (["sweep", "--config", "absent.yaml"], "must be the YAML file of a sweep"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_2(args, message):
+    status, _, errors = run(args)
+    assert status == 2
+    assert errors.startswith("fastvi: error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({}, "must name a target and a grid"),
+        ({"target": "cli_model:target", "grid": {"gama": [1]}}, "did you mean 'gamma'?"),
+        ({"target": "cli_model:target", "grid": {"M": [1]}, "gird": 1}, "unknown entry 'gird'"),
+        ({"target": "cli_model:target", "grid": {"M": [0]}}, "M must be an integer >= 1"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_it_runs(entries, message, tmp_path):
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(entries))
+    status, _, errors = run(["sweep", "--config", str(tmp_path / "sweep.yaml")])
+    assert status == 2
+    assert message in errors
+
+
+def test_an_interrupted_sweep_goes_on(model, monkeypatch, tmp_path):
+    base = {"r": 0, "M": 1, "steps": 60, "correction": "none", "early_stop": False, "eval_samples": 256}
+    grid = {"gamma": [0.5, 2.0], "nbeta": [5.0, 10.0]}
+    sweep = {"target": "cli_model:target", "out": str(tmp_path / "out"), "num_chains": 2, "base": base, "grid": grid}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    estimate, calls = sweep_module.estimate_origin, []
+
+    def interrupted(problem, origin, config, *, progress):
+        calls.append((origin.localization, origin.nbeta))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return estimate(problem, origin, config, progress=progress)
+
+    monkeypatch.setattr(sweep_module, "estimate_origin", interrupted)
+    args = ["sweep", "--config", str(tmp_path / "sweep.yaml"), "--quiet"]
+    assert run(args)[0] == 130
+    assert not (tmp_path / "out" / "table.csv").exists()
+    status, text, errors = run(args)
+    assert status == 0, errors
+    assert calls == [(0.5, 5), (0.5, 10), (2, 5), (2, 5), (2, 10)]
+    with (tmp_path / "out" / "table.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["gamma"], row["nbeta"]) for row in rows] == [("0.5", "5"), ("0.5", "10"), ("2", "5"), ("2", "10")]
+    for row in rows:
+        exact = exact_values(np.geomspace(1, 0.1, 4), float(row["nbeta"]), float(row["gamma"])).llc
+        assert float(row["llc"].split()[0]) == pytest.approx(exact, rel=0.05)
+    assert len(text.splitlines()) == 5
+    assert (tmp_path / "out" / "sweep.png").read_bytes()[1:4] == b"PNG"
+    origin = json.loads((tmp_path / "out" / "gamma=0.5,nbeta=5" / "run.json").read_text(encoding="utf-8"))
+    assert origin["localization"] == 0.5
+
+
+def test_a_failed_run_of_a_sweep_is_told(model, monkeypatch, tmp_path):
+    def broken(*args, **options):
+        raise NonFiniteError("NaN appeared. Check the loss.")
+
+    monkeypatch.setattr(sweep_module, "estimate_origin", broken)
+    sweep = {"target": "cli_model:target", "out": str(tmp_path / "out"), "grid": {"seed": [0]}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    status, text, _ = run(["sweep", "--config", str(tmp_path / "sweep.yaml")])
+    assert status == 1
+    assert "failed, NaN appeared" in text
+
+
+def test_tables_fit_a_terminal():
+    rows = [{"run": "a" * 30, "llc": "1.0", "findings": "word " * 30}, {"run": "b", "llc": "10.0", "findings": "-"}]
+    lines = format_table(rows)
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[1].endswith("…")
+    assert lines[2] == f"{'b':<30}  10.0  -"

@@ -1,0 +1,67 @@
+"""Two host devices fit what one fits; in a process of their own, since the count is fixed at the start."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+PROGRAM = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+from fastvi import estimate_llc, make_flat_objective
+from fastvi.fitting import run as driver
+from fastvi.fitting import sharding
+from fastvi.target.objective import full_data_loss
+
+rng = np.random.default_rng(0)
+inputs = rng.normal(size=(501, 5))
+outputs = inputs @ np.arange(5.0) + rng.normal(size=501)
+data = (jnp.asarray(inputs), jnp.asarray(outputs))
+loss = lambda w, batch: 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+center = jnp.asarray(np.linalg.lstsq(inputs, outputs)[0])
+states = []
+original = driver._run_chunks
+def spy(programs, problem, config, course, *rest):
+    original(programs, problem, config, course, *rest)
+    states.append(course.state)
+driver._run_chunks = spy
+options = dict(key=0, num_chains=4, M=1, r=0, curvature_rank=0, dtype="float64")
+result = estimate_llc(loss, center, data, steps=60, progress=False, throw=False, correction="none", **options)
+at = center + 0.1
+both = jax.jit(lambda w: sharding.data_parallel_value_and_grad(make_flat_objective(loss), w, data))(at)
+print(json.dumps({
+    "devices": jax.device_count(),
+    "spread": len(states[0].baseline.sharding.device_set),
+    "llc": result.llc_per_chain.tolist(),
+    "sem": result.llc_sem_per_chain.tolist(),
+    "first elbo": np.asarray(result.traces["elbo"])[:, 0].tolist(),
+    "parallel": float(both[0]),
+    "gradient": np.asarray(both[1]).tolist(),
+    "exact gradient": np.mean((inputs @ at - outputs)[:, None] * inputs, axis=0).tolist(),
+    "serial": float(full_data_loss(make_flat_objective(loss), at, data)),
+    "exact": float(np.mean((np.float64(inputs) @ np.float64(at) - np.float64(outputs)) ** 2) / 2),
+}))
+"""
+
+
+def run(devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_chains_on_two_devices_are_those_of_one():
+    one, two = run(1), run(2)
+    assert (one["devices"], one["spread"]) == (1, 1)
+    assert (two["devices"], two["spread"]) == (2, 2)
+    # before a chain moves, its step is algebra; then two programs agree within their errors, and no closer
+    np.testing.assert_allclose(two["first elbo"], one["first elbo"], rtol=1e-12)
+    assert np.all(np.abs(np.subtract(two["llc"], one["llc"])) < 4 * np.hypot(one["sem"], two["sem"]))
+    for loss in (one["parallel"], two["parallel"], one["serial"]):
+        np.testing.assert_allclose(loss, one["exact"], rtol=1e-12)
+    for found in (one, two):
+        np.testing.assert_allclose(found["gradient"], found["exact gradient"], rtol=1e-12)

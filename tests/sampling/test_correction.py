@@ -1,0 +1,354 @@
+"""The correction from q to the posterior: the sampler, its coordinates, its error, and the whole path."""
+
+import dataclasses
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+
+import fastvi
+from fastvi.api.arguments import settle
+from fastvi.evaluation.importance import fit_pareto, pareto_smooth
+from fastvi.families.base import LinearMap
+from fastvi.sampling.averages import analyse, burn_in, drift, split_rhat, standard_error
+from fastvi.sampling.run import unmet_by
+from fastvi.sampling.walkers import parameter_blocks, resample, virial_columns, walk_programs
+from tests.support.mixtures import MEANS, dense, make
+
+COUNT = 1000
+NBETA = COUNT / math.log(COUNT)
+
+
+def no_data():
+    return jnp.zeros((COUNT, 1))
+
+
+# Coordinates.
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("means", MEANS)
+def test_linear_map_is_a_root_of_the_covariance(means):
+    family, params = make(means, dim=6, ranks=(2, 0, 1), num_core=3)
+    linear_map = family.linear_map(params)
+    weights, centers, covariances = map(np.asarray, dense(family, params))
+    root = np.asarray(jax.vmap(linear_map.displacement)(jnp.eye(6)) - linear_map.displacement(jnp.zeros(6)))
+    np.testing.assert_allclose(linear_map.center, weights @ centers, atol=1e-12)
+    np.testing.assert_allclose(root.T @ root, np.einsum("m,mij->ij", weights, covariances), rtol=1e-9)
+    point = jnp.asarray(np.random.default_rng(0).normal(size=6))
+    np.testing.assert_allclose(linear_map.round(linear_map.displacement(point)), point, rtol=1e-9)
+    gradient = jax.grad(lambda x: point @ linear_map.displacement(x))(jnp.zeros(6))
+    np.testing.assert_allclose(linear_map.pull_back(point), gradient, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_virial_columns_have_mean_zero_under_the_posterior():
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(5, 5))
+    precision = root @ root.T + np.eye(5)
+    draws = rng.multivariate_normal(rng.normal(size=5), np.linalg.inv(precision), size=40_000)
+    mean = draws.mean(0)
+    basis = np.linalg.qr(rng.normal(size=(5, 2)))[0].T
+    linear_map = LinearMap(jnp.asarray(mean), jnp.asarray(rng.uniform(0.5, 2, 5)), jnp.asarray(basis), jnp.eye(2) * 0.3)
+
+    def columns(v):
+        gradient = precision @ (v - mean)
+        return virial_columns((2, 3))(linear_map, v, gradient, linear_map.round(v), linear_map.pull_back(gradient))
+
+    values = np.asarray(jax.vmap(columns)(jnp.asarray(draws)))
+    assert values.shape[1] == 4
+    assert np.all(np.abs(values.mean(0)) < 4 * values.std(0) / 200)
+    assert np.all(values.std(0) > 0.1)
+
+
+def test_parameter_blocks_merge_neighbours():
+    assert parameter_blocks((5, 3)) == (5, 3)
+    merged = parameter_blocks(tuple(range(1, 31)))
+    assert len(merged) == 12
+    assert sum(merged) == sum(range(1, 31))
+
+
+def test_resampling_follows_the_weights_that_it_can_afford():
+    log_weight = jnp.log(jnp.asarray([1.0, 2.0, 3.0, 4.0] * 1000))
+    chosen = np.asarray(resample(jax.random.key(0), log_weight, 20_000)) % 4
+    np.testing.assert_allclose(np.bincount(chosen) / 20_000, [0.1, 0.2, 0.3, 0.4], atol=0.015)
+    lonely = jnp.zeros(8).at[0].set(1e6).at[1].set(jnp.nan)
+    assert len(set(np.asarray(resample(jax.random.key(1), lonely, 1000)).tolist())) >= 4
+
+
+# Averages.
+
+
+def autoregressive(seed, walkers=8, length=400, memory=0.8, offset=0.0):
+    rng = np.random.default_rng(seed)
+    values = np.empty((walkers, length))
+    state = rng.normal(size=walkers)
+    for t in range(length):
+        state = memory * state + np.sqrt(1 - memory**2) * rng.normal(size=walkers)
+        values[:, t] = state + offset * np.exp(-t / 10)
+    return values
+
+
+def test_standard_error_knows_the_autocorrelation():
+    means, errors = zip(*((v.mean(), standard_error(v)) for v in map(autoregressive, range(200))), strict=True)
+    assert 0.8 < np.mean(errors) / np.std(means) < 1.5
+    assert 0.6 < np.mean(np.abs(means) < errors) < 0.9
+
+
+def test_analysis_uses_the_columns_without_bias():
+    llc, errors, reductions = [], [], []
+    for seed in range(200):
+        rng = np.random.default_rng(1000 + seed)
+        virial = rng.normal(size=(8, 60, 3))
+        values = 5 + virial @ [1.0, -2.0, 0.5] + 0.3 * rng.normal(size=(8, 60))
+        found = analyse(values, virial)
+        llc.append(found.llc)
+        errors.append(found.llc_sem)
+        reductions.append(found.variance_reduction)
+    assert abs(np.mean(llc) - 5) < 3 * np.std(llc) / np.sqrt(200)
+    assert np.median(reductions) > 30
+    assert 0.8 < np.mean(errors) / np.std(llc) < 1.6
+
+
+def test_burn_in_drift_and_rhat_see_a_transient():
+    settled, moving = autoregressive(0, memory=0.3), autoregressive(0, memory=0.3, offset=20.0)
+    assert 20 < burn_in(moving) < 120
+    assert abs(drift(settled)) < 3 < abs(drift(moving))
+    assert split_rhat(settled) < 1.02
+    apart = settled + 3 * np.arange(8)[:, None]
+    assert split_rhat(apart) > 2
+
+
+@pytest.mark.parametrize("shape", [-0.3, 0.2, 0.6, 1.0])
+def test_khat_of_known_tails(shape):
+    """Weights (1 - u)^(-k) have a Pareto tail of shape k."""
+    found = []
+    for seed in range(20):
+        uniform = np.random.default_rng(seed).uniform(size=4000)
+        found.append(pareto_smooth(np.log(scipy.stats.genpareto(shape).ppf(uniform) + 1))[1])
+    assert np.mean(found) == pytest.approx(shape, abs=0.1)
+    excess = np.sort(scipy.stats.genpareto(shape, scale=2.0).rvs(5000, random_state=1))
+    fitted = fit_pareto(excess)
+    assert fitted[0] == pytest.approx(shape, abs=0.1)
+    assert fitted[1] == pytest.approx(2.0, rel=0.1)
+
+
+def test_equal_weights_are_good():
+    weights, khat = pareto_smooth(np.full(200, -3.7))
+    np.testing.assert_allclose(weights, 1 / 200)
+    assert khat == -np.inf
+
+
+def test_weights_that_differ_by_rounding_alone_are_good():
+    rounded = np.asarray(np.random.default_rng(0).normal(size=256) * 2e-6 + 24.0, np.float32)
+    weights, khat = pareto_smooth(rounded)
+    np.testing.assert_allclose(weights, 1 / 256, rtol=1e-4)
+    assert khat == -np.inf
+
+
+def test_ties_at_the_cut_leave_the_tail():
+    excess = np.sort(scipy.stats.genpareto(0.6).rvs(400, random_state=0))
+    tied = np.concatenate([np.zeros(150), excess])
+    assert np.isfinite(fit_pareto(tied)).all()
+
+
+# The whole path.
+
+
+def quartic_truth(gamma):
+    """Nbeta E[w^4] under exp(-nbeta w^4 - gamma/2 w^2)."""
+
+    def weighted(power):
+        return scipy.integrate.quad(lambda w: w**power * np.exp(-NBETA * w**4 - gamma / 2 * w**2), -np.inf, np.inf)[0]
+
+    return NBETA * weighted(4) / weighted(0)
+
+
+@pytest.fixture(scope="module")
+def quartic():
+    return fastvi.estimate_llc(
+        lambda w, batch: w[0] ** 4, jnp.zeros(1), no_data(), localization=30.0, progress=False, correction="mcmc"
+    )
+
+
+@pytest.mark.as_users_compile
+def test_sampling_finds_the_posterior_s_llc(quartic):
+    truth = quartic_truth(30.0)
+    assert quartic.correction["method"] == "mcmc"
+    assert quartic.llc == pytest.approx(truth, rel=0.02)
+    assert abs(quartic.llc - truth) < 4 * quartic.llc_sem
+    assert quartic.llc_vi != quartic.llc
+    assert quartic.correction["variance_reduction"] > 10
+    assert quartic.llc_per_chain.shape == quartic.llc_sem_per_chain.shape == (8,)
+    pooled = np.sqrt(np.mean(quartic.llc_sem_per_chain**2) / 8)
+    assert 0.3 < pooled / quartic.llc_sem < 1.5
+    assert quartic.work["total_fge"] == pytest.approx(
+        sum(value for name, value in quartic.work.items() if name.startswith("fge_") and name != "fge_per_step")
+    )
+
+
+def test_reweighting_finds_it_too():
+    result = fastvi.estimate_llc(
+        lambda w, batch: w[0] ** 4, jnp.zeros(1), no_data(), localization=30.0, progress=False, correction="importance"
+    )
+    assert result.correction["method"] == "importance"
+    assert result.llc == pytest.approx(quartic_truth(30.0), rel=0.03)
+    assert abs(result.llc - quartic_truth(30.0)) < 4 * result.llc_sem
+
+
+def test_walkers_go_on_from_where_they_are(quartic):
+    again = fastvi.api.resample(quartic, "mcmc", progress=False, correction_error=0.01)
+    truth = quartic_truth(30.0)
+    assert abs(again.llc - truth) < 4 * again.llc_sem
+    assert again.llc != quartic.llc
+    assert again.work["total_fge"] == pytest.approx(quartic.work["total_fge"] + again.work["fge_correction"])
+
+
+@pytest.mark.parametrize(("error", "go_on"), [(0.02, True), (0.1, False)])
+def test_only_walkers_that_go_on_count_as_agreed(quartic, monkeypatch, error, go_on):
+    """A larger error takes fewer walkers, which start at q again."""
+    module, seen = sys.modules["fastvi.api.resample"], []
+
+    class Spy(module.Sampler):
+        def __init__(self, *args, has_moved_in, **options):
+            seen.append(has_moved_in)
+            super().__init__(*args, has_moved_in=has_moved_in, **options)
+
+    monkeypatch.setattr(module, "Sampler", Spy)
+    assert quartic.correction["settled"]
+    fastvi.api.resample(quartic, "mcmc", progress=False, correction_error=error)
+    assert seen == [go_on]
+
+
+@pytest.mark.usefixtures("x64")
+def test_walkers_move_to_another_posterior():
+    """At twice the precision about another minimum: the same points in space, which is algebra, in float64."""
+    options = {"localization": 30.0, "progress": False, "dtype": "float64"}
+    first = fastvi.estimate_llc(lambda w, batch: 0.5 * w @ w, jnp.zeros(40), no_data(), correction="mcmc", **options)
+    options |= {"correction": "none", "num_chains": 1, "steps": 200, "early_stop": False}
+    second = fastvi.estimate_llc(lambda w, batch: w @ w, jnp.full(40, 0.3), no_data(), **options)
+    moved = second.fitted._replace(walked=first.fitted.walked)
+    programs = walk_programs(moved.objective, moved.problem, (40,))
+    walk = programs.move(
+        moved.fit.family, moved.problem, moved.fit.params, moved.walked.walk, moved.walked.center, jnp.int32(1)
+    )
+    old = jax.vmap(first.fitted.walked.walk.linear_map.displacement)(first.fitted.walked.walk.walkers.x)
+    new = jax.vmap(walk.linear_map.displacement)(walk.walkers.x) + 0.3
+    np.testing.assert_allclose(new, old, rtol=0, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    """Noisy data: walkers would move in by small blocks first."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 12)).astype(np.float32)
+    y = np.tanh(x @ rng.normal(size=12)).astype(np.float32) + 0.3 * rng.normal(size=400).astype(np.float32)
+    return fastvi.estimate_llc(
+        lambda w, batch: jnp.mean((jnp.tanh(batch[0] @ w) - batch[1]) ** 2),
+        jnp.zeros(12),
+        (x, y),
+        progress=False,
+        correction="none",
+        num_chains=1,
+        early_stop=False,
+        steps=50,
+    )
+
+
+@pytest.mark.parametrize("budget", [0.1, 40, 300])
+def test_no_run_exceeds_its_budget(noisy, budget):
+    result = fastvi.api.resample(noisy, "mcmc", progress=False, correction_budget=budget, correction_error=0.002)
+    details = result.correction
+    assert result.work["fge_correction"] <= budget
+    assert not details["settled"]
+    finding = next(finding for finding in result.health if finding.name == "walk_unsettled")
+    assert all(entry["criterion"] in finding.observed for entry in details["unmet"] if details["method"] == "mcmc")
+    if budget < 1:
+        assert (details["method"], result.work["fge_correction"]) == ("importance", 0)
+        assert f"correction_budget to {math.ceil(details['least_budget'])} or more" in finding.next_step
+    else:
+        assert details["method"] == "mcmc"
+        assert details["walkers"] % 8 == 0
+        assert details["steps"] >= 48
+
+
+def test_walkers_that_meet_nan_are_told(noisy, monkeypatch):
+    module = sys.modules["fastvi.api.resample"]
+
+    class Broken(module.Sampler):
+        def advance(self):
+            record = super().advance()
+            return record._replace(virial=np.full_like(record.virial, np.nan))
+
+    monkeypatch.setattr(module, "Sampler", Broken)
+    options = {"progress": False, "correction_budget": 300, "correction_error": 0.002}
+    with pytest.raises(fastvi.NonFiniteError, match="in the correction"):
+        fastvi.api.resample(noisy, "mcmc", **options)
+    partial = fastvi.api.resample(noisy, "mcmc", throw=False, **options)
+    assert np.isnan(partial.llc)
+    assert partial.health[0].name == "non_finite"
+
+
+def test_each_criterion_is_named_with_its_bound():
+    rng = np.random.default_rng(0)
+    settled = analyse(5 + 0.01 * rng.normal(size=(8, 40)), rng.normal(size=(8, 40, 1)))
+    assert unmet_by(settled, 0.02, 1.0, 40) == ()
+    assert [unmet.criterion for unmet in unmet_by(settled, 1e-5, 1.0, 4)] == ["relative error", "steps"]
+    apart = dataclasses.replace(settled, rhat=1.3, rhat_radius=1.15, drift_z=-4.0)
+    found = {unmet.criterion: (unmet.value, unmet.bound) for unmet in unmet_by(apart, 0.02, 1.0, 40)}
+    assert found == {"R-hat of llc": (1.3, pytest.approx(1.1)), "drift in standard errors": (4.0, 2.5)}
+    assert [unmet.criterion for unmet in unmet_by(apart, 0.02, 4.0, 40)] == ["drift in standard errors"]
+
+
+def test_draws_of_a_step_are_bounded_by_what_they_cost():
+    """In few dimensions, but for one or two."""
+    draws = [settle(fastvi.VIConfig(), dim, share).samples_per_step for dim, share in ((6, 1.0), (6, 0.1), (2, 1.0))]
+    assert draws == [24, 50, 256]
+    assert settle(fastvi.VIConfig(samples_per_step=100), 6, 1.0).samples_per_step == 100
+
+
+def test_a_corrected_estimate_is_saved_and_read(quartic, tmp_path):
+    loaded = fastvi.LLCEstimate.load(quartic.save(tmp_path))
+    assert loaded.llc == quartic.llc
+    assert loaded.correction == quartic.correction
+    np.testing.assert_array_equal(loaded.walk_llc, quartic.walk_llc)
+    with pytest.raises(fastvi.DataError, match="no fit"):
+        fastvi.api.resample(loaded)
+    assert "Langevin" in quartic.summary()
+
+
+def test_the_flat_contract_refuses_a_correction():
+    with pytest.raises(fastvi.ConfigError, match="correction"):
+        fastvi.fit(
+            rng_key=0,
+            objective=fastvi.make_flat_objective(lambda w, batch: w @ w),
+            wstar_flat=jnp.zeros(2),
+            data=no_data(),
+            n_data=COUNT,
+            beta=0.1,
+            gamma=1.0,
+            vi_cfg={"correction": "auto"},
+        )
+
+
+@pytest.mark.slow
+def test_deep_linear_net_against_long_hmc():
+    from bench.truth.problems import PROBLEMS
+    from bench.truth.reference import load_reference
+
+    problem, reference = PROBLEMS["deep_linear_2x5_g100"](), load_reference("deep_linear_2x5_g100")
+    result = fastvi.estimate_llc(
+        problem.loss_fn,
+        problem.params,
+        problem.data,
+        nbeta=problem.nbeta,
+        localization=problem.gamma,
+        progress=False,
+        correction="mcmc",
+    )
+    assert result.llc == pytest.approx(reference["value"], rel=0.05)

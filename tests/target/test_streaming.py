@@ -1,0 +1,134 @@
+"""Data read in batches from the host give the llc of data in memory."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fastvi
+from fastvi.target import stream as streaming
+from fastvi.target.stream import HostStream
+
+COUNT, DIM, BATCH = 20_000, 5, 64
+OPTIONS = {"correction": "none", "batch_size": BATCH, "steps": 1000, "eval_samples": 64, "progress": False}
+
+rng = np.random.default_rng(1)
+X = (rng.normal(size=(COUNT, DIM)) * np.logspace(-0.5, 0.5, DIM)).astype(np.float32)
+Y = (X @ np.ones(DIM) + 0.5 * rng.normal(size=COUNT)).astype(np.float32)
+W = np.linalg.lstsq(X, Y, rcond=None)[0].astype(np.float32)
+ORDER = np.argsort(Y)  # the worst order for a reader that trusts it
+
+
+class Batches:
+    """Uneven batches in an order that says everything of the next."""
+
+    def __init__(self, inputs=X[ORDER], targets=Y[ORDER], size=700):
+        self.inputs, self.targets, self.size = inputs, targets, size
+
+    def __iter__(self):
+        for start in range(0, len(self.inputs), self.size):
+            yield self.inputs[start : start + self.size], self.targets[start : start + self.size]
+
+
+def loss_fn(w, batch):
+    return 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+
+
+def stream(batches=None, most_bytes=1):
+    return HostStream(batches or Batches(), np.float32, jax.random.key(0), BATCH, most_bytes)
+
+
+def test_a_stream_has_the_llc_of_its_data(monkeypatch):
+    monkeypatch.setattr(streaming, "WINDOW_BYTES", 1)
+    held, streamed = (fastvi.estimate_llc(loss_fn, W, data, **OPTIONS) for data in ((X, Y), Batches()))
+    nbeta = COUNT / np.log(COUNT)
+    precision = nbeta * X.T @ X / COUNT
+    exact = 0.5 * np.trace(precision @ np.linalg.inv(precision + np.eye(DIM)))
+    assert streamed.fitted.problem.num_rows == 100 * BATCH < streamed.n_data == COUNT
+    assert abs(streamed.llc - held.llc) < 4 * np.hypot(streamed.llc_sem, held.llc_sem)
+    assert streamed.llc == pytest.approx(exact, rel=0.01)
+    assert streamed.init_loss == pytest.approx(held.init_loss, rel=1e-5)
+    assert streamed.work["total_fge"] == pytest.approx(held.work["total_fge"], rel=0.2)
+    with pytest.raises(fastvi.UnavailableError, match="in memory"):
+        fastvi.api.resample(streamed, "mcmc", progress=False)
+
+
+def test_a_stream_that_fits_is_held():
+    """The same arrays in the same order, and the same program in the same process: the same bits."""
+    held = fastvi.estimate_llc(loss_fn, W, (X[ORDER], Y[ORDER]), **OPTIONS)
+    assert fastvi.estimate_llc(loss_fn, W, Batches(), **OPTIONS).llc == held.llc
+
+
+def test_windows_are_uniform_draws():
+    numbers = np.arange(COUNT, dtype=np.int32)
+    source = stream(Batches(numbers, numbers))
+    first, second = (np.asarray(source.window(step)[0]) for step in (0, 100))
+    assert first.size == 100 * BATCH
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, np.asarray(stream(Batches(numbers, numbers)).window(99)[0]))
+    both = np.concatenate([first, second])
+    expected = both.size / 10
+    counts = np.histogram(both, bins=10, range=(0, COUNT))[0]
+    assert np.sum((counts - expected) ** 2 / expected) < 27.9  # chi squared, 9 degrees, 0.1 %
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 4 / np.sqrt(first.size)
+
+
+def test_chunks_are_all_the_data_in_order():
+    parts = list(stream().chunks())
+    assert [size for _, size in parts] == [4096] * 4 + [COUNT - 4 * 4096]
+    np.testing.assert_array_equal(np.concatenate([batch[1] for batch, _ in parts]), Y[ORDER])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (iter(Batches()), "read only once"),
+        (Batches(X[:0], Y[:0]), "no examples"),
+        (Batches(np.where(X > 3, np.nan, X), Y), "NaN or infinity"),
+    ],
+)
+def test_streams_that_cannot_be_used(data, message):
+    with pytest.raises(fastvi.DataError, match=message):
+        fastvi.estimate_llc(loss_fn, W, data, progress=False)
+
+
+@pytest.mark.parametrize("correction", ["auto", "mcmc"])
+def test_walkers_need_the_data(correction):
+    with pytest.raises(fastvi.UnavailableError, match="in memory"):
+        fastvi.estimate_llc(loss_fn, W, Batches(), correction=correction, progress=False)
+
+
+MEMORY = """
+import resource, sys
+import jax.numpy as jnp, numpy as np, fastvi, fastvi.target.stream
+fastvi.target.stream.WINDOW_BYTES = 2**22
+
+class Batches:
+    def __iter__(self):
+        for number in range(int(sys.argv[1])):
+            rng = np.random.default_rng(number)
+            inputs = rng.normal(size=(1000, 100)).astype(np.float32)
+            yield inputs, inputs[:, 0] + rng.normal(size=1000).astype(np.float32)
+
+def loss_fn(w, batch):
+    return 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+
+result = fastvi.estimate_llc(loss_fn, jnp.eye(100)[0], Batches(), steps=200, num_chains=1, batch_size=64,
+                             eval_samples=16, early_stop=False, progress=False)
+print(result.n_data, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_flat():
+    """100 times the examples, 800 MB against 8, in windows of 4: less than 20 MB more at the peak."""
+    peaks = {}
+    for batches in (20, 2000):
+        out = subprocess.run([sys.executable, "-c", MEMORY, str(batches)], capture_output=True, text=True, check=True)
+        count, peak = out.stdout.split()
+        assert int(count) == 1000 * batches
+        peaks[batches] = float(peak)
+    assert peaks[2000] - peaks[20] < 20, peaks

@@ -1,0 +1,87 @@
+"""Strict modes of jax leave the estimates as they are, and hold a person's own loss to them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fastvi
+from fastvi.target.objective import call_full_loss, make_flat_objective
+
+X = jax.device_put(np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32))
+CENTER, KEY = jax.device_put(np.zeros(3, np.float32)), jax.random.key(0)
+SMALL = {"steps": 20, "eval_samples": 8, "batch_size": 8, "progress": False, "num_chains": 1}
+
+MODES = {
+    "none": lambda: jax.numpy_rank_promotion("allow"),
+    "rank": lambda: jax.numpy_rank_promotion("raise"),
+    "dtype": lambda: jax.numpy_dtype_promotion("strict"),
+    "transfer": lambda: jax.transfer_guard("disallow"),
+}
+
+
+def loss(w, batch):
+    return 0.5 * jnp.mean((batch[0] @ w) ** 2)
+
+
+OBJECTIVE = make_flat_objective(loss)
+
+
+def fitted():
+    options = {"steps": 20, "eval_samples": 8, "batch_size": 8}
+    result = fastvi.fit(
+        rng_key=KEY, objective=OBJECTIVE, wstar_flat=CENTER, data=(X,), n_data=40, beta=0.3, gamma=1.0, vi_cfg=options
+    )
+    return np.asarray(result["lambda_hat"])
+
+
+RUNS = {
+    "a mixture": lambda: fastvi.estimate_llc(loss, CENTER, (X,), correction="none", **SMALL).llc,
+    "a flow": lambda: fastvi.estimate_llc(loss, CENTER, (X,), correction="none", family="flow", **SMALL).llc,
+    "walkers": lambda: fastvi.estimate_llc(loss, CENTER, (X,), correction="mcmc", correction_budget=100, **SMALL).llc,
+    "fit": fitted,
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_an_estimate_is_the_same_in_every_mode(run):
+    """The programs are the same, so the bits are."""
+    found = {}
+    for name, mode in MODES.items():
+        with mode():
+            found[name] = float(RUNS[run]())
+    assert np.isfinite(found["none"])
+    assert set(found.values()) == {found["none"]}
+
+
+def test_chains_of_a_sampler_are_read_in_every_mode():
+    draws = np.random.default_rng(1).normal(size=(4, 50, 3))
+    options = {"nbeta": 1.0, "localization": 0.0, "center": np.zeros(3), "init_loss": 0.0}
+    for mode in MODES.values():
+        with mode():
+            found = fastvi.virial_llc(draws, draws, 0.5 * np.sum(draws**2, axis=-1), **options)
+        assert abs(found.llc - 1.5) < 4 * found.llc_sem
+
+
+@pytest.mark.parametrize(
+    ("mode", "error", "careless"),
+    [
+        ("rank", ValueError, lambda w, batch: jnp.mean((batch[0] * w) ** 2)),
+        ("dtype", ValueError, lambda w, batch: jnp.mean(batch[0] @ w * jnp.arange(batch[0].shape[0]))),
+    ],
+)
+def test_a_loss_is_held_to_the_mode_of_its_owner(mode, error, careless):
+    with MODES[mode](), pytest.raises(error, match="promotion") as caught:
+        fastvi.estimate_llc(careless, CENTER, (X,), **SMALL)
+    assert not isinstance(caught.value, fastvi.DataError)
+    assert jax.config.jax_numpy_rank_promotion == "allow"
+    assert call_full_loss(lambda w: jnp.sum(w), CENTER, (X,)) == 0
+
+
+@pytest.mark.slow  # op by op, a minute
+def test_without_jit_the_estimate_is_the_same():
+    options = {**SMALL, "correction": "none", "steps": 1, "eval_samples": 4, "curvature_rank": 0}
+    compiled = fastvi.estimate_llc(loss, CENTER, (X,), **options)
+    with jax.disable_jit():
+        plain = fastvi.estimate_llc(loss, CENTER, (X,), **options)
+    assert plain.llc == pytest.approx(compiled.llc, rel=1e-4)

@@ -39,7 +39,9 @@ def stage_rows():
         middle = time.perf_counter()
         program = lowered.compile()
         end = time.perf_counter()
-        rows.append(_row(stage, center.size, middle - began, end - middle, program.as_text().count("\n")))
+        rows.append(
+            _row(stage, center.size, middle - began, end - middle, program.as_text().count("\n"))
+        )
         return program(*args)
 
     start = compiled("prepare", programs.prepare, problem, key, None)

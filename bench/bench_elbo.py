@@ -52,13 +52,18 @@ class Score(NamedTuple):
 
 
 def make_judge(objective, problem):
-    """Return `(displacements, log_q) -> Score`: E_q[log p - log q] on all data, the same for everyone."""
+    """Return `(displacements, log_q) -> Score`.
+
+    E_q[log p - log q] on all data, the same for everyone.
+    """
     posterior = problem.posterior
 
     @jax.jit
     def log_densities(displacements):
         def one(v):
-            return posterior.log_density(v, full_data_loss(objective, posterior.center + v, problem.data))
+            return posterior.log_density(
+                v, full_data_loss(objective, posterior.center + v, problem.data)
+            )
 
         return jax.lax.map(one, displacements)
 
@@ -95,12 +100,17 @@ def fit_fastvi(loss, problem, judge, chains) -> tuple[float, Score]:
 
 
 def fit_numpyro(setting, objective, problem, judge, target) -> list[tuple[float, Score]]:
-    """Return seconds and ELBO after every chunk until it is there or at its end; evaluations do not count as time."""
+    """Return seconds and ELBO after every chunk until it is there or at its end.
+
+    Evaluations do not count as time.
+    """
     import numpyro
     import optax
 
     jax.clear_caches()
-    schedule = optax.cosine_decay_schedule(setting.rate, setting.steps) if setting.decays else setting.rate
+    schedule = (
+        optax.cosine_decay_schedule(setting.rate, setting.steps) if setting.decays else setting.rate
+    )
     optimizer = numpyro.optim.optax_to_numpyro(optax.adam(schedule))
     options = {"init_scale": setting.scale, "rank": COMPONENTS * RANK}
     began = time.perf_counter()
@@ -130,19 +140,28 @@ def fit_numpyro(setting, objective, problem, judge, target) -> list[tuple[float,
 def seconds_to(course, target: Score) -> float:
     """Return when a course is first within two standard errors of the target."""
     return next(
-        (spent for spent, found in course if found.elbo > target.elbo - 2 * math.hypot(found.sem, target.sem)), math.inf
+        (
+            spent
+            for spent, found in course
+            if found.elbo > target.elbo - 2 * math.hypot(found.sem, target.sem)
+        ),
+        math.inf,
     )
 
 
 def elbo_row(name, kind, dim, elapsed, target, courses) -> dict[str, Any]:
-    """Compare with the best setting of a kind; where none gets there, with the longest that was tried."""
+    """Compare with the best setting of a kind.
+
+    Where none gets there, with the longest that was tried.
+    """
     reached = min(seconds_to(course, target) for course in courses)
     best = max(found.elbo for course in courses for _, found in course)
     is_bound = not math.isfinite(reached)
     ratio = elapsed / (max(course[-1][0] for course in courses) if is_bound else reached)
     floor = f"{kind}, never there: at most" if is_bound else kind
     print(
-        f"{name}: {elapsed:.1f} s to {target.elbo:.1f} +- {target.sem:.1f}; {floor}: {reached:.1f} s, best {best:.1f}"
+        f"{name}: {elapsed:.1f} s to {target.elbo:.1f} +- {target.sem:.1f}; {floor}: "
+        f"{reached:.1f} s, best {best:.1f}"
     )
     return score("elbo", name, dim, floor, Timing((elapsed,) * 3, (ratio,) * 3, ratio), asked=ASKED)
 

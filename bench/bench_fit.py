@@ -1,4 +1,7 @@
-"""Whole fits: work per second beside the bare gradient's, chains together beside one after another, memory."""
+"""Whole fits.
+
+Work per second beside the bare gradient's, chains together beside one after another, memory.
+"""
 
 import math
 
@@ -42,7 +45,10 @@ def least_megabytes(size, dim, problem, chains):
 def test_chains_together(benchmark, size):
     objective, problem, _ = problem_of(size)
     dim = problem.posterior.center.size
-    programs = {count: fastvi_program(objective, problem, chains=count, steps=STEPS) for count in (1, CHAINS)}
+    programs = {
+        count: fastvi_program(objective, problem, chains=count, steps=STEPS)
+        for count in (1, CHAINS)
+    }
     one, together = (programs[count][1] for count in (1, CHAINS))
     calls = {"4 x 1 chain": lambda: [one() for _ in range(CHAINS)], "4 chains": together}
     timing = against("4 x 1 chain", calls, ROUNDS[size])["4 chains"]
@@ -51,7 +57,16 @@ def test_chains_together(benchmark, size):
     rows = [score("fit", "4 chains", dim, "4 x 1 chain", timing, asked=ASKED_CHAINS, peak_mb=peak)]
     memory = Timing(timing.seconds, (peak / least,) * 3, peak / least)
     extra = {"asked": ASKED_MEMORY, "peak_mb": peak, "least_mb": least}
-    rows.append(score("fit", "peak memory, 4 chains", dim, "parameters, 2 moments, batch, data", memory, **extra))
+    rows.append(
+        score(
+            "fit",
+            "peak memory, 4 chains",
+            dim,
+            "parameters, 2 moments, batch, data",
+            memory,
+            **extra,
+        )
+    )
     record("ratios", rows)
     benchmark.pedantic(together, rounds=1)
 
@@ -59,7 +74,10 @@ def test_chains_together(benchmark, size):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_large(benchmark):
-    """d = 1e6, M = r = 8: what a step takes beyond its gradient, against seven copies' worth of the factors."""
+    """d = 1e6, M = r = 8.
+
+    What a step takes beyond its gradient, against seven copies' worth of the factors.
+    """
     size, steps = 1_000_000, 5
     objective, problem, _ = problem_of(size)
     dim = problem.posterior.center.size
@@ -74,9 +92,17 @@ def test_large(benchmark):
             np.copyto(target, source)
 
     timings = against("copies", {"copies": copies, "gradient": gradient, "step": step}, 3)
-    ratio = tuple(b - a for a, b in zip(timings["gradient"].ratio, timings["step"].ratio, strict=True))
-    beyond = Timing(timings["step"].seconds, ratio, timings["step"].least - timings["gradient"].least)
-    details = {"asked": ASKED_OVERHEAD, "peak_mb": peak_megabytes(compiled), "least_mb": moved / 1e6}
+    ratio = tuple(
+        b - a for a, b in zip(timings["gradient"].ratio, timings["step"].ratio, strict=True)
+    )
+    beyond = Timing(
+        timings["step"].seconds, ratio, timings["step"].least - timings["gradient"].least
+    )
+    details = {
+        "asked": ASKED_OVERHEAD,
+        "peak_mb": peak_megabytes(compiled),
+        "least_mb": moved / 1e6,
+    }
     rows = [score("step", "overhead, M = r = 8", dim, "copy of 7 x factors", beyond, **details)]
     rows.append(score("step", "fastvi, r = 8", dim, "copy of 7 x factors", timings["step"]))
     rows.append(score("step", "gradient", dim, "copy of 7 x factors", timings["gradient"]))
@@ -104,20 +130,33 @@ def test_scale(benchmark, dim):
     timing = against("copy", {"copy": copies, "step": step}, 5)["step"]
     each = Timing(tuple(value / steps for value in timing.seconds), timing.ratio, timing.least)
     details = {"peak_mb": peak_megabytes(compiled), "least_mb": factors / 1e6}
-    record("ratios", [score("scale", "a step, M = 8, r = 2", dim, "copy of the factors", each, **details)])
+    record(
+        "ratios",
+        [score("scale", "a step, M = 8, r = 2", dim, "copy of the factors", each, **details)],
+    )
     benchmark.pedantic(lambda: jax.block_until_ready(step()), rounds=1)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_work_per_second(benchmark):
-    """A whole uncorrected estimate beside bare gradients of as many full-gradient equivalents; compiled before."""
+    """A whole uncorrected estimate beside bare gradients of as many full-gradient equivalents.
+
+    Compiled before.
+    """
     size = 10_000
     objective, problem, loss = problem_of(size)
     center = problem.posterior.center
 
     def estimate(seed=0):
         return estimate_llc(
-            loss, center, problem.data, key=seed, steps=400, progress=False, throw=False, correction="none"
+            loss,
+            center,
+            problem.data,
+            key=seed,
+            steps=400,
+            progress=False,
+            throw=False,
+            correction="none",
         )
 
     work = float(estimate().work["total_fge"])
@@ -126,6 +165,11 @@ def test_work_per_second(benchmark):
     calls = {"gradient": scan, "estimate": lambda: estimate().llc}
     timing = against("gradient", calls, 3)["estimate"]
     share = per_scan / work
-    scaled = Timing(timing.seconds, tuple(value * share for value in timing.ratio), timing.least * share)
-    record("ratios", [score("estimate", "seconds per FGE", center.size, "bare minibatch gradient", scaled)])
+    scaled = Timing(
+        timing.seconds, tuple(value * share for value in timing.ratio), timing.least * share
+    )
+    record(
+        "ratios",
+        [score("estimate", "seconds per FGE", center.size, "bare minibatch gradient", scaled)],
+    )
     benchmark.pedantic(scan, rounds=1)

@@ -25,7 +25,10 @@ def two_moons(size, rng):
 
 
 def rings(size, rng):
-    angle, radius = rng.uniform(0, 2 * np.pi, size), rng.integers(1, 4, size) + 0.08 * rng.normal(size=size)
+    angle, radius = (
+        rng.uniform(0, 2 * np.pi, size),
+        rng.integers(1, 4, size) + 0.08 * rng.normal(size=size),
+    )
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
@@ -48,7 +51,9 @@ def split(make, seed):
 
 
 def fastvi_flow(dim, seed, **options):
-    flow, params = flows.build_spline_realnvp(jax.random.key(seed), dim, LAYERS, HIDDEN, 1, num_bins=BINS, **options)
+    flow, params = flows.build_spline_realnvp(
+        jax.random.key(seed), dim, LAYERS, HIDDEN, 1, num_bins=BINS, **options
+    )
     return params, flow.log_prob
 
 
@@ -74,10 +79,15 @@ def flowjax_flow(dim, seed):
 
 
 def held_out_nats(build, make, seed):
-    """Train by Adam with a cosine schedule; return -log density per held-out example at the last step."""
+    """Train by Adam with a cosine schedule.
+
+    Return -log density per held-out example at the last step.
+    """
     train, test = split(make, seed)
     params, log_prob = build(train.shape[1], seed)
-    optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(RATE, STEPS)))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
+    )
 
     def step(carry, key):
         params, state = carry
@@ -96,7 +106,10 @@ def held_out_nats(build, make, seed):
     return float(nats), sum(leaf.size for leaf in jax.tree_util.tree_leaves(params))
 
 
-METHODS = {"fastvi": fastvi_flow, "fastvi res_scale=1": functools.partial(fastvi_flow, res_scale=1.0)}
+METHODS = {
+    "fastvi": fastvi_flow,
+    "fastvi res_scale=1": functools.partial(fastvi_flow, res_scale=1.0),
+}
 if importlib.util.find_spec("flowjax") is not None:
     METHODS["flowjax"] = flowjax_flow
 

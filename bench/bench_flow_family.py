@@ -1,4 +1,7 @@
-"""The flow family beside the MFA family: bias where the posterior bends, regular minima, seeds, the cost of a step."""
+"""The flow family beside the MFA family.
+
+Bias where the posterior bends, regular minima, seeds, the cost of a step.
+"""
 
 import math
 import pathlib
@@ -24,7 +27,11 @@ from fastvi.target.posterior import LocalPosterior
 pytestmark = pytest.mark.slow
 COUNT = 1000
 NBETA = COUNT / math.log(COUNT)
-ASKED_KHAT, ASKED_STEP, ASKED_QUADRATIC = 0.7, 1.5, 3.0  # at most; a step of the MFA family's, percent
+ASKED_KHAT, ASKED_STEP, ASKED_QUADRATIC = (
+    0.7,
+    1.5,
+    3.0,
+)  # at most; a step of the MFA family's, percent
 SEEDS, FEW = 20, {"steps": 600, "samples_per_step": 16}
 STEP_DIM, STEP_CORE, STEPS = 100_000, 16, 20
 
@@ -49,7 +56,11 @@ def expected_excess(loss, half=6.0, points=2401):
 def problem(loss, pairs):
     """Return the loss summed over independent pairs of coordinates, in a rotated basis if there are several."""
     dim = 2 * pairs
-    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(dim, dim)))[0] if pairs > 1 else np.eye(dim)
+    basis = (
+        np.linalg.qr(np.random.default_rng(0).normal(size=(dim, dim)))[0]
+        if pairs > 1
+        else np.eye(dim)
+    )
 
     def loss_fn(w, batch):
         point = jnp.asarray(basis, w.dtype) @ w
@@ -96,7 +107,9 @@ BENT = {
 
 def estimate(loss_fn, params, options, **more):
     """Estimate without correction."""
-    options = {"correction": "none", "num_chains": 2, "progress": False, "throw": False} | options | more
+    options = (
+        {"correction": "none", "num_chains": 2, "progress": False, "throw": False} | options | more
+    )
     return fastvi.estimate_llc(loss_fn, params, **options)
 
 
@@ -134,13 +147,20 @@ def test_bias(benchmark, name):
 def rotated_quadratic():
     """Return 50 curvatures of condition 100 in rotated coordinates, n = 10,000."""
     dim, curvatures = 50, np.logspace(-2, 0, 50)
-    basis = jnp.asarray(np.linalg.qr(np.random.default_rng(1).normal(size=(dim, dim)))[0], jnp.float32)
+    basis = jnp.asarray(
+        np.linalg.qr(np.random.default_rng(1).normal(size=(dim, dim)))[0], jnp.float32
+    )
     steep = curvatures * 10_000 / math.log(10_000)
 
     def loss_fn(w, batch):
         return 0.5 * jnp.sum(jnp.asarray(curvatures, w.dtype) * (basis @ w) ** 2)
 
-    return loss_fn, jnp.zeros(dim), {"data": jnp.zeros((10_000, 1))}, float(0.5 * np.sum(steep / (steep + 1)))
+    return (
+        loss_fn,
+        jnp.zeros(dim),
+        {"data": jnp.zeros((10_000, 1))},
+        float(0.5 * np.sum(steep / (steep + 1))),
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -149,7 +169,12 @@ def rotated_quadratic():
 @pytest.mark.parametrize("d_latent", [8, "auto"])
 def test_quadratic(benchmark, d_latent, backend, template):
     loss_fn, params, options, truth = rotated_quadratic()
-    options |= {"family": "flow", "backend": backend, "flow": {"template": template}, "d_latent": d_latent}
+    options |= {
+        "family": "flow",
+        "backend": backend,
+        "flow": {"template": template},
+        "d_latent": d_latent,
+    }
     result = benchmark.pedantic(lambda: estimate(loss_fn, params, options), rounds=1)
     row = {
         "backend": backend,
@@ -206,7 +231,9 @@ def stepper(family, options):
     params = jax.vmap(lambda key: built.init(key, core, jnp.zeros(STEP_DIM)))(keys)
     state = jax.vmap(lambda one: init_state(built, one, config))(params)
     horizon = Horizon(*map(jnp.float32, (1, 100, 200)))
-    run = jax.jit(lambda f, s: run_steps(f, objective, whole, config, s, keys, jnp.int32(0), horizon, STEPS))
+    run = jax.jit(
+        lambda f, s: run_steps(f, objective, whole, config, s, keys, jnp.int32(0), horizon, STEPS)
+    )
     compiled = run.lower(built, state).compile()
     return lambda: compiled(built, state), compiled.memory_analysis().temp_size_in_bytes
 

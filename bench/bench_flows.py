@@ -18,7 +18,9 @@ ROUNDS = {8: 30, 16: 20, 64: 10}
 
 def fastvi_flow(dim):
     """Return sampler with density, density, and the parameters of each."""
-    flow, params = flows.build_spline_realnvp(jax.random.key(0), dim, LAYERS, HIDDEN, 1, num_bins=BINS)
+    flow, params = flows.build_spline_realnvp(
+        jax.random.key(0), dim, LAYERS, HIDDEN, 1, num_bins=BINS
+    )
     return lambda p, key: flow.sample_and_log_prob(p, key, (BATCH,)), flow.log_prob, params, params
 
 
@@ -41,7 +43,9 @@ def flowjax_flow(dim):
             nn_activation=jnp.tanh,
             invert=invert,
         )
-        return eqx.partition(flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable))
+        return eqx.partition(
+            flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable)
+        )
 
     # Each direction by the flow in which it is the fast one.
     sample_params, sampler = build(invert=False)
@@ -67,7 +71,10 @@ def nflojax_flow(dim):
 def jittered(params):
     leaves, structure = jax.tree_util.tree_flatten(params)
     keys = jax.random.split(jax.random.key(3), len(leaves))
-    moved = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    moved = [
+        leaf + 0.05 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
     return jax.tree_util.tree_unflatten(structure, moved)
 
 
@@ -83,7 +90,11 @@ def operations(sample, log_prob, sample_params, density_params, dim):
     return {
         "sample_and_log_prob": (sample, sample_params, key),
         "log_prob": (log_prob, density_params, x),
-        "grad_log_prob": (jax.value_and_grad(lambda p, x: -jnp.mean(log_prob(p, x))), density_params, x),
+        "grad_log_prob": (
+            jax.value_and_grad(lambda p, x: -jnp.mean(log_prob(p, x))),
+            density_params,
+            x,
+        ),
         "grad_sample": (jax.value_and_grad(reverse), sample_params, key),
     }
 
@@ -91,7 +102,9 @@ def operations(sample, log_prob, sample_params, density_params, dim):
 METHODS = {"fastvi": fastvi_flow}
 if importlib.util.find_spec("flowjax") is not None:
     METHODS["flowjax"] = flowjax_flow
-SLOW_TO_COMPILE = {"nflojax": nflojax_flow} if importlib.util.find_spec("nflojax") is not None else {}
+SLOW_TO_COMPILE = (
+    {"nflojax": nflojax_flow} if importlib.util.find_spec("nflojax") is not None else {}
+)
 
 
 def measure(dim, methods, names, rounds):
@@ -109,8 +122,13 @@ def measure(dim, methods, names, rounds):
         floor = "flowjax" if "flowjax" in programs else "fastvi"
         timings = against(floor, programs, rounds)
         best = {method: timing.seconds[0] for method, timing in timings.items()}
-        details = {"asked": 1 / ASKED_SPEED if floor == "flowjax" else "", "compile_s": compile_seconds["fastvi"]}
-        record("ratios", [score("flows", f"fastvi {name}", dim, floor, timings["fastvi"], **details)])
+        details = {
+            "asked": 1 / ASKED_SPEED if floor == "flowjax" else "",
+            "compile_s": compile_seconds["fastvi"],
+        }
+        record(
+            "ratios", [score("flows", f"fastvi {name}", dim, floor, timings["fastvi"], **details)]
+        )
         for method, (_, _, params, _) in built.items():
             row = {
                 "method": method,

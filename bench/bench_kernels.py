@@ -22,7 +22,9 @@ def mixture(dim):
     factors = jnp.asarray(rng.normal(size=(COMPONENTS, RANK, dim)) / np.sqrt(dim), jnp.float32)
     nothing = jnp.zeros((0, dim), jnp.float32)
     weights = jnp.full(COMPONENTS, -np.log(COMPONENTS), jnp.float32)
-    noise = woodbury.Noise(jnp.asarray(3), normal(jax.random.key(0), (dim,)), jnp.zeros(0), jnp.ones(RANK))
+    noise = woodbury.Noise(
+        jnp.asarray(3), normal(jax.random.key(0), (dim,)), jnp.zeros(0), jnp.ones(RANK)
+    )
     return woodbury.Mixture(weights, nothing, jnp.zeros(dim), nothing, factors), noise
 
 
@@ -35,7 +37,8 @@ def kernels(dim):
     left, right = jnp.ones((1, 1, RANK)), noise.eps[None, None]
     probes = hutchinson.rademacher(key, PROBES, dim)
     return {
-        # factors are read to project, and again for the score; the density decides the weights in between
+        # factors are read to project, and again for the score; the density decides the weights in
+        # between
         "draw": (woodbury.draw, (parameters, grams, noise), 2 * factor_bytes + 6 * vector),
         "log_prob": (woodbury.log_prob, (parameters, grams, noise.eps), factor_bytes + 2 * vector),
         # of a diagonal operator, which is read again for every probe

@@ -20,7 +20,11 @@ from fastvi.target.data import Problem
 
 STEPS = 200
 COMPONENTS, RANK = 8, 2
-ASKED = {1_000: 1.5, 10_000: 1.7, 100_000: 2.0}  # largest multiple of the gradient that a step should cost
+ASKED = {
+    1_000: 1.5,
+    10_000: 1.7,
+    100_000: 2.0,
+}  # largest multiple of the gradient that a step should cost
 ROUNDS = {1_000: 20, 10_000: 10, 100_000: 3}
 STEP_SIZE = 1e-6
 FACTOR_PASSES = 7  # times that a step should at most read or write all factors
@@ -46,7 +50,9 @@ def sgld_scan(objective, problem):
         key_batch, key_noise = jax.random.split(key)
         value, grad = objective.value_and_grad(w, problem.next_batch(key_batch))
         drift = 0.5 * STEP_SIZE * posterior.log_density_grad(w - posterior.center, grad)
-        return w + drift + jnp.sqrt(STEP_SIZE) * jax.random.normal(key_noise, w.shape, w.dtype), value
+        return w + drift + jnp.sqrt(STEP_SIZE) * jax.random.normal(
+            key_noise, w.shape, w.dtype
+        ), value
 
     return _compile(body, posterior.center)
 
@@ -63,11 +69,17 @@ def fastvi_program(objective, problem, *, chains, steps, rank=RANK, donate=False
     keys = jax.random.split(jax.random.key(1), chains)
     flat = jnp.zeros_like(problem.posterior.center)
     family = build_family(
-        config, types.SimpleNamespace(scale=flat + 0.01, rank=0, rest=jnp.ones(()), core=jnp.zeros((0, flat.size))), 0
+        config,
+        types.SimpleNamespace(
+            scale=flat + 0.01, rank=0, rest=jnp.ones(()), core=jnp.zeros((0, flat.size))
+        ),
+        0,
     )
     params = family.init(jax.random.key(0), jnp.zeros((0, flat.size)), flat)
     first = init_state(family, params, config)
-    state = jax.tree_util.tree_map(lambda leaf: jnp.broadcast_to(leaf, (chains, *leaf.shape)), first)
+    state = jax.tree_util.tree_map(
+        lambda leaf: jnp.broadcast_to(leaf, (chains, *leaf.shape)), first
+    )
     horizon = Horizon(*(jnp.asarray(x, jnp.float32) for x in (10, 10, steps)))
 
     def run(state, family, problem, keys):
@@ -96,7 +108,9 @@ def numpyro_scan(objective, problem, guide="AutoLowRankMultivariateNormal", **op
     """Fit one of numpyro's normal guides."""
     import numpyro
 
-    svi = numpyro_guide(objective, problem, guide, numpyro.optim.Adam(1e-3), init_scale=0.01, **options)
+    svi = numpyro_guide(
+        objective, problem, guide, numpyro.optim.Adam(1e-3), init_scale=0.01, **options
+    )
     state = svi.init(jax.random.key(0), problem.next_batch(jax.random.key(0)))
 
     def body(state, key):
@@ -106,7 +120,10 @@ def numpyro_scan(objective, problem, guide="AutoLowRankMultivariateNormal", **op
 
 
 def numpyro_guide(objective, problem, guide, optimizer, *, draws=1, **options):
-    """Return the fit of one of numpyro's normal guides that starts at w*; its model takes a minibatch."""
+    """Return the fit of one of numpyro's normal guides that starts at w*.
+
+    Its model takes a minibatch.
+    """
     import numpyro
     from numpyro.infer import SVI, Trace_ELBO, autoguide, init_to_value
 
@@ -114,7 +131,9 @@ def numpyro_guide(objective, problem, guide, optimizer, *, draws=1, **options):
 
     def model(batch):
         support = numpyro.distributions.constraints.real
-        w = numpyro.sample("w", numpyro.distributions.ImproperUniform(support, (), posterior.center.shape))
+        w = numpyro.sample(
+            "w", numpyro.distributions.ImproperUniform(support, (), posterior.center.shape)
+        )
         loss = objective.loss(w, batch)
         numpyro.factor("target", posterior.log_density(w - posterior.center, loss))
 
@@ -195,7 +214,10 @@ def ratio_rows(scans, timings, dim, size):
     least = {"fastvi": FACTOR_PASSES * COMPONENTS * RANK * dim * 4 / 1e6, "gradient": ""}
     rows = []
     for name, (compiled, _) in scans.items():
-        details = {"asked": ASKED[size] if name == "fastvi" else "", "peak_mb": peak_megabytes(compiled)}
+        details = {
+            "asked": ASKED[size] if name == "fastvi" else "",
+            "peak_mb": peak_megabytes(compiled),
+        }
         details |= {"moved_mb": bytes_accessed(compiled) / 1e6, "least_mb": least.get(name, "")}
         rows.append(score("step", name, dim, "gradient", timings[name], **details))
     return rows
@@ -220,12 +242,16 @@ def test_step(benchmark, size):
     objective = make_flat_objective(loss)
     methods = dict(METHODS)
     if "numpyro" in methods and size <= LARGEST_DENSE:
-        methods["numpyro AutoMultivariateNormal"] = functools.partial(numpyro_scan, guide="AutoMultivariateNormal")
+        methods["numpyro AutoMultivariateNormal"] = functools.partial(
+            numpyro_scan, guide="AutoMultivariateNormal"
+        )
     scans = {name: build(objective, problem) for name, build in methods.items()}
     samples = in_turn({name: call for name, (_, call) in scans.items()}, ROUNDS[size])
     timings = compared(samples, "gradient")
     best = {name: timing.seconds[0] for name, timing in timings.items()}
-    record("ratios", ratio_rows(scans, timings, center.size, size) + peer_rows(samples, center.size))
+    record(
+        "ratios", ratio_rows(scans, timings, center.size, size) + peer_rows(samples, center.size)
+    )
     factor_bytes = COMPONENTS * RANK * center.size * center.dtype.itemsize
     gradient_bytes = bytes_accessed(scans["gradient"][0])
     rows = []

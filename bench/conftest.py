@@ -10,5 +10,7 @@ jax.config.update("jax_enable_compilation_cache", False)
 
 def pytest_terminal_summary(terminalreporter):
     for table, rows in harness.TABLES.items():
-        terminalreporter.section(f"{table} (appended to {harness.folder().relative_to(ROOT)}/{table}.csv)")
+        terminalreporter.section(
+            f"{table} (appended to {harness.folder().relative_to(ROOT)}/{table}.csv)"
+        )
         terminalreporter.write_line(harness.as_text(rows))

@@ -18,11 +18,19 @@ def crossing(w, batch):
 
 def draws_of(family):
     result = estimate_llc(
-        crossing, jnp.zeros(2), jnp.zeros((COUNT, 1)), family=family, correction="none", num_chains=1, progress=False
+        crossing,
+        jnp.zeros(2),
+        jnp.zeros((COUNT, 1)),
+        family=family,
+        correction="none",
+        num_chains=1,
+        progress=False,
     )
     fit = result.fitted.fit
     params = jax.tree_util.tree_map(lambda leaf: leaf[0], fit.params)
-    return result.llc, np.asarray(fit.family.sample(params, jax.random.key(1), DRAWS, antithetic=True).displacement)
+    return result.llc, np.asarray(
+        fit.family.sample(params, jax.random.key(1), DRAWS, antithetic=True).displacement
+    )
 
 
 def draw_map(axes):
@@ -30,14 +38,24 @@ def draw_map(axes):
     along, off = rng.normal(size=200).clip(-2.2, 2.2), 0.12 * rng.normal(size=200)
     bent = 0.9 * along + 0.25 * np.tanh(2 * along)
     axes.scatter(along, np.full(200, 2.6) + off * 2.5, s=6, color="0.6", label="noise ξ")
-    axes.scatter(bent * np.cos(0.5) - off * np.sin(0.5), bent * np.sin(0.5) + off * np.cos(0.5), s=6, color="C0")
+    axes.scatter(
+        bent * np.cos(0.5) - off * np.sin(0.5),
+        bent * np.sin(0.5) + off * np.cos(0.5),
+        s=6,
+        color="C0",
+    )
     line = np.array([-2.4, 2.4])
     axes.plot(line * np.cos(0.5), line * np.sin(0.5), color="k", lw=1)
     axes.annotate("", (0.2, 0.6), (0.1, 1.9), arrowprops={"arrowstyle": "->"})
     axes.text(0.35, 1.45, "flow and L along E,\nσ beside it", fontsize=9, backgroundcolor="w")
     axes.text(0.9, -0.75, "μ + Eᵀ L a", fontsize=9)
     axes.text(-2.3, 3.5, "noise ξ", fontsize=9, color="0.4")
-    axes.annotate("", (-1.1 - 0.30, -0.6 + 0.55), (-1.1, -0.6), arrowprops={"arrowstyle": "<->", "color": "C3"})
+    axes.annotate(
+        "",
+        (-1.1 - 0.30, -0.6 + 0.55),
+        (-1.1, -0.6),
+        arrowprops={"arrowstyle": "<->", "color": "C3"},
+    )
     axes.text(-2.25, 0.05, "σ (ξ - EᵀEξ)", fontsize=9, color="C3")
     axes.set(xlim=(-2.6, 2.8), ylim=(-1.9, 3.9), aspect="equal", title="The map")
     axes.set_xticks([])
@@ -51,7 +69,13 @@ def draw_posterior(axes, family, color):
     density = np.exp(-COUNT / np.log(COUNT) * 0.5 * (x * y) ** 2 - 0.5 * (x**2 + y**2))
     axes.imshow(np.sqrt(density), origin="lower", extent=(-3, 3, -3, 3), cmap="Greys", vmax=1.2)
     axes.scatter(draws[:, 0], draws[:, 1], s=4, color=color, alpha=0.7)
-    axes.set(xlim=(-3, 3), ylim=(-3, 3), title=f"{family}: llc {llc:.2f} (exact 0.38)", xlabel="w₁", ylabel="w₂")
+    axes.set(
+        xlim=(-3, 3),
+        ylim=(-3, 3),
+        title=f"{family}: llc {llc:.2f} (exact 0.38)",
+        xlabel="w₁",
+        ylabel="w₂",
+    )
 
 
 def main():

@@ -17,7 +17,10 @@ def latest(table, *keys):
 
 def speed():
     """Milliseconds and seconds of compilation beside FlowJAX."""
-    rows = {(row["dim"], row["operation"], row["method"]): row for row in latest("flows", "dim", "operation", "method")}
+    rows = {
+        (row["dim"], row["operation"], row["method"]): row
+        for row in latest("flows", "dim", "operation", "method")
+    }
     lines = []
     for (dim, operation, method), peer in rows.items():
         if method == "fastvi":
@@ -25,9 +28,26 @@ def speed():
         # the peer's ratios are those to the fastvi of its own run
         own = float(peer["ms"]) / float(peer["speed_of_fastvi"])
         compile_s = float(peer["compile_s"]) * float(peer["compile_of_fastvi"])
-        cells = (own, peer["ms"], peer["speed_of_fastvi"], compile_s, peer["compile_s"], peer["compile_of_fastvi"])
+        cells = (
+            own,
+            peer["ms"],
+            peer["speed_of_fastvi"],
+            compile_s,
+            peer["compile_s"],
+            peer["compile_of_fastvi"],
+        )
         lines.append([method, dim, f"`{operation}`", *map(number, cells)])
-    header = ["peer", "dim", "operation", "fastvi ms", "peer ms", "times as fast", "compile s", "peer s", "ratio"]
+    header = [
+        "peer",
+        "dim",
+        "operation",
+        "fastvi ms",
+        "peer ms",
+        "times as fast",
+        "compile s",
+        "peer s",
+        "ratio",
+    ]
     return tabulate(header, lines)
 
 
@@ -35,14 +55,22 @@ def density():
     """Held-out nats."""
     rows = latest("flow_density", "data", "method")
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    found = {(row["data"], row["method"]): f"{float(row['nats']):.3f} ± {float(row['nats_se']):.3f}" for row in rows}
+    found = {
+        (row["data"], row["method"]): f"{float(row['nats']):.3f} ± {float(row['nats_se']):.3f}"
+        for row in rows
+    }
     data = dict.fromkeys(row["data"] for row in rows)
-    return tabulate(["", *methods], [[name, *(found.get((name, method), "") for method in methods)] for name in data])
+    return tabulate(
+        ["", *methods],
+        [[name, *(found.get((name, method), "") for method in methods)] for name in data],
+    )
 
 
 def bias():
     """The llc of both families where the truth is known."""
-    rows = {(row["posterior"], row["family"]): row for row in latest("flow_bias", "posterior", "family")}
+    rows = {
+        (row["posterior"], row["family"]): row for row in latest("flow_bias", "posterior", "family")
+    }
     lines = []
     for posterior in dict.fromkeys(name for name, _ in rows):
         mfa, flow = rows[posterior, "mfa"], rows[posterior, "flow"]
@@ -50,7 +78,17 @@ def bias():
         ends = map(number, (flow["bias_of_mfa"], flow["asked_bias"], flow["khat"]))
         lines.append([posterior, flow["d"], f"{float(flow['truth']):.3f}", *values, *ends])
     return tabulate(
-        ["posterior", "d", "truth", "`mfa`", "`flow`", "bias, flow over mfa", "asked", "k̂ of `flow`"], lines
+        [
+            "posterior",
+            "d",
+            "truth",
+            "`mfa`",
+            "`flow`",
+            "bias, flow over mfa",
+            "asked",
+            "k̂ of `flow`",
+        ],
+        lines,
     )
 
 
@@ -75,10 +113,21 @@ def seeds():
     """Chains of few steps from many seeds."""
     columns = ("truth", "least", "median", "greatest")
     lines = [
-        [row["posterior"], row["seeds"], row["not_finite"], *(number(row[name]) for name in columns)]
+        [
+            row["posterior"],
+            row["seeds"],
+            row["not_finite"],
+            *(number(row[name]) for name in columns),
+        ]
         for row in latest("flow_seeds", "posterior")
     ]
     return tabulate(["posterior", "seeds", "not finite", *columns], lines)
 
 
-TABLES = {"flow-speed": speed, "density": density, "bias": bias, "quadratic": quadratic, "seeds": seeds}
+TABLES = {
+    "flow-speed": speed,
+    "density": density,
+    "bias": bias,
+    "quadratic": quadratic,
+    "seeds": seeds,
+}

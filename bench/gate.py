@@ -2,9 +2,9 @@
 
 Runs of this machine (bench/runs) count beside the committed rows (bench/results).
 
-Ratios alone are compared, never seconds, and only between runs on the same kind of device and processor. A row fails
-when its 20 % point lies above the earlier rows' 80 % point times `--allow`. Without an earlier row there is nothing to
-compare, and that is said.
+Ratios alone are compared, never seconds, and only between runs on the same kind of device and
+processor. A row fails when its 20 % point lies above the earlier rows' 80 % point times `--allow`.
+Without an earlier row there is nothing to compare, and that is said.
 """
 
 import argparse
@@ -27,7 +27,9 @@ def load(folder=RESULTS):
 
 def identity(row):
     """Return what must agree for two rows to be comparable."""
-    return tuple(row[column] for column in ("group", "name", "size", "floor", "device", "cpu", "cores"))
+    return tuple(
+        row[column] for column in ("group", "name", "size", "floor", "device", "cpu", "cores")
+    )
 
 
 def compare(rows, date, allowed):
@@ -49,7 +51,9 @@ def compare(rows, date, allowed):
 def main(arguments=None):
     """Print the comparison; exit with 1 if anything became slower."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--allow", type=float, default=ALLOWED, help="factor on the earlier 80 %% point")
+    parser.add_argument(
+        "--allow", type=float, default=ALLOWED, help="factor on the earlier 80 %% point"
+    )
     parser.add_argument("--date", help="run to judge, as in the column; the latest when left out")
     options = parser.parse_args(arguments)
     rows = sorted(load() + load(RUNS), key=lambda row: row["date"])
@@ -58,7 +62,9 @@ def main(arguments=None):
         return 1
     results = compare(rows, options.date or max(row["date"] for row in rows), options.allow)
     for (group, name, size, *_), verdict, ratio, bound in results:
-        print(f"{verdict:>7}  {group:<9}{name:<24}{size:>9}  ratio {ratio:.3g}, at most {bound:.3g}")
+        print(
+            f"{verdict:>7}  {group:<9}{name:<24}{size:>9}  ratio {ratio:.3g}, at most {bound:.3g}"
+        )
     return int(any(verdict == "slower" for _, verdict, *_ in results))
 
 

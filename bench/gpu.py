@@ -1,8 +1,9 @@
 """Try every implementation of the kernels on a GPU, numbers and speed: python -m bench.gpu.
 
-Prints a table and appends it to bench/results/gpu.csv; commit the rows. `ratio` is the time over that of a copy of the
-bytes that the kernel must move, `error` the largest difference from float64 on the CPU in units of the largest entry.
-An implementation becomes the default of a platform (`Op.defaults`) when a row here puts it before XLA.
+Prints a table and appends it to bench/results/gpu.csv; commit the rows. `ratio` is the time over
+that of a copy of the bytes that the kernel must move, `error` the largest difference from float64
+on the CPU in units of the largest entry. An implementation becomes the default of a platform
+(`Op.defaults`) when a row here puts it before XLA.
 """
 
 import sys
@@ -25,10 +26,19 @@ def cases(dim):
     parameters, noise = mixture(dim)
     grams = jax.jit(woodbury.grams)(parameters)
     factor_bytes, vector = 4 * COMPONENTS * RANK * dim, 4 * dim
-    update = (parameters.factors, jnp.asarray([3], jnp.int32), jnp.ones((1, 1, RANK)), noise.eps[None, None])
+    update = (
+        parameters.factors,
+        jnp.asarray([3], jnp.int32),
+        jnp.ones((1, 1, RANK)),
+        noise.eps[None, None],
+    )
     return {
         "woodbury": (woodbury.draw, (parameters, grams, noise), 2 * factor_bytes + 6 * vector),
-        "mixture_grad": (mixture_grad.update_factors, update, 2 * factor_bytes // COMPONENTS + vector),
+        "mixture_grad": (
+            mixture_grad.update_factors,
+            update,
+            2 * factor_bytes // COMPONENTS + vector,
+        ),
     }
 
 
@@ -37,7 +47,10 @@ def exact(function, arguments):
     cpu = jax.devices("cpu")[0]
     with jax.enable_x64(True), jax.default_device(cpu):
         wide = jax.tree_util.tree_map(
-            lambda leaf: jnp.asarray(np.asarray(leaf, np.float64 if leaf.dtype.kind == "f" else leaf.dtype)), arguments
+            lambda leaf: jnp.asarray(
+                np.asarray(leaf, np.float64 if leaf.dtype.kind == "f" else leaf.dtype)
+            ),
+            arguments,
         )
         return jax.tree_util.tree_map(np.asarray, function(*wide, implementation="xla"))
 
@@ -45,7 +58,8 @@ def exact(function, arguments):
 def largest_error(actual, expected):
     """Return the largest difference in units of each leaf's largest entry."""
     errors = [
-        np.max(np.abs(np.asarray(got) - want), initial=0.0) / max(np.max(np.abs(want), initial=0.0), 1e-30)
+        np.max(np.abs(np.asarray(got) - want), initial=0.0)
+        / max(np.max(np.abs(want), initial=0.0), 1e-30)
         for got, want in zip(*map(jax.tree_util.tree_leaves, (actual, expected)), strict=True)
     ]
     return float(max(errors))

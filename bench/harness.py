@@ -1,4 +1,7 @@
-"""What every benchmark shares: alternating timings, rows in files, and a memory-bandwidth yardstick."""
+"""What every benchmark shares.
+
+Alternating timings, rows in files, and a memory-bandwidth yardstick.
+"""
 
 import csv
 import datetime
@@ -43,9 +46,12 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dic
 
 
 class Timing(NamedTuple):
-    """Seconds of a call and its multiple of the floor in the same round: 20 %, 50 % and 80 % points of the rounds.
+    """Seconds of a call and its multiple of the floor in the same round.
 
-    `least` is the ratio of the least seconds of either: what is left where other programs interrupt most rounds.
+    20 %, 50 % and 80 % points of the rounds.
+
+    `least` is the ratio of the least seconds of either: what is left where other programs interrupt
+    most rounds.
     """
 
     seconds: tuple[float, float, float]
@@ -53,8 +59,13 @@ class Timing(NamedTuple):
     least: float
 
 
-def against(floor: str, candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
-    """Time candidates in turn and compare each with `floor` round by round: load changes more slowly than that."""
+def against(
+    floor: str, candidates: Mapping[str, Callable[[], Any]], rounds: int
+) -> dict[str, Timing]:
+    """Time candidates in turn and compare each with `floor` round by round.
+
+    Load changes more slowly than that.
+    """
     return compared(in_turn(candidates, rounds), floor)
 
 
@@ -73,7 +84,8 @@ def compared(samples: Mapping[str, np.ndarray], floor: str) -> dict[str, Timing]
     """Compare each candidate's seconds with those of `floor` in the same round."""
     base = samples[floor]
     return {
-        name: Timing(_spread(own), _spread(own / base), float(own.min() / base.min())) for name, own in samples.items()
+        name: Timing(_spread(own), _spread(own / base), float(own.min() / base.min()))
+        for name, own in samples.items()
     }
 
 
@@ -81,7 +93,9 @@ def _spread(samples: np.ndarray) -> tuple[float, float, float]:
     return tuple(float(np.quantile(samples, share)) for share in (0.2, 0.5, 0.8))
 
 
-def score(group: str, name: str, size: int, floor: str, timing: Timing, **details: Any) -> dict[str, Any]:
+def score(
+    group: str, name: str, size: int, floor: str, timing: Timing, **details: Any
+) -> dict[str, Any]:
     """Make a row of `ratios.csv`, the table that `bench.report` prints and `bench.gate` compares.
 
     Args:
@@ -95,12 +109,17 @@ def score(group: str, name: str, size: int, floor: str, timing: Timing, **detail
     low, median, high = timing.ratio
     row = {"group": group, "name": name, "size": size, "floor": floor}
     row |= {"ratio": median, "ratio_p20": low, "ratio_p80": high, "ratio_least": timing.least}
-    row |= dict(zip(("ms_p20", "ms", "ms_p80"), (1e3 * value for value in timing.seconds), strict=True))
+    row |= dict(
+        zip(("ms_p20", "ms", "ms_p80"), (1e3 * value for value in timing.seconds), strict=True)
+    )
     return row | {name: details.pop(name, "") for name in DETAILS} | details
 
 
 def peak_megabytes(compiled: Any) -> float:
-    """Return what a compiled program holds at most: arguments, results and temporaries, aliases counted once."""
+    """Return what a compiled program holds at most.
+
+    Arguments, results and temporaries, aliases counted once.
+    """
     memory = compiled.memory_analysis()
     parts = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return (parts - memory.alias_size_in_bytes) / 1e6
@@ -123,14 +142,20 @@ def copy_bandwidth(megabytes: int = 256, rounds: int = 5) -> float:
 
 
 def bytes_accessed(compiled: Any) -> float:
-    """Return the bytes that XLA's cost analysis counts for a compiled program; a loop's body counts once."""
+    """Return the bytes that XLA's cost analysis counts for a compiled program.
+
+    A loop's body counts once.
+    """
     analysis = compiled.cost_analysis() or {}
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     return float(analysis.get("bytes accessed", float("nan")))
 
 
 def folder() -> pathlib.Path:
-    """Return where rows go: bench/runs, or bench/results where BENCH_KEEP asks for rows to commit."""
+    """Return where rows go.
+
+    Bench/runs, or bench/results where BENCH_KEEP asks for rows to commit.
+    """
     return RESULTS if os.environ.get(KEEP, "0") not in ("", "0") else RUNS
 
 
@@ -152,7 +177,9 @@ def record(table: str, rows: Sequence[Mapping[str, Any]]) -> None:
         with path.open(newline="") as file:
             present = next(csv.reader(file))
         if present != columns:
-            raise ValueError(f"{path} has columns {present}, not {columns}. Move it away to start a new one.")
+            raise ValueError(
+                f"{path} has columns {present}, not {columns}. Move it away to start a new one."
+            )
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if is_new:
@@ -164,7 +191,9 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Align rows for a terminal."""
     cells = [list(rows[0]), *([str(_rounded(value)) for value in row.values()] for row in rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
+    padded = [
+        [cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in cells
+    ]
     return "\n".join("  ".join(line) for line in padded)
 
 
@@ -199,7 +228,9 @@ def _commit() -> str:
     folder = pathlib.Path(fastvi.__file__).parent
 
     def git(*args):
-        done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", *args], cwd=folder, capture_output=True, text=True, check=True
+        )
         return done.stdout.strip()
 
     try:

@@ -1,4 +1,6 @@
-"""The llc of the digits network over its training: warm and cold starts, their work, and the figure of docs.
+"""The llc of the digits network over its training.
+
+Warm and cold starts, their work, and the figure of docs.
 
 python -m bench.llc_curve            a few minutes on two idle cores
 """
@@ -37,7 +39,9 @@ def training_checkpoints():
         updates, state = optimizer.update(jax.grad(cross_entropy)(params, data), state)
         return (optax.apply_updates(params, updates), state), None
 
-    run = jax.jit(lambda carry, length: jax.lax.scan(step, carry, length=length)[0], static_argnums=1)
+    run = jax.jit(
+        lambda carry, length: jax.lax.scan(step, carry, length=length)[0], static_argnums=1
+    )
     times = np.unique(np.geomspace(FIRST, LAST, COUNT).astype(int))
     carry, kept, done = (params, optimizer.init(params)), [], 0
     for time in times:
@@ -66,8 +70,13 @@ def report(rows: dict) -> None:
     """Say what each budget costs, and how far it is from the reference."""
     truth = np.array(rows["reference"]["llc"])
     for name in (*BUDGETS, "reference"):
-        error, work = np.abs(np.array(rows[name]["llc"]) / truth - 1), np.sum(rows[name]["total_fge"])
-        print(f"| {name} | {100 * np.median(error):.1f} % | {100 * error.max():.1f} % | {work:,.0f} |")
+        error, work = (
+            np.abs(np.array(rows[name]["llc"]) / truth - 1),
+            np.sum(rows[name]["total_fge"]),
+        )
+        print(
+            f"| {name} | {100 * np.median(error):.1f} % | {100 * error.max():.1f} % | {work:,.0f} |"
+        )
 
 
 def draw(rows: dict) -> None:
@@ -76,10 +85,16 @@ def draw(rows: dict) -> None:
     times = rows["training_step"]
     axes[0].plot(times, rows["reference"]["llc"], "k-", lw=1, label="reference")
     for name, style in zip(BUDGETS, ("C0o", "C2^", "C1s"), strict=True):
-        axes[0].errorbar(times, rows[name]["llc"], rows[name]["llc_sem"], fmt=style, ms=4, label=name)
+        axes[0].errorbar(
+            times, rows[name]["llc"], rows[name]["llc_sem"], fmt=style, ms=4, label=name
+        )
         axes[1].plot(times, np.cumsum(rows[name]["total_fge"]), style, ms=4, ls="-")
-    axes[0].set(xscale="log", xlabel="training step", ylabel="llc", title="digits network, 64-16-10")
-    axes[1].set(xscale="log", yscale="log", xlabel="training step", ylabel="FGE so far", title="work")
+    axes[0].set(
+        xscale="log", xlabel="training step", ylabel="llc", title="digits network, 64-16-10"
+    )
+    axes[1].set(
+        xscale="log", yscale="log", xlabel="training step", ylabel="FGE so far", title="work"
+    )
     twin = axes[0].twinx()
     twin.plot(times, rows["init_loss"], "0.6", lw=1)
     twin.set(yscale="log", ylabel="training loss (grey)")
@@ -92,7 +107,9 @@ def draw(rows: dict) -> None:
 
 def main() -> None:
     """Measure unless told to read what was measured before."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--again", action="store_true", help="only report and draw")
     if not parser.parse_args().again:
         RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")

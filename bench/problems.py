@@ -8,7 +8,12 @@ INPUTS = 16
 NUM_DATA = 20_000
 BATCH = 256
 SOLVER_STEPS = 300  # of conjugate gradients, for noise orthogonal to the network's tangents
-WIDTHS = {1_000: 24, 10_000: 91, 100_000: 308, 1_000_000: 992}  # hidden width for about so many parameters
+WIDTHS = {
+    1_000: 24,
+    10_000: 91,
+    100_000: 308,
+    1_000_000: 992,
+}  # hidden width for about so many parameters
 
 
 def tanh_network(size: int, num_data: int = NUM_DATA):
@@ -22,7 +27,10 @@ def tanh_network(size: int, num_data: int = NUM_DATA):
 
 
 def trained_tanh_network(size: int, num_data: int = NUM_DATA, noise: float = 0.3):
-    """Return the same network at a minimum: outputs are its own plus noise that no small change of it can fit."""
+    """Return the same network at a minimum.
+
+    Outputs are its own plus noise that no small change of it can fit.
+    """
     predict, dim = _predictor(size)
     _, center, (inputs, errors) = tanh_network(size, num_data)
     fitted, tangent = jax.linearize(lambda flat: predict(flat, inputs), center)
@@ -41,7 +49,8 @@ def _predictor(size: int):
 
     def predict(flat, inputs):
         first, second, last = (
-            part.reshape(shape) for part, shape in zip(jnp.split(flat, ends[:-1]), shapes, strict=True)
+            part.reshape(shape)
+            for part, shape in zip(jnp.split(flat, ends[:-1]), shapes, strict=True)
         )
         return (jnp.tanh(jnp.tanh(inputs @ first) @ second) @ last)[:, 0]
 

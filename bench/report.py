@@ -1,7 +1,8 @@
 """Write the tables of README.md and docs anew from bench/results: python -m bench.report [--check].
 
-Between the lines `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` of a page stands what a function of TABLES returns.
-With --check nothing is written; the exit status says whether a page is out of date.
+Between the lines `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` of a page stands what a function
+of TABLES returns. With --check nothing is written; the exit status says whether a page is out of
+date.
 """
 
 import csv
@@ -56,9 +57,18 @@ def ratios(*groups):
         if row["group"] not in groups:
             continue
         spread = f"{number(row['ratio_p20'])} to {number(row['ratio_p80'])}"
-        cells = (row[name] for name in ("ratio_least", "asked", "ms", "moved_mb", "least_mb", "peak_mb"))
+        cells = (
+            row[name] for name in ("ratio_least", "asked", "ms", "moved_mb", "least_mb", "peak_mb")
+        )
         lines.append(
-            [row["name"], number(row["size"]), row["floor"], number(row["ratio"]), spread, *map(number, cells)]
+            [
+                row["name"],
+                number(row["size"]),
+                row["floor"],
+                number(row["ratio"]),
+                spread,
+                *map(number, cells),
+            ]
         )
     return tabulate(header, lines)
 
@@ -71,12 +81,17 @@ def speed():
     names = [name for name in dict.fromkeys(row["name"] for row in rows) if name != "gradient"]
     found = {(row["size"], row["name"]): number(row["ratio_least"]) for row in rows}
     sizes = sorted({row["size"] for row in rows}, key=int)
-    return markdown(["d", *names], [[number(size), *(found.get((size, name), "") for name in names)] for size in sizes])
+    return markdown(
+        ["d", *names],
+        [[number(size), *(found.get((size, name), "") for name in names)] for size in sizes],
+    )
 
 
 def scale():
     """Tabulate time and memory of a step by dimension, and the line through zero that fits the larger half."""
-    rows = sorted((row for row in latest(load()) if row["group"] == "scale"), key=lambda row: int(row["size"]))
+    rows = sorted(
+        (row for row in latest(load()) if row["group"] == "scale"), key=lambda row: int(row["size"])
+    )
     if not rows:
         return "Nothing measured yet."
     found = np.array([[float(row[name]) for name in ("size", "ms", "peak_mb")] for row in rows])
@@ -90,9 +105,12 @@ def scale():
     slopes = large[:, 0] @ large[:, 1:] / (large[:, 0] @ large[:, 0]) * 1e6
     spread = np.max(np.abs(each[len(found) // 2 :] / slopes - 1), axis=0)
     law = (
-        f"Lines through zero for d from {number(dims[len(found) // 2])} on: {number(slopes[0])} ns a parameter (points "
-        f"within {100 * spread[0]:.0f} %) and {number(slopes[1])} bytes (within {100 * spread[1]:.1g} %). At d = 1e8 "
-        f"that is {slopes[0] * SCALED_TO / 1e9:.2g} s a step and {slopes[1] * SCALED_TO / 1e9:.3g} GB for a chain."
+        f"Lines through zero for d from {number(dims[len(found) // 2])} on: {number(slopes[0])} "
+        "ns a parameter (points "
+        f"within {100 * spread[0]:.0f} %) and {number(slopes[1])} bytes (within "
+        f"{100 * spread[1]:.1g} %). At d = 1e8 "
+        f"that is {slopes[0] * SCALED_TO / 1e9:.2g} s a step and "
+        f"{slopes[1] * SCALED_TO / 1e9:.3g} GB for a chain."
     )
     return f"{table}\n\n{law}"
 
@@ -104,7 +122,15 @@ def gpu():
         return NO_GPU
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    header = ["kernel", "implementation", "d", "device", "ratio to a copy", "largest error", "commit"]
+    header = [
+        "kernel",
+        "implementation",
+        "d",
+        "device",
+        "ratio to a copy",
+        "largest error",
+        "commit",
+    ]
     columns = ("kernel", "implementation", "dim", "device", "ratio", "error", "commit")
     return markdown(header, [[row[column] for column in columns] for row in rows])
 
@@ -117,8 +143,10 @@ def machine():
     row = rows[-1]
     loads = [float(other["load_average"]) for other in latest(rows)]
     return (
-        f"{row['cpu']}, {row['cores']} cores, jax {row['jax']}, {row['date'][:10]}, commit {row['commit']}; load "
-        f"average {min(loads):.0f} to {max(loads):.0f} on these cores while it ran (0 would be an idle machine)."
+        f"{row['cpu']}, {row['cores']} cores, jax {row['jax']}, {row['date'][:10]}, commit "
+        f"{row['commit']}; load "
+        f"average {min(loads):.0f} to {max(loads):.0f} on these cores while it ran (0 would be an "
+        "idle machine)."
     )
 
 
@@ -166,7 +194,10 @@ def main(arguments):
             page.write_text(new)
     if "--check" not in arguments:
         compare_report.draw_figure(compare_report.Results())
-    print(("out of date: " if "--check" in arguments else "rewritten: ") + (", ".join(stale) or "nothing"))
+    print(
+        ("out of date: " if "--check" in arguments else "rewritten: ")
+        + (", ".join(stale) or "nothing")
+    )
     return int(bool(stale) and "--check" in arguments)
 
 

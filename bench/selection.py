@@ -10,4 +10,6 @@ SHORT = 10_000  # parameters
 
 def sizes(values: Iterable[int], short: int = SHORT) -> list[Any]:
     """Return sizes as pytest's parameters, those above `short` marked slow."""
-    return [pytest.param(value, marks=[pytest.mark.slow] if value > short else []) for value in values]
+    return [
+        pytest.param(value, marks=[pytest.mark.slow] if value > short else []) for value in values
+    ]

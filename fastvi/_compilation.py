@@ -1,4 +1,7 @@
-"""Compilation: what it costs, by jax's public monitoring events; quick options; who owns programs; work ahead."""
+"""Compilation.
+
+What it costs, by jax's public monitoring events; quick options; who owns programs; work ahead.
+"""
 
 import dataclasses
 import functools
@@ -22,7 +25,8 @@ COMPILE_EVENTS = (
 )
 QUICK_OPTIONS: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}
 WORKERS = 2
-# A set of programs is those of a fit or of a walk. On CPU the two take 45 and 30 MB, whatever the dimension.
+# A set of programs is those of a fit or of a walk. On CPU the two take 45 and 30 MB, whatever the
+# dimension.
 MOST_LOSSES = 4  # losses of which programs are kept
 MOST_SETS = 16
 
@@ -30,7 +34,10 @@ Programs = TypeVar("Programs")
 
 
 class CompileClock:
-    """Running totals since import of fastvi: programs compiled, and seconds that callers waited for them."""
+    """Running totals since import of fastvi.
+
+    Programs compiled, and seconds that callers waited for them.
+    """
 
     def __init__(self):
         self.seconds = 0.0
@@ -39,7 +46,10 @@ class CompileClock:
         self._lock = threading.Lock()  # programs compile in several threads at once
 
     def listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        """Add one event; the seconds of one that runs ahead are counted when somebody waits for it."""
+        """Add one event.
+
+        The seconds of one that runs ahead are counted when somebody waits for it.
+        """
         del kwargs
         if event in COMPILE_EVENTS:
             with self._lock:
@@ -67,7 +77,8 @@ monitoring.register_event_duration_secs_listener(CLOCK.listen)
 def quick_compilation() -> dict[str, Any] | None:
     """Return compiler options for programs that run once or twice, None where this XLA does not know them.
 
-    Measured on CPU, jax 0.10: XLA's older emitters compile in 0.6 of the time and run at 0.8 of the speed.
+    Measured on CPU, jax 0.10: XLA's older emitters compile in 0.6 of the time and run at 0.8 of the
+    speed.
     """
     if jax.default_backend() != "cpu":
         return None
@@ -101,7 +112,10 @@ class Borrowed:
 
 
 class BorrowedObjective(Borrowed):
-    """A borrowed objective: its methods are attributes of its own, by which Python 3.12 knows a protocol."""
+    """A borrowed objective.
+
+    Its methods are attributes of its own, by which Python 3.12 knows a protocol.
+    """
 
     def loss(self, *args: Any) -> Any:
         """Evaluate the loss of the objective."""
@@ -131,8 +145,8 @@ class _Kept:
 class ProgramStore:
     """Owner of all compiled programs: what it drops gives its memory back.
 
-    It keeps the programs of the losses used last, and drops at once those of losses that nobody holds any more when
-    another loss needs programs.
+    It keeps the programs of the losses used last, and drops at once those of losses that nobody
+    holds any more when another loss needs programs.
     """
 
     def __init__(self, most_losses: int = MOST_LOSSES, most_sets: int = MOST_SETS):
@@ -141,15 +155,19 @@ class ProgramStore:
         self._lock = threading.RLock()
 
     def find(
-        self, loss: Hashable, key: Hashable, functions: tuple[Any, ...], build: Callable[..., Programs]
+        self,
+        loss: Hashable,
+        key: Hashable,
+        functions: tuple[Any, ...],
+        build: Callable[..., Programs],
     ) -> Programs:
         """Return what `build` made of functions that compute the same, or build it.
 
         Args:
             loss: What the functions compute.
             key: What else the programs depend on.
-            functions: The functions as they are now; the first is asked whether people still hold it. Programs
-                borrow them, and call the latest ones where they are traced again.
+            functions: The functions as they are now; the first is asked whether people still hold
+                it. Programs borrow them, and call the latest ones where they are traced again.
             build: Makes the programs of the functions, borrowed.
         """
         with self._lock:
@@ -172,7 +190,9 @@ class ProgramStore:
             gc.collect()
 
     def _make_room(self, loss: Hashable) -> None:
-        others = list(dict.fromkeys(one.loss for one in reversed(self._kept.values()) if one.loss != loss))
+        others = list(
+            dict.fromkeys(one.loss for one in reversed(self._kept.values()) if one.loss != loss)
+        )
         recent = {loss, *others[: self._most_losses - 1]}
         wanted = {
             key: one
@@ -208,8 +228,8 @@ def _holder(function: Any) -> Callable[[], Any]:
 class Ahead:
     """Compile programs in the background while earlier ones compile or run.
 
-    Lowering, which runs the user's Python, stays in the caller's thread; a later call of the jitted function finds
-    the compiled program in jax's own cache.
+    Lowering, which runs the user's Python, stays in the caller's thread; a later call of the jitted
+    function finds the compiled program in jax's own cache.
     """
 
     def __init__(self):

@@ -18,7 +18,10 @@ class UnavailableError(NotImplementedError, ValueError):
 
 
 class ErrorNote:
-    """Add a note to whatever is raised inside a `with` block; the error passes through unchanged."""
+    """Add a note to whatever is raised inside a `with` block.
+
+    The error passes through unchanged.
+    """
 
     def __init__(self, note: str):
         self.note = note

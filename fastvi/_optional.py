@@ -27,4 +27,6 @@ def import_optional(module: str, *, extra: str, distribution: str, purpose: str)
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise MissingExtraError(f'{purpose} needs {distribution}: pip install "fastvi[{extra}]"') from error
+        raise MissingExtraError(
+            f'{purpose} needs {distribution}: pip install "fastvi[{extra}]"'
+        ) from error

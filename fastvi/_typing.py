@@ -1,8 +1,8 @@
 """Shared type names.
 
-Axis vocabulary of the jaxtyping annotations: `dim` parameters of the model, `comp` mixture components,
-`rank` columns of a covariance factor, `core` rows of the precision core, `locs` 0, 1 or `comp` means,
-`draws` samples, `chains` independent fits, `examples` data points.
+Axis vocabulary of the jaxtyping annotations: `dim` parameters of the model, `comp` mixture
+components, `rank` columns of a covariance factor, `core` rows of the precision core, `locs` 0, 1 or
+`comp` means, `draws` samples, `chains` independent fits, `examples` data points.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 else:
 
     class Given:
-        """The type of what a person passes, for readers and type checkers: at run time our own errors refuse it."""
+        """The type of what a person passes, for readers and type checkers.
+
+        At run time our own errors refuse it.
+        """
 
         def __class_getitem__(cls, kind: Any) -> Any:
             return Any
@@ -28,4 +31,17 @@ Scalar: TypeAlias = Float[Array, ""]
 Key: TypeAlias = PRNGKeyArray
 Keys: TypeAlias = jaxtyping.Key[Array, " chains"]
 
-__all__ = ["Any", "Array", "Batch", "Bool", "Float", "Given", "Int", "Key", "Keys", "PyTree", "Scalar", "UInt32"]
+__all__ = [
+    "Any",
+    "Array",
+    "Batch",
+    "Bool",
+    "Float",
+    "Given",
+    "Int",
+    "Key",
+    "Keys",
+    "PyTree",
+    "Scalar",
+    "UInt32",
+]

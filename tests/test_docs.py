@@ -1,4 +1,7 @@
-"""The documents say what the package does: examples run, tables are complete, links lead somewhere."""
+"""The documents say what the package does.
+
+Examples run, tables are complete, links lead somewhere.
+"""
 
 import dataclasses
 import doctest
@@ -23,7 +26,9 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 def python_blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(
+        r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
 
 
 def config_rows(heading):
@@ -35,14 +40,17 @@ def config_rows(heading):
 @pytest.mark.parametrize("cls", [VIConfig, FlowConfig], ids=lambda cls: cls.__name__)
 def test_configuration_page_lists_every_field_with_its_default(cls):
     expected = {
-        field.name: "FlowConfig()" if field.name == "flow" else repr(field.default) for field in dataclasses.fields(cls)
+        field.name: "FlowConfig()" if field.name == "flow" else repr(field.default)
+        for field in dataclasses.fields(cls)
     }
     assert config_rows(cls.__name__) == expected
 
 
 @pytest.fixture
 def short_fits(monkeypatch):
-    """Cut fits short, without a walk: an example shows how to call, the numbers have tests of their own.
+    """Cut fits short, without a walk.
+
+    An example shows how to call, the numbers have tests of their own.
 
     A flow is a small one, which compiles in half the time.
     """
@@ -110,7 +118,9 @@ def test_examples_of_draws_run(short_fits, capsys):
     [
         (name, block)
         for name in ("configuration.md", "vi_flow.md")
-        for block in re.findall(r"^```yaml\n(.*?)^```", (DOCS / name).read_text("utf-8"), re.S | re.M)
+        for block in re.findall(
+            r"^```yaml\n(.*?)^```", (DOCS / name).read_text("utf-8"), re.S | re.M
+        )
     ],
 )
 def test_examples_of_configurations_are_read(page, block, tmp_path):
@@ -141,7 +151,8 @@ def test_every_page_with_examples_is_run():
 
 
 @pytest.mark.parametrize(
-    "block", re.findall(r"^```yaml\n(.*?)^```", (DOCS / "sweeps.md").read_text("utf-8"), re.S | re.M)
+    "block",
+    re.findall(r"^```yaml\n(.*?)^```", (DOCS / "sweeps.md").read_text("utf-8"), re.S | re.M),
 )
 def test_examples_of_sweeps_are_plans(block, tmp_path):
     (tmp_path / "sweep.yaml").write_text(block)
@@ -191,7 +202,9 @@ def test_diagnostics_page_names_every_finding_and_trace():
 
 
 def test_api_page_lists_every_public_name():
-    listed = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    listed = re.findall(
+        r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert {f"fastvi.{name}" for name in fastvi.__all__} <= set(listed)
 
 
@@ -202,7 +215,9 @@ def test_links_between_documents_lead_to_files(page):
 
 
 def test_math_page_has_the_sections_that_comments_name():
-    sections = re.findall(r"^## (.+)$", (DOCS / "math.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    sections = re.findall(
+        r"^## (.+)$", (DOCS / "math.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert sections == [
         "Target",
         "Coordinates",

@@ -1,1 +1,4 @@
-"""Problems whose local learning coefficient is known, and how well: see `problems.py` and `reference.py`."""
+"""Problems whose local learning coefficient is known, and how well.
+
+See `problems.py` and `reference.py`.
+"""

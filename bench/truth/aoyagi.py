@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 
 def deep_linear_learning_coefficient(widths: Sequence[int], rank: int) -> float:
-    """Return the learning coefficient of W_L ... W_1 fitted to a matrix of rank R, where every layer has rank R.
+    """Return the learning coefficient of W_L ...
 
-    With M_s = H_s - R in ascending order, l the largest index with sum_{i<=l} M_i >= l M_l (from 0), T that sum and
-    a = T - (ceil(T/l) - 1) l:
+    W_1 fitted to a matrix of rank R, where every layer has rank R.
+
+    With M_s = H_s - R in ascending order, l the largest index with sum_{i<=l} M_i >= l M_l (from
+    0), T that sum and a = T - (ceil(T/l) - 1) l:
 
         R (H_0 + H_L - R) / 2 + a (l - a) / (4 l) - (l - 1) T^2 / (4 l) + 1/2 sum_{i<j<=l} M_i M_j
 
@@ -17,13 +19,17 @@ def deep_linear_learning_coefficient(widths: Sequence[int], rank: int) -> float:
         rank: R, of the product and of every layer.
 
     Raises:
-        ValueError: If there are fewer than two layers, or the rank is not one that the widths allow.
+        ValueError: If there are fewer than two layers, or the rank is not one that the widths
+            allow.
 
     References:
         Aoyagi, Neural Networks 172 (2024) 106132.
     """
     if len(widths) < 3 or not 0 <= rank <= min(widths):
-        raise ValueError(f"needs two layers and 0 <= rank <= min(widths); got widths {list(widths)}, rank {rank}.")
+        raise ValueError(
+            f"needs two layers and 0 <= rank <= min(widths); got widths {list(widths)}, rank "
+            f"{rank}."
+        )
     spare = sorted(width - rank for width in widths)
     last = max(i for i in range(1, len(spare)) if sum(spare[: i + 1]) >= i * spare[i])
     kept = spare[: last + 1]

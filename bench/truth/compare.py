@@ -1,4 +1,6 @@
-"""Compare estimators of the LLC at equal work on problems whose answer is known; see bench/README.md.
+"""Compare estimators of the LLC at equal work on problems whose answer is known.
+
+See bench/README.md.
 
 python -m bench.truth.compare                                    the subset below, five seeds
 python -m bench.truth.compare --problems digits_16_g1 --seeds 2 --budget 2000 --methods fastvi hmc
@@ -26,7 +28,17 @@ from bench.truth.samplers import Course
 
 TABLE = "compare"
 CURVES = harness.RESULTS / "compare_curves.csv"
-CURVE_COLUMNS = ("problem", "method", "knob", "seeds", "budget", "fge", "median_error", "date", "commit")
+CURVE_COLUMNS = (
+    "problem",
+    "method",
+    "knob",
+    "seeds",
+    "budget",
+    "fge",
+    "median_error",
+    "date",
+    "commit",
+)
 METHODS = ("fastvi", "sgld", "rmsprop_sgld", "hmc", "mclmc", *variational.PEERS)
 SUBSET = (
     "quadratic_d50_c100",
@@ -46,7 +58,10 @@ SUBSET = (
     "deep_linear_3x58_g10",
 )
 BURN_IN = 0.5  # of a run so far that its running estimate leaves out
-FIRST_CHECK, CHECKS = 10.0, 25  # checkpoints of a curve: geometric, from this many FGE to the budget
+FIRST_CHECK, CHECKS = (
+    10.0,
+    25,
+)  # checkpoints of a curve: geometric, from this many FGE to the budget
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-11, -1))
 GRID_LARGE = tuple(10 ** (exponent / 2) for exponent in range(-10, -3))
 REFINED = (10**-0.25, 10**0.25)  # two more step sizes beside the best of the grid
@@ -56,7 +71,10 @@ FASTVI: dict[str, dict[str, Any]] = {
     "correction=none": {"correction": "none"},
     "correction_error=0.05": {"correction_error": 0.05},
     "defaults": {},
-    **{f"correction_budget={most}": {"correction_budget": most, "correction_error": 0.05} for most in BUDGETS},
+    **{
+        f"correction_budget={most}": {"correction_budget": most, "correction_error": 0.05}
+        for most in BUDGETS
+    },
 }
 CHOSEN = "best elbo"  # knob of a variational peer
 MCLMC_SHARES = (0.125, 0.25, 0.5, 1.0)
@@ -66,8 +84,8 @@ BATCHES = 20  # of the batch means that give the error of a single chain
 def estimate(course: Course, fge: float) -> tuple[float, float]:
     """Return the running estimate at `fge` and its standard error.
 
-    The first half of the work so far is left out. The error is that of the spread between chains, or between batch
-    means where there is one chain.
+    The first half of the work so far is left out. The error is that of the spread between chains,
+    or between batch means where there is one chain.
     """
     kept = course.energy[(course.fge <= fge) & (course.fge > BURN_IN * fge)]
     kept = kept[~np.isnan(kept).all(axis=1)] if kept.shape[1] == 1 else kept
@@ -75,7 +93,9 @@ def estimate(course: Course, fge: float) -> tuple[float, float]:
         return math.nan, math.nan
     parts = kept.mean(axis=0)
     if kept.shape[1] == 1:
-        parts = np.array([batch.mean() for batch in np.array_split(kept[:, 0], min(BATCHES, len(kept)))])
+        parts = np.array(
+            [batch.mean() for batch in np.array_split(kept[:, 0], min(BATCHES, len(kept)))]
+        )
     sem = parts.std(ddof=1) / math.sqrt(len(parts)) if len(parts) > 1 else math.nan
     return float(kept.mean()), float(sem)
 
@@ -90,8 +110,13 @@ def relative_error(llc: float, reference: float) -> float:
     return llc / reference - 1 if math.isfinite(llc) else math.inf
 
 
-def make_row(problem: Problem, method, knob, seed, budget, fge, llc, sem, seconds) -> dict[str, Any]:
-    """Return a row of compare.csv. Diverged: not finite, or above d, twice what any quadratic can have."""
+def make_row(
+    problem: Problem, method, knob, seed, budget, fge, llc, sem, seconds
+) -> dict[str, Any]:
+    """Return a row of compare.csv.
+
+    Diverged: not finite, or above d, twice what any quadratic can have.
+    """
     reference = load_reference(problem.name)["value"]
     return {
         "problem": problem.name,
@@ -111,14 +136,22 @@ def make_row(problem: Problem, method, knob, seed, budget, fge, llc, sem, second
     }
 
 
-def sampler_rows(problem: Problem, method: str, courses: dict, budget: float) -> tuple[list[dict], list[dict]]:
+def sampler_rows(
+    problem: Problem, method: str, courses: dict, budget: float
+) -> tuple[list[dict], list[dict]]:
     """Return rows of compare.csv, and the median error over seeds at every checkpoint."""
     reference = load_reference(problem.name)["value"]
     rows, errors = [], {}
     for (setting, seed), course in courses.items():
-        knob = setting if isinstance(setting, str) else f"{'leapfrogs' if method == 'hmc' else 'lr'}={setting:.4g}"
+        knob = (
+            setting
+            if isinstance(setting, str)
+            else f"{'leapfrogs' if method == 'hmc' else 'lr'}={setting:.4g}"
+        )
         llc, sem = estimate(course, course.fge[-1])
-        rows.append(make_row(problem, method, knob, seed, budget, course.fge[-1], llc, sem, course.seconds))
+        rows.append(
+            make_row(problem, method, knob, seed, budget, course.fge[-1], llc, sem, course.seconds)
+        )
         running = [estimate(course, fge)[0] for fge in checkpoints(budget)]
         errors.setdefault(knob, []).append([abs(relative_error(llc, reference)) for llc in running])
     curves = []
@@ -145,13 +178,19 @@ def _curve_row(problem, method, knob, seeds, budget, fge, error) -> dict[str, An
 
 
 def langevin_courses(problem: Problem, seeds, budget: float, *, rmsprop: bool) -> dict:
-    """Run the grid, then two more step sizes beside the one of least median error: the oracle sees the truth."""
+    """Run the grid, then two more step sizes beside the one of least median error.
+
+    The oracle sees the truth.
+    """
     steps = GRID if problem.dim <= samplers.ALL_LANES else GRID_LARGE
     courses = samplers.sgld(problem, steps, seeds, budget, rmsprop=rmsprop)
     reference = load_reference(problem.name)["value"]
 
     def median_error(step):
-        finals = [estimate(course, course.fge[-1])[0] for course in (courses[step, seed] for seed in seeds)]
+        finals = [
+            estimate(course, course.fge[-1])[0]
+            for course in (courses[step, seed] for seed in seeds)
+        ]
         return np.median([abs(relative_error(llc, reference)) for llc in finals])
 
     best = min(steps, key=median_error)
@@ -160,7 +199,10 @@ def langevin_courses(problem: Problem, seeds, budget: float, *, rmsprop: bool) -
 
 
 def fastvi_rows(problem: Problem, seeds, budget: float) -> tuple[list[dict], list[dict]]:
-    """Run `estimate_llc` with each of `FASTVI`; it chooses its own work, which may exceed the budget."""
+    """Run `estimate_llc` with each of `FASTVI`.
+
+    It chooses its own work, which may exceed the budget.
+    """
     rows, curves = [], []
     for knob, options in FASTVI.items():
         mine = []
@@ -169,7 +211,11 @@ def fastvi_rows(problem: Problem, seeds, budget: float) -> tuple[list[dict], lis
             result = problem.estimate(seed, **options)
             elapsed, fge = time.perf_counter() - began, result.work["total_fge"]
             how = result.correction["method"] if result.correction else "none"
-            print(f"  {knob}, seed {seed}: {result.llc:.4g}, {fge:.0f} FGE, by {how}", file=sys.stderr, flush=True)
+            print(
+                f"  {knob}, seed {seed}: {result.llc:.4g}, {fge:.0f} FGE, by {how}",
+                file=sys.stderr,
+                flush=True,
+            )
             values = (seed, budget, fge, result.llc, result.llc_sem, elapsed)
             mine.append(make_row(problem, "fastvi", knob, *values))
         rows += mine
@@ -195,7 +241,10 @@ def measure(problem: Problem, method: str, seeds, budget: float) -> tuple[list[d
 
 
 def mclmc_rows(problem: Problem, seeds, budget: float) -> tuple[list[dict], list[dict]]:
-    """Run MCLMC within several budgets: it plans its tuning by what it may spend, so that a run has no early answer."""
+    """Run MCLMC within several budgets.
+
+    It plans its tuning by what it may spend, so that a run has no early answer.
+    """
     rows, curves = [], []
     for share in MCLMC_SHARES:
         within = share * budget
@@ -207,7 +256,9 @@ def mclmc_rows(problem: Problem, seeds, budget: float) -> tuple[list[dict], list
     return rows, curves
 
 
-def variational_rows(problem: Problem, method: str, seeds, budget: float) -> tuple[list[dict], list[dict]]:
+def variational_rows(
+    problem: Problem, method: str, seeds, budget: float
+) -> tuple[list[dict], list[dict]]:
     """Fit a peer's q; nothing where the problem is too large for it."""
     if not variational.is_possible(problem, method):
         return [], []
@@ -216,7 +267,9 @@ def variational_rows(problem: Problem, method: str, seeds, budget: float) -> tup
         for seed, fit in variational.fits(problem, method, seeds, budget).items()
     ]
     error = np.median([abs(row["relative_error"]) for row in rows])
-    return rows, [_curve_row(problem.name, method, CHOSEN, len(rows), budget, rows[0]["fge"], error)]
+    return rows, [
+        _curve_row(problem.name, method, CHOSEN, len(rows), budget, rows[0]["fge"], error)
+    ]
 
 
 def append_curves(rows: list[dict], path: pathlib.Path = CURVES) -> None:
@@ -231,11 +284,17 @@ def append_curves(rows: list[dict], path: pathlib.Path = CURVES) -> None:
 
 def main(arguments: list[str]) -> None:
     """Measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", default=SUBSET, choices=list(PROBLEMS), metavar="NAME")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--problems", nargs="+", default=SUBSET, choices=list(PROBLEMS), metavar="NAME"
+    )
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=4000.0, help="FGE of each run, all chains together")
+    parser.add_argument(
+        "--budget", type=float, default=4000.0, help="FGE of each run, all chains together"
+    )
     settings = parser.parse_args(arguments)
     for name in settings.problems:
         problem, rows, curves = PROBLEMS[name](), [], []
@@ -244,7 +303,9 @@ def main(arguments: list[str]) -> None:
             found = measure(problem, method, range(settings.seeds), settings.budget)
             rows += found[0]
             curves += found[1]
-            print(f"{name} {method}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{name} {method}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True
+            )
         if rows:
             harness.record(TABLE, rows)
             append_curves(curves, harness.folder() / CURVES.name)

@@ -1,4 +1,7 @@
-"""Tables and a figure of what compare.py measured: medians over seeds of the relative error, at equal work."""
+"""Tables and a figure of what compare.py measured.
+
+Medians over seeds of the relative error, at equal work.
+"""
 
 import collections
 import csv
@@ -22,7 +25,9 @@ Rows = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A line of the tables: a method with a knob, or with the knob that the truth picks for each problem.
+    """A line of the tables.
+
+    A method with a knob, or with the knob that the truth picks for each problem.
 
     Attributes:
         label: What it is called.
@@ -36,7 +41,11 @@ class Entry:
 
 
 ENTRIES = (
-    *(Entry(f"fastvi, {knob}", "fastvi", knob) for knob in FASTVI if not knob.startswith("correction_budget")),
+    *(
+        Entry(f"fastvi, {knob}", "fastvi", knob)
+        for knob in FASTVI
+        if not knob.startswith("correction_budget")
+    ),
     Entry("fastvi, ended at a budget", "fastvi", "within=budget"),
     Entry("SGLD, oracle step", "sgld", None),
     Entry("SGLD, lr 1e-4", "sgld", "lr=0.0001"),
@@ -79,28 +88,47 @@ class Results:
         return [knob for name, kind, knob in self.runs if (name, kind) == (problem, method)]
 
     def error(self, problem: str, method: str, knob: str) -> float:
-        return float(np.median([abs(float(row["relative_error"])) for row in self.runs[problem, method, knob]]))
+        return float(
+            np.median(
+                [abs(float(row["relative_error"])) for row in self.runs[problem, method, knob]]
+            )
+        )
 
     def chosen(self, problem: str, entry: Entry) -> str | None:
         """Return the knob that the entry stands for on a problem, None if it was not run."""
         knobs = self.knobs(problem, entry.method)
         if entry.knob == "within=budget":
-            knobs = [knob for knob in knobs if knob.split("=")[0] in ("within", "correction_budget")]
+            knobs = [
+                knob for knob in knobs if knob.split("=")[0] in ("within", "correction_budget")
+            ]
             return max(knobs, key=lambda knob: float(knob.split("=")[1]), default=None)
         if entry.knob is not None:
             return entry.knob if entry.knob in knobs else None
         return min(knobs, key=lambda knob: self.error(problem, entry.method, knob), default=None)
 
     def curve(self, problem: str, entry: Entry) -> list[tuple[float, float]]:
-        """Return (FGE, median error) in order of work: of fastvi and MCLMC one point for each budget."""
+        """Return (FGE, median error) in order of work.
+
+        Of fastvi and MCLMC one point for each budget.
+        """
         knob = self.chosen(problem, entry)
         if knob is None:
             return []
         if entry.method == "fastvi":
-            knobs = [knob] if entry.knob != "within=budget" else [f"correction_budget={most}" for most in BUDGETS]
-            return sorted(self.point(problem, name) for name in knobs if (problem, "fastvi", name) in self.runs)
+            knobs = (
+                [knob]
+                if entry.knob != "within=budget"
+                else [f"correction_budget={most}" for most in BUDGETS]
+            )
+            return sorted(
+                self.point(problem, name)
+                for name in knobs
+                if (problem, "fastvi", name) in self.runs
+            )
         if entry.method == "mclmc":
-            ends = [self.curves[problem, "mclmc", name][-1] for name in self.knobs(problem, "mclmc")]
+            ends = [
+                self.curves[problem, "mclmc", name][-1] for name in self.knobs(problem, "mclmc")
+            ]
         else:
             ends = self.curves[problem, entry.method, knob]
         return sorted((float(row["fge"]), float(row["median_error"])) for row in ends)
@@ -111,7 +139,10 @@ class Results:
         return float(np.median(work)), self.error(problem, "fastvi", knob)
 
     def fge_to(self, problem: str, entry: Entry, error: float) -> float:
-        """Return the work from which the median error stays below `error`; infinite if it never does."""
+        """Return the work from which the median error stays below `error`.
+
+        Infinite if it never does.
+        """
         first = math.inf
         for fge, value in reversed(self.curve(problem, entry)):
             if not value < error:
@@ -125,12 +156,19 @@ def details(results: Results) -> str:
     parts = [
         ("Over the subset", summary(results)),
         ("FGE to 5 % over that of fastvi", advantage(results)),
-        ("Median |error| over seeds at the end of the run, per cent", by_problem(results, _error_cell)),
+        (
+            "Median |error| over seeds at the end of the run, per cent",
+            by_problem(results, _error_cell),
+        ),
         ("FGE at the end of the run, median", by_problem(results, _fge_cell)),
         ("Seconds of a run, compilation included, median", by_problem(results, _seconds_cell)),
-        ("FGE from which the median |error| stays below 5 % (10 %)", by_problem(results, _reach_cell)),
         (
-            "Median |error| in per cent at the best step size; the largest up to four times below it, and above",
+            "FGE from which the median |error| stays below 5 % (10 %)",
+            by_problem(results, _reach_cell),
+        ),
+        (
+            "Median |error| in per cent at the best step size; the largest up to four times below "
+            "it, and above",
             sensitivity(results),
         ),
     ]
@@ -139,10 +177,22 @@ def details(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """Return one line for each entry."""
-    header = ["method", "problems", "FGE, median", "median error, %", "worst median", "worst run", "below 5 %"]
+    header = [
+        "method",
+        "problems",
+        "FGE, median",
+        "median error, %",
+        "worst median",
+        "worst run",
+        "below 5 %",
+    ]
     lines = [[*header, "FGE to 5 %, median", "diverged runs"]]
     for entry in ENTRIES:
-        found = [(name, knob) for name in results.problems if (knob := results.chosen(name, entry)) is not None]
+        found = [
+            (name, knob)
+            for name in results.problems
+            if (knob := results.chosen(name, entry)) is not None
+        ]
         if not found:
             continue
         errors = [results.error(name, entry.method, knob) for name, knob in found]
@@ -165,8 +215,13 @@ def summary(results: Results) -> str:
 
 
 def advantage(results: Results) -> str:
-    """Return how many times fastvi's work others take to 5 %; a run that never got there counts as its budget."""
-    mine = next(entry for entry in ENTRIES if entry.method == "fastvi" and entry.knob == "within=budget")
+    """Return how many times fastvi's work others take to 5 %.
+
+    A run that never got there counts as its budget.
+    """
+    mine = next(
+        entry for entry in ENTRIES if entry.method == "fastvi" and entry.knob == "within=budget"
+    )
     lines = [["method", "problems", "median", "least", "most", "never got there"]]
     for entry in ENTRIES:
         ratios, never = [], 0
@@ -179,22 +234,32 @@ def advantage(results: Results) -> str:
             ratios.append(min(reached, work[-1][0]) / own)
         if ratios:
             values = (np.median(ratios), min(ratios), max(ratios))
-            lines.append([entry.label, str(len(ratios)), *(f"{value:.2g}" for value in values), str(never)])
+            lines.append(
+                [entry.label, str(len(ratios)), *(f"{value:.2g}" for value in values), str(never)]
+            )
     return markdown(lines[0], lines[1:])
 
 
 def by_problem(results: Results, cell: Callable[[Results, str, Entry], str]) -> str:
     """Return a table with a line for each problem and a column for each entry."""
     lines = [["problem", *(entry.label for entry in ENTRIES)]]
-    lines += [[name, *(cell(results, name, entry) for entry in ENTRIES)] for name in results.problems]
+    lines += [
+        [name, *(cell(results, name, entry) for entry in ENTRIES)] for name in results.problems
+    ]
     return markdown(lines[0], lines[1:])
 
 
 def variational(results: Results) -> str:
     """Return the signed error of what each q says, where another package's was fitted, and of fastvi's llc."""
-    own = [entry for entry in ENTRIES if entry.label in ("fastvi, correction=none", "fastvi, defaults")]
+    own = [
+        entry for entry in ENTRIES if entry.label in ("fastvi, correction=none", "fastvi, defaults")
+    ]
     entries = [own[0], *VARIATIONAL, own[1]]
-    shown = [name for name in results.problems if any(results.knobs(name, entry.method) for entry in VARIATIONAL)]
+    shown = [
+        name
+        for name in results.problems
+        if any(results.knobs(name, entry.method) for entry in VARIATIONAL)
+    ]
     lines = [["problem", "d", "reference", *(entry.label for entry in entries)]]
     for name in shown:
         first = next(rows[0] for (problem, _, _), rows in results.runs.items() if problem == name)
@@ -208,7 +273,9 @@ def _signed_cell(results: Results, problem: str, entry: Entry) -> str:
     if knob is None:
         return ""
     rows = results.runs[problem, entry.method, knob]
-    error, fge = (float(np.median([float(row[name]) for row in rows])) for name in ("relative_error", "fge"))
+    error, fge = (
+        float(np.median([float(row[name]) for row in rows])) for name in ("relative_error", "fge")
+    )
     return f"{100 * error:+.3g} ({_number(fge)})"
 
 
@@ -237,17 +304,35 @@ def _reach_cell(results: Results, problem: str, entry: Entry) -> str:
 
 def sensitivity(results: Results) -> str:
     """Return how much a wrong step size costs the two samplers without rejection."""
-    lines = [["problem", "SGLD: step", "best", "below", "above", "RMSProp-SGLD: step", "best", "below", "above"]]
+    lines = [
+        [
+            "problem",
+            "SGLD: step",
+            "best",
+            "below",
+            "above",
+            "RMSProp-SGLD: step",
+            "best",
+            "below",
+            "above",
+        ]
+    ]
     for problem in results.problems:
         cells = [problem]
         for method in ("sgld", "rmsprop_sgld"):
             knobs = results.knobs(problem, method)
-            errors = {float(knob.split("=")[1]): results.error(problem, method, knob) for knob in knobs}
+            errors = {
+                float(knob.split("=")[1]): results.error(problem, method, knob) for knob in knobs
+            }
             if not errors:
                 cells += [""] * 4
                 continue
             best = min(errors, key=lambda step: errors[step])
-            near = {step: error for step, error in errors.items() if abs(math.log(step / best)) < math.log(4)}
+            near = {
+                step: error
+                for step, error in errors.items()
+                if abs(math.log(step / best)) < math.log(4)
+            }
             below = max((error for step, error in near.items() if step < best), default=math.nan)
             above = max((error for step, error in near.items() if step > best), default=math.nan)
             cells += [f"{best:.2g}", *map(_per_cent, (errors[best], below, above))]
@@ -265,19 +350,33 @@ def draw_figure(results: Results) -> None:
     shown = [name for name in SHOWN if name in results.problems]
     if not shown:
         return
-    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(4 * len(shown), 4), sharey=True, layout="constrained"
+    )
     for axis, problem in zip(np.atleast_1d(axes), shown, strict=True):
-        for index, entry in enumerate(entry for entry in ENTRIES if entry.knob not in ("leapfrogs=32", "lr=0.01")):
-            points = [(fge, error) for fge, error in results.curve(problem, entry) if math.isfinite(error)]
+        for index, entry in enumerate(
+            entry for entry in ENTRIES if entry.knob not in ("leapfrogs=32", "lr=0.01")
+        ):
+            points = [
+                (fge, error) for fge, error in results.curve(problem, entry) if math.isfinite(error)
+            ]
             if not points:
                 continue
             style = "*" if entry.method == "fastvi" else ".-"
             size = 11 if entry.method == "fastvi" else 4
-            axis.loglog(*zip(*points, strict=True), style, color=f"C{index}", markersize=size, label=entry.label)
+            axis.loglog(
+                *zip(*points, strict=True),
+                style,
+                color=f"C{index}",
+                markersize=size,
+                label=entry.label,
+            )
         axis.axhline(0.05, color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=problem, xlabel="full-gradient equivalents, all chains", ylim=(1e-3, 3))
     np.atleast_1d(axes)[0].set_ylabel("|relative error|, median over seeds")
-    lines = {line.get_label(): line for axis in np.atleast_1d(axes) for line in axis.get_lines()[:-1]}
+    lines = {
+        line.get_label(): line for axis in np.atleast_1d(axes) for line in axis.get_lines()[:-1]
+    }
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False)
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, dpi=110)

@@ -1,7 +1,8 @@
 """Split R-hat and effective sample size of scalar chains.
 
 References:
-    Vehtari et al., Bayesian Analysis 16 (2021) 667, without the rank normalisation: the mean itself is asked for.
+    Vehtari et al., Bayesian Analysis 16 (2021) 667, without the rank normalisation: the mean itself
+    is asked for.
 """
 
 import numpy as np
@@ -29,7 +30,8 @@ def split_r_hat(draws: np.ndarray) -> float:
 def effective_sample_size(draws: np.ndarray) -> float:
     """Return the number of independent draws whose mean is as uncertain as that of these chains.
 
-    Geyer's initial monotone sequence on autocorrelations pooled over half chains; never more than the draws.
+    Geyer's initial monotone sequence on autocorrelations pooled over half chains; never more than
+    the draws.
 
     Args:
         draws: Shape (draws, chains).
@@ -38,7 +40,9 @@ def effective_sample_size(draws: np.ndarray) -> float:
     length, count = halves.shape
     within = halves.var(axis=0, ddof=1).mean()
     pooled = within * (length - 1) / length + halves.mean(axis=0).var(ddof=1)
-    correlation = 1 - (within - autocovariance(halves).mean(axis=1) * length / (length - 1)) / pooled
+    correlation = (
+        1 - (within - autocovariance(halves).mean(axis=1) * length / (length - 1)) / pooled
+    )
     correlation[0] = 1.0
     pairs = correlation[: 2 * (length // 2)].reshape(-1, 2).sum(axis=1)
     positive = len(pairs) if np.all(pairs > 0) else int(np.argmax(pairs <= 0))

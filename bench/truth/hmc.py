@@ -1,7 +1,10 @@
-"""Long Hamiltonian Monte Carlo on the exact local posterior: many chains, full data, judged by R-hat.
+"""Long Hamiltonian Monte Carlo on the exact local posterior.
 
-Chains start between w* and a draw of the localizer, so that they close in on the posterior's energy from both sides.
-In warm-up all of them share one step size (dual averaging) and one metric (the pooled covariance).
+Many chains, full data, judged by R-hat.
+
+Chains start between w* and a draw of the localizer, so that they close in on the posterior's energy
+from both sides. In warm-up all of them share one step size (dual averaging) and one metric (the
+pooled covariance).
 """
 
 import dataclasses
@@ -33,8 +36,10 @@ class Recipe:
         chains: Parallel chains.
         seed: Seed of everything random.
         target_accept: Acceptance that the step size is tuned to.
-        trajectory: Mean length of a trajectory in units of the metric; pi/2 turns a Gaussian by a quarter.
-        least_step: Each draw's step is a random fraction of the tuned one, from this to 1: narrow valleys need it.
+        trajectory: Mean length of a trajectory in units of the metric; pi/2 turns a Gaussian by a
+            quarter.
+        least_step: Each draw's step is a random fraction of the tuned one, from this to 1: narrow
+            valleys need it.
         max_leapfrogs: Longest trajectory in steps.
         block: Draws between two looks at convergence.
         windows: Blocks of each warm-up window; the metric is renewed after each but the last.
@@ -59,7 +64,10 @@ class Recipe:
 
 
 class Point(NamedTuple):
-    """Where the chains are: displacements from w*, nbeta (L - L*), minus log density and its gradient."""
+    """Where the chains are.
+
+    Displacements from w*, nbeta (L - L*), minus log density and its gradient.
+    """
 
     v: jax.Array
     energy: jax.Array
@@ -78,7 +86,10 @@ class Tuning(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Of each draw, by chain: nbeta (L - L*), v . grad(potential), acceptance; and leapfrog steps."""
+    """Of each draw, by chain.
+
+    Nbeta (L - L*), v . grad(potential), acceptance; and leapfrog steps.
+    """
 
     energy: jax.Array
     virial: jax.Array
@@ -136,10 +147,14 @@ def draw(evaluate, context, point, key, step, metric, recipe, longest):
 
     moved, end = jax.lax.fori_loop(0, leapfrogs, leapfrog, (point, momentum))
     gain = point.potential - moved.potential + 0.5 * jnp.sum(momentum**2 - end**2, axis=1)
-    gain = jnp.where(jnp.isnan(gain), -jnp.inf, gain)  # a trajectory that left the floats is refused
+    gain = jnp.where(
+        jnp.isnan(gain), -jnp.inf, gain
+    )  # a trajectory that left the floats is refused
     accepted = jnp.log(jax.random.uniform(key_accept, gain.shape)) < gain
     point = jax.tree_util.tree_map(
-        lambda new, old: jnp.where(accepted.reshape(-1, *[1] * (new.ndim - 1)), new, old), moved, point
+        lambda new, old: jnp.where(accepted.reshape(-1, *[1] * (new.ndim - 1)), new, old),
+        moved,
+        point,
     )
     return point, jnp.exp(jnp.minimum(gain, 0.0)), leapfrogs
 
@@ -151,7 +166,9 @@ def tune(tuning: Tuning, accept, target) -> Tuning:
     error = (1 - weight) * tuning.error + weight * (target - jnp.mean(accept))
     log_step = tuning.anchor - jnp.sqrt(count) / 0.05 * error
     decay = count**-0.75
-    return Tuning(log_step, decay * log_step + (1 - decay) * tuning.average, error, count, tuning.anchor)
+    return Tuning(
+        log_step, decay * log_step + (1 - decay) * tuning.average, error, count, tuning.anchor
+    )
 
 
 def start_tuning(step: float) -> Tuning:
@@ -168,16 +185,22 @@ def make_block(evaluate, recipe: Recipe, *, is_dense: bool):
         def body(carry, key):
             point, tuning, moments = carry
             step = jnp.exp(jnp.where(is_tuning, tuning.log_step, tuning.average))
-            point, accept, leapfrogs = draw(evaluate, context, point, key, step, metric, recipe, longest)
+            point, accept, leapfrogs = draw(
+                evaluate, context, point, key, step, metric, recipe, longest
+            )
             tuned = tune(tuning, accept, recipe.target_accept)
-            tuning = jax.tree_util.tree_map(lambda new, old: jnp.where(is_tuning, new, old), tuned, tuning)
+            tuning = jax.tree_util.tree_map(
+                lambda new, old: jnp.where(is_tuning, new, old), tuned, tuning
+            )
             second = point.v.T @ point.v if is_dense else jnp.sum(point.v**2, axis=0)
             sums = Moments(jnp.float32(len(point.v)), point.v.sum(axis=0), second)
             draws = Draws(point.energy, jnp.sum(point.v * point.grad, axis=1), accept, leapfrogs)
             return (point, tuning, jax.tree_util.tree_map(jnp.add, moments, sums)), draws
 
         dim = point.v.shape[1]
-        moments = Moments(jnp.float32(0), jnp.zeros(dim), jnp.zeros((dim, dim) if is_dense else dim))
+        moments = Moments(
+            jnp.float32(0), jnp.zeros(dim), jnp.zeros((dim, dim) if is_dense else dim)
+        )
         (point, tuning, moments), draws = jax.lax.scan(body, (point, tuning, moments), keys)
         return point, tuning, moments, draws
 
@@ -199,7 +222,10 @@ def metric_of(moments: Moments, *, is_dense: bool):
 
 
 def warm_up(recipe, block, point, metric, key):
-    """Tune the step size and the metric; return what sampling needs and the leapfrog steps spent."""
+    """Tune the step size and the metric.
+
+    Return what sampling needs and the leapfrog steps spent.
+    """
     tuning, leapfrogs = start_tuning(0.1), 0
     for index, (window, key_window) in enumerate(
         zip(recipe.windows, jax.random.split(key, len(recipe.windows)), strict=True)
@@ -212,7 +238,9 @@ def warm_up(recipe, block, point, metric, key):
             sums.append(moments)
             leapfrogs += int(draws.leapfrogs.sum())
         if index < len(recipe.windows) - 1:
-            metric = metric_of(jax.tree_util.tree_map(lambda *parts: sum(parts), *sums), is_dense=metric.ndim == 2)
+            metric = metric_of(
+                jax.tree_util.tree_map(lambda *parts: sum(parts), *sums), is_dense=metric.ndim == 2
+            )
             tuning = start_tuning(math.exp(tuning.average))
     return point, tuning, metric, leapfrogs
 
@@ -230,8 +258,9 @@ def sample(problem: Problem, recipe: Recipe) -> dict[str, Any]:
     """Sample until R-hat is below 1.01, the error small and the virial 1 within 3 errors, or time is up.
 
     Returns:
-        The mean of nbeta (L - L*), its standard error, R-hat, effective draws, and the course of the run. `virial` is
-        the mean of v . grad(-log p) over the dimension, 1 under the exact posterior, with its error.
+        The mean of nbeta (L - L*), its standard error, R-hat, effective draws, and the course of
+        the run. `virial` is the mean of v . grad(-log p) over the dimension, 1 under the exact
+        posterior, with its error.
     """
     began = time.monotonic()
     evaluate, context, dim = target_of(problem)
@@ -257,7 +286,9 @@ def sample(problem: Problem, recipe: Recipe) -> dict[str, Any]:
 
 
 def _summary(record: list[Draws], dim: int, recipe: Recipe) -> dict[str, Any]:
-    energy, virial, accept, leapfrogs = (np.concatenate(parts) for parts in zip(*record, strict=True))
+    energy, virial, accept, leapfrogs = (
+        np.concatenate(parts) for parts in zip(*record, strict=True)
+    )
     value, effective = float(np.mean(energy, dtype=np.float64)), effective_sample_size(energy)
     sem, r_hat = float(np.std(energy) / math.sqrt(effective)), split_r_hat(energy)
     virial = virial / dim
@@ -275,5 +306,7 @@ def _summary(record: list[Draws], dim: int, recipe: Recipe) -> dict[str, Any]:
         "least_accept": float(accept.mean(axis=0).min()),
         "draws": len(energy),
         "leapfrogs": int(leapfrogs.sum()),
-        "converged": bool(r_hat < RELIABLE_R_HAT and sem < recipe.relative_sem * abs(value) and is_balanced),
+        "converged": bool(
+            r_hat < RELIABLE_R_HAT and sem < recipe.relative_sem * abs(value) and is_balanced
+        ),
     }

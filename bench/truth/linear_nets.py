@@ -20,18 +20,27 @@ REGULAR = "half the rank of the Hessian, which is that of the map to the product
 
 def layer_product(params):
     """Multiply W_L ... W_1."""
-    return functools.reduce(lambda product, layer: layer @ product, (params[name] for name in sorted(params)))
+    return functools.reduce(
+        lambda product, layer: layer @ product, (params[name] for name in sorted(params))
+    )
 
 
 def degenerate_layers(widths, rank):
     """Return layers with `rank` singular values 1 and the others 0, each in its own rotated bases."""
-    draws = [np.random.default_rng(10 + side).normal(size=(width, rank)) for side, width in enumerate(widths)]
+    draws = [
+        np.random.default_rng(10 + side).normal(size=(width, rank))
+        for side, width in enumerate(widths)
+    ]
     bases = [np.linalg.qr(draw)[0] for draw in draws]
-    return {f"W{i + 1}": (bases[i + 1] @ bases[i].T).astype(np.float32) for i in range(len(widths) - 1)}
+    return {
+        f"W{i + 1}": (bases[i + 1] @ bases[i].T).astype(np.float32) for i in range(len(widths) - 1)
+    }
 
 
 def regular_layers(widths, rank):
-    """Return a first layer of rank `rank` under orthogonal ones: the layers above can reach any change of the product.
+    """Return a first layer of rank `rank` under orthogonal ones.
+
+    The layers above can reach any change of the product.
 
     Raises:
         ValueError: If the widths after the first are not all equal.
@@ -51,7 +60,9 @@ def deep_linear(name, widths, rank, gamma, size="fast", *, is_regular=False) -> 
     def loss_fn(params, batch):
         return 0.5 * jnp.sum((layer_product(params) - target) ** 2)
 
-    theory = widths[0] * widths[-1] / 2 if is_regular else deep_linear_learning_coefficient(widths, rank)
+    theory = (
+        widths[0] * widths[-1] / 2 if is_regular else deep_linear_learning_coefficient(widths, rank)
+    )
     return Problem(
         name,
         loss_fn,
@@ -66,7 +77,9 @@ def deep_linear(name, widths, rank, gamma, size="fast", *, is_regular=False) -> 
 
 
 def reduced_rank_regression(name, widths, rank, gamma, count=1000, noise=0.3) -> Problem:
-    """Return two linear layers on data: white inputs and noise that no linear map of the inputs can fit.
+    """Return two linear layers on data.
+
+    White inputs and noise that no linear map of the inputs can fit.
 
     The full-data loss then is the population's plus a constant, and minibatches are noisy.
     """
@@ -93,7 +106,10 @@ def reduced_rank_regression(name, widths, rank, gamma, count=1000, noise=0.3) ->
 
 
 def two_unit_linear(name, inputs, outputs, gamma, size="fast") -> Problem:
-    """Return two linear layers with two units between them, at zero, which is also the target: known by quadrature."""
+    """Return two linear layers with two units between them, at zero, which is also the target.
+
+    Known by quadrature.
+    """
     problem = deep_linear(name, (inputs, 2, outputs), 0, gamma, size)
     exact = functools.partial(two_unit_answer, inputs, outputs, problem.nbeta, gamma)
 
@@ -139,10 +155,20 @@ SMOOTH = {
 
 LINEAR_NETS = (
     {name: functools.partial(deep_linear, name, *settings) for name, settings in DEGENERATE.items()}
-    | {name: functools.partial(deep_linear, name, *settings, is_regular=True) for name, settings in SMOOTH.items()}
-    | {name: functools.partial(two_unit_linear, name, *settings) for name, settings in TWO_UNITS.items()}
     | {
-        "reduced_rank_6_3_5": lambda: reduced_rank_regression("reduced_rank_6_3_5", (6, 3, 5), 1, 1.0),
-        "reduced_rank_5_5_5_g100": lambda: reduced_rank_regression("reduced_rank_5_5_5_g100", (5, 5, 5), 2, 100.0),
+        name: functools.partial(deep_linear, name, *settings, is_regular=True)
+        for name, settings in SMOOTH.items()
+    }
+    | {
+        name: functools.partial(two_unit_linear, name, *settings)
+        for name, settings in TWO_UNITS.items()
+    }
+    | {
+        "reduced_rank_6_3_5": lambda: reduced_rank_regression(
+            "reduced_rank_6_3_5", (6, 3, 5), 1, 1.0
+        ),
+        "reduced_rank_5_5_5_g100": lambda: reduced_rank_regression(
+            "reduced_rank_5_5_5_g100", (5, 5, 5), 2, 100.0
+        ),
     }
 )

@@ -1,4 +1,7 @@
-"""Small nonlinear networks: tanh and ReLU students of a teacher inside them, and classifiers of digits."""
+"""Small nonlinear networks.
+
+Tanh and ReLU students of a teacher inside them, and classifiers of digits.
+"""
 
 import functools
 import math
@@ -57,7 +60,8 @@ def _descend(start, inputs, outputs):
 
     def unravel(flat):
         return {
-            key: part.reshape(shape) for (key, shape), part in zip(shapes.items(), np.split(flat, ends), strict=True)
+            key: part.reshape(shape)
+            for (key, shape), part in zip(shapes.items(), np.split(flat, ends), strict=True)
         }
 
     def residuals(flat):
@@ -77,12 +81,17 @@ def _descend(start, inputs, outputs):
 
 
 def realizable(name, activation, params, gamma, theory=None, source=UNKNOWN) -> Problem:
-    """Return a student at parameters that fit noiseless data exactly; inputs are as many as its first layer takes."""
+    """Return a student at parameters that fit noiseless data exactly.
+
+    Inputs are as many as its first layer takes.
+    """
     inputs = np.random.default_rng(32).normal(size=(COUNT, len(params["w"]))).astype(np.float32)
     params = {key: value.astype(np.float32) for key, value in params.items()}
     outputs = np.asarray(hidden_layer(params, jnp.asarray(inputs), activation))
     loss_fn = squared_loss(activation)
-    return Problem(name, loss_fn, params, (inputs, outputs), gamma, COUNT, theory=theory, theory_source=source)
+    return Problem(
+        name, loss_fn, params, (inputs, outputs), gamma, COUNT, theory=theory, theory_source=source
+    )
 
 
 def tanh_zero(name: str, width: int, gamma: float) -> Problem:
@@ -113,13 +122,16 @@ def digits(name: str, hidden: int, gamma: float) -> Problem:
 
     data = tuple(np.asarray(part) for part in load_digits())
     params = digits_weights(hidden)
-    return Problem(name, cross_entropy, params, data, gamma, len(data[1]), theory_source=UNKNOWN, size="medium")
+    return Problem(
+        name, cross_entropy, params, data, gamma, len(data[1]), theory_source=UNKNOWN, size="medium"
+    )
 
 
 def digits_weights(hidden: int):
     """Load the trained weights; train and store them where they are missing.
 
-    They are stored because training amplifies rounding: another machine would end at another minimum.
+    They are stored because training amplifies rounding: another machine would end at another
+    minimum.
     """
     path = WEIGHTS / f"digits_{hidden}.npz"
     if not path.exists():
@@ -129,22 +141,36 @@ def digits_weights(hidden: int):
         trained = demo.train(start, demo.load_digits(), DIGITS_STEPS, DIGITS_LR)
         path.parent.mkdir(exist_ok=True)
         np.savez(
-            path, **{f"{layer}_{part}": leaf for layer, leaves in trained.items() for part, leaf in leaves.items()}
+            path,
+            **{
+                f"{layer}_{part}": leaf
+                for layer, leaves in trained.items()
+                for part, leaf in leaves.items()
+            },
         )
     with np.load(path) as stored:
-        return {layer: {part: stored[f"{layer}_{part}"] for part in ("w", "b")} for layer in ("hidden", "out")}
+        return {
+            layer: {part: stored[f"{layer}_{part}"] for part in ("w", "b")}
+            for layer in ("hidden", "out")
+        }
 
 
 NETS = {
     "tanh_3_g1": lambda: tanh_student("tanh_3_g1", 3, 1.0),
     "tanh_3_g10": lambda: tanh_student("tanh_3_g10", 3, 10.0),
     "tanh_4_g1": lambda: tanh_student("tanh_4_g1", 4, 1.0),
-    "tanh_realizable_3_g1": lambda: realizable("tanh_realizable_3_g1", jnp.tanh, teacher_in_student(3), 1.0),
+    "tanh_realizable_3_g1": lambda: realizable(
+        "tanh_realizable_3_g1", jnp.tanh, teacher_in_student(3), 1.0
+    ),
     "tanh_zero_1": lambda: tanh_zero("tanh_zero_1", 1, 1.0),
     "tanh_zero_3": lambda: tanh_zero("tanh_zero_3", 3, 1.0),
-    "relu_realizable_4_g1": lambda: realizable("relu_realizable_4_g1", jax.nn.relu, teacher_in_student(4), 1.0),
+    "relu_realizable_4_g1": lambda: realizable(
+        "relu_realizable_4_g1", jax.nn.relu, teacher_in_student(4), 1.0
+    ),
 } | {
-    f"digits_{hidden}_g{gamma:g}": functools.partial(digits, f"digits_{hidden}_g{gamma:g}", hidden, gamma)
+    f"digits_{hidden}_g{gamma:g}": functools.partial(
+        digits, f"digits_{hidden}_g{gamma:g}", hidden, gamma
+    )
     for hidden, gammas in ((16, (0.1, 1.0, 10.0, 100.0, 1000.0)), (64, (1.0, 100.0)))
     for gamma in gammas
 }

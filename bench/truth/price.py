@@ -1,8 +1,9 @@
 """Is the curvature at w*, or the one averaged over q, the better start of a fit?
 
-By Price's theorem the best Gaussian q has the precision `gamma + nbeta E_q[H(w)]`, not that at w*. A short fit gives
-a q, the Hessian is averaged over draws of it (that of the loss averaged over shifts by these draws), and a second fit
-starts there; the other lane takes the same total of steps from the curvature at w*.
+By Price's theorem the best Gaussian q has the precision `gamma + nbeta E_q[H(w)]`, not that at w*.
+A short fit gives a q, the Hessian is averaged over draws of it (that of the loss averaged over
+shifts by these draws), and a second fit starts there; the other lane takes the same total of steps
+from the curvature at w*.
 
 python -m bench.truth.price                          a few problems
 python -m bench.truth.price --problems tanh_3_g1
@@ -27,7 +28,13 @@ from fastvi.geometry.start import make_start
 from fastvi.target.objective import TreeObjective, ravel_loss
 
 TABLE = "price"
-DEFAULT = ("deep_linear_2x5_g10", "deep_linear_2x5_g100", "deep_linear_2x22_g10", "tanh_3_g1", "digits_16_g1")
+DEFAULT = (
+    "deep_linear_2x5_g10",
+    "deep_linear_2x5_g100",
+    "deep_linear_2x22_g10",
+    "tanh_3_g1",
+    "digits_16_g1",
+)
 FIRST, SECOND, SHIFTS, CHAINS = 300, 1200, 16, 4
 
 
@@ -40,7 +47,9 @@ class ShiftedLoss:
 
     def loss(self, w, batch):
         """Average over the shifts."""
-        return jnp.mean(jax.lax.map(lambda shift: self.objective.loss(w + shift, batch), self.shifts))
+        return jnp.mean(
+            jax.lax.map(lambda shift: self.objective.loss(w + shift, batch), self.shifts)
+        )
 
     def grad(self, w, batch):
         """Differentiate `loss`."""
@@ -55,8 +64,12 @@ def fits(name: str) -> list[dict]:
     """Fit both lanes; return rows of price.csv."""
     source = PROBLEMS[name]()
     objective, center = ravel_loss(source.loss_fn, source.params, jnp.float32)
-    config = settle(VIConfig(steps=FIRST + SECOND, samples_per_step=2, eval_samples=128), center.size, 1.0)
-    problem = make_problem(center, source.data, source.n_data, source.nbeta, source.gamma, config, "nbeta")
+    config = settle(
+        VIConfig(steps=FIRST + SECOND, samples_per_step=2, eval_samples=128), center.size, 1.0
+    )
+    problem = make_problem(
+        center, source.data, source.n_data, source.nbeta, source.gamma, config, "nbeta"
+    )
     keys = jax.random.split(jax.random.key(0), CHAINS)
     long = run_fit(programs_for(objective, problem, config), problem, config, keys)
     short_config, second = config.replace(steps=FIRST), config.replace(steps=SECOND)
@@ -72,7 +85,9 @@ def fits(name: str) -> list[dict]:
         return make_start(smooth, problem.posterior, subset, problem.next_batch, second, key, scale)
 
     stages = programs_for(objective, problem, second)
-    forms = {form: getattr(stages, form)._replace(prepare=prepare) for form in ("quick", "compiled")}
+    forms = {
+        form: getattr(stages, form)._replace(prepare=prepare) for form in ("quick", "compiled")
+    }
     averaged = run_fit(stages._replace(**forms), problem, second, keys)
     per_step = 2 * problem.batch_size / source.n_data * CHAINS
     hvp = 2 * min(config.hessian_examples, source.n_data) / source.n_data
@@ -98,8 +113,12 @@ def _row(name: str, curvature: str, fit, fge: float) -> dict:
 
 def main(arguments: list[str]) -> None:
     """Measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", default=DEFAULT, choices=list(PROBLEMS), metavar="NAME")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--problems", nargs="+", default=DEFAULT, choices=list(PROBLEMS), metavar="NAME"
+    )
     for name in parser.parse_args(arguments).problems:
         rows = fits(name)
         harness.record(TABLE, rows)

@@ -17,7 +17,8 @@ SIZES = ("fast", "medium", "large")
 class Problem:
     """A loss at its minimum, the temperature and localization, and what is known of the answer.
 
-    The answer is `nbeta (E[L(w)] - L(w*))` under `exp(-nbeta L(w) - gamma/2 |w - w*|^2)`, on all data.
+    The answer is `nbeta (E[L(w)] - L(w*))` under `exp(-nbeta L(w) - gamma/2 |w - w*|^2)`, on all
+    data.
 
     Attributes:
         name: Its key in the registry.
@@ -29,7 +30,8 @@ class Problem:
         nbeta: n times the inverse temperature; n / log n when left out.
         theory: The learning coefficient, the limit of the answer as n grows at fixed gamma.
         theory_source: Where `theory` is from.
-        exact: Computes the answer itself by formula or quadrature; returns it and a bound on the numerical error.
+        exact: Computes the answer itself by formula or quadrature; returns it and a bound on the
+            numerical error.
         exact_method: "closed form" or "quadrature".
         size: "fast" (seconds for any method), "medium" (minutes), "large".
     """

@@ -13,4 +13,6 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {**QUADRATICS, **SINGULAR, **LINEAR
 
 def select(*sizes: str) -> Sequence[Problem]:
     """Build the problems of the given sizes."""
-    return [problem for problem in (build() for build in PROBLEMS.values()) if problem.size in sizes]
+    return [
+        problem for problem in (build() for build in PROBLEMS.values()) if problem.size in sizes
+    ]

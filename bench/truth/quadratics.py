@@ -71,11 +71,15 @@ def _full(name, dim, condition):
 
 
 QUADRATICS = {
-    f"quadratic_d{dim}_c{condition}": functools.partial(_full, f"quadratic_d{dim}_c{condition}", dim, condition)
+    f"quadratic_d{dim}_c{condition}": functools.partial(
+        _full, f"quadratic_d{dim}_c{condition}", dim, condition
+    )
     for dim in (10, 50)
     for condition in (1, 100, 10_000)
 } | {
     "quadratic_5of50": lambda: quadratic("quadratic_5of50", np.logspace(-1, 1, 5), 50, gamma=1.0),
-    "quadratic_30of1000": lambda: quadratic("quadratic_30of1000", np.logspace(-1, 1, 30), 1000, 1.0, "medium"),
+    "quadratic_30of1000": lambda: quadratic(
+        "quadratic_30of1000", np.logspace(-1, 1, 30), 1000, 1.0, "medium"
+    ),
     "least_squares_20": lambda: least_squares("least_squares_20"),
 }

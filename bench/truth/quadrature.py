@@ -9,7 +9,9 @@ TAIL = 11.0  # standard deviations of the localizer after which its tail is cut
 TOLERANCE = 1e-7
 
 
-def refined(rule: Callable[[float], float], spacing: float, halvings: int = 4) -> tuple[float, float]:
+def refined(
+    rule: Callable[[float], float], spacing: float, halvings: int = 4
+) -> tuple[float, float]:
     """Halve the spacing until the value changes by less than `TOLERANCE` of it.
 
     Returns:
@@ -31,7 +33,8 @@ def refined(rule: Callable[[float], float], spacing: float, halvings: int = 4) -
 def even_loss_answer(loss: Callable, dim: int, nbeta: float, gamma: float) -> tuple[float, float]:
     """Integrate a loss that is even in each coordinate, minimal at w* = 0 where it is 0.
 
-    With w_i = exp(t_i) the integrand over t is analytic and vanishes at both ends, so the rule converges exponentially.
+    With w_i = exp(t_i) the integrand over t is analytic and vanishes at both ends, so the rule
+    converges exponentially.
 
     Args:
         loss: Function of a tuple of arrays that broadcast, one per coordinate.
@@ -43,12 +46,17 @@ def even_loss_answer(loss: Callable, dim: int, nbeta: float, gamma: float) -> tu
 
     def rule(spacing):
         grid = np.arange(LOWEST, highest, spacing)
-        axes = [np.exp(grid).reshape([-1 if axis == i else 1 for axis in range(dim)]) for i in range(dim)]
+        axes = [
+            np.exp(grid).reshape([-1 if axis == i else 1 for axis in range(dim)])
+            for i in range(dim)
+        ]
         mass = moment = 0.0
         for first in np.exp(grid):  # one slice at a time bounds the memory
             point = (np.full((1,) * dim, first), *axes[1:])
             energy = nbeta * loss(point)
-            log_weight = -energy - 0.5 * gamma * sum(w * w for w in point) + sum(np.log(w) for w in point)
+            log_weight = (
+                -energy - 0.5 * gamma * sum(w * w for w in point) + sum(np.log(w) for w in point)
+            )
             weight = np.exp(log_weight)
             mass += weight.sum()
             moment += (weight * energy).sum()
@@ -60,14 +68,18 @@ def even_loss_answer(loss: Callable, dim: int, nbeta: float, gamma: float) -> tu
 def sphere_answer(dim: int, nbeta: float, gamma: float) -> tuple[float, float]:
     """Integrate L = (|w|^2 - 1)^2 around a point of the unit sphere, over the radius and the angle to that point.
 
-    The weight is r^(d-1) sin(theta)^(d-2) exp(-nbeta (r^2 - 1)^2 - gamma/2 (r^2 + 1 - 2 r cos theta)).
+    The weight is r^(d-1) sin(theta)^(d-2) exp(-nbeta (r^2 - 1)^2 - gamma/2 (r^2 + 1 - 2 r cos
+    theta)).
     """
     highest = 1.0 + TAIL / np.sqrt(gamma)
 
     def rule(spacing):
         radius = np.exp(np.arange(LOWEST / dim, np.log(highest), spacing))[:, None]
         nodes, weights = np.polynomial.legendre.leggauss(int(2 / spacing))
-        angle, weights = np.pi / 2 * (nodes + 1), weights * np.sin(np.pi / 2 * (nodes + 1)) ** (dim - 2)
+        angle, weights = (
+            np.pi / 2 * (nodes + 1),
+            weights * np.sin(np.pi / 2 * (nodes + 1)) ** (dim - 2),
+        )
         energy = nbeta * (radius**2 - 1) ** 2
         distance2 = radius**2 + 1 - 2 * radius * np.cos(angle)
         mass = np.exp(-energy - 0.5 * gamma * distance2) * radius**dim * weights
@@ -79,8 +91,9 @@ def sphere_answer(dim: int, nbeta: float, gamma: float) -> tuple[float, float]:
 def two_unit_answer(inputs: int, outputs: int, nbeta: float, gamma: float) -> tuple[float, float]:
     """Integrate L = 1/2 |W_2 W_1|^2 around zero for two hidden linear units, over the eigenvalues of W_1 W_1^T.
 
-    W_2 given W_1 is Gaussian and integrates to prod_i (gamma + nbeta e_i)^(-outputs/2); the eigenvalues then have the
-    Wishart weight prod_i e_i^((inputs - 3)/2) exp(-gamma e_i / 2) |e_1 - e_2|. Here e_2 = e_1 x with x a logistic.
+    W_2 given W_1 is Gaussian and integrates to prod_i (gamma + nbeta e_i)^(-outputs/2); the
+    eigenvalues then have the Wishart weight prod_i e_i^((inputs - 3)/2) exp(-gamma e_i / 2) |e_1 -
+    e_2|. Here e_2 = e_1 x with x a logistic.
     """
     highest = 2 * np.log((np.sqrt(inputs) + TAIL) / np.sqrt(gamma))
 
@@ -89,7 +102,9 @@ def two_unit_answer(inputs: int, outputs: int, nbeta: float, gamma: float) -> tu
         slope = np.arange(LOWEST, -LOWEST, spacing)
         ratio, gap = -np.log1p(np.exp(-slope)), -np.log1p(np.exp(slope))
         logs = (largest, largest + ratio)
-        log_weight = 3 * largest + ratio + 2 * gap  # dx = x (1 - x) d slope, e_1 - e_2 = e_1 (1 - x), d e_1 = e_1 d log
+        log_weight = (
+            3 * largest + ratio + 2 * gap
+        )  # dx = x (1 - x) d slope, e_1 - e_2 = e_1 (1 - x), d e_1 = e_1 d log
         energy = np.zeros(())
         for log in logs:
             value = np.exp(log)

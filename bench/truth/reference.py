@@ -20,7 +20,8 @@ from bench.truth.problem import SIZES, Problem
 from bench.truth.problems import PROBLEMS
 
 REFERENCES = pathlib.Path(__file__).parent / "references.json"
-FEW = 10  # dimensions up to which HMC takes very uneven steps: valleys there are narrow beside their length
+# dimensions up to which HMC takes very uneven steps: valleys there are narrow beside their length
+FEW = 10
 PACKAGES = ("jax", "numpy", "scipy")
 
 
@@ -41,13 +42,16 @@ def load_reference(name: str) -> dict[str, Any]:
     return rows[name]
 
 
-def measure(problem: Problem, recipe: Recipe, *, by_hmc: bool, is_checked: bool = False) -> dict[str, Any]:
+def measure(
+    problem: Problem, recipe: Recipe, *, by_hmc: bool, is_checked: bool = False
+) -> dict[str, Any]:
     """Find the answer by the best means there is.
 
     Args:
         problem: What to measure.
         recipe: Settings of HMC.
-        by_hmc: Whether HMC may run where there is no exact answer; without, only the theory is recorded.
+        by_hmc: Whether HMC may run where there is no exact answer; without, only the theory is
+            recorded.
         is_checked: Whether HMC also runs beside an exact answer; its result goes to `hmc_check`.
     """
     row = {
@@ -61,7 +65,13 @@ def measure(problem: Problem, recipe: Recipe, *, by_hmc: bool, is_checked: bool 
     }
     if problem.exact is not None:
         value, error = problem.exact()
-        row |= {"method": problem.exact_method, "value": value, "sem": error, "r_hat": None, "converged": True}
+        row |= {
+            "method": problem.exact_method,
+            "value": value,
+            "sem": error,
+            "r_hat": None,
+            "converged": True,
+        }
         if is_checked:
             row["hmc_check"] = hmc_row(problem, recipe)
     elif by_hmc:
@@ -76,9 +86,14 @@ def hmc_row(problem: Problem, recipe: Recipe) -> dict[str, Any]:
     if problem.dim <= FEW:
         recipe = dataclasses.replace(recipe, least_step=0.05, target_accept=0.9)
     result = sample(problem, recipe)
-    settings = {name: getattr(recipe, name) for name in ("chains", "seed", "trajectory", "least_step")}
+    settings = {
+        name: getattr(recipe, name) for name in ("chains", "seed", "trajectory", "least_step")
+    }
     warm_up = recipe.block * sum(recipe.windows)
-    course = {name: result.pop(name) for name in ("draws", "step", "gradients", "seconds", "accept", "least_accept")}
+    course = {
+        name: result.pop(name)
+        for name in ("draws", "step", "gradients", "seconds", "accept", "least_accept")
+    }
     return {**result, "recipe": {**settings, "warm_up": warm_up, **course}}
 
 
@@ -109,7 +124,9 @@ def line(name: str, row: dict[str, Any], seconds: float) -> str:
     parts.append(f"{row['method']}: {row['value']:.5g} +- {row['sem']:.2g}")
     measured = row if row["method"] == "hmc" else row.get("hmc_check")
     if measured is not None:
-        parts.append(f"HMC {measured['value']:.5g} +- {measured['sem']:.2g}, R-hat {measured['r_hat']:.4f}")
+        parts.append(
+            f"HMC {measured['value']:.5g} +- {measured['sem']:.2g}, R-hat {measured['r_hat']:.4f}"
+        )
         parts.append(f"virial {measured['virial']:.4f} +- {measured['virial_sem']:.4f}")
         parts.append("converged" if measured["converged"] else "NOT CONVERGED")
     return "  ".join([*parts, f"{seconds:.0f} s"])
@@ -117,18 +134,37 @@ def line(name: str, row: dict[str, Any], seconds: float) -> str:
 
 def main(arguments: list[str]) -> None:
     """Measure the problems asked for, cheapest first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="name", help="problems; all that are not large when left out")
-    parser.add_argument("--seconds", type=float, default=Recipe.seconds, help="time for HMC on each problem; 0: no HMC")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help="problems; all that are not large when left out"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=Recipe.seconds,
+        help="time for HMC on each problem; 0: no HMC",
+    )
     parser.add_argument("--chains", type=int, default=Recipe.chains, help="parallel chains")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--sem", type=float, default=Recipe.relative_sem, help="relative error at which HMC may stop")
+    parser.add_argument(
+        "--sem",
+        type=float,
+        default=Recipe.relative_sem,
+        help="relative error at which HMC may stop",
+    )
     parser.add_argument("--check", action="store_true", help="run HMC beside exact answers too")
     settings = parser.parse_args(arguments)
     unknown = sorted(set(settings.names) - set(PROBLEMS))
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(PROBLEMS)}")
-    recipe = Recipe(chains=settings.chains, seed=settings.seed, seconds=settings.seconds, relative_sem=settings.sem)
+    recipe = Recipe(
+        chains=settings.chains,
+        seed=settings.seed,
+        seconds=settings.seconds,
+        relative_sem=settings.sem,
+    )
     problems = [PROBLEMS[name]() for name in settings.names or PROBLEMS]
     for problem in sorted(problems, key=lambda problem: (SIZES.index(problem.size), problem.dim)):
         began = time.monotonic()

@@ -1,7 +1,8 @@
 """Samplers of the local posterior that start at w*, with the work of every gradient counted.
 
-`sgld` and `rmsprop_sgld` follow devinterp (https://github.com/timaeus-research/devinterp): minibatches, no rejection.
-`hmc` has the identity as metric; `mclmc` is blackjax's with its own tuning. All report nbeta (L - L*) along the way.
+`sgld` and `rmsprop_sgld` follow devinterp (https://github.com/timaeus-research/devinterp):
+minibatches, no rejection. `hmc` has the identity as metric; `mclmc` is blackjax's with its own
+tuning. All report nbeta (L - L*) along the way.
 """
 
 import dataclasses
@@ -34,8 +35,10 @@ class Course:
 
     Attributes:
         fge: Full-gradient equivalents spent at the end of each bin, increasing.
-        energy: Mean nbeta (L - L*) in each bin, by chain; NaN where the method was tuning and kept nothing.
-        seconds: Share of the wall time of the call, which may have run several seeds and step sizes at once.
+        energy: Mean nbeta (L - L*) in each bin, by chain; NaN where the method was tuning and kept
+            nothing.
+        seconds: Share of the wall time of the call, which may have run several seeds and step sizes
+            at once.
     """
 
     fge: np.ndarray
@@ -43,7 +46,9 @@ class Course:
     seconds: float
 
 
-def sgld(problem: Problem, steps: Sequence[float], seeds: Sequence[int], budget: float, *, rmsprop=False):
+def sgld(
+    problem: Problem, steps: Sequence[float], seeds: Sequence[int], budget: float, *, rmsprop=False
+):
     """Run (RMSProp-)SGLD for every step size and seed.
 
         v <- v - eps/2 G (nbeta grad L_b + gamma v) + sqrt(eps G) noise
@@ -51,7 +56,8 @@ def sgld(problem: Problem, steps: Sequence[float], seeds: Sequence[int], budget:
     with G = 1, or 1 / (rms of the gradients + eps) in each coordinate.
 
     Returns:
-        Courses by (step size, seed). The energy is that of the minibatch before the step less the full L(w*).
+        Courses by (step size, seed). The energy is that of the minibatch before the step less the
+        full L(w*).
 
     Cost:
         One minibatch gradient for each step of each chain, and one loss for L(w*).
@@ -95,7 +101,9 @@ def _langevin(problem: Problem, batch: int, bins: int, per_bin: int, rmsprop: bo
 
         def average(carry, key):
             v, square = carry
-            (v, square, total), _ = jax.lax.scan(move, (v, square, 0.0), jax.random.split(key, per_bin))
+            (v, square, total), _ = jax.lax.scan(
+                move, (v, square, 0.0), jax.random.split(key, per_bin)
+            )
             return (v, square), posterior.learning_coefficient(total / per_bin)
 
         zero = jnp.zeros_like(center)
@@ -146,7 +154,9 @@ def _hmc_chains(problem: Problem, longest: int, draws: int):
             metric = jnp.ones(dim)
             point, accept, _ = draw(evaluate, context, point, key, step, metric, recipe, longest)
             tuned = tune(tuning, accept, recipe.target_accept)
-            tuning = jax.tree_util.tree_map(lambda new, old: jnp.where(is_tuning, new, old), tuned, tuning)
+            tuning = jax.tree_util.tree_map(
+                lambda new, old: jnp.where(is_tuning, new, old), tuned, tuning
+            )
             return (point, tuning), point.energy
 
         start = evaluate(jnp.zeros((CHAINS, dim)), context)
@@ -204,7 +214,9 @@ def _mclmc_chain(problem: Problem, total: int):
         )
 
         def one(state, key):
-            state, _ = kernel(key, state, log_density, params.inverse_mass_matrix, params.L, params.step_size)
+            state, _ = kernel(
+                key, state, log_density, params.inverse_mass_matrix, params.L, params.step_size
+            )
             return state, -state.logdensity - 0.5 * problem.gamma * jnp.sum(state.position**2)
 
         return jax.lax.scan(one, state, jax.random.split(key_run, total - tuned))[1]

@@ -17,7 +17,9 @@ def product(*powers: int):
     """Return prod_i w_i^powers[i]."""
 
     def loss(point):
-        return functools.reduce(lambda left, right: left * right, (w**p for w, p in zip(point, powers, strict=True)))
+        return functools.reduce(
+            lambda left, right: left * right, (w**p for w, p in zip(point, powers, strict=True))
+        )
 
     return loss
 
@@ -83,7 +85,9 @@ EVEN = {
     "quartic_plus_crossing": (separate_sum, 3, 0.75),
 }
 
-SINGULAR = {name: functools.partial(even_problem, name, *settings) for name, settings in EVEN.items()} | {
+SINGULAR = {
+    name: functools.partial(even_problem, name, *settings) for name, settings in EVEN.items()
+} | {
     "sphere_3": lambda: sphere("sphere_3", 3),
     "sphere_10": lambda: sphere("sphere_10", 10),
     "sphere_10_g100": lambda: sphere("sphere_10_g100", 10, gamma=100.0),

@@ -1,7 +1,7 @@
 """Run `estimate_llc` with its defaults over the problems whose answer is known, and score it.
 
-python -m bench.truth.suite                                  every problem of at most 5,000 dimensions, five seeds
-python -m bench.truth.suite --problems tanh_3_g1 --seeds 2   these
+python -m bench.truth.suite                                  every problem of at most 5,000
+dimensions, five seeds python -m bench.truth.suite --problems tanh_3_g1 --seeds 2   these
 
 `python -m bench.report` writes the tables of what was measured into docs/accuracy.md.
 """
@@ -22,7 +22,8 @@ from bench.truth.reference import load_references
 
 TABLE = "suite"
 LARGEST = 5000
-SCALING = {  # deep linear networks at their most degenerate point, in the limit of weak localization
+# deep linear networks at their most degenerate point, in the limit of weak localization
+SCALING = {
     f"theory_{len(widths) - 1}x{widths[0]}": (widths, rank)
     for widths, rank in (
         ((22,) * 3, 5),
@@ -85,7 +86,10 @@ def numbers(rows: list[dict[str, str]], column: str) -> np.ndarray:
 def is_covered(row: dict[str, str], reference_sem: float) -> bool:
     """Whether the answer is within three standard errors, or a finding says that the error is not to be trusted."""
     error = abs(float(row["llc"]) - float(row["reference"]))
-    return error < 3 * np.hypot(float(row["sem"]), reference_sem) or "walk_unsettled" in row["findings"]
+    return (
+        error < 3 * np.hypot(float(row["sem"]), reference_sem)
+        or "walk_unsettled" in row["findings"]
+    )
 
 
 def table(found: dict[str, list[dict[str, str]]]) -> str:
@@ -101,15 +105,21 @@ def table(found: dict[str, list[dict[str, str]]]) -> str:
         covered, runs = covered + inside, runs + len(rows)
         medians.append(np.median(errors))
         lines.append(
-            f"| {name} | {rows[0]['d']} | {float(rows[0]['gamma']):g} | {float(rows[0]['reference']):.4g} "
+            f"| {name} | {rows[0]['d']} | {float(rows[0]['gamma']):g} | "
+            f"{float(rows[0]['reference']):.4g} "
             f"| {np.median(numbers(rows, 'llc_vi')):.4g} | {np.median(numbers(rows, 'llc')):.4g} "
-            f"| {100 * np.median(errors):.2g} % | {100 * errors.max():.2g} % | {inside} of {len(rows)} "
+            f"| {100 * np.median(errors):.2g} % | {100 * errors.max():.2g} % | {inside} of "
+            f"{len(rows)} "
             f"| {np.median(numbers(rows, 'fge')):.0f} | {unsettled} |"
         )
-    every = np.concatenate([np.abs(numbers(found[name], "relative_error")) for name in PROBLEMS if name in found])
+    every = np.concatenate(
+        [np.abs(numbers(found[name], "relative_error")) for name in PROBLEMS if name in found]
+    )
     total = (
-        f"Over {len(medians)} problems and {runs} runs: the median of the medians is {100 * np.median(medians):.2g} %, "
-        f"the largest {100 * max(medians):.2g} %; the worst run {100 * every.max():.2g} %. The answer is within three "
+        f"Over {len(medians)} problems and {runs} runs: the median of the medians is "
+        f"{100 * np.median(medians):.2g} %, "
+        f"the largest {100 * max(medians):.2g} %; the worst run {100 * every.max():.2g} %. The "
+        "answer is within three "
         f"`llc_sem`, or the run is flagged, in {covered} of {runs} runs."
     )
     return "\n".join([*lines, "", total])
@@ -117,7 +127,10 @@ def table(found: dict[str, list[dict[str, str]]]) -> str:
 
 def scaling_table(found: dict[str, list[dict[str, str]]]) -> str:
     """Return theory and estimate of the deep linear networks, and their rank correlation."""
-    lines = ["| layers | width | d | theory | corrected | from theory | FGE | seconds |", "|---" * 8 + "|"]
+    lines = [
+        "| layers | width | d | theory | corrected | from theory | FGE | seconds |",
+        "|---" * 8 + "|",
+    ]
     theory, estimates = [], []
     for name in (name for name in SCALING if name in found):
         rows, (widths, _) = found[name], SCALING[name]
@@ -125,7 +138,8 @@ def scaling_table(found: dict[str, list[dict[str, str]]]) -> str:
         theory.append(float(rows[0]["reference"]))
         estimates.append(llc)
         lines.append(
-            f"| {len(widths) - 1} | {widths[0]} | {int(rows[0]['d']):,} | {theory[-1]:.6g} | {llc:.5g} "
+            f"| {len(widths) - 1} | {widths[0]} | {int(rows[0]['d']):,} | {theory[-1]:.6g} | "
+            f"{llc:.5g} "
             f"| {100 * (llc / theory[-1] - 1):+.2g} % | {np.median(numbers(rows, 'fge')):.0f} "
             f"| {np.median(numbers(rows, 'seconds')):.0f} |"
         )
@@ -136,7 +150,9 @@ def scaling_table(found: dict[str, list[dict[str, str]]]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--problems", nargs="+", choices=[*PROBLEMS, *SCALING], metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="first seed")
@@ -150,7 +166,8 @@ def main(arguments: list[str]) -> None:
         for seed in range(settings.first, settings.first + settings.seeds):
             row = run(problem, seed, reference)
             print(
-                f"{name}, seed {seed}: {row['llc']:.5g} ± {row['sem']:.2g}, {100 * row['relative_error']:+.2f} %, "
+                f"{name}, seed {seed}: {row['llc']:.5g} ± {row['sem']:.2g}, "
+                f"{100 * row['relative_error']:+.2f} %, "
                 f"{row['fge']:.0f} FGE, {row['seconds']:.0f} s {row['findings']}",
                 file=sys.stderr,
                 flush=True,

@@ -1,6 +1,9 @@
-"""Peers that fit a q by minibatches: normals of numpyro and blackjax, a flow of FlowJAX; their llc is that of q.
+"""Peers that fit a q by minibatches.
 
-Every fit starts at w* with the width of the steepest direction and takes Adam, whose step falls to zero by a cosine.
+Normals of numpyro and blackjax, a flow of FlowJAX; their llc is that of q.
+
+Every fit starts at w* with the width of the steepest direction and takes Adam, whose step falls to
+zero by a cosine.
 """
 
 import functools
@@ -31,7 +34,10 @@ LAYERS, WIDTH, KNOTS, INTERVAL = 8, 50, 8, 5.0  # of the flow: FlowJAX's default
 
 
 class Task(NamedTuple):
-    """What a fit is given: the loss, target and data, the optimizer, steps and their draws, the width at the start."""
+    """What a fit is given.
+
+    The loss, target and data, the optimizer, steps and their draws, the width at the start.
+    """
 
     objective: Any
     problem: Minibatches
@@ -79,7 +85,13 @@ def numpyro_normal(task: Task, key, guide: str, **options):
 
     optimizer = numpyro.optim.optax_to_numpyro(task.optimizer)
     svi = numpyro_guide(
-        task.objective, task.problem, guide, optimizer, draws=task.draws, init_scale=task.scale, **options
+        task.objective,
+        task.problem,
+        guide,
+        optimizer,
+        draws=task.draws,
+        init_scale=task.scale,
+        **options,
     )
     key_start, key_steps, key_draws = jax.random.split(key, 3)
     state = svi.init(key_start, task.problem.next_batch(key_start))
@@ -107,7 +119,11 @@ def blackjax_normal(task: Task, key):
     key_steps, key_draws = jax.random.split(key)
     state = task.run(lambda state, batch, key: fit_on(batch).step(key, state)[0], start, key_steps)
     noise = jax.random.normal(key_draws, (DRAWS, center.size))
-    log_q = -0.5 * jnp.sum(noise**2, axis=1) - jnp.sum(state.rho) - 0.5 * center.size * math.log(2 * math.pi)
+    log_q = (
+        -0.5 * jnp.sum(noise**2, axis=1)
+        - jnp.sum(state.rho)
+        - 0.5 * center.size * math.log(2 * math.pi)
+    )
     return state.mu + jnp.exp(state.rho) * noise, log_q
 
 
@@ -128,7 +144,9 @@ def flowjax_flow(task: Task, key):
         nn_width=WIDTH,
         invert=False,
     )
-    flow = distributions.Transformed(splines, bijections.Affine(center, jnp.full_like(center, task.scale)))
+    flow = distributions.Transformed(
+        splines, bijections.Affine(center, jnp.full_like(center, task.scale))
+    )
     params, static = eqx.partition(
         flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable)
     )
@@ -149,7 +167,9 @@ def _guide(name, **options):
 
 PEERS = {
     "numpyro_normal": Peer(_guide("AutoNormal"), LARGEST, STEP_DRAWS),
-    "numpyro_low_rank": Peer(_guide("AutoLowRankMultivariateNormal", rank=RANK), LARGEST, STEP_DRAWS),
+    "numpyro_low_rank": Peer(
+        _guide("AutoLowRankMultivariateNormal", rank=RANK), LARGEST, STEP_DRAWS
+    ),
     "numpyro_dense": Peer(_guide("AutoMultivariateNormal"), LARGEST_DENSE, STEP_DRAWS),
     "blackjax_meanfield": Peer(blackjax_normal, LARGEST, STEP_DRAWS),
     "flowjax_coupling": Peer(flowjax_flow, LARGEST_DENSE, FLOW_DRAWS),
@@ -162,11 +182,13 @@ def is_possible(problem: Problem, name: str) -> bool:
 
 
 def fits(problem: Problem, name: str, seeds: Sequence[int], budget: float) -> dict[int, Fit]:
-    """Fit with every step size; return the one of largest ELBO for each seed, which anyone can choose.
+    """Fit with every step size.
+
+    Return the one of largest ELBO for each seed, which anyone can choose.
 
     Cost:
-        The budget: a minibatch gradient for each draw of a step, DRAWS losses on all data. The other step sizes do
-        not count.
+        The budget: a minibatch gradient for each draw of a step, DRAWS losses on all data. The
+        other step sizes do not count.
     """
     batch, peer = min(BATCH, problem.n_data), PEERS[name]
     share = peer.step_draws * batch / problem.n_data
@@ -195,7 +217,9 @@ def _compiled(problem: Problem, peer: Peer, steps: int, batch: int):
 
     def one(minibatches, reference, rate, key):
         optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-        draws, log_q = peer.run(Task(objective, minibatches, optimizer, steps, peer.step_draws, scale), key)
+        draws, log_q = peer.run(
+            Task(objective, minibatches, optimizer, steps, peer.step_draws, scale), key
+        )
         excess = jax.lax.map(lambda w: excess_loss(objective, w, center, minibatches.data), draws)
         log_p = jax.vmap(posterior.log_density)(draws - center, reference + excess)
         values = posterior.learning_coefficient(excess)

@@ -20,7 +20,10 @@ from fastvi.target.data import Problem
 from fastvi.target.posterior import LocalPosterior
 
 DEFAULT_BATCH_SIZE = 256
-FLOW_STEP_DRAWS, FLOW_EVALUATION_DRAWS = (8, 128), (64, 512)  # a flow on some, on all dimensions; at least
+FLOW_STEP_DRAWS, FLOW_EVALUATION_DRAWS = (
+    (8, 128),
+    (64, 512),
+)  # a flow on some, on all dimensions; at least
 FAMILY_COLUMNS = 3  # control variates of each family's own, `AbstractFamily.control_variates`
 MOST_STEP_GRADIENTS = 24  # full gradients of a step of one chain that draws beyond two may take
 MAX_STEP_FACTOR, MAX_EVALUATION_FACTOR = 128, 32  # in few dimensions
@@ -29,8 +32,8 @@ MAX_STEP_FACTOR, MAX_EVALUATION_FACTOR = 128, 32  # in few dimensions
 def as_key(key: Any) -> Any:
     """Accept an int seed in [0, 2^64), a legacy uint32 key or a typed key.
 
-    A seed below 2^32 is that of `jax.random.key`; all bits of a larger one count, whether 64-bit types are enabled or
-    not.
+    A seed below 2^32 is that of `jax.random.key`; all bits of a larger one count, whether 64-bit
+    types are enabled or not.
 
     Raises:
         ConfigError: If it is none of these.
@@ -45,13 +48,18 @@ def as_key(key: Any) -> Any:
         return key
     if dtype is not None and not typed and dtype == np.uint32 and shape == (2,):
         return jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
-    raise ConfigError(f"key must be an int, jax.random.key(...) or jax.random.PRNGKey(...); got {_describe(key)}.")
+    raise ConfigError(
+        f"key must be an int, jax.random.key(...) or jax.random.PRNGKey(...); got {_describe(key)}."
+    )
 
 
 def _seeded(seed: int) -> Any:
     """Return the key of a seed; jax without 64-bit types would take it modulo 2^32."""
     if not 0 <= seed < 2**64:
-        raise ConfigError(f"key must be a seed in [0, 2**64), or a jax random key; got {seed}: use {seed % 2**32}.")
+        raise ConfigError(
+            f"key must be a seed in [0, 2**64), or a jax random key; got {seed}: use "
+            f"{seed % 2**32}."
+        )
     if seed < 2**32:
         return jax.random.key(seed)
     words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
@@ -65,7 +73,9 @@ def _describe(value: Any) -> str:
 
 
 def settle_localization(given: Any, config: VIConfig, default: float | None = None) -> Any:
-    """Return the strength of the localizer: as given, else `gamma` of the configuration, else the default.
+    """Return the strength of the localizer.
+
+    As given, else `gamma` of the configuration, else the default.
 
     Raises:
         ConfigError: If both are given and differ; where the argument is traced, it is NaN then.
@@ -78,7 +88,8 @@ def settle_localization(given: Any, config: VIConfig, default: float | None = No
         return jnp.where(given == config.gamma, given, jnp.nan)
     if np.shape(given) == () and config.gamma != nonnegative_scalar("localization", given):
         raise ConfigError(
-            f"gamma is given twice and differs: {config.gamma} in the config, {float(given)} as argument. "
+            f"gamma is given twice and differs: {config.gamma} in the config, {float(given)} as "
+            "argument. "
             "Drop it from the config."
         )
     return given
@@ -87,12 +98,21 @@ def settle_localization(given: Any, config: VIConfig, default: float | None = No
 def check_dtype(config: VIConfig) -> Any:
     """Refuse a dtype that this process does not have; return that of the fit."""
     if config.dtype == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
-        raise ConfigError('dtype "float64" needs jax.config.update("jax_enable_x64", True) before any array is made.')
+        raise ConfigError(
+            'dtype "float64" needs jax.config.update("jax_enable_x64", True) before any array is '
+            "made."
+        )
     return jnp.dtype(config.dtype)
 
 
 def make_problem(
-    center: Float[Array, " dim"], data: Batch, num_data: int, nbeta: Any, localization: Any, config: VIConfig, name: str
+    center: Float[Array, " dim"],
+    data: Batch,
+    num_data: int,
+    nbeta: Any,
+    localization: Any,
+    config: VIConfig,
+    name: str,
 ) -> Problem:
     """Assemble target and data in the dtype of the fit."""
     dtype = center.dtype
@@ -102,14 +122,19 @@ def make_problem(
         lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, data
     )
     posterior = LocalPosterior(center, jnp.asarray(nbeta, dtype), jnp.asarray(gamma, dtype))
-    return Problem(posterior, cast, num_data, config.batch_size or min(DEFAULT_BATCH_SIZE, num_data))
+    return Problem(
+        posterior, cast, num_data, config.batch_size or min(DEFAULT_BATCH_SIZE, num_data)
+    )
 
 
 def settle(config: VIConfig, dim: int, share: float) -> VIConfig:
-    """Fill in the draws of a step and of the evaluation as `estimate_llc` takes them: more in few dimensions.
+    """Fill in the draws of a step and of the evaluation as `estimate_llc` takes them.
 
-    The gradient of a flow that bends has noise even where it fits as well as it can, unlike that of a Gaussian.
-    A minibatch of this share of the data bounds the draws, but for one or two dimensions, whose tails take them.
+    More in few dimensions.
+
+    The gradient of a flow that bends has noise even where it fits as well as it can, unlike that of
+    a Gaussian. A minibatch of this share of the data bounds the draws, but for one or two
+    dimensions, whose tails take them.
     """
     step, evaluation = config.samples_per_step, config.eval_samples
     draws = 2 * few_dimensions_factor(dim, MAX_STEP_FACTOR)
@@ -140,7 +165,8 @@ def settle_evaluation(config: VIConfig, dim: int) -> VIConfig:
     if config.control_variate is None:
         return config.replace(control_variate="none")
     raise ConfigError(
-        f"control_variate={wanted!r} must have {2 * pairs_for(columns)} draws or more to find its coefficients from; "
+        f"control_variate={wanted!r} must have {2 * pairs_for(columns)} draws or more to find its "
+        "coefficients from; "
         f'got eval_samples={config.eval_samples}: give more, or control_variate="none".'
     )
 
@@ -148,7 +174,9 @@ def settle_evaluation(config: VIConfig, dim: int) -> VIConfig:
 def check_count(name: str, value: Any) -> int:
     """Return an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ConfigError(f"{name} must be an integer >= 1; got {value!r} ({type(value).__name__}).")
+        raise ConfigError(
+            f"{name} must be an integer >= 1; got {value!r} ({type(value).__name__})."
+        )
     return int(value)
 
 
@@ -167,7 +195,9 @@ def _scalar(name: str, value: Any, rule: str, holds: Callable[[Any], Any]) -> An
 
 def positive_scalar(name: str, value: Any) -> Any:
     """Return a positive number, or NaN for a traced one that is not."""
-    return _scalar(name, value, "> 0 (for example 1/log(n) for beta, n/log(n) for nbeta)", lambda x: x > 0)
+    return _scalar(
+        name, value, "> 0 (for example 1/log(n) for beta, n/log(n) for nbeta)", lambda x: x > 0
+    )
 
 
 def nonnegative_scalar(name: str, value: Any) -> Any:
@@ -177,10 +207,18 @@ def nonnegative_scalar(name: str, value: Any) -> Any:
 
 def flat_vector(wstar: Any, dtype: Any) -> Float[Array, " dim"]:
     """Return w* in the dtype of the fit."""
-    if np.ndim(wstar) != 1 or not np.size(wstar) or not jnp.issubdtype(jnp.result_type(wstar), jnp.floating):
-        raise DataError(f"wstar_flat must be a floating-point vector of shape (dim,); got {_describe(wstar)}.")
+    if (
+        np.ndim(wstar) != 1
+        or not np.size(wstar)
+        or not jnp.issubdtype(jnp.result_type(wstar), jnp.floating)
+    ):
+        raise DataError(
+            f"wstar_flat must be a floating-point vector of shape (dim,); got {_describe(wstar)}."
+        )
     if not isinstance(wstar, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(wstar))):
-        raise DataError("wstar_flat holds NaN or infinity; the centre must be finite. Did training diverge?")
+        raise DataError(
+            "wstar_flat holds NaN or infinity; the centre must be finite. Did training diverge?"
+        )
     return jnp.asarray(wstar).astype(dtype)
 
 

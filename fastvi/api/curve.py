@@ -65,10 +65,11 @@ def llc_curve(
 ) -> LLCCurve:
     """Estimate the local learning coefficient at every checkpoint of a training run.
 
-    The first fit begins at the curvature there, every other at the q of the checkpoint before, moved to the new w* and
-    narrowed where the loss says so. Where walkers correct the estimate, they too go on from where those of the
-    checkpoint before have come to. A checkpoint in the middle of training is no minimum: the estimate is then of the
-    posterior near it, and may be negative.
+    The first fit begins at the curvature there, every other at the q of the checkpoint before,
+    moved to the new w* and narrowed where the loss says so. Where walkers correct the estimate,
+    they too go on from where those of the checkpoint before have come to. A checkpoint in the
+    middle of training is no minimum: the estimate is then of the posterior near it, and may be
+    negative.
 
     Args:
         loss_fn: `(params, batch) -> mean loss per example`, in nats.
@@ -80,8 +81,9 @@ def llc_curve(
         config: A `VIConfig`, or anything `VIConfig.create` reads.
         num_chains: Independent fits.
         progress: As for `estimate_llc`.
-        throw: Whether to raise at a checkpoint whose fit or evaluation is not finite; otherwise its estimate is not
-            finite, a finding says so, and the next fit begins at the last one that is.
+        throw: Whether to raise at a checkpoint whose fit or evaluation is not finite; otherwise its
+            estimate is not finite, a finding says so, and the next fit begins at the last one that
+            is.
         warm_start: Whether to begin at the q before; otherwise every fit begins at the curvature.
         warm_steps: Steps of every fit but the first, at most; those of the first when left out.
         **overrides: Fields of `VIConfig`.
@@ -91,11 +93,15 @@ def llc_curve(
 
     Raises:
         ConfigError: If `warm_steps` is below 1, or without `warm_start`.
-        DataError: If there is no checkpoint, or they are not of one model. Any error at a checkpoint, or while it is
-            read, names it in a note, and its attribute `partial` is the curve of those before.
+        DataError: If there is no checkpoint, or they are not of one model. Any error at a
+            checkpoint, or while it is read, names it in a note, and its attribute `partial` is the
+            curve of those before.
     """
     if isinstance(checkpoints, Mapping):
-        raise DataError("checkpoints must be an iterable of parameters; got a mapping. Pass a list, such as [params].")
+        raise DataError(
+            "checkpoints must be an iterable of parameters; got a mapping. Pass a list, such as "
+            "[params]."
+        )
     refuse_a_trace(data, key, nbeta, localization)
     first = VIConfig.create(config, **overrides)
     first.check_asked(overrides)
@@ -111,7 +117,11 @@ def llc_curve(
             target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
             structure = _same_structure(target.objective.structure, structure, len(estimates))
             estimate = run_estimate(
-                target, num_chains, progress=progress, throw=throw, warm=before if warm_start else None
+                target,
+                num_chains,
+                progress=progress,
+                throw=throw,
+                warm=before if warm_start else None,
             )
         before = estimate.fitted if np.isfinite(estimate.llc) else before
         estimates[:] = [*(dataclasses.replace(one, fitted=None) for one in estimates), estimate]
@@ -136,21 +146,31 @@ class _AtCheckpoint:
         """Add both to the error, which passes."""
         if error is not None:
             number = len(self.estimates)
-            error.add_note(f"fastvi: at checkpoint {number} (from 0); `partial` of this error holds those before it.")
+            error.add_note(
+                f"fastvi: at checkpoint {number} (from 0); `partial` of this error holds those "
+                "before it."
+            )
             error.partial = LLCCurve(tuple(self.estimates))
 
 
-def _same_structure(structure: TreeStructure, expected: TreeStructure | None, number: int) -> TreeStructure:
+def _same_structure(
+    structure: TreeStructure, expected: TreeStructure | None, number: int
+) -> TreeStructure:
     """Return the structure of a checkpoint's parameters, the same as before."""
     if expected is not None and structure.num_parameters != expected.num_parameters:
         raise DataError(
             f"checkpoint {number} has {structure.num_parameters} parameters, the one before "
             f"{expected.num_parameters}; they must be checkpoints of one model."
         )
-    if expected is not None and (structure.treedef, structure.shapes) != (expected.treedef, expected.shapes):
+    if expected is not None and (structure.treedef, structure.shapes) != (
+        expected.treedef,
+        expected.shapes,
+    ):
         raise DataError(
-            f"checkpoint {number} has parameters {structure.treedef} of shapes {structure.shapes}, the one before "
-            f"{expected.treedef} of shapes {expected.shapes}; they must be checkpoints of one model."
+            f"checkpoint {number} has parameters {structure.treedef} of shapes "
+            f"{structure.shapes}, the one before "
+            f"{expected.treedef} of shapes {expected.shapes}; they must be checkpoints of one "
+            "model."
         )
     return structure
 
@@ -159,6 +179,9 @@ def _later(settings: VIConfig, warm_start: Given[bool], warm_steps: Given[int | 
     """Return the configuration of the fits after the first."""
     if warm_steps is not None:
         if not warm_start:
-            raise ConfigError("warm_steps is of fits that begin at another's q; got warm_start=False. Leave one out.")
+            raise ConfigError(
+                "warm_steps is of fits that begin at another's q; got warm_start=False. Leave one "
+                "out."
+            )
         return settings.replace(steps=check_count("warm_steps", warm_steps))
     return settings

@@ -48,8 +48,16 @@ from fastvi.target.stream import HostStream, uncorrected
 
 SNAPSHOT_SCALES = 256  # entries of D^{1/2} in a snapshot
 DEFAULT_CHAINS, DEFAULT_LOCALIZATION = 4, 1.0  # chains of a fit that nothing corrects
-WHOLE_DATA = 2 * DEFAULT_BATCH_SIZE  # examples that a fit in few dimensions takes whole at each step
-PREPARATION = {"steps": 200, "batch_size": 64, "samples_per_step": 1, "eval_samples": 32, "curvature_examples": 512}
+WHOLE_DATA = (
+    2 * DEFAULT_BATCH_SIZE
+)  # examples that a fit in few dimensions takes whole at each step
+PREPARATION = {
+    "steps": 200,
+    "batch_size": 64,
+    "samples_per_step": 1,
+    "eval_samples": 32,
+    "curvature_examples": 512,
+}
 
 
 @in_own_modes
@@ -71,32 +79,36 @@ def estimate_llc(
 ) -> LLCEstimate:
     """Estimate the local learning coefficient of a trained model.
 
-    Fits q to the local posterior `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)` by variational inference, then
-    corrects what q says: by importance weights where they allow it, else by walkers that start at draws of q. Returns
-    lambda-hat = nbeta (E[L_n(w)] - L_n(w*)), its error, and findings on whether to believe it. `llc` is the posterior's
-    own value, `llc_vi` that of q, which is too large at singular points; with `correction="none"` both are q's.
+    Fits q to the local posterior `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)` by variational
+    inference, then corrects what q says: by importance weights where they allow it, else by walkers
+    that start at draws of q. Returns lambda-hat = nbeta (E[L_n(w)] - L_n(w*)), its error, and
+    findings on whether to believe it. `llc` is the posterior's own value, `llc_vi` that of q, which
+    is too large at singular points; with `correction="none"` both are q's.
 
     Args:
-        loss_fn: `(params, batch)` -> the mean loss of the batch's examples, in nats; or an array with one loss for each
-            example or each of its tokens (batch axis first); or `(losses, weights)` of one such shape, for masks,
-            padding and class weights: then `L_n = sum(weights * losses) / sum(weights)` over all data. n counts
-            examples. State that it reads (attributes, globals, arrays) is read anew by each call, except by functions
-            that jax itself keeps traced, as under `jax.jit`.
+        loss_fn: `(params, batch)` -> the mean loss of the batch's examples, in nats; or an array
+            with one loss for each example or each of its tokens (batch axis first); or `(losses,
+            weights)` of one such shape, for masks, padding and class weights: then `L_n =
+            sum(weights * losses) / sum(weights)` over all data. n counts examples. State that it
+            reads (attributes, globals, arrays) is read anew by each call, except by functions that
+            jax itself keeps traced, as under `jax.jit`.
         params: Trained parameters w*, any pytree with floating-point arrays.
-        data: Pytree of arrays with a common leading axis of examples; `batch` has the same structure. Or an object
-            that gives such batches from host memory each time it is iterated over: then the only correction is
-            "importance".
+        data: Pytree of arrays with a common leading axis of examples; `batch` has the same
+            structure. Or an object that gives such batches from host memory each time it is
+            iterated over: then the only correction is "importance".
         key: An int seed or a jax random key.
         nbeta: n times the inverse temperature; n / log n when left out.
-        localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates; `gamma` of the
-            configuration when left out, else 1.
+        localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates;
+            `gamma` of the configuration when left out, else 1.
         config: A `VIConfig`, or anything `VIConfig.create` reads.
-        num_chains: Independent fits; two or more let `llc_vi_sem` see the spread of the fits. None means 4 where
-            nothing corrects them, else 1.
+        num_chains: Independent fits; two or more let `llc_vi_sem` see the spread of the fits. None
+            means 4 where nothing corrects them, else 1.
         progress: Whether to show a status line on stderr, or a function that receives `Progress`.
-        throw: Whether to raise when the fit or the evaluation is not finite; otherwise a finding says so.
+        throw: Whether to raise when the fit or the evaluation is not finite; otherwise a finding
+            says so.
         param_mask: Which parameters vary, see `fastvi.restrict`; all when left out.
-        resume_from: Folder in which the fit keeps its progress and, if there is some, goes on from it.
+        resume_from: Folder in which the fit keeps its progress and, if there is some, goes on from
+            it.
         **overrides: Fields of `VIConfig`.
 
     Returns:
@@ -104,12 +116,13 @@ def estimate_llc(
 
     Raises:
         ConfigError: If an option is unknown or impossible, or has no effect beside the others.
-        DataError: If the data, the parameters or the loss cannot be used: a loss that is not finite at w*, not a mean
-            over examples, not deterministic, or at odds with its gradient.
+        DataError: If the data, the parameters or the loss cannot be used: a loss that is not finite
+            at w*, not a mean over examples, not deterministic, or at odds with its gradient.
         NonFiniteError: If NaN or infinity appears, unless `throw` is False.
 
     Cost:
-        `estimate.work`; with the defaults some 100 to 3,000 full gradients, at most `correction_budget` and the fit's.
+        `estimate.work`; with the defaults some 100 to 3,000 full gradients, at most
+        `correction_budget` and the fit's.
 
     References:
         Lau et al., The Local Learning Coefficient (2024).
@@ -118,7 +131,8 @@ def estimate_llc(
         >>> import jax.numpy as jnp
         >>> from fastvi import estimate_llc
         >>> data = (jnp.ones((100, 1)),)
-        >>> result = estimate_llc(lambda w, batch: 0.5 * jnp.sum(w**2), jnp.zeros(4), data, progress=False)
+        >>> result = estimate_llc(lambda w, batch: 0.5 * jnp.sum(w**2), jnp.zeros(4), data,
+        progress=False)
         >>> round(result.llc, 1)
         1.9
     """
@@ -128,8 +142,12 @@ def estimate_llc(
     if param_mask is not None:
         loss_fn, params = restrict(loss_fn, params, param_mask)
     target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
-    result = run_estimate(target, num_chains, progress=progress, throw=throw, resume_from=resume_from)
-    return dataclasses.replace(result, fitted=result.fitted._replace(is_masked=param_mask is not None))
+    result = run_estimate(
+        target, num_chains, progress=progress, throw=throw, resume_from=resume_from
+    )
+    return dataclasses.replace(
+        result, fitted=result.fitted._replace(is_masked=param_mask is not None)
+    )
 
 
 class Target(NamedTuple):
@@ -166,11 +184,15 @@ def assemble(
         data, num_data = check_data(data, dtype=dtype)
     if nbeta is None:
         if num_data < 2:
-            raise DataError("nbeta defaults to n / log n, which needs at least 2 examples; got 1. Pass nbeta.")
+            raise DataError(
+                "nbeta defaults to n / log n, which needs at least 2 examples; got 1. Pass nbeta."
+            )
         nbeta = num_data / math.log(num_data)
     config = config.applied(center.size)
     problem = make_problem(center, data, num_data, nbeta, localization, config, "nbeta")
-    problem, look = look_at_target(objective, problem, stream, "loss_fn", budget_fge=config.filled.correction_budget)
+    problem, look = look_at_target(
+        objective, problem, stream, "loss_fn", budget_fge=config.filled.correction_budget
+    )
     return Target(objective, problem, config, key, stream, look)
 
 
@@ -206,7 +228,11 @@ def run_estimate(
             float(fit.outcome.reference_loss),
             stream.chunks if stream is not None else lambda: [(problem.data, problem.num_data)],
         )
-    timings = {**fit.seconds, "compile": CLOCK.seconds - compiled, "total": time.perf_counter() - began}
+    timings = {
+        **fit.seconds,
+        "compile": CLOCK.seconds - compiled,
+        "total": time.perf_counter() - began,
+    }
     work = with_losses(count_work(fit, problem, plan, num_chains, look), bottom.losses)
     result = _estimate(fit, problem, plan, work, timings, bottom, look)
     if throw and _has(result, "non_finite"):
@@ -233,13 +259,15 @@ def _has(result: LLCEstimate, *names: str) -> bool:
 def _plan(config: VIConfig, problem: Problem, num_chains: int | None) -> tuple[VIConfig, int]:
     """Return the configuration of the fit with nothing left open, and its chains.
 
-    A fit that only prepares a walk is one short chain on little data, where the configuration leaves that open:
-    what it leaves undone costs the walkers a few steps.
+    A fit that only prepares a walk is one short chain on little data, where the configuration
+    leaves that open: what it leaves undone costs the walkers a few steps.
     """
     dim, changes = problem.posterior.center.size, {"batch_size": problem.batch_size}
     prepares = config.correction not in ("none", "importance") and not config.early_stop
     if few_dimensions_factor(dim, 2) > 1 and problem.holds_all and problem.num_data <= WHOLE_DATA:
-        changes["batch_size"] = problem.num_data  # the noise of minibatches would cost more draws than they save
+        changes["batch_size"] = (
+            problem.num_data
+        )  # the noise of minibatches would cost more draws than they save
     if prepares:
         batch = min(PREPARATION["batch_size"], problem.num_data)
         changes = {**PREPARATION, "batch_size": batch, "samples_per_step": config.step_draws}
@@ -249,7 +277,9 @@ def _plan(config: VIConfig, problem: Problem, num_chains: int | None) -> tuple[V
         "curvature_examples": changes.get("curvature_examples", config.hessian_examples),
         "r": min(config.filled.r, dim),
     }
-    plan = config.replace(**{name: value for name, value in changes.items() if getattr(config, name) is None})
+    plan = config.replace(
+        **{name: value for name, value in changes.items() if getattr(config, name) is None}
+    )
     share = (plan.batch_size or problem.num_data) / problem.num_data
     plan = settle_evaluation(settle(plan, dim, min(share, 1.0)), dim).recorded
     return plan, num_chains or (1 if prepares else DEFAULT_CHAINS)
@@ -269,7 +299,9 @@ def _estimate(
     evaluation = outcome.evaluation
     traces = {name: np.asarray(trace) for name, trace in fit.traces.items()}
     steps = traces["elbo"].shape[1]
-    traces["cumulative_fge"] = np.broadcast_to(work.fge_per_step * np.arange(1, steps + 1), traces["elbo"].shape)
+    traces["cumulative_fge"] = np.broadcast_to(
+        work.fge_per_step * np.arange(1, steps + 1), traces["elbo"].shape
+    )
     chains = evaluation.llc.size
     within = float(np.sqrt(np.mean(evaluation.llc_sem.astype(float) ** 2) / chains))
     between = float(np.std(evaluation.llc, ddof=1) / np.sqrt(chains)) if chains > 1 else 0.0
@@ -298,7 +330,14 @@ def _estimate(
         },
         evaluation={
             name: np.asarray(getattr(evaluation, name), float).tolist()
-            for name in ("elbo", "llc", "llc_mc", "variance_reduction", "trace_term", "log_weight_sd")
+            for name in (
+                "elbo",
+                "llc",
+                "llc_mc",
+                "variance_reduction",
+                "trace_term",
+                "log_weight_sd",
+            )
         },
         work=work.as_dict(),
         timings=timings,
@@ -361,11 +400,18 @@ def _evidence(
 def _family_arrays(arrays: dict[str, Any], most_scales: int = MOST_SCALES) -> dict[str, np.ndarray]:
     """Move the family's arrays to the host, with the scales thinned out."""
     found = {name: np.asarray(array) for name, array in arrays.items()}
-    return {**found, "D_sqrt": kept_scales(found["D_sqrt"], most_scales)} if "D_sqrt" in found else found
+    return (
+        {**found, "D_sqrt": kept_scales(found["D_sqrt"], most_scales)}
+        if "D_sqrt" in found
+        else found
+    )
 
 
 def _snapshots(snapshots: list[Snapshot]) -> dict[str, np.ndarray]:
-    """Stack what the fit kept of q's shape along its way: steps (snapshots,), arrays (chains, snapshots, ...)."""
+    """Stack what the fit kept of q's shape along its way.
+
+    Steps (snapshots,), arrays (chains, snapshots, ...).
+    """
     if not snapshots:
         return {}
     thinned = [_family_arrays(one.arrays, SNAPSHOT_SCALES) for one in snapshots]
@@ -374,7 +420,10 @@ def _snapshots(snapshots: list[Snapshot]) -> dict[str, np.ndarray]:
 
 
 def _mixture_evidence(arrays: dict[str, Any], config: VIConfig) -> dict[str, Any]:
-    """Read off weights and factors; a rank is called unused only where somebody asked for more than the default."""
+    """Read off weights and factors.
+
+    A rank is called unused only where somebody asked for more than the default.
+    """
     if "pi" not in arrays:
         return {}
     asked = config.r_per_component is not None or config.filled.r > VIConfig().filled.r

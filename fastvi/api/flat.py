@@ -56,9 +56,9 @@ def fit(
 ) -> dict[str, Any]:
     """Fit one chain in flat coordinates: the contract of a sampler backend.
 
-    Fixed number of steps, one gradient a step unless `samples_per_step` says otherwise; works plainly and inside
-    `jax.jit` and `jax.vmap` over `rng_key`. A fit that is not finite returns NaN and `result_code` 1; so does one whose
-    beta or gamma is traced and turns out to be impossible.
+    Fixed number of steps, one gradient a step unless `samples_per_step` says otherwise; works
+    plainly and inside `jax.jit` and `jax.vmap` over `rng_key`. A fit that is not finite returns NaN
+    and `result_code` 1; so does one whose beta or gamma is traced and turns out to be impossible.
 
     Args:
         rng_key: Typed or legacy jax key, or an int.
@@ -67,15 +67,18 @@ def fit(
         data: Pytree of arrays with `n_data` examples.
         n_data: Number of examples n.
         beta: Inverse temperature.
-        gamma: Strength of the localizer; `gamma` of the configuration when left out, one of the two must be given.
+        gamma: Strength of the localizer; `gamma` of the configuration when left out, one of the two
+            must be given.
         vi_cfg: Anything `VIConfig.create` reads.
-        whitener: Object with `A_sqrt`, shape (dim,) or (): a diagonal geometry of which the shape is used.
-        loss_full_flat: `(w) -> L_n(w)` or `(w, data) -> L_n(w)`; the objective on `data` in chunks when left out.
+        whitener: Object with `A_sqrt`, shape (dim,) or (): a diagonal geometry of which the shape
+            is used.
+        loss_full_flat: `(w) -> L_n(w)` or `(w, data) -> L_n(w)`; the objective on `data` in chunks
+            when left out.
 
     Returns:
-        lambda_hat (); traces, each (steps,); extras with Eq_Ln, Ln_wstar, Eq_Ln_mc, Eq_Ln_cv, llc_sem (Monte Carlo
-        under this q alone), elbo, pi, D_sqrt, result_code, cv_info and q (a `FittedQ` of flat vectors, to draw from);
-        timings in seconds (zero under a trace); work.
+        lambda_hat (); traces, each (steps,); extras with Eq_Ln, Ln_wstar, Eq_Ln_mc, Eq_Ln_cv,
+        llc_sem (Monte Carlo under this q alone), elbo, pi, D_sqrt, result_code, cv_info and q (a
+        `FittedQ` of flat vectors, to draw from); timings in seconds (zero under a trace); work.
 
     Raises:
         ConfigError: If an option is unknown or impossible.
@@ -86,7 +89,9 @@ def fit(
         VIConfig.create(vi_cfg),
         as_key(rng_key)[None],
     )
-    llc, traces, extras = jax.tree_util.tree_map(lambda leaf: leaf[0], (run.llc, run.traces, run.extras))
+    llc, traces, extras = jax.tree_util.tree_map(
+        lambda leaf: leaf[0], (run.llc, run.traces, run.extras)
+    )
     return {
         "lambda_hat": llc,
         "traces": traces,
@@ -134,11 +139,13 @@ def run_vi(
         loss_full_flat: `(w) -> L_n(w)` or `(w, data) -> L_n(w)`.
         n_data: Number of examples; read off the data when left out.
         beta: Inverse temperature, required.
-        gamma: Strength of the localizer; `gamma` of the configuration when left out, one of the two must be given.
+        gamma: Strength of the localizer; `gamma` of the configuration when left out, one of the two
+            must be given.
 
     Returns:
         Traces (chains, steps): those of `fit` and, repeated along steps, llc, Eq_Ln_mc, Eq_Ln_cv,
-        variance_reduction, acceptance_rate, energy (the ELBO) and is_divergent. Ln is NaN: VI does not sample it.
+        variance_reduction, acceptance_rate, energy (the ELBO) and is_divergent. Ln is NaN: VI does
+        not sample it.
 
     Raises:
         ConfigError: If beta or gamma is missing, or an option is impossible or has no effect here.
@@ -147,19 +154,34 @@ def run_vi(
     settings = VIConfig.create(config)
     for name, value in (("beta", beta), ("gamma", settle_localization(gamma, settings))):
         if value is None:
-            raise ConfigError(f"{name} must be given to run_vi; got None. Use beta=1/log(n) and gamma=1 to begin with.")
+            raise ConfigError(
+                f"{name} must be given to run_vi; got None. Use beta=1/log(n) and gamma=1 to "
+                "begin with."
+            )
     began = time.perf_counter()
     check_count("num_chains", num_chains)
     objective = make_flat_objective(loss_minibatch_flat, grad_loss_minibatch)
     num_data = check_data(data, n_data)[1]
     run = _run(
-        _Target(objective, getattr(posterior, "flat0", posterior), data, num_data, beta, gamma, loss_full_flat, None),
+        _Target(
+            objective,
+            getattr(posterior, "flat0", posterior),
+            data,
+            num_data,
+            beta,
+            gamma,
+            loss_full_flat,
+            None,
+        ),
         settings,
         jax.random.split(as_key(key), num_chains),
     )
     shape, dtype = run.traces["elbo"].shape, run.traces["elbo"].dtype
     control = {name: value for name, value in run.extras["cv_info"].items() if name != "trace_term"}
-    repeated = {name: jnp.broadcast_to(value[:, None], shape) for name, value in {"llc": run.llc, **control}.items()}
+    repeated = {
+        name: jnp.broadcast_to(value[:, None], shape)
+        for name, value in {"llc": run.llc, **control}.items()
+    }
     return SamplerRunResult(
         traces={
             **run.traces,
@@ -204,7 +226,10 @@ class _Target(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Finished chains: llc (chains,), traces (chains, steps), extras with a leading axis of chains; their q."""
+    """Finished chains.
+
+    Llc (chains,), traces (chains, steps), extras with a leading axis of chains; their q.
+    """
 
     llc: Float[Array, " chains"]
     traces: dict[str, Array]
@@ -220,24 +245,37 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     dtype = check_dtype(config)
     if config.tensorboard:
         raise ConfigError(
-            "tensorboard must be False in fit and run_vi, which write to no folder: pass what run_vi returns to "
+            "tensorboard must be False in fit and run_vi, which write to no folder: pass what "
+            "run_vi returns to "
             "fastvi.results.report.tensorboard.write_events(result, folder)."
         )
     if config.correction not in (None, "none"):
         raise ConfigError(
-            f"correction must be 'none' in fit and run_vi; got {config.correction!r}. Use estimate_llc for it."
+            f"correction must be 'none' in fit and run_vi; got {config.correction!r}. Use "
+            "estimate_llc for it."
         )
     if config.early_stop:
-        raise ConfigError("early_stop must be off in fit, whose traces have a fixed length: use estimate_llc for it.")
+        raise ConfigError(
+            "early_stop must be off in fit, whose traces have a fixed length: use estimate_llc "
+            "for it."
+        )
     center = flat_vector(target.wstar_flat, dtype)
     data, num_data = check_data(target.data, check_count("n_data", target.n_data), dtype)
     config = settle_evaluation(config.replace(correction="none").applied(center.size), center.size)
-    nbeta, gamma = positive_scalar("beta", target.beta) * num_data, settle_localization(target.gamma, config)
+    nbeta, gamma = (
+        positive_scalar("beta", target.beta) * num_data,
+        settle_localization(target.gamma, config),
+    )
     problem = make_problem(center, data, num_data, nbeta, gamma, config, "beta")
     config = config.filled
     budget = config.steps * config.step_draws * problem.batch_size / num_data
     problem, look = look_at_target(
-        target.objective, problem, None, "objective", budget_fge=budget, loss_full_flat=target.loss_full_flat
+        target.objective,
+        problem,
+        None,
+        "objective",
+        budget_fge=budget,
+        loss_full_flat=target.loss_full_flat,
     )
     finished = run_fit(
         programs_for(target.objective, problem, config, target.loss_full_flat),
@@ -264,7 +302,10 @@ def _extras(finished: Fit, problem: Problem) -> dict[str, Any]:
     """Collect values beside the estimate, each with a leading axis of chains."""
     evaluation, nbeta = finished.outcome.evaluation, problem.posterior.nbeta
     reference_loss = finished.outcome.reference_loss.astype(evaluation.llc.dtype)
-    mean_loss, plain_loss = reference_loss + evaluation.llc / nbeta, reference_loss + evaluation.llc_mc / nbeta
+    mean_loss, plain_loss = (
+        reference_loss + evaluation.llc / nbeta,
+        reference_loss + evaluation.llc_mc / nbeta,
+    )
     finite = jnp.isfinite(evaluation.llc + finished.traces["elbo"][:, -1])
     return {
         "Eq_Ln": mean_loss,

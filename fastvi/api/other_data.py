@@ -30,18 +30,20 @@ class DataLLC(NamedTuple):
 def llc_on(result: LLCEstimate, data: Given[Batch]) -> DataLLC:
     """Estimate the data-restricted coefficient: the posterior of the fit, the loss of other data.
 
-    Under q, at the draws that the estimate was evaluated at, without control variates: compare it with `llc_vi`. For a
-    posterior of other data run `estimate_llc` on them.
+    Under q, at the draws that the estimate was evaluated at, without control variates: compare it
+    with `llc_vi`. For a posterior of other data run `estimate_llc` on them.
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
         data: Data of the structure that the loss takes.
 
     Returns:
-        The coefficient in units of the fit's nbeta. It may be negative, as w* need not be a minimum for these data.
+        The coefficient in units of the fit's nbeta. It may be negative, as w* need not be a minimum
+        for these data.
 
     Raises:
-        DataError: If the result was loaded from disk, the loss has changed since, or the data cannot be used.
+        DataError: If the result was loaded from disk, the loss has changed since, or the data
+            cannot be used.
 
     Cost:
         As many losses of the data as the evaluation had draws.
@@ -59,20 +61,23 @@ def llc_on(result: LLCEstimate, data: Given[Batch]) -> DataLLC:
 
 
 @in_own_modes
-def example_losses(result: LLCEstimate, data: Given[Batch]) -> Float[np.ndarray, "chains draws examples"]:
+def example_losses(
+    result: LLCEstimate, data: Given[Batch]
+) -> Float[np.ndarray, "chains draws examples"]:
     """Evaluate the loss of each example by itself at the draws that the estimate was evaluated at.
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
-        data: Data of the structure that the loss takes. Where it returns the mean of a batch, each example is passed as
-            a batch of one.
+        data: Data of the structure that the loss takes. Where it returns the mean of a batch, each
+            example is passed as a batch of one.
 
     Returns:
-        Losses in nats, shape (chains, draws, examples), whose mean over the examples is the loss of the data: of a
-        weighted loss each example's share in it.
+        Losses in nats, shape (chains, draws, examples), whose mean over the examples is the loss of
+        the data: of a weighted loss each example's share in it.
 
     Raises:
-        DataError: If the result was loaded from disk, the loss has changed since, or the data cannot be used.
+        DataError: If the result was loaded from disk, the loss has changed since, or the data
+            cannot be used.
     """
     fitted = _fitted(result)
     objective, center = fitted.objective, fitted.problem.posterior.center
@@ -98,7 +103,10 @@ def example_losses(result: LLCEstimate, data: Given[Batch]) -> Float[np.ndarray,
 
 def _fitted(result: LLCEstimate) -> Fitted:
     if result.fitted is None:
-        raise DataError("this estimate holds no fit to draw from (it was loaded from disk). Run estimate_llc again.")
+        raise DataError(
+            "this estimate holds no fit to draw from (it was loaded from disk). Run estimate_llc "
+            "again."
+        )
     result.fitted.check_unchanged()
     return result.fitted
 
@@ -110,7 +118,9 @@ def _excess(fitted: Fitted, data: Batch) -> tuple[Float[Array, "chains draws"], 
     def run(params, keys, data):
         def chain(inputs):
             draws = evaluation_draws(family, *inputs, num_draws=_num_draws(fitted))
-            return excess_at(draws, center, lambda w: excess_loss(fitted.objective, w, center, data))
+            return excess_at(
+                draws, center, lambda w: excess_loss(fitted.objective, w, center, data)
+            )
 
         return jax.lax.map(chain, (params, keys)), full_data_loss(fitted.objective, center, data)
 
@@ -127,4 +137,6 @@ def _num_draws(fitted: Fitted) -> int:
 
 def _each_chain(fitted: Fitted):
     chains = fitted.keys.shape[0]
-    return [jax.tree_util.tree_map(lambda leaf, i=i: leaf[i], fitted.fit.params) for i in range(chains)]
+    return [
+        jax.tree_util.tree_map(lambda leaf, i=i: leaf[i], fitted.fit.params) for i in range(chains)
+    ]

@@ -21,7 +21,15 @@ from fastvi.fitting.schedule import few_dimensions_factor
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.findings import correction_findings
 from fastvi.results.progress import reporting
-from fastvi.sampling.run import LENGTH, MIN_BINS, USUAL_ERROR, Sampled, Sampler, Unmet, sample_posterior
+from fastvi.sampling.run import (
+    LENGTH,
+    MIN_BINS,
+    USUAL_ERROR,
+    Sampled,
+    Sampler,
+    Unmet,
+    sample_posterior,
+)
 from fastvi.sampling.walkers import BIN_LENGTH, Walk, WalkPrograms, parameter_blocks, walk_programs
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss
@@ -31,7 +39,9 @@ from fastvi.target.stream import uncorrected
 
 EFFECTIVE_SHARE = 0.5  # of the draws that must count for "auto" to reweight them
 RELINEARISATIONS = 3
-ROUNDING = 1e-4  # of a weighted mean, whose log weights are differences of numbers of the size of the ELBO
+ROUNDING = (
+    1e-4  # of a weighted mean, whose log weights are differences of numbers of the size of the ELBO
+)
 WALKERS = 8  # at least; a multiple of the chains
 MOST_IN_FEW_DIMENSIONS = 64  # times as many there: they are cheap, and arms of the posterior narrow
 
@@ -48,8 +58,8 @@ class Walked(NamedTuple):
 class Fitted(NamedTuple):
     """What a correction goes on from: a fit, and walkers that are already on their way.
 
-    `is_masked` says that the caller passed all parameters and a mask, not a restricted loss; `loss` what the objective
-    computed at the fit.
+    `is_masked` says that the caller passed all parameters and a mask, not a restricted loss; `loss`
+    what the objective computed at the fit.
     """
 
     fit: Fit
@@ -64,7 +74,8 @@ class Fitted(NamedTuple):
         """Refuse a loss that computes something else than at the fit."""
         if fingerprint_loss(self.objective, self.problem).digest != self.loss.digest:
             raise DataError(
-                "the loss computes something else than at the fit: state that it reads has changed since (an "
+                "the loss computes something else than at the fit: state that it reads has "
+                "changed since (an "
                 "attribute, a global, an array). Set it back, or run estimate_llc again."
             )
 
@@ -81,11 +92,11 @@ def correct(
 ) -> LLCEstimate:
     """Turn the variational value of a finished estimate into the posterior's own.
 
-    "importance" reweights the draws of the evaluation (Pareto-smoothed) and costs nothing more; it can be trusted
-    while k-hat is below 0.7. "mcmc" runs underdamped Langevin dynamics from draws of q in the coordinates that q makes
-    round, on blocks of the data as small as the noise of their gradients allows, with virial control variates. "auto"
-    reweights where k-hat is below 0.5, half of the draws count and the error is below `correction_error`, and samples
-    otherwise.
+    "importance" reweights the draws of the evaluation (Pareto-smoothed) and costs nothing more; it
+    can be trusted while k-hat is below 0.7. "mcmc" runs underdamped Langevin dynamics from draws of
+    q in the coordinates that q makes round, on blocks of the data as small as the noise of their
+    gradients allows, with virial control variates. "auto" reweights where k-hat is below 0.5, half
+    of the draws count and the error is below `correction_error`, and samples otherwise.
 
     Walkers that have corrected this result before go on from where they are.
 
@@ -98,20 +109,25 @@ def correct(
         throw: Whether to raise when the corrected value is not finite; otherwise a finding says so.
 
     Returns:
-        A new estimate whose llc, llc_sem and findings are the corrected ones; `llc_vi` keeps the old value.
+        A new estimate whose llc, llc_sem and findings are the corrected ones; `llc_vi` keeps the
+        old value.
 
     Raises:
         ConfigError: If an option is impossible, or not one of this correction.
-        DataError: If the result was loaded from disk and holds no fit, or walkers are needed and the loss has changed.
+        DataError: If the result was loaded from disk and holds no fit, or walkers are needed and
+            the loss has changed.
         NonFiniteError: If NaN or infinity appears, unless `throw` is False.
 
     Cost:
-        "mcmc": some 50 to 3,000 full gradients, never more than `correction_budget`. Where that pays for no
-        walk, draws of q are reweighted, and a finding says how much would do.
+        "mcmc": some 50 to 3,000 full gradients, never more than `correction_budget`. Where that
+        pays for no walk, draws of q are reweighted, and a finding says how much would do.
     """
     fitted = result.fitted
     if fitted is None:
-        raise DataError("this estimate holds no fit to go on from (it was loaded from disk). Run estimate_llc again.")
+        raise DataError(
+            "this estimate holds no fit to go on from (it was loaded from disk). Run estimate_llc "
+            "again."
+        )
     recorded = _recorded(result, correction, correction_error, correction_budget)
     if recorded.correction == "none":
         return result
@@ -151,9 +167,18 @@ def correct(
     return corrected
 
 
-def _recorded(result: LLCEstimate, correction: str, error: float | None, budget: float | None) -> VIConfig:
-    """Return the result's configuration with this correction; one that has no use for a setting refuses it."""
-    asked: dict[str, Any] = {"correction": correction, "correction_error": error, "correction_budget": budget}
+def _recorded(
+    result: LLCEstimate, correction: str, error: float | None, budget: float | None
+) -> VIConfig:
+    """Return the result's configuration with this correction.
+
+    One that has no use for a setting refuses it.
+    """
+    asked: dict[str, Any] = {
+        "correction": correction,
+        "correction_error": error,
+        "correction_budget": budget,
+    }
     VIConfig.create(asked).check_available()
     given = {name: value for name, value in asked.items() if value is not None}
     return result.config.replace(**given).recorded
@@ -172,7 +197,9 @@ class _Values(NamedTuple):
     walked: Walked | None = None
 
 
-def _choose(fitted: Fitted, config: VIConfig) -> tuple[str, Float[np.ndarray, "chains draws"], float]:
+def _choose(
+    fitted: Fitted, config: VIConfig
+) -> tuple[str, Float[np.ndarray, "chains draws"], float]:
     """Return the method, and the weights with their k-hat: smoothed only where their tail is heavy.
 
     Smoothing light tails would add noise that no error accounts for.
@@ -184,15 +211,17 @@ def _choose(fitted: Fitted, config: VIConfig) -> tuple[str, Float[np.ndarray, "c
     method: str = config.correction or "auto"
     if method == "auto":
         effective = 1 / np.sum(weights**2)
-        method = "importance" if khat < GOOD and effective >= EFFECTIVE_SHARE * weights.size else "mcmc"
+        method = (
+            "importance" if khat < GOOD and effective >= EFFECTIVE_SHARE * weights.size else "mcmc"
+        )
     return method, weights.reshape(log_weight.shape), khat
 
 
 def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Values:
     """Average under self-normalised weights, with the control variates of q on the linearised ratio.
 
-    The ratio is linearised about its own result, else the noise of the weights times what the control variates have
-    taken off is left.
+    The ratio is linearised about its own result, else the noise of the weights times what the
+    control variates have taken off is left.
     """
     evaluation = fitted.fit.outcome.evaluation
     llc = float(fitted.problem.posterior.nbeta) * np.asarray(evaluation.excess, float)
@@ -202,15 +231,24 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
     for _ in range(RELINEARISATIONS):
         influence = weights * weights.size * (llc - value)
         halves = 0.5 * (influence[:, :pairs] + influence[:, pairs : 2 * pairs])
-        fits = [regress(jnp.asarray(y, dtype), jnp.asarray(x, dtype)) for y, x in zip(halves, columns, strict=True)]
+        fits = [
+            regress(jnp.asarray(y, dtype), jnp.asarray(x, dtype))
+            for y, x in zip(halves, columns, strict=True)
+        ]
         means = value + np.array([float(fit.mean) for fit in fits])
         doubt = np.asarray(evaluation.expectation_variance, float)
-        noise = [np.sum(np.asarray(fit.coefficients) ** 2 * own) for fit, own in zip(fits, doubt, strict=True)]
+        noise = [
+            np.sum(np.asarray(fit.coefficients) ** 2 * own)
+            for fit, own in zip(fits, doubt, strict=True)
+        ]
         variances = np.array([float(fit.residual_variance) / pairs for fit in fits]) + noise
         value = float(means.mean())
     between = means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else 0.0
     sem = max(np.sqrt(variances.mean() / means.size), between, ROUNDING * abs(value))
-    details = {"effective_draws": float(1 / np.sum(weights**2)), "in_memory": fitted.problem.holds_all}
+    details = {
+        "effective_draws": float(1 / np.sum(weights**2)),
+        "in_memory": fitted.problem.holds_all,
+    }
     return _Values(value, float(sem), means, np.sqrt(variances), np.zeros((0, 0)), 0, details)
 
 
@@ -231,7 +269,9 @@ def _sample(
             report(Progress("correction", int(done), int(budget), llc))
 
     fitted.check_unchanged()
-    programs = walk_programs(fitted.objective, fitted.problem, parameter_blocks(fitted.objective.structure.leaf_sizes))
+    programs = walk_programs(
+        fitted.objective, fitted.problem, parameter_blocks(fitted.objective.structure.leaf_sizes)
+    )
     if before is not None and before.walk.walkers.x.shape[0] != chains * per_chain:
         before = None  # another number of walkers: these start at q
     sampler = Sampler(
@@ -249,7 +289,9 @@ def _sample(
     run = sample_posterior(sampler, relative_error=config.correction_error, report=tell)
     analysis, corrections = run.analysis, 1 if before is None else before.corrections + 1
     shares = (chains, -1) if chains > 1 else (-1, WALKERS)
-    means, errors = (values.reshape(shares) for values in (analysis.per_walker, analysis.per_walker_sem))
+    means, errors = (
+        values.reshape(shares) for values in (analysis.per_walker, analysis.per_walker_sem)
+    )
     means, errors = (means, errors) if chains > 1 else (means.T, errors.T)
     return _Values(
         analysis.llc,
@@ -266,16 +308,28 @@ def _sample(
 def _unpaid(values: _Values, least_budget: float) -> _Values:
     """Say of reweighted draws that they stand in for a walk."""
     unmet = [Unmet(LENGTH, 0, MIN_BINS * BIN_LENGTH)._asdict()]
-    details = {"method": "importance", "settled": False, "unmet": unmet, "least_budget": least_budget}
+    details = {
+        "method": "importance",
+        "settled": False,
+        "unmet": unmet,
+        "least_budget": least_budget,
+    }
     return values._replace(details={**values.details, **details, "narrow_dtype": None})
 
 
-def _set_out(programs: WalkPrograms, fitted: Fitted, before: Walked | None, num_walkers: int) -> Walk:
+def _set_out(
+    programs: WalkPrograms, fitted: Fitted, before: Walked | None, num_walkers: int
+) -> Walk:
     """Place walkers at draws of q, or take over those of a correction before."""
-    common, evaluation = (fitted.fit.family, fitted.problem, fitted.fit.params), fitted.fit.outcome.evaluation
+    common, evaluation = (
+        (fitted.fit.family, fitted.problem, fitted.fit.params),
+        fitted.fit.outcome.evaluation,
+    )
     if before is not None:
         return programs.move(*common, before.walk, before.center, jnp.int32(before.corrections))
-    return programs.start(*common, fitted.keys, evaluation.log_weight, evaluation.excess, num_walkers=num_walkers)
+    return programs.start(
+        *common, fitted.keys, evaluation.log_weight, evaluation.excess, num_walkers=num_walkers
+    )
 
 
 def _walk_details(run: Sampled) -> dict[str, Any]:
@@ -303,6 +357,11 @@ def _walk_details(run: Sampled) -> dict[str, Any]:
 
 def _narrow_dtype(fitted: Fitted) -> str | None:
     """Name the half-precision type of a parameter or of the loss, if there is one."""
-    loss = jax.eval_shape(fitted.objective.loss, fitted.problem.posterior.center, fitted.problem.data)
-    dtypes = [loss.dtype, *(dtype for dtype in fitted.objective.structure.dtypes if dtype is not None)]
+    loss = jax.eval_shape(
+        fitted.objective.loss, fitted.problem.posterior.center, fitted.problem.data
+    )
+    dtypes = [
+        loss.dtype,
+        *(dtype for dtype in fitted.objective.structure.dtypes if dtype is not None),
+    ]
     return next((jnp.dtype(dtype).name for dtype in dtypes if jnp.dtype(dtype).itemsize <= 2), None)

@@ -1,4 +1,7 @@
-"""`virial_llc`: the learning coefficient from the chains of any sampler, with virial control variates."""
+"""`virial_llc`.
+
+The learning coefficient from the chains of any sampler, with virial control variates.
+"""
 
 import dataclasses
 from typing import Any
@@ -30,11 +33,12 @@ class VirialLLC:
         plain: The same mean without control variates.
         plain_sem: Its standard error.
         variance_reduction: Variance of L over that of L less its control variates.
-        rhat: Split R-hat, the largest of those of the losses, of these less their control variates, and of |w - w*|^2.
-        virial_z: Mean of a function that has mean zero under the posterior, in its standard errors, of the one that
-            is furthest off: the virial of each block of parameters, slopes along the chains' mean and mean slope.
-            Beyond some 4 the chains are not at this posterior (steps too long, burn-in too short, or another nbeta,
-            localization or center).
+        rhat: Split R-hat, the largest of those of the losses, of these less their control variates,
+            and of |w - w*|^2.
+        virial_z: Mean of a function that has mean zero under the posterior, in its standard errors,
+            of the one that is furthest off: the virial of each block of parameters, slopes along
+            the chains' mean and mean slope. Beyond some 4 the chains are not at this posterior
+            (steps too long, burn-in too short, or another nbeta, localization or center).
         burn_in: Draws discarded from the start of each chain.
         per_chain: `llc` of each chain, shape (chains,).
     """
@@ -57,18 +61,22 @@ class VirialLLC:
     def summary(self) -> str:
         """Return the estimate in words."""
         lines = [
-            f"llc      {self.llc:.4g} ± {self.llc_sem:.2g}   (plain mean {self.plain:.4g} ± {self.plain_sem:.2g})",
+            f"llc      {self.llc:.4g} ± {self.llc_sem:.2g}   (plain mean {self.plain:.4g} ± "
+            f"{self.plain_sem:.2g})",
             f"virial   variance reduced {self.variance_reduction:.3g} times; "
             f"off by {self.virial_z:.2g} standard errors",
             f"chains   R-hat {self.rhat:.3f}, {self.burn_in} draws of each discarded",
         ]
         if not abs(self.virial_z) < OFF_SIGMAS:
             lines.append(
-                "The chains do not sample this posterior: shorten steps, discard more, or check center, nbeta and "
+                "The chains do not sample this posterior: shorten steps, discard more, or check "
+                "center, nbeta and "
                 "localization."
             )
         if not self.rhat < MIXED:
-            lines.append("The chains do not agree: run them longer, or discard those that are stuck.")
+            lines.append(
+                "The chains do not agree: run them longer, or discard those that are stuck."
+            )
         return "\n".join(lines)
 
 
@@ -85,20 +93,23 @@ def virial_llc(
 ) -> VirialLLC:
     """Estimate the learning coefficient from a sampler's chains, with control variates of mean zero.
 
-    For each block of parameters `length - v . grad(-log p)` with v = w - w* has mean zero under the local posterior
-    `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)`; so has the slope along the mean of the chains. What they explain
-    of L_n is taken away. Works for HMC and NUTS, and for SGLD if `gradients` are those of full data or of a minibatch
-    drawn afresh at each sample; the losses may be of minibatches too.
+    For each block of parameters `length - v . grad(-log p)` with v = w - w* has mean zero under the
+    local posterior `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)`; so has the slope along the
+    mean of the chains. What they explain of L_n is taken away. Works for HMC and NUTS, and for SGLD
+    if `gradients` are those of full data or of a minibatch drawn afresh at each sample; the losses
+    may be of minibatches too.
 
     Args:
-        samples: Parameters of each draw: any pytree whose leaves have leading axes (chains, draws), or (draws,).
+        samples: Parameters of each draw: any pytree whose leaves have leading axes (chains, draws),
+            or (draws,).
         gradients: Gradient of the mean loss at each draw, in the same structure.
         losses: Mean loss of each draw, in nats, shape (chains, draws) or (draws,).
         nbeta: n times the inverse temperature.
         localization: Strength gamma of the Gaussian that ties w to w*.
         center: w*, in the structure of one draw.
         init_loss: L_n(w*), in nats.
-        discard: Draws to discard from the start of each chain; None finds them (MSER, at least a fifth).
+        discard: Draws to discard from the start of each chain; None finds them (MSER, at least a
+            fifth).
 
     Returns:
         The estimate; `print(virial_llc(...).summary())`.
@@ -113,7 +124,10 @@ def virial_llc(
     References:
         Mira, Solgi & Imparato, Zero Variance MCMC (2013).
     """
-    nbeta, localization = positive_scalar("nbeta", nbeta), nonnegative_scalar("localization", localization)
+    nbeta, localization = (
+        positive_scalar("nbeta", nbeta),
+        nonnegative_scalar("localization", localization),
+    )
     energies = _energies(losses)
     points, slopes, at = _flat(samples, gradients, center, np.shape(losses))
     displacement = points - at
@@ -150,7 +164,8 @@ def _energies(losses: Any) -> Float[np.ndarray, "chains draws"]:
     chains, draws = values.shape
     if chains > draws and _neighbours(values) > max(SWAPPED, OFF_SIGMAS / np.sqrt(chains)):
         raise DataError(
-            f"losses must have shape (chains, draws); got {values.shape}, and each row is like the one before, as the "
+            f"losses must have shape (chains, draws); got {values.shape}, and each row is like "
+            "the one before, as the "
             "draws of a chain are. Swap the axes of losses, samples and gradients."
         )
     return values
@@ -163,14 +178,23 @@ def _neighbours(values: np.ndarray) -> float:
     return float(np.mean(centred[1:] * centred[:-1]) / variance) if variance > 0 else 0.0
 
 
-def _flat(samples: PyTree, gradients: PyTree, center: PyTree, lead: tuple[int, ...]) -> list[np.ndarray]:
-    """Return samples, gradients and center as (chains, draws, dim), leaves side by side; of the center (1, 1, dim)."""
+def _flat(
+    samples: PyTree, gradients: PyTree, center: PyTree, lead: tuple[int, ...]
+) -> list[np.ndarray]:
+    """Return samples, gradients and center as (chains, draws, dim), leaves side by side.
+
+    Of the center (1, 1, dim).
+    """
     trees = {"samples": samples, "gradients": gradients, "center": center}
     structures = {name: jax.tree_util.tree_structure(tree) for name, tree in trees.items()}
     if len(set(structures.values())) > 1:
         listed = ", ".join(f"{name}: {structure}" for name, structure in structures.items())
-        raise DataError(f"samples, gradients and center must have the same structure; got {listed}.")
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(center)[0]]
+        raise DataError(
+            f"samples, gradients and center must have the same structure; got {listed}."
+        )
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(center)[0]
+    ]
     shapes = [np.shape(leaf) for leaf in jax.tree_util.tree_leaves(center)]
     if not sum(map(np.prod, shapes)):
         raise DataError("center holds no parameters; pass w*, in the structure of one draw.")
@@ -182,7 +206,8 @@ def _flat(samples: PyTree, gradients: PyTree, center: PyTree, lead: tuple[int, .
             array = _real(leaf, name + path)
             if array.shape != (*leading, *shape):
                 raise DataError(
-                    f"{name}{path} must have shape {(*leading, *shape)}, the axes of the losses before those of "
+                    f"{name}{path} must have shape {(*leading, *shape)}, the axes of the losses "
+                    "before those of "
                     f"center{path}, so that all have the same structure; got {array.shape}."
                 )
             _check_finite(array, name + path)
@@ -195,11 +220,14 @@ def _real(leaf: Any, name: str) -> np.ndarray:
     """Return a leaf in double precision: of draws, an array of floats of at least 4 bytes."""
     array = np.asarray(leaf)
     floating = jnp.issubdtype(array.dtype, jnp.floating)
-    if not floating and not (name.startswith("center") and jnp.issubdtype(array.dtype, jnp.integer)):
+    if not floating and not (
+        name.startswith("center") and jnp.issubdtype(array.dtype, jnp.integer)
+    ):
         raise DataError(f"{name} must be floating-point numbers; got dtype {array.dtype}.")
     if name == "losses" and array.dtype.itemsize < 4:
         raise DataError(
-            f"losses have dtype {array.dtype}, too coarse for the differences of losses that make up llc. Compute them "
+            f"losses have dtype {array.dtype}, too coarse for the differences of losses that make "
+            "up llc. Compute them "
             "in float32."
         )
     return array.astype(float)
@@ -207,11 +235,17 @@ def _real(leaf: Any, name: str) -> np.ndarray:
 
 def _check_finite(array: np.ndarray, name: str) -> None:
     if not np.all(np.isfinite(array)):
-        raise DataError(f"{name} are not finite in {np.sum(~np.isfinite(array))} places. Drop diverged chains.")
+        raise DataError(
+            f"{name} are not finite in {np.sum(~np.isfinite(array))} places. Drop diverged chains."
+        )
 
 
 def _number(name: str, value: Any) -> float:
-    if np.shape(value) != () or not np.issubdtype(np.asarray(value).dtype, np.number) or not np.isfinite(value):
+    if (
+        np.shape(value) != ()
+        or not np.issubdtype(np.asarray(value).dtype, np.number)
+        or not np.isfinite(value)
+    ):
         raise ConfigError(f"{name} must be a finite number; got {value!r}.")
     return float(value)
 
@@ -225,7 +259,9 @@ def _discarded(discard: Given[int | None], llc: np.ndarray, radius2: np.ndarray)
     else:
         burn = int(discard)
     if draws - burn < LEAST_DRAWS:
-        raise DataError(f"{draws} draws less {burn} discarded leave fewer than {LEAST_DRAWS} in each chain.")
+        raise DataError(
+            f"{draws} draws less {burn} discarded leave fewer than {LEAST_DRAWS} in each chain."
+        )
     return burn
 
 
@@ -236,7 +272,11 @@ def _slope(force: np.ndarray, along: np.ndarray, burn: int) -> Float[np.ndarray,
     """
     chains, draws, _ = force.shape
     by_time = chains == 1
-    first = (np.arange(draws) < (draws + burn) // 2)[None, :] if by_time else (np.arange(chains) % 2 == 0)[:, None]
+    first = (
+        (np.arange(draws) < (draws + burn) // 2)[None, :]
+        if by_time
+        else (np.arange(chains) % 2 == 0)[:, None]
+    )
     first = np.broadcast_to(first, (chains, draws))
     late = np.arange(draws) >= burn
     of_rest, of_first = (along[half & late].mean(axis=0) for half in (~first, first))

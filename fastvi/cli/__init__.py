@@ -1,8 +1,8 @@
 """The command line: `fastvi llc`, `report`, `compare`, `sweep` and `demo`.
 
-A command is a dataclass whose fields are the options (those without a default are positional) and whose docstring is
-the help, with a method `run(say)`, which returns an exit status, or None where all it does is to print. Adding one is
-an entry in `COMMANDS`.
+A command is a dataclass whose fields are the options (those without a default are positional) and
+whose docstring is the help, with a method `run(say)`, which returns an exit status, or None where
+all it does is to print. Adding one is an entry in `COMMANDS`.
 """
 
 import dataclasses
@@ -20,13 +20,26 @@ from fastvi.cli.sweep import Sweep
 from fastvi.demos import DEMOS
 from fastvi.results.terminal import is_terminal, settle_streams, warn, write_text
 
-COMMANDS: Mapping[str, Any] = {"llc": Llc, "report": Report, "compare": Compare, "sweep": Sweep, "demo": DEMOS}
+COMMANDS: Mapping[str, Any] = {
+    "llc": Llc,
+    "report": Report,
+    "compare": Compare,
+    "sweep": Sweep,
+    "demo": DEMOS,
+}
 GROUP_HELP = {"demo": "Complete runs on a laptop: train, estimate, plot, write a folder."}
 DESCRIPTION = "Estimate the local learning coefficient of a trained model.\n\n`fastvi --version` shows the version."
 
 UNTOLD_DEFAULTS = (None, False, (), dataclasses.MISSING)  # a help text has nothing to say of these
 FAILURE, INTERRUPTED = 2, 130
-EXPECTED_ERRORS = (ConfigError, DataError, NonFiniteError, UnavailableError, MissingExtraError, OSError)
+EXPECTED_ERRORS = (
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    UnavailableError,
+    MissingExtraError,
+    OSError,
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -38,9 +51,9 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments after the program's name; those of the process when left out.
 
     Returns:
-        The exit status: 0; 1 where runs of a sweep failed, a run could not be written where it was asked for, or
-        nothing was done but to print and that failed; 2 after an error, told on one line of stderr; 130 when
-        interrupted.
+        The exit status: 0; 1 where runs of a sweep failed, a run could not be written where it was
+        asked for, or nothing was done but to print and that failed; 2 after an error, told on one
+        line of stderr; 130 when interrupted.
     """
     args = sys.argv[1:] if args is None else list(args)
     path = [*sys.path]
@@ -60,8 +73,12 @@ def _run(args: Sequence[str]) -> int:
         command = _parse(args)
         try:
             status = command.run(printer)
-        except SystemExit as stop:  # of a loss that somebody's module defines: an estimate did not come of it
-            raise DataError(f"the model called sys.exit({stop.code!r}) before there was an estimate.") from stop
+        except (
+            SystemExit
+        ) as stop:  # of a loss that somebody's module defines: an estimate did not come of it
+            raise DataError(
+                f"the model called sys.exit({stop.code!r}) before there was an estimate."
+            ) from stop
     except EXPECTED_ERRORS as error:
         warn(_fold("fastvi: error: " + " ".join(str(error).split())))
         return FAILURE
@@ -85,7 +102,10 @@ class Printer:
 
 
 def _parse(args: Sequence[str]) -> Any:
-    """Build the command that the arguments describe; help and wrong options leave through SystemExit."""
+    """Build the command that the arguments describe.
+
+    Help and wrong options leave through SystemExit.
+    """
     tyro = import_optional("tyro", extra="cli", distribution="tyro", purpose="the command line")
     return tyro.cli(
         _choice(tyro, COMMANDS),
@@ -102,7 +122,10 @@ def _parse(args: Sequence[str]) -> Any:
 
 
 def _choice(tyro: Any, commands: Mapping[str, Any]) -> Any:
-    """Return the union of the commands as tyro reads it; a mapping among them is a group of commands."""
+    """Return the union of the commands as tyro reads it.
+
+    A mapping among them is a group of commands.
+    """
     members = []
     for name, command in commands.items():
         if isinstance(command, Mapping):
@@ -118,7 +141,10 @@ def _choice(tyro: Any, commands: Mapping[str, Any]) -> Any:
 
 
 def _name_arguments(tyro: Any, command: Any) -> None:
-    """Show arguments by the names that their fields give; a list of lists collects repeated options."""
+    """Show arguments by the names that their fields give.
+
+    A list of lists collects repeated options.
+    """
     hints = get_type_hints(command)
     for field in dataclasses.fields(command):
         hint = "" if any(field.default is default for default in UNTOLD_DEFAULTS) else None
@@ -138,7 +164,11 @@ def _group(choice: Any) -> Any:
 
 def _fold(text: str) -> str:
     """Break a line between words where a terminal would break it anywhere."""
-    return textwrap.fill(text, shutil.get_terminal_size().columns - 1) if is_terminal(sys.stderr) else text
+    return (
+        textwrap.fill(text, shutil.get_terminal_size().columns - 1)
+        if is_terminal(sys.stderr)
+        else text
+    )
 
 
 if __name__ == "__main__":

@@ -59,12 +59,16 @@ class Llc:
         check_packages()
         resolved = resolve(self.target, trust=self.trust)
         asked = parse_settings([pair for pairs in self.set for pair in pairs])
-        config = VIConfig.create(self.config if self.config is not None else resolved.config, **asked)
+        config = VIConfig.create(
+            self.config if self.config is not None else resolved.config, **asked
+        )
         config.check_available()
         config.check_asked(asked)
         check_packages(config)
         origin, config = self._origin(resolved, config), config.replace(gamma=None)
-        with claimed(self.out or _default_folder(self.target, redo=resolved.before is not None)) as folder:
+        with claimed(
+            self.out or _default_folder(self.target, redo=resolved.before is not None)
+        ) as folder:
             if not self.quiet:
                 say(f"target         {resolved.target}")
             problem = load(resolved.target)
@@ -72,7 +76,9 @@ class Llc:
             if resolved.before is not None:
                 _tell_changes(fingerprint, resolved.before.fingerprint)
             result = estimate_origin(problem, origin, config, progress=not self.quiet)
-            return keep_and_tell(result, folder, origin, config, fingerprint, say=say, began=began, quiet=self.quiet)
+            return keep_and_tell(
+                result, folder, origin, config, fingerprint, say=say, began=began, quiet=self.quiet
+            )
 
     def _origin(self, resolved: Resolved, config: VIConfig) -> Origin:
         base = resolved.origin or Origin(resolved.target, 0, 1.0, None, None)
@@ -85,7 +91,9 @@ class Llc:
         )
 
 
-def estimate_origin(problem: Problem, origin: Origin, config: VIConfig, *, progress: bool) -> LLCEstimate:
+def estimate_origin(
+    problem: Problem, origin: Origin, config: VIConfig, *, progress: bool
+) -> LLCEstimate:
     """Estimate as an origin and a configuration say."""
     return estimate_llc(
         *problem,
@@ -99,7 +107,9 @@ def estimate_origin(problem: Problem, origin: Origin, config: VIConfig, *, progr
 
 
 def observe_problem(problem: Problem, config: VIConfig) -> dict[str, Any]:
-    """Say in a few numbers what a target computes: parameters, data, and the loss at w* and near it.
+    """Say in a few numbers what a target computes.
+
+    Parameters, data, and the loss at w* and near it.
 
     Raises:
         DataError: If loss, parameters or data cannot be used.
@@ -124,7 +134,10 @@ def observe_problem(problem: Problem, config: VIConfig) -> dict[str, Any]:
 def _tell_changes(now: dict[str, Any], before: dict[str, Any] | None) -> None:
     names = [] if before is None else differing(now, before)
     if names:
-        warn(f"fastvi: warning: the target computes something else than in that run: {', '.join(names)} differ")
+        warn(
+            "fastvi: warning: the target computes something else than in that run: "
+            f"{', '.join(names)} differ"
+        )
 
 
 def _default_folder(target: str, *, redo: bool) -> Path:

@@ -11,7 +11,15 @@ from fastvi.cli.table import describe, format_table
 from fastvi.demos.base import Say
 from fastvi.results import files
 from fastvi.results.estimate import LLCEstimate
-from fastvi.results.report.style import DASHED, INK, STYLE, chain_color, import_matplotlib, running_mean, window_of
+from fastvi.results.report.style import (
+    DASHED,
+    INK,
+    STYLE,
+    chain_color,
+    import_matplotlib,
+    running_mean,
+    window_of,
+)
 from fastvi.results.runs import REPORT_FILE
 
 if TYPE_CHECKING:
@@ -43,7 +51,10 @@ class Report:
         say(f"written: {path}")
 
     def _write(self, result: LLCEstimate) -> Path:
-        """Write the page; in the run folder, which may be anybody's, a link in its place is replaced, not followed."""
+        """Write the page.
+
+        In the run folder, which may be anybody's, a link in its place is replaced, not followed.
+        """
         if self.out is not None:
             return result.report(self.out)
         with files.staged(self.run_folder) as staging:
@@ -67,9 +78,12 @@ class Compare:
     def run(self, say: Say) -> None:
         """Read, draw, tell."""
         if not self.run_folders:
-            raise ConfigError("compare takes one run folder or more, for example fastvi compare runs/a runs/b.")
+            raise ConfigError(
+                "compare takes one run folder or more, for example fastvi compare runs/a runs/b."
+            )
         results = [
-            (name, LLCEstimate.load(folder)) for name, folder in zip(self._names(), self.run_folders, strict=True)
+            (name, LLCEstimate.load(folder))
+            for name, folder in zip(self._names(), self.run_folders, strict=True)
         ]
         try:
             self._draw(results)
@@ -81,9 +95,14 @@ class Compare:
     def _tell(self, results: list[tuple[str, LLCEstimate]], say: Say) -> None:
         for line in format_table([{"run": name, **describe(result)} for name, result in results]):
             say(line)
-        problems = {(result.n_data, result.dim, result.nbeta, result.localization) for _, result in results}
+        problems = {
+            (result.n_data, result.dim, result.nbeta, result.localization) for _, result in results
+        }
         if len(problems) > 1:
-            say("the runs differ in n, d, n beta or localization: their llc and elbo are of different targets")
+            say(
+                "the runs differ in n, d, n beta or localization: their llc and elbo are of "
+                "different targets"
+            )
 
     def _draw(self, results: list[tuple[str, LLCEstimate]]) -> None:
         if self.out is not None:
@@ -94,7 +113,9 @@ class Compare:
         """Name each run by its folder, or where two have the same name by the end of its path."""
         short = [folder.resolve().name for folder in self.run_folders]
         paths = [str(folder) for folder in self.run_folders]
-        full = [path if len(path) <= LONGEST_NAME else "…" + path[1 - LONGEST_NAME :] for path in paths]
+        full = [
+            path if len(path) <= LONGEST_NAME else "…" + path[1 - LONGEST_NAME :] for path in paths
+        ]
         return short if len(set(short)) == len(short) else full
 
 
@@ -104,7 +125,9 @@ def draw_comparison(results: list[tuple[str, LLCEstimate]]) -> "Figure":
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 1.6 + 0.35 * max(len(results), 6)), facecolor="white", layout="constrained")
+        figure = Figure(
+            figsize=(11, 1.6 + 0.35 * max(len(results), 6)), facecolor="white", layout="constrained"
+        )
         llc, elbo = figure.subplots(1, 2)
         for place, result in enumerate(result for _, result in results):
             color = chain_color(place)
@@ -113,13 +136,17 @@ def draw_comparison(results: list[tuple[str, LLCEstimate]]) -> "Figure":
             values = np.asarray(result.traces["elbo"], float).mean(axis=0, keepdims=True)
             window = window_of(values.shape[1])
             elbo.plot(
-                np.arange(values.shape[1] - window + 1) + window / 2, running_mean(values, window)[0], color=color
+                np.arange(values.shape[1] - window + 1) + window / 2,
+                running_mean(values, window)[0],
+                color=color,
             )
             elbo.axhline(result.elbo, color=color, linewidth=0.8, linestyle=DASHED)
         llc.set_yticks(range(len(results)), [name for name, _ in results], color=INK)
         llc.invert_yaxis()
         llc.set(title="llc ± sem;  | q alone", xlabel="llc")
-        elbo.set(title="ELBO,  running mean over chains;  dashed: final", xlabel="step", ylabel="nats")
+        elbo.set(
+            title="ELBO,  running mean over chains;  dashed: final", xlabel="step", ylabel="nats"
+        )
         elbo.set_ylim(*_bulk([np.asarray(result.traces["elbo"], float) for _, result in results]))
     return figure
 

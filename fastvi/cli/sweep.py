@@ -1,4 +1,7 @@
-"""`fastvi sweep`: one model under a grid of settings; an interrupted sweep goes on where it stopped."""
+"""`fastvi sweep`.
+
+One model under a grid of settings; an interrupted sweep goes on where it stopped.
+"""
 
 import dataclasses
 import functools
@@ -37,8 +40,8 @@ LOCALIZATION = ("localization", "gamma")  # two names of one thing
 LONGEST_NAME = 150  # of a run's folder; file systems take 255
 VERSION = 1
 
-# What one run may fail with while the others are none the worse: a setting that its problem refuses, data that it
-# cannot use, a divergence, or a device that has not the memory for it.
+# What one run may fail with while the others are none the worse: a setting that its problem
+# refuses, data that it cannot use, a divergence, or a device that has not the memory for it.
 FAILURES = (ConfigError, DataError, NonFiniteError, UnavailableError, jax.errors.JaxRuntimeError)
 
 
@@ -66,7 +69,10 @@ class Sweep:
         with claimed(self.out or plan.out or Path("runs") / self.config.stem, SWEEP) as folder:
             _begin(folder, plan)
             problem = load(plan.target)
-            outcomes, observe = [], functools.cache(lambda dtype: observe_problem(problem, VIConfig(dtype=dtype)))
+            outcomes, observe = (
+                [],
+                functools.cache(lambda dtype: observe_problem(problem, VIConfig(dtype=dtype))),
+            )
             for place, cell in enumerate(plan.cells):
                 label = f"[{place + 1}/{len(plan.cells)}] {cell.name}"
                 outcome = run_cell(cell, folder, problem, observe, progress=not self.quiet)
@@ -101,7 +107,9 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of the run's folder, different where the values are."""
-        name = quote(",".join(f"{name}={value}" for name, value in self.shown.items()), safe=",=[]+ '")
+        name = quote(
+            ",".join(f"{name}={value}" for name, value in self.shown.items()), safe=",=[]+ '"
+        )
         if len(name) <= LONGEST_NAME:
             return name
         return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
@@ -118,7 +126,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: a row of the table, words for the terminal, and the estimate where there is one."""
+    """What became of a cell.
+
+    A row of the table, words for the terminal, and the estimate where there is one.
+    """
 
     row: dict[str, str]
     words: str
@@ -128,9 +139,16 @@ class Outcome:
 
 
 def run_cell(
-    cell: Cell, folder: Path, problem: Problem, observe: Callable[[str], dict[str, Any]], *, progress: bool
+    cell: Cell,
+    folder: Path,
+    problem: Problem,
+    observe: Callable[[str], dict[str, Any]],
+    *,
+    progress: bool,
 ) -> Outcome:
-    """Keep the run of a cell that is there and was asked for in the same way, or run it; a failure is an outcome.
+    """Keep the run of a cell that is there and was asked for in the same way, or run it.
+
+    A failure is an outcome.
 
     Args:
         cell: The cell.
@@ -152,18 +170,34 @@ def run_cell(
     except FAILURES as error:
         is_broken = isinstance(error, NonFiniteError)
         said = f"{type(error).__name__}: {files.first_line(error)}"
-        row = {**cell.shown, **dict.fromkeys(describe_names(), "-"), "findings": "non_finite" if is_broken else said}
-        return Outcome(row, f"failed, {files.first_line(error).split('. ')[0]}", cell.values, failed=True)
+        row = {
+            **cell.shown,
+            **dict.fromkeys(describe_names(), "-"),
+            "findings": "non_finite" if is_broken else said,
+        }
+        return Outcome(
+            row, f"failed, {files.first_line(error).split('. ')[0]}", cell.values, failed=True
+        )
     if kept.trouble is not None:
         warn(f"fastvi: warning: {kept.trouble}")
-    outcome = _outcome(cell, result, f"{reason}, " if reason else "", f", {time.perf_counter() - began:.0f} s")
+    outcome = _outcome(
+        cell, result, f"{reason}, " if reason else "", f", {time.perf_counter() - began:.0f} s"
+    )
     return dataclasses.replace(outcome, failed=kept.trouble is not None)
 
 
 def _outcome(cell: Cell, result: LLCEstimate, before: str, after: str = "") -> Outcome:
-    """Take from an estimate what the table and the figure show; the fit, with its parameters and data, is let go."""
+    """Take from an estimate what the table and the figure show.
+
+    The fit, with its parameters and data, is let go.
+    """
     words = f"{before}llc {result.llc_text}{after}"
-    return Outcome({**cell.shown, **describe(result)}, words, cell.values, dataclasses.replace(result, fitted=None))
+    return Outcome(
+        {**cell.shown, **describe(result)},
+        words,
+        cell.values,
+        dataclasses.replace(result, fitted=None),
+    )
 
 
 def describe_names() -> tuple[str, ...]:
@@ -171,8 +205,13 @@ def describe_names() -> tuple[str, ...]:
     return ("llc", "q alone", "elbo", "k-hat", "FGE", "s", "findings")
 
 
-def finished(folder: Path, cell: Cell, fingerprint: dict[str, Any]) -> tuple[LLCEstimate | None, str]:
-    """Return the run if it is complete and of the same target and settings; else why it is run again."""
+def finished(
+    folder: Path, cell: Cell, fingerprint: dict[str, Any]
+) -> tuple[LLCEstimate | None, str]:
+    """Return the run if it is complete and of the same target and settings.
+
+    Else why it is run again.
+    """
     if not folder.is_dir() or not any(folder.iterdir()):
         return None, ""
     try:
@@ -181,7 +220,10 @@ def finished(folder: Path, cell: Cell, fingerprint: dict[str, Any]) -> tuple[LLC
             return None, "run again under other settings"
         names = differing(fingerprint, record.fingerprint or {})
         if names:
-            return None, f"run again because the target computes something else ({', '.join(names)})"
+            return (
+                None,
+                f"run again because the target computes something else ({', '.join(names)})",
+            )
         return LLCEstimate.load(folder), ""
     except (ConfigError, DataError) as error:
         return None, f"run again because {str(error).split('. ')[0]}"
@@ -196,8 +238,13 @@ def _begin(folder: Path, plan: Plan) -> None:
 
 
 def _write(outcomes: list[Outcome], folder: Path) -> tuple[list[Path], str | None]:
-    """Write the table and, where a run succeeded, the figure; return what was written, and what went wrong."""
-    results = [(outcome.values, outcome.result) for outcome in outcomes if outcome.result is not None]
+    """Write the table and, where a run succeeded, the figure.
+
+    Return what was written, and what went wrong.
+    """
+    results = [
+        (outcome.values, outcome.result) for outcome in outcomes if outcome.result is not None
+    ]
     written = []
     try:
         with files.staged(folder) as staging:
@@ -209,7 +256,10 @@ def _write(outcomes: list[Outcome], folder: Path) -> tuple[list[Path], str | Non
                 files.publish(staging, folder, (FIGURE_FILE,))
                 written.append(folder / FIGURE_FILE)
     except OSError as error:
-        return written, f"the table or the figure could not be written to {folder} ({files.first_line(error)})"
+        return (
+            written,
+            f"the table or the figure could not be written to {folder} ({files.first_line(error)})",
+        )
     return written, None
 
 
@@ -223,13 +273,20 @@ def read_plan(path: Path, *, trust: bool = False) -> Plan:
     try:
         given = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--config must be the YAML file of a sweep; {files.first_line(error)}") from error
+        raise ConfigError(
+            f"--config must be the YAML file of a sweep; {files.first_line(error)}"
+        ) from error
     if not isinstance(given, Mapping) or "target" not in given or not given.get("grid"):
         raise ConfigError(f"{path} must name a target and a grid; see the docs on sweeps.")
     unknown = [name for name in given if name not in ENTRIES]
     if unknown:
-        raise ConfigError(f"{path}: unknown entry {unknown[0]!r}; a sweep has {', '.join(ENTRIES)}.")
-    for name, kind, words in (("target", str, "module:function"), ("grid", Mapping, "a list for each setting")):
+        raise ConfigError(
+            f"{path}: unknown entry {unknown[0]!r}; a sweep has {', '.join(ENTRIES)}."
+        )
+    for name, kind, words in (
+        ("target", str, "module:function"),
+        ("grid", Mapping, "a list for each setting"),
+    ):
         if not isinstance(given[name], kind):
             raise ConfigError(f"{path}: {name} must be {words}; got {given[name]!r}.")
     if "out" in given and not (isinstance(given["out"], str) and given["out"]):
@@ -239,7 +296,9 @@ def read_plan(path: Path, *, trust: bool = False) -> Plan:
     target = resolve(given["target"], trust=trust).target
     base = VIConfig.create(given.get("base"))
     shared = {name: given[name] for name in RUN_OPTIONS if name in given}
-    combinations = (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
+    combinations = (
+        dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
+    )
     cells = [_cell(target, base, shared, values) for values in combinations]
     check_packages(cells[0].config)
     return Plan(target, cells, Path(given["out"]) if "out" in given else None)
@@ -253,12 +312,17 @@ def _read_grid(path: Path, given: Mapping[Any, Any]) -> dict[str, list[Any]]:
         twice = [text for place, text in enumerate(texts) if text in texts[:place]]
         if not values or twice:
             came = f"{twice[0]} twice" if twice else "[]"
-            raise ConfigError(f"{path}: grid.{name} must list one value or more, all different; got {came}.")
+            raise ConfigError(
+                f"{path}: grid.{name} must list one value or more, all different; got {came}."
+            )
     return grid
 
 
 def _check_given_once(path: Path, given: Mapping[str, Any], grid: Mapping[str, Any]) -> None:
-    """Refuse a setting that the file gives in two places: one of them would not be what a row was computed with."""
+    """Refuse a setting that the file gives in two places.
+
+    One of them would not be what a row was computed with.
+    """
     base = given.get("base")
     places = {
         "at the top": [name for name in RUN_OPTIONS if name in given],
@@ -271,7 +335,10 @@ def _check_given_once(path: Path, given: Mapping[str, Any], grid: Mapping[str, A
             meant = LOCALIZATION[0] if name in LOCALIZATION else name
             now = f"{name} {place}"
             if meant in seen:
-                raise ConfigError(f"{path} gives one setting in two places: {seen[meant]} and {now}. Leave one out.")
+                raise ConfigError(
+                    f"{path} gives one setting in two places: {seen[meant]} and {now}. Leave one "
+                    "out."
+                )
             seen[meant] = now
 
 
@@ -296,6 +363,11 @@ def _cell(target: str, base: VIConfig, shared: dict[str, Any], values: dict[str,
 
 def _text(value: Any) -> str:
     """Spell a value so that different ones are spelled differently; 5.0 is 5."""
-    if isinstance(value, float) and math.isfinite(value) and value.is_integer() and abs(value) < 1e16:
+    if (
+        isinstance(value, float)
+        and math.isfinite(value)
+        and value.is_integer()
+        and abs(value) < 1e16
+    ):
         return str(int(value))
     return value if isinstance(value, str) else repr(value).replace(" ", "")

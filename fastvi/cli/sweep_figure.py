@@ -1,4 +1,7 @@
-"""The figure of a sweep: llc and work against the first axis of the grid, a line for each of the other settings."""
+"""The figure of a sweep.
+
+Llc and work against the first axis of the grid, a line for each of the other settings.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +41,13 @@ def draw_sweep(results: list[tuple[dict[str, Any], LLCEstimate]]) -> "Figure":
             style = {"color": chain_color(color), "linewidth": 1.4, "markersize": 4}
             sems = [result.llc_sem for result in kept]
             panels[0].errorbar(
-                at, [result.llc for result in kept], yerr=sems, fmt="o-", capsize=3, label=label, **style
+                at,
+                [result.llc for result in kept],
+                yerr=sems,
+                fmt="o-",
+                capsize=3,
+                label=label,
+                **style,
             )
             panels[1].plot(at, [result.elbo for result in kept], "o-", **style)
             panels[2].plot(at, [result.work["total_fge"] for result in kept], "o-", **style)

@@ -13,7 +13,14 @@ from fastvi._errors import ConfigError, DataError
 from fastvi.config import VIConfig
 from fastvi.config.sources import parse_yaml
 from fastvi.results.files import first_line
-from fastvi.results.runs import CONFIG_FILE, Origin, Record, check_target, read_record, read_settings
+from fastvi.results.runs import (
+    CONFIG_FILE,
+    Origin,
+    Record,
+    check_target,
+    read_record,
+    read_settings,
+)
 
 
 class Problem(NamedTuple):
@@ -53,12 +60,16 @@ def resolve(target: str, *, trust: bool) -> Resolved:
     record = read_record(target)
     named = record.origin.target
     if named is None:
-        raise DataError(f"{target} was written by a demo, which has no target to load. Run the demo again.")
+        raise DataError(
+            f"{target} was written by a demo, which has no target to load. Run the demo again."
+        )
     config = read_settings(Path(target))
     if not trust:
         raise ConfigError(
-            f"the run folder {target} asks for {named!r}: {_whereabouts(named)} would be imported and run. Pass "
-            f"--trust if you trust it, or name it yourself: fastvi llc {named} --config {Path(target) / CONFIG_FILE}."
+            f"the run folder {target} asks for {named!r}: {_whereabouts(named)} would be imported "
+            "and run. Pass "
+            f"--trust if you trust it, or name it yourself: fastvi llc {named} --config "
+            f"{Path(target) / CONFIG_FILE}."
         )
     return Resolved(named, record, config)
 
@@ -68,60 +79,76 @@ def _whereabouts(target: str) -> str:
     top = target.partition(":")[0].partition(".")[0]
     spec = PathFinder.find_spec(top, [*sys.path, os.getcwd()])
     if spec is None:
-        return f"the module {top}" + (" of Python" if top in sys.stdlib_module_names else ", which is not found here,")
+        return f"the module {top}" + (
+            " of Python" if top in sys.stdlib_module_names else ", which is not found here,"
+        )
     return spec.origin or ", ".join(spec.submodule_search_locations or ["a folder"])
 
 
 def load(target: str) -> Problem:
     """Import the module, from the current folder too, and call the function.
 
-    The current folder comes last on the path: a file in it is no stand-in for a module of Python or of a package
-    that fastvi itself imports later.
+    The current folder comes last on the path: a file in it is no stand-in for a module of Python or
+    of a package that fastvi itself imports later.
 
     Raises:
-        ConfigError: If there is no such module or function, or another module goes before the one in the folder.
-        DataError: If the module or the function fails, or returns something else than a loss, parameters and data.
+        ConfigError: If there is no such module or function, or another module goes before the one
+            in the folder.
+        DataError: If the module or the function fails, or returns something else than a loss,
+            parameters and data.
     """
     module_name, _, name = target.partition(":")
     if os.getcwd() not in map(os.path.abspath, sys.path):
         sys.path.append(os.getcwd())
     importlib.invalidate_caches()
     _check_not_hidden(target, module_name.partition(".")[0])
-    # What runs here is the person's own code, which may raise anything, or leave by sys.exit. All of it is told: the
-    # type, the words and the places, and the error itself is the cause of ours.
+    # What runs here is the person's own code, which may raise anything, or leave by sys.exit. All
+    # of it is told: the type, the words and the places, and the error itself is the cause of ours.
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, name, None)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise _failed(target, error) from error
-        raise ConfigError(f"TARGET {target!r}: {error}. Run fastvi where {module_name} can be imported.") from error
+        raise ConfigError(
+            f"TARGET {target!r}: {error}. Run fastvi where {module_name} can be imported."
+        ) from error
     except (Exception, SystemExit) as error:
         raise _failed(target, error) from error
     if not callable(function):
-        raise ConfigError(f"TARGET {target!r}: {module_name} has no function {name!r}{_place(module)}.")
+        raise ConfigError(
+            f"TARGET {target!r}: {module_name} has no function {name!r}{_place(module)}."
+        )
     try:
         found: Any = function()
     except (Exception, SystemExit) as error:
         raise _failed(target, error) from error
     if not isinstance(found, (tuple, list)) or len(found) != 3 or not callable(found[0]):
-        raise DataError(f"TARGET {target!r} must return (loss_fn, params, data); got {type(found).__name__}.")
+        raise DataError(
+            f"TARGET {target!r} must return (loss_fn, params, data); got {type(found).__name__}."
+        )
     return Problem(*found)
 
 
 def _check_not_hidden(target: str, top: str) -> None:
     """Refuse a module of the current folder that another of its name goes before.
 
-    One that another folder's module of the same name was imported as, earlier in this process, is imported anew.
+    One that another folder's module of the same name was imported as, earlier in this process, is
+    imported anew.
     """
     here = PathFinder.find_spec(top, [os.getcwd()])
     if here is None or here.origin is None:
         return
     first = PathFinder.find_spec(top, sys.path)
     if top in sys.builtin_module_names or first is None or first.origin != here.origin:
-        before = "one that is built into Python" if first is None or first.origin == here.origin else first.origin
+        before = (
+            "one that is built into Python"
+            if first is None or first.origin == here.origin
+            else first.origin
+        )
         raise ConfigError(
-            f"TARGET {target!r}: {before} goes before {here.origin}. Rename yours, or put its folder on PYTHONPATH."
+            f"TARGET {target!r}: {before} goes before {here.origin}. Rename yours, or put its "
+            "folder on PYTHONPATH."
         )
     file = getattr(sys.modules.get(top), "__file__", None)
     if file is not None and os.path.realpath(file) != os.path.realpath(here.origin):
@@ -131,11 +158,24 @@ def _check_not_hidden(target: str, top: str) -> None:
 
 def _failed(target: str, error: BaseException) -> DataError:
     """Tell an error of the person's code with the places it came through, innermost first."""
-    words = f"it called sys.exit({error.code!r})" if isinstance(error, SystemExit) else first_line(error)
+    words = (
+        f"it called sys.exit({error.code!r})"
+        if isinstance(error, SystemExit)
+        else first_line(error)
+    )
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
-    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in reversed(own))
-    return DataError(f"TARGET {target!r} failed: {type(error).__name__}: {words}" + (f" ({places})" if places else ""))
+    own = [
+        frame
+        for frame in frames
+        if frame.filename != __file__ and "importlib" not in frame.filename
+    ]
+    places = " < ".join(
+        f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in reversed(own)
+    )
+    return DataError(
+        f"TARGET {target!r} failed: {type(error).__name__}: {words}"
+        + (f" ({places})" if places else "")
+    )
 
 
 def _place(module: Any) -> str:
@@ -155,9 +195,13 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals or not name:
             raise ConfigError(f"--set takes NAME=VALUE, for example --set M=16; got {pair!r}.")
         if name in settings:
-            raise ConfigError(f"--set gives {name} twice: {settings[name]!r} and {value!r}. Leave one out.")
+            raise ConfigError(
+                f"--set gives {name} twice: {settings[name]!r} and {value!r}. Leave one out."
+            )
         try:
             settings[name] = parse_yaml(value)
         except ValueError as error:
-            raise ConfigError(f"--set takes values as YAML writes them; got {pair!r}: {error}.") from error
+            raise ConfigError(
+                f"--set takes values as YAML writes them; got {pair!r}: {error}."
+            ) from error
     return settings

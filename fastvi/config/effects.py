@@ -8,7 +8,15 @@ OWN_FIELDS = {
         *("M", "r", "r_per_component", "mixture_cap", "prune_threshold"),
         *("alpha_dirichlet_prior", "alpha_temperature", "alpha_temperature_frac"),
     ),
-    "flow": ("backend", "d_latent", "sigma_perp", "learn_sigma_perp", "lift", "latent_basis", "flow"),
+    "flow": (
+        "backend",
+        "d_latent",
+        "sigma_perp",
+        "learn_sigma_perp",
+        "lift",
+        "latent_basis",
+        "flow",
+    ),
 }
 SPLINES = ("spline_coupling", "nsf_ar")
 
@@ -25,23 +33,39 @@ def idle_fields(config: Any, dim: int | None = None) -> dict[str, Idle]:
 
     Args:
         config: A `VIConfig`.
-        dim: Number of parameters, where it is known: it decides whether a flow leaves any direction out.
+        dim: Number of parameters, where it is known: it decides whether a flow leaves any direction
+            out.
     """
     filled, found = config.filled, _of_other_families(config)
     if config.family == "flow":
         found |= _of_the_flow(filled, dim)
     conditions = {
         "trace_probes": (filled.control_variate == "hvp", 'control_variate="hvp"'),
-        "whitening_decay": (filled.whitening in ("rmsprop", "adam"), 'whitening_mode="rmsprop" or "adam"'),
+        "whitening_decay": (
+            filled.whitening in ("rmsprop", "adam"),
+            'whitening_mode="rmsprop" or "adam"',
+        ),
         "entropy_bonus_steps": (filled.entropy_bonus > 0, "an entropy_bonus above 0"),
         "lr_end_fraction": (filled.lr_schedule != "none", 'lr_schedule="cosine" or "linear_decay"'),
-        "correction_error": (filled.correction in (None, "auto", "mcmc"), 'correction="auto" or "mcmc"'),
-        "correction_budget": (filled.correction in (None, "auto", "mcmc"), 'correction="auto" or "mcmc"'),
-        "alpha_temperature_frac": (filled.alpha_temperature != 1, "an alpha_temperature other than 1"),
+        "correction_error": (
+            filled.correction in (None, "auto", "mcmc"),
+            'correction="auto" or "mcmc"',
+        ),
+        "correction_budget": (
+            filled.correction in (None, "auto", "mcmc"),
+            'correction="auto" or "mcmc"',
+        ),
+        "alpha_temperature_frac": (
+            filled.alpha_temperature != 1,
+            "an alpha_temperature other than 1",
+        ),
     }
     for name, (is_met, what) in conditions.items():
         if not is_met:
-            found.setdefault(name, Idle(f"left out without {what}, which alone reads it", f"add {what}, or drop it"))
+            found.setdefault(
+                name,
+                Idle(f"left out without {what}, which alone reads it", f"add {what}, or drop it"),
+            )
     return found
 
 
@@ -49,7 +73,8 @@ def _of_other_families(config: Any) -> dict[str, Idle]:
     others = [family for family in OWN_FIELDS if family != config.family]
     return {
         name: Idle(
-            f"left out with family={config.family!r}, which does not read it", f"use family={family!r}, or drop it"
+            f"left out with family={config.family!r}, which does not read it",
+            f"use family={family!r}, or drop it",
         )
         for family in others
         for name in OWN_FIELDS[family]
@@ -59,12 +84,18 @@ def _of_other_families(config: Any) -> dict[str, Idle]:
 def _of_the_flow(filled: Any, dim: int | None) -> dict[str, Idle]:
     found = {}
     if filled.means == "component":
-        found["means"] = Idle("'shared' or 'center' with family='flow', which has one mean", "use family='mfa'")
+        found["means"] = Idle(
+            "'shared' or 'center' with family='flow', which has one mean", "use family='mfa'"
+        )
     if filled.lift == "injective" and filled.means != "center":
-        found["means"] = Idle("'center' with lift='injective', which keeps w* as its mean", "use lift='core'")
+        found["means"] = Idle(
+            "'center' with lift='injective', which keeps w* as its mean", "use lift='core'"
+        )
     if filled.flow.template not in SPLINES:
         rule = f"left out with flow.template={filled.flow.template!r}, which has no splines"
-        found["flow.bins"] = Idle(rule, "use flow.template='nsf_ar' or 'spline_coupling', or drop it")
+        found["flow.bins"] = Idle(
+            rule, "use flow.template='nsf_ar' or 'spline_coupling', or drop it"
+        )
     if dim is not None and filled.latent_dim(dim) == dim:
         rule = f"left out where the flow acts on all d = {dim} dimensions: nothing is left for the noise beyond them"
         idle = ("sigma_perp",) if filled.learn_sigma_perp else ("sigma_perp", "learn_sigma_perp")
@@ -78,5 +109,7 @@ def may_cover_all(config: Any, dim: int) -> bool:
 
     filled, latent = config.filled, config.filled.latent_dim(dim)
     core = 0 if filled.lift == "injective" else rank_limit(filled, dim, itemsize=4)
-    own = latent if filled.latent_basis != "curvature" else 0  # along the curvature, the core's rows come first
+    own = (
+        latent if filled.latent_basis != "curvature" else 0
+    )  # along the curvature, the core's rows come first
     return max(latent, own + core) >= dim

@@ -1,4 +1,7 @@
-"""Rules of single fields of a configuration: each returns the value in its plain form or refuses it."""
+"""Rules of single fields of a configuration.
+
+Each returns the value in its plain form or refuses it.
+"""
 
 import difflib
 import math
@@ -16,7 +19,9 @@ from fastvi.config.basis import Basis
 
 def refusal(name: str, rule: str, value: Any, fix: str) -> ConfigError:
     """Word every error of a field: the field, its rule, what came, the likely fix."""
-    return ConfigError(f"{name} must be {rule}; got {reprlib.repr(value)} ({type(value).__name__}): {fix}")
+    return ConfigError(
+        f"{name} must be {rule}; got {reprlib.repr(value)} ({type(value).__name__}): {fix}"
+    )
 
 
 def plain(value: Any) -> Any:
@@ -58,7 +63,11 @@ def integer(name: str, value: Any, fix: str, minimum: int = 1) -> int:
 
 def auto_or_integer(name: str, value: Any, fix: str) -> int | str:
     """Require "auto" or a natural number."""
-    return "auto" if isinstance(value, str) and value == "auto" else integer(name, value, fix, minimum=0)
+    return (
+        "auto"
+        if isinstance(value, str) and value == "auto"
+        else integer(name, value, fix, minimum=0)
+    )
 
 
 def auto_or_positive(name: str, value: Any, fix: str) -> int | str:
@@ -67,7 +76,10 @@ def auto_or_positive(name: str, value: Any, fix: str) -> int | str:
 
 
 def number(name: str, value: Any, fix: str, bound: str, holds: Callable[[float], bool]) -> float:
-    """A finite float. A string that spells one is read: PyYAML follows YAML 1.1, where `1e-3` is a string."""
+    """A finite float.
+
+    A string that spells one is read: PyYAML follows YAML 1.1, where `1e-3` is a string.
+    """
     number = _spelled(value)
     if not math.isfinite(number) or not holds(number):
         raise refusal(name, f"a finite number {bound}", value, fix)
@@ -94,7 +106,9 @@ def boolean(name: str, value: Any, fix: str) -> bool:
 def integers(name: str, value: Any, fix: str, minimum: int) -> tuple[int, ...]:
     """Require a list of integers."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
-        raise refusal(name, f"a list of integers >= {minimum}", value, f"use a list such as [4, 2]; {fix}")
+        raise refusal(
+            name, f"a list of integers >= {minimum}", value, f"use a list such as [4, 2]; {fix}"
+        )
     return tuple(integer(f"{name}[{i}]", item, fix, minimum) for i, item in enumerate(value))
 
 
@@ -116,7 +130,11 @@ def basis(name: str, value: Any, fix: str) -> "str | Basis":
         columns: Any = np.asarray(value, float)
     except (TypeError, ValueError):
         columns = np.zeros(0)
-    if columns.ndim != 2 or not np.all(np.isfinite(columns)) or np.linalg.matrix_rank(columns) < columns.shape[1]:
+    if (
+        columns.ndim != 2
+        or not np.all(np.isfinite(columns))
+        or np.linalg.matrix_rank(columns) < columns.shape[1]
+    ):
         rule = "'curvature', 'random' or an array (dim, d_latent) of independent columns"
         raise refusal(name, rule, value, fix)
     return Basis(columns)

@@ -1,4 +1,7 @@
-"""Where the entries of a configuration come from: mappings, dataclasses, namespaces, OmegaConf, YAML."""
+"""Where the entries of a configuration come from.
+
+Mappings, dataclasses, namespaces, OmegaConf, YAML.
+"""
 
 import os
 import types
@@ -39,7 +42,8 @@ def read(source: Any) -> dict[Any, Any]:
         path, source = Path(source), _load_yaml(Path(source))
         if source is not None and not isinstance(source, Mapping):
             raise ConfigError(
-                f"source must be a YAML file of names; {str(path)!r} holds {source!r:.60}: give names with values"
+                f"source must be a YAML file of names; {str(path)!r} holds {source!r:.60}: give "
+                "names with values"
             )
     found = {} if source is None else entries("source", source, "give names with values, or a path")
     block = next((name for name in ("vi", "overrides") if name in found), None)
@@ -48,7 +52,10 @@ def read(source: Any) -> dict[Any, Any]:
     inner = found.pop(block)
     if found not in ({}, {"name": "vi"}):
         raise checks.refusal(
-            "source", f"alone in {block}, or beside name: vi", found, f"give the {block} entry by itself"
+            "source",
+            f"alone in {block}, or beside name: vi",
+            found,
+            f"give the {block} entry by itself",
         )
     return {} if inner is None else entries(block, inner, "give names with values")
 
@@ -58,7 +65,8 @@ def _load_yaml(path: Path) -> Any:
         return parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"source must be the path of a YAML file; got {str(path)!r}: check the path and the file ({_said(error)})"
+            f"source must be the path of a YAML file; got {str(path)!r}: check the path and the "
+            f"file ({_said(error)})"
         ) from error
 
 
@@ -84,16 +92,26 @@ def _said(error: Exception) -> str:
 
 @cache
 def _strict_loader(yaml: Any) -> Any:
-    """Make PyYAML's safe loader refuse a name that a mapping gives twice: of two values one would be ignored."""
+    """Make PyYAML's safe loader refuse a name that a mapping gives twice.
+
+    Of two values one would be ignored.
+    """
 
     class StrictLoader(yaml.SafeLoader):
         def compose_mapping_node(self, anchor: Any) -> Any:
-            node = super().compose_mapping_node(anchor)  # before `<<` puts other mappings' names beside its own
+            node = super().compose_mapping_node(
+                anchor
+            )  # before `<<` puts other mappings' names beside its own
             scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            keys = [key.value if key.tag.endswith(":merge") else self.construct_object(key) for key in scalars]
+            keys = [
+                key.value if key.tag.endswith(":merge") else self.construct_object(key)
+                for key in scalars
+            ]
             twice = [key for place, key in enumerate(keys) if key in keys[:place]]
             if twice:
-                raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{twice[0]!r} is given twice", node.start_mark
+                )
             return node
 
     return StrictLoader

@@ -1,6 +1,9 @@
-"""Configuration of a variational fit: `VIConfig`, from keywords, mappings, OmegaConf, dataclasses or YAML.
+"""Configuration of a variational fit.
 
-Unknown names and impossible values are refused where they enter, with the rule, what came and the likely fix.
+`VIConfig`, from keywords, mappings, OmegaConf, dataclasses or YAML.
+
+Unknown names and impossible values are refused where they enter, with the rule, what came and the
+likely fix.
 """
 
 import difflib
@@ -35,18 +38,25 @@ __all__ = ["FlowConfig", "VIConfig"]
 Rule = Callable[[str, Any, str], Any]
 T = TypeVar("T")
 if TYPE_CHECKING:
-    Open = Annotated[T, "None where it is not given"]  # stages read a filled configuration, where it is given
+    Open = Annotated[
+        T, "None where it is not given"
+    ]  # stages read a filled configuration, where it is given
 else:
     Open = Optional
 _OPEN: Any = None
 
 _ALIASES = {"algo": "family"}
 _ALIASES |= {"flow_type": "flow.template", "flow_depth": "flow.depth", "flow_hidden": "flow.hidden"}
-_ALIASES |= {name: name for name in ("flow.template", "flow.depth", "flow.hidden", "flow.bins", "flow.init_scale")}
+_ALIASES |= {
+    name: name
+    for name in ("flow.template", "flow.depth", "flow.hidden", "flow.bins", "flow.init_scale")
+}
 _DEFAULT_EVALUATION_DRAWS = 64
 _DEFAULT_CURVATURE_EXAMPLES = 4096
-FINAL_RATE = 0.01  # last learning rate relative to the peak; measured, docs/configuration.md "The end of the schedule"
-# What a field that is None, not given, takes: a plan, a family or another field may put something else in its place.
+# last learning rate relative to the peak; measured, docs/configuration.md "The end of the schedule"
+FINAL_RATE = 0.01
+# What a field that is None, not given, takes: a plan, a family or another field may put something
+# else in its place.
 _DEFAULTS: dict[str, Any] = {
     "M": 8,
     "r": 2,
@@ -66,7 +76,10 @@ _DEFAULTS: dict[str, Any] = {
     "lift": "core",
     "latent_basis": "curvature",
 }
-_USUAL = {"antithetic": True, "control_variate": "auto"}  # of fields that stay None: the counts of draws decide
+_USUAL = {
+    "antithetic": True,
+    "control_variate": "auto",
+}  # of fields that stay None: the counts of draws decide
 _FLOW_DEFAULTS: dict[str, Any] = {
     "template": "realnvp",
     "depth": 4,
@@ -75,7 +88,10 @@ _FLOW_DEFAULTS: dict[str, Any] = {
     "init_scale": 1e-2,
 }
 CORRECTIONS = ("none", "auto", "importance", "mcmc")
-FULL_LATENT_DIM, AUTO_LATENT_DIM = 64, 8  # d_latent="auto": all of up to so many dimensions, else so many
+FULL_LATENT_DIM, AUTO_LATENT_DIM = (
+    64,
+    8,
+)  # d_latent="auto": all of up to so many dimensions, else so many
 
 
 def _flow(name: str, value: Any, fix: str) -> "FlowConfig":
@@ -85,7 +101,10 @@ def _flow(name: str, value: Any, fix: str) -> "FlowConfig":
 
 
 class _CheckedFields:
-    """Base of the config dataclasses: refuse unknown keywords, hold every field to its annotation's rule."""
+    """Base of the config dataclasses.
+
+    Refuse unknown keywords, hold every field to its annotation's rule.
+    """
 
     _prefix = ""
 
@@ -109,7 +128,9 @@ def _rules(cls: type[Any]) -> dict[str, tuple[Rule, bool, str]]:
         alone = [one for one in get_args(kind) if one is not type(None)] if optional else [kind]
         if len(alone) == 1 and get_origin(alone[0]) is Literal:
             rule = partial(checks.choice, choices=get_args(alone[0]))
-        default = (_FLOW_DEFAULTS if cls._prefix else _DEFAULTS | _USUAL).get(field.name, field.default)
+        default = (_FLOW_DEFAULTS if cls._prefix else _DEFAULTS | _USUAL).get(
+            field.name, field.default
+        )
         example = f"for example {default!r}" + (" (null in YAML)" if default is None else "")
         rules[field.name] = (rule, optional, example)
     return rules
@@ -117,7 +138,9 @@ def _rules(cls: type[Any]) -> dict[str, tuple[Rule, bool, str]]:
 
 def _checked(cls: type[_CheckedFields], name: str, value: Any) -> Any:
     rule, optional, fix = _rules(cls)[name]
-    return None if value is None and optional else rule(cls._prefix + name, checks.plain(value), fix)
+    return (
+        None if value is None and optional else rule(cls._prefix + name, checks.plain(value), fix)
+    )
 
 
 def _refuse_unknown(cls: type[Any], given: Mapping[Any, Any], also: Collection[str] = ()) -> None:
@@ -143,7 +166,8 @@ class FlowConfig(_CheckedFields):
         depth: Number of transforms; None means 4.
         hidden: Widths of the conditioner's hidden layers; None means (64, 64).
         bins: Number of bins of a spline, refused without splines; None means 8.
-        init_scale: Scale of the initial weights; small values start near the identity. None means 0.01.
+        init_scale: Scale of the initial weights; small values start near the identity. None means
+            0.01.
     """
 
     _prefix = "flow."
@@ -168,89 +192,99 @@ class VIConfig(_CheckedFields):
     An unknown name, an impossible value, or values at odds with each other raise ConfigError.
 
     Attributes:
-        family: Variational family; `create` also reads it from `algo`. A field that only the other family reads is
-            refused.
+        family: Variational family; `create` also reads it from `algo`. A field that only the other
+            family reads is refused.
         M: Number of mixture components; None means 8, or as many as `r_per_component` has ranks.
-        r: Columns of each component's covariance factor, at most d; unused beside `r_per_component`. None means 2,
-            or d where that is less.
+        r: Columns of each component's covariance factor, at most d; unused beside
+            `r_per_component`. None means 2, or d where that is less.
         r_per_component: Ranks of the M components, one each, instead of `r`.
-        means: "shared" and "component" are learned, one or M of them; "center" is fixed. A flow has one. None means
-            "shared", and "center" where `lift` is "injective".
-        curvature_rank: Rows of the shared precision core; "auto" takes them from the Hessian's spectrum, at most 64
-            rows and 128 MiB; 0 for none.
-        curvature_examples: Most examples that the Hessian at w* is averaged over; None means 4096, and 512 where
-            the fit only prepares a correction.
+        means: "shared" and "component" are learned, one or M of them; "center" is fixed. A flow has
+            one. None means "shared", and "center" where `lift` is "injective".
+        curvature_rank: Rows of the shared precision core; "auto" takes them from the Hessian's
+            spectrum, at most 64 rows and 128 MiB; 0 for none.
+        curvature_examples: Most examples that the Hessian at w* is averaged over; None means 4096,
+            and 512 where the fit only prepares a correction.
         mixture_cap: Most components that pruning leaves; None for no bound.
-        prune_threshold: Weight below which a component is pruned, every `eval_every` steps: the lightest goes
-            first, the others share its weight, one always stays. Pruning is on where this or `mixture_cap` is
-            given; then there is a trace `effective_M`. None means 0.001 beside `mixture_cap`; 0 prunes by the cap
-            alone.
+        prune_threshold: Weight below which a component is pruned, every `eval_every` steps: the
+            lightest goes first, the others share its weight, one always stays. Pruning is on where
+            this or `mixture_cap` is given; then there is a trace `effective_M`. None means 0.001
+            beside `mixture_cap`; 0 prunes by the cap alone.
         alpha_dirichlet_prior: Concentration of a Dirichlet prior on the mixture weights, if any.
         entropy_bonus: Additional weight of the entropy of q in the objective.
-        entropy_bonus_steps: Steps after which `entropy_bonus` ends; None means never, and q stays too wide.
+        entropy_bonus_steps: Steps after which `entropy_bonus` ends; None means never, and q stays
+            too wide.
         alpha_temperature: Temperature of the mixture weights' softmax; None means 1.
-        alpha_temperature_frac: Fraction of the steps over which `alpha_temperature` goes to 1; 0 or None keeps it.
-        steps: Optimisation steps; with `early_stop` a cap. None means 5000, and 200 in a fit that only prepares a
-            correction; what else is left open takes minibatches of 64, one draw a step and 32 evaluation draws
-            there.
-        batch_size: Examples per minibatch, at most n; None means min(256, n), and min(64, n) in a fit that only
-            prepares a correction.
+        alpha_temperature_frac: Fraction of the steps over which `alpha_temperature` goes to 1; 0 or
+            None keeps it.
+        steps: Optimisation steps; with `early_stop` a cap. None means 5000, and 200 in a fit that
+            only prepares a correction; what else is left open takes minibatches of 64, one draw a
+            step and 32 evaluation draws there.
+        batch_size: Examples per minibatch, at most n; None means min(256, n), and min(64, n) in a
+            fit that only prepares a correction.
         lr: Peak learning rate.
-        lr_schedule: Decay of the learning rate, after the warm-up, from the peak to `lr_end_fraction` of it; None
-            is read as "none".
+        lr_schedule: Decay of the learning rate, after the warm-up, from the peak to
+            `lr_end_fraction` of it; None is read as "none".
         lr_warmup_frac: Fraction of the steps spent warming up; at most 100 steps with `early_stop`.
-        lr_end_fraction: Last learning rate relative to the peak, of either schedule; None means 0.01, see "The end
-            of the schedule" in docs/configuration.md.
-        clip_global_norm: Longest gradient, as a multiple of the running root mean square of earlier norms, not a
-            norm: 5 is five times the usual one, and the multiple grows with the square root of the steps after 100.
-            None for no clipping.
-        samples_per_step: Draws per step. None means 1 in `fit`, or 2 where `antithetic` is True; in `estimate_llc`
-            without a preparing fit 2, and more in fewer than 17 dimensions: 2 floor(32/d)², at most 256 and, beyond
-            two dimensions, what costs 24 full gradients. Family "flow": at least 128 where the flow covers every
-            dimension, else 8.
-        antithetic: Whether the draws of a step come in pairs mirrored about the component's mean. None means yes
-            where their number is even; True beside an odd number is refused.
-        early_stop: Whether to stop at convergence; None means yes in `estimate_llc`, but not in a fit that only
-            prepares a correction, which True makes a full one. `fit` and `run_vi` refuse True.
-        eval_every: Steps between records of the D_sqrt and A_col_norm traces, which hold their value in between;
-            between prunings, and between records for TensorBoard.
-        eval_samples: Draws of the final estimate, rounded down to an even number. None means 64, 32 in a fit that
-            only prepares a correction, and in `estimate_llc` more in fewer than 17 dimensions: times floor(32/d)²,
-            at most 32. Family "flow": at least 512 where the flow covers every dimension.
-        control_variate: Control variate of the final estimate: q's own curvature, the Hessian at w*, or none. None
-            means "auto", and "none" below 32 evaluation draws, too few to find its coefficients from: there "auto"
-            is refused, as "hvp" is below 16.
-        trace_probes: Hutchinson probes of `control_variate="hvp"`, refused without it; None means 16.
-        correction: What turns the variational value of `estimate_llc` into the posterior's own: "importance"
-            reweights the evaluation's draws, "mcmc" samples from q on, "auto" chooses, "none" leaves it. None means
-            "auto" in `estimate_llc` and "none" in `fit` and `run_vi`, which refuse all else.
-        correction_error: Relative standard error at which sampling may end; None means 0.02. Refused where the
-            correction is "none" or "importance".
-        correction_budget: Full-gradient equivalents that a correction never exceeds, all walkers and measurements
-            together; None means 20000. Refused where the correction is "none" or "importance".
-        whitening_mode: Diagonal whitening measured at the center before the fit; a `whitener` that `fit` is given
-            takes its place.
-        whitening_decay: Decay of the moving averages of "rmsprop" and "adam", refused without them; None means
-            0.99.
+        lr_end_fraction: Last learning rate relative to the peak, of either schedule; None means
+            0.01, see "The end of the schedule" in docs/configuration.md.
+        clip_global_norm: Longest gradient, as a multiple of the running root mean square of earlier
+            norms, not a norm: 5 is five times the usual one, and the multiple grows with the square
+            root of the steps after 100. None for no clipping.
+        samples_per_step: Draws per step. None means 1 in `fit`, or 2 where `antithetic` is True; in
+            `estimate_llc` without a preparing fit 2, and more in fewer than 17 dimensions: 2
+            floor(32/d)², at most 256 and, beyond two dimensions, what costs 24 full gradients.
+            Family "flow": at least 128 where the flow covers every dimension, else 8.
+        antithetic: Whether the draws of a step come in pairs mirrored about the component's mean.
+            None means yes where their number is even; True beside an odd number is refused.
+        early_stop: Whether to stop at convergence; None means yes in `estimate_llc`, but not in a
+            fit that only prepares a correction, which True makes a full one. `fit` and `run_vi`
+            refuse True.
+        eval_every: Steps between records of the D_sqrt and A_col_norm traces, which hold their
+            value in between; between prunings, and between records for TensorBoard.
+        eval_samples: Draws of the final estimate, rounded down to an even number. None means 64, 32
+            in a fit that only prepares a correction, and in `estimate_llc` more in fewer than 17
+            dimensions: times floor(32/d)², at most 32. Family "flow": at least 512 where the flow
+            covers every dimension.
+        control_variate: Control variate of the final estimate: q's own curvature, the Hessian at
+            w*, or none. None means "auto", and "none" below 32 evaluation draws, too few to find
+            its coefficients from: there "auto" is refused, as "hvp" is below 16.
+        trace_probes: Hutchinson probes of `control_variate="hvp"`, refused without it; None means
+            16.
+        correction: What turns the variational value of `estimate_llc` into the posterior's own:
+            "importance" reweights the evaluation's draws, "mcmc" samples from q on, "auto" chooses,
+            "none" leaves it. None means "auto" in `estimate_llc` and "none" in `fit` and `run_vi`,
+            which refuse all else.
+        correction_error: Relative standard error at which sampling may end; None means 0.02.
+            Refused where the correction is "none" or "importance".
+        correction_budget: Full-gradient equivalents that a correction never exceeds, all walkers
+            and measurements together; None means 20000. Refused where the correction is "none" or
+            "importance".
+        whitening_mode: Diagonal whitening measured at the center before the fit; a `whitener` that
+            `fit` is given takes its place.
+        whitening_decay: Decay of the moving averages of "rmsprop" and "adam", refused without them;
+            None means 0.99.
         use_whitening: False turns `whitening_mode` off.
         dtype: Floating-point type of the fit; "float64" needs `jax_enable_x64`.
         tensorboard: Whether `LLCEstimate.save` and the command line write events for TensorBoard to
-            `diagnostics/tb` in the run folder; `estimate_llc` then keeps the shape of q after every `eval_every`
-            steps for them. `fit` and `run_vi`, which write to no folder, refuse True: `write_events` takes what
-            `run_vi` returns.
-        gamma: Localization strength, where the entry point is not given one; given twice the two must be equal.
+            `diagnostics/tb` in the run folder; `estimate_llc` then keeps the shape of q after every
+            `eval_every` steps for them. `fit` and `run_vi`, which write to no folder, refuse True:
+            `write_events` takes what `run_vi` returns.
+        gamma: Localization strength, where the entry point is not given one; given twice the two
+            must be equal.
         backend: Library of the flow; None means "native".
-        d_latent: Dimensions that the flow acts on, at most d; "auto" or None means all of up to 64, else 8.
-        sigma_perp: Standard deviation of the flow family's noise off the subspace where it starts, in the
-            whitener's coordinates; None takes it from the curvature. Refused where flow and core cover all
-            dimensions.
+        d_latent: Dimensions that the flow acts on, at most d; "auto" or None means all of up to 64,
+            else 8.
+        sigma_perp: Standard deviation of the flow family's noise off the subspace where it starts,
+            in the whitener's coordinates; None takes it from the curvature. Refused where flow and
+            core cover all dimensions.
         learn_sigma_perp: Whether it is learned; None means yes.
-        lift: What the flow sits on: "core" is the learned linear map of the Laplace approximation, with a free
-            mean; "injective" adds isotropic noise to a subspace through w*. None means "core".
-        latent_basis: Directions that the flow acts on: of the largest curvature, random, or the columns of an array
-            in model coordinates. None means "curvature".
-        flow: The flow, below; `create` also reads `flow_type`, `flow_depth`, `flow_hidden`, and its entries by
-            dotted names such as `flow.hidden`.
+        lift: What the flow sits on: "core" is the learned linear map of the Laplace approximation,
+            with a free mean; "injective" adds isotropic noise to a subspace through w*. None means
+            "core".
+        latent_basis: Directions that the flow acts on: of the largest curvature, random, or the
+            columns of an array in model coordinates. None means "curvature".
+        flow: The flow, below; `create` also reads `flow_type`, `flow_depth`, `flow_hidden`, and its
+            entries by dotted names such as `flow.hidden`.
     """
 
     family: Literal["mfa", "flow"] = "mfa"
@@ -316,10 +350,11 @@ class VIConfig(_CheckedFields):
         """Build a config from `source`, with `overrides` in place of what it says.
 
         Args:
-            source: None, a VIConfig, another dataclass instance, a mapping, an OmegaConf DictConfig, a
-                namespace, or the path of a YAML file. A `vi` or an `overrides` entry, alone or beside `name: vi`, is
-                unwrapped.
-            **overrides: Fields, aliases included. A `flow` mapping replaces only the entries it names.
+            source: None, a VIConfig, another dataclass instance, a mapping, an OmegaConf
+                DictConfig, a namespace, or the path of a YAML file. A `vi` or an `overrides` entry,
+                alone or beside `name: vi`, is unwrapped.
+            **overrides: Fields, aliases included. A `flow` mapping replaces only the entries it
+            names.
 
         Raises:
             ConfigError: If the source cannot be read, a name is unknown or a value impossible.
@@ -335,23 +370,31 @@ class VIConfig(_CheckedFields):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python values, with `flow` nested and lists for tuples, which `create` reads back."""
-        return asdict(self, dict_factory=lambda items: {name: sources.written(value) for name, value in items})
+        return asdict(
+            self, dict_factory=lambda items: {name: sources.written(value) for name, value in items}
+        )
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write a YAML file, which `create` reads back; needs PyYAML."""
-        Path(path).write_text(sources.import_yaml().safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        Path(path).write_text(
+            sources.import_yaml().safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8"
+        )
 
     @property
     def filled(self) -> "VIConfig":
         """This configuration with the default in place of what is not given, as stages read it.
 
-        What depends on the problem or on the entry point (`batch_size`, counts of draws, `early_stop`) stays None.
+        What depends on the problem or on the entry point (`batch_size`, counts of draws,
+        `early_stop`) stays None.
         """
         return _filled(self)
 
     @property
     def recorded(self) -> "VIConfig":
-        """This configuration filled, but for the fields without an effect: what a run says that it did."""
+        """This configuration filled, but for the fields without an effect.
+
+        What a run says that it did.
+        """
         return self.filled.reduced()
 
     def reduced(self, dim: int | None = None) -> Self:
@@ -361,8 +404,9 @@ class VIConfig(_CheckedFields):
     def applied(self, dim: int) -> Self:
         """Return the configuration of a run in `dim` dimensions, in which every field that is given has an effect.
 
-        The complete form, a configuration that gives fields of "mfa" beside d_latent and sigma_perp, is one for both
-        families, of which `family` chooses: its fields without an effect are left aside.
+        The complete form, a configuration that gives fields of "mfa" beside d_latent and
+        sigma_perp, is one for both families, of which `family` chooses: its fields without an
+        effect are left aside.
 
         Raises:
             ConfigError: If another configuration gives a field that nothing reads.
@@ -384,7 +428,8 @@ class VIConfig(_CheckedFields):
     def _refuse_idle(self, given: "VIConfig", dim: int | None) -> None:
         if self.family == "flow" and given.prunes:
             raise UnavailableError(
-                "the flow family has no components to prune; leave out mixture_cap and prune_threshold, "
+                "the flow family has no components to prune; leave out mixture_cap and "
+                "prune_threshold, "
                 "or use family='mfa'"
             )
         for name, (rule, fix) in idle_fields(self, dim).items():
@@ -393,7 +438,11 @@ class VIConfig(_CheckedFields):
 
     @property
     def _is_complete_form(self) -> bool:
-        return self._gives("d_latent") and self._gives("sigma_perp") and any(map(self._gives, OWN_FIELDS["mfa"]))
+        return (
+            self._gives("d_latent")
+            and self._gives("sigma_perp")
+            and any(map(self._gives, OWN_FIELDS["mfa"]))
+        )
 
     def _gives(self, name: str) -> bool:
         return self._value(name) not in (None, FlowConfig())
@@ -424,7 +473,11 @@ class VIConfig(_CheckedFields):
     @property
     def step_draws(self) -> int:
         """Draws of one step."""
-        return (2 if self.antithetic else 1) if self.samples_per_step is None else self.samples_per_step
+        return (
+            (2 if self.antithetic else 1)
+            if self.samples_per_step is None
+            else self.samples_per_step
+        )
 
     @property
     def evaluation_draws(self) -> int:
@@ -435,7 +488,11 @@ class VIConfig(_CheckedFields):
     @property
     def hessian_examples(self) -> int:
         """Examples of the Hessian at w*, before they are cut to the data."""
-        return _DEFAULT_CURVATURE_EXAMPLES if self.curvature_examples is None else self.curvature_examples
+        return (
+            _DEFAULT_CURVATURE_EXAMPLES
+            if self.curvature_examples is None
+            else self.curvature_examples
+        )
 
     @property
     def rank(self) -> int:
@@ -467,18 +524,27 @@ class VIConfig(_CheckedFields):
             bounded_by_dim["r"] = self.r  # the default is cut to fit
         for name, size in bounded_by_dim.items():
             if isinstance(size, int) and size > dim:
-                raise checks.refusal(name, f"<= dim={dim}", getattr(self, name), f"use {dim} or less")
+                raise checks.refusal(
+                    name, f"<= dim={dim}", getattr(self, name), f"use {dim} or less"
+                )
         if self.batch_size is not None and self.batch_size > n_data:
-            raise checks.refusal("batch_size", f"<= n_data={n_data}", self.batch_size, f"use {n_data} or less")
+            raise checks.refusal(
+                "batch_size", f"<= n_data={n_data}", self.batch_size, f"use {n_data} or less"
+            )
 
     def _check_flow(self, dim: int) -> None:
         """Refuse a flow that the backend does not have."""
         from fastvi.families.backends import find_backend
 
         latent = self.latent_dim(dim)
-        if isinstance(self.latent_basis, Basis) and self.latent_basis.columns.shape != (dim, latent):
+        if isinstance(self.latent_basis, Basis) and self.latent_basis.columns.shape != (
+            dim,
+            latent,
+        ):
             rule = f"an array of shape (dim={dim}, d_latent={latent})"
-            raise checks.refusal("latent_basis", rule, self.latent_basis, "give one column for each latent dimension")
+            raise checks.refusal(
+                "latent_basis", rule, self.latent_basis, "give one column for each latent dimension"
+            )
         find_backend(self.filled.backend)(latent, self.flow.filled)
 
     @property
@@ -495,14 +561,20 @@ class VIConfig(_CheckedFields):
     def settled_after(self) -> int:
         """Count the steps after which temperature and entropy bonus stay as they are."""
         filled = self.filled
-        heated = math.ceil(filled.alpha_temperature_frac * filled.steps) if filled.alpha_temperature != 1 else 0
+        heated = (
+            math.ceil(filled.alpha_temperature_frac * filled.steps)
+            if filled.alpha_temperature != 1
+            else 0
+        )
         ends = self.entropy_bonus > 0 and self.entropy_bonus_steps is not None
         return max(heated, min(self.entropy_bonus_steps or 0, filled.steps) if ends else 0)
 
 
 @lru_cache(maxsize=256)
 def _filled(config: VIConfig) -> VIConfig:
-    changes = {name: default for name, default in _DEFAULTS.items() if getattr(config, name) is None}
+    changes = {
+        name: default for name, default in _DEFAULTS.items() if getattr(config, name) is None
+    }
     if config.M is None and config.r_per_component is not None:
         changes["M"] = len(config.r_per_component)
     if config.mixture_cap is None:
@@ -521,8 +593,12 @@ def _canonical(given: Mapping[Any, Any]) -> dict[str, Any]:
     for alias in [name for name in _ALIASES if name in given]:
         full, value = _ALIASES[alias], given[alias]
         name = full.removeprefix("flow.")
-        cls, target = (VIConfig, found) if name == full else (FlowConfig, found.setdefault("flow", {}))
+        cls, target = (
+            (VIConfig, found) if name == full else (FlowConfig, found.setdefault("flow", {}))
+        )
         if name in target and _checked(cls, name, target[name]) != _checked(cls, name, value):
-            raise checks.refusal(alias, f"equal to {full}={target[name]!r}", value, f"give {full} alone")
+            raise checks.refusal(
+                alias, f"equal to {full}={target[name]!r}", value, f"give {full} alone"
+            )
         target[name] = value
     return found

@@ -77,15 +77,27 @@ class AbstractDemo(abc.ABC):
         """Check options and packages, before anything takes long."""
         check_packages()
         check(0 <= self.seed < 2**32, "seed", "an integer from 0 to 2**32 - 1", self.seed)
-        check(self.num_chains is None or self.num_chains >= 1, "num_chains", "1 or more", self.num_chains)
-        check(0 <= self.localization < float("inf"), "localization", "a number from 0", self.localization)
+        check(
+            self.num_chains is None or self.num_chains >= 1,
+            "num_chains",
+            "1 or more",
+            self.num_chains,
+        )
+        check(
+            0 <= self.localization < float("inf"),
+            "localization",
+            "a number from 0",
+            self.localization,
+        )
         given = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "correction")}
         settings = VIConfig.create(self.config, **{k: v for k, v in given.items() if v is not None})
         settings.check_available()
         check_packages(settings)
         return settings
 
-    def estimate(self, loss_fn: Callable[..., Any], params: PyTree, data: Batch, config: VIConfig) -> LLCEstimate:
+    def estimate(
+        self, loss_fn: Callable[..., Any], params: PyTree, data: Batch, config: VIConfig
+    ) -> LLCEstimate:
         """Estimate the learning coefficient with these options."""
         return estimate_llc(
             loss_fn,

@@ -47,7 +47,8 @@ class DigitsDemo(AbstractDemo):
         data = load_digits()
         params = init_network(jax.random.key(self.seed), self.hidden)
         say(
-            f"training       {PIXELS}-{self.hidden}-{CLASSES} tanh network on {len(data[1]):,} digits, "
+            f"training       {PIXELS}-{self.hidden}-{CLASSES} tanh network on {len(data[1]):,} "
+            "digits, "
             f"{self.train_steps:,} full-batch steps ..."
         )
         trained_at = time.perf_counter()
@@ -68,7 +69,9 @@ def target() -> tuple[Callable[[PyTree, Batch], Scalar], PyTree, Batch]:
 
 def load_digits() -> Batch:
     """Return images, scaled to [0, 1], and labels."""
-    datasets = import_optional("sklearn.datasets", extra="cli", distribution="scikit-learn", purpose="the digits demo")
+    datasets = import_optional(
+        "sklearn.datasets", extra="cli", distribution="scikit-learn", purpose="the digits demo"
+    )
     images, labels = datasets.load_digits(return_X_y=True)
     return jnp.asarray(images / BRIGHTEST, jnp.float32), jnp.asarray(labels, jnp.int32)
 
@@ -81,11 +84,16 @@ def init_network(key: Array, hidden: int) -> PyTree:
             "w": jax.random.normal(key_hidden, (PIXELS, hidden)) / PIXELS**0.5,
             "b": jnp.zeros(hidden),
         },
-        "out": {"w": jax.random.normal(key_out, (hidden, CLASSES)) / hidden**0.5, "b": jnp.zeros(CLASSES)},
+        "out": {
+            "w": jax.random.normal(key_out, (hidden, CLASSES)) / hidden**0.5,
+            "b": jnp.zeros(CLASSES),
+        },
     }
 
 
-def logits(params: PyTree, images: Float[Array, "examples pixels"]) -> Float[Array, "examples classes"]:
+def logits(
+    params: PyTree, images: Float[Array, "examples pixels"]
+) -> Float[Array, "examples classes"]:
     """Apply the network."""
     features = jnp.tanh(images @ params["hidden"]["w"] + params["hidden"]["b"])
     return features @ params["out"]["w"] + params["out"]["b"]

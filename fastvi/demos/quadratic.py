@@ -43,7 +43,12 @@ class QuadraticDemo(AbstractDemo):
         """Raise ConfigError where an option of the demo's own is impossible."""
         check(self.dim >= 1, "dim", "1 or more", self.dim)
         check(1 <= self.condition < float("inf"), "condition", "a number from 1", self.condition)
-        check(self.num_data >= max(2, self.dim), "num_data", "at least 2 and at least dim", self.num_data)
+        check(
+            self.num_data >= max(2, self.dim),
+            "num_data",
+            "at least 2 and at least dim",
+            self.num_data,
+        )
 
     def produce(self, config: VIConfig, say: Say) -> tuple[LLCEstimate, str]:
         """Estimate and compare."""
@@ -71,8 +76,8 @@ def make_regression(
 ) -> tuple[Float[Array, " dim"], Batch]:
     """Return w* and (inputs, targets) of which the squared error has the Hessian `R diag(spectrum) R^T`.
 
-    The inputs are `sqrt(n) Q diag(sqrt(spectrum)) R^T` with orthonormal columns in Q and a rotation R; the
-    targets are met exactly at w*, so `L_n(w*) = 0`.
+    The inputs are `sqrt(n) Q diag(sqrt(spectrum)) R^T` with orthonormal columns in Q and a rotation
+    R; the targets are met exactly at w*, so `L_n(w*) = 0`.
     """
     rng, dim = np.random.default_rng(seed), spectrum.size
     columns, _ = np.linalg.qr(rng.normal(size=(num_data, dim)))
@@ -104,7 +109,10 @@ def exact_values(spectrum: Float[np.ndarray, " dim"], nbeta: float, localization
 
 
 def elbo_sem(result: LLCEstimate) -> float:
-    """Return the standard error of the ELBO: of its pairs of mirrored draws, or the spread of the chains."""
+    """Return the standard error of the ELBO.
+
+    Of its pairs of mirrored draws, or the spread of the chains.
+    """
     chains = result.log_weights.shape[0]
     pairs = result.log_weights.astype(float).reshape(chains, 2, -1).mean(axis=1)
     within = float(np.std(pairs) / np.sqrt(pairs.size))
@@ -122,5 +130,7 @@ def comparison(result: LLCEstimate, exact: Exact) -> str:
     for name, exact_name, estimate, sem, value in rows:
         error = f"{100 * (estimate - value) / abs(value):+.3f} %" if value else "-"
         given = with_error(estimate, sem)
-        lines.append(f"{name:<15}{given:>22}{exact_name + ' ' + format(value, '.5g'):>20}{error:>18}")
+        lines.append(
+            f"{name:<15}{given:>22}{exact_name + ' ' + format(value, '.5g'):>20}{error:>18}"
+        )
     return "\n".join(lines)

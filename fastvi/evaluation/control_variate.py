@@ -1,4 +1,7 @@
-"""Unbiased control variates: functions of the draws with known expectation, and their cross-fitted coefficients."""
+"""Unbiased control variates.
+
+Functions of the draws with known expectation, and their cross-fitted coefficients.
+"""
 
 from typing import NamedTuple
 
@@ -30,14 +33,22 @@ class Regression(NamedTuple):
 def regress(values: Float[Array, " units"], columns: Float[Array, "units columns"]) -> Regression:
     """Correct the mean of independent `values` by centred `columns`.
 
-    Coefficients come from one half of the units and are applied to the other, which keeps the mean unbiased.
+    Coefficients come from one half of the units and are applied to the other, which keeps the mean
+    unbiased.
     """
     units = values.shape[0]
     if columns.shape[1] == 0 or units < pairs_for(columns.shape[1]):
-        return Regression(jnp.mean(values), jnp.var(values, ddof=1), jnp.zeros(columns.shape[1], values.dtype))
+        return Regression(
+            jnp.mean(values), jnp.var(values, ddof=1), jnp.zeros(columns.shape[1], values.dtype)
+        )
     half = units // 2
-    first, second = _coefficients(values[:half], columns[:half]), _coefficients(values[half:], columns[half:])
-    residual = jnp.concatenate([values[:half] - columns[:half] @ second, values[half:] - columns[half:] @ first])
+    first, second = (
+        _coefficients(values[:half], columns[:half]),
+        _coefficients(values[half:], columns[half:]),
+    )
+    residual = jnp.concatenate(
+        [values[:half] - columns[:half] @ second, values[half:] - columns[half:] @ first]
+    )
     return Regression(jnp.mean(residual), jnp.var(residual, ddof=1), 0.5 * (first + second))
 
 
@@ -46,7 +57,9 @@ def _coefficients(values, columns):
     centred = columns - jnp.mean(columns, axis=0)
     spread = jnp.sqrt(jnp.mean(centred**2, axis=0))
     spread = jnp.where(spread > 0, spread, 1.0)
-    solution = jnp.linalg.lstsq(centred / spread, values - jnp.mean(values), rcond=RELATIVE_CUTOFF)[0]
+    solution = jnp.linalg.lstsq(centred / spread, values - jnp.mean(values), rcond=RELATIVE_CUTOFF)[
+        0
+    ]
     return solution / spread
 
 
@@ -55,17 +68,23 @@ def regress_one(
 ) -> Regression:
     """Correct the mean of independent `values` by one column whose expectation has a variance of its own.
 
-    A unit's coefficient comes from all the others, which keeps the mean unbiased. It is smaller by what makes up for
-    the variance of the expectation, and by what chance alone explains (Stein): a column that says little of the
-    values, or whose expectation is vague, then adds no variance.
+    A unit's coefficient comes from all the others, which keeps the mean unbiased. It is smaller by
+    what makes up for the variance of the expectation, and by what chance alone explains (Stein): a
+    column that says little of the values, or whose expectation is vague, then adds no variance.
     """
     units = values.shape[0]
     if units < pairs_for(1):
         return Regression(jnp.mean(values), jnp.var(values, ddof=1), jnp.zeros(1, values.dtype))
     x, y, weight = column - jnp.mean(column), values - jnp.mean(values), units / (units - 1)
-    xx, xy, yy = (jnp.sum(a * b) - weight * a * b for a, b in ((x, x), (x, y), (y, y)))  # without the unit
+    xx, xy, yy = (
+        jnp.sum(a * b) - weight * a * b for a, b in ((x, x), (x, y), (y, y))
+    )  # without the unit
     floor = RELATIVE_CUTOFF * jnp.sum(x**2)
-    slope = jnp.where(xx > floor, xy / jnp.where(xx > floor, xx + (units - 1) * units * expectation_variance, 1.0), 0.0)
+    slope = jnp.where(
+        xx > floor,
+        xy / jnp.where(xx > floor, xx + (units - 1) * units * expectation_variance, 1.0),
+        0.0,
+    )
     explained = slope**2 * xx
     chance = jnp.maximum(yy - 2 * slope * xy + explained, 0.0) / (units - 3)
     slope = slope * jnp.maximum(1 - chance / jnp.where(explained > 0, explained, 1.0), 0.0)
@@ -82,14 +101,17 @@ def hessian_columns(
     key: Key,
     num_probes: int,
 ) -> tuple[Float[Array, "draws 1"], Float[Array, " 1"], Float[Array, " 1"]]:
-    """Return `nbeta v . H v / 2` with H the Hessian at w*, its expectation under q and the variance of that.
+    """Return `nbeta v .
 
-    The trace covers the whole second moment D + F^T W F: exactly on the span of F D^{-1/2}, where a steep H would make
-    large terms that cancel, and by probes, independent of the draws, on what that leaves of D^{1/2} H D^{1/2}.
+    H v / 2` with H the Hessian at w*, its expectation under q and the variance of that.
+
+    The trace covers the whole second moment D + F^T W F: exactly on the span of F D^{-1/2}, where a
+    steep H would make large terms that cancel, and by probes, independent of the draws, on what
+    that leaves of D^{1/2} H D^{1/2}.
 
     Cost:
-        One Hessian-vector product on all data for each draw, each direction of the span (as many as `second_moment`
-        has factor rows, at most the dimension) and each probe.
+        One Hessian-vector product on all data for each draw, each direction of the span (as many as
+        `second_moment` has factor rows, at most the dimension) and each probe.
     """
     posterior = problem.posterior
     hvp = full_data_hvp(objective, posterior.center, problem.data)
@@ -124,12 +146,15 @@ def _trace_beyond(basis: Float[Array, "terms dim"], operator, probes: Float[Arra
         return beyond @ image, image @ image
 
     samples, squares = jax.lax.map(one, probes)
-    # one probe has no spread: the variance is at most twice the square of the operator's norm, which its image shows
+    # one probe has no spread: the variance is at most twice the square of the operator's norm,
+    # which its image shows
     variance = jnp.var(samples, ddof=1) if probes.shape[0] > 1 else 2 * jnp.mean(squares)
     return jnp.mean(samples), variance / probes.shape[0]
 
 
-def _expected_form(moment: SecondMoment, gram: Float[Array, "terms terms"]) -> tuple[Scalar, Scalar]:
+def _expected_form(
+    moment: SecondMoment, gram: Float[Array, "terms terms"]
+) -> tuple[Scalar, Scalar]:
     """Return E[c^T gram c] over the low-rank part of a second moment, and the variance of what draws say of it."""
     exact = jnp.sum(moment.weights * jnp.diagonal(gram))
     pairs = moment.coefficients.shape[0] // 2

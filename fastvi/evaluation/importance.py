@@ -8,11 +8,15 @@ from fastvi._typing import Float
 
 GOOD, USABLE = 0.5, 0.7
 MIN_TAIL = 5
-ALIKE = 1e-4  # weights that differ by less have no tail: float32 log densities of 100 nats are rounded by 1e-5
+# weights that differ by less have no tail: float32 log densities of 100 nats are rounded by 1e-5
+ALIKE = 1e-4
 
 
 class Importance(NamedTuple):
-    """How well draws of q stand for the posterior: k-hat, a word for it, and how many draws count."""
+    """How well draws of q stand for the posterior.
+
+    K-hat, a word for it, and how many draws count.
+    """
 
     khat: float
     word: str
@@ -22,7 +26,8 @@ class Importance(NamedTuple):
 def assess_importance(log_weights: Float[np.ndarray, "*chains draws"]) -> Importance:
     """Judge importance weights by the tail of all chains' draws together.
 
-    The words are Stan's: "good" below 0.5, "ok" below 0.7, "unreliable" above or where a weight is not finite.
+    The words are Stan's: "good" below 0.5, "ok" below 0.7, "unreliable" above or where a weight is
+    not finite.
     """
     pooled = np.ravel(log_weights)
     if not np.all(np.isfinite(pooled)):
@@ -32,15 +37,17 @@ def assess_importance(log_weights: Float[np.ndarray, "*chains draws"]) -> Import
     return Importance(khat, word, float(1 / np.sum(weights**2)))
 
 
-def pareto_smooth(log_weights: Float[np.ndarray, " draws"]) -> tuple[Float[np.ndarray, " draws"], float]:
+def pareto_smooth(
+    log_weights: Float[np.ndarray, " draws"],
+) -> tuple[Float[np.ndarray, " draws"], float]:
     """Smooth the largest weights by a fitted generalised Pareto tail.
 
     Args:
         log_weights: log p(w) - log q(w) at independent draws of q, up to a constant.
 
     Returns:
-        Normalised weights, and the shape k-hat of their tail: below 0.5 good, below 0.7 usable, infinite where
-        there are too few draws to tell.
+        Normalised weights, and the shape k-hat of their tail: below 0.5 good, below 0.7 usable,
+        infinite where there are too few draws to tell.
 
     References:
         Vehtari et al., Pareto Smoothed Importance Sampling (2024), algorithm 1.
@@ -58,7 +65,11 @@ def pareto_smooth(log_weights: Float[np.ndarray, " draws"]) -> tuple[Float[np.nd
         else:
             shape, scale = fit_pareto(excess)
             quantiles = (np.arange(tail) + 0.5) / tail
-            smooth = scale * np.expm1(-shape * np.log1p(-quantiles)) / shape if shape else -scale * np.log1p(-quantiles)
+            smooth = (
+                scale * np.expm1(-shape * np.log1p(-quantiles)) / shape
+                if shape
+                else -scale * np.log1p(-quantiles)
+            )
             shifted[order[-tail:]] = np.minimum(np.log(smooth + np.exp(cutoff)), 0.0)
     weights = np.exp(shifted)
     return weights / weights.sum(), float(shape)
@@ -73,7 +84,9 @@ def fit_pareto(excess: Float[np.ndarray, " tail"]) -> tuple[float, float]:
     count = excess.size
     grid = 30 + int(np.sqrt(count))
     theta = 1 - np.sqrt(grid / (np.arange(grid) + 0.5))
-    quartile = max(excess[int(count / 4 + 0.5) - 1], np.min(excess, where=excess > 0, initial=excess[-1]))
+    quartile = max(
+        excess[int(count / 4 + 0.5) - 1], np.min(excess, where=excess > 0, initial=excess[-1])
+    )
     theta = theta / (3 * quartile) + 1 / excess[-1]
     shapes = np.mean(np.log1p(-theta[:, None] * excess), axis=1)
     profile = count * (np.log(-(theta / shapes)) - shapes - 1)

@@ -13,7 +13,9 @@ from fastvi.families.base import AbstractFamily, Draws
 from fastvi.target.data import Problem
 from fastvi.target.objective import FlatObjective, call_full_loss, excess_loss
 
-EVALUATION_BLOCK = 2**31 + 2**16  # counters of a chain's key beyond those of its steps and its start
+EVALUATION_BLOCK = (
+    2**31 + 2**16
+)  # counters of a chain's key beyond those of its steps and its start
 PROBE_STREAM = 2**31
 EVALUATION_GROUP = 8  # draws whose full-data losses are evaluated together
 
@@ -71,7 +73,8 @@ def evaluate(
         excess: What `excess_fn` gives at the draws, where it is known already.
 
     Cost:
-        `num_draws` full losses; "hvp" adds a Hessian-vector product for each draw, probe and factor row.
+        `num_draws` full losses; "hvp" adds a Hessian-vector product for each draw, probe and factor
+        row.
     """
     posterior = problem.posterior
     pairs = num_draws // 2
@@ -81,16 +84,29 @@ def evaluate(
     log_density = jax.vmap(posterior.log_density)(draws.displacement, reference_loss + excess)
     if control_variate == "hvp":
         columns, expected, trace_variance = hessian_columns(
-            family, params, objective, problem, draws, jax.random.fold_in(key, PROBE_STREAM), trace_probes
+            family,
+            params,
+            objective,
+            problem,
+            draws,
+            jax.random.fold_in(key, PROBE_STREAM),
+            trace_probes,
         )
     elif control_variate == "auto":
         columns, expected = quadratic_columns(family, params, draws, pairs)
     else:
-        columns, expected = jnp.zeros((2 * pairs, 0), contribution.dtype), jnp.zeros(0, contribution.dtype)
+        columns, expected = (
+            jnp.zeros((2 * pairs, 0), contribution.dtype),
+            jnp.zeros(0, contribution.dtype),
+        )
     if control_variate != "hvp":
         trace_variance = jnp.zeros(columns.shape[1], contribution.dtype)
     units, centred = _pair_mean(contribution), _pair_mean(columns - expected)
-    fit = regress_one(units, centred[:, 0], trace_variance[0]) if control_variate == "hvp" else regress(units, centred)
+    fit = (
+        regress_one(units, centred[:, 0], trace_variance[0])
+        if control_variate == "hvp"
+        else regress(units, centred)
+    )
     plain_variance = jnp.var(units, ddof=1)
     variance = fit.residual_variance
     trace_error = jnp.sum(fit.coefficients**2 * trace_variance)
@@ -99,7 +115,8 @@ def evaluate(
         llc=fit.mean,
         llc_sem=jnp.sqrt(variance / pairs + trace_error),
         llc_mc=jnp.mean(contribution),
-        variance_reduction=plain_variance / jnp.maximum(variance + pairs * trace_error, 1e-12 * plain_variance + 1e-30),
+        variance_reduction=plain_variance
+        / jnp.maximum(variance + pairs * trace_error, 1e-12 * plain_variance + 1e-30),
         trace_term=jnp.sum(fit.coefficients * expected),
         elbo=jnp.mean(log_weight),
         log_weight_sd=jnp.std(log_weight, ddof=1),

@@ -1,4 +1,7 @@
-"""Polynomial Stein control variates: functions of mean zero under any density whose score is known."""
+"""Polynomial Stein control variates.
+
+Functions of mean zero under any density whose score is known.
+"""
 
 import itertools
 
@@ -12,10 +15,17 @@ UNITS_PER_COLUMN = 10  # independent units that a regression coefficient takes
 
 
 def even_monomials(dim: int, units: int) -> np.ndarray:
-    """Return exponents (columns, dim) of all monomials of degree 2, 4, ... that `units` can afford; maybe none."""
+    """Return exponents (columns, dim) of all monomials of degree 2, 4, ...
+
+    that `units` can afford; maybe none.
+    """
     found: list[tuple[int, ...]] = []
     for degree in range(2, MAX_DEGREE + 1, 2):
-        more = [e for e in itertools.product(range(degree + 1), repeat=dim) if sum(e) == degree] if dim <= 4 else []
+        more = (
+            [e for e in itertools.product(range(degree + 1), repeat=dim) if sum(e) == degree]
+            if dim <= 4
+            else []
+        )
         if not more or len(found) + len(more) > units // UNITS_PER_COLUMN:
             break
         found += more
@@ -27,8 +37,8 @@ def stein_columns(
 ) -> Float[Array, "draws columns"]:
     """Evaluate `laplacian f + grad f . score` for the monomials f = prod x_i^a_i.
 
-    With the score of q at draws of q every column has mean zero. They leave nothing of the variance of a polynomial
-    of the same degree under a Gaussian q.
+    With the score of q at draws of q every column has mean zero. They leave nothing of the variance
+    of a polynomial of the same degree under a Gaussian q.
 
     Args:
         x: Draws in coordinates of order one.
@@ -50,7 +60,11 @@ def stein_columns(
     total = jnp.zeros((x.shape[0], exponents.shape[0]), x.dtype)
     for i in range(x.shape[1]):
         power, unit = exponents[:, i], np.eye(x.shape[1], dtype=int)[i]
-        total += jnp.asarray(power, x.dtype) * monomial(np.maximum(exponents - unit, 0)) * score[:, i : i + 1]
+        total += (
+            jnp.asarray(power, x.dtype)
+            * monomial(np.maximum(exponents - unit, 0))
+            * score[:, i : i + 1]
+        )
         curvature = jnp.asarray(power * (power - 1), x.dtype)
         total += curvature * monomial(np.maximum(exponents - 2 * unit, 0))
     return total

@@ -12,7 +12,10 @@ from fastvi.config import VIConfig
 
 
 class Draws(NamedTuple):
-    """Draws from q: `displacement` is w - center in model coordinates; `log_prob` and `score` belong to w there."""
+    """Draws from q.
+
+    `displacement` is w - center in model coordinates; `log_prob` and `score` belong to w there.
+    """
 
     displacement: Float[Array, "draws dim"]
     log_prob: Float[Array, " draws"]
@@ -23,8 +26,8 @@ class Draws(NamedTuple):
 class SecondMoment(NamedTuple):
     """E_q[v v^T] = diag(diagonal) + factors^T (diag(weights) + E[c c^T]) factors, in model coordinates.
 
-    The diagonal is positive, or zero throughout. `coefficients` are draws of c, mirrored pairs in halves; none where
-    the weights say all.
+    The diagonal is positive, or zero throughout. `coefficients` are draws of c, mirrored pairs in
+    halves; none where the weights say all.
     """
 
     diagonal: Float[Array, " dim"]
@@ -34,15 +37,19 @@ class SecondMoment(NamedTuple):
 
     def marginal(self) -> Float[Array, " dim"]:
         """Return the diagonal of E_q[v v^T]."""
-        inner = jnp.diag(self.weights) + self.coefficients.T @ self.coefficients / max(self.coefficients.shape[0], 1)
+        inner = jnp.diag(self.weights) + self.coefficients.T @ self.coefficients / max(
+            self.coefficients.shape[0], 1
+        )
         return self.diagonal + jnp.sum((inner @ self.factors) * self.factors, axis=0)
 
 
 class Geometry(NamedTuple):
-    """What a family is built on: S^{-1}, the start's precision core and how many of its rows are in use.
+    """What a family is built on.
 
-    `unit` is the length of a whitened unit in the coordinates of the whitener alone, and `noise_size` a bound on the
-    core's rows that does not depend on the problem's curvature.
+    S^{-1}, the start's precision core and how many of its rows are in use.
+
+    `unit` is the length of a whitened unit in the coordinates of the whitener alone, and
+    `noise_size` a bound on the core's rows that does not depend on the problem's curvature.
     """
 
     scale: Float[Array, " dim"]
@@ -53,9 +60,12 @@ class Geometry(NamedTuple):
 
 
 class LinearMap(eqx.Module):
-    """`v = center + scale * (x + basis^T stretch basis x)`: a map from round coordinates to displacements.
+    """`v = center + scale * (x + basis^T stretch basis x)`.
 
-    `basis` has orthonormal rows, `stretch` is symmetric, so `I + basis^T stretch basis` is the root of a covariance.
+    A map from round coordinates to displacements.
+
+    `basis` has orthonormal rows, `stretch` is symmetric, so `I + basis^T stretch basis` is the root
+    of a covariance.
     """
 
     center: Float[Array, " dim"]
@@ -89,7 +99,10 @@ class Outer(NamedTuple):
     right: Float[Array, "blocks terms dim"]
 
     def row_squares(self) -> Float[Array, "blocks rank"]:
-        """Return the squared norm of every row; where the terms cancel, rounding would leave it below zero."""
+        """Return the squared norm of every row.
+
+        Where the terms cancel, rounding would leave it below zero.
+        """
         inner = jnp.einsum("btd,bsd->bts", self.right, self.right)
         return jnp.maximum(jnp.einsum("btr,bsr,bts->br", self.left, self.left, inner), 0.0)
 
@@ -113,15 +126,17 @@ class Blocks(NamedTuple):
 
     def square_norm(self) -> Scalar:
         """Sum the squares of all entries."""
-        return jnp.sum(self.values.row_squares() if isinstance(self.values, Outer) else self.values**2)
+        return jnp.sum(
+            self.values.row_squares() if isinstance(self.values, Outer) else self.values**2
+        )
 
 
 class UpdateRules(NamedTuple):
     """How the optimiser treats each parameter: pytrees in the structure of the parameters.
 
-    `rates` is the factor on the learning rate, `shared_rows` whether a row (the last axis) shares one second moment,
-    `blocked` whether `ascent` gives the gradient as `Blocks` (worth it while a step has few draws), `damping` the
-    size of a gradient below which steps shrink with it.
+    `rates` is the factor on the learning rate, `shared_rows` whether a row (the last axis) shares
+    one second moment, `blocked` whether `ascent` gives the gradient as `Blocks` (worth it while a
+    step has few draws), `damping` the size of a gradient below which steps shrink with it.
     """
 
     rates: PyTree
@@ -138,7 +153,10 @@ class Annealed(NamedTuple):
 
 
 def num_groups(num_draws: int, antithetic: bool) -> int:
-    """Count the independent draws among `num_draws`: half of them where they come in mirrored pairs."""
+    """Count the independent draws among `num_draws`.
+
+    Half of them where they come in mirrored pairs.
+    """
     return num_draws // 2 if antithetic and num_draws % 2 == 0 else num_draws
 
 
@@ -147,15 +165,19 @@ class AbstractFamily(eqx.Module):
 
     Laws, tested for every member of `FAMILIES`:
 
-    1. `sample` and `log_prob` agree: `sample(...).log_prob == log_prob(sample(...).displacement)`, and
+    1. `sample` and `log_prob` agree: `sample(...).log_prob == log_prob(sample(...).displacement)`,
+    and
        `exp(log_prob)` integrates to one over w.
-    2. `pullback` is an unbiased gradient of `E_q[ell - (1 + entropy_bonus) log q]`; `ascent` is a positive
+    2. `pullback` is an unbiased gradient of `E_q[ell - (1 + entropy_bonus) log q]`; `ascent` is a
+    positive
        definite matrix times it.
     3. `second_moment` is E_q[v v^T].
     4. `control_variates` have the stated expectations under q.
-    5. `linear_map` maps standard normals to draws with q's mean and covariance, that of the means' spread left out.
+    5. `linear_map` maps standard normals to draws with q's mean and covariance, that of the means'
+    spread left out.
 
-    A family holds no loop, optimiser, trace or file. Arrays inside it are fixed coordinates and masks.
+    A family holds no loop, optimiser, trace or file. Arrays inside it are fixed coordinates and
+    masks.
     """
 
     scale: eqx.AbstractVar[Float[Array, " dim"]]
@@ -176,7 +198,11 @@ class AbstractFamily(eqx.Module):
 
     @abc.abstractmethod
     def init(
-        self, key: Key, core: Float[Array, "core dim"], log_scale: Float[Array, " dim"], block: Array | int = 0
+        self,
+        key: Key,
+        core: Float[Array, "core dim"],
+        log_scale: Float[Array, " dim"],
+        block: Array | int = 0,
     ) -> PyTree:
         """Start at a precision core and a scale in whitened coordinates."""
 
@@ -193,17 +219,29 @@ class AbstractFamily(eqx.Module):
         """Draw what `num` independent draws are made of, from the key's counters `block` to `block + NOISE_BLOCKS`."""
 
     @abc.abstractmethod
-    def transform(self, params: PyTree, noise: PyTree, *, mirror: bool, cache: PyTree = None) -> Draws:
-        """Turn noise to draws; with `mirror`, follow them by their mirror images about the means."""
+    def transform(
+        self, params: PyTree, noise: PyTree, *, mirror: bool, cache: PyTree = None
+    ) -> Draws:
+        """Turn noise to draws.
 
-    def sample(self, params: PyTree, key: Key, num_draws: int, *, antithetic: bool, block: Array | int = 0) -> Draws:
+        With `mirror`, follow them by their mirror images about the means.
+        """
+
+    def sample(
+        self, params: PyTree, key: Key, num_draws: int, *, antithetic: bool, block: Array | int = 0
+    ) -> Draws:
         """Draw `num_draws` times, in mirrored pairs (draw i with draw i + num_draws/2) if the number is even."""
         groups = num_groups(num_draws, antithetic)
-        return self.transform(params, self.draw_noise(key, groups, block), mirror=groups < num_draws)
+        return self.transform(
+            params, self.draw_noise(key, groups, block), mirror=groups < num_draws
+        )
 
     @abc.abstractmethod
     def make_cache(self, params: PyTree) -> PyTree:
-        """Return what `transform` can take over from step to step; None gives the same draws without it."""
+        """Return what `transform` can take over from step to step.
+
+        None gives the same draws without it.
+        """
 
     @abc.abstractmethod
     def log_prob(self, params: PyTree, displacement: Float[Array, " dim"]) -> Scalar:
@@ -233,11 +271,19 @@ class AbstractFamily(eqx.Module):
         *,
         antithetic: bool,
     ) -> PyTree:
-        """Return the ascent direction that the optimiser takes: the same gradient in the family's own metric."""
+        """Return the ascent direction that the optimiser takes.
+
+        The same gradient in the family's own metric.
+        """
 
     @abc.abstractmethod
-    def apply_updates(self, params: PyTree, cache: PyTree, updates: PyTree) -> tuple[PyTree, PyTree]:
-        """Add the optimiser's updates, given in the coordinates of `ascent`; return the cache of the sum with it."""
+    def apply_updates(
+        self, params: PyTree, cache: PyTree, updates: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Add the optimiser's updates, given in the coordinates of `ascent`.
+
+        Return the cache of the sum with it.
+        """
 
     @abc.abstractmethod
     def update_rules(self, groups: int) -> UpdateRules:
@@ -255,11 +301,17 @@ class AbstractFamily(eqx.Module):
 
     @abc.abstractmethod
     def linear_map(self, params: PyTree) -> LinearMap:
-        """Return q's mean and a root of its covariance: what makes the posterior round as far as q knows it."""
+        """Return q's mean and a root of its covariance.
+
+        What makes the posterior round as far as q knows it.
+        """
 
     @abc.abstractmethod
     def resp_entropy(self, draws: Draws) -> Float[Array, " draws"]:
-        """Return how undecided it is, in nats, which component each draw belongs to; 0 where there is one."""
+        """Return how undecided it is, in nats, which component each draw belongs to.
+
+        0 where there is one.
+        """
 
     @abc.abstractmethod
     def step_statistics(self, params: PyTree, draws: Draws) -> dict[str, Scalar]:

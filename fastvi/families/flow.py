@@ -13,31 +13,48 @@ from fastvi._typing import Array, Float, Key, PyTree, Scalar
 from fastvi.config.basis import Basis
 from fastvi.families.backends import AbstractBackend, find_backend
 from fastvi.families.backends.base import standard_log_prob
-from fastvi.families.base import AbstractFamily, Annealed, Draws, Geometry, LinearMap, SecondMoment, UpdateRules
+from fastvi.families.base import (
+    AbstractFamily,
+    Annealed,
+    Draws,
+    Geometry,
+    LinearMap,
+    SecondMoment,
+    UpdateRules,
+)
 from fastvi.families.lift import Lift, Lifted, LiftParams, core_root, make_frame
 from fastvi.kernels.noise import normal
 
 FRAME_SEED, MOMENT_SEED = 1, 2
-MOMENT_DRAWS = 4096  # latent draws that stand for the latent distribution in moments; no loss is evaluated at them
+# latent draws that stand for the latent distribution in moments; no loss is evaluated at them
+MOMENT_DRAWS = 4096
 SCALE_DRAWS = 256  # the same for traces
 TRUSTED_RATE = 0.25  # factor on the linear map's rates where the start agrees with the loss at once
-ROOT_RATE = 5.0  # a row of the root has `frame` entries, so equal steps per entry would turn it by sqrt(frame) steps
-# Factor on the learning rate for the flow's own parameters, and the damping of Adam for them. Few draws fall in any bin
-# of a spline: at the others' rate its noise leads away from a start that is right already.
+# a row of the root has `frame` entries, so equal steps per entry would turn it by sqrt(frame) steps
+ROOT_RATE = 5.0
+# Factor on the learning rate for the flow's own parameters, and the damping of Adam for them. Few
+# draws fall in any bin of a spline: at the others' rate its noise leads away from a start that is
+# right already.
 FLOW_RATE, FLOW_DAMPING = 0.25, 1e-8
 SPLINE_RATE, SPLINE_DAMPING = 0.05, 1e-2
 LIFT_DAMPING = 0.05  # of natural gradients, which are O(1) off the optimum
 
 
 class FlowParams(NamedTuple):
-    """Parameters in whitened coordinates u = (w - center) / scale: those of the linear map and of the flow."""
+    """Parameters in whitened coordinates u = (w - center) / scale.
+
+    Those of the linear map and of the flow.
+    """
 
     lift: LiftParams
     flow: Any
 
 
 class Record(NamedTuple):
-    """What gradients need of every draw; `pull` takes cotangents of the flow's draws to its parameters."""
+    """What gradients need of every draw.
+
+    `pull` takes cotangents of the flow's draws to its parameters.
+    """
 
     lifted: Lifted
     latent: Float[Array, "draws frame"]
@@ -47,7 +64,9 @@ class Record(NamedTuple):
 
 
 class Flow(AbstractFamily):
-    """q of u = T(a, xi), docs/math.md "Flow family": T linear, a flow on the leading coordinates of a.
+    """q of u = T(a, xi), docs/math.md "Flow family".
+
+    T linear, a flow on the leading coordinates of a.
 
     Attributes:
         scale: S^{-1}, the model-space length of one whitened unit.
@@ -93,10 +112,13 @@ class Flow(AbstractFamily):
         size = min(dim, max(latent, leading.shape[0] + beyond))
         if size == dim and (config.sigma_perp is not None or not config.learn_sigma_perp):
             raise ConfigError(
-                f"sigma_perp and learn_sigma_perp must be left out where the flow ({latent}) and the core "
-                f"({core.shape[0]}) cover all d = {dim} dimensions: drop them, or give a smaller curvature_rank."
+                f"sigma_perp and learn_sigma_perp must be left out where the flow ({latent}) and "
+                "the core "
+                f"({core.shape[0]}) cover all d = {dim} dimensions: drop them, or give a smaller "
+                "curvature_rank."
             )
-        # Where the flow covers everything the model's own coordinates, layer by layer, suit its masks best.
+        # Where the flow covers everything the model's own coordinates, layer by layer, suit its
+        # masks best.
         whole = latent == dim and config.latent_basis == "curvature"
         return cls(
             scale=geometry.scale,
@@ -122,7 +144,9 @@ class Flow(AbstractFamily):
 
     def trusting(self, trusted):
         """Slow the linear map down; see `AbstractFamily.trusting`."""
-        return dataclasses.replace(self, trust=jnp.where(trusted, TRUSTED_RATE, 1.0).astype(self.trust.dtype))
+        return dataclasses.replace(
+            self, trust=jnp.where(trusted, TRUSTED_RATE, 1.0).astype(self.trust.dtype)
+        )
 
     def init(self, key, core, log_scale, block=0) -> FlowParams:
         """Start at the given core and mean log scale, the flow near the identity."""
@@ -140,7 +164,9 @@ class Flow(AbstractFamily):
     def widened(self, params: FlowParams, shift: Scalar) -> FlowParams:
         """Scale the linear map; see `AbstractFamily.widened`."""
         lift = params.lift
-        return params._replace(lift=lift._replace(log_sigma=lift.log_sigma + shift, root=jnp.exp(shift) * lift.root))
+        return params._replace(
+            lift=lift._replace(log_sigma=lift.log_sigma + shift, root=jnp.exp(shift) * lift.root)
+        )
 
     def draw_noise(self, key: Key, num: int, block: Array | int = 0) -> Float[Array, "groups dim"]:
         """Draw standard normals; see `AbstractFamily.draw_noise`."""
@@ -184,7 +210,9 @@ class Flow(AbstractFamily):
         own = self.backend.log_prob(params.flow, z[None])[0] + standard_log_prob(other)
         return own + rest - jnp.sum(jnp.log(self.scale))
 
-    def pullback(self, params, draws, log_density, log_density_grad, baseline, *, antithetic) -> FlowParams:
+    def pullback(
+        self, params, draws, log_density, log_density_grad, baseline, *, antithetic
+    ) -> FlowParams:
         """Return the STL gradient; see `AbstractFamily.pullback`."""
         del log_density, baseline, antithetic
         record = draws.record
@@ -195,9 +223,13 @@ class Flow(AbstractFamily):
             lift = lift._replace(log_sigma=jnp.zeros_like(lift.log_sigma))
         return FlowParams(lift, flow)
 
-    def ascent(self, params, draws, log_density, log_density_grad, baseline, *, antithetic) -> FlowParams:
+    def ascent(
+        self, params, draws, log_density, log_density_grad, baseline, *, antithetic
+    ) -> FlowParams:
         """Return the natural direction of the linear map beside the gradient of the flow."""
-        gradient = self.pullback(params, draws, log_density, log_density_grad, baseline, antithetic=antithetic)
+        gradient = self.pullback(
+            params, draws, log_density, log_density_grad, baseline, antithetic=antithetic
+        )
         return gradient._replace(lift=self.lift.natural(params.lift, gradient.lift))
 
     def apply_updates(self, params: FlowParams, cache, updates: FlowParams):
@@ -214,7 +246,9 @@ class Flow(AbstractFamily):
         rates = LiftParams(offsets=self.trust, log_sigma=self.trust, root=root)
         return UpdateRules(
             rates=FlowParams(rates, self._each(rate)),
-            shared_rows=FlowParams(LiftParams(offsets=True, log_sigma=False, root=False), self._each(False)),
+            shared_rows=FlowParams(
+                LiftParams(offsets=True, log_sigma=False, root=False), self._each(False)
+            ),
             blocked=FlowParams(LiftParams(False, False, False), self._each(False)),
             damping=FlowParams(LiftParams(*(LIFT_DAMPING,) * 3), self._each(damping)),
         )
@@ -228,11 +262,18 @@ class Flow(AbstractFamily):
         return self.backend.sample_and_log_prob(params.flow, jnp.concatenate([noise, -noise]))[0]
 
     def second_moment(self, params: FlowParams) -> SecondMoment:
-        """Return E_q[v v^T], that of the flow's coordinates by draws; see `AbstractFamily.second_moment`."""
+        """Return E_q[v v^T], that of the flow's coordinates by draws.
+
+        See `AbstractFamily.second_moment`.
+        """
         lift, count = params.lift, self.latent_dim
-        sigma2 = jnp.exp(2 * lift.log_sigma) if self.lift.num_beyond else jnp.zeros_like(lift.log_sigma)
+        sigma2 = (
+            jnp.exp(2 * lift.log_sigma) if self.lift.num_beyond else jnp.zeros_like(lift.log_sigma)
+        )
         own, other = lift.root[:, :count], lift.root[:, count:]
-        weights, vectors = jnp.linalg.eigh(other @ other.T - sigma2 * jnp.eye(other.shape[0], dtype=other.dtype))
+        weights, vectors = jnp.linalg.eigh(
+            other @ other.T - sigma2 * jnp.eye(other.shape[0], dtype=other.dtype)
+        )
         rows = jnp.concatenate([own.T, vectors.T]) @ self.lift.frame
         draws = self._latent_draws(params, MOMENT_DRAWS)
         ones = jnp.ones((MOMENT_DRAWS, 1), draws.dtype)
@@ -245,7 +286,10 @@ class Flow(AbstractFamily):
         )
 
     def linear_map(self, params: FlowParams) -> LinearMap:
-        """Return q's mean and a root of its covariance, that of the flow by draws; see `AbstractFamily.linear_map`."""
+        """Return q's mean and a root of its covariance, that of the flow by draws.
+
+        See `AbstractFamily.linear_map`.
+        """
         lift, count = params.lift, self.latent_dim
         sigma = jnp.exp(lift.log_sigma)
         draws = self._latent_draws(params, MOMENT_DRAWS)
@@ -259,10 +303,13 @@ class Flow(AbstractFamily):
         return LinearMap(self.scale * center, self.scale * sigma, self.lift.frame, stretch)
 
     def control_variates(self, params: FlowParams, draws: Draws):
-        """Return Stein's functions `tr G + (G y) . score` over -2, of mean zero under any q, for three fixed G.
+        """Return Stein's functions `tr G + (G y) .
 
-        y is u about the mean of the linear map. G is the identity, the projection on the frame, and, in model
-        coordinates, the covariance of the linear map: where the flow is the identity, q's own curvature, its core and
+        score` over -2, of mean zero under any q, for three fixed G.
+
+        y is u about the mean of the linear map. G is the identity, the projection on the frame,
+        and, in model coordinates, the covariance of the linear map: where the flow is the identity,
+        q's own curvature, its core and
         |v|^2, as for a Gaussian.
         """
         lift, score, scale = params.lift, draws.record.score, self.scale
@@ -277,7 +324,12 @@ class Flow(AbstractFamily):
         total = sigma2 * jnp.sum(scale**2)
         total += jnp.sum((self.lift.frame * scale**2) @ self.lift.frame.T * excess)
         columns = jnp.stack(
-            [dim + jnp.sum(y * score, -1), frame + jnp.sum(y_frame * score_frame, -1), total + spread], axis=-1
+            [
+                dim + jnp.sum(y * score, -1),
+                frame + jnp.sum(y_frame * score_frame, -1),
+                total + spread,
+            ],
+            axis=-1,
         )
         return -0.5 * columns, jnp.zeros(3, columns.dtype)
 
@@ -286,7 +338,10 @@ class Flow(AbstractFamily):
         return jnp.zeros_like(draws.log_prob)
 
     def step_statistics(self, params: FlowParams, draws: Draws):
-        """Trace the flow's log-determinant and sigma; a flow has one component, whose weight is 1."""
+        """Trace the flow's log-determinant and sigma.
+
+        A flow has one component, whose weight is 1.
+        """
         one, zero = jnp.ones((), self.scale.dtype), jnp.zeros((), self.scale.dtype)
         return {
             "resp_entropy": zero,
@@ -303,7 +358,10 @@ class Flow(AbstractFamily):
         return self.unit * jnp.exp(params.lift.log_sigma)
 
     def slow_statistics(self, params: FlowParams):
-        """Trace standard deviations: off the frame in model coordinates, and along it in the whitener's."""
+        """Trace standard deviations.
+
+        Off the frame in model coordinates, and along it in the whitener's.
+        """
         deviation = self.scale * jnp.exp(params.lift.log_sigma)
         along = self.unit * jnp.sqrt(jnp.diagonal(self._latent_covariance(params, SCALE_DRAWS)))
         return {

@@ -34,15 +34,20 @@ LOG_SCALE_BOUND = 20.0  # |log D^{1/2}| in whitened coordinates: exp(2 * 20) sta
 FACTOR_INIT = 0.1  # norm of a factor's rows at the start, in standard deviations
 # A factor's row has dim entries, so equal steps per entry would turn it by sqrt(dim) steps.
 CORE_RATE, FACTOR_RATE = 5.0, 2.0
-MAX_BLOCKS = 2  # independent draws of a step up to which each moves the factors of its own component alone
+MAX_BLOCKS = (
+    2  # independent draws of a step up to which each moves the factors of its own component alone
+)
 DAMPING = 0.05  # entries of natural gradients are O(1) off the optimum
 TRUSTED_RATE = 0.25  # factor on learning rates where the start agrees with the loss at once
 
 
 class MFAParams(NamedTuple):
-    """Parameters in whitened coordinates u = (w - center) / scale; also the shape of what belongs to each of them.
+    """Parameters in whitened coordinates u = (w - center) / scale.
 
-    Arrays: logits (comp,), offsets (locs, dim), log_scale (dim,), core (core, dim), factors (comp, rank, dim).
+    Also the shape of what belongs to each of them.
+
+    Arrays: logits (comp,), offsets (locs, dim), log_scale (dim,), core (core, dim), factors (comp,
+        rank, dim).
     """
 
     logits: Any
@@ -53,7 +58,10 @@ class MFAParams(NamedTuple):
 
 
 class Normals(NamedTuple):
-    """Noise of several draws: uniform for the label, standard normal for bulk, factors and core in one array."""
+    """Noise of several draws.
+
+    Uniform for the label, standard normal for bulk, factors and core in one array.
+    """
 
     quantile: Float[Array, " groups"]
     normals: Float[Array, "groups all"]
@@ -73,11 +81,13 @@ class MFA(AbstractFamily):
     Attributes:
         scale: S^{-1}, the model-space length of one whitened unit.
         core_mask: 1 for rows of the core in use, 0 for padding.
-        trust: Factor on the learning rates of all but the logits: small where the start is trusted, whose precision
-            is known from all data at once and which minibatch noise can only make worse.
+        trust: Factor on the learning rates of all but the logits: small where the start is trusted,
+            whose precision is known from all data at once and which minibatch noise can only make
+            worse.
         ranks: Columns in use for each component.
         means: "shared", "center" or "component".
-        noise_size: Normals drawn for the core, at least its rows: draws do not depend on the padding.
+        noise_size: Normals drawn for the core, at least its rows: draws do not depend on the
+            padding.
         temperature: T in pi = softmax(logits / T).
         dirichlet: alpha_0 of the prior on pi (1: none).
         entropy_bonus: lambda_H in the objective E[ell] - (1 + lambda_H) E[log q].
@@ -142,7 +152,9 @@ class MFA(AbstractFamily):
     def trusting(self, trusted):
         """Slow down where there is a core to keep; see `AbstractFamily.trusting`."""
         slow = trusted & (jnp.sum(self.core_mask) > 0)
-        return dataclasses.replace(self, trust=jnp.where(slow, TRUSTED_RATE, 1.0).astype(self.trust.dtype))
+        return dataclasses.replace(
+            self, trust=jnp.where(slow, TRUSTED_RATE, 1.0).astype(self.trust.dtype)
+        )
 
     @property
     def num_offsets(self) -> int:
@@ -150,7 +162,11 @@ class MFA(AbstractFamily):
         return {"center": 0, "shared": 1, "component": self.num_components}[self.means]
 
     def init(
-        self, key: Key, core: Float[Array, "core dim"], log_scale: Float[Array, " dim"], block: Array | int = 0
+        self,
+        key: Key,
+        core: Float[Array, "core dim"],
+        log_scale: Float[Array, " dim"],
+        block: Array | int = 0,
     ) -> MFAParams:
         """Start at the given core and scale, with equal weights and small factors shaped like P^{-1/2}."""
         dim, rank, dtype = self.scale.size, max(self.ranks), self.scale.dtype
@@ -171,7 +187,10 @@ class MFA(AbstractFamily):
         return params._replace(log_scale=params.log_scale + shift)
 
     def mixture(self, params: MFAParams) -> Mixture:
-        """Return the mixture that the kernels see: temperature, masks and the bound on scales applied."""
+        """Return the mixture that the kernels see.
+
+        Temperature, masks and the bound on scales applied.
+        """
         return Mixture(
             log_weights=self.log_weights(params),
             offsets=params.offsets,
@@ -195,7 +214,10 @@ class MFA(AbstractFamily):
         return jnp.asarray(columns, dtype)
 
     def make_cache(self, params: MFAParams):
-        """Return A_m A_m^T for every component: a step changes the factors of the drawn ones only."""
+        """Return A_m A_m^T for every component.
+
+        A step changes the factors of the drawn ones only.
+        """
         return woodbury.factor_grams(self._mask(params.factors))
 
     def draw_noise(self, key: Key, num: int, block: Array | int = 0) -> Normals:
@@ -208,7 +230,9 @@ class MFA(AbstractFamily):
         """Sort noise into label, eps, zeta and z."""
         dim, (num_core, rank) = self.scale.size, (mixture.core.shape[0], mixture.factors.shape[1])
         ends = jnp.cumsum(jnp.exp(mixture.log_weights))
-        ends = ends / ends[-1] if self.prunes else ends  # rounding must not reach a component without weight
+        ends = (
+            ends / ends[-1] if self.prunes else ends
+        )  # rounding must not reach a component without weight
         label = jnp.sum(ends[:-1] <= drawn.quantile[:, None], axis=-1)
         return Noise(
             label=label,
@@ -224,12 +248,17 @@ class MFA(AbstractFamily):
         sorted_noise = self._noise(mixture, noise)
         drawn = _for_each(lambda one: woodbury.draw(mixture, small, one), sorted_noise)
         if mirror:
-            mirrored = sorted_noise._replace(eps=-sorted_noise.eps, zeta=-sorted_noise.zeta, z=-sorted_noise.z)
+            mirrored = sorted_noise._replace(
+                eps=-sorted_noise.eps, zeta=-sorted_noise.zeta, z=-sorted_noise.z
+            )
             if self.num_offsets > 1:
                 reflected = _for_each(lambda one: woodbury.draw(mixture, small, one), mirrored)
             else:
                 reflected = _reflect(drawn, mixture.offsets.sum(0))
-            sorted_noise, drawn = _concatenate(sorted_noise, mirrored), _concatenate(drawn, reflected)
+            sorted_noise, drawn = (
+                _concatenate(sorted_noise, mirrored),
+                _concatenate(drawn, reflected),
+            )
         return Draws(
             displacement=self.scale * drawn.displacement,
             log_prob=drawn.log_prob - jnp.sum(jnp.log(self.scale)),
@@ -241,16 +270,25 @@ class MFA(AbstractFamily):
         """Evaluate log q; see `AbstractFamily.log_prob`."""
         mixture = self.mixture(params)
         small = woodbury.grams(mixture)
-        return woodbury.log_prob(mixture, small, displacement / self.scale) - jnp.sum(jnp.log(self.scale))
+        return woodbury.log_prob(mixture, small, displacement / self.scale) - jnp.sum(
+            jnp.log(self.scale)
+        )
 
-    def pullback(self, params, draws, log_density, log_density_grad, baseline, *, antithetic) -> MFAParams:
+    def pullback(
+        self, params, draws, log_density, log_density_grad, baseline, *, antithetic
+    ) -> MFAParams:
         """Return the STL and Rao-Blackwellised gradient; see `AbstractFamily.pullback`."""
         mean = _mean_over_draws(self._pull_each(params, draws, log_density_grad, "euclidean"))
         logits = self._logit_gradient(params, draws, log_density, baseline, antithetic)
         return self._restrict(params, MFAParams(logits, *mean[1:]))
 
-    def ascent(self, params, draws, log_density, log_density_grad, baseline, *, antithetic) -> MFAParams:
-        """Return the natural direction, factors as blocks for the few labels drawn; see `AbstractFamily.ascent`."""
+    def ascent(
+        self, params, draws, log_density, log_density_grad, baseline, *, antithetic
+    ) -> MFAParams:
+        """Return the natural direction, factors as blocks for the few labels drawn.
+
+        See `AbstractFamily.ascent`.
+        """
         noise = draws.record.noise
         groups = num_groups(noise.label.size, antithetic)
         logits = self._logit_gradient(params, draws, log_density, baseline, antithetic)
@@ -266,8 +304,13 @@ class MFA(AbstractFamily):
         restricted = self._restrict(params, MFAParams(logits, *mean[1:4], factors=None))
         return restricted._replace(factors=Blocks(labels, outer))
 
-    def _pull_each(self, params, draws: Draws, log_density_grad, metric: str, pull=mixture_grad.pullback) -> Any:
-        """Pull every draw back: few as a list, whose terms fuse into the update, many as one stacked tree."""
+    def _pull_each(
+        self, params, draws: Draws, log_density_grad, metric: str, pull=mixture_grad.pullback
+    ) -> Any:
+        """Pull every draw back.
+
+        Few as a list, whose terms fuse into the update, many as one stacked tree.
+        """
         mixture, record = self.mixture(params), draws.record
         cotangents = self.scale * log_density_grad - self.entropy_weight * record.drawn.score
         if cotangents.shape[0] > 2 * MAX_BLOCKS:
@@ -306,16 +349,20 @@ class MFA(AbstractFamily):
     def apply_updates(self, params: MFAParams, cache, updates: MFAParams):
         """Add updates: means in units of D^{1/2}, factors as blocks.
 
-        The core is moved along with log_scale so that `core D^{-1/2}`, its steep directions in u, stays put: left
-        where it is, a change of D by one part in a thousand would turn a direction a thousand times steeper than
-        its neighbours into them.
+        The core is moved along with log_scale so that `core D^{-1/2}`, its steep directions in u,
+        stays put: left where it is, a change of D by one part in a thousand would turn a direction
+        a thousand times steeper than its neighbours into them.
         """
         bounded = jnp.clip(params.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND)
-        log_scale = jnp.clip(params.log_scale + updates.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND)
+        log_scale = jnp.clip(
+            params.log_scale + updates.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND
+        )
         scale = jnp.exp(bounded)
         if isinstance(updates.factors, Blocks):
             labels = updates.factors.index
-            factors, products = mixture_grad.update_factors(params.factors, labels, *updates.factors.values)
+            factors, products = mixture_grad.update_factors(
+                params.factors, labels, *updates.factors.values
+            )
             cache = self._refreshed(cache, labels, products)
         else:
             factors = params.factors + updates.factors
@@ -341,8 +388,8 @@ class MFA(AbstractFamily):
     def update_rules(self, groups: int) -> UpdateRules:
         """Turn rows of core and factors by equal angles whatever the dimension, and keep their directions.
 
-        With few draws a factor moves only when its component is drawn, in one of M steps, and takes sqrt(M) times as
-        long a step.
+        With few draws a factor moves only when its component is drawn, in one of M steps, and takes
+        sqrt(M) times as long a step.
         """
         lazily = groups <= MAX_BLOCKS
         root = float(np.sqrt(self.scale.size))
@@ -350,9 +397,15 @@ class MFA(AbstractFamily):
         stride = float(np.sqrt(self.num_components)) if lazily else 1.0
         lazy = min(1.0, FACTOR_RATE / root) * stride * self.trust
         return UpdateRules(
-            rates=MFAParams(logits=1.0, offsets=self.trust, log_scale=self.trust, core=core, factors=lazy),
-            shared_rows=MFAParams(logits=False, offsets=True, log_scale=False, core=True, factors=True),
-            blocked=MFAParams(logits=False, offsets=False, log_scale=False, core=False, factors=lazily),
+            rates=MFAParams(
+                logits=1.0, offsets=self.trust, log_scale=self.trust, core=core, factors=lazy
+            ),
+            shared_rows=MFAParams(
+                logits=False, offsets=True, log_scale=False, core=True, factors=True
+            ),
+            blocked=MFAParams(
+                logits=False, offsets=False, log_scale=False, core=False, factors=lazily
+            ),
             damping=MFAParams(*(DAMPING,) * 5),
         )
 
@@ -365,12 +418,20 @@ class MFA(AbstractFamily):
         rank = mixture.factors.shape[1]
         narrowed = small.core_half @ mixture.core
         widened = mixture.factors.reshape(-1, self.scale.size)
-        location_weights = weights if self.num_offsets > 1 else jnp.ones(self.num_offsets, weights.dtype)
+        location_weights = (
+            weights if self.num_offsets > 1 else jnp.ones(self.num_offsets, weights.dtype)
+        )
         return SecondMoment(
             diagonal=deviation**2,
-            factors=jnp.concatenate([narrowed * deviation, widened * deviation, mixture.offsets * self.scale]),
+            factors=jnp.concatenate(
+                [narrowed * deviation, widened * deviation, mixture.offsets * self.scale]
+            ),
             weights=jnp.concatenate(
-                [-jnp.ones(narrowed.shape[0], weights.dtype), jnp.repeat(weights, rank), location_weights]
+                [
+                    -jnp.ones(narrowed.shape[0], weights.dtype),
+                    jnp.repeat(weights, rank),
+                    location_weights,
+                ]
             ),
             coefficients=jnp.zeros((0, self.num_moment_terms), weights.dtype),
         )
@@ -387,13 +448,16 @@ class MFA(AbstractFamily):
         values, vectors = jnp.linalg.eigh(half.T @ half + wide @ wide.T)
         stretch = (vectors * jnp.sqrt(jnp.maximum(values, 0.0))) @ vectors.T - identity
         center = mixture.offsets.sum(0) if self.num_offsets < 2 else weights @ mixture.offsets
-        return LinearMap(self.scale * center, self.scale * jnp.exp(mixture.log_scale), basis, stretch)
+        return LinearMap(
+            self.scale * center, self.scale * jnp.exp(mixture.log_scale), basis, stretch
+        )
 
     def control_variates(self, params: MFAParams, draws: Draws):
         """Return |x|^2 / 2 and |B x|^2 / 2 about q's mean, q's own curvature split into rest and core, and |v|^2 / 2.
 
-        Where q is the posterior of a quadratic loss, that loss is their combination: the last is the localizer's share.
-        Their expectations follow from E[x_core x_core^T] = P^{-1} without cancellation in steep directions.
+        Where q is the posterior of a quadratic loss, that loss is their combination: the last is
+        the localizer's share. Their expectations follow from E[x_core x_core^T] = P^{-1} without
+        cancellation in steep directions.
         """
         mixture, small = self.mixture(params), draws.record.small
         weights = jnp.exp(mixture.log_weights)
@@ -424,7 +488,10 @@ class MFA(AbstractFamily):
         return 0.5 * values, 0.5 * expected
 
     def resp_entropy(self, draws: Draws):
-        """Return the entropy of every draw's responsibilities; see `AbstractFamily.resp_entropy`."""
+        """Return the entropy of every draw's responsibilities.
+
+        See `AbstractFamily.resp_entropy`.
+        """
         return jnp.sum(jax.scipy.special.entr(draws.record.drawn.responsibilities), axis=-1)
 
     def step_statistics(self, params: MFAParams, draws: Draws):
@@ -434,7 +501,9 @@ class MFA(AbstractFamily):
         effective = {"effective_M": jnp.sum(alive).astype(weights.dtype)} if self.prunes else {}
         return {
             "resp_entropy": jnp.mean(self.resp_entropy(draws)),
-            "pi_min": jnp.min(weights, where=alive, initial=1.0) if self.prunes else jnp.min(weights),
+            "pi_min": jnp.min(weights, where=alive, initial=1.0)
+            if self.prunes
+            else jnp.min(weights),
             "pi_max": jnp.max(weights),
             "pi_entropy": jnp.sum(jax.scipy.special.entr(weights)),
             "cholesky_ridge": draws.record.small.ridged,
@@ -444,12 +513,16 @@ class MFA(AbstractFamily):
     def slow_statistics(self, params: MFAParams):
         """Trace the spread of D^{1/2} in model coordinates and the largest factor row."""
         deviation = self._deviation(params)
-        norms = jnp.sqrt(self._factor_norm2(params))[np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]]
+        norms = jnp.sqrt(self._factor_norm2(params))[
+            np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]
+        ]
         return {
             "D_sqrt_min": jnp.min(deviation),
             "D_sqrt_max": jnp.max(deviation),
             "D_sqrt_med": upper_median(deviation),
-            "A_col_norm_p95": jnp.quantile(norms, 0.95) if norms.size else jnp.zeros((), deviation.dtype),
+            "A_col_norm_p95": jnp.quantile(norms, 0.95)
+            if norms.size
+            else jnp.zeros((), deviation.dtype),
             "A_col_norm_max": jnp.max(norms, initial=0.0),
         }
 

@@ -8,11 +8,16 @@ from fastvi.families.base import Annealed
 
 
 def annealed(config: VIConfig, step: Int[Array, ""]) -> Annealed:
-    """Return what holds at a step, in the fit's dtype: the temperature falls linearly to 1, the bonus ends at once."""
+    """Return what holds at a step, in the fit's dtype.
+
+    The temperature falls linearly to 1, the bonus ends at once.
+    """
     config = config.filled
     temperature, bonus = config.alpha_temperature, config.entropy_bonus
     if config.alpha_temperature_frac > 0:
-        left = jnp.maximum(1 - step.astype(config.dtype) / (config.alpha_temperature_frac * config.steps), 0.0)
+        left = jnp.maximum(
+            1 - step.astype(config.dtype) / (config.alpha_temperature_frac * config.steps), 0.0
+        )
         temperature = 1 + (config.alpha_temperature - 1) * left
     if config.entropy_bonus_steps is not None:
         bonus = jnp.where(step < config.entropy_bonus_steps, bonus, 0.0)

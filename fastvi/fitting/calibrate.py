@@ -9,7 +9,9 @@ from fastvi.kernels.noise import NOISE_BLOCKS
 from fastvi.target.data import Problem, evaluate_target
 from fastvi.target.objective import FlatObjective
 
-CALIBRATION_DRAWS = 32  # the virial of a Gaussian in d dimensions then has a standard deviation of sqrt(1 / (8 d))
+CALIBRATION_DRAWS = (
+    32  # the virial of a Gaussian in d dimensions then has a standard deviation of sqrt(1 / (8 d))
+)
 MAX_ROUNDS = 16
 WIDE = 1.5  # virial above which q reaches into steeper loss than its own curvature claims
 
@@ -19,12 +21,13 @@ def calibrate_scale(
 ) -> tuple[Scalar, Int[Array, ""]]:
     """Shrink q as a whole while its virial exceeds `WIDE`.
 
-    The virial `E_q[v . (nbeta grad L + gamma v)] / dim` is 1 at the best scale; where the loss is homogeneous of
-    degree D it grows as scale^D, so each round divides the scale by virial^(1/4), at most e. A quadratic start
-    is left as it is.
+    The virial `E_q[v . (nbeta grad L + gamma v)] / dim` is 1 at the best scale; where the loss is
+    homogeneous of degree D it grows as scale^D, so each round divides the scale by virial^(1/4), at
+    most e. A quadratic start is left as it is.
 
     Returns:
-        The shift for `widened`, and the number of rounds, each of `CALIBRATION_DRAWS` minibatch gradients.
+        The shift for `widened`, and the number of rounds, each of `CALIBRATION_DRAWS` minibatch
+        gradients.
     """
 
     def adjust(carry):
@@ -33,12 +36,21 @@ def calibrate_scale(
         shifted = family.widened(params, shift)
         draws = family.sample(shifted, key, CALIBRATION_DRAWS, antithetic=True, block=block)
         _, grad = evaluate_target(
-            objective, problem.posterior, draws.displacement, problem.next_batch(key, block + NOISE_BLOCKS)
+            objective,
+            problem.posterior,
+            draws.displacement,
+            problem.next_batch(key, block + NOISE_BLOCKS),
         )
-        virial = -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1]
+        virial = (
+            -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1]
+        )
         wide = ~(virial <= WIDE)
         step = jnp.clip(0.25 * jnp.log(jnp.where(wide, virial, 1.0)), 0.05, 1.0)
-        return shift - jnp.where(wide, jnp.where(jnp.isnan(step), 1.0, step), 0.0), round_index + 1, wide
+        return (
+            shift - jnp.where(wide, jnp.where(jnp.isnan(step), 1.0, step), 0.0),
+            round_index + 1,
+            wide,
+        )
 
     def unsettled(carry):
         _, round_index, wide = carry

@@ -26,10 +26,10 @@ class TypicalNormState(NamedTuple):
 def clip_by_typical_norm(max_ratio: float) -> optax.GradientTransformation:
     """Clip gradients whose norm exceeds `max_ratio` times the running root mean square of earlier norms.
 
-    A bound in units of the gradient's own noise touches outliers only. A fixed bound on single-sample gradients,
-    whose norm grows with the dimension, rescales nearly all of them and biases the fit. The bound grows with the
-    square root of the number of steps, as for a truncated mean, so that heavy tails are cut early on but not in
-    the limit.
+    A bound in units of the gradient's own noise touches outliers only. A fixed bound on
+    single-sample gradients, whose norm grows with the dimension, rescales nearly all of them and
+    biases the fit. The bound grows with the square root of the number of steps, as for a truncated
+    mean, so that heavy tails are cut early on but not in the limit.
     """
 
     def init(params):
@@ -39,14 +39,18 @@ def clip_by_typical_norm(max_ratio: float) -> optax.GradientTransformation:
     def update(updates, state, params=None):
         del params
         norm = gradient_norm(updates)
-        typical = jnp.sqrt(state.mean_square / jnp.maximum(1 - TYPICAL_NORM_DECAY**state.count, 1e-9))
+        typical = jnp.sqrt(
+            state.mean_square / jnp.maximum(1 - TYPICAL_NORM_DECAY**state.count, 1e-9)
+        )
         growth = jnp.sqrt(jnp.maximum(1.0, state.count / TRUNCATION_STEPS))
         bound = jnp.where(state.count > 0, max_ratio * growth * typical, norm)
         factor = jnp.where(norm > bound, bound / norm, 1.0)
         square = jnp.minimum(norm, bound) ** 2
         mean_square = TYPICAL_NORM_DECAY * state.mean_square + (1 - TYPICAL_NORM_DECAY) * square
         clipped = scale(updates, factor.astype(norm.dtype))
-        return clipped, TypicalNormState(mean_square.astype(state.mean_square.dtype), state.count + 1)
+        return clipped, TypicalNormState(
+            mean_square.astype(state.mean_square.dtype), state.count + 1
+        )
 
     return optax.GradientTransformation(init, update)
 
@@ -54,22 +58,27 @@ def clip_by_typical_norm(max_ratio: float) -> optax.GradientTransformation:
 def scale(updates: PyTree, factor: Array | float) -> PyTree:
     """Multiply a gradient by a number, blocks included."""
     return jax.tree_util.tree_map(
-        lambda leaf: leaf.scaled(factor) if _is_blocks(leaf) else leaf * factor, updates, is_leaf=_is_blocks
+        lambda leaf: leaf.scaled(factor) if _is_blocks(leaf) else leaf * factor,
+        updates,
+        is_leaf=_is_blocks,
     )
 
 
 def gradient_norm(updates: PyTree) -> Scalar:
     """Return the global norm of a gradient, blocks included."""
     leaves = jax.tree_util.tree_leaves(updates, is_leaf=_is_blocks)
-    return jnp.sqrt(sum(leaf.square_norm() if _is_blocks(leaf) else jnp.sum(leaf**2) for leaf in leaves))
+    return jnp.sqrt(
+        sum(leaf.square_norm() if _is_blocks(leaf) else jnp.sum(leaf**2) for leaf in leaves)
+    )
 
 
 class MomentState(NamedTuple):
     """Moments in the structure of the parameters.
 
-    `square` has a last axis of length 1 where a row shares it. `unseen` is the weight that the zeros of the start
-    still have in mean and square, and `block_unseen` that in the square of each block of the leaves that are updated
-    block by block (empty for the others). Those have no first moment.
+    `square` has a last axis of length 1 where a row shares it. `unseen` is the weight that the
+    zeros of the start still have in mean and square, and `block_unseen` that in the square of each
+    block of the leaves that are updated block by block (empty for the others). Those have no first
+    moment.
     """
 
     mean: PyTree
@@ -81,14 +90,17 @@ class MomentState(NamedTuple):
 def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArgs:
     """Adam, with one second moment for a whole row where the rules say so, and lazy where gradients are `Blocks`.
 
-    A natural gradient points along steep and flat directions in the right proportion; dividing its entries by
-    different numbers would mix them again, and one part in a hundred of a flat step is fatal in a direction
-    that is a hundred times steeper. A shared second moment keeps the direction and saves the memory of the other.
+    A natural gradient points along steep and flat directions in the right proportion; dividing its
+    entries by different numbers would mix them again, and one part in a hundred of a flat step is
+    fatal in a direction that is a hundred times steeper. A shared second moment keeps the direction
+    and saves the memory of the other.
 
-    A `Blocks` gradient touches the second moments of its blocks alone, as if time stood still between their draws.
+    A `Blocks` gradient touches the second moments of its blocks alone, as if time stood still
+    between their draws.
 
-    Second moments freeze as the schedule runs out (`elapsed`, an extra argument, goes to 1): with them fixed a
-    step is linear in the gradient, so that heavy-tailed noise does not move the point of rest.
+    Second moments freeze as the schedule runs out (`elapsed`, an extra argument, goes to 1): with
+    them fixed a step is linear in the gradient, so that heavy-tailed noise does not move the point
+    of rest.
 
     References:
         Kingma & Ba, Adam (2015); Ginsburg et al., NovoGrad (2019), for moments shared by a layer.
@@ -114,17 +126,31 @@ def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArg
         del params
         elapsed = jnp.asarray(extra_args["elapsed"])
         gain = (1 - ADAM_B2) * (1 - elapsed) ** 2
-        unseen = (ADAM_B1 * state.unseen[0], ((1 - gain) * state.unseen[1]).astype(state.unseen[1].dtype))
+        unseen = (
+            ADAM_B1 * state.unseen[0],
+            ((1 - gain) * state.unseen[1]).astype(state.unseen[1].dtype),
+        )
         correction = (1 / (1 - unseen[0]), 1 / (1 - unseen[1]))
         treedef = jax.tree_util.tree_structure(updates, is_leaf=_is_blocks)
-        trees = (updates, state.mean, state.square, state.block_unseen, rules.shared_rows, rules.damping)
+        trees = (
+            updates,
+            state.mean,
+            state.square,
+            state.block_unseen,
+            rules.shared_rows,
+            rules.damping,
+        )
         stepped = [
             _step_blocks(leaf, mean, square, waiting, shared, damping, gain)
             if _is_blocks(leaf)
             else (*_step(leaf, mean, square, shared, damping, gain, correction), waiting)
-            for leaf, mean, square, waiting, shared, damping in zip(*map(treedef.flatten_up_to, trees), strict=True)
+            for leaf, mean, square, waiting, shared, damping in zip(
+                *map(treedef.flatten_up_to, trees), strict=True
+            )
         ]
-        scaled, mean, square, waiting = (treedef.unflatten(column) for column in zip(*stepped, strict=True))
+        scaled, mean, square, waiting = (
+            treedef.unflatten(column) for column in zip(*stepped, strict=True)
+        )
         return scaled, MomentState(mean, square, unseen, waiting)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -149,7 +175,8 @@ def _step(gradient, mean, square, shared, damping, gain, correction):
 def _step_blocks(gradient: Blocks, mean, square, unseen, shared, damping, gain):
     """Scale the blocks that the gradient names by their own second moments, one after another.
 
-    There is no first moment: averaging happens in the parameters, and an array as large as they are need not be moved.
+    There is no first moment: averaging happens in the parameters, and an array as large as they are
+    need not be moved.
     """
     values, factors, gain = gradient.values, [], gain.astype(square.dtype)
     if isinstance(values, Outer):
@@ -177,12 +204,19 @@ def _read(whole, index):
 
 def make_optimizer(config: VIConfig, rules: UpdateRules) -> optax.GradientTransformationExtraArgs:
     """Return the gradient transformation of a fit; the caller multiplies by the learning rate."""
-    guard = optax.identity() if config.clip_global_norm is None else clip_by_typical_norm(config.clip_global_norm)
+    guard = (
+        optax.identity()
+        if config.clip_global_norm is None
+        else clip_by_typical_norm(config.clip_global_norm)
+    )
     return optax.chain(optax.with_extra_args_support(guard), scale_by_moments(rules))
 
 
 class Horizon(NamedTuple):
-    """The phases of a fit in steps: warm-up, then the peak rate, then decay from `decay_start` to `end`."""
+    """The phases of a fit in steps.
+
+    Warm-up, then the peak rate, then decay from `decay_start` to `end`.
+    """
 
     warmup: Scalar
     decay_start: Scalar
@@ -198,11 +232,18 @@ def fixed_phases(config: VIConfig) -> tuple[float, float, int]:
 
 def elapsed_decay(horizon: Horizon, step: Int[Array, "*steps"] | int) -> Float[Array, "*steps"]:
     """Return the share of the decay phase that lies behind, from 0 to 1."""
-    return jnp.clip((step - horizon.decay_start) / jnp.maximum(horizon.end - horizon.decay_start, 1), 0.0, 1.0)
+    return jnp.clip(
+        (step - horizon.decay_start) / jnp.maximum(horizon.end - horizon.decay_start, 1), 0.0, 1.0
+    )
 
 
-def learning_rate(config: VIConfig, horizon: Horizon, step: Int[Array, "*steps"] | int) -> Float[Array, "*steps"]:
-    """Evaluate the schedule; it reaches `lr_end_fraction` times the peak at the end of the horizon."""
+def learning_rate(
+    config: VIConfig, horizon: Horizon, step: Int[Array, "*steps"] | int
+) -> Float[Array, "*steps"]:
+    """Evaluate the schedule.
+
+    It reaches `lr_end_fraction` times the peak at the end of the horizon.
+    """
     warm = jnp.minimum(1.0, (step + 1) / jnp.maximum(horizon.warmup, 1))
     elapsed, last = elapsed_decay(horizon, step), config.lr_end_fraction or FINAL_RATE
     if config.lr_schedule == "cosine":

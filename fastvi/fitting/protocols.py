@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 
 class Progress(NamedTuple):
-    """What a progress callback is told; `value` is the ELBO of a fit, the llc so far of a correction.
+    """What a progress callback is told.
+
+    `value` is the ELBO of a fit, the llc so far of a correction.
 
     `traces`, of shape (chains, steps), are those of the fit since the report before.
     """

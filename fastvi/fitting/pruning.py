@@ -9,10 +9,13 @@ from fastvi.families.mfa import MFAParams
 from fastvi.fitting.optimizer import MomentState
 
 
-def kept_components(weights: Float[Array, " comp"], threshold: float | None, cap: int | None) -> Bool[Array, " comp"]:
+def kept_components(
+    weights: Float[Array, " comp"], threshold: float | None, cap: int | None
+) -> Bool[Array, " comp"]:
     """Choose the most components whose renormalised weights all reach `threshold`, at most `cap`, at least one.
 
-    The lightest goes first and the others share its weight, so that equal weights below the threshold do not all go.
+    The lightest goes first and the others share its weight, so that equal weights below the
+    threshold do not all go.
     """
     order = jnp.argsort(-weights, stable=True)
     ordered = weights[order]
@@ -34,7 +37,9 @@ def prune(params: MFAParams, opt_state: PyTree, weights: Float[Array, " comp"], 
     params = params._replace(logits=jnp.where(keep, params.logits, -jnp.inf))
     is_moments = lambda node: isinstance(node, MomentState)  # noqa: E731
     return params, jax.tree_util.tree_map(
-        lambda node: _forget(node, keep) if is_moments(node) else node, opt_state, is_leaf=is_moments
+        lambda node: _forget(node, keep) if is_moments(node) else node,
+        opt_state,
+        is_leaf=is_moments,
     )
 
 
@@ -45,7 +50,9 @@ def _forget(moments: MomentState, keep: Bool[Array, " comp"]) -> MomentState:
         def choose(leaf):
             if leaf.shape[0] == 0:
                 return leaf
-            return jnp.where(keep.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.asarray(initial, leaf.dtype))
+            return jnp.where(
+                keep.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.asarray(initial, leaf.dtype)
+            )
 
         means_apart = per_component.offsets.shape[0] == keep.size and keep.size > 1
         return per_component._replace(

@@ -46,7 +46,10 @@ class Snapshot(NamedTuple):
 
 @dataclasses.dataclass
 class Fit:
-    """A finished fit, before anyone interprets it; `warm` if it began at another's q, `snapshots` where asked for."""
+    """A finished fit, before anyone interprets it.
+
+    `warm` if it began at another's q, `snapshots` where asked for.
+    """
 
     family: AbstractFamily
     params: Any
@@ -62,7 +65,10 @@ class Fit:
 
 @dataclasses.dataclass
 class Course:
-    """Where a fit is between two chunks: all that the next one depends on, beside problem and keys."""
+    """Where a fit is between two chunks.
+
+    All that the next one depends on, beside problem and keys.
+    """
 
     family: AbstractFamily
     state: State
@@ -105,8 +111,8 @@ def run_fit(
 ) -> Fit:
     """Run all stages.
 
-    What the chains share, the start from the curvature at w*, is random but the same for every key: a fit of the same
-    problem by another key has the same core and needs no other program.
+    What the chains share, the start from the curvature at w*, is random but the same for every key:
+    a fit of the same problem by another key has the same core and needs no other program.
 
     Args:
         stages: The stages.
@@ -117,7 +123,8 @@ def run_fit(
         options: What needs concrete values.
 
     Returns:
-        The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are zero.
+        The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are
+        zero.
     """
     config = config.filled
     leaves = jax.tree_util.tree_leaves((problem, chain_keys, whitener_scale))
@@ -130,7 +137,8 @@ def run_fit(
     chunk = chunk_length(config.steps) if any(options) else config.steps
     piece = _piece_length(config, chunk)
     course = clock.time(
-        "adaptation", lambda: _begin(programs, problem, config, chain_keys, whitener_scale, options, piece)
+        "adaptation",
+        lambda: _begin(programs, problem, config, chain_keys, whitener_scale, options, piece),
     )
     if options.keeper is not None:
         options.keeper.restore(course)
@@ -140,19 +148,37 @@ def run_fit(
     arguments = (family, problem, params, chain_keys)
     outcome = clock.time("evaluation", lambda: _finish(programs, arguments, options.stream))
     traces: dict[str, Array] = {
-        name: jnp.concatenate([part[name] for part in course.parts], axis=1) for name in course.parts[0]
+        name: jnp.concatenate([part[name] for part in course.parts], axis=1)
+        for name in course.parts[0]
     }
     rounds, warm = course.calibration_rounds, options.warm is not None
-    return Fit(family, params, start, outcome, traces, rounds, clock.seconds, course.converged, warm, course.snapshots)
+    return Fit(
+        family,
+        params,
+        start,
+        outcome,
+        traces,
+        rounds,
+        clock.seconds,
+        course.converged,
+        warm,
+        course.snapshots,
+    )
 
 
 def chunk_length(steps: int) -> int:
     """Return the length of chunks, of which one program makes all steps, with the fewest steps beyond the last."""
-    return steps if steps <= CHUNK else min(range(CHUNK, CHUNK // 2 - 1, -1), key=lambda length: -steps % length)
+    return (
+        steps
+        if steps <= CHUNK
+        else min(range(CHUNK, CHUNK // 2 - 1, -1), key=lambda length: -steps % length)
+    )
 
 
 def _piece_length(config: VIConfig, chunk: int) -> int:
-    """Return the length of what one call of the program runs: a chunk, or what divides it and the way to a snapshot.
+    """Return the length of what one call of the program runs.
+
+    A chunk, or what divides it and the way to a snapshot.
 
     Chunks are the same with snapshots or without, and with them where the stopping rule looks.
     """
@@ -171,7 +197,11 @@ def _begin(
     """Start from the curvature at w*, or from another fit's q moved to w*."""
     phases, converged = fixed_phases(config), None
     if options.early_stop:
-        phases = (min(phases[0], MAX_ADAPTIVE_WARMUP), config.steps / (1 + DECAY_FRACTION), config.steps)
+        phases = (
+            min(phases[0], MAX_ADAPTIVE_WARMUP),
+            config.steps / (1 + DECAY_FRACTION),
+            config.steps,
+        )
         converged = False
     key = start_key()
     if options.warm is not None:
@@ -179,10 +209,15 @@ def _begin(
         launched = programs.relaunch(options.warm.family, problem, options.warm.params, key)
     else:
         start = programs.prepare(problem, key, whitener_scale)
-        limit = rank_limit(config, problem.posterior.center.size, problem.posterior.center.dtype.itemsize)
+        limit = rank_limit(
+            config, problem.posterior.center.size, problem.posterior.center.dtype.itemsize
+        )
         rank = min(limit, -(-int(start.rank) // BLOCK) * BLOCK)
         launched = _launch(
-            programs, (build_family(config, start, rank), problem, start.core[:rank], key, keys), chunk, options.stream
+            programs,
+            (build_family(config, start, rank), problem, start.core[:rank], key, keys),
+            chunk,
+            options.stream,
         )
     family, state, rounds = launched
     return Course(family, state, start, rounds, phases, converged=converged)
@@ -208,10 +243,14 @@ def _launch(
         scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
         step = jax.ShapeDtypeStruct((), jnp.int32)
         horizon = Horizon(scalar, scalar, scalar)
-        lowered = programs.steps.lower(family, problem, state, chain_keys, step, horizon, length=chunk)
+        lowered = programs.steps.lower(
+            family, problem, state, chain_keys, step, horizon, length=chunk
+        )
         ahead.compile("steps", lowered)
         if stream is None:
-            ahead.compile("finish", programs.finish.lower(family, problem, state.params, chain_keys))
+            ahead.compile(
+                "finish", programs.finish.lower(family, problem, state.params, chain_keys)
+            )
         ahead.wait(("launch", "steps") if stream else ("launch", "steps", "finish"))
     return programs.launch(*arguments)
 
@@ -226,7 +265,10 @@ def _run_chunks(
     chunk: int,
     options: Options,
 ) -> None:
-    """Run the steps; with `early_stop`, at the peak rate until the ELBO is flat, then through the decay."""
+    """Run the steps.
+
+    With `early_stop`, at the peak rate until the ELBO is flat, then through the decay.
+    """
     report = options.report or _silent
     while course.done < course.phases[2]:
         if options.stream is not None and course.done:
@@ -234,10 +276,14 @@ def _run_chunks(
         length = min(chunk, course.phases[2] - course.done)
         horizon = Horizon(*(jnp.asarray(step, jnp.float32) for step in course.phases))
         arguments = problem, keys, horizon, course.done + length, _piece_length(config, chunk)
-        part = clock.time("sampling", lambda arguments=arguments: _advance(programs, config, course, *arguments))
+        part = clock.time(
+            "sampling", lambda arguments=arguments: _advance(programs, config, course, *arguments)
+        )
         course.parts.append(part)
         elbo = np.concatenate([part["elbo"] for part in course.parts], axis=1)
-        report(Progress("fit", course.done, course.phases[2], float(np.mean(elbo[:, -length:])), part))
+        report(
+            Progress("fit", course.done, course.phases[2], float(np.mean(elbo[:, -length:])), part)
+        )
         if not np.all(np.isfinite(elbo[:, -1])):
             break
         if options.early_stop and not course.converged:
@@ -303,7 +349,9 @@ def _finish(programs: Programs, arguments: tuple, stream: AbstractStream | None)
         sums = here if sums is None else jax.tree_util.tree_map(np.add, sums, here)
         count += size
     dtype = arguments[1].posterior.center.dtype
-    excess, at_center = jax.tree_util.tree_map(lambda total: jnp.asarray(total / count, dtype), sums)
+    excess, at_center = jax.tree_util.tree_map(
+        lambda total: jnp.asarray(total / count, dtype), sums
+    )
     return programs.conclude(*arguments, excess, *at_center)
 
 

@@ -8,7 +8,9 @@ WINDOW_FRACTION = 0.5  # share of the steps so far that the trend is read from
 MIN_WINDOW = 100
 NUM_BLOCKS = 10
 NOISE_SIGMAS = 1.0  # with looks in a row below: a drift as large as its noise is not missed twice
-NEGLIGIBLE_PER_DIMENSION = 5e-4  # nats: the noise of an ELBO grows with the dimension, and its last few come slowly
+NEGLIGIBLE_PER_DIMENSION = (
+    5e-4  # nats: the noise of an ELBO grows with the dimension, and its last few come slowly
+)
 FLAT_LOOKS = 2
 VIRIAL_TOLERANCE = 0.05
 DECAY_FRACTION = 0.25  # steps of the final decay, relative to those before it
@@ -48,7 +50,10 @@ def elbo_trend(elbo: np.ndarray) -> Trend:
 
 
 def negligible_nats(least: float, dim: int) -> float:
-    """Return the gain that is not waited for: `least`, in many dimensions a small share of the d / 2 nats at stake."""
+    """Return the gain that is not waited for.
+
+    `least`, in many dimensions a small share of the d / 2 nats at stake.
+    """
     return max(least, NEGLIGIBLE_PER_DIMENSION * dim)
 
 
@@ -57,20 +62,26 @@ def is_balanced(virial: np.ndarray) -> bool:
 
     A q that is too wide or too narrow still has somewhere to go, however noisy the ELBO.
     """
-    means = virial.reshape(virial.shape[0], -1, virial.shape[1] // NUM_BLOCKS or 1).mean(axis=(0, 2))
+    means = virial.reshape(virial.shape[0], -1, virial.shape[1] // NUM_BLOCKS or 1).mean(
+        axis=(0, 2)
+    )
     error = float(np.std(means, ddof=1) / np.sqrt(means.size)) if means.size > 1 else np.inf
     return abs(float(means.mean()) - 1) <= max(VIRIAL_TOLERANCE, 2 * error)
 
 
 def few_dimensions_factor(dim: int, most: int) -> int:
-    """Return how many times more work to do in few dimensions, where it is cheap and tails matter; 1 elsewhere."""
+    """Return how many times more work to do in few dimensions, where it is cheap and tails matter.
+
+    1 elsewhere.
+    """
     return min(most, max(1, (FEW_DIMENSIONS // dim) ** 2))
 
 
 def decay_length(steps_before: int, dim: int) -> int:
     """Return the length of the final decay after `steps_before` steps at the peak rate.
 
-    In few dimensions steps are cheap, and a single direction whose scale is still noisy shows in the estimate.
+    In few dimensions steps are cheap, and a single direction whose scale is still noisy shows in
+    the estimate.
     """
     shortest = MIN_DECAY * few_dimensions_factor(dim, MAX_DECAY_FACTOR)
     return max(shortest, int(DECAY_FRACTION * steps_before))

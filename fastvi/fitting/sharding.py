@@ -1,4 +1,7 @@
-"""Chains over several devices: each runs its share of them, and nothing passes between devices in a step."""
+"""Chains over several devices.
+
+Each runs its share of them, and nothing passes between devices in a step.
+"""
 
 import functools
 from collections.abc import Callable
@@ -26,7 +29,8 @@ def over_devices(stage: Callable[..., Any], of_chain: tuple[bool, ...]) -> Calla
     """Spread a stage whose arguments and results are stacked over chains.
 
     Args:
-        stage: Takes as many positional arguments as `of_chain` has entries; all that it returns is stacked.
+        stage: Takes as many positional arguments as `of_chain` has entries; all that it returns is
+            stacked.
         of_chain: Which arguments are stacked over chains; the others are shared.
     """
 
@@ -36,7 +40,9 @@ def over_devices(stage: Callable[..., Any], of_chain: tuple[bool, ...]) -> Calla
         if mesh is None:
             return body(*args)
         specs = tuple(CHAINS if stacked else SHARED for stacked in of_chain)
-        return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=CHAINS, check_vma=False)(*args)
+        return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=CHAINS, check_vma=False)(
+            *args
+        )
 
     return run
 
@@ -55,12 +61,17 @@ def data_parallel_value_and_grad(
     if mesh is None:
         return full_data_value_and_grad(objective, w, data)
     whole = mesh.size * (size // mesh.size)
-    parts, rest = (jax.tree_util.tree_map(lambda leaf, s=s: leaf[s], data) for s in (slice(whole), slice(whole, None)))
+    parts, rest = (
+        jax.tree_util.tree_map(lambda leaf, s=s: leaf[s], data)
+        for s in (slice(whole), slice(whole, None))
+    )
 
     def part_mean(w, part):
         return jax.lax.pmean(full_data_value_and_grad(objective, w, part), "devices")
 
-    mean = jax.shard_map(part_mean, mesh=mesh, in_specs=(SHARED, CHAINS), out_specs=SHARED, check_vma=False)(w, parts)
+    mean = jax.shard_map(
+        part_mean, mesh=mesh, in_specs=(SHARED, CHAINS), out_specs=SHARED, check_vma=False
+    )(w, parts)
     if whole == size:
         return mean
     left = full_data_value_and_grad(objective, w, rest)

@@ -1,4 +1,7 @@
-"""The compiled stages of a fit: prepare, launch, steps, finish. One set for each loss, configuration and shapes."""
+"""The compiled stages of a fit.
+
+Prepare, launch, steps, finish. One set for each loss, configuration and shapes.
+"""
 
 import functools
 from collections.abc import Callable
@@ -21,9 +24,15 @@ from fastvi.fitting.step import State, init_state, run_steps
 from fastvi.geometry.start import Start, make_start, rank_limit
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
-from fastvi.target.objective import FlatObjective, call_full_loss, excess_loss, full_data_value_and_grad
+from fastvi.target.objective import (
+    FlatObjective,
+    call_full_loss,
+    excess_loss,
+    full_data_value_and_grad,
+)
 
-# Draws of all steps and chains times dim up to which a second of compilation outweighs a quarter of the steps' time.
+# Draws of all steps and chains times dim up to which a second of compilation outweighs a quarter of
+# the steps' time.
 QUICK_WORK = 1e8
 
 
@@ -44,15 +53,18 @@ class Programs(NamedTuple):
 
     Attributes:
         prepare: `(problem, key, whitener_scale) -> Start`.
-        launch: `(family, problem, core, key, chain_keys) -> (family, State, rounds of calibration)`.
-        steps: `(family, problem, state, chain_keys, first_step, horizon, length) -> (State, traces)`; compiled, it
-            consumes the state.
+        launch: `(family, problem, core, key, chain_keys) -> (family, State, rounds of
+            calibration)`.
+        steps: `(family, problem, state, chain_keys, first_step, horizon, length) -> (State,
+            traces)`; compiled, it consumes the state.
         finish: `(family, problem, params, chain_keys) -> Outcome`.
-        relaunch: `(family, problem, params, key)` -> the same as `launch`, from the q of another fit.
-        excess_on: `(family, problem, params, chain_keys, batch)` -> mean loss of the batch at the evaluation's draws
-            above that at w*, and that at w* with its gradient.
+        relaunch: `(family, problem, params, key)` -> the same as `launch`, from the q of another
+            fit.
+        excess_on: `(family, problem, params, chain_keys, batch)` -> mean loss of the batch at the
+            evaluation's draws above that at w*, and that at w* with its gradient.
         conclude: `(family, problem, params, chain_keys, excess, reference_loss, slope) -> Outcome`.
-        excess_along: `(w*, displacements, batch)` -> mean loss of the batch at these above that at w*.
+        excess_along: `(w*, displacements, batch)` -> mean loss of the batch at these above that at
+            w*.
     """
 
     prepare: Callable[..., Start]
@@ -60,7 +72,9 @@ class Programs(NamedTuple):
     steps: Callable[..., tuple[State, dict[str, Float[Array, "chains steps"]]]]
     finish: Callable[..., Outcome]
     relaunch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
-    excess_on: Callable[..., tuple[Float[Array, "chains draws"], tuple[Scalar, Float[Array, " dim"]]]]
+    excess_on: Callable[
+        ..., tuple[Float[Array, "chains draws"], tuple[Scalar, Float[Array, " dim"]]]
+    ]
     conclude: Callable[..., Outcome]
     excess_along: Callable[..., Float[Array, " points"]]
 
@@ -71,9 +85,10 @@ class Stages(NamedTuple):
     Attributes:
         quick: Compiled sooner, run slower.
         compiled: Compiled for speed.
-        whole: `(problem, chain_keys, whitener_scale)` -> family, params, Start, Outcome, traces, rounds: a fit of fixed
-            length as one program, for use inside a trace.
-        loss: What the loss computes; where it closes over values of an enclosing trace only `whole` can be used.
+        whole: `(problem, chain_keys, whitener_scale)` -> family, params, Start, Outcome, traces,
+            rounds: a fit of fixed length as one program, for use inside a trace.
+        loss: What the loss computes; where it closes over values of an enclosing trace only `whole`
+            can be used.
     """
 
     quick: Programs
@@ -87,11 +102,17 @@ class Stages(NamedTuple):
 
 
 def programs_for(
-    objective: FlatObjective, problem: Problem, config: VIConfig, loss_full_flat: Callable | None = None
+    objective: FlatObjective,
+    problem: Problem,
+    config: VIConfig,
+    loss_full_flat: Callable | None = None,
 ) -> Stages:
-    """Return the stages; functions that compute the same share them, compiled, for one configuration and shapes.
+    """Return the stages.
 
-    The stages call the functions as long as somebody else holds them: what is not compiled by then cannot be.
+    Functions that compute the same share them, compiled, for one configuration and shapes.
+
+    The stages call the functions as long as somebody else holds them: what is not compiled by then
+    cannot be.
     """
     loss, config = fingerprint_loss(objective, problem, loss_full_flat), config.filled
     if loss.is_traced:
@@ -99,20 +120,37 @@ def programs_for(
     # a family or a backend that is registered anew under an old name is another one
     key = ("fit", config, shapes_of(problem), FAMILIES[config.family], BACKENDS.get(config.backend))
     functions = (objective, loss_full_flat)
-    return PROGRAMS.find(loss, key, functions, lambda objective, full: _build(objective, config, full, loss))
+    return PROGRAMS.find(
+        loss, key, functions, lambda objective, full: _build(objective, config, full, loss)
+    )
 
 
-def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None, loss: Fingerprint) -> Stages:
+def _build(
+    objective: Any, config: VIConfig, loss_full_flat: Callable | None, loss: Fingerprint
+) -> Stages:
     def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
         key_subset, key_start = jax.random.split(key)
         subset = problem.data
         if problem.num_rows > config.hessian_examples:
-            index = jax.random.choice(key_subset, problem.num_rows, (config.hessian_examples,), replace=False)
+            index = jax.random.choice(
+                key_subset, problem.num_rows, (config.hessian_examples,), replace=False
+            )
             subset = jax.tree_util.tree_map(lambda leaf: leaf[index], problem.data)
-        return make_start(objective, problem.posterior, subset, problem.next_batch, config, key_start, whitener_scale)
+        return make_start(
+            objective,
+            problem.posterior,
+            subset,
+            problem.next_batch,
+            config,
+            key_start,
+            whitener_scale,
+        )
 
     def launch(family: AbstractFamily, problem: Problem, core, key: Key, keys: Keys):
-        """Initialise the chains; a start that passes the virial check at once is changed more slowly."""
+        """Initialise the chains.
+
+        A start that passes the virial check at once is changed more slowly.
+        """
         flat = jnp.zeros_like(problem.posterior.center)
         params = jax.vmap(lambda k: family.init(k, core, flat, _START_BLOCK))(keys)
         return relaunch(family, problem, params, key)
@@ -125,19 +163,28 @@ def _build(objective: Any, config: VIConfig, loss_full_flat: Callable | None, lo
         return family, jax.vmap(lambda one: init_state(family, one, config))(params), rounds
 
     def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
-        return run_steps(family, objective, problem, config, state, keys, first_step, horizon, length)
+        return run_steps(
+            family, objective, problem, config, state, keys, first_step, horizon, length
+        )
 
     def excess_along(center, points, batch):
         return jax.lax.map(lambda v: excess_loss(objective, center + v, center, batch), points)
 
     finish, excess_on, conclude = _evaluation(objective, config, loss_full_flat)
     return _compiled(
-        Programs(prepare, launch, steps, finish, relaunch, excess_on, conclude, excess_along), config, loss
+        Programs(prepare, launch, steps, finish, relaunch, excess_on, conclude, excess_along),
+        config,
+        loss,
     )
 
 
-def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None) -> tuple[Callable, ...]:
-    """Return the stages after the last step: on the problem's data, or on a stream's chunk by chunk."""
+def _evaluation(
+    objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None
+) -> tuple[Callable, ...]:
+    """Return the stages after the last step.
+
+    On the problem's data, or on a stream's chunk by chunk.
+    """
 
     def excess_on(family: AbstractFamily, problem: Problem, params, keys: Keys, batch):
         center = problem.posterior.center
@@ -149,7 +196,9 @@ def _evaluation(objective: FlatObjective, config: VIConfig, loss_full_flat: Call
 
         return jax.lax.map(one, (params, keys)), full_data_value_and_grad(objective, center, batch)
 
-    def finish(family: AbstractFamily, problem: Problem, params, keys: Keys, *, spread: bool = False) -> Outcome:
+    def finish(
+        family: AbstractFamily, problem: Problem, params, keys: Keys, *, spread: bool = False
+    ) -> Outcome:
         center = problem.posterior.center
         if loss_full_flat is not None:
             reference_loss = call_full_loss(loss_full_flat, center, problem.data)
@@ -204,14 +253,23 @@ def _compiled(plain: Programs, config: VIConfig, loss: Fingerprint) -> Stages:
     return Stages(quick, compiled, jax.jit(functools.partial(_whole, plain, config)), loss)
 
 
-def _whole(plain: Programs, config: VIConfig, problem: Problem, keys: Keys, whitener_scale: Array | None) -> tuple:
-    """Run all stages; the core has all the rows that it may have, since their number is not known."""
+def _whole(
+    plain: Programs, config: VIConfig, problem: Problem, keys: Keys, whitener_scale: Array | None
+) -> tuple:
+    """Run all stages.
+
+    The core has all the rows that it may have, since their number is not known.
+    """
     key, center = start_key(), problem.posterior.center
     start = plain.prepare(problem, key, whitener_scale)
     rank = rank_limit(config, center.size, center.dtype.itemsize)
-    family, state, rounds = plain.launch(build_family(config, start, rank), problem, start.core[:rank], key, keys)
+    family, state, rounds = plain.launch(
+        build_family(config, start, rank), problem, start.core[:rank], key, keys
+    )
     horizon = Horizon(*(jnp.asarray(step, jnp.float32) for step in fixed_phases(config)))
-    state, traces = plain.steps(family, problem, state, keys, jnp.int32(0), horizon, length=config.steps)
+    state, traces = plain.steps(
+        family, problem, state, keys, jnp.int32(0), horizon, length=config.steps
+    )
     outcome = plain.finish(family, problem, state.params, keys)
     return family, state.params, start, outcome, traces, rounds
 

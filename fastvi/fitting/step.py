@@ -10,7 +10,14 @@ from fastvi._typing import Array, Float, Int, Keys, PyTree, Scalar
 from fastvi.config import VIConfig
 from fastvi.families.base import AbstractFamily, Draws, num_groups
 from fastvi.fitting.annealing import annealed
-from fastvi.fitting.optimizer import Horizon, elapsed_decay, gradient_norm, learning_rate, make_optimizer, scale
+from fastvi.fitting.optimizer import (
+    Horizon,
+    elapsed_decay,
+    gradient_norm,
+    learning_rate,
+    make_optimizer,
+    scale,
+)
 from fastvi.fitting.pruning import prune
 from fastvi.kernels.noise import NOISE_BLOCKS
 from fastvi.target.data import Problem, evaluate_target
@@ -59,8 +66,9 @@ def run_steps(
 ) -> tuple[State, dict[str, Float[Array, "chains steps"]]]:
     """Run `length` steps on every chain.
 
-    Randomness depends on the chain's key and the step's index alone, so chunks of any length compose. Steps beyond the
-    horizon's end leave the parameters as they are, so that chunks of one length make any number of steps.
+    Randomness depends on the chain's key and the step's index alone, so chunks of any length
+    compose. Steps beyond the horizon's end leave the parameters as they are, so that chunks of one
+    length make any number of steps.
 
     Args:
         family: The family.
@@ -92,15 +100,21 @@ def run_steps(
         draws = family.transform(state.params, noise, mirror=groups < num_draws, cache=state.cache)
         value, grad = evaluate_target(objective, problem.posterior, draws.displacement, batch)
         baseline = jnp.where(step == 0, jnp.mean(value - draws.log_prob), state.baseline)
-        ascent = family.ascent(state.params, draws, value, grad, baseline, antithetic=config.mirrors)
+        ascent = family.ascent(
+            state.params, draws, value, grad, baseline, antithetic=config.mirrors
+        )
         updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=elapsed)
         updates = _scaled(updates, rules.rates, rate)
         params, cache = family.apply_updates(state.params, state.cache, updates)
         if config.prunes:
             due = ((step + 1) % config.eval_every == 0) & (rate > 0)
             params, opt_state = _pruned(family, params, opt_state, config, due)
-        slow = jax.lax.cond(refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params)
-        baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * _objective_value(family, value, draws)
+        slow = jax.lax.cond(
+            refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params
+        )
+        baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * _objective_value(
+            family, value, draws
+        )
         trace = {**_statistics(draws, value, grad), "grad_norm": gradient_norm(ascent)}
         trace |= {**family.step_statistics(params, draws), **slow}
         return (State(params, opt_state, baseline, cache, slow), randomness(key, step + 1)), trace
@@ -109,7 +123,9 @@ def run_steps(
 
     def body(carry, planned):
         state, ahead = carry
-        carry, trace = jax.vmap(one_chain, in_axes=(0, 0, 0, None, None, None, None))(state, ahead, keys, *planned)
+        carry, trace = jax.vmap(one_chain, in_axes=(0, 0, 0, None, None, None, None))(
+            state, ahead, keys, *planned
+        )
         names[:] = trace
         # one array for all scalars: XLA would write each by a loop of its own
         return carry, jnp.stack(list(trace.values()))
@@ -117,11 +133,15 @@ def run_steps(
     steps = first_step + jnp.arange(length)
     rates = jnp.where(steps < horizon.end, learning_rate(config, horizon, steps), 0.0)
     plan = (steps, rates, elapsed_decay(horizon, steps), steps % config.eval_every == 0)
-    # noise is drawn one step ahead: as part of the carry it is computed once, not again by each of its readers
+    # noise is drawn one step ahead: as part of the carry it is computed once, not again by each of
+    # its readers
     ahead = jax.vmap(randomness, in_axes=(0, None))(keys, first_step)
     (state, _), stacked = jax.lax.scan(body, (state, ahead), plan)
     traces = dict(zip(names, jnp.moveaxis(stacked, 0, 2), strict=True))
-    return state, {**traces, "lr": jnp.broadcast_to(rates, (keys.size, length)).astype(stacked.dtype)}
+    return state, {
+        **traces,
+        "lr": jnp.broadcast_to(rates, (keys.size, length)).astype(stacked.dtype),
+    }
 
 
 def _statistics(draws: Draws, value, grad) -> dict[str, Scalar]:
@@ -131,7 +151,8 @@ def _statistics(draws: Draws, value, grad) -> dict[str, Scalar]:
         "elbo_like": jnp.mean(value),
         "logq": jnp.mean(draws.log_prob),
         "radius2": jnp.mean(jnp.sum(draws.displacement**2, axis=-1)),
-        "virial": -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1],
+        "virial": -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1))
+        / draws.displacement.shape[-1],
     }
 
 
@@ -149,7 +170,9 @@ def _objective_value(family, value, draws):
 
 
 def _at_step(family, config: VIConfig, step):
-    return dataclasses.replace(family, annealed=annealed(config, step)) if config.anneals else family
+    return (
+        dataclasses.replace(family, annealed=annealed(config, step)) if config.anneals else family
+    )
 
 
 def _pruned(family, params, opt_state, config: VIConfig, due):

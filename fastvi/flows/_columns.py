@@ -1,4 +1,7 @@
-"""Arrays of columns: features lead and the batch is last, so that a loop over a batch is contiguous."""
+"""Arrays of columns.
+
+Features lead and the batch is last, so that a loop over a batch is contiguous.
+"""
 
 from typing import NamedTuple
 
@@ -12,7 +15,10 @@ Order = tuple[int, ...]
 
 
 class Condition(NamedTuple):
-    """What a transform is conditioned on: `context` (context_dim, batch or 1) and `gate` (batch or 1,), or None."""
+    """What a transform is conditioned on.
+
+    `context` (context_dim, batch or 1) and `gate` (batch or 1,), or None.
+    """
 
     context: Array | None = None
     gate: Array | None = None
@@ -29,13 +35,18 @@ def from_columns(columns: Float[Array, "dim size"], batch: tuple[int, ...]) -> F
 
 
 def rows_in_order(columns: Float[Array, "dim size"], order: Order) -> Float[Array, "dim size"]:
-    """Return `columns[order]` for an order known at compile time; a few runs of rows are copied, not gathered."""
+    """Return `columns[order]` for an order known at compile time.
+
+    A few runs of rows are copied, not gathered.
+    """
     breaks = [i for i in range(1, len(order)) if order[i] != order[i - 1] + 1]
     starts, ends = [0, *breaks], [*breaks, len(order)]
     if len(order) < 2 or not breaks:
         return columns
     if len(starts) <= 4:
-        return jnp.concatenate([columns[order[a] : order[a] + b - a] for a, b in zip(starts, ends, strict=True)])
+        return jnp.concatenate(
+            [columns[order[a] : order[a] + b - a] for a, b in zip(starts, ends, strict=True)]
+        )
     return columns[np.asarray(order)]
 
 
@@ -51,15 +62,22 @@ def check_features(name: str, x: Array, dim: int) -> None:
         DataError: If so.
     """
     if jnp.ndim(x) == 0 or x.shape[-1] != dim:
-        raise DataError(f"The last axis of {name} must have size {dim}; its shape is {jnp.shape(x)}.")
+        raise DataError(
+            f"The last axis of {name} must have size {dim}; its shape is {jnp.shape(x)}."
+        )
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise DataError(f"{name} must hold floating-point numbers, not {x.dtype}; convert it with astype(float).")
+        raise DataError(
+            f"{name} must hold floating-point numbers, not {x.dtype}; convert it with "
+            "astype(float)."
+        )
 
 
 def context_columns(
     context: Float[Array, "..."] | None, context_dim: int | None, batch: tuple[int, ...]
 ) -> Float[Array, "context size"] | None:
-    """Check a context against the batch of x and turn it to columns: one column if all of the batch shares it.
+    """Check a context against the batch of x and turn it to columns.
+
+    One column if all of the batch shares it.
 
     Args:
         context: One vector, or one for each element of the batch; batch axes broadcast.
@@ -73,10 +91,16 @@ def context_columns(
         return None
     if context is None:
         if context_dim > 0:
-            raise DataError(f"This transform is conditional: pass context with a last axis of size {context_dim}.")
+            raise DataError(
+                "This transform is conditional: pass context with a last axis of size "
+                f"{context_dim}."
+            )
         return None
     if context_dim == 0:
-        raise DataError("A context was passed but context_dim is 0; build with context_dim=<size of the context>.")
+        raise DataError(
+            "A context was passed but context_dim is 0; build with context_dim=<size of the "
+            "context>."
+        )
     context = jnp.asarray(context)
     check_features("context", context, context_dim)
     if context.ndim == 1:
@@ -101,6 +125,8 @@ def gate_columns(gate: Array | None, batch: tuple[int, ...]) -> Float[Array, " s
 
 
 def _check_broadcast(name, own, batch):
-    fits = len(own) <= len(batch) and all(a in (1, b) for a, b in zip(own[::-1], batch[::-1], strict=False))
+    fits = len(own) <= len(batch) and all(
+        a in (1, b) for a, b in zip(own[::-1], batch[::-1], strict=False)
+    )
     if not fits:
         raise DataError(f"The batch axes of {name}, {own}, must broadcast to those of x, {batch}.")

@@ -10,13 +10,20 @@ from fastvi._typing import Any, Key
 from fastvi.flows.distributions import AbstractBase
 from fastvi.flows.flow import Bijection, Flow, Gate, Params
 from fastvi.flows.networks import Activation, ResNet
-from fastvi.flows.transforms import AbstractCoupling, AbstractTransform, CompositeTransform, Permutation
+from fastvi.flows.transforms import (
+    AbstractCoupling,
+    AbstractTransform,
+    CompositeTransform,
+    Permutation,
+)
 
 Block = tuple[AbstractTransform, Any]
 
 
 def make_alternating_mask(dim: int, parity: int) -> tuple[int, ...]:
-    """Return 1, 0, 1, 0 ... for parity 0 and 0, 1, 0, 1 ... for parity 1; 1 marks features that pass.
+    """Return 1, 0, 1, 0 ...
+
+    for parity 0 and 0, 1, 0, 1 ... for parity 1; 1 marks features that pass.
 
     Raises:
         ConfigError: If `dim` is not positive or `parity` is not 0 or 1.
@@ -41,7 +48,8 @@ def analyze_mask_coverage(blocks: Sequence[AbstractTransform], dim: int) -> None
     never = np.flatnonzero(moved == 0).tolist()
     if never:
         raise ConfigError(
-            f"The couplings never move features {never}; add a layer, or choose masks and permutations that do not "
+            f"The couplings never move features {never}; add a layer, or choose masks and "
+            "permutations that do not "
             "cancel out."
         )
 
@@ -138,7 +146,9 @@ def assemble_flow(
     return with_base(bijection, params, base, base_params)
 
 
-def with_base(bijection: Bijection, params: Params, base: AbstractBase, base_params: Any) -> tuple[Flow, Params]:
+def with_base(
+    bijection: Bijection, params: Params, base: AbstractBase, base_params: Any
+) -> tuple[Flow, Params]:
     """Put a bijection on a base distribution.
 
     Raises:

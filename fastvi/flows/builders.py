@@ -43,7 +43,8 @@ class BuilderOptions:
 
     Attributes:
         context_dim: Size of the context; 0: the flow is unconditional.
-        context_extractor_hidden_dim: Width of a network that the context passes through first; 0: none.
+        context_extractor_hidden_dim: Width of a network that the context passes through first; 0:
+            none.
         context_extractor_n_layers: Residual blocks of that network; refused where there is none.
         context_feature_dim: Its outputs; None: context_dim.
         res_scale: Factor on what a residual block adds.
@@ -51,12 +52,14 @@ class BuilderOptions:
         use_linear: Begin with a linear map in LU form.
         use_loft: End with logarithmic tails.
         loft_tau: Where those tails begin.
-        trainable_base: Base distribution N(loc, diag(exp(log_scale))^2) with parameters, in place of N(0, I).
+        trainable_base: Base distribution N(loc, diag(exp(log_scale))^2) with parameters, in place
+            of N(0, I).
         base_dist: Base distribution in place of either.
         base_params: Parameters of `base_dist`; None: `base_dist.init_params()`.
         activation: Activation of all networks.
         return_transform_only: Return a `Bijection`, without a base distribution.
-        identity_gate: Function of one raw context vector; 0 makes the map the identity, 1 is the full map.
+        identity_gate: Function of one raw context vector; 0 makes the map the identity, 1 is the
+            full map.
     """
 
     context_dim: int = 0
@@ -82,15 +85,23 @@ class BuilderOptions:
             if getattr(self, name) and not self.context_dim:
                 raise ConfigError(f"{name} works on the context: give context_dim, its size.")
         if self.context_feature_dim is not None and not self.context_extractor_hidden_dim:
-            raise ConfigError("context_feature_dim needs a feature extractor: give context_extractor_hidden_dim.")
+            raise ConfigError(
+                "context_feature_dim needs a feature extractor: give context_extractor_hidden_dim."
+            )
         if self.identity_gate is not None:
             if self.use_permutation:
-                raise ConfigError("identity_gate and use_permutation exclude each other: a permutation has no gate.")
+                raise ConfigError(
+                    "identity_gate and use_permutation exclude each other: a permutation has no "
+                    "gate."
+                )
             _check_gate(self.identity_gate, self.context_dim)
         if self.base_params is not None and self.base_dist is None:
             raise ConfigError("base_params are those of base_dist: give both.")
         if self.return_transform_only and (self.trainable_base or self.base_dist is not None):
-            raise ConfigError("return_transform_only leaves the base out: do not give trainable_base or base_dist.")
+            raise ConfigError(
+                "return_transform_only leaves the base out: do not give trainable_base or "
+                "base_dist."
+            )
 
     @property
     def feature_dim(self) -> int:
@@ -100,14 +111,20 @@ class BuilderOptions:
     @property
     def network(self) -> dict[str, Any]:
         """Return the settings of a layer's network."""
-        return {"context_dim": self.feature_dim, "activation": self.activation, "res_scale": self.res_scale}
+        return {
+            "context_dim": self.feature_dim,
+            "activation": self.activation,
+            "res_scale": self.res_scale,
+        }
 
 
 def _check_gate(gate, context_dim):
     """Refuse a gate that does not turn one context vector to a scalar."""
     one = jax.eval_shape(gate, jax.ShapeDtypeStruct((context_dim,), jnp.float32))
     if one.shape != ():
-        raise ConfigError(f"identity_gate must turn one context vector to a scalar; it returns shape {one.shape}.")
+        raise ConfigError(
+            f"identity_gate must turn one context vector to a scalar; it returns shape {one.shape}."
+        )
 
 
 def _takes_options(builder: Callable[..., Built]) -> Callable[..., Built]:
@@ -116,7 +133,8 @@ def _takes_options(builder: Callable[..., Built]) -> Callable[..., Built]:
     fields = {field.name: field for field in dataclasses.fields(BuilderOptions)}
     kind = inspect.Parameter.KEYWORD_ONLY
     named = [
-        inspect.Parameter(name, kind, default=field.default, annotation=field.type) for name, field in fields.items()
+        inspect.Parameter(name, kind, default=field.default, annotation=field.type)
+        for name, field in fields.items()
     ]
 
     @functools.wraps(builder)
@@ -128,7 +146,9 @@ def _takes_options(builder: Callable[..., Built]) -> Callable[..., Built]:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{builder.__name__} has no option {unknown[0]!r}.{hint}")
         if "context_extractor_n_layers" in given and not given.get("context_extractor_hidden_dim"):
-            raise ConfigError("context_extractor_n_layers needs the network: give context_extractor_hidden_dim.")
+            raise ConfigError(
+                "context_extractor_n_layers needs the network: give context_extractor_hidden_dim."
+            )
         return builder(*args, **kwargs, options=BuilderOptions(**given))
 
     listed = [parameter for parameter in own.parameters.values() if parameter.name != "options"]
@@ -159,7 +179,8 @@ def build_realnvp(
         options: The fields of `BuilderOptions`, each given by its name.
 
     Returns:
-        The flow, or the bijection if `return_transform_only`, and its parameters, those of the identity.
+        The flow, or the bijection if `return_transform_only`, and its parameters, those of the
+        identity.
 
     Raises:
         ConfigError: If an option is unknown, out of range or at odds with another.
@@ -168,7 +189,13 @@ def build_realnvp(
     def make_layer(layer_key, parity):
         mask = make_alternating_mask(dim, parity)
         return AffineCoupling.create(
-            layer_key, dim, mask, hidden_dim, n_hidden_layers, max_log_scale=max_log_scale, **options.network
+            layer_key,
+            dim,
+            mask,
+            hidden_dim,
+            n_hidden_layers,
+            max_log_scale=max_log_scale,
+            **options.network,
         )
 
     return _build(key, dim, num_layers, make_layer, options, reversal_alternates=dim % 2 == 0)
@@ -207,7 +234,8 @@ def build_spline_realnvp(
         options: The fields of `BuilderOptions`, each given by its name.
 
     Returns:
-        The flow, or the bijection if `return_transform_only`, and its parameters, those of the identity.
+        The flow, or the bijection if `return_transform_only`, and its parameters, those of the
+        identity.
 
     Raises:
         ConfigError: If an option is unknown, out of range or at odds with another.
@@ -223,7 +251,9 @@ def build_spline_realnvp(
 
     def make_layer(layer_key, parity):
         mask = make_alternating_mask(dim, parity)
-        return SplineCoupling.create(layer_key, dim, mask, hidden_dim, n_hidden_layers, **spline, **options.network)
+        return SplineCoupling.create(
+            layer_key, dim, mask, hidden_dim, n_hidden_layers, **spline, **options.network
+        )
 
     return _build(key, dim, num_layers, make_layer, options, reversal_alternates=dim % 2 == 0)
 
@@ -249,12 +279,14 @@ def build_maf(
         hidden_dim: Width of their networks, best at least `dim`.
         n_hidden_layers: Residual blocks of their networks.
         elementwise: The map of a feature; None: `BoundedAffine()`.
-        fast: "inverse" for densities in one pass of the networks (Papamakarios et al., 2017), "forward" for samples
-            with their densities (Kingma et al., Inverse Autoregressive Flow, 2016); the other direction takes `dim`.
+        fast: "inverse" for densities in one pass of the networks (Papamakarios et al., 2017),
+            "forward" for samples with their densities (Kingma et al., Inverse Autoregressive Flow,
+            2016); the other direction takes `dim`.
         options: The fields of `BuilderOptions`, each given by its name.
 
     Returns:
-        The flow, or the bijection if `return_transform_only`, and its parameters, those of the identity.
+        The flow, or the bijection if `return_transform_only`, and its parameters, those of the
+        identity.
 
     Raises:
         ConfigError: If an option is unknown, out of range or at odds with another.
@@ -293,14 +325,25 @@ def build_spline_maf(
 ) -> Built:
     """Build a flow of autoregressive splines (Durkan et al., 2019).
 
-    Arguments of the spline are those of `build_spline_realnvp`; `options` are `fast` and those of `build_maf`.
+    Arguments of the spline are those of `build_spline_realnvp`; `options` are `fast` and those of
+    `build_maf`.
     """
-    spline = RationalQuadratic(num_bins, tail_bound, min_bin_width, min_bin_height, min_derivative, max_derivative)
-    return build_maf(key, dim, num_layers, hidden_dim, n_hidden_layers, elementwise=spline, **options)
+    spline = RationalQuadratic(
+        num_bins, tail_bound, min_bin_width, min_bin_height, min_derivative, max_derivative
+    )
+    return build_maf(
+        key, dim, num_layers, hidden_dim, n_hidden_layers, elementwise=spline, **options
+    )
 
 
 def _build(
-    key: Key, dim: int, num_layers: int, make_layer: MakeLayer, options: BuilderOptions, *, reversal_alternates: bool
+    key: Key,
+    dim: int,
+    num_layers: int,
+    make_layer: MakeLayer,
+    options: BuilderOptions,
+    *,
+    reversal_alternates: bool,
 ) -> Built:
     """Put layers, the optional blocks around them, the extractor and the base together."""
     if dim < 1 or num_layers < 1:
@@ -318,7 +361,9 @@ def _build(
             options.activation,
             options.res_scale,
         )
-    bijection, params = assemble_bijection(blocks, extractor, features, identity_gate=options.identity_gate)
+    bijection, params = assemble_bijection(
+        blocks, extractor, features, identity_gate=options.identity_gate
+    )
     if options.return_transform_only:
         return bijection, params
     base = options.base_dist or (DiagNormal(dim) if options.trainable_base else StandardNormal(dim))
@@ -326,7 +371,8 @@ def _build(
 
 
 def _blocks(key, dim, num_layers, make_layer, options, reversal_alternates):
-    # Reversing the features may already alternate what a layer moves; alternating masks would cancel it.
+    # Reversing the features may already alternate what a layer moves; alternating masks would
+    # cancel it.
     fixed = options.use_permutation and reversal_alternates
     blocks: list[Block] = [LinearTransform.create(None, dim)] if options.use_linear else []
     for index, layer_key in enumerate(jax.random.split(key, num_layers)):

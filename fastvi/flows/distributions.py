@@ -16,7 +16,8 @@ from fastvi.kernels import noise
 class AbstractBase(eqx.Module):
     """A distribution of vectors that a map takes from standard normals.
 
-    Laws: `sample(params, key, shape)` is `from_noise(params, draw_noise(key, shape))`, and `log_prob` is the
+    Laws: `sample(params, key, shape)` is `from_noise(params, draw_noise(key, shape))`, and
+        `log_prob` is the
     normalised density of what `from_noise` returns.
 
     Attributes:
@@ -30,14 +31,18 @@ class AbstractBase(eqx.Module):
         """Return the parameters of the standard normal."""
 
     @abc.abstractmethod
-    def from_noise(self, params: Any, noise: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    def from_noise(
+        self, params: Any, noise: Float[Array, "*batch dim"]
+    ) -> Float[Array, "*batch dim"]:
         """Turn standard normals to a sample."""
 
     @abc.abstractmethod
     def log_prob(self, params: Any, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
         """Return the log density at x."""
 
-    def sample(self, params: Any, key: Key, shape: tuple[int, ...], dtype: Any = None) -> Float[Array, "..."]:
+    def sample(
+        self, params: Any, key: Key, shape: tuple[int, ...], dtype: Any = None
+    ) -> Float[Array, "..."]:
         """Draw samples of shape (*shape, dim).
 
         Args:
@@ -112,7 +117,9 @@ class DiagNormal(AbstractBase):
             raise DataError(f'DiagNormal needs parameters {{"loc", "log_scale"}}, not {params!r}.')
         for name in ("loc", "log_scale"):
             if jnp.shape(params[name]) != (self.dim,):
-                raise DataError(f"{name} must have shape ({self.dim},), not {jnp.shape(params[name])}.")
+                raise DataError(
+                    f"{name} must have shape ({self.dim},), not {jnp.shape(params[name])}."
+                )
         return params["loc"], params["log_scale"]
 
 

@@ -26,7 +26,8 @@ class Bijection(eqx.Module):
     Attributes:
         transform: The map.
         feature_extractor: Network that the context passes through, once, before the map sees it.
-        identity_gate: Function of one raw context vector: 0 makes the map the identity, 1 is the full map.
+        identity_gate: Function of one raw context vector: 0 makes the map the identity, 1 is the
+            full map.
     """
 
     transform: AbstractTransform
@@ -34,7 +35,10 @@ class Bijection(eqx.Module):
     identity_gate: Gate | None = eqx.field(static=True, default=None)
 
     def forward(
-        self, params: Params, x: Given[Float[Array, "*batch dim"]], context: Given[Float[Array, "..."] | None] = None
+        self,
+        params: Params,
+        x: Given[Float[Array, "*batch dim"]],
+        context: Given[Float[Array, "..."] | None] = None,
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
         """Map x to y.
 
@@ -52,7 +56,10 @@ class Bijection(eqx.Module):
         return _move(self, params, jnp.asarray(x), context, "forward")
 
     def inverse(
-        self, params: Params, y: Given[Float[Array, "*batch dim"]], context: Given[Float[Array, "..."] | None] = None
+        self,
+        params: Params,
+        y: Given[Float[Array, "*batch dim"]],
+        context: Given[Float[Array, "..."] | None] = None,
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
         """Map y back to x; arguments as in `forward`.
 
@@ -68,9 +75,10 @@ class Bijection(eqx.Module):
 class Flow(eqx.Module):
     """The distribution of T(z; context) with z from a base distribution.
 
-    Parameters are {"base": ..., "transform": ..., "feature_extractor": ...}, the last only with an extractor. All are
-    arrays in pytrees; the object holds none, and is hashable and a pytree without leaves, so that `jax.jit` takes its
-    methods and `jax.vmap` maps over parameters and keys.
+    Parameters are {"base": ..., "transform": ..., "feature_extractor": ...}, the last only with an
+    extractor. All are arrays in pytrees; the object holds none, and is hashable and a pytree
+    without leaves, so that `jax.jit` takes its methods and `jax.vmap` maps over parameters and
+    keys.
 
     Attributes:
         base_dist: Distribution of z.
@@ -90,19 +98,28 @@ class Flow(eqx.Module):
         return Bijection(self.transform, self.feature_extractor, self.identity_gate)
 
     def forward(
-        self, params: Params, z: Given[Float[Array, "*batch dim"]], context: Given[Float[Array, "..."] | None] = None
+        self,
+        params: Params,
+        z: Given[Float[Array, "*batch dim"]],
+        context: Given[Float[Array, "..."] | None] = None,
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
         """Map z to x; see `Bijection.forward`."""
         return self.bijection.forward(params, z, context)
 
     def inverse(
-        self, params: Params, x: Given[Float[Array, "*batch dim"]], context: Given[Float[Array, "..."] | None] = None
+        self,
+        params: Params,
+        x: Given[Float[Array, "*batch dim"]],
+        context: Given[Float[Array, "..."] | None] = None,
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
         """Map x back to z; see `Bijection.inverse`."""
         return self.bijection.inverse(params, x, context)
 
     def log_prob(
-        self, params: Params, x: Given[Float[Array, "*batch dim"]], context: Given[Float[Array, "..."] | None] = None
+        self,
+        params: Params,
+        x: Given[Float[Array, "*batch dim"]],
+        context: Given[Float[Array, "..."] | None] = None,
     ) -> Float[Array, "*batch"]:
         """Return the log density at x, in nats.
 
@@ -117,13 +134,21 @@ class Flow(eqx.Module):
         return _log_prob(self, params, jnp.asarray(x), context)
 
     def sample(
-        self, params: Params, key: Key, shape: Given[tuple[int, ...]], context: Given[Float[Array, "..."] | None] = None
+        self,
+        params: Params,
+        key: Key,
+        shape: Given[tuple[int, ...]],
+        context: Given[Float[Array, "..."] | None] = None,
     ) -> Float[Array, "..."]:
         """Draw samples of shape (*shape, dim); arguments as in `sample_and_log_prob`."""
         return self.sample_and_log_prob(params, key, shape, context)[0]
 
     def sample_and_log_prob(
-        self, params: Params, key: Key, shape: Given[tuple[int, ...]], context: Given[Float[Array, "..."] | None] = None
+        self,
+        params: Params,
+        key: Key,
+        shape: Given[tuple[int, ...]],
+        context: Given[Float[Array, "..."] | None] = None,
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """Draw samples with their log densities, in one forward pass.
 
@@ -142,7 +167,9 @@ class Flow(eqx.Module):
         try:
             shape = tuple(int(size) for size in shape)
         except TypeError as error:
-            raise DataError(f"shape must be a tuple of batch axes, for example (100,), not {shape!r}.") from error
+            raise DataError(
+                f"shape must be a tuple of batch axes, for example (100,), not {shape!r}."
+            ) from error
         return _sample(self, params, key, shape, context)
 
     def transform_noise(
@@ -155,7 +182,8 @@ class Flow(eqx.Module):
 
         Args:
             params: Parameters.
-            noise: Standard normals; with those of `draw_noise` the result is that of `sample_and_log_prob`.
+            noise: Standard normals; with those of `draw_noise` the result is that of
+                `sample_and_log_prob`.
             context: One vector, or one for each sample.
 
         Raises:

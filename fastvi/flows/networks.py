@@ -1,4 +1,7 @@
-"""Residual networks on columns: the conditioners of transforms and the extractor of context features."""
+"""Residual networks on columns.
+
+The conditioners of transforms and the extractor of context features.
+"""
 
 from collections.abc import Callable
 
@@ -13,11 +16,15 @@ from fastvi.flows._columns import check_features, from_columns, to_columns
 
 Activation = Callable[[Array], Array]
 Params = dict
-RESIDUAL_GAIN = 2.0  # held-out nats of spline flows on two moons, rings and digits are best or level with 1
+RESIDUAL_GAIN = (
+    2.0  # held-out nats of spline flows on two moons, rings and digits are best or level with 1
+)
 
 
 class ResNet(eqx.Module):
-    """Residual network: dense, then `n_hidden_layers` times h + res_scale dense(activation(dense(h))), then dense.
+    """Residual network.
+
+    Dense, then `n_hidden_layers` times h + res_scale dense(activation(dense(h))), then dense.
 
     Attributes:
         in_dim: Inputs.
@@ -26,8 +33,9 @@ class ResNet(eqx.Module):
         n_hidden_layers: Residual blocks.
         activation: Function applied entry by entry.
         res_scale: Factor on what a block adds.
-        autoregressive: Number of leading inputs that are ordered, or 0. Output j of the out_dim / autoregressive
-            groups then sees ordered inputs before j only, and the rest of the inputs in full.
+        autoregressive: Number of leading inputs that are ordered, or 0. Output j of the out_dim /
+            autoregressive groups then sees ordered inputs before j only, and the rest of the inputs
+            in full.
     """
 
     in_dim: int = eqx.field(static=True)
@@ -39,23 +47,35 @@ class ResNet(eqx.Module):
     autoregressive: int = eqx.field(static=True, default=0)
 
     def __check_init__(self):
-        for name, least in (("in_dim", 0), ("hidden_dim", 1), ("out_dim", 0), ("n_hidden_layers", 0)):
+        for name, least in (
+            ("in_dim", 0),
+            ("hidden_dim", 1),
+            ("out_dim", 0),
+            ("n_hidden_layers", 0),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}.")
         if self.autoregressive and self.out_dim % self.autoregressive:
-            raise ConfigError(f"out_dim={self.out_dim} must be a multiple of autoregressive={self.autoregressive}.")
+            raise ConfigError(
+                f"out_dim={self.out_dim} must be a multiple of "
+                f"autoregressive={self.autoregressive}."
+            )
 
     def _layers(self) -> list[tuple[str, int, int]]:
         names = [f"res_{i}_dense{j}" for i in range(self.n_hidden_layers) for j in (0, 1)]
         inner = [(name, self.hidden_dim, self.hidden_dim) for name in names]
-        return [("dense_in", self.in_dim, self.hidden_dim), *inner, ("dense_out", self.hidden_dim, self.out_dim)]
+        return [
+            ("dense_in", self.in_dim, self.hidden_dim),
+            *inner,
+            ("dense_out", self.hidden_dim, self.out_dim),
+        ]
 
     def init_params(self, key: Key, *, out_bias: np.ndarray | None = None) -> Params:
         """Draw kernels of variance 1 / fan-in and biases uniform within 1 / sqrt(fan-in), in JAX's default float type.
 
-        What a residual block adds has `RESIDUAL_GAIN` times that scale at the start, whatever `res_scale` is: begun
-        at `res_scale` itself, the network stays close to a linear one. Without biases all units of a network of one
-        input bend at zero.
+        What a residual block adds has `RESIDUAL_GAIN` times that scale at the start, whatever
+        `res_scale` is: begun at `res_scale` itself, the network stays close to a linear one.
+        Without biases all units of a network of one input bend at zero.
 
         Args:
             key: Random key.
@@ -63,16 +83,26 @@ class ResNet(eqx.Module):
         """
         layers, dtype = self._layers(), jnp.result_type(float)
         params = {}
-        for (name, fan_in, fan_out), layer_key in zip(layers, jax.random.split(key, len(layers)), strict=True):
+        for (name, fan_in, fan_out), layer_key in zip(
+            layers, jax.random.split(key, len(layers)), strict=True
+        ):
             kernel = jax.random.truncated_normal(layer_key, -2, 2, (fan_in, fan_out), dtype)
             # 0.8796 is the standard deviation of a standard normal truncated at 2.
             spread = 1 / np.sqrt(max(fan_in, 1))
             gain = RESIDUAL_GAIN / (self.res_scale or 1) if name.endswith("_dense1") else 1
-            bias = jax.random.uniform(jax.random.fold_in(layer_key, 1), (fan_out,), dtype, -spread, spread)
-            params[name] = {"kernel": (kernel * (gain * spread / 0.87962566103423978)).astype(dtype), "bias": bias}
+            bias = jax.random.uniform(
+                jax.random.fold_in(layer_key, 1), (fan_out,), dtype, -spread, spread
+            )
+            params[name] = {
+                "kernel": (kernel * (gain * spread / 0.87962566103423978)).astype(dtype),
+                "bias": bias,
+            }
         if out_bias is not None:
             last = params["dense_out"]["kernel"]
-            params["dense_out"] = {"kernel": jnp.zeros_like(last), "bias": jnp.asarray(out_bias, dtype)}
+            params["dense_out"] = {
+                "kernel": jnp.zeros_like(last),
+                "bias": jnp.asarray(out_bias, dtype),
+            }
         return params
 
     def apply(self, params: Params, x: Float[Array, "*batch in"]) -> Float[Array, "..."]:
@@ -81,8 +111,15 @@ class ResNet(eqx.Module):
         return from_columns(self.output(params, self.hidden(params, to_columns(x))), x.shape[:-1])
 
     def hidden(self, params: Params, *inputs: Float[Array, "_ _"]) -> Float[Array, "hidden size"]:
-        """Run all but the last layer on inputs stacked by rows; one with a single column is shared by the batch."""
-        kernel, row, total = self._kernel(params, "dense_in"), 0, params["dense_in"]["bias"][:, None]
+        """Run all but the last layer on inputs stacked by rows.
+
+        One with a single column is shared by the batch.
+        """
+        kernel, row, total = (
+            self._kernel(params, "dense_in"),
+            0,
+            params["dense_in"]["bias"][:, None],
+        )
         for part in inputs:
             total = total + _matmul(kernel[row : row + part.shape[0]], part)
             row += part.shape[0]
@@ -91,13 +128,22 @@ class ResNet(eqx.Module):
             total = total + self.res_scale * self._dense(params, f"res_{i}_dense1", inner)
         return total
 
-    def output(self, params: Params, hidden: Float[Array, "hidden size"]) -> Float[Array, "out size"]:
-        """Run the last layer, its bias as a row of the kernel: added after, XLA adds it again in every consumer."""
-        kernel = jnp.concatenate([self._kernel(params, "dense_out"), params["dense_out"]["bias"][None]])
+    def output(
+        self, params: Params, hidden: Float[Array, "hidden size"]
+    ) -> Float[Array, "out size"]:
+        """Run the last layer, its bias as a row of the kernel.
+
+        Added after, XLA adds it again in every consumer.
+        """
+        kernel = jnp.concatenate(
+            [self._kernel(params, "dense_out"), params["dense_out"]["bias"][None]]
+        )
         ones = jnp.ones((1, hidden.shape[1]), hidden.dtype)
         return _matmul(kernel, jnp.concatenate([hidden, ones]))
 
-    def output_of(self, params: Params, hidden: Float[Array, "hidden size"], index: Array) -> Float[Array, "_ size"]:
+    def output_of(
+        self, params: Params, hidden: Float[Array, "hidden size"], index: Array
+    ) -> Float[Array, "_ size"]:
         """Run the last layer for one ordered input, whose index may be traced."""
         groups = (-1, self.autoregressive)
         kernel = self._kernel(params, "dense_out").reshape(self.hidden_dim, *groups)[:, :, index]

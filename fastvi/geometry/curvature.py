@@ -34,7 +34,8 @@ def block_krylov(
         key: Random key of the first block.
         dim: Dimension of the operator.
         max_size: Largest dimension of the space, a multiple of `BLOCK`.
-        exhausted: Told the Ritz values (descending, padded with -inf) and their number, whether to stop.
+        exhausted: Told the Ritz values (descending, padded with -inf) and their number, whether to
+            stop.
         dtype: Floating dtype.
 
     Returns:
@@ -54,7 +55,9 @@ def block_krylov(
         used = jnp.arange(max_size) < size
         # unused rows get a value below any Ritz value, so that they sort last
         bottom = -2 * jnp.max(jnp.abs(small), initial=0.0) - 1
-        small = jnp.where(used[:, None] & used, 0.5 * (small + small.T), jnp.diag(jnp.where(used, 0.0, bottom)))
+        small = jnp.where(
+            used[:, None] & used, 0.5 * (small + small.T), jnp.diag(jnp.where(used, 0.0, bottom))
+        )
         values, rotation = jnp.linalg.eigh(small)
         return jnp.where(used, values[::-1], -jnp.inf), rotation[:, ::-1]
 
@@ -85,7 +88,9 @@ def _orthonormal_rows(block):
 
 
 def dense_spectrum(
-    apply: Callable[[Float[Array, "block dim"]], Float[Array, "block dim"]], dim: int, dtype=jnp.float32
+    apply: Callable[[Float[Array, "block dim"]], Float[Array, "block dim"]],
+    dim: int,
+    dtype=jnp.float32,
 ) -> Spectrum:
     """Compute all eigenpairs from `dim` products."""
     matrix = apply(jnp.eye(dim, dtype=dtype))

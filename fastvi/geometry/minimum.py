@@ -12,9 +12,14 @@ from fastvi._typing import Batch
 from fastvi.geometry.start import Start
 from fastvi.target.posterior import LocalPosterior
 
-CURVATURE_ROUNDING = 1e-5  # of the largest curvature: smaller ones are zero as far as single precision can tell
+CURVATURE_ROUNDING = (
+    1e-5  # of the largest curvature: smaller ones are zero as far as single precision can tell
+)
 HELD = 0.1  # of the localization: a loss that curves down by less than this hardly moves llc
-NEAR = (1.0, 0.3)  # distances along a direction that curves down, where the localizer or curvature is worth a nat
+NEAR = (
+    1.0,
+    0.3,
+)  # distances along a direction that curves down, where the localizer or curvature is worth a nat
 FAR = (10.0, 100.0)  # distances along a level one, in sizes of w*, or 1 if that is smaller
 ROUNDING_UNITS = 8  # units in the last place that a difference of mean losses may be off
 LEAST_CHANGE = 0.05  # nats that count as a rise or a fall
@@ -25,7 +30,8 @@ class Bottom(NamedTuple):
 
     Attributes:
         curvature: Of n beta L_n along it, for a unit of displacement; on the examples of the start.
-        fall: Nats by which n beta L_n falls along it on all data, both ways averaged; 0 where it does not.
+        fall: Nats by which n beta L_n falls along it on all data, both ways averaged; 0 where it
+            does not.
         level: Directions that neither the loss (to second order) nor the localizer narrows.
         is_flat: Whether the loss stays as it is along the one that was followed.
         losses: Mean losses on all data that this took.
@@ -47,7 +53,8 @@ def look_down(
 ) -> Bottom:
     """Follow the direction of least curvature where that is negative, or zero without a localizer.
 
-    What a part of the data says of small curvatures is noise; the loss along the line is that of all data.
+    What a part of the data says of small curvatures is noise; the loss along the line is that of
+    all data.
 
     Args:
         excess_along: `(center, points, batch) -> loss at the points above that at the center`.
@@ -97,14 +104,25 @@ class _Line(NamedTuple):
 
 def _line(posterior: LocalPosterior, start: Start) -> _Line | None:
     """Read the direction off the start, if the start is of this w*."""
-    wanted = (start.spectrum, start.num_values, start.lowest, start.lowest_direction, posterior.gamma, posterior.center)
-    spectrum, size, lowest, along, gamma, center = (np.asarray(leaf, float) for leaf in jax.device_get(wanted))
+    wanted = (
+        start.spectrum,
+        start.num_values,
+        start.lowest,
+        start.lowest_direction,
+        posterior.gamma,
+        posterior.center,
+    )
+    spectrum, size, lowest, along, gamma, center = (
+        np.asarray(leaf, float) for leaf in jax.device_get(wanted)
+    )
     length2, values = float(np.sum(along**2)), spectrum[: int(size)]
     if not (np.isfinite(lowest) and length2 > 0):
         return None
     localizer, dim = float(gamma) * length2, center.size
     own = float(lowest) - localizer  # of the loss alone, in whitened coordinates
-    rounding = CURVATURE_ROUNDING * max(float(np.max(np.abs(values), initial=0.0)), abs(float(lowest)))
+    rounding = CURVATURE_ROUNDING * max(
+        float(np.max(np.abs(values), initial=0.0)), abs(float(lowest))
+    )
     goes_down = own < -rounding - HELD * localizer
     size_of_center = max(1.0, float(np.sqrt(np.mean(center**2))))
     return _Line(
@@ -117,7 +135,9 @@ def _line(posterior: LocalPosterior, start: Start) -> _Line | None:
     )
 
 
-def _mean_excess(excess_along, center, points: np.ndarray, pieces: Iterable[tuple[Batch, int]]) -> np.ndarray:
+def _mean_excess(
+    excess_along, center, points: np.ndarray, pieces: Iterable[tuple[Batch, int]]
+) -> np.ndarray:
     """Average over the pieces."""
     total, count = np.zeros(len(points)), 0
     for batch, size in pieces:

@@ -1,4 +1,7 @@
-"""The start of a fit: coordinates, core and scale from the curvature at w*, then a check of the scale by virial."""
+"""The start of a fit.
+
+Coordinates, core and scale from the curvature at w*, then a check of the scale by virial.
+"""
 
 import equinox as eqx
 import jax
@@ -17,17 +20,20 @@ CORE_BYTES = 128 * 2**20  # memory budget of the core
 DENSE_DIM = 64  # up to here the whole Hessian is as cheap as a Krylov space
 OVERSAMPLING = 2 * BLOCK
 TRACE_PROBES = 8
-RELATIVE_FLOOR = 1e-6  # smallest precision relative to the mean one, where gamma is zero or nearly so
+RELATIVE_FLOOR = (
+    1e-6  # smallest precision relative to the mean one, where gamma is zero or nearly so
+)
 
 
 class Start(eqx.Module):
     """Where a fit begins.
 
-    `scale` is S^{-1} with the overall scale of q in it, `core` the precision core in those coordinates, so that
-    log_scale starts at zero. `spectrum` holds the leading eigenvalues of the precision `nbeta H + gamma`, the first
-    `num_values` of them computed and the others zero, and `rest` the mean of what the core leaves out, both in the
-    whitened coordinates before rescaling. `lowest` is the least curvature that was met there, `lowest_direction` the
-    displacement of unit length in whitened coordinates that has it.
+    `scale` is S^{-1} with the overall scale of q in it, `core` the precision core in those
+    coordinates, so that log_scale starts at zero. `spectrum` holds the leading eigenvalues of the
+    precision `nbeta H + gamma`, the first `num_values` of them computed and the others zero, and
+    `rest` the mean of what the core leaves out, both in the whitened coordinates before rescaling.
+    `lowest` is the least curvature that was met there, `lowest_direction` the displacement of unit
+    length in whitened coordinates that has it.
     """
 
     scale: Float[Array, " dim"]
@@ -62,9 +68,9 @@ def make_start(
 ) -> Start:
     """Build the Laplace start from Hessian-vector products at w*.
 
-    In whitened coordinates the precision is `M = S^{-1} (nbeta H + gamma) S^{-1}`; with eigenpairs (m_i, e_i) and
-    `rest` the mean of the others, D = 1/rest and core rows `e_i sqrt(m_i / rest - 1)`: exact on a quadratic
-    whose other eigenvalues are equal.
+    In whitened coordinates the precision is `M = S^{-1} (nbeta H + gamma) S^{-1}`; with eigenpairs
+    (m_i, e_i) and `rest` the mean of the others, D = 1/rest and core rows `e_i sqrt(m_i / rest -
+    1)`: exact on a quadratic whose other eigenvalues are equal.
 
     Cost:
         `num_hvp` Hessian-vector products on `curvature_batch`, and the whitening's own.
@@ -74,20 +80,30 @@ def make_start(
     hvp = hvp_operator(objective, center, curvature_batch)
     if whitener_scale is None:
         scale = whitening_scale(
-            config.whitening, key_whiten, objective, posterior, next_batch, hvp, config.filled.whitening_decay
+            config.whitening,
+            key_whiten,
+            objective,
+            posterior,
+            next_batch,
+            hvp,
+            config.filled.whitening_decay,
         )
     else:
         scale = whitener_scale
 
     def precision(block):
-        return scale * (posterior.nbeta * jax.vmap(hvp)(scale * block) + posterior.gamma * scale * block)
+        return scale * (
+            posterior.nbeta * jax.vmap(hvp)(scale * block) + posterior.gamma * scale * block
+        )
 
     limit = rank_limit(config, dim, dtype.itemsize)
     probes = hutchinson.rademacher(key_trace, TRACE_PROBES, dim, dtype)
     images = precision(probes)
     mean = jnp.mean(jnp.sum(probes * images, -1)) / dim
     floor = jnp.maximum(posterior.gamma * jnp.min(scale**2), RELATIVE_FLOOR * jnp.abs(mean))
-    floor = jnp.where(floor > 0, floor, 1.0)  # neither loss nor localizer says anything: any width will do
+    floor = jnp.where(
+        floor > 0, floor, 1.0
+    )  # neither loss nor localizer says anything: any width will do
     if limit == 0:
         spectrum = Spectrum(jnp.zeros(0, dtype), jnp.zeros((0, dim), dtype), jnp.asarray(0))
     elif dim <= DENSE_DIM:
@@ -110,18 +126,25 @@ def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:
     # trace of the complement of the Ritz space, by the probes with that space projected out
     beyond = probes - (probes @ vectors.T) @ vectors
     complement = jnp.maximum(dim - spectrum.size, 0)
-    # the probes' own share of the complement in the denominator makes this exact for a constant remainder
+    # the probes' own share of the complement in the denominator makes this exact for a constant
+    # remainder
     share = jnp.maximum(jnp.sum(beyond**2), jnp.finfo(beyond.dtype).tiny)
     complement_trace = jnp.where(complement > 0, complement * jnp.sum(beyond * images) / share, 0.0)
     # cross terms between the space and its complement vanish for exact Ritz spaces
-    mean_beyond = jnp.where(complement > 0, jnp.maximum(complement_trace / jnp.maximum(complement, 1), floor), floor)
-    smallest = jnp.min(jnp.where(jnp.arange(size) < spectrum.size, values, jnp.inf), initial=jnp.inf)
+    mean_beyond = jnp.where(
+        complement > 0, jnp.maximum(complement_trace / jnp.maximum(complement, 1), floor), floor
+    )
+    smallest = jnp.min(
+        jnp.where(jnp.arange(size) < spectrum.size, values, jnp.inf), initial=jnp.inf
+    )
     threshold = jnp.where(complement > 0, mean_beyond + floor, 1.05 * jnp.maximum(smallest, floor))
     wanted = values > threshold
     wanted_rank = jnp.sum(wanted)
     chosen = wanted & (jnp.arange(size) < limit)
     rank = jnp.sum(chosen)
-    left = jnp.sum(jnp.where(~chosen & (jnp.arange(size) < spectrum.size), jnp.maximum(values, floor), 0.0))
+    left = jnp.sum(
+        jnp.where(~chosen & (jnp.arange(size) < spectrum.size), jnp.maximum(values, floor), 0.0)
+    )
     rest = jnp.maximum((left + complement * mean_beyond) / jnp.maximum(dim - rank, 1), floor)
     lengths = jnp.sqrt(jnp.where(chosen, jnp.maximum(values / rest - 1, 0.0), 0.0))
     keep = min(limit, size)
@@ -148,22 +171,29 @@ def _lowest(spectrum: Spectrum, beyond, images, complement):
     """Return the least curvature among the Ritz pairs and the probes of what they leave out, and its direction."""
     squares = jnp.sum(beyond**2, axis=-1)
     is_seen = (complement > 0) & (squares > 0)
-    quotients = jnp.where(is_seen, jnp.sum(beyond * images, axis=-1) / jnp.where(is_seen, squares, 1.0), jnp.inf)
+    quotients = jnp.where(
+        is_seen, jnp.sum(beyond * images, axis=-1) / jnp.where(is_seen, squares, 1.0), jnp.inf
+    )
     is_ritz = jnp.arange(spectrum.values.size) < spectrum.size
     values = jnp.concatenate([jnp.where(is_ritz, spectrum.values, jnp.inf), quotients])
-    candidates = jnp.concatenate([spectrum.vectors, beyond / jnp.sqrt(jnp.where(is_seen, squares, 1.0))[:, None]])
+    candidates = jnp.concatenate(
+        [spectrum.vectors, beyond / jnp.sqrt(jnp.where(is_seen, squares, 1.0))[:, None]]
+    )
     place = jnp.argmin(values)
     return values[place], candidates[place]
 
 
-def newton_decrement(start: Start, posterior: LocalPosterior, slope: Float[Array, " dim"]) -> Scalar:
+def newton_decrement(
+    start: Start, posterior: LocalPosterior, slope: Float[Array, " dim"]
+) -> Scalar:
     """Return how many nats of the log density a Newton step from w* would gain: 0 at a minimum.
 
     Args:
         start: The precision, as its core and scale have it.
         posterior: The target.
-        slope: Gradient of L_n at w* on all data. On a part of them its sampling error alone would be
-            `nbeta d / 2` times the difference of their inverse numbers, thousands of nats for a network.
+        slope: Gradient of L_n at w* on all data. On a part of them its sampling error alone would
+            be `nbeta d / 2` times the difference of their inverse numbers, thousands of nats for a
+            network.
     """
     pull = start.scale * posterior.nbeta * slope
     squares = jnp.sum(start.core**2, axis=-1)

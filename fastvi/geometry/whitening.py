@@ -12,7 +12,9 @@ from fastvi.target.posterior import LocalPosterior
 
 MOMENT_GRADIENTS = 128  # minibatch gradients at w* in the pre-pass of rmsprop and adam
 DIAGONAL_PROBES = 16  # Rademacher probes of hvp_diag
-RELATIVE_FLOOR = 1e-4  # smallest A_diag relative to its mean: keeps dead parameters at a finite length
+RELATIVE_FLOOR = (
+    1e-4  # smallest A_diag relative to its mean: keeps dead parameters at a finite length
+)
 
 
 def whitening_scale(
@@ -26,9 +28,9 @@ def whitening_scale(
 ) -> Float[Array, " dim"]:
     """Return S^{-1} for a whitening mode.
 
-    "rmsprop" and "adam" accumulate bias-corrected moments of minibatch gradients at w*; "adam" removes the mean
-    gradient. They know shape only, so the result has geometric mean one. "hvp_diag" knows the scale:
-    `1 / sqrt(nbeta |diag H| + gamma)`.
+    "rmsprop" and "adam" accumulate bias-corrected moments of minibatch gradients at w*; "adam"
+    removes the mean gradient. They know shape only, so the result has geometric mean one.
+    "hvp_diag" knows the scale: `1 / sqrt(nbeta |diag H| + gamma)`.
 
     Args:
         mode: "none", "rmsprop", "adam" or "hvp_diag".
@@ -53,10 +55,15 @@ def whitening_scale(
     def accumulate(moments, key_batch):
         gradient = objective.grad(center, next_batch(key_batch))
         first, second = moments
-        return (decay * first + (1 - decay) * gradient, decay * second + (1 - decay) * gradient**2), None
+        return (
+            decay * first + (1 - decay) * gradient,
+            decay * second + (1 - decay) * gradient**2,
+        ), None
 
     zero = jnp.zeros_like(center)
-    (first, second), _ = jax.lax.scan(accumulate, (zero, zero), jax.random.split(key, MOMENT_GRADIENTS))
+    (first, second), _ = jax.lax.scan(
+        accumulate, (zero, zero), jax.random.split(key, MOMENT_GRADIENTS)
+    )
     correction = 1 - decay**MOMENT_GRADIENTS
     second = second / correction
     if mode == "adam":

@@ -30,7 +30,10 @@ def linen_loss(
     """
     linen = import_optional("flax.linen", extra="flax", distribution="flax", purpose="linen_loss")
     if not isinstance(module, linen.Module):
-        raise DataError(f"module must be a flax.linen.Module; got {type(module).__name__}. For nnx use nnx_loss.")
+        raise DataError(
+            f"module must be a flax.linen.Module; got {type(module).__name__}. For nnx use "
+            "nnx_loss."
+        )
     if "params" not in variables:
         raise DataError(f'variables must hold the collection "params"; got {sorted(variables)}.')
     fixed = {name: collection for name, collection in variables.items() if name != "params"}

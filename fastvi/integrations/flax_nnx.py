@@ -12,7 +12,8 @@ Loss = Callable[[Array, Array], Scalar]
 def nnx_loss(model: Any, loss: Loss) -> tuple[Callable[[PyTree, Batch], Any], PyTree]:
     """Make a loss of a model's `nnx.Param` variables; all others stay as they are.
 
-    Put the model into evaluation mode first (`model.eval()`), where dropout or batch statistics matter.
+    Put the model into evaluation mode first (`model.eval()`), where dropout or batch statistics
+    matter.
 
     Args:
         model: An `nnx.Module`, called on inputs.

@@ -17,10 +17,12 @@ def haiku_loss(
     """Make a loss of the parameters that `init` returned.
 
     Args:
-        transformed: What `hk.transform` or `hk.transform_with_state` returned, also within `hk.without_apply_rng`.
+        transformed: What `hk.transform` or `hk.transform_with_state` returned, also within
+            `hk.without_apply_rng`.
         loss: `(outputs, targets) -> mean loss per example`, in nats.
         state: The state of a function transformed with state; it is read and not updated.
-        rng: Key of a function that draws; the same at every call, so that the loss is a function of the parameters.
+        rng: Key of a function that draws; the same at every call, so that the loss is a function of
+            the parameters.
 
     Returns:
         `(params, (inputs, targets)) -> mean loss per example`.
@@ -34,16 +36,23 @@ def haiku_loss(
     if not callable(getattr(transformed, "apply", None)):
         raise DataError(
             "transformed must be what hk.transform or hk.transform_with_state returned; got "
-            f"{type(transformed).__name__}. Of a multi_transform pass hk.Transformed(init, one of its applies)."
+            f"{type(transformed).__name__}. Of a multi_transform pass hk.Transformed(init, one of "
+            "its applies)."
         )
     apply = transformed.apply
     before = (state,) if with_state else ()
     if _takes_key(apply, 1 + len(before)):
         before = (*before, rng)
     elif rng is not None:
-        raise DataError("rng is given, and the function takes none: leave it out, or leave out hk.without_apply_rng.")
+        raise DataError(
+            "rng is given, and the function takes none: leave it out, or leave out "
+            "hk.without_apply_rng."
+        )
     if state is not None and not with_state:
-        raise DataError("state is given, and the function has none: use hk.transform_with_state, or leave it out.")
+        raise DataError(
+            "state is given, and the function has none: use hk.transform_with_state, or leave it "
+            "out."
+        )
 
     def loss_fn(params: PyTree, batch: Batch) -> Any:
         inputs, targets = batch

@@ -1,7 +1,10 @@
-"""fastvi inside lambda_hat: `install()` makes an unchanged run of it use `fastvi.fit` for its VI algorithms.
+"""fastvi inside lambda_hat.
 
-lambda_hat calls an algorithm once plainly, for its timings and its work, and once more inside `jax.vmap` over the
-chains' keys, for the numbers. What runs is therefore a fit of fixed length that can be traced.
+`install()` makes an unchanged run of it use `fastvi.fit` for its VI algorithms.
+
+lambda_hat calls an algorithm once plainly, for its timings and its work, and once more inside
+`jax.vmap` over the chains' keys, for the numbers. What runs is therefore a fit of fixed length that
+can be traced.
 """
 
 import dataclasses
@@ -18,9 +21,20 @@ from fastvi.config import VIConfig
 from fastvi.families import FAMILIES
 
 ALGORITHMS = ("mfa", "flow")
-# What lambda_hat does itself or says by an argument: the whitening pre-pass, TensorBoard, gamma, the dtype of w*.
-_CLIENTS_OWN = {"algo", "family", "whitening_mode", "whitening_decay", "use_whitening", "tensorboard", "gamma", "dtype"}
-# Its 1e-3 in every run would leave the directions off the flow out; fastvi begins at the posterior's own width there.
+# What lambda_hat does itself or says by an argument: the whitening pre-pass, TensorBoard, gamma,
+# the dtype of w*.
+_CLIENTS_OWN = {
+    "algo",
+    "family",
+    "whitening_mode",
+    "whitening_decay",
+    "use_whitening",
+    "tensorboard",
+    "gamma",
+    "dtype",
+}
+# Its 1e-3 in every run would leave the directions off the flow out; fastvi begins at the
+# posterior's own width there.
 _CLIENTS_OWN |= {"sigma_perp"}
 _LEAST_DRAWS = 4
 
@@ -81,16 +95,18 @@ class Algorithm:
         if self.name == "flow":
             elbo = result["traces"]["elbo"]
             result["traces"]["d_latent"] = jnp.full_like(elbo, config.latent_dim(wstar_flat.size))
-        del result["extras"]["q"]  # lambda_hat, which maps over keys, would hold all of q for every chain
+        del result["extras"][
+            "q"
+        ]  # lambda_hat, which maps over keys, would hold all of q for every chain
         return {**result, "work": {**result["work"], "sampler_flavour": self.name}}
 
 
 def translate(vi_cfg: Any, algorithm: str, num_data: int, dtype: Any) -> VIConfig:
     """Read lambda_hat's configuration.
 
-    It is one for all of its algorithms: what this one has no use for is left aside. A minibatch larger than the data
-    becomes all data, and evaluation draws are made an even number of at least 4. Entries that fastvi does not know are
-    left to lambda_hat.
+    It is one for all of its algorithms: what this one has no use for is left aside. A minibatch
+    larger than the data becomes all data, and evaluation draws are made an even number of at least
+    4. Entries that fastvi does not know are left to lambda_hat.
 
     Args:
         vi_cfg: A DictConfig, mapping, dataclass or namespace, in which entries may be missing.
@@ -98,8 +114,16 @@ def translate(vi_cfg: Any, algorithm: str, num_data: int, dtype: Any) -> VIConfi
         num_data: Number of examples.
         dtype: Dtype of w*.
     """
-    names = {field.name for field in dataclasses.fields(VIConfig)} | {"flow_type", "flow_depth", "flow_hidden"}
-    given = {name: value for name in names - _CLIENTS_OWN if (value := _entry(vi_cfg, name)) is not _MISSING}
+    names = {field.name for field in dataclasses.fields(VIConfig)} | {
+        "flow_type",
+        "flow_depth",
+        "flow_hidden",
+    }
+    given = {
+        name: value
+        for name in names - _CLIENTS_OWN
+        if (value := _entry(vi_cfg, name)) is not _MISSING
+    }
     if algorithm != "flow":
         given = {name: value for name, value in given.items() if "flow" not in name}
     if isinstance(draws := given.get("eval_samples"), int):
@@ -145,7 +169,9 @@ def uninstall() -> None:
         UnavailableError: If fastvi is not installed in lambda_hat.
     """
     if not _replaced:
-        raise UnavailableError("there is nothing to put back: fastvi is not installed in lambda_hat. Call install().")
+        raise UnavailableError(
+            "there is nothing to put back: fastvi is not installed in lambda_hat. Call install()."
+        )
     registry = _registry()
     while _replaced:
         name, factory = _replaced.popitem()
@@ -160,7 +186,10 @@ def _factory(name: str) -> Factory:
 
 
 def _registry() -> Any:
-    """Return lambda_hat's registry, its own algorithms registered: they would otherwise replace ours later."""
+    """Return lambda_hat's registry, its own algorithms registered.
+
+    They would otherwise replace ours later.
+    """
     try:
         registry = importlib.import_module("lambda_hat.vi.registry")
         importlib.import_module("lambda_hat.vi.flow")
@@ -168,5 +197,7 @@ def _registry() -> Any:
         if error.name != "lambda_hat":
             raise
         url = "git+https://github.com/danmackinlay/lambda_hat@variational"
-        raise MissingExtraError(f'fastvi.integrations.lambda_hat needs lambda_hat: pip install "{url}"') from error
+        raise MissingExtraError(
+            f'fastvi.integrations.lambda_hat needs lambda_hat: pip install "{url}"'
+        ) from error
     return registry

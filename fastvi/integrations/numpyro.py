@@ -10,18 +10,24 @@ from fastvi._typing import Batch, PyTree
 
 
 def numpyro_loss(
-    model: Callable[..., Any], params: Mapping[str, Any], data: tuple[Any, ...], *, prior: bool = True
+    model: Callable[..., Any],
+    params: Mapping[str, Any],
+    data: tuple[Any, ...],
+    *,
+    prior: bool = True,
 ) -> tuple[Callable[[PyTree, Batch], Any], PyTree]:
     """Make a loss of a model's latent sites in unconstrained coordinates.
 
-    On all data, n times the loss is the potential energy: with nbeta = n and localization = 0 the local posterior is
-    the model's own. On a minibatch the observed sites are averaged and the prior keeps its weight 1/n.
+    On all data, n times the loss is the potential energy: with nbeta = n and localization = 0 the
+    local posterior is the model's own. On a minibatch the observed sites are averaged and the prior
+    keeps its weight 1/n.
 
     Args:
         model: A numpyro model, called with the arrays of a batch.
         params: Values of the latent sites in their own coordinates, such as a mode, by name.
         data: The arrays that the model is called with, each with a leading axis of examples.
-        prior: Whether the prior is part of the loss; without, it is the negative log likelihood alone.
+        prior: Whether the prior is part of the loss; without, it is the negative log likelihood
+            alone.
 
     Returns:
         `(params, batch) -> mean loss per example`, and the parameters in unconstrained coordinates.

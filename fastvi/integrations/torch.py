@@ -12,7 +12,8 @@ Loss = Callable[[Array, Array], Scalar]
 def torch_loss(module: Any, loss: Loss) -> tuple[Callable[[PyTree, Batch], Any], PyTree]:
     """Make a loss of a module's parameters; its buffers stay as they are.
 
-    Put the module into evaluation mode first (`module.eval()`), where dropout or batch statistics matter.
+    Put the module into evaluation mode first (`module.eval()`), where dropout or batch statistics
+    matter.
 
     Args:
         module: A `torch.nn.Module`, called on the inputs of a batch.
@@ -24,7 +25,9 @@ def torch_loss(module: Any, loss: Loss) -> tuple[Callable[[PyTree, Batch], Any],
     Raises:
         MissingExtraError: If torchax is not installed.
     """
-    torchax = import_optional("torchax", extra="torch", distribution="torchax", purpose="torch_loss")
+    torchax = import_optional(
+        "torchax", extra="torch", distribution="torchax", purpose="torch_loss"
+    )
     states, apply = torchax.extract_jax(module)
     names = {name for name, _ in module.named_parameters()}
     fixed = {name: state for name, state in states.items() if name not in names}

@@ -1,4 +1,7 @@
-"""Array kernels of the hot paths: one folder an operation, each with a dense reference that defines it."""
+"""Array kernels of the hot paths.
+
+One folder an operation, each with a dense reference that defines it.
+"""
 
 from fastvi.kernels.registry import OPS, show
 

@@ -1,4 +1,7 @@
-"""Choice of an implementation: by platform, or a named one, which is honoured or refused with the reason."""
+"""Choice of an implementation.
+
+By platform, or a named one, which is honoured or refused with the reason.
+"""
 
 import functools
 import importlib
@@ -36,9 +39,15 @@ class Implementation(NamedTuple):
 
     def obstacle(self, platform: str) -> str | None:
         """Say what keeps it from running on this machine, None if nothing does."""
-        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        missing = [
+            package for package in self.packages if importlib.util.find_spec(package) is None
+        ]
         if missing:
-            cure = ", which this jax does not have" if self.extra is None else f": pip install 'fastvi[{self.extra}]'"
+            cure = (
+                ", which this jax does not have"
+                if self.extra is None
+                else f": pip install 'fastvi[{self.extra}]'"
+            )
             return f"it needs {' and '.join(missing)}{cure}"
         if platform not in self.platforms:
             return f"it runs on {' and '.join(self.platforms)}, and this machine has {platform}"
@@ -67,11 +76,19 @@ class Op(NamedTuple):
         if implementation is not None:
             return getattr(self.select(implementation), function)(*args, **options)
         branches = {
-            platform: functools.partial(getattr(self.implementations[name].load(), function), **options)
+            platform: functools.partial(
+                getattr(self.implementations[name].load(), function), **options
+            )
             for platform, name in self.defaults.items()
         }
-        fallback = functools.partial(getattr(self.implementations["xla"].load(), function), **options)
-        return jax.lax.platform_dependent(*args, **branches, default=fallback) if branches else fallback(*args)
+        fallback = functools.partial(
+            getattr(self.implementations["xla"].load(), function), **options
+        )
+        return (
+            jax.lax.platform_dependent(*args, **branches, default=fallback)
+            if branches
+            else fallback(*args)
+        )
 
     def select(self, implementation: str) -> ModuleType:
         """Return the module that implements the kernel.
@@ -81,14 +98,16 @@ class Op(NamedTuple):
         """
         if implementation not in self.implementations:
             raise ConfigError(
-                f"implementation of kernel {self.name!r} must be one of {sorted(self.implementations)} or None; "
+                f"implementation of kernel {self.name!r} must be one of "
+                f"{sorted(self.implementations)} or None; "
                 f"got {implementation!r}."
             )
         chosen = self.implementations[implementation]
         obstacle = chosen.obstacle(current_platform())
         if obstacle is not None:
             raise ConfigError(
-                f"implementation {implementation!r} of kernel {self.name!r} was asked for, but {obstacle}."
+                f"implementation {implementation!r} of kernel {self.name!r} was asked for, but "
+                f"{obstacle}."
             )
         return chosen.load()
 
@@ -106,7 +125,11 @@ def triton(op: str) -> dict[str, Implementation]:
 
 def pallas(op: str) -> dict[str, Implementation]:
     """Return the implementation by Pallas kernels."""
-    return {"pallas": Implementation(f"fastvi.kernels.{op}.pallas", ("cuda",), ("jax.experimental.pallas.triton",))}
+    return {
+        "pallas": Implementation(
+            f"fastvi.kernels.{op}.pallas", ("cuda",), ("jax.experimental.pallas.triton",)
+        )
+    }
 
 
 def current_platform() -> str:

@@ -24,8 +24,8 @@ def call(
 ) -> tuple[Array, ...]:
     """Launch a kernel; `aliases` maps inputs to the outputs that take their place.
 
-    The kernel sees the inputs, then the outputs that are not aliased: jax-triton before 0.4 passes aliased outputs
-    too, so `kernel` is a pair, with and without pointers for them at the end.
+    The kernel sees the inputs, then the outputs that are not aliased: jax-triton before 0.4 passes
+    aliased outputs too, so `kernel` is a pair, with and without pointers for them at the end.
     """
     import jax_triton  # pyright: ignore[reportMissingImports]
 
@@ -46,7 +46,8 @@ def call(
 def over_chains(stacked: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a function of arrays with an axis of chains in front into one of a single chain.
 
-    vmap over chains, or over chains and draws, then makes one launch: a program axis instead of a loop.
+    vmap over chains, or over chains and draws, then makes one launch: a program axis instead of a
+    loop.
     """
     launched = custom_vmap(stacked)
 
@@ -57,7 +58,9 @@ def over_chains(stacked: Callable[..., Any]) -> Callable[..., Any]:
             return whole.reshape(axis_size * whole.shape[1], *whole.shape[2:])
 
         results = launched(*map(merged, args, in_batched))
-        split = jax.tree_util.tree_map(lambda leaf: leaf.reshape(axis_size, -1, *leaf.shape[1:]), results)
+        split = jax.tree_util.tree_map(
+            lambda leaf: leaf.reshape(axis_size, -1, *leaf.shape[1:]), results
+        )
         return split, jax.tree_util.tree_map(lambda _: True, split)
 
     def one(*args):

@@ -10,7 +10,8 @@ from fastvi._typing import Array, Float, Scalar
 def upper_median(values: Float[Array, " size"]) -> Scalar:
     """Return the entry of rank `size // 2` of non-negative numbers, NaN last.
 
-    The bits of non-negative floating-point numbers rise with them, so the answer is found bit by bit.
+    The bits of non-negative floating-point numbers rise with them, so the answer is found bit by
+    bit.
 
     Cost:
         As many reads as a number has bits.

@@ -1,6 +1,7 @@
 """Inverse of small lower-triangular matrices in a few batched products.
 
-A batched triangular solve expands into hundreds of operations when XLA compiles it for CPU; this does not.
+A batched triangular solve expands into hundreds of operations when XLA compiles it for CPU; this
+does not.
 """
 
 from typing import NamedTuple
@@ -25,8 +26,8 @@ class InverseRoot(NamedTuple):
 def inverse_root(gram: Float[Array, "*batch n n"]) -> InverseRoot:
     """Factorise `(I + gram)^{-1}`.
 
-    Where rounding left `I + gram` indefinite, its diagonal is raised by `RIDGE` of itself and the factorisation tried
-    once more; NaN where that fails too.
+    Where rounding left `I + gram` indefinite, its diagonal is raised by `RIDGE` of itself and the
+    factorisation tried once more; NaN where that fails too.
 
     Cost:
         O(n^3) operations.
@@ -70,22 +71,27 @@ def _factorise(gram):
     failed = jnp.isnan(root).any(axis=(-2, -1)) & jnp.isfinite(matrix).all(axis=(-2, -1))
 
     def again():
-        diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)[..., None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+        diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)[..., None] * jnp.eye(
+            gram.shape[-1], dtype=gram.dtype
+        )
         return jnp.where(failed[..., None, None], cholesky(matrix + RIDGE * diagonal), root)
 
     return jax.lax.cond(failed.any(), again, lambda: root), failed.astype(gram.dtype)
 
 
 def cholesky(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
-    """Factorise symmetric matrices without symmetrising them first; NaN where one is not positive definite."""
+    """Factorise symmetric matrices without symmetrising them first.
+
+    NaN where one is not positive definite.
+    """
     return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
 
 
 def lower_inverse(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     """Invert lower-triangular matrices by doubling blocks along the diagonal.
 
-    `[[A, 0], [B, C]]^{-1} = [[A^{-1}, 0], [-C^{-1} B A^{-1}, C^{-1}]]`, from blocks of one entry up. As accurate as
-    forward substitution for the well-scaled factors of `I + G`.
+    `[[A, 0], [B, C]]^{-1} = [[A^{-1}, 0], [-C^{-1} B A^{-1}, C^{-1}]]`, from blocks of one entry
+    up. As accurate as forward substitution for the well-scaled factors of `I + G`.
 
     Cost:
         O(n^3) operations in 2 log2(n) batched products.

@@ -1,4 +1,7 @@
-"""Draws of a fitted q, with its normalised log density: as flat vectors or in the pytree that somebody passed."""
+"""Draws of a fitted q, with its normalised log density.
+
+As flat vectors or in the pytree that somebody passed.
+"""
 
 import dataclasses
 import functools
@@ -24,15 +27,18 @@ from fastvi.target.restrict import RestrictedLoss
 class FittedQ(eqx.Module):
     """A fitted q, to draw from: of several chains, the mixture of theirs with equal weights.
 
-    `result.q` of `estimate_llc` draws in the pytree that was passed as `params`, `extras["q"]` of `fit` draws flat
-    vectors. It is a pytree of arrays, so that `jax.jit` and `jax.vmap` take it and return it.
+    `result.q` of `estimate_llc` draws in the pytree that was passed as `params`, `extras["q"]` of
+    `fit` draws flat vectors. It is a pytree of arrays, so that `jax.jit` and `jax.vmap` take it and
+    return it.
 
-    Means under the mixture are those that an estimate reports: `llc_vi` is nbeta (E_q[L_n(w)] - L_n(w*)).
+    Means under the mixture are those that an estimate reports: `llc_vi` is nbeta (E_q[L_n(w)] -
+    L_n(w*)).
 
     Attributes:
         family: What the parameters of q mean.
         params: Parameters of q, with a first axis of chains.
-        center: w*, flat; of a fit under `jax.vmap` with its axes before, until that is mapped over too.
+        center: w*, flat; of a fit under `jax.vmap` with its axes before, until that is mapped over
+            too.
         structure: How parameters lie in a flat vector; None where w is flat.
         restriction: The loss that `fastvi.restrict` made, where some parameters are held fixed.
         form: What draws look like: flat vectors, the parameters that vary, or all of them.
@@ -64,7 +70,10 @@ class FittedQ(eqx.Module):
 
     @property
     def varying(self) -> "FittedQ":
-        """The same q of the parameters that vary, as `fastvi.restrict` returns them; of all, where none is fixed."""
+        """The same q of the parameters that vary, as `fastvi.restrict` returns them.
+
+        Of all, where none is fixed.
+        """
         return self._as_tree("varying")
 
     @property
@@ -74,7 +83,10 @@ class FittedQ(eqx.Module):
 
     def _as_tree(self, form: Literal["varying", "whole"]) -> "FittedQ":
         if self.structure is None:
-            raise DataError("this q knows flat vectors alone: fit() was given no pytree. Unravel its draws yourself.")
+            raise DataError(
+                "this q knows flat vectors alone: fit() was given no pytree. Unravel its draws "
+                "yourself."
+            )
         return dataclasses.replace(self, form=form)
 
     @in_own_modes
@@ -88,9 +100,9 @@ class FittedQ(eqx.Module):
             shape: Axes that lead every array of w; an int is one axis.
 
         Returns:
-            w, and log q(w) in nats, of shape `shape`: normalised over the coordinates of w that vary. Arrays of a
-            pytree have the dtypes that were passed in; log q is that of the draw before it is cast to them. What is no
-            array comes back as it was.
+            w, and log q(w) in nats, of shape `shape`: normalised over the coordinates of w that
+            vary. Arrays of a pytree have the dtypes that were passed in; log q is that of the draw
+            before it is cast to them. What is no array comes back as it was.
 
         Raises:
             DataError: If the shape is none.
@@ -118,15 +130,17 @@ class FittedQ(eqx.Module):
             w: What `sample_and_log_prob` returns: a flat vector or a pytree, with any leading axes.
 
         Returns:
-            log q(w) in nats, of the shape of the leading axes. A w that differs from the parameters held fixed counts
-            as its varying part.
+            log q(w) in nats, of the shape of the leading axes. A w that differs from the parameters
+            held fixed counts as its varying part.
 
         Raises:
             DataError: If w does not have the structure or the shapes of a draw.
         """
         self._check_one()
         flat = self._flattened(w)
-        displacement = flat.reshape(math.prod(flat.shape[:-1]), self.center.size) - self.center[None]
+        displacement = (
+            flat.reshape(math.prod(flat.shape[:-1]), self.center.size) - self.center[None]
+        )
         return _log_prob(self.family, self.params, displacement).reshape(flat.shape[:-1])
 
     def _check_one(self) -> None:
@@ -141,7 +155,11 @@ class FittedQ(eqx.Module):
         if self.form == "flat" or self.structure is None:
             return w
         tree = self.structure.unravel_as_given(w)
-        return tree if self.form == "varying" or self.restriction is None else self.restriction.put(tree, w.shape[:-1])
+        return (
+            tree
+            if self.form == "varying" or self.restriction is None
+            else self.restriction.put(tree, w.shape[:-1])
+        )
 
     def _flattened(self, w: PyTree) -> Float[Array, "*axes dim"]:
         """Undo `_formed`."""
@@ -159,13 +177,16 @@ def fitted_q(result: Any) -> FittedQ:
     """Return the q of an estimate; see `LLCEstimate.q`."""
     if result.fitted is None:
         raise DataError(
-            "this estimate holds no fit to draw from (it was loaded from disk, or is not the last of a curve). Run "
+            "this estimate holds no fit to draw from (it was loaded from disk, or is not the last "
+            "of a curve). Run "
             "estimate_llc again."
         )
     fitted: Fitted = result.fitted
     structure, loss_fn = fitted.objective.structure, fitted.objective.loss_fn
     restriction = loss_fn if isinstance(loss_fn, RestrictedLoss) else None
-    form: Literal["varying", "whole"] = "whole" if fitted.is_masked or restriction is None else "varying"
+    form: Literal["varying", "whole"] = (
+        "whole" if fitted.is_masked or restriction is None else "varying"
+    )
     center = fitted.problem.posterior.center
     return FittedQ(fitted.fit.family, fitted.fit.params, center, structure, restriction, form)
 
@@ -173,7 +194,8 @@ def fitted_q(result: Any) -> FittedQ:
 def _axes(shape: Given[int | Sequence[int]]) -> tuple[int, ...]:
     axes = (shape,) if isinstance(shape, (int, np.integer)) else shape
     if not isinstance(axes, Sequence) or any(
-        isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0 for size in axes
+        isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0
+        for size in axes
     ):
         raise DataError(f"shape must be a tuple of sizes, such as () or (100,); got {shape!r}.")
     return tuple(int(size) for size in axes)
@@ -198,7 +220,9 @@ def _draw(
     label = jax.random.randint(key_label, (num,), 0, chains)
     displacement = displacements[label, jnp.arange(num)]
     each = _each_log_prob(family, params, displacement)
-    each = jnp.where(jnp.arange(chains)[:, None] == label[None], own, each)  # a draw knows its own density best
+    each = jnp.where(
+        jnp.arange(chains)[:, None] == label[None], own, each
+    )  # a draw knows its own density best
     return center[None] + displacement, _mixed(each)
 
 
@@ -208,7 +232,9 @@ def _log_prob(family: AbstractFamily, params: PyTree, displacement: Float[Array,
 
 
 def _each_log_prob(family, params, displacement) -> Float[Array, "chains draws"]:
-    return jax.lax.map(lambda one: jax.vmap(lambda v: family.log_prob(one, v))(displacement), params)
+    return jax.lax.map(
+        lambda one: jax.vmap(lambda v: family.log_prob(one, v))(displacement), params
+    )
 
 
 def _mixed(log_probs: Float[Array, "chains draws"]) -> Float[Array, " draws"]:

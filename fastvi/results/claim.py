@@ -15,20 +15,28 @@ from fastvi.results import files
 LOCK_FILE = ".fastvi.lock"
 ORIGIN_FILE = "run.json"  # what makes a folder fastvi's own
 RUN, SWEEP = "fastvi run", "fastvi sweep"
-BUSY = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)  # what flock says of a file that somebody holds
+BUSY = (
+    errno.EAGAIN,
+    errno.EACCES,
+    errno.EWOULDBLOCK,
+)  # what flock says of a file that somebody holds
 
 
 @contextlib.contextmanager
-def claimed(folder: str | os.PathLike[str], kind: str = RUN, *, below_ours: bool = False) -> Iterator[Path]:
+def claimed(
+    folder: str | os.PathLike[str], kind: str = RUN, *, below_ours: bool = False
+) -> Iterator[Path]:
     """Make a folder, prove that it can be written and is nobody else's, and hold it while the block runs.
 
-    Nobody else's is a folder that is new or empty, or whose run.json is of this kind. What was made is removed again
-    where the block leaves it empty. On Windows, and on file systems without locks, two processes are not told apart.
+    Nobody else's is a folder that is new or empty, or whose run.json is of this kind. What was made
+    is removed again where the block leaves it empty. On Windows, and on file systems without locks,
+    two processes are not told apart.
 
     Args:
         folder: The folder.
         kind: `RUN` or `SWEEP`.
-        below_ours: Whether it lies in a sweep that this process holds, hence is ours whatever state it is in.
+        below_ours: Whether it lies in a sweep that this process holds, hence is ours whatever state
+            it is in.
 
     Raises:
         ConfigError: If it cannot be had; the message says why and what to name instead.
@@ -52,23 +60,35 @@ def _make(folder: Path) -> list[Path]:
         missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        reason = "a file is in its place" if isinstance(error, FileExistsError) else files.first_line(error)
+        reason = (
+            "a file is in its place"
+            if isinstance(error, FileExistsError)
+            else files.first_line(error)
+        )
         raise ConfigError(
-            f"the folder {str(folder)!r} cannot be made: {reason}. Name another one with --out, where you may write."
+            f"the folder {str(folder)!r} cannot be made: {reason}. Name another one with --out, "
+            "where you may write."
         ) from error
     return missing
 
 
 def _check_owner(folder: Path, kind: str) -> None:
     try:
-        held = sorted(path.name for path in folder.iterdir() if not path.name.startswith((files.PARTIAL, LOCK_FILE)))
+        held = sorted(
+            path.name
+            for path in folder.iterdir()
+            if not path.name.startswith((files.PARTIAL, LOCK_FILE))
+        )
     except OSError as error:
-        raise ConfigError(f"the folder {str(folder)!r} cannot be read: {files.first_line(error)}.") from error
+        raise ConfigError(
+            f"the folder {str(folder)!r} cannot be read: {files.first_line(error)}."
+        ) from error
     if held and not is_ours(folder, kind):
         shown = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
         what = "no sweep" if kind == SWEEP else "no run"
         raise ConfigError(
-            f"the folder {str(folder)!r} is {what} of fastvi and holds {shown}, which would be written over. "
+            f"the folder {str(folder)!r} is {what} of fastvi and holds {shown}, which would be "
+            "written over. "
             f"Name an empty or a new folder, for example --out {folder / 'llc'!s}."
         )
 
@@ -93,7 +113,9 @@ def _locked(folder: Path) -> Iterator[None]:
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        path.unlink(missing_ok=True)  # before others can have it, else they would hold a file that is gone
+        path.unlink(
+            missing_ok=True
+        )  # before others can have it, else they would hold a file that is gone
         os.close(handle)
 
 
@@ -103,14 +125,16 @@ def _open_lock(path: Path) -> int:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         except OSError as error:
             raise ConfigError(
-                f"the folder {str(path.parent)!r} cannot be written: {files.first_line(error)}. Name another one with "
+                f"the folder {str(path.parent)!r} cannot be written: {files.first_line(error)}. "
+                "Name another one with "
                 "--out, where you may write."
             ) from error
         if not _take(handle):
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             os.close(handle)
             raise ConfigError(
-                f"the folder {str(path.parent)!r} is being written by another fastvi ({holder!r}). Name another folder "
+                f"the folder {str(path.parent)!r} is being written by another fastvi "
+                f"({holder!r}). Name another folder "
                 "with --out, or wait for it."
             )
         if _is_still(path, handle):

@@ -1,4 +1,7 @@
-"""What a person gets from an estimate: numbers, their errors, findings, and a folder to keep them in."""
+"""What a person gets from an estimate.
+
+Numbers, their errors, findings, and a folder to keep them in.
+"""
 
 import dataclasses
 import math
@@ -26,10 +29,11 @@ class LLCEstimate:
 
     Attributes:
         llc: lambda-hat = nbeta (E_q[L_n(w)] - L_n(w*)), mean over chains.
-        llc_sem: Standard error of `llc`; `coverage` says of what. Uncorrected, it is that of q's own value: Monte Carlo
-            under q and, of two or more chains, the spread of the fits, but not the distance of q from the posterior
-            (`distance` estimates it). Reweighted, that of the weighted draws. Sampled, that of the walkers, from their
-            spread and autocorrelation, with a part for finite steps and noisy gradients.
+        llc_sem: Standard error of `llc`; `coverage` says of what. Uncorrected, it is that of q's
+            own value: Monte Carlo under q and, of two or more chains, the spread of the fits, but
+            not the distance of q from the posterior (`distance` estimates it). Reweighted, that of
+            the weighted draws. Sampled, that of the walkers, from their spread and autocorrelation,
+            with a part for finite steps and noisy gradients.
         llc_per_chain: One value for each chain, or for each share of the walkers, shape (chains,).
         llc_sem_per_chain: Error of each of these alone, of the same shape.
         elbo: Lower bound on log of the posterior's normalising constant, in nats, mean over chains.
@@ -39,29 +43,32 @@ class LLCEstimate:
         n_data: Number of examples.
         dim: Number of parameters.
         converged: Whether the stopping rule was met before the cap on steps; None without the rule.
-        curvature: What is known of the spectrum at w*: rank, wanted_rank, explained, trace, spectrum, lowest (the least
-            curvature of n beta L_n + localizer that was met, for a unit of displacement) and newton_decrement.
-        evaluation: Per chain, of q alone: elbo, llc, llc_mc, variance_reduction, trace_term, log_weight_sd.
+        curvature: What is known of the spectrum at w*: rank, wanted_rank, explained, trace,
+            spectrum, lowest (the least curvature of n beta L_n + localizer that was met, for a unit
+            of displacement) and newton_decrement.
+        evaluation: Per chain, of q alone: elbo, llc, llc_mc, variance_reduction, trace_term,
+            log_weight_sd.
         work: Raw counts and total_fge, in full-gradient equivalents.
         timings: Seconds in compile, adaptation, sampling, evaluation, total.
         traces: Arrays of shape (chains, steps).
         log_weights: log p(w) - log q(w) at the evaluation's draws, shape (chains, draws).
-        draws: The evaluation's draws: excess_loss L_n(w) - L_n(w*), log_q and resp_entropy, each of shape (chains,
-            draws).
-        family_arrays: What the fitted q looks like, each with a first axis of chains: pi, D_sqrt (sorted, at most
-            `MOST_SCALES` quantiles of it), factor_norm2 (component, rank).
-        snapshots: With `tensorboard=True` the family's arrays after every `eval_every` steps, each of shape (chains,
-            snapshots, ...), and the steps' numbers, `step`.
+        draws: The evaluation's draws: excess_loss L_n(w) - L_n(w*), log_q and resp_entropy, each of
+            shape (chains, draws).
+        family_arrays: What the fitted q looks like, each with a first axis of chains: pi, D_sqrt
+            (sorted, at most `MOST_SCALES` quantiles of it), factor_norm2 (component, rank).
+        snapshots: With `tensorboard=True` the family's arrays after every `eval_every` steps, each
+            of shape (chains, snapshots, ...), and the steps' numbers, `step`.
         health: Findings, gravest first.
         config: The configuration that ran, with nothing left open that had an effect.
         llc_vi: The variational value, under q: `llc` where nothing corrects it.
         llc_vi_sem: Its standard error, under q.
-        correction: How `llc` was corrected: method, khat, in_memory (of reweighted draws) and, of a run of walkers,
-            settled, unmet (criterion, value, bound of each that was not met), least_budget (FGE of the shortest exact
-            run), rhat, rhat_radius, drift_z, virial_z, variance_reduction, systematic, walkers, steps, burn_in,
-            data_blocks, energy_error, step_size, returned, narrow_dtype. None for a variational value.
+        correction: How `llc` was corrected: method, khat, in_memory (of reweighted draws) and, of a
+            run of walkers, settled, unmet (criterion, value, bound of each that was not met),
+            least_budget (FGE of the shortest exact run), rhat, rhat_radius, drift_z, virial_z,
+            variance_reduction, systematic, walkers, steps, burn_in, data_blocks, energy_error,
+            step_size, returned, narrow_dtype. None for a variational value.
         walk_llc: nbeta (L_n(w) - L_n(w*)), means over bins of four steps, shape (walkers, bins).
-        fitted: What `fastvi.api.resample` goes on from, and `q` draws from; not saved.
+        fitted: What `fastvi.correct` goes on from, and `q` draws from; not saved.
     """
 
     llc: float
@@ -97,7 +104,9 @@ class LLCEstimate:
         chains = "  ".join(f"{value:.4g}" for value in self.llc_per_chain)
         fits, steps = next(iter(self.traces.values())).shape
         is_walk = self.correction is not None and self.correction["method"] == "mcmc"
-        stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[self.converged]
+        stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[
+            self.converged
+        ]
         khat, word, effective = self.importance
         lines = [
             f"llc            {self.llc_text}   ({self.provenance})",
@@ -106,12 +115,15 @@ class LLCEstimate:
             f"elbo           {self.elbo:.4f} nats",
             f"problem        d = {self.dim:,}, n = {self.n_data:,}, n beta = {self.nbeta:.4g}, "
             f"localization = {self.localization:.4g}, L_n(w*) = {self.init_loss:.4g}",
-            f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} effective of {self.log_weights.size} draws",
+            f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} effective of "
+            f"{self.log_weights.size} draws",
             *self._without_control_variate,
             f"core           rank {self.curvature['rank']} of {self.dim:,}, explains "
             f"{100 * self.curvature['explained']:.3g} % of the precision's trace at w*",
-            f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} ({stop}){self._clipping}",
-            f"work           {self.work['total_fge']:.0f} FGE: curvature {self.work['fge_curvature']:.0f}, "
+            f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} "
+            f"({stop}){self._clipping}",
+            f"work           {self.work['total_fge']:.0f} FGE: curvature "
+            f"{self.work['fge_curvature']:.0f}, "
             f"fit {self.work['fge_fit']:.0f}, evaluation {self.work['fge_evaluation']:.0f}"
             + (f", correction {self.work['fge_correction']:.0f}" if self.correction else ""),
             f"time           {self.timings['total']:.1f} s: fit "
@@ -140,8 +152,13 @@ class LLCEstimate:
         """How far q's llc may be from the posterior's, to first order in log p - log q at the draws of q."""
         if "excess_loss" not in self.draws or not np.all(np.isfinite(self.log_weights)):
             return float("nan")
-        excess, weights = np.asarray(self.draws["excess_loss"], float), np.asarray(self.log_weights, float)
-        apart = (excess - excess.mean(axis=1, keepdims=True)) * (weights - weights.mean(axis=1, keepdims=True))
+        excess, weights = (
+            np.asarray(self.draws["excess_loss"], float),
+            np.asarray(self.log_weights, float),
+        )
+        apart = (excess - excess.mean(axis=1, keepdims=True)) * (
+            weights - weights.mean(axis=1, keepdims=True)
+        )
         return abs(float(self.nbeta * np.mean(apart)))
 
     @property
@@ -157,7 +174,8 @@ class LLCEstimate:
         if self.correction is None:
             other = "" if fits > 1 else "; nor of another fit, as there is one alone"
             return (
-                f"Monte Carlo under q{spread}; not of how far q is from the posterior, which is about "
+                f"Monte Carlo under q{spread}; not of how far q is from the posterior, which is "
+                "about "
                 f"{self.distance:.1g} by its weights{other}"
             )
         if self.correction["method"] == "importance":
@@ -188,7 +206,11 @@ class LLCEstimate:
     def _without_control_variate(self) -> list[str]:
         """Say that the evaluation had no control variate: it may have had too few draws for one."""
         draws = self.log_weights.shape[-1]
-        return [f"evaluation     {draws} draws, no control variate"] if self.config.control_variate == "none" else []
+        return (
+            [f"evaluation     {draws} draws, no control variate"]
+            if self.config.control_variate == "none"
+            else []
+        )
 
     @property
     def _clipping(self) -> str:
@@ -214,7 +236,8 @@ class LLCEstimate:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write result.json and traces.npz into a folder, which is made if need be.
 
-        With `tensorboard=True` in the configuration, events for TensorBoard go to `diagnostics/tb` in it.
+        With `tensorboard=True` in the configuration, events for TensorBoard go to `diagnostics/tb`
+        in it.
 
         Returns:
             The folder.
@@ -233,14 +256,17 @@ class LLCEstimate:
         """Read what `save` wrote.
 
         Raises:
-            DataError: If the folder does not hold a saved estimate, or a file of it is damaged, of another estimate or
-                of another version of fastvi's format.
+            DataError: If the folder does not hold a saved estimate, or a file of it is damaged, of
+                another estimate or of another version of fastvi's format.
         """
         return cls(**read_estimate(cls, Path(folder)))
 
 
 def with_error(value: float, sem: float, resolution: float = 0.0) -> str:
-    """Format a value as precisely as its error: `22.296 ± 0.073`; or as `resolution`, if that is coarser."""
+    """Format a value as precisely as its error.
+
+    `22.296 ± 0.073`; or as `resolution`, if that is coarser.
+    """
     coarsest = max(sem, resolution) if math.isfinite(resolution) else sem
     if not (math.isfinite(value) and math.isfinite(sem) and coarsest > 0):
         return f"{value:.4g} ± {sem:.2g}"

@@ -94,7 +94,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+        raise ValueError(
+            f"{next(name for name in names if names.count(name) > 1)!r} is given twice"
+        )
     return found
 
 
@@ -110,9 +112,15 @@ def check_format(path: Path, found: Mapping[str, Any], name: str, version: int, 
     if isinstance(given, bool) or not isinstance(given, int):
         raise damaged(path, f"has no version of the format that could be read: {given!r}", fix)
     if given > version:
-        raise damaged(path, f"is of version {given} of its format, this fastvi reads {version}", "Upgrade fastvi.")
+        raise damaged(
+            path,
+            f"is of version {given} of its format, this fastvi reads {version}",
+            "Upgrade fastvi.",
+        )
     if given < version:
-        raise damaged(path, f"is of the old version {given} of its format, this fastvi reads {version}", fix)
+        raise damaged(
+            path, f"is of the old version {given} of its format, this fastvi reads {version}", fix
+        )
 
 
 def read_arrays(path: Path, fix: str) -> dict[str, np.ndarray]:
@@ -126,7 +134,9 @@ def read_arrays(path: Path, fix: str) -> dict[str, np.ndarray]:
             with np.lib.npyio.NpzFile(file, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
         except _UNREADABLE as error:
-            raise damaged(path, f"is no archive of arrays, or not all of it ({first_line(error)})", fix) from error
+            raise damaged(
+                path, f"is no archive of arrays, or not all of it ({first_line(error)})", fix
+            ) from error
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiubU":
             raise damaged(path, f"holds {name!r}, which is no array of numbers", fix)
@@ -177,10 +187,13 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def publish(staging: Path, folder: Path, names: Sequence[str]) -> None:
-    """Move finished files to their places; the last is the mark that the others are complete and of one kind.
+    """Move finished files to their places.
 
-    They are on the disk before the mark is withdrawn, and in their places before it comes back: a kill or a power cut
-    at any moment leaves the old files, the new ones, or no mark. A link in a file's place is replaced, not followed.
+    The last is the mark that the others are complete and of one kind.
+
+    They are on the disk before the mark is withdrawn, and in their places before it comes back: a
+    kill or a power cut at any moment leaves the old files, the new ones, or no mark. A link in a
+    file's place is replaced, not followed.
     """
     for name in names:
         with open(staging / name, "rb+") as file:
@@ -207,7 +220,9 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Put the names in a folder on the disk, where the system can."""
-    with contextlib.suppress(OSError):  # Windows opens no folders, and some network file systems sync none
+    with contextlib.suppress(
+        OSError
+    ):  # Windows opens no folders, and some network file systems sync none
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

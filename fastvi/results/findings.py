@@ -13,8 +13,11 @@ from fastvi.sampling.run import DRIFT, ERROR, GRADIENT_NOISE, LENGTH, RHAT_RADIU
 SEVERITIES = ("error", "warning", "note")
 VIRIAL_TOLERANCE = 0.1
 CHAIN_SPREAD_SIGMAS = 4.0
-LOG_WEIGHT_SD_FAR = 2.0  # nats; importance weights of a log-normal this wide have an effective sample of 2 %
-# Findings of the problem: a correction, which mends what a fit has done badly, leaves them standing.
+LOG_WEIGHT_SD_FAR = (
+    2.0  # nats; importance weights of a log-normal this wide have an effective sample of 2 %
+)
+# Findings of the problem: a correction, which mends what a fit has done badly, leaves them
+# standing.
 OF_PROBLEM = (
     "improper_posterior",
     "unlocalized",
@@ -28,13 +31,23 @@ OF_PROBLEM = (
 )
 DOMINANT_WEIGHT = 0.95  # of one component, beside others
 UNUSED_VARIANCE = 0.1  # that the longest factor row adds to a unit of variance
-DECIDED_DIRECTIONS, DECIDED_SHARE = 1.0, 0.1  # directions that the loss narrows, below which the localizer decides
+DECIDED_DIRECTIONS, DECIDED_SHARE = (
+    1.0,
+    0.1,
+)  # directions that the loss narrows, below which the localizer decides
 DRIFT_SHARE, DRIFT_SIGMAS = 0.1, 4.0  # rise of radius2 over the last half
-COARSE_WEIGHTS, COARSE_LOSS = 0.005, 0.5  # shares of llc: the first adds up, the second averages out over draws
-LEAST_GAIN = 0.25  # nats by which n beta L_n may lie above its minimum: llc is short by about as many
+COARSE_WEIGHTS, COARSE_LOSS = (
+    0.005,
+    0.5,
+)  # shares of llc: the first adds up, the second averages out over draws
+LEAST_GAIN = (
+    0.25  # nats by which n beta L_n may lie above its minimum: llc is short by about as many
+)
 NEGATIVE_SIGMAS = 2.0  # below zero
-TRAIN_LONGER = "Train longer (a decaying learning rate, full batches at the end), then estimate again."
-SAMPLE = 'Sample the posterior: correction="mcmc" or fastvi.api.resample(result, "mcmc").'
+TRAIN_LONGER = (
+    "Train longer (a decaying learning rate, full batches at the end), then estimate again."
+)
+SAMPLE = 'Sample the posterior: correction="mcmc" or fastvi.correct(result, "mcmc").'
 FIT_BETTER = "A better q takes more components (M), a larger rank (r) or a flow."
 
 
@@ -57,9 +70,10 @@ class Finding:
 class Evidence:
     """The numbers that findings are read from; arrays have a leading axis of chains.
 
-    `newton_decrement` and `excess`, nbeta (L_n - L_n(w*)) at draws of q, are those of all data; `rounding` is how many
-    nats of the latter may be rounding. `weight_rounding` is how many nats rounding w to its dtype adds to n beta L_n on
-    average, `loss_rounding` how many one unit in the last place of the loss stands for.
+    `newton_decrement` and `excess`, nbeta (L_n - L_n(w*)) at draws of q, are those of all data;
+    `rounding` is how many nats of the latter may be rounding. `weight_rounding` is how many nats
+    rounding w to its dtype adds to n beta L_n on average, `loss_rounding` how many one unit in the
+    last place of the loss stands for.
     """
 
     llc_per_chain: np.ndarray
@@ -92,7 +106,9 @@ class Evidence:
 
 def health_findings(evidence: Evidence) -> tuple[Finding, ...]:
     """Return what stands out, gravest first."""
-    broken = [finding for check in (_improper, _non_finite) if (finding := check(evidence)) is not None]
+    broken = [
+        finding for check in (_improper, _non_finite) if (finding := check(evidence)) is not None
+    ]
     if any(finding.severity == "error" for finding in broken):
         return tuple(broken)  # of a q that stands for nothing there is no more to say
     checks = (
@@ -117,7 +133,10 @@ def health_findings(evidence: Evidence) -> tuple[Finding, ...]:
 
 
 def correction_findings(result: Any) -> tuple[Finding, ...]:
-    """Return the findings of a corrected estimate: those of its fit that still matter, and its own."""
+    """Return the findings of a corrected estimate.
+
+    Those of its fit that still matter, and its own.
+    """
     kept = [finding for finding in result.health if finding.name in OF_PROBLEM]
     checks = (_non_finite_value, _negative_llc, _importance_unreliable, _walk_unsettled, _q_was_off)
     found = [finding for check in checks if (finding := check(result)) is not None]
@@ -131,8 +150,10 @@ def _non_finite_value(result: Any) -> Finding | None:
         "error",
         "non_finite",
         f"NaN or infinity appeared in the correction (method {result.correction['method']}).",
-        "The loss or its gradient overflows where the posterior reaches beyond q, or steps were too long.",
-        "Check that loss and gradient are finite a few standard deviations around w*; raise localization.",
+        "The loss or its gradient overflows where the posterior reaches beyond q, or steps were "
+        "too long.",
+        "Check that loss and gradient are finite a few standard deviations around w*; raise "
+        "localization.",
     )
 
 
@@ -169,18 +190,23 @@ def _walk_unsettled(result: Any) -> Finding | None:
         return Finding(
             "warning",
             "walk_unsettled",
-            f"A correction_budget of {result.config.filled.correction_budget:.4g} full gradients pays for no walk: "
+            f"A correction_budget of {result.config.filled.correction_budget:.4g} full gradients "
+            "pays for no walk: "
             "llc is that of reweighted draws of q.",
             f"The shortest walk takes {details['least_budget']:.0f}.",
             f"Raise correction_budget to {math.ceil(details['least_budget'])} or more.",
         )
     unmet = {entry["criterion"]: entry for entry in details["unmet"]}
-    said = [f"{entry['criterion']} {entry['value']:.3g} ({entry['bound']:.3g} is asked)" for entry in unmet.values()]
+    said = [
+        f"{entry['criterion']} {entry['value']:.3g} ({entry['bound']:.3g} is asked)"
+        for entry in unmet.values()
+    ]
     cause, next_step = _why_unsettled(unmet, result)
     return Finding(
         "warning",
         "walk_unsettled",
-        f"Sampling came to the end of its budget after {details['steps']} steps of {details['walkers']} walkers with "
+        f"Sampling came to the end of its budget after {details['steps']} steps of "
+        f"{details['walkers']} walkers with "
         f"{' and '.join(said)}.",
         cause,
         next_step,
@@ -188,13 +214,17 @@ def _walk_unsettled(result: Any) -> Finding | None:
 
 
 def _why_unsettled(unmet: dict[str, Any], result: Any) -> tuple[str, str]:
-    """Return cause and next step for the criteria that failed: only what moves one of them is advised."""
+    """Return cause and next step for the criteria that failed.
+
+    Only what moves one of them is advised.
+    """
     narrow = result.correction["narrow_dtype"]
     if any(finding.name == "improper_posterior" for finding in result.health):
         return "The posterior is improper: walkers have nowhere to settle.", "Set localization > 0."
     if narrow is not None and set(unmet) - {LENGTH, GRADIENT_NOISE}:
         return (
-            f"Parameters or loss are {narrow}, which rounds the loss more coarsely than walkers move it.",
+            f"Parameters or loss are {narrow}, which rounds the loss more coarsely than walkers "
+            "move it.",
             "Cast parameters and data to float32 before the estimate.",
         )
     budget = float(result.config.filled.correction_budget)
@@ -207,12 +237,14 @@ def _why_unsettled(unmet: dict[str, Any], result: Any) -> tuple[str, str]:
         ratio = unmet[ERROR]["value"] / unmet[ERROR]["bound"]
         return (
             "The walkers agree; their records are too few for the error that was asked for.",
-            f"Raise correction_budget to about {budget * ratio**2:.1g}, or correction_error to what is enough.",
+            f"Raise correction_budget to about {budget * ratio**2:.1g}, or correction_error to "
+            "what is enough.",
         )
     if set(unmet) <= {RHAT_RADIUS, DRIFT}:
         return (
             "Walkers still spread along wide directions, which the loss and so llc hardly feel.",
-            "Raise correction_budget; or raise localization, which narrows these directions and changes the posterior.",
+            "Raise correction_budget; or raise localization, which narrows these directions and "
+            "changes the posterior.",
         )
     return (
         "The walkers have not yet seen the whole posterior, so llc_sem may be too small.",
@@ -243,7 +275,8 @@ def _improper(evidence: Evidence) -> Finding | None:
             "note",
             "unlocalized",
             f"localization is 0, and the loss has no curvature at w* along {level}.",
-            "Only higher orders of the loss bound the posterior there; a symmetry of the model would not.",
+            "Only higher orders of the loss bound the posterior there; a symmetry of the model "
+            "would not.",
             "Set localization > 0 unless the loss is known to rise along all of them.",
         )
     return Finding(
@@ -263,7 +296,8 @@ def _constant_loss(evidence: Evidence) -> Finding | None:
         "constant_loss",
         f"The loss is constant: at {evidence.excess.size} draws of q it is what it is at w*.",
         "It does not depend on the parameters that vary, or rounding hides by how much it does.",
-        "Let loss_fn use the parameters that it is given (no stop_gradient, no weights of a closure); subtract a large "
+        "Let loss_fn use the parameters that it is given (no stop_gradient, no weights of a "
+        "closure); subtract a large "
         'constant, or use dtype="float64".',
     )
 
@@ -276,9 +310,12 @@ def _negative_curvature(evidence: Evidence) -> Finding | None:
     return Finding(
         "warning",
         "negative_curvature",
-        f"w* is a saddle or a maximum: along one direction n beta L_n falls by {bottom.fall:.2g} nats or more on both "
-        f"sides (curvature of n beta L_n + localizer {curvature:.3g}, without the localizer {bottom.curvature:.3g}).",
-        "The learning coefficient is defined at a local minimum; this direction enters llc with a negative sign.",
+        f"w* is a saddle or a maximum: along one direction n beta L_n falls by {bottom.fall:.2g} "
+        "nats or more on both "
+        f"sides (curvature of n beta L_n + localizer {curvature:.3g}, without the localizer "
+        f"{bottom.curvature:.3g}).",
+        "The learning coefficient is defined at a local minimum; this direction enters llc with a "
+        "negative sign.",
         TRAIN_LONGER,
     )
 
@@ -290,7 +327,8 @@ def _non_finite(evidence: Evidence) -> Finding | None:
             "non_finite",
             f"L_n(w*), the loss of all data at w* itself, is {evidence.init_loss}.",
             "Some example gives NaN or infinity at the trained parameters.",
-            "Evaluate the loss example by example at w* to find it, and clean the data or the loss.",
+            "Evaluate the loss example by example at w* to find it, and clean the data or the "
+            "loss.",
         )
     bad = ~np.isfinite(evidence.elbo)
     if not bad.any() and np.all(np.isfinite(evidence.llc_per_chain)):
@@ -305,7 +343,8 @@ def _non_finite(evidence: Evidence) -> Finding | None:
         "non_finite",
         f"NaN or infinity appeared, {where}.",
         "The loss overflows somewhere under q (exp, log or division), or the fit diverged.",
-        "Check that the loss is finite a few standard deviations around w*; raise localization or lower lr.",
+        "Check that the loss is finite a few standard deviations around w*; raise localization or "
+        "lower lr.",
     )
 
 
@@ -315,7 +354,10 @@ def _not_a_minimum(evidence: Evidence) -> Finding | None:
     lower = -float(np.min(evidence.excess, initial=0.0)) - evidence.rounding
     seen = []
     if evidence.newton_decrement > LEAST_GAIN:
-        seen.append(f"a Newton step from w* would lower n beta L_n by about {evidence.newton_decrement:.2g} nats")
+        seen.append(
+            "a Newton step from w* would lower n beta L_n by about "
+            f"{evidence.newton_decrement:.2g} nats"
+        )
     if lower > LEAST_GAIN:
         seen.append(f"at a draw of q n beta L_n is {lower:.2g} nats lower")
     if negative:
@@ -326,7 +368,8 @@ def _not_a_minimum(evidence: Evidence) -> Finding | None:
         "error" if negative else "warning",
         "not_a_minimum",
         f"w* is not a minimum: {', and '.join(seen)}.",
-        "The learning coefficient is defined at a local minimum; elsewhere the loss falls away from w*, and llc is too "
+        "The learning coefficient is defined at a local minimum; elsewhere the loss falls away "
+        "from w*, and llc is too "
         "small by about as many nats.",
         TRAIN_LONGER,
     )
@@ -337,18 +380,25 @@ def _coarse_numbers(evidence: Evidence) -> Finding | None:
     llc = abs(float(evidence.llc_per_chain.mean()))
     seen = []
     if evidence.weight_rounding > COARSE_WEIGHTS * llc:
-        seen.append(f"rounding w to its dtype adds about {evidence.weight_rounding:.2g} nats to n beta L_n")
+        seen.append(
+            f"rounding w to its dtype adds about {evidence.weight_rounding:.2g} nats to n beta L_n"
+        )
     if evidence.loss_rounding > COARSE_LOSS * llc:
-        seen.append(f"one unit in the last place of the loss is {evidence.loss_rounding:.2g} nats of n beta L_n")
+        seen.append(
+            f"one unit in the last place of the loss is {evidence.loss_rounding:.2g} nats of n "
+            "beta L_n"
+        )
     if not seen or llc == 0:
         return None
     return Finding(
         "warning",
         "coarse_numbers",
         f"Numbers are too coarse for this posterior: {' and '.join(seen)}, where llc is {llc:.3g}.",
-        "The posterior is narrow beside the spacing of floating-point numbers near w*, or the loss is large beside its "
+        "The posterior is narrow beside the spacing of floating-point numbers near w*, or the "
+        "loss is large beside its "
         "changes.",
-        'Use dtype="float64" with jax_enable_x64 (and parameters and data of that dtype); subtract a large constant '
+        'Use dtype="float64" with jax_enable_x64 (and parameters and data of that dtype); '
+        "subtract a large constant "
         "from the loss; shift parameters that are far from 0.",
     )
 
@@ -359,7 +409,8 @@ def _not_converged(evidence: Evidence) -> Finding | None:
     return Finding(
         "warning",
         "elbo_rising",
-        f"The ELBO still rises: {evidence.elbo_gain:.3g} ± {evidence.elbo_gain_error:.2g} nats over the last half.",
+        f"The ELBO still rises: {evidence.elbo_gain:.3g} ± {evidence.elbo_gain_error:.2g} nats "
+        "over the last half.",
         "The fit ran out of steps.",
         "Raise steps, or lr if grad_norm is small and steady.",
     )
@@ -375,7 +426,8 @@ def _virial(evidence: Evidence) -> Finding | None:
         "warning",
         "virial",
         f"The virial is {mean:.3g}, and 1 at the best fit.",
-        f"q is too {direction}: the fit has not converged, or its gradients are dominated by outliers.",
+        f"q is too {direction}: the fit has not converged, or its gradients are dominated by "
+        "outliers.",
         "Raise steps or samples_per_step.",
     )
 
@@ -390,7 +442,8 @@ def _chains_disagree(evidence: Evidence) -> Finding | None:
     return Finding(
         "warning",
         "chains_disagree",
-        f"Chains differ by {spread:.3g} (standard deviation) where their own errors are {expected:.2g}.",
+        f"Chains differ by {spread:.3g} (standard deviation) where their own errors are "
+        f"{expected:.2g}.",
         "The fits ended at different q: not converged, or several optima.",
         "Raise steps; llc_sem is the spread between chains and covers this.",
     )
@@ -403,20 +456,27 @@ def _far_from_posterior(evidence: Evidence) -> Finding | None:
     return Finding(
         "warning",
         "far_from_posterior",
-        f"q is far from the posterior: log p - log q varies by {spread:.3g} nats over draws from q.",
-        "The local posterior is not a mixture of Gaussians (a singular or strongly curved minimum), so this "
+        f"q is far from the posterior: log p - log q varies by {spread:.3g} nats over draws from "
+        "q.",
+        "The local posterior is not a mixture of Gaussians (a singular or strongly curved "
+        "minimum), so this "
         "variational llc is biased, as a rule upwards.",
         f"{SAMPLE if evidence.in_memory else FIT_BETTER} Until then read it as an upper estimate.",
     )
 
 
 def _core_truncated(evidence: Evidence) -> Finding | None:
-    if evidence.wanted_rank < evidence.rank_limit or evidence.rank_limit == 0 or evidence.wanted_rank <= evidence.rank:
+    if (
+        evidence.wanted_rank < evidence.rank_limit
+        or evidence.rank_limit == 0
+        or evidence.wanted_rank <= evidence.rank
+    ):
         return None
     return Finding(
         "note",
         "core_truncated",
-        f"The core is full ({evidence.rank} rows); {evidence.wanted_rank} or more directions are steeper.",
+        f"The core is full ({evidence.rank} rows); {evidence.wanted_rank} or more directions are "
+        "steeper.",
         "More steep directions than the core has rows; the diagonal has to cover those left out.",
         "Raise curvature_rank if memory allows.",
     )
@@ -429,7 +489,8 @@ def _khat(evidence: Evidence) -> Finding | None:
     return Finding(
         "warning",
         "khat",
-        f"Importance weights of q's draws are {word}: k-hat {khat:.2g}, {effective:.3g} effective draws.",
+        f"Importance weights of q's draws are {word}: k-hat {khat:.2g}, {effective:.3g} effective "
+        "draws.",
         "The posterior reaches where q hardly goes.",
         f"{SAMPLE} {FIT_BETTER}" if evidence.in_memory else FIT_BETTER,
     )
@@ -448,7 +509,8 @@ def _radius_rising(evidence: Evidence) -> Finding | None:
     return Finding(
         "warning",
         "radius_rising",
-        f"|w - w*|^2 still grows: by {100 * rise.mean() / before.mean():.3g} % within the last half.",
+        f"|w - w*|^2 still grows: by {100 * rise.mean() / before.mean():.3g} % within the last "
+        "half.",
         "Directions in which the loss is flat widen slowly, or q is leaving the minimum.",
         "Raise steps; raise localization if the radius is out of bounds.",
     )
@@ -463,7 +525,8 @@ def _localizer_decides(evidence: Evidence) -> Finding | None:
     return Finding(
         "note",
         "localizer_decides",
-        f"The localizer sets the width of q: gamma E|w - w*|^2 is {evidence.localization * radius2:.4g} of d = "
+        "The localizer sets the width of q: gamma E|w - w*|^2 is "
+        f"{evidence.localization * radius2:.4g} of d = "
         f"{evidence.dim}.",
         "n beta times the curvature of the loss is far below the localization in every direction.",
         "Lower localization, or raise nbeta (more data), for an llc that speaks of the loss.",
@@ -476,9 +539,11 @@ def _weights_collapsed(evidence: Evidence) -> Finding | None:
     return Finding(
         "note",
         "weights_collapsed",
-        f"One of {evidence.num_components} components has {100 * evidence.dominant_weight:.3g} % of the weight.",
+        f"One of {evidence.num_components} components has {100 * evidence.dominant_weight:.3g} % "
+        "of the weight.",
         "The others found nothing to add, or lost an early race.",
-        "Set alpha_dirichlet_prior to 1.05 to 1.2, or alpha_temperature=1.5 with alpha_temperature_frac=0.2; a smaller "
+        "Set alpha_dirichlet_prior to 1.05 to 1.2, or alpha_temperature=1.5 with "
+        "alpha_temperature_frac=0.2; a smaller "
         "M does as well if llc stays the same.",
     )
 
@@ -489,7 +554,8 @@ def _rank_unused(evidence: Evidence) -> Finding | None:
     return Finding(
         "note",
         "rank_unused",
-        f"The scree is flat: no factor adds more than {100 * evidence.longest_factor:.2g} % to the variance of any "
+        f"The scree is flat: no factor adds more than {100 * evidence.longest_factor:.2g} % to "
+        "the variance of any "
         "direction.",
         "The core and the diagonal already describe q.",
         "Go back to a smaller r, which is cheaper; it changes nothing.",

@@ -60,8 +60,13 @@ class StatusLine:
 
 
 @contextlib.contextmanager
-def reporting(progress: Given[bool | Callable[[Progress], None]]) -> Iterator[Callable[[Progress], None] | None]:
-    """Give what a stage of work reports to: a status line, ended however the stage ends, a caller's function, None."""
+def reporting(
+    progress: Given[bool | Callable[[Progress], None]],
+) -> Iterator[Callable[[Progress], None] | None]:
+    """Give what a stage of work reports to.
+
+    A status line, ended however the stage ends, a caller's function, None.
+    """
     if progress is True:
         with StatusLine() as line:
             yield line

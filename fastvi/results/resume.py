@@ -38,7 +38,9 @@ META = {
 
 
 class FolderKeeper(AbstractKeeper):
-    """Keeps a fit's progress in one file, replaced as a whole: a kill at any moment leaves the old or the new one.
+    """Keeps a fit's progress in one file, replaced as a whole.
+
+    A kill at any moment leaves the old or the new one.
 
     Attributes:
         folder: Where the file lies.
@@ -51,7 +53,8 @@ class FolderKeeper(AbstractKeeper):
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"resume_from must be a folder, or one that can be made; got {str(folder)!r}: {files.first_line(error)}"
+                f"resume_from must be a folder, or one that can be made; got {str(folder)!r}: "
+                f"{files.first_line(error)}"
             ) from error
         self.identity = identity
         self._due = 0.0
@@ -72,15 +75,26 @@ class FolderKeeper(AbstractKeeper):
         self._compare(kept["identity"])
         template = jax.tree_util.tree_leaves(_arrays(course))
         leaves = [stored.get(f"leaf_{i}") for i in range(kept["num_leaves"])]
-        traces = {name.removeprefix("trace_"): array for name, array in stored.items() if name.startswith("trace_")}
+        traces = {
+            name.removeprefix("trace_"): array
+            for name, array in stored.items()
+            if name.startswith("trace_")
+        }
         _check_leaves(path, leaves, template)
         _check_course(path, kept, traces)
         structure = jax.tree_util.tree_structure(_arrays(course))
         restored = structure.unflatten([jnp.asarray(leaf) for leaf in leaves])
         course.family, course.state, course.start, course.calibration_rounds = restored
-        course.parts = [{name: trace[:, at] for name, trace in traces.items()} for at in _slices(kept["lengths"])]
+        course.parts = [
+            {name: trace[:, at] for name, trace in traces.items()}
+            for at in _slices(kept["lengths"])
+        ]
         course.phases = (*kept["phases"][:2], int(kept["phases"][2]))
-        course.done, course.flat_looks, course.converged = kept["done"], kept["flat_looks"], kept["converged"]
+        course.done, course.flat_looks, course.converged = (
+            kept["done"],
+            kept["flat_looks"],
+            kept["converged"],
+        )
 
     def save(self, course: Course) -> None:
         """Keep the course, but one before the last only if the latest was kept long enough ago for what it cost.
@@ -111,7 +125,10 @@ class FolderKeeper(AbstractKeeper):
             "converged": course.converged,
         }
         names = course.parts[0]
-        traces = {f"trace_{name}": np.concatenate([part[name] for part in course.parts], axis=1) for name in names}
+        traces = {
+            f"trace_{name}": np.concatenate([part[name] for part in course.parts], axis=1)
+            for name in names
+        }
         with files.staged(self.folder) as staging:
             np.savez(
                 staging / PROGRESS_FILE,
@@ -125,8 +142,10 @@ class FolderKeeper(AbstractKeeper):
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"the progress of the fit could not be kept in {self.folder} ({files.first_line(error)}): the fit goes "
-                "on, but one that is interrupted now begins at the checkpoint before. Free space, or name another "
+                f"the progress of the fit could not be kept in {self.folder} "
+                f"({files.first_line(error)}): the fit goes "
+                "on, but one that is interrupted now begins at the checkpoint before. Free space, "
+                "or name another "
                 "folder next time.",
                 RuntimeWarning,
                 stacklevel=2,
@@ -136,14 +155,19 @@ class FolderKeeper(AbstractKeeper):
         now = json.loads(json.dumps(self.identity))
         names = differing(now, kept)
         if names:
-            listed = "; ".join(f"{name} was {kept.get(name)!r}, now {self.identity[name]!r}" for name in names)
+            listed = "; ".join(
+                f"{name} was {kept.get(name)!r}, now {self.identity[name]!r}" for name in names
+            )
             raise ConfigError(
-                f"{self.folder} holds the progress of another fit: {listed}. Pass what it was begun with, or an empty "
+                f"{self.folder} holds the progress of another fit: {listed}. Pass what it was "
+                "begun with, or an empty "
                 "folder."
             )
 
 
-def identify(objective: FlatObjective, problem: Problem, config: VIConfig, keys: Keys, early_stop: bool) -> dict:
+def identify(
+    objective: FlatObjective, problem: Problem, config: VIConfig, keys: Keys, early_stop: bool
+) -> dict:
     """Name all that the bits of a fit depend on: configuration, key, w*, data, loss, versions."""
     from fastvi import __version__  # this module is part of what the package imports first
 
@@ -196,7 +220,10 @@ def _check_course(path: Path, kept: dict[str, Any], traces: dict[str, np.ndarray
         and sum(lengths) == done
         and kept["flat_looks"] >= 0
         and "elbo" in traces
-        and all(trace.ndim == 2 and trace.shape[1] == done and trace.dtype.kind == "f" for trace in traces.values())
+        and all(
+            trace.ndim == 2 and trace.shape[1] == done and trace.dtype.kind == "f"
+            for trace in traces.values()
+        )
     )
     if not possible:
         raise files.damaged(path, "has steps, phases and traces that are not of one fit", WAY_OUT)

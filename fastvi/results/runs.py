@@ -31,12 +31,16 @@ CONTENTS = {
     REPORT_FILE: "all of it as a page for a browser",
     ORIGIN_FILE: "the command's own settings",
 }
-WAY_OUT = "Name the model and its settings instead of the folder, or restore the folder from a copy."
+WAY_OUT = (
+    "Name the model and its settings instead of the folder, or restore the folder from a copy."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What an estimate was made of, beside the configuration: `target` is `module:function`, or None for a demo.
+    """What an estimate was made of, beside the configuration.
+
+    `target` is `module:function`, or None for a demo.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -54,7 +58,9 @@ class Origin:
             check_target(self.target)
         checked = {
             "seed": checks.integer("seed", self.seed, "for example 0", minimum=0),
-            "localization": checks.nonnegative("localization", self.localization, "for example 1.0"),
+            "localization": checks.nonnegative(
+                "localization", self.localization, "for example 1.0"
+            ),
         }
         if self.nbeta is not None:
             checked["nbeta"] = checks.positive("nbeta", self.nbeta, "leave it out for n / log n")
@@ -68,16 +74,25 @@ def check_target(target: Any) -> str:
     """Return a target of the form `module:function`, or raise ConfigError."""
     module, _, function = target.partition(":") if isinstance(target, str) else ("", "", "")
     is_path = module.endswith(".py") or "/" in module
-    if is_path or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+    if (
+        is_path
+        or not function.isidentifier()
+        or not all(part.isidentifier() for part in module.split("."))
+    ):
         raise ConfigError(
-            "TARGET must be module:function, whose function returns (loss_fn, params, data), or a run folder; got "
-            f"{target!r}." + (" Write a.b:f for the function f of the file a/b.py." if is_path else "")
+            "TARGET must be module:function, whose function returns (loss_fn, params, data), or a "
+            "run folder; got "
+            f"{target!r}."
+            + (" Write a.b:f for the function f of the file a/b.py." if is_path else "")
         )
     return target
 
 
 class Record(NamedTuple):
-    """What a run folder remembers: `fingerprint` is what the target computed, None where nobody looked."""
+    """What a run folder remembers.
+
+    `fingerprint` is what the target computed, None where nobody looked.
+    """
 
     origin: Origin
     fingerprint: dict[str, Any] | None
@@ -88,7 +103,9 @@ def check_packages(config: VIConfig | None = None) -> None:
     import_matplotlib()
     import_optional("yaml", extra="cli", distribution="PyYAML", purpose=f"writing {CONFIG_FILE}")
     if config is not None and config.tensorboard:
-        import_optional("tensorboardX", extra="tensorboard", distribution="tensorboardX", purpose="TensorBoard")
+        import_optional(
+            "tensorboardX", extra="tensorboard", distribution="tensorboardX", purpose="TensorBoard"
+        )
 
 
 def write_run(
@@ -100,8 +117,9 @@ def write_run(
 ) -> Path:
     """Write a run folder; files of an earlier run are replaced.
 
-    All files are finished beside their places first. Then the marks of the earlier run are withdrawn, and those of
-    this one come last: a kill at any moment leaves the earlier run, this one, or one that says it is not complete.
+    All files are finished beside their places first. Then the marks of the earlier run are
+    withdrawn, and those of this one come last: a kill at any moment leaves the earlier run, this
+    one, or one that says it is not complete.
 
     Args:
         result: The estimate.
@@ -117,11 +135,16 @@ def write_run(
         (result.config if settings is None else settings).to_yaml(staging / CONFIG_FILE)
         plot_traces(result).savefig(staging / FIGURE_FILE, dpi=FIGURE_DPI)
         result.report(staging / REPORT_FILE)
-        digests = {name: files.digest_bytes((staging / name).read_bytes()) for name in (RESULT_FILE, CONFIG_FILE)}
+        digests = {
+            name: files.digest_bytes((staging / name).read_bytes())
+            for name in (RESULT_FILE, CONFIG_FILE)
+        }
         record = {"fingerprint": fingerprint, "digests": digests, **dataclasses.asdict(origin)}
         _mark(folder, complete=False, **record)
         _replace_events(staging / EVENTS_FOLDER, folder / EVENTS_FOLDER)
-        files.publish(staging, folder, (TRACES_FILE, CONFIG_FILE, FIGURE_FILE, REPORT_FILE, RESULT_FILE))
+        files.publish(
+            staging, folder, (TRACES_FILE, CONFIG_FILE, FIGURE_FILE, REPORT_FILE, RESULT_FILE)
+        )
         _mark(folder, complete=True, **record)
     return folder
 
@@ -143,7 +166,10 @@ def _replace_events(new: Path, place: Path) -> None:
 
 
 class Kept(NamedTuple):
-    """Where a run was written, None where it could not be; and what went wrong, None where nothing did."""
+    """Where a run was written, None where it could not be.
+
+    And what went wrong, None where nothing did.
+    """
 
     folder: Path | None
     trouble: str | None
@@ -156,7 +182,10 @@ def keep_run(
     settings: Any = None,
     fingerprint: dict[str, Any] | None = None,
 ) -> Kept:
-    """Write a run folder, or where that fails one in the place for temporary files: the work is done by now."""
+    """Write a run folder, or where that fails one in the place for temporary files.
+
+    The work is done by now.
+    """
     try:
         return Kept(write_run(result, folder, origin, settings, fingerprint), None)
     except OSError as error:
@@ -165,7 +194,11 @@ def keep_run(
         refuge = Path(tempfile.mkdtemp(prefix="fastvi-"))
         write_run(result, refuge, origin, settings, fingerprint)
     except OSError as error:
-        return Kept(None, f"{trouble}, nor to a temporary folder ({files.first_line(error)}): what is printed is all.")
+        return Kept(
+            None,
+            f"{trouble}, nor to a temporary folder ({files.first_line(error)}): what is printed "
+            "is all.",
+        )
     return Kept(refuge, f"{trouble}. It is in {refuge} instead: move it before it is cleaned away.")
 
 
@@ -234,11 +267,15 @@ def read_record(folder: str | os.PathLike[str]) -> Record:
     found = files.read_object(path, f"{folder} is not a run folder. {WAY_OUT}")
     files.check_format(path, found, RUN, VERSION, WAY_OUT)
     if found.get("complete") is not True:
-        raise files.damaged(path, "says that the run was not written to its end", f"Run it again. {WAY_OUT}")
+        raise files.damaged(
+            path, "says that the run was not written to its end", f"Run it again. {WAY_OUT}"
+        )
     names = [field.name for field in dataclasses.fields(Origin)]
     expected = {"format", "version", "complete", "fingerprint", "digests", *names}
     if found.keys() != expected:
-        raise files.damaged(path, f"lacks or has too many of {sorted(found.keys() ^ expected)}", WAY_OUT)
+        raise files.damaged(
+            path, f"lacks or has too many of {sorted(found.keys() ^ expected)}", WAY_OUT
+        )
     digests, fingerprint = found["digests"], found["fingerprint"]
     if not isinstance(digests, dict) or not (fingerprint is None or isinstance(fingerprint, dict)):
         raise files.damaged(path, "has digests or a fingerprint of the wrong type", WAY_OUT)
@@ -248,7 +285,9 @@ def read_record(folder: str | os.PathLike[str]) -> Record:
         raise files.damaged(path, f"has an impossible value: {error}", WAY_OUT) from error
     for name in (RESULT_FILE, CONFIG_FILE):
         if files.digest_bytes(files.read_bytes(folder / name, WAY_OUT)) != digests.get(name):
-            raise files.damaged(folder / name, f"is not the file of the run that {ORIGIN_FILE} tells of", WAY_OUT)
+            raise files.damaged(
+                folder / name, f"is not the file of the run that {ORIGIN_FILE} tells of", WAY_OUT
+            )
     return Record(origin, fingerprint)
 
 

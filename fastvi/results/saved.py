@@ -18,7 +18,12 @@ RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
 FORMAT, VERSION = "fastvi estimate", 1
 HEADER = ("format", "version", "arrays_digest")
 # fields of arrays by name, and the prefix of their names in the file
-ARRAY_GROUPS = {"traces": "trace_", "draws": "draw_", "family_arrays": "family_", "snapshots": "snapshot_"}
+ARRAY_GROUPS = {
+    "traces": "trace_",
+    "draws": "draw_",
+    "family_arrays": "family_",
+    "snapshots": "snapshot_",
+}
 SINGLE_ARRAYS = ("log_weights", "walk_llc")
 NON_FINITE = ("nan", "inf", "-inf")
 WAY_OUT = "Restore both files of the estimate from a copy, or run it again."
@@ -29,7 +34,11 @@ NEEDED = {  # by what summaries, pages and events read
     "work": ("total_fge", "fge_curvature", "fge_fit", "fge_evaluation", "n_cholesky_ridge"),
     "timings": ("compile", "adaptation", "sampling", "evaluation", "total"),
 }
-NEEDED_OF_A_CORRECTION = {"correction": ("method", "khat"), "work": ("fge_correction",), "timings": ("correction",)}
+NEEDED_OF_A_CORRECTION = {
+    "correction": ("method", "khat"),
+    "work": ("fge_correction",),
+    "timings": ("correction",),
+}
 RULES = {
     "nbeta": POSITIVE,
     "localization": NONNEGATIVE,
@@ -37,11 +46,16 @@ RULES = {
     "dim": COUNT,
     "llc_per_chain": Rule("a list of numbers, one or more", lambda value: len(value) > 0),
     "timings": Rule("seconds by name", lambda value: all(map(NONNEGATIVE.holds, value.values()))),
-    "work": Rule("numbers by name", lambda value: all(fits(item, float | str) for item in value.values())),
-    "curvature": Rule("what is known of the spectrum", lambda value: fits(value.get("spectrum"), list[float])),
+    "work": Rule(
+        "numbers by name", lambda value: all(fits(item, float | str) for item in value.values())
+    ),
+    "curvature": Rule(
+        "what is known of the spectrum", lambda value: fits(value.get("spectrum"), list[float])
+    ),
     "health": Rule("findings", lambda value: all(item["severity"] in SEVERITIES for item in value)),
     "correction": Rule(
-        "an importance or mcmc correction", lambda value: value is None or value.get("method") in ("importance", "mcmc")
+        "an importance or mcmc correction",
+        lambda value: value is None or value.get("method") in ("importance", "mcmc"),
     ),
 }
 
@@ -75,10 +89,14 @@ def read_estimate(cls: Any, folder: Path) -> dict[str, Any]:
     values = _restored({name: value for name, value in values.items() if name not in HEADER}, place)
     arrays = files.read_arrays(folder / TRACES_FILE, WAY_OUT)
     if files.digest_arrays(arrays) != digest:
-        raise files.damaged(folder / TRACES_FILE, f"does not belong to {RESULT_FILE} beside it", WAY_OUT)
+        raise files.damaged(
+            folder / TRACES_FILE, f"does not belong to {RESULT_FILE} beside it", WAY_OUT
+        )
     values |= {name: arrays[name] for name in SINGLE_ARRAYS if name in arrays}
     for group, prefix in ARRAY_GROUPS.items():
-        values[group] = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+        values[group] = {
+            k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)
+        }
     _check_values(cls, place, values)
     _check_arrays(folder / TRACES_FILE, arrays, values)
     values["health"] = tuple(Finding(**finding) for finding in values["health"])
@@ -93,7 +111,12 @@ def _check_values(cls: Any, place: Path, values: dict[str, Any]) -> None:
     wrong = wrong_field(cls, values, RULES, elsewhere)
     needed = NEEDED if values.get("correction") is None else _merged(NEEDED, NEEDED_OF_A_CORRECTION)
     if wrong is None:
-        lacking = [f"{name}.{entry}" for name, given in needed.items() for entry in given if entry not in values[name]]
+        lacking = [
+            f"{name}.{entry}"
+            for name, given in needed.items()
+            for entry in given
+            if entry not in values[name]
+        ]
         wrong = f"lacks {lacking[0]!r}" if lacking else None
     config = values.get("config")
     if wrong is None and not isinstance(config, dict):
@@ -113,22 +136,37 @@ def _check_arrays(place: Path, arrays: Mapping[str, np.ndarray], values: dict[st
     """Check names and shapes of the arrays against each other and against result.json."""
     prefixes = tuple(ARRAY_GROUPS.values())
     lacking = [name for name in (*SINGLE_ARRAYS, "trace_elbo") if name not in arrays]
-    unknown = [name for name in arrays if name not in SINGLE_ARRAYS and not name.startswith(prefixes)]
+    unknown = [
+        name for name in arrays if name not in SINGLE_ARRAYS and not name.startswith(prefixes)
+    ]
     textual = [name for name, array in arrays.items() if array.dtype.kind not in "fiub"]
     if lacking or unknown or textual:
-        wrong = f"lacks the array {lacking[0]!r}" if lacking else f"holds {[*unknown, *textual][0]!r}, no array of it"
+        wrong = (
+            f"lacks the array {lacking[0]!r}"
+            if lacking
+            else f"holds {[*unknown, *textual][0]!r}, no array of it"
+        )
         raise files.damaged(place, wrong, WAY_OUT)
     chains = len(values["evaluation"]["llc"])
     shapes = {
         **{f"trace_{name}": (chains, arrays["trace_elbo"].shape[-1]) for name in values["traces"]},
-        "log_weights": (chains, arrays["log_weights"].shape[-1] if arrays["log_weights"].ndim else 0),
+        "log_weights": (
+            chains,
+            arrays["log_weights"].shape[-1] if arrays["log_weights"].ndim else 0,
+        ),
         **{f"draw_{name}": arrays["log_weights"].shape for name in values["draws"]},
     }
     wrong = [name for name, shape in shapes.items() if arrays[name].shape != shape or 0 in shape]
     wrong += [] if arrays["walk_llc"].ndim == 2 else ["walk_llc"]
-    wrong += [f"family_{k}" for k, array in values["family_arrays"].items() if array.shape[:1] != (chains,)]
+    wrong += [
+        f"family_{k}"
+        for k, array in values["family_arrays"].items()
+        if array.shape[:1] != (chains,)
+    ]
     if wrong:
-        raise files.damaged(place, f"has {wrong[0]!r} of the impossible shape {arrays[wrong[0]].shape}", WAY_OUT)
+        raise files.damaged(
+            place, f"has {wrong[0]!r} of the impossible shape {arrays[wrong[0]].shape}", WAY_OUT
+        )
 
 
 def _merged(first: Mapping[str, tuple], second: Mapping[str, tuple]) -> dict[str, tuple]:
@@ -136,7 +174,10 @@ def _merged(first: Mapping[str, tuple], second: Mapping[str, tuple]) -> dict[str
 
 
 def _plain(value: Any) -> Any:
-    """Turn arrays and numpy scalars into lists and numbers; JSON has no NaN, so those become strings."""
+    """Turn arrays and numpy scalars into lists and numbers.
+
+    JSON has no NaN, so those become strings.
+    """
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -154,6 +195,8 @@ def _restored(value: Any, place: Path) -> Any:
         if set(value) != {"non_finite"}:
             return {name: _restored(item, place) for name, item in value.items()}
         if value["non_finite"] not in NON_FINITE:
-            raise files.damaged(place, f"has {value['non_finite']!r} where nan, inf or -inf is wanted", WAY_OUT)
+            raise files.damaged(
+                place, f"has {value['non_finite']!r} where nan, inf or -inf is wanted", WAY_OUT
+            )
         return float(value["non_finite"])
     return [_restored(item, place) for item in value] if isinstance(value, list) else value

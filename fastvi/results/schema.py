@@ -29,7 +29,10 @@ def is_number(value: Any) -> bool:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Say whether a value of JSON is what an annotation promises; arrays are lists of numbers there."""
+    """Say whether a value of JSON is what an annotation promises.
+
+    Arrays are lists of numbers there.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -47,11 +50,18 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(fits(item, arguments[1]) for item in value.values())
-    return dataclasses.is_dataclass(hint) and isinstance(value, dict) and wrong_field(hint, value) is None
+    return (
+        dataclasses.is_dataclass(hint)
+        and isinstance(value, dict)
+        and wrong_field(hint, value) is None
+    )
 
 
 def wrong_field(
-    cls: Any, values: Mapping[str, Any], rules: Mapping[str, Rule] | None = None, elsewhere: Collection[str] = ()
+    cls: Any,
+    values: Mapping[str, Any],
+    rules: Mapping[str, Rule] | None = None,
+    elsewhere: Collection[str] = (),
 ) -> str | None:
     """Say what keeps values from being the fields of a dataclass; None where nothing does.
 
@@ -66,7 +76,9 @@ def wrong_field(
     missing = [name for name in names if name not in values]
     unknown = [name for name in values if name not in names and name not in elsewhere]
     if missing or unknown:
-        return f"lacks {missing[0]!r}" if missing else f"holds {unknown[0]!r}, which is no field of it"
+        return (
+            f"lacks {missing[0]!r}" if missing else f"holds {unknown[0]!r}, which is no field of it"
+        )
     for name in names:
         if not fits(values[name], hints[name]):
             return f"has {name} = {_shown(values[name])}, which is of the wrong type"

@@ -1,4 +1,7 @@
-"""Write to a terminal, a pipe or a file that may be closed, full, or without the letters: that never ends the work."""
+"""Write to a terminal, a pipe or a file that may be closed, full, or without the letters.
+
+That never ends the work.
+"""
 
 import contextlib
 import os
@@ -12,7 +15,10 @@ SPELLED = {
 
 
 def spell(text: str, encoding: str | None) -> str:
-    """Return the text as an encoding can write it: `±` becomes `+-` in ASCII, what has no spelling `?`."""
+    """Return the text as an encoding can write it.
+
+    `±` becomes `+-` in ASCII, what has no spelling `?`.
+    """
     encoding = encoding or "utf-8"
     try:
         text.encode(encoding)
@@ -31,7 +37,10 @@ def write_text(stream: TextIO | None, text: str) -> str | None:
     try:
         stream.write(spell(text, getattr(stream, "encoding", None)))
         stream.flush()
-    except (OSError, ValueError) as error:  # a broken pipe or a full disk; a closed stream is a ValueError
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # a broken pipe or a full disk; a closed stream is a ValueError
         return str(error) or type(error).__name__
     return None
 
@@ -53,7 +62,9 @@ def settle_streams() -> None:
     """Flush stdout and stderr, and lead what one cannot take nowhere, else Python fails when the process ends."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and write_text(stream, "") is not None:
-            with contextlib.suppress(OSError, ValueError):  # streams without a descriptor, or closed ones
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # streams without a descriptor, or closed ones
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())
                 os.close(nowhere)

@@ -1,4 +1,7 @@
-"""Work in full-gradient equivalents (FGE): a gradient on b of n examples is b/n, a loss a third, an HVP twice that."""
+"""Work in full-gradient equivalents (FGE).
+
+A gradient on b of n examples is b/n, a loss a third, an HVP twice that.
+"""
 
 import dataclasses
 from typing import Any
@@ -36,7 +39,9 @@ class Work:
         return {**dataclasses.asdict(self), "total_fge": total}
 
 
-def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int, look: LossLook = LossLook()) -> Work:
+def count_work(
+    fit: Fit, problem: Problem, config: VIConfig, num_chains: int, look: LossLook = LossLook()
+) -> Work:
     """Count the work of a finished fit over all chains."""
     config = config.filled
     num_draws = config.step_draws
@@ -56,7 +61,9 @@ def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int, lo
         n_full_loss=num_chains * draws,
         n_minibatch_grads=steps * num_draws * num_chains,
         n_hvp=start_hvp + evaluation_hvp,
-        n_cholesky_ridge=_concrete(fit.traces["cholesky_ridge"].sum()) if "cholesky_ridge" in fit.traces else 0,
+        n_cholesky_ridge=_concrete(fit.traces["cholesky_ridge"].sum())
+        if "cholesky_ridge" in fit.traces
+        else 0,
         fge_look=look.sample_gradients / problem.num_data,
         fge_curvature=HVP_COST * subset * start_hvp
         + share * (moment + CALIBRATION_DRAWS * _concrete(fit.calibration_rounds)),
@@ -69,7 +76,9 @@ def count_work(fit: Fit, problem: Problem, config: VIConfig, num_chains: int, lo
 def with_losses(work: Work, losses: int) -> Work:
     """Add losses on all data that looked at the curvature at w*."""
     return dataclasses.replace(
-        work, n_full_loss=work.n_full_loss + losses, fge_curvature=work.fge_curvature + LOSS_COST * losses
+        work,
+        n_full_loss=work.n_full_loss + losses,
+        fge_curvature=work.fge_curvature + LOSS_COST * losses,
     )
 
 

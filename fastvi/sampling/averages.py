@@ -11,17 +11,19 @@ LEAST_BURN_IN = 5  # at least this part of a run is discarded
 NEGLIGIBLE_CORRELATION = 0.05
 ROUNDING = 2e-5  # of a mean in single precision
 SURPRISE, CERTAIN = 2.0, 4.0  # standard errors
-DOUBT = 0.3  # part of what the virial columns take off llc that may be left: they see bias to first order
+# part of what the virial columns take off llc that may be left: they see bias to first order
+DOUBT = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
     """What a run says: the mean after burn-in, its error, and whether to believe it.
 
-    `added` is what the virial columns take off llc. Where it is positive, the dynamics have added it: noisy gradients
-    and finite steps heat. Where it is negative beyond doubt, the walkers have not yet spread along wide directions;
-    llc, which hardly feels these, is then read without the columns. `systematic` is the part of `llc_sem` that stands
-    for either. `virial_z` is of the column that is furthest off, see `furthest_off`.
+    `added` is what the virial columns take off llc. Where it is positive, the dynamics have added
+    it: noisy gradients and finite steps heat. Where it is negative beyond doubt, the walkers have
+    not yet spread along wide directions; llc, which hardly feels these, is then read without the
+    columns. `systematic` is the part of `llc_sem` that stands for either. `virial_z` is of the
+    column that is furthest off, see `furthest_off`.
     """
 
     llc: float
@@ -52,14 +54,16 @@ def analyse(
 ) -> Analysis:
     """Average a run after its burn-in, with virial control variates.
 
-    Coefficients come from the other half of the walkers (of a single walker: of its time). The error is the larger of
-    that from the spread between walkers and that from the autocorrelation within them. `discard` is the burn-in where
-    it is known.
+    Coefficients come from the other half of the walkers (of a single walker: of its time). The
+    error is the larger of that from the spread between walkers and that from the autocorrelation
+    within them. `discard` is the burn-in where it is known.
     """
     others = [] if radius2 is None else [radius2]
     burn = discard
     if burn is None:
-        burn = max(llc.shape[1] // LEAST_BURN_IN, *map(burn_in, [llc, _adjust(llc, virial), *others]))
+        burn = max(
+            llc.shape[1] // LEAST_BURN_IN, *map(burn_in, [llc, _adjust(llc, virial), *others])
+        )
     kept, columns = llc[:, burn:], virial[:, burn:]
     adjusted = _adjust(kept, columns)
     added = float((kept - adjusted).mean())
@@ -70,13 +74,17 @@ def analyse(
     per_walker = adjusted.mean(axis=1)
     return Analysis(
         llc=float(per_walker.mean()),
-        llc_sem=float(np.hypot(standard_error(adjusted), max(systematic, ROUNDING * abs(per_walker.mean())))),
+        llc_sem=float(
+            np.hypot(standard_error(adjusted), max(systematic, ROUNDING * abs(per_walker.mean())))
+        ),
         added=added,
         systematic=systematic,
         rhat=split_rhat(adjusted),
         rhat_radius=max((split_rhat(r[:, burn:]) for r in others), default=1.0),
         virial_z=furthest_off(columns),
-        drift_z=max((drift(values) for values in [adjusted, *(r[:, burn:] for r in others)]), key=abs),
+        drift_z=max(
+            (drift(values) for values in [adjusted, *(r[:, burn:] for r in others)]), key=abs
+        ),
         variance_reduction=float(kept.var() / max(adjusted.var(), 1e-300)),
         burn_in=burn,
         per_walker=per_walker,
@@ -87,7 +95,8 @@ def analyse(
 def furthest_off(columns: Float[np.ndarray, "walkers bins columns"]) -> float:
     """Return the mean, in its standard errors, of the column or of their sum that is furthest from zero.
 
-    Each has mean zero under the posterior. One by one, since a wrong center shifts two of them by opposite amounts.
+    Each has mean zero under the posterior. One by one, since a wrong center shifts two of them by
+    opposite amounts.
     """
     sum_of_all = columns.sum(axis=-1, keepdims=True)
     each = np.moveaxis(np.concatenate([columns, sum_of_all], axis=-1), -1, 0)
@@ -108,7 +117,9 @@ def burn_in(llc: np.ndarray) -> int:
     """
     series = llc.mean(axis=0)
     candidates = range(series.size // 2 + 1)
-    scores = [np.sum((series[t:] - series[t:].mean()) ** 2) / (series.size - t) ** 2 for t in candidates]
+    scores = [
+        np.sum((series[t:] - series[t:].mean()) ** 2) / (series.size - t) ** 2 for t in candidates
+    ]
     return int(np.argmin(scores))
 
 
@@ -116,8 +127,12 @@ def _adjust(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Subtract what the columns explain, by coefficients from the other half of the walkers."""
     if values.shape[0] == 1:
         half = values.shape[1] // 2
-        apart = _adjust(values[:, -2 * half :].reshape(2, half), columns[:, -2 * half :].reshape(2, half, -1))
-        return np.concatenate([values[:, : values.shape[1] - 2 * half], apart.reshape(1, -1)], axis=1)
+        apart = _adjust(
+            values[:, -2 * half :].reshape(2, half), columns[:, -2 * half :].reshape(2, half, -1)
+        )
+        return np.concatenate(
+            [values[:, : values.shape[1] - 2 * half], apart.reshape(1, -1)], axis=1
+        )
     halves = np.arange(values.shape[0]) % 2 == 0
     if halves.sum() * values.shape[1] < POINTS_PER_COLUMN * (columns.shape[-1] + 1):
         return values
@@ -134,7 +149,10 @@ def _adjust(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 def standard_error(values: Float[np.ndarray, "walkers bins"]) -> float:
-    """Return the error of the mean: from the spread of the walkers or the correlation within them, if larger."""
+    """Return the error of the mean.
+
+    From the spread of the walkers or the correlation within them, if larger.
+    """
     walkers, length = values.shape
     between = values.mean(axis=1).std(ddof=1) / np.sqrt(walkers) if walkers > 1 else 0.0
     centred = values - values.mean()
@@ -162,7 +180,10 @@ def drift(values: Float[np.ndarray, "walkers bins"]) -> float:
 
 
 def split_rhat(values: np.ndarray) -> float:
-    """Compare means of half-walkers with the variance within them; 1 where they agree, infinite where one is stuck."""
+    """Compare means of half-walkers with the variance within them.
+
+    1 where they agree, infinite where one is stuck.
+    """
     half = values.shape[1] // 2
     if half < 2:
         return float("inf")

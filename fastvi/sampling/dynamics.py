@@ -11,18 +11,27 @@ from fastvi.sampling.gradients import Anchor, anchored_value_and_grad
 from fastvi.target.data import Problem
 from fastvi.target.objective import FlatObjective
 
-HOLD = 2  # steps that a walker keeps its block of data: every other step conserves an energy but for its own error
-FIRST_STEP = 0.3  # times dim^(-1/4), the scaling of the step at constant energy error in a round Gaussian
+# steps that a walker keeps its block of data: every other step conserves an energy but for its own
+# error
+HOLD = 2
+FIRST_STEP = (
+    0.3  # times dim^(-1/4), the scaling of the step at constant energy error in a round Gaussian
+)
 SHRINK, GROW = 0.8, 1.1  # bounds on what one step changes of the step size
-WIDTH = 9.0  # of the log-normal window that outliers of the energy error fall out of: 6 x 1.5, as blackjax has it
+# of the log-normal window that outliers of the energy error fall out of: 6 x 1.5, as blackjax has
+# it
+WIDTH = 9.0
 FIRST_MEMORY, LAST_MEMORY = 20.0, 100.0  # steps that the running mean of the energy error covers
-WORST_ERROR = 1e3  # nats, and one for each dimension, at which a step is taken back and the momentum reversed
+WORST_ERROR = (
+    1e3  # nats, and one for each dimension, at which a step is taken back and the momentum reversed
+)
 
 
 class Walker(NamedTuple):
     """A point with what the next step needs.
 
-    `gradient` is that of the potential `-log p` in v, estimated on `block`; `potential` is the one it belongs to.
+    `gradient` is that of the potential `-log p` in v, estimated on `block`; `potential` is the one
+    it belongs to.
     """
 
     x: Float[Array, " dim"]
@@ -42,7 +51,10 @@ class Tuning(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What is kept of each bin of steps: means of nbeta (L_n - L_n(w*)), of |w - w*|^2, of the virial columns."""
+    """What is kept of each bin of steps.
+
+    Means of nbeta (L_n - L_n(w*)), of |w - w*|^2, of the virial columns.
+    """
 
     llc: Float[Array, " bins"]
     radius2: Float[Array, " bins"]
@@ -52,7 +64,9 @@ class Record(NamedTuple):
 
 
 def heat(noise: float, step: float, friction_time: float) -> float:
-    """Return what gradient noise adds to llc: half of what it adds to the mean squares of x, summed.
+    """Return what gradient noise adds to llc.
+
+    Half of what it adds to the mean squares of x, summed.
 
     Args:
         noise: Variance of the gradient in x over the blocks, summed over directions.
@@ -68,13 +82,17 @@ def start_tuning(dim: int, dtype) -> Tuning:
     return Tuning(jnp.asarray(FIRST_STEP * dim**-0.25, dtype), zero, zero + 1e-6, jnp.asarray(0))
 
 
-def make_potential(objective: FlatObjective, problem: Problem, linear_map: LinearMap, reference_loss: Scalar):
+def make_potential(
+    objective: FlatObjective, problem: Problem, linear_map: LinearMap, reference_loss: Scalar
+):
     """Return `(anchor, x, momentum, block) -> Walker`."""
     posterior = problem.posterior
 
     def evaluate(anchor: Anchor, x, momentum, block) -> Walker:
         v = linear_map.displacement(x)
-        excess, gradient, surrogate = anchored_value_and_grad(objective, problem, anchor, reference_loss, v, block)
+        excess, gradient, surrogate = anchored_value_and_grad(
+            objective, problem, anchor, reference_loss, v, block
+        )
         gradient = -posterior.log_density_grad(v, gradient)
         return Walker(x, momentum, gradient, -posterior.log_density(v, surrogate), excess)
 
@@ -98,11 +116,12 @@ def run_steps(
 ) -> tuple[Walker, Tuning, Record]:
     """Run `bins * bin_length` steps of every walker side by side, adapting one step size for all.
 
-    A step is half a kick, half a drift, friction and noise, half a drift, half a kick (BAOAB): positions are sampled
-    without bias where the potential is quadratic, and nothing is rejected. The step size keeps the mean square
-    of the energy error, the change of the energy less the heat, at `energy_error`. A step that ends behind a wall is
-    taken back: by its energy error and, where the block changes, which moves the potential for no fault of the step's,
-    by the energy of the kick that it ends with as well. Both are a small part of d where walkers are at home.
+    A step is half a kick, half a drift, friction and noise, half a drift, half a kick (BAOAB):
+    positions are sampled without bias where the potential is quadratic, and nothing is rejected.
+    The step size keeps the mean square of the energy error, the change of the energy less the heat,
+    at `energy_error`. A step that ends behind a wall is taken back: by its energy error and, where
+    the block changes, which moves the potential for no fault of the step's, by the energy of the
+    kick that it ends with as well. Both are a small part of d where walkers are at home.
 
     Args:
         evaluate: From `make_potential`.
@@ -122,8 +141,9 @@ def run_steps(
         Walkers, tuning, and records with a leading axis of walkers.
 
     References:
-        Leimkuhler & Matthews, Molecular Dynamics (2015); Robnik & Seljak, Fluctuation without dissipation (2023) for
-        the control of the energy error; Baker et al., Control variates for SGMCMC (2019).
+        Leimkuhler & Matthews, Molecular Dynamics (2015); Robnik & Seljak, Fluctuation without
+        dissipation (2023) for the control of the energy error; Baker et al., Control variates for
+        SGMCMC (2019).
     """
     num_blocks = anchor.block_loss.shape[0]
     held = HOLD if num_blocks > 1 else 1
@@ -133,13 +153,21 @@ def run_steps(
         force = linear_map.pull_back(walker.gradient)
         before = walker.momentum - 0.5 * step * force
         kept = jnp.exp(-step / friction_time)
-        noise = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, index), 1), before.shape, before.dtype)
+        noise = jax.random.normal(
+            jax.random.fold_in(jax.random.fold_in(key, index), 1), before.shape, before.dtype
+        )
         after = kept * before + jnp.sqrt(1 - kept**2) * noise
         moved = evaluate(anchor, walker.x + 0.5 * step * (before + after), after, block)
         pulled = linear_map.pull_back(moved.gradient)
         moved = moved._replace(momentum=after - 0.5 * step * pulled)
         heat = _kinetic(after) - _kinetic(before)
-        error = moved.potential - walker.potential + _kinetic(moved.momentum) - _kinetic(walker.momentum) - heat
+        error = (
+            moved.potential
+            - walker.potential
+            + _kinetic(moved.momentum)
+            - _kinetic(walker.momentum)
+            - heat
+        )
         is_clean = index % held == held - 1  # the block at both ends is the same
         kick = jnp.where(is_clean, jnp.inf, _kinetic(0.5 * step * pulled))
         measure = jnp.minimum(jnp.abs(error), kick)
@@ -153,23 +181,37 @@ def run_steps(
 
     def one_step(carry, index):
         walkers, tuning = carry
-        walkers, (excess, radius2, columns, error, lost) = jax.vmap(advance, in_axes=(0, 0, None, None))(
-            walkers, keys, tuning.step, index
-        )
+        walkers, (excess, radius2, columns, error, lost) = jax.vmap(
+            advance, in_axes=(0, 0, None, None)
+        )(walkers, keys, tuning.step, index)
         kept = ~lost  # a step that was taken back says nothing of how long steps may be
         error = jnp.sum(jnp.where(kept, error**2, 0.0)) / jnp.maximum(jnp.sum(kept), 1)
         is_clean = index % held == held - 1  # the block at both ends is the same
         tuned = _adapt(tuning, error, energy_error)
-        tuning = jax.tree_util.tree_map(lambda new, old: jnp.where(is_clean, new, old), tuned, tuning)
-        return (walkers, tuning), (excess, radius2, columns, jnp.where(is_clean, error, jnp.nan), jnp.mean(lost))
+        tuning = jax.tree_util.tree_map(
+            lambda new, old: jnp.where(is_clean, new, old), tuned, tuning
+        )
+        return (walkers, tuning), (
+            excess,
+            radius2,
+            columns,
+            jnp.where(is_clean, error, jnp.nan),
+            jnp.mean(lost),
+        )
 
     def one_bin(carry, start):
-        carry, (excess, radius2, columns, error, lost) = jax.lax.scan(one_step, carry, start + jnp.arange(bin_length))
-        return carry, Record(excess.mean(0), radius2.mean(0), columns.mean(0), jnp.nanmean(error), lost.mean())
+        carry, (excess, radius2, columns, error, lost) = jax.lax.scan(
+            one_step, carry, start + jnp.arange(bin_length)
+        )
+        return carry, Record(
+            excess.mean(0), radius2.mean(0), columns.mean(0), jnp.nanmean(error), lost.mean()
+        )
 
     starts = first + bin_length * jnp.arange(bins)
     (walkers, tuning), record = jax.lax.scan(one_bin, (walkers, tuning), starts)
-    swapped = record._replace(llc=record.llc.T, radius2=record.radius2.T, virial=jnp.swapaxes(record.virial, 0, 1))
+    swapped = record._replace(
+        llc=record.llc.T, radius2=record.radius2.T, virial=jnp.swapaxes(record.virial, 0, 1)
+    )
     return walkers, tuning, swapped
 
 

@@ -13,14 +13,17 @@ from fastvi.target.objective import FlatObjective, full_data_value_and_grad, val
 MAX_BLOCKS = 64
 MIN_BLOCK = 16  # examples
 TABLE_FLOATS = 2**27  # bound on what the anchor keeps: a gradient for each block
-TOLERANCE = 0.25  # how far the size of a block may be from the wanted one to leave few examples over
+TOLERANCE = (
+    0.25  # how far the size of a block may be from the wanted one to leave few examples over
+)
 
 
 class Anchor(NamedTuple):
     """The loss about a fixed point: on all data, and on each block alone.
 
-    `excess` is L - L_n(w*) and `gradient` that of L, in model coordinates; `block_*` have a leading axis of blocks.
-    `index` lists the examples of each block. One block means all data, and then nothing of this is used.
+    `excess` is L - L_n(w*) and `gradient` that of L, in model coordinates; `block_*` have a leading
+    axis of blocks. `index` lists the examples of each block. One block means all data, and then
+    nothing of this is used.
     """
 
     displacement: Float[Array, " dim"]
@@ -32,7 +35,10 @@ class Anchor(NamedTuple):
 
 
 def block_counts(num_data: int, dim: int) -> tuple[int, ...]:
-    """Return the numbers of blocks to choose from, most first: powers of two down to all data at once."""
+    """Return the numbers of blocks to choose from, most first.
+
+    Powers of two down to all data at once.
+    """
     counts, count = [], MAX_BLOCKS
     while count > 1:
         if count * MIN_BLOCK <= num_data and count * dim <= TABLE_FLOATS:
@@ -53,7 +59,8 @@ def block_size(num_data: int, count: int) -> int:
 def split_data(num_data: int, count: int, seed: int = 0) -> Int[np.ndarray, "blocks block_size"]:
     """Split a random permutation of the examples into blocks of one size, near `count` of them.
 
-    The size within `TOLERANCE` that leaves the fewest examples over is taken; what is left over is in no block.
+    The size within `TOLERANCE` that leaves the fewest examples over is taken; what is left over is
+    in no block.
     """
     if count == 1:
         return np.arange(num_data, dtype=np.int32)[None]
@@ -63,13 +70,17 @@ def split_data(num_data: int, count: int, seed: int = 0) -> Int[np.ndarray, "blo
     return order.reshape(blocks, size).astype(np.int32)
 
 
-def block_value_and_grad(objective: FlatObjective, problem: Problem, displacement, rows: Int[Array, " block_size"]):
+def block_value_and_grad(
+    objective: FlatObjective, problem: Problem, displacement, rows: Int[Array, " block_size"]
+):
     """Evaluate the mean loss of some examples and its gradient."""
     batch = jax.tree_util.tree_map(lambda leaf: leaf[rows], problem.data)
     return value_and_grad(objective, problem.posterior.center + displacement, batch)
 
 
-def make_anchor(objective: FlatObjective, problem: Problem, displacement, reference_loss, index) -> Anchor:
+def make_anchor(
+    objective: FlatObjective, problem: Problem, displacement, reference_loss, index
+) -> Anchor:
     """Evaluate the loss at the anchor, on all data and block by block.
 
     Cost:
@@ -79,8 +90,12 @@ def make_anchor(objective: FlatObjective, problem: Problem, displacement, refere
         zero = jnp.zeros_like(displacement)
         return Anchor(displacement, zero[0], zero, index[:, :0], zero[:1], zero[None])
     center = problem.posterior.center
-    excess, gradient = full_data_value_and_grad(objective, center + displacement, problem.data, reference_loss)
-    losses, gradients = jax.lax.map(lambda rows: block_value_and_grad(objective, problem, displacement, rows), index)
+    excess, gradient = full_data_value_and_grad(
+        objective, center + displacement, problem.data, reference_loss
+    )
+    losses, gradients = jax.lax.map(
+        lambda rows: block_value_and_grad(objective, problem, displacement, rows), index
+    )
     return Anchor(displacement, excess, gradient, index, losses, gradients)
 
 
@@ -94,12 +109,13 @@ def anchored_value_and_grad(
 ) -> tuple[Scalar, Float[Array, " dim"], Scalar]:
     """Estimate `L_n(w) - L_n(w*)` and the gradient of L_n from one block.
 
-    Both are what the block says, less what it says at the anchor, plus what all data say there: unbiased over the
-    blocks (but for the few examples that are in none), exact where all examples are alike.
+    Both are what the block says, less what it says at the anchor, plus what all data say there:
+    unbiased over the blocks (but for the few examples that are in none), exact where all examples
+    are alike.
 
     Returns:
-        The excess, the gradient, and the potential that this gradient is the exact gradient of as long as the block
-        stays.
+        The excess, the gradient, and the potential that this gradient is the exact gradient of as
+        long as the block stays.
     """
     if anchor.block_loss.shape[0] == 1:
         point = problem.posterior.center + displacement
@@ -113,7 +129,11 @@ def anchored_value_and_grad(
 
 
 def gradient_noise(
-    objective: FlatObjective, problem: Problem, anchor: Anchor, displacements: Float[Array, "points dim"], pull_back
+    objective: FlatObjective,
+    problem: Problem,
+    anchor: Anchor,
+    displacements: Float[Array, "points dim"],
+    pull_back,
 ) -> Scalar:
     """Return the variance over blocks of `pull_back` of the anchored gradient of nbeta L, summed over coordinates.
 

@@ -16,7 +16,10 @@ from fastvi.sampling.walkers import BIN_LENGTH, ROUND, Walk, WalkPrograms
 from fastvi.target.data import Problem
 
 MIN_BINS = 8
-FRICTION_TIME, WIDEST = 2.0, 8.0  # for a posterior as wide as q; for a wider one up to so many times as long
+FRICTION_TIME, WIDEST = (
+    2.0,
+    8.0,
+)  # for a posterior as wide as q; for a wider one up to so many times as long
 RHAT_SETTLED, RHAT_RADIUS_SETTLED, DRIFT_SIGMAS = 1.1, 1.2, 2.5
 USUAL_ERROR = 0.02  # relative error that these numbers, and the number of walkers, are made for
 NOISE_POINTS = 4  # walkers at which the noise of the gradients is measured
@@ -28,10 +31,14 @@ PRECISE_ENERGY_ERROR = 2e-4  # at the usual relative error; the bias grows as th
 LEAST_DIMENSIONS = 0.1  # effective dimensions, at least, of each dimension
 REFINEMENTS = 3  # how many times the dynamics are made more exact
 FEWER_BLOCKS, LESS_ENERGY_ERROR = 4, 8
-NOISE_SHARE = 1.0  # of relative_error that noise of the gradients may add to llc, before control variates
+NOISE_SHARE = (
+    1.0  # of relative_error that noise of the gradients may add to llc, before control variates
+)
 NOISE_SLACK = 1.5  # on what a new measurement of the noise allows
 REFINE_AT = 0.75  # systematic error over the wanted one
-NUMBERS_PER_FGE = 2e5  # coordinates that walkers may move for each FGE of the budget: ten minutes at d = 1e5
+NUMBERS_PER_FGE = (
+    2e5  # coordinates that walkers may move for each FGE of the budget: ten minutes at d = 1e5
+)
 CHECK_GROWTH = 1.15  # of a run between looks at its averages
 LEAST_ROUNDS = 3  # that a budget has to pay for, with as many walkers as it can
 ANCHOR_COST = 2  # full gradients: on all data at once, and block by block
@@ -55,7 +62,10 @@ class Unmet(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """A finished run; `work` is in full-data gradients, all walkers together. Settled where nothing is unmet."""
+    """A finished run.
+
+    `work` is in full-data gradients, all walkers together. Settled where nothing is unmet.
+    """
 
     analysis: Analysis
     llc: Float[np.ndarray, "walkers bins"]
@@ -101,7 +111,9 @@ class Sampler:
         """Full gradients that a measurement of the noise takes."""
         return ANCHOR_COST + min(NOISE_POINTS, self.num_walkers) if len(self.counts) > 1 else 0
 
-    def walk_cost(self, num_blocks: int, walkers: int | None = None, rounds: int = LEAST_ROUNDS) -> float:
+    def walk_cost(
+        self, num_blocks: int, walkers: int | None = None, rounds: int = LEAST_ROUNDS
+    ) -> float:
         """Full gradients that it takes to begin with blocks and run some rounds."""
         count = self.num_walkers if walkers is None else walkers
         share = block_size(self.problem.num_data, num_blocks) / self.problem.num_data
@@ -111,7 +123,11 @@ class Sampler:
     def cost(self) -> float:
         """Full gradients of a step of all walkers."""
         blocks = self.level.num_blocks
-        return self.num_walkers * block_size(self.problem.num_data, blocks) / self.problem.num_data if blocks else 0.0
+        return (
+            self.num_walkers * block_size(self.problem.num_data, blocks) / self.problem.num_data
+            if blocks
+            else 0.0
+        )
 
     @property
     def pays(self) -> bool:
@@ -120,7 +136,9 @@ class Sampler:
 
     @property
     def least_budget(self) -> float:
-        """Full gradients of the shortest run by the fewest walkers: on the smallest blocks, until the noise is known.
+        """Full gradients of the shortest run by the fewest walkers.
+
+        On the smallest blocks, until the noise is known.
 
         Where the numbers that walkers move are what counts, the FGE that allow as many.
         """
@@ -137,7 +155,9 @@ class Sampler:
             return
         index = split_data(self.problem.num_data, self.counts[0])
         points = self.walk.walkers.x[: min(NOISE_POINTS, self.num_walkers)]
-        value = self.programs.noise(self.problem, self.walk.linear_map, points, self.reference_loss, index)
+        value = self.programs.noise(
+            self.problem, self.walk.linear_map, points, self.reference_loss, index
+        )
         self.work += self.noise_cost
         self.block_noise = float(value) / (index.shape[0] - 1)
 
@@ -145,7 +165,9 @@ class Sampler:
         """Let go of walkers, then take smaller blocks than noise allows, until the budget pays for a short run."""
         for count in sorted(count for count in self.counts if count >= level.num_blocks):
             fixed = self.walk_cost(count, 0)
-            payable = int((self.budget - self.work - fixed) / (self.walk_cost(count, 1) - fixed) + 1e-9)
+            payable = int(
+                (self.budget - self.work - fixed) / (self.walk_cost(count, 1) - fixed) + 1e-9
+            )
             if payable >= self.fewest:
                 self._keep(min(self.num_walkers, payable - payable % self.fewest))
                 return level._replace(num_blocks=count)
@@ -166,8 +188,8 @@ class Sampler:
     def affordable(self, llc: float) -> int:
         """Return the most blocks with which noise adds no more than this to llc.
 
-        Noise of variance V held for HOLD steps heats a direction by `HOLD * step * V * friction time / 2`, and half of
-        that is llc.
+        Noise of variance V held for HOLD steps heats a direction by `HOLD * step * V * friction
+        time / 2`, and half of that is llc.
         """
         return next((count for count in self.counts if self.heat(count) <= abs(llc)), 1)
 
@@ -176,12 +198,16 @@ class Sampler:
         if level.num_blocks != self.level.num_blocks:
             index = split_data(self.problem.num_data, level.num_blocks)
             first = jnp.int32(self.steps)
-            self.anchor, self.walk = self.programs.enter(self.problem, self.walk, self.reference_loss, index, first)
+            self.anchor, self.walk = self.programs.enter(
+                self.problem, self.walk, self.reference_loss, index, first
+            )
             self.work += self.walk_cost(level.num_blocks, rounds=0)
         if level.energy_error != self.level.energy_error:
             fresh = start_tuning(self.walk.walkers.x.shape[1], self.walk.tuning.step.dtype)
             factor = (level.energy_error / self.level.energy_error) ** (1 / 6)
-            self.walk = self.walk._replace(tuning=fresh._replace(step=factor * self.walk.tuning.step))
+            self.walk = self.walk._replace(
+                tuning=fresh._replace(step=factor * self.walk.tuning.step)
+            )
         self.level = level
 
     def advance(self) -> Record:
@@ -195,7 +221,9 @@ class Sampler:
             jnp.float32(self.friction_time),
             jnp.int32(self.steps),
         )
-        record = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, float), jax.device_get(record))
+        record = jax.tree_util.tree_map(
+            lambda leaf: np.asarray(leaf, float), jax.device_get(record)
+        )
         self.steps += ROUND
         self.work += ROUND * self.cost
         self.returned += float(record.returned.sum())
@@ -205,7 +233,8 @@ class Sampler:
     def friction_time(self) -> float:
         """Time after which momentum is forgotten.
 
-        What it takes to cross the posterior as wide as it has been seen, or as much less as the noise asks for.
+        What it takes to cross the posterior as wide as it has been seen, or as much less as the
+        noise asks for.
         """
         x = self.walk.walkers.x
         width = math.sqrt(float(jnp.mean(x**2))) if self.steps else 1.0
@@ -233,12 +262,15 @@ class Sampler:
         return not self.can_pay(ROUND * self.cost) or numbers > NUMBERS_PER_FGE * self.budget
 
 
-def sample_posterior(sampler: Sampler, *, relative_error: float, report: Callable[[float, float], None]) -> Sampled:
+def sample_posterior(
+    sampler: Sampler, *, relative_error: float, report: Callable[[float, float], None]
+) -> Sampled:
     """Run the walkers until the error of llc is small and they agree, or the budget is spent.
 
-    Gradients come from blocks of the data as small as their noise allows: it may add `BURN_IN_NOISE` to llc while the
-    walkers move in from q, and `relative_error` afterwards. What the virial columns take off llc measures what noise
-    and step size have added to it; where that is too much, blocks are made larger and steps shorter.
+    Gradients come from blocks of the data as small as their noise allows: it may add
+    `BURN_IN_NOISE` to llc while the walkers move in from q, and `relative_error` afterwards. What
+    the virial columns take off llc measures what noise and step size have added to it; where that
+    is too much, blocks are made larger and steps shorter.
 
     The budget must pay for a walk: `sampler.pays`.
     """
@@ -265,13 +297,19 @@ def _move_in(sampler: Sampler, level: Level, reserve: float, report) -> float:
     """Run until llc has stopped moving much, or what is left is the reserve; return it."""
     sampler.enter(level)
     means: list[float] = []
-    while len(means) < MAX_BURN_IN and not sampler.is_spent and sampler.can_pay(ROUND * sampler.cost + reserve):
+    while (
+        len(means) < MAX_BURN_IN
+        and not sampler.is_spent
+        and sampler.can_pay(ROUND * sampler.cost + reserve)
+    ):
         means.append(float(sampler.advance().llc.mean()))
         report(sampler.work, means[-1])
         if not math.isfinite(means[-1]):
             break
         half = len(means) // 2
-        if half and abs(np.mean(means[:half]) - np.mean(means[half:])) < BURN_IN_CHANGE * abs(means[-1]):
+        if half and abs(np.mean(means[:half]) - np.mean(means[half:])) < BURN_IN_CHANGE * abs(
+            means[-1]
+        ):
             break
     return means[-1] if means else sampler.llc
 
@@ -288,10 +326,14 @@ def _produce(sampler: Sampler, relative_error: float, unmet: tuple[Unmet, ...], 
             continue
         looked = len(records)
         llc, virial, radius2 = (
-            np.concatenate([getattr(r, name) for r in records], axis=1) for name in ("llc", "virial", "radius2")
+            np.concatenate([getattr(r, name) for r in records], axis=1)
+            for name in ("llc", "virial", "radius2")
         )
         if not all(np.all(np.isfinite(part)) for part in (llc, virial, radius2)):
-            analysis, missed = Analysis.broken(sampler.num_walkers), (Unmet(ERROR, math.nan, relative_error),)
+            analysis, missed = (
+                Analysis.broken(sampler.num_walkers),
+                (Unmet(ERROR, math.nan, relative_error),),
+            )
             break
         analysis = analyse(llc, virial, radius2)
         report(sampler.work, analysis.llc)
@@ -311,11 +353,21 @@ def _produce(sampler: Sampler, relative_error: float, unmet: tuple[Unmet, ...], 
                 sampler.enter(sampler.level._replace(num_blocks=blocks))
                 records, looked, measured, missed = [], 0, 1, None
                 continue
-        missed = (*unmet, *unmet_by(analysis, relative_error, _patience(sampler, relative_error), llc.shape[1]))
+        missed = (
+            *unmet,
+            *unmet_by(analysis, relative_error, _patience(sampler, relative_error), llc.shape[1]),
+        )
     step = float(sampler.walk.tuning.step)
     returned = sampler.returned * sampler.num_walkers * BIN_LENGTH
     return Sampled(
-        analysis, llc, sampler.level, step, returned, sampler.work, tuple(missed or ()), sampler.least_budget
+        analysis,
+        llc,
+        sampler.level,
+        step,
+        returned,
+        sampler.work,
+        tuple(missed or ()),
+        sampler.least_budget,
     )
 
 
@@ -324,7 +376,9 @@ def _patience(sampler: Sampler, relative_error: float) -> float:
     return max(1.0, relative_error / USUAL_ERROR) if sampler.has_moved_in else 1.0
 
 
-def unmet_by(analysis: Analysis, relative_error: float, patience: float, bins: int) -> tuple[Unmet, ...]:
+def unmet_by(
+    analysis: Analysis, relative_error: float, patience: float, bins: int
+) -> tuple[Unmet, ...]:
     """Return which criteria of a settled run the averages do not meet."""
     error = analysis.llc_sem / max(abs(analysis.llc), 1e-300)
     bounds = (
@@ -339,7 +393,10 @@ def unmet_by(analysis: Analysis, relative_error: float, patience: float, bins: i
 
 
 def _blocks_by_noise_here(sampler: Sampler) -> int:
-    """Measure the noise anew; return fewer blocks where it is larger than where the walkers came from."""
+    """Measure the noise anew.
+
+    Return fewer blocks where it is larger than where the walkers came from.
+    """
     now = sampler.level.num_blocks
     if not sampler.can_pay(sampler.noise_cost + ROUND * sampler.cost):
         return now
@@ -351,7 +408,10 @@ def _blocks_by_noise_here(sampler: Sampler) -> int:
 
 
 def _finer(sampler: Sampler, added: float) -> Level:
-    """Return the next level: larger blocks where noise can be to blame for what was added, and shorter steps."""
+    """Return the next level.
+
+    Larger blocks where noise can be to blame for what was added, and shorter steps.
+    """
     level = sampler.level
     sampler.allowed_heat = min(sampler.allowed_heat, added / FEWER_BLOCKS)
     blocks = sampler.affordable(sampler.allowed_heat)

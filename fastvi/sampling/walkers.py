@@ -1,4 +1,7 @@
-"""Walkers from draws of q: where they start, what they are measured by, and their compiled stages."""
+"""Walkers from draws of q.
+
+Where they start, what they are measured by, and their compiled stages.
+"""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +15,15 @@ from fastvi._compilation import PROGRAMS, quick_compilation
 from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
 from fastvi.evaluation.llc import EVALUATION_BLOCK
 from fastvi.families.base import AbstractFamily, LinearMap
-from fastvi.sampling.dynamics import Record, Tuning, Walker, make_potential, refresh, run_steps, start_tuning
+from fastvi.sampling.dynamics import (
+    Record,
+    Tuning,
+    Walker,
+    make_potential,
+    refresh,
+    run_steps,
+    start_tuning,
+)
 from fastvi.sampling.gradients import Anchor, gradient_noise, make_anchor
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import fingerprint_loss, shapes_of
@@ -72,7 +83,9 @@ def move_walk(
     center: Float[Array, " dim"],
     shift: Int[Array, ""],
 ) -> Walk:
-    """Take walkers over to another posterior: to the coordinates of its q, at the points where they are.
+    """Take walkers over to another posterior.
+
+    To the coordinates of its q, at the points where they are.
 
     Args:
         family: That of the new q.
@@ -83,7 +96,9 @@ def move_walk(
         shift: Distinguishes their keys from the old ones.
     """
     linear_map = _common_map(family, params)
-    moved = jax.vmap(walk.linear_map.displacement)(walk.walkers.x) + (center - problem.posterior.center)
+    moved = jax.vmap(walk.linear_map.displacement)(walk.walkers.x) + (
+        center - problem.posterior.center
+    )
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(walk.keys, shift)
     set_off = _set_off(linear_map, jax.vmap(linear_map.round)(moved), walk.walkers.excess, keys)
     return set_off._replace(tuning=set_off.tuning._replace(step=walk.tuning.step))
@@ -94,9 +109,16 @@ def _common_map(family: AbstractFamily, params: Any) -> LinearMap:
     return family.linear_map(jax.tree_util.tree_map(lambda leaf: leaf[0], params))
 
 
-def _set_off(linear_map: LinearMap, x: Float[Array, "walkers dim"], excess: Float[Array, " walkers"], keys) -> Walk:
-    """Give walkers at these points a momentum; their gradients are unknown until they enter a level."""
-    momentum = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, WALK_BLOCK), x.shape[1:], x.dtype))(keys)
+def _set_off(
+    linear_map: LinearMap, x: Float[Array, "walkers dim"], excess: Float[Array, " walkers"], keys
+) -> Walk:
+    """Give walkers at these points a momentum.
+
+    Their gradients are unknown until they enter a level.
+    """
+    momentum = jax.vmap(
+        lambda key: jax.random.normal(jax.random.fold_in(key, WALK_BLOCK), x.shape[1:], x.dtype)
+    )(keys)
     walkers = Walker(x, momentum, jnp.zeros_like(x), jnp.zeros_like(excess), excess)
     return Walk(linear_map, walkers, start_tuning(x.shape[1], x.dtype), keys)
 
@@ -115,10 +137,12 @@ def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int
 
 
 def virial_columns(blocks: tuple[int, ...]) -> Callable[..., Float[Array, " columns"]]:
-    """Return functions of mean zero under the posterior: `tr G - (G v) . grad(-log p)` for a few fixed G.
+    """Return functions of mean zero under the posterior.
 
-    G is the identity on each parameter block, and the projection on the span of q's low-rank directions; one more
-    column is the slope along q's mean.
+    `tr G - (G v) . grad(-log p)` for a few fixed G.
+
+    G is the identity on each parameter block, and the projection on the span of q's low-rank
+    directions; one more column is the slope along q's mean.
 
     Args:
         blocks: Lengths of the blocks, in order.
@@ -135,7 +159,10 @@ def virial_columns(blocks: tuple[int, ...]) -> Callable[..., Float[Array, " colu
 def block_virials(work, blocks: tuple[int, ...]) -> list:
     """Return `length - sum of v * grad(-log p)` of each block, for v * grad(-log p) of shape (..., dim)."""
     ends = np.cumsum(blocks)
-    return [length - work[..., end - length : end].sum(axis=-1) for length, end in zip(blocks, ends, strict=True)]
+    return [
+        length - work[..., end - length : end].sum(axis=-1)
+        for length, end in zip(blocks, ends, strict=True)
+    ]
 
 
 def parameter_blocks(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -154,8 +181,10 @@ class WalkPrograms(NamedTuple):
     Attributes:
         start: `(family, problem, params, keys, log_weight, excess, num_walkers) -> Walk`.
         move: `(family, problem, params, walk, center, shift) -> Walk`.
-        noise: `(problem, linear_map, x of some walkers, reference_loss, index) -> noise of the gradients`.
-        enter: `(problem, walk, reference_loss, index, first) -> (Anchor, Walk)`: from now on by these blocks.
+        noise: `(problem, linear_map, x of some walkers, reference_loss, index) -> noise of the
+            gradients`.
+        enter: `(problem, walk, reference_loss, index, first) -> (Anchor, Walk)`: from now on by
+            these blocks.
         advance: `(problem, anchor, walk, reference_loss, energy_error, friction_time, first) ->
             (Walk, Record)`.
     """
@@ -167,24 +196,38 @@ class WalkPrograms(NamedTuple):
     advance: Callable[..., tuple[Walk, Record]]
 
 
-def walk_programs(objective: FlatObjective, problem: Problem, blocks: tuple[int, ...]) -> WalkPrograms:
-    """Return the stages; objectives that compute the same share them, compiled, for the same shapes and blocks."""
+def walk_programs(
+    objective: FlatObjective, problem: Problem, blocks: tuple[int, ...]
+) -> WalkPrograms:
+    """Return the stages.
+
+    Objectives that compute the same share them, compiled, for the same shapes and blocks.
+    """
     key = ("walk", blocks, shapes_of(problem))
-    return PROGRAMS.find(fingerprint_loss(objective, problem), key, (objective,), lambda one: _build(one, blocks))
+    return PROGRAMS.find(
+        fingerprint_loss(objective, problem), key, (objective,), lambda one: _build(one, blocks)
+    )
 
 
 def _build(objective: Any, blocks: tuple[int, ...]) -> WalkPrograms:
-    column_fn, jit = virial_columns(blocks), functools.partial(jax.jit, compiler_options=quick_compilation())
+    column_fn, jit = (
+        virial_columns(blocks),
+        functools.partial(jax.jit, compiler_options=quick_compilation()),
+    )
 
     def noise(problem, linear_map, x, reference_loss, index):
         anchor = make_anchor(objective, problem, linear_map.center, reference_loss, index)
-        return gradient_noise(objective, problem, anchor, jax.vmap(linear_map.displacement)(x), linear_map.pull_back)
+        return gradient_noise(
+            objective, problem, anchor, jax.vmap(linear_map.displacement)(x), linear_map.pull_back
+        )
 
     def enter(problem, walk: Walk, reference_loss, index, first):
         center = walk.linear_map.displacement(jnp.mean(walk.walkers.x, axis=0))
         anchor = make_anchor(objective, problem, center, reference_loss, index)
         evaluate = make_potential(objective, problem, walk.linear_map, reference_loss)
-        return anchor, walk._replace(walkers=refresh(evaluate, anchor, walk.walkers, walk.keys, first))
+        return anchor, walk._replace(
+            walkers=refresh(evaluate, anchor, walk.walkers, walk.keys, first)
+        )
 
     def advance(problem, anchor, walk: Walk, reference_loss, energy_error, friction_time, first):
         walkers, tuning, record = run_steps(

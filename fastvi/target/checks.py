@@ -1,7 +1,10 @@
-"""A look at the loss before anything is compiled for long: is it what the posterior's formula takes it for?
+"""A look at the loss before anything is compiled for long.
 
-Two small programs, the loss with its gradient on a few rows and the loss on half of them, at w* and at points near it.
-What they show is refused with what was seen, or kept as numbers that the findings of the estimate are read from.
+Is it what the posterior's formula takes it for?
+
+Two small programs, the loss with its gradient on a few rows and the loss on half of them, at w* and
+at points near it. What they show is refused with what was seen, or kept as numbers that the
+findings of the estimate are read from.
 """
 
 import dataclasses
@@ -19,13 +22,21 @@ from fastvi.target.losses import num_examples
 MOST_EXAMPLES = 4096  # sample gradients that the look may take at the most
 MOST_FGE = 2.0
 BUDGET_SHARE = 0.05  # of the sample gradients that the estimate may take
-HALF_ROWS = 32  # examples of each of the two batches: twice as many double the cost, see more of rare rows
+HALF_ROWS = (
+    32  # examples of each of the two batches: twice as many double the cost, see more of rare rows
+)
 RANKED_ROWS, RANKED_BYTES = 4096, 2**26  # examples among which the unlike ones are chosen, at most
 LOSS_COST = 1 / 3  # of a gradient: reverse mode costs about twice the forward pass on top of it
 ROUNDING_UNITS = 256  # units in the last place by which sums in another order may differ
-MISMATCH = 0.2  # of a change of the loss by which its gradient may disagree, beyond what the rule's own error says
-SHARE_OF_WEIGHTS = 0.3  # of the root mean square of w*: a displacement beyond leaves the model's neighbourhood
-SHRINKS, SHRINK = 3, 0.1  # how often, by how much the displacement is made smaller where the loss overflows
+# of a change of the loss by which its gradient may disagree, beyond what the rule's own error says
+MISMATCH = 0.2
+SHARE_OF_WEIGHTS = (
+    0.3  # of the root mean square of w*: a displacement beyond leaves the model's neighbourhood
+)
+SHRINKS, SHRINK = (
+    3,
+    0.1,
+)  # how often, by how much the displacement is made smaller where the loss overflows
 DISPLACEMENT_SEED = 0
 
 
@@ -96,7 +107,8 @@ def look_at_loss(
 ) -> LossLook:
     """Evaluate the loss at w* and near it, and hold it to what an estimate takes for granted.
 
-    It must be finite at w* with its gradient, a mean over examples, deterministic, and change as its gradient says.
+    It must be finite at w* with its gradient, a mean over examples, deterministic, and change as
+    its gradient says.
 
     Args:
         programs: The loss, compiled.
@@ -131,7 +143,8 @@ def look_at_loss(
     if displaced is not None:
         moved = center + step
         scale = max(abs(at_center[0]), abs(displaced[0]))
-        # a model that interpolates has nothing but rounding for a loss at w*: the displaced one is its scale
+        # a model that interpolates has nothing but rounding for a loss at w*: the displaced one is
+        # its scale
         _check_mean(meter, moved, displaced[0], rows, tolerance, tolerance * scale, name)
         _check_mean(meter, center, at_center[0], rows, tolerance, tolerance * scale, name)
         _check_gradient(meter, center, step, rows.union, at_center, displaced, tolerance, name)
@@ -153,13 +166,18 @@ def _last_place(values: Any, eps: Any) -> np.ndarray:
 
 
 def _choose_rows(data: Batch, half: int) -> _Rows:
-    """Choose two batches as unlike as a cheap ranking finds: padding, masks and sorted data then show."""
+    """Choose two batches as unlike as a cheap ranking finds.
+
+    Padding, masks and sorted data then show.
+    """
     size = num_examples(data)
     rng = np.random.default_rng(DISPLACEMENT_SEED)
     most = max(2 * half, min(RANKED_ROWS, RANKED_BYTES * size // max(_bytes(data), 1)))
     candidates = np.arange(size) if size <= most else np.sort(rng.choice(size, most, replace=False))
     sample = on_host(data, candidates)
-    ranks = [np.argsort(_row_sums(leaf), kind="stable") for leaf in jax.tree_util.tree_leaves(sample)]
+    ranks = [
+        np.argsort(_row_sums(leaf), kind="stable") for leaf in jax.tree_util.tree_leaves(sample)
+    ]
     low: list[int] = []
     high: list[int] = []
     for place in range(candidates.size):
@@ -196,7 +214,9 @@ def take_rows(sample: Batch, rows: Any) -> Batch:
     return jax.device_put(jax.tree_util.tree_map(lambda leaf: leaf[rows], sample))
 
 
-def displacement(center: Float[Array, " dim"], nbeta: float, localization: float) -> Float[Array, " dim"]:
+def displacement(
+    center: Float[Array, " dim"], nbeta: float, localization: float
+) -> Float[Array, " dim"]:
     """Return a random step of the size of the posterior where the curvature of the loss is of order one."""
     width = 1 / np.sqrt(nbeta + localization)
     values = np.asarray(jax.device_get(center), np.float64)
@@ -208,7 +228,10 @@ def displacement(center: Float[Array, " dim"], nbeta: float, localization: float
 
 
 def _find_finite(meter: _Meter, center: Array, step: Array, batch: Batch) -> tuple[Any, Array]:
-    """Evaluate at the displaced point, at a nearer one where the loss overflows; None where all of them do."""
+    """Evaluate at the displaced point, at a nearer one where the loss overflows.
+
+    None where all of them do.
+    """
     for _ in range(SHRINKS):
         found = meter.value_and_grad(center + step, batch)
         if _is_finite(found):
@@ -227,22 +250,28 @@ def _check_finite(found: tuple[float, np.ndarray], name: str) -> None:
     value, gradient = found
     if not np.isfinite(value):
         raise DataError(
-            f"{name} is {value} at w* itself. The estimate needs a finite loss there: look for log(0), 0/0 or an "
+            f"{name} is {value} at w* itself. The estimate needs a finite loss there: look for "
+            "log(0), 0/0 or an "
             "overflow on these data, and check that params are the trained ones."
         )
     bad = int(np.sum(~np.isfinite(gradient)))
     if bad:
         raise DataError(
-            f"the gradient of {name} at w* is not finite in {bad} of {gradient.size} parameters, though the loss is "
-            f"{value:.4g}. Look for sqrt, norm or log at 0, or a where() whose unused branch is not finite."
+            f"the gradient of {name} at w* is not finite in {bad} of {gradient.size} parameters, "
+            "though the loss is "
+            f"{value:.4g}. Look for sqrt, norm or log at 0, or a where() whose unused branch is "
+            "not finite."
         )
 
 
-def _check_deterministic(meter: _Meter, w: Array, batch: Batch, before: float, tolerance: float, name: str) -> None:
+def _check_deterministic(
+    meter: _Meter, w: Array, batch: Batch, before: float, tolerance: float, name: str
+) -> None:
     again = meter.value_and_grad(w, batch)[0]
     if not abs(again - before) <= tolerance:
         raise DataError(
-            f"{name} is not deterministic: the same parameters and batch gave {before:.7g}, then {again:.7g}. Switch "
+            f"{name} is not deterministic: the same parameters and batch gave {before:.7g}, then "
+            f"{again:.7g}. Switch "
             "off dropout and noise (evaluation mode), or fix their random key."
         )
 
@@ -250,36 +279,52 @@ def _check_deterministic(meter: _Meter, w: Array, batch: Batch, before: float, t
 def _check_mean(
     meter: _Meter, w: Array, together: float, rows: _Rows, relative: float, least: float, name: str
 ) -> None:
-    """Compare a batch with its two halves: a mean over examples is the mean of both, but for rounding."""
+    """Compare a batch with its two halves.
+
+    A mean over examples is the mean of both, but for rounding.
+    """
     if not meter.affords(rows.union, LOSS_COST):
         return
     first, second = meter.loss(w, rows.first), meter.loss(w, rows.second)
-    mean, tolerance = 0.5 * (first + second), max(least, relative * max(abs(first), abs(second), abs(together)))
+    mean, tolerance = (
+        0.5 * (first + second),
+        max(least, relative * max(abs(first), abs(second), abs(together))),
+    )
     if not np.isfinite(mean) or abs(together - mean) <= tolerance:
         return
     _check_deterministic(meter, w, rows.union, together, tolerance, name)  # noise fails here too
     half = num_examples(rows.first)
     seen = (
-        f"{name} is not a mean over the examples of the batch: {half} examples gave {first:.6g}, {half} others "
+        f"{name} is not a mean over the examples of the batch: {half} examples gave {first:.6g}, "
+        f"{half} others "
         f"{second:.6g}, all {2 * half} together {together:.6g} and not {mean:.6g}."
     )
     if abs(together - (first + second)) <= tolerance:
-        raise DataError(f"{seen} It is their sum. Divide by the number of examples, or return one loss for each.")
+        raise DataError(
+            f"{seen} It is their sum. Divide by the number of examples, or return one loss for "
+            "each."
+        )
     raise DataError(
-        f"{seen} Examples must not weigh each other: for masks, padding and class weights return (losses, weights), "
-        "batch axis first; use batch statistics and dropout in evaluation mode; a contrastive loss needs its negatives "
+        f"{seen} Examples must not weigh each other: for masks, padding and class weights return "
+        "(losses, weights), "
+        "batch axis first; use batch statistics and dropout in evaluation mode; a contrastive "
+        "loss needs its negatives "
         "inside each example."
     )
 
 
-def _check_order(meter: _Meter, w: Array, reverse: Batch, before: float, tolerance: float, name: str) -> None:
+def _check_order(
+    meter: _Meter, w: Array, reverse: Batch, before: float, tolerance: float, name: str
+) -> None:
     if not meter.affords(reverse):
         return
     turned = meter.value_and_grad(w, reverse)[0]
     if np.isfinite(turned) and abs(turned - before) > tolerance:
         raise DataError(
-            f"{name} depends on the order of the examples: a batch gave {before:.7g}, in reverse order {turned:.7g}. "
-            "It must be a mean over examples: is noise or a weight drawn by the position in the batch?"
+            f"{name} depends on the order of the examples: a batch gave {before:.7g}, in reverse "
+            f"order {turned:.7g}. "
+            "It must be a mean over examples: is noise or a weight drawn by the position in the "
+            "batch?"
         )
 
 
@@ -301,7 +346,9 @@ def _check_gradient(
         return
     ends_and_middle = at_center, middle, displaced
     # the step as it is after rounding, which large weights take much of
-    way = np.asarray(jax.device_get(center + step), np.float64) - np.asarray(jax.device_get(center), np.float64)
+    way = np.asarray(jax.device_get(center + step), np.float64) - np.asarray(
+        jax.device_get(center), np.float64
+    )
     slopes = [float(gradient @ way) for _, gradient in ends_and_middle]
     change = displaced[0] - at_center[0]
     simpson = (slopes[0] + 4 * slopes[1] + slopes[2]) / 6
@@ -310,16 +357,22 @@ def _check_gradient(
     allowed = MISMATCH * max(abs(change), abs(simpson)) + 4 * abs(simpson - trapezoid) + noise
     if abs(simpson - change) > allowed:
         raise DataError(
-            f"the gradient of {name} disagrees with the loss: from w* to a point near it the loss changes by "
-            f"{change:.4g}, and its gradient says {simpson:.4g}. Check the gradient that is given (its sign, "
-            "its scale, a mean over the same examples), custom derivatives, stop_gradient and rounding inside the loss."
+            f"the gradient of {name} disagrees with the loss: from w* to a point near it the loss "
+            "changes by "
+            f"{change:.4g}, and its gradient says {simpson:.4g}. Check the gradient that is given "
+            "(its sign, "
+            "its scale, a mean over the same examples), custom derivatives, stop_gradient and "
+            "rounding inside the loss."
         )
 
 
-def _weight_rounding(meter: _Meter, center: Array, step: Array, batch: Batch, nbeta: float, eps: Any) -> float:
+def _weight_rounding(
+    meter: _Meter, center: Array, step: Array, batch: Batch, nbeta: float, eps: Any
+) -> float:
     """Return nbeta/2 E[r' H r] for the rounding errors r of w, uniform over a unit in the last place.
 
-    `r' H r` is read off gradients at `w* +- c r`, with c such that the points lie as far as the displaced one.
+    `r' H r` is read off gradients at `w* +- c r`, with c such that the points lie as far as the
+    displaced one.
     """
     if not meter.affords(batch, 2.0):
         return 0.0
@@ -329,7 +382,9 @@ def _weight_rounding(meter: _Meter, center: Array, step: Array, batch: Batch, nb
     if length == 0:
         return 0.0
     factor = max(1.0, float(np.linalg.norm(np.asarray(jax.device_get(step), np.float64))) / length)
-    ahead, behind = (center + jnp.asarray(s * factor * direction, center.dtype) for s in (1.0, -1.0))
+    ahead, behind = (
+        center + jnp.asarray(s * factor * direction, center.dtype) for s in (1.0, -1.0)
+    )
     (_, up), (_, down) = (meter.value_and_grad(point, batch) for point in (ahead, behind))
     curvature = float((up - down) @ direction) / (2 * factor)
     return nbeta / 2 * max(curvature, 0.0) / 12 if np.isfinite(curvature) else 0.0

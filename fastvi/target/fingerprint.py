@@ -1,4 +1,7 @@
-"""What a loss computes, found by tracing it: programs are shared by this, and not by which function it is."""
+"""What a loss computes, found by tracing it.
+
+Programs are shared by this, and not by which function it is.
+"""
 
 import dataclasses
 import functools
@@ -15,11 +18,20 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from fastvi.target.data import Problem
-from fastvi.target.objective import CallableObjective, FlatObjective, TreeObjective, call_full_loss, value_and_grad
+from fastvi.target.objective import (
+    CallableObjective,
+    FlatObjective,
+    TreeObjective,
+    call_full_loss,
+    value_and_grad,
+)
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype)
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
-WITH_RULES = ("custom_jvp_call", "custom_vjp_call")  # operations with derivative rules, which a gradient has applied
+WITH_RULES = (
+    "custom_jvp_call",
+    "custom_vjp_call",
+)  # operations with derivative rules, which a gradient has applied
 
 
 class Fingerprint(NamedTuple):
@@ -28,7 +40,8 @@ class Fingerprint(NamedTuple):
     Attributes:
         digest: Of operations, shapes, and the contents of all arrays that are closed over.
         objects: What else is compared, and kept alive for that: callbacks and the like.
-        is_traced: Whether values of an enclosing trace of jax are closed over; then nothing else is equal to it.
+        is_traced: Whether values of an enclosing trace of jax are closed over; then nothing else is
+            equal to it.
     """
 
     digest: str
@@ -54,8 +67,8 @@ def fingerprint_loss(
 ) -> Fingerprint:
     """Trace loss and gradient on a minibatch, and the loss of all data where there is one.
 
-    State that the functions read counts as it is now: attributes, globals, arrays changed in place. What jax itself
-    keeps traced, such as a function under `jax.jit`, is seen as jax sees it.
+    State that the functions read counts as it is now: attributes, globals, arrays changed in place.
+    What jax itself keeps traced, such as a function under `jax.jit`, is seen as jax sees it.
 
     Cost:
         A trace of the gradient; each array that is closed over is read once.
@@ -71,7 +84,9 @@ def fingerprint_loss(
     data = jax.eval_shape(lambda: problem.data)
     center = problem.posterior.center
     reader = _Reader()
-    reader.value(jax.make_jaxpr(everything)(jax.ShapeDtypeStruct(center.shape, center.dtype), batch, data))
+    reader.value(
+        jax.make_jaxpr(everything)(jax.ShapeDtypeStruct(center.shape, center.dtype), batch, data)
+    )
     return Fingerprint(reader.digest.hexdigest(), tuple(reader.objects), reader.is_traced)
 
 
@@ -124,12 +139,17 @@ class _Reader:
         self.objects.append(value if _has_equality(value) else Identity(value))
 
     def operations(self, jaxpr: Any, consts: Any) -> None:
-        """Add a program: its operations with the variables numbered, and the arrays it closes over."""
+        """Add a program.
+
+        Its operations with the variables numbered, and the arrays it closes over.
+        """
         numbers: dict[Any, int] = {}
 
         def variables(atoms) -> list:
             return [
-                _content(atom.val) if isinstance(atom, Literal) else (numbers.setdefault(atom, len(numbers)), atom.aval)
+                _content(atom.val)
+                if isinstance(atom, Literal)
+                else (numbers.setdefault(atom, len(numbers)), atom.aval)
                 for atom in atoms
             ]
 
@@ -177,7 +197,9 @@ def _has_equality(value: Any) -> bool:
     return True
 
 
-_CONTENTS: dict[int, tuple[weakref.ref, str]] = {}  # digests of jax's arrays, which do not change, by id
+_CONTENTS: dict[
+    int, tuple[weakref.ref, str]
+] = {}  # digests of jax's arrays, which do not change, by id
 
 
 def _content(array: Any) -> str:

@@ -1,4 +1,7 @@
-"""What a loss computes, as a few numbers: whether a kept fit or run is of the same model, whatever it is called."""
+"""What a loss computes, as a few numbers.
+
+Whether a kept fit or run is of the same model, whatever it is called.
+"""
 
 import hashlib
 import math
@@ -15,21 +18,34 @@ from fastvi.target.objective import FlatObjective
 POINTS = 3
 DISPLACEMENT = 0.1  # of the root mean square of w*, or of 1 where w* is 0
 TOLERANCE = 1e-5  # relative: other devices and versions round otherwise
-AT, NEAR, SLOPES, STEEPNESS = "loss at w*", "loss near w*", "slopes near w*", "gradient norms near w*"
+AT, NEAR, SLOPES, STEEPNESS = (
+    "loss at w*",
+    "loss near w*",
+    "slopes near w*",
+    "gradient norms near w*",
+)
 LOSS = (AT, NEAR, SLOPES, STEEPNESS)
 
 
-def observe_loss(objective: FlatObjective, center: Float[Array, " dim"], batch: Batch) -> dict[str, Any]:
+def observe_loss(
+    objective: FlatObjective, center: Float[Array, " dim"], batch: Batch
+) -> dict[str, Any]:
     """Evaluate a loss at w* and at displaced points, and its slope along each displacement.
 
-    At w* alone two losses may agree that agree nowhere else: a model that interpolates has loss and gradient zero.
+    At w* alone two losses may agree that agree nowhere else: a model that interpolates has loss and
+    gradient zero.
 
     Cost:
         A loss, and `POINTS` losses and gradients, on one batch.
     """
     random = np.random.default_rng(0)
     scale = float(jnp.sqrt(jnp.mean(center.astype(jnp.float32) ** 2))) or 1.0
-    seen: dict[str, Any] = {AT: float(objective.loss(center, batch)), NEAR: [], SLOPES: [], STEEPNESS: []}
+    seen: dict[str, Any] = {
+        AT: float(objective.loss(center, batch)),
+        NEAR: [],
+        SLOPES: [],
+        STEEPNESS: [],
+    }
     for _ in range(POINTS):
         direction = random.standard_normal(center.size, dtype=np.float32)
         point = center + jnp.asarray(DISPLACEMENT * scale * direction, center.dtype)
@@ -46,11 +62,16 @@ def differing(now: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
 
 
 def _is_same(name: str, now: Mapping[str, Any], kept: Mapping[str, Any]) -> bool:
-    if name not in LOSS or not all(_are_numbers(found.get(entry)) for found in (now, kept) for entry in LOSS):
+    if name not in LOSS or not all(
+        _are_numbers(found.get(entry)) for found in (now, kept) for entry in LOSS
+    ):
         return now[name] == kept.get(name)
     old, new = np.asarray(kept[name], float), np.asarray(now[name], float)
-    # the loss at w* may be zero but for rounding, and a slope small beside its gradient: neither is its own scale
-    scale = {AT: np.max(np.abs(now[NEAR])), SLOPES: np.asarray(now[STEEPNESS], float)}.get(name, np.abs(new))
+    # the loss at w* may be zero but for rounding, and a slope small beside its gradient: neither is
+    # its own scale
+    scale = {AT: np.max(np.abs(now[NEAR])), SLOPES: np.asarray(now[STEEPNESS], float)}.get(
+        name, np.abs(new)
+    )
     if old.shape != new.shape:
         return False
     near = np.abs(old - new) <= TOLERANCE * (scale + np.abs(new))

@@ -11,7 +11,8 @@ import numpy as np
 from fastvi._errors import DataError, UnavailableError
 from fastvi._typing import Array, Batch, Given
 
-FEW_ARRAYS = 8  # alike in shape, that data may be a list or tuple of: more are taken for examples, not stacked
+# alike in shape, that data may be a list or tuple of: more are taken for examples, not stacked
+FEW_ARRAYS = 8
 
 
 def is_stream(data: Any) -> bool:
@@ -29,7 +30,9 @@ def is_stream(data: Any) -> bool:
         return False
     fix = _fix_of_iterable(data)
     if fix is not None:
-        raise DataError(f"data must be a pytree of arrays or give batches; got {kind_of(data)}. {fix}")
+        raise DataError(
+            f"data must be a pytree of arrays or give batches; got {kind_of(data)}. {fix}"
+        )
     return True
 
 
@@ -45,7 +48,10 @@ def _fix_of_iterable(data: Any) -> str | None:
 
 
 def is_frame(data: Any) -> bool:
-    """Say whether data are a table with named columns: of pandas, polars, or any that acts as these do."""
+    """Say whether data are a table with named columns.
+
+    Of pandas, polars, or any that acts as these do.
+    """
     return hasattr(data, "columns") and hasattr(data, "to_numpy")
 
 
@@ -53,16 +59,20 @@ def by_columns(frame: Any) -> dict[Any, np.ndarray]:
     """Read a table as a dict of its columns."""
     names = list(frame.columns)
     if len(set(names)) < len(names) or len({type(name) for name in names}) > 1:
-        raise DataError(f"columns of data must have different names of one type; got {names}. Rename them.")
+        raise DataError(
+            f"columns of data must have different names of one type; got {names}. Rename them."
+        )
     return {name: _as_array(frame[name].to_numpy(), f"data[{name!r}]") for name in names}
 
 
-def check_data(data: Given[Batch], n_data: int | None = None, dtype: Any = None) -> tuple[Batch, int]:
+def check_data(
+    data: Given[Batch], n_data: int | None = None, dtype: Any = None
+) -> tuple[Batch, int]:
     """Check a data set and put it on the device.
 
     Args:
-        data: Pytree of numeric arrays with a common, non-empty leading axis, or a table, which becomes a dict of its
-            columns.
+        data: Pytree of numeric arrays with a common, non-empty leading axis, or a table, which
+            becomes a dict of its columns.
         n_data: Expected number of examples, if known.
         dtype: What floating-point arrays are cast to; their own as jax takes it when left out.
 
@@ -70,13 +80,16 @@ def check_data(data: Given[Batch], n_data: int | None = None, dtype: Any = None)
         The data as jax arrays and the number of examples.
 
     Raises:
-        DataError: If a leaf is not numeric, holds NaN or numbers that do not fit, is a scalar, or the lengths differ.
+        DataError: If a leaf is not numeric, holds NaN or numbers that do not fit, is a scalar, or
+            the lengths differ.
     """
     data = by_columns(data) if is_frame(data) else data
     refuse_sparse(data)
     paths, treedef = jax.tree_util.tree_flatten_with_path(data, is_leaf=_warned_of)
     if not paths:
-        raise DataError("data is empty: pass a pytree of arrays with a common leading axis, such as (X, Y).")
+        raise DataError(
+            "data is empty: pass a pytree of arrays with a common leading axis, such as (X, Y)."
+        )
     named = {"data" + jax.tree_util.keystr(path): leaf for path, leaf in paths}
     leaves = [on_device(leaf, name, dtype) for name, leaf in named.items()]
     lengths = {name: leaf.shape[0] for name, leaf in zip(named, leaves, strict=True)}
@@ -88,7 +101,10 @@ def check_data(data: Given[Batch], n_data: int | None = None, dtype: Any = None)
         raise DataError("data has no examples: its leading axis has length 0.")
     refuse_examples_in_a_list(data)
     if n_data is not None and n_data != length:
-        raise DataError(f"n_data must be the number of examples in data; got n_data={n_data} for {length} examples.")
+        raise DataError(
+            f"n_data must be the number of examples in data; got n_data={n_data} for {length} "
+            "examples."
+        )
     return jax.tree_util.tree_unflatten(treedef, leaves), length
 
 
@@ -99,7 +115,8 @@ def on_device(leaf: Any, name: str, dtype: Any = None) -> Array:
     array = numeric(leaf, name)
     if array.ndim == 0:
         raise DataError(
-            f"{name} is a scalar; every data array needs a leading axis of examples. Make lists of numbers arrays "
+            f"{name} is a scalar; every data array needs a leading axis of examples. Make lists "
+            "of numbers arrays "
             "(np.asarray), and close over settings in loss_fn."
         )
     return jax.device_put(as_held(array, name, dtype))
@@ -112,14 +129,18 @@ def numeric(leaf: Any, name: str) -> Any:
     is_time = jnp.issubdtype(array.dtype, np.timedelta64)  # which numpy counts among the integers
     if is_time or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise DataError(
-            f"{name} has dtype {array.dtype}{_origin(leaf)}; data must be numeric arrays. Encode strings and objects "
+            f"{name} has dtype {array.dtype}{_origin(leaf)}; data must be numeric arrays. Encode "
+            "strings and objects "
             "first, and stack sequences of arrays."
         )
     return array
 
 
 def as_held(array: Any, name: str, dtype: Any = None) -> Any:
-    """Cast an array to what jax holds it in, and floats to `dtype`; refuse numbers that this changes to others."""
+    """Cast an array to what jax holds it in, and floats to `dtype`.
+
+    Refuse numbers that this changes to others.
+    """
     floating = jnp.issubdtype(array.dtype, jnp.floating)
     kept = dtype if floating and dtype is not None else jax.dtypes.canonicalize_dtype(array.dtype)
     if jnp.issubdtype(array.dtype, jnp.integer):
@@ -128,8 +149,12 @@ def as_held(array: Any, name: str, dtype: Any = None) -> Any:
         held = array.astype(kept) if array.dtype != kept else array
     if jnp.issubdtype(held.dtype, jnp.inexact) and not is_finite(held):
         if is_finite(array):
-            raise DataError(f"{name} holds numbers too large for {np.dtype(kept)}. Standardise the data first.")
-        raise DataError(f"{name} holds NaN or infinity; clean the data first (rows with missing values?).")
+            raise DataError(
+                f"{name} holds numbers too large for {np.dtype(kept)}. Standardise the data first."
+            )
+        raise DataError(
+            f"{name} holds NaN or infinity; clean the data first (rows with missing values?)."
+        )
     return held
 
 
@@ -140,38 +165,64 @@ def _check_range(array: Any, name: str, kept: Any) -> None:
     least, most, bounds = int(array.min()), int(array.max()), jnp.iinfo(kept)
     if least < bounds.min or most > bounds.max:
         raise DataError(
-            f"{name} has dtype {array.dtype} and values from {least} to {most}, which do not fit {np.dtype(kept)}. "
+            f"{name} has dtype {array.dtype} and values from {least} to {most}, which do not fit "
+            f"{np.dtype(kept)}. "
             'Number them anew, or set jax.config.update("jax_enable_x64", True).'
         )
 
 
 def is_finite(array: Any) -> bool:
-    """Say whether all of an array is finite, where it lies: memory that the host can read is not copied."""
+    """Say whether all of an array is finite, where it lies.
+
+    Memory that the host can read is not copied.
+    """
     if isinstance(array, jax.Array) and not _on_host(array):
         return bool(jax.device_get(jnp.all(jnp.isfinite(array))))
     return bool(np.all(np.isfinite(np.asarray(array))))
 
 
 def _on_host(array: jax.Array) -> bool:
-    return array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())
+    return array.is_fully_addressable and all(
+        device.platform == "cpu" for device in array.devices()
+    )
 
 
 def _as_array(leaf: Any, name: str) -> np.ndarray:
     """Return anything that is an array to numpy as one; what it cannot read it names itself."""
     if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
-        raise DataError(f"{name} is a masked array, whose mask would be dropped. Leave masked rows out, or fill them.")
+        raise DataError(
+            f"{name} is a masked array, whose mask would be dropped. Leave masked rows out, or "
+            "fill them."
+        )
     try:
         return np.asarray(leaf)
-    except (TypeError, ValueError, RuntimeError) as error:  # as a torch tensor on a GPU or with a gradient
-        fix = "Pass x.detach().cpu().float()." if hasattr(leaf, "detach") else "Make it a numpy array first."
-        raise DataError(f"{name} is {kind_of(leaf)}, which numpy cannot read: {_first_line(error)} {fix}") from error
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # as a torch tensor on a GPU or with a gradient
+        fix = (
+            "Pass x.detach().cpu().float()."
+            if hasattr(leaf, "detach")
+            else "Make it a numpy array first."
+        )
+        raise DataError(
+            f"{name} is {kind_of(leaf)}, which numpy cannot read: {_first_line(error)} {fix}"
+        ) from error
 
 
 def refuse_sparse(data: Any) -> None:
-    """Refuse jax's sparse matrices: pytrees, whose leaves have an axis of entries where examples are expected."""
-    for leaf in jax.tree_util.tree_leaves(data, is_leaf=lambda node: _is_sparse(node) or _warned_of(node)):
+    """Refuse jax's sparse matrices.
+
+    Pytrees, whose leaves have an axis of entries where examples are expected.
+    """
+    for leaf in jax.tree_util.tree_leaves(
+        data, is_leaf=lambda node: _is_sparse(node) or _warned_of(node)
+    ):
         if _is_sparse(leaf):
-            raise DataError(f"data holds a sparse matrix ({kind_of(leaf)}); pass it dense, by .todense().")
+            raise DataError(
+                f"data holds a sparse matrix ({kind_of(leaf)}); pass it dense, by .todense()."
+            )
 
 
 def _is_sparse(leaf: Any) -> bool:
@@ -179,7 +230,10 @@ def _is_sparse(leaf: Any) -> bool:
 
 
 def refuse_examples_in_a_list(data: Any) -> None:
-    """Refuse a list of examples, or of batches: as a pytree it is as many arrays, and n their length."""
+    """Refuse a list of examples, or of batches.
+
+    As a pytree it is as many arrays, and n their length.
+    """
 
     def look(node: Any) -> bool:
         if isinstance(node, (list, tuple)) and not hasattr(node, "_fields"):
@@ -187,8 +241,10 @@ def refuse_examples_in_a_list(data: Any) -> None:
             length = max((np.shape(leaf)[0] for leaf in jax.tree_util.tree_leaves(node)), default=0)
             if len(kinds) == 1 and len(node) > 2 and (len(node) > FEW_ARRAYS or len(node) > length):
                 raise DataError(
-                    f"data holds a {type(node).__name__} of {len(node)} entries of one shape, which would count as "
-                    f"{len(node)} arrays of {length} examples. Stack examples (jnp.stack), concatenate batches, or "
+                    f"data holds a {type(node).__name__} of {len(node)} entries of one shape, "
+                    "which would count as "
+                    f"{len(node)} arrays of {length} examples. Stack examples (jnp.stack), "
+                    "concatenate batches, or "
                     "pass columns as a dict."
                 )
         return False
@@ -201,7 +257,8 @@ def refuse_a_trace(*arguments: Any) -> None:
     leaves = [*jax.tree_util.tree_leaves(arguments, is_leaf=_warned_of), jnp.zeros(())]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise UnavailableError(
-            "an estimate looks at numbers between its stages, so it cannot run inside jax.jit, vmap or grad. Call it "
+            "an estimate looks at numbers between its stages, so it cannot run inside jax.jit, "
+            "vmap or grad. Call it "
             "outside, or use fastvi.fit, which can be traced."
         )
 
@@ -212,7 +269,11 @@ def _warned_of(node: Any) -> bool:
 
 
 def _origin(leaf: Any) -> str:
-    return "" if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) else f" as numpy reads {kind_of(leaf)}"
+    return (
+        ""
+        if isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+        else f" as numpy reads {kind_of(leaf)}"
+    )
 
 
 def kind_of(value: Any) -> str:

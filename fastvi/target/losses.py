@@ -1,11 +1,13 @@
 """What a loss function may return, and the mean over the data that each form stands for.
 
     scalar                 the mean over the examples of the batch
-    array                  one loss for each example, or each token of each example: batch axis first
-    (losses, weights)      the same with weights; masked tokens, padding and class weights weigh 0 or little
+    array                  one loss for each example, or each token of each example: batch axis
+    first (losses, weights)      the same with weights; masked tokens, padding and class weights
+    weigh 0 or little
 
-In the last form `L_n = sum(weights * losses) / sum(weights)` over ALL data. A batch divides by the mean weight of an
-example of all data, not by its own, so that every minibatch, chunk and block is an unbiased estimate.
+In the last form `L_n = sum(weights * losses) / sum(weights)` over ALL data. A batch divides by the
+mean weight of an example of all data, not by its own, so that every minibatch, chunk and block is
+an unbiased estimate.
 """
 
 import enum
@@ -31,10 +33,12 @@ class LossForm(enum.Enum):
 
 
 class WeightedBatch(NamedTuple):
-    """Examples of a weighted loss; each carries the reciprocal of the mean weight of an example of all data.
+    """Examples of a weighted loss.
 
-    As a leaf with the batch axis it is sliced, shuffled and streamed like the data, and other data of the same shapes
-    need no other program.
+    Each carries the reciprocal of the mean weight of an example of all data.
+
+    As a leaf with the batch axis it is sliced, shuffled and streamed like the data, and other data
+    of the same shapes need no other program.
     """
 
     examples: Batch
@@ -104,12 +108,21 @@ def classify_loss(shapes: Any, sizes: tuple[int, int], name: str) -> LossForm:
         raise _refusal(name, f"got {describe_value(value)}. A loss is floating-point, in nats.")
     if value.shape == () and value.dtype.itemsize < 4:
         fix = "Take the mean in float32: losses.astype(jnp.float32).mean()."
-        raise _refusal(name, f"got {describe_value(value)}, too coarse for the differences that make up llc. {fix}")
+        raise _refusal(
+            name,
+            f"got {describe_value(value)}, too coarse for the differences that make up llc. {fix}",
+        )
     if value.shape == ():
         return LossForm.MEAN
     if not _leads_with_batch((value, other), sizes):
-        sizes_text = " and ".join(f"{describe_value(v)} for {s} examples" for v, s in zip(shapes, sizes, strict=True))
-        raise _refusal(name, f"got {sizes_text}, whose first axis is not that of the batch. Average it with .mean().")
+        sizes_text = " and ".join(
+            f"{describe_value(v)} for {s} examples" for v, s in zip(shapes, sizes, strict=True)
+        )
+        raise _refusal(
+            name,
+            f"got {sizes_text}, whose first axis is not that of the batch. Average it with "
+            ".mean().",
+        )
     return LossForm.EXAMPLES
 
 
@@ -117,14 +130,30 @@ def _classify_pair(value: Any, other: Any, sizes: tuple[int, int], name: str) ->
     losses, weights = value
     came = f"got a pair of {describe_value(value)}"
     if _is_array(losses) and losses.shape == ():
-        kind = "scalars" if _is_array(weights) and weights.shape == () else "a scalar and something else"
-        raise _refusal(name, f"{came}: a pair of {kind}, as of has_aux, is no (losses, weights); {AUXILIARY_FIX}.")
+        kind = (
+            "scalars"
+            if _is_array(weights) and weights.shape == ()
+            else "a scalar and something else"
+        )
+        raise _refusal(
+            name,
+            f"{came}: a pair of {kind}, as of has_aux, is no (losses, weights); {AUXILIARY_FIX}.",
+        )
     if not (_is_array(losses) and _is_array(weights) and losses.shape == weights.shape):
-        raise _refusal(name, f"{came}; losses and weights need one shape, batch axis first; {AUXILIARY_FIX}.")
+        raise _refusal(
+            name, f"{came}; losses and weights need one shape, batch axis first; {AUXILIARY_FIX}."
+        )
     pairs = zip(value, other, strict=True)
-    if not jnp.issubdtype(losses.dtype, jnp.floating) or not all(_leads_with_batch(pair, sizes) for pair in pairs):
-        raise _refusal(name, f"{came} for {sizes[0]} examples; both need the batch axis first; {AUXILIARY_FIX}.")
-    if not (jnp.issubdtype(weights.dtype, jnp.floating) or weights.dtype == bool or _is_integer(weights)):
+    if not jnp.issubdtype(losses.dtype, jnp.floating) or not all(
+        _leads_with_batch(pair, sizes) for pair in pairs
+    ):
+        raise _refusal(
+            name,
+            f"{came} for {sizes[0]} examples; both need the batch axis first; {AUXILIARY_FIX}.",
+        )
+    if not (
+        jnp.issubdtype(weights.dtype, jnp.floating) or weights.dtype == bool or _is_integer(weights)
+    ):
         raise _refusal(name, f"{came}; weights are numbers of at least 0.")
     return LossForm.WEIGHTED
 
@@ -150,7 +179,8 @@ def _leads_with_batch(pair: Any, sizes: tuple[int, int]) -> bool:
 
 def _refusal(name: str, came: str) -> DataError:
     return DataError(
-        f"{name} must return the mean loss of the batch as one floating-point scalar, an array with one loss for each "
+        f"{name} must return the mean loss of the batch as one floating-point scalar, an array "
+        "with one loss for each "
         f"example (batch axis first), or (losses, weights) of one such shape; {came}"
     )
 
@@ -158,11 +188,17 @@ def _refusal(name: str, came: str) -> DataError:
 def describe_value(value: Any) -> str:
     """Name the arrays that a function returned, by dtype and shape."""
     leaves = jax.tree_util.tree_leaves(value)
-    return ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves if _is_array(leaf)) or "nothing"
+    return (
+        ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves if _is_array(leaf))
+        or "nothing"
+    )
 
 
 def weigh_data(
-    outputs: Callable[..., Any], center: Float[Array, " dim"], batches: Iterable[tuple[Batch, int]], name: str
+    outputs: Callable[..., Any],
+    center: Float[Array, " dim"],
+    batches: Iterable[tuple[Batch, int]],
+    name: str,
 ) -> float:
     """Return the mean weight of an example over all data, by one pass in which XLA leaves out the losses.
 
@@ -173,7 +209,8 @@ def weigh_data(
         name: Of the function, for errors.
 
     Raises:
-        DataError: If a weight is negative or not finite, all are zero, or they depend on the parameters.
+        DataError: If a weight is negative or not finite, all are zero, or they depend on the
+            parameters.
     """
 
     @jax.jit
@@ -184,9 +221,18 @@ def weigh_data(
     total, count, least = 0.0, 0, np.inf
     for batch, size in batches:
         found, smallest = jax.device_get(weights(center, batch))
-        if count == 0 and not np.array_equal(found, jax.device_get(weights(_nudged(center), batch))[0], True):
-            raise DataError(f"the weights of {name} change with the parameters; they must depend on the data alone.")
-        total, count, least = total + found.astype(np.float64).sum(), count + size, min(least, float(smallest))
+        if count == 0 and not np.array_equal(
+            found, jax.device_get(weights(_nudged(center), batch))[0], True
+        ):
+            raise DataError(
+                f"the weights of {name} change with the parameters; they must depend on the data "
+                "alone."
+            )
+        total, count, least = (
+            total + found.astype(np.float64).sum(),
+            count + size,
+            min(least, float(smallest)),
+        )
     return _check_weights(float(total) / max(count, 1), least, name)
 
 
@@ -198,8 +244,12 @@ def _nudged(center: Float[Array, " dim"]) -> Float[Array, " dim"]:
 def _check_weights(mean_weight: float, least: float, name: str) -> float:
     if not np.isfinite(mean_weight) or least < 0:
         raise DataError(
-            f"the weights of {name} must be finite and at least 0; the least is {least:g}, their mean {mean_weight:g}."
+            f"the weights of {name} must be finite and at least 0; the least is {least:g}, their "
+            f"mean {mean_weight:g}."
         )
     if mean_weight == 0:
-        raise DataError(f"the weights of {name} are all 0, so there is nothing to average. Is the mask inverted?")
+        raise DataError(
+            f"the weights of {name} are all 0, so there is nothing to average. Is the mask "
+            "inverted?"
+        )
     return mean_weight

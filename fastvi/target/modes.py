@@ -1,8 +1,11 @@
-"""Strict modes of jax are for the code of those who set them: this package's runs in jax's own, a person's in theirs.
+"""Strict modes of jax are for the code of those who set them.
 
-Under `jax_numpy_rank_promotion="raise"` or `jax_numpy_dtype_promotion="strict"` a person's loss is traced as they say.
-`jax_transfer_guard="disallow"` asks that no data pass to a device unasked for; data and parameters that are passed to
-an estimate are asked for. "disallow_explicit" forbids these too, and is left alone.
+This package's runs in jax's own, a person's in theirs.
+
+Under `jax_numpy_rank_promotion="raise"` or `jax_numpy_dtype_promotion="strict"` a person's loss is
+traced as they say. `jax_transfer_guard="disallow"` asks that no data pass to a device unasked for;
+data and parameters that are passed to an estimate are asked for. "disallow_explicit" forbids these
+too, and is left alone.
 """
 
 import contextlib
@@ -33,8 +36,15 @@ def in_own_modes(function: Callable[P, R]) -> Callable[P, R]:
 @contextlib.contextmanager
 def _own_modes() -> Iterator[None]:
     before = getattr(_THEIRS, "modes", None)
-    _THEIRS.modes = before or (jax_setting("jax_numpy_rank_promotion"), jax_setting("jax_numpy_dtype_promotion"))
-    guard = contextlib.nullcontext() if jax_setting("jax_transfer_guard") in EXPLICIT else jax.transfer_guard("allow")
+    _THEIRS.modes = before or (
+        jax_setting("jax_numpy_rank_promotion"),
+        jax_setting("jax_numpy_dtype_promotion"),
+    )
+    guard = (
+        contextlib.nullcontext()
+        if jax_setting("jax_transfer_guard") in EXPLICIT
+        else jax.transfer_guard("allow")
+    )
     try:
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), guard:
             yield
@@ -43,7 +53,10 @@ def _own_modes() -> Iterator[None]:
 
 
 def jax_setting(name: str) -> Any:
-    """Return a setting of jax as it is in this thread; `jax.config.read` refuses those that a context sets."""
+    """Return a setting of jax as it is in this thread.
+
+    `jax.config.read` refuses those that a context sets.
+    """
     return getattr(jax.config, name)
 
 

@@ -8,8 +8,9 @@ from fastvi._typing import Array, Float, Scalar
 class LocalPosterior(eqx.Module):
     r"""Tempered posterior localized at a trained parameter.
 
-    `log p(w) = - nbeta * L_n(w) - gamma/2 * |w - center|^2`, unnormalised, in model coordinates, with
-    `L_n` the mean loss per example in nats. A batch mean in place of `L_n` is unbiased as it stands.
+    `log p(w) = - nbeta * L_n(w) - gamma/2 * |w - center|^2`, unnormalised, in model coordinates,
+    with `L_n` the mean loss per example in nats. A batch mean in place of `L_n` is unbiased as it
+    stands.
 
     References:
         Lau et al., The Local Learning Coefficient (2024), eq. 14.

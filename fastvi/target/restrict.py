@@ -49,8 +49,8 @@ class RestrictedLoss:
 
         Args:
             varying: What `restrict` returned, or values in its place.
-            axes: Leading axes of `varying`, along which the arrays that do not vary are repeated; None for the values
-                of a loss, whose other arrays stay as they are.
+            axes: Leading axes of `varying`, along which the arrays that do not vary are repeated;
+                None for the values of a loss, whose other arrays stay as they are.
         """
         leaves, free, lead = [], iter(jax.tree_util.tree_leaves(varying)), axes or ()
         for leaf, which in zip(self.whole, self.varying, strict=True):
@@ -68,28 +68,36 @@ class RestrictedLoss:
         return self.treedef.unflatten(leaves)
 
     def take(self, params: PyTree) -> tuple[jax.Array, ...]:
-        """Return the parameters that vary out of all of them: the reverse of `put`, with any leading axes.
+        """Return the parameters that vary out of all of them.
+
+        The reverse of `put`, with any leading axes.
 
         Raises:
             DataError: If the structure is another one.
         """
         leaves, treedef = jax.tree_util.tree_flatten(params)
         if treedef != self.treedef:
-            raise DataError(f"w must have the structure of the parameters, {self.treedef}; got {treedef}.")
+            raise DataError(
+                f"w must have the structure of the parameters, {self.treedef}; got {treedef}."
+            )
         free = []
         for leaf, which in zip(leaves, self.varying, strict=True):
             if which is True:
                 free.append(leaf)
             elif which is not False:
                 mask: Any = which.array
-                rows = jnp.asarray(leaf).reshape(*np.shape(leaf)[: np.ndim(leaf) - mask.ndim], mask.size)
+                rows = jnp.asarray(leaf).reshape(
+                    *np.shape(leaf)[: np.ndim(leaf) - mask.ndim], mask.size
+                )
                 free.append(rows[..., np.flatnonzero(mask)])
         return tuple(free)
 
 
 @in_own_modes
 def restrict(
-    loss_fn: Given[Callable[[PyTree, Batch], Any]], params: PyTree, param_mask: Given[PyTree | Callable[[str], bool]]
+    loss_fn: Given[Callable[[PyTree, Batch], Any]],
+    params: PyTree,
+    param_mask: Given[PyTree | Callable[[str], bool]],
 ) -> tuple[RestrictedLoss, tuple[jax.Array, ...]]:
     """Make a loss a function of some of its parameters, for their weight-restricted learning coefficient.
 
@@ -98,8 +106,9 @@ def restrict(
     Args:
         loss_fn: `(params, batch) -> mean loss per example`.
         params: Trained parameters.
-        param_mask: A pytree of bools, or of boolean arrays in the shapes of the parameters, in the structure of the
-            parameters or of the top of it; or a function of a parameter's path, such as "['hidden']['w']", to bool.
+        param_mask: A pytree of bools, or of boolean arrays in the shapes of the parameters, in the
+            structure of the parameters or of the top of it; or a function of a parameter's path,
+            such as "['hidden']['w']", to bool.
 
     Returns:
         The loss, and the parameters that vary: what `estimate_llc` takes.
@@ -110,16 +119,27 @@ def restrict(
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     names, leaves = [jax.tree_util.keystr(path) for path, _ in paths], [leaf for _, leaf in paths]
-    chosen = [param_mask(name) for name in names] if callable(param_mask) else _spread(param_mask, params)
-    varying = [_read(name, mask, leaf) for name, mask, leaf in zip(names, chosen, leaves, strict=True)]
+    chosen = (
+        [param_mask(name) for name in names]
+        if callable(param_mask)
+        else _spread(param_mask, params)
+    )
+    varying = [
+        _read(name, mask, leaf) for name, mask, leaf in zip(names, chosen, leaves, strict=True)
+    ]
     free = tuple(
-        jnp.asarray(leaf) if which is True else jnp.asarray(leaf).ravel()[np.flatnonzero(which.array)]
+        jnp.asarray(leaf)
+        if which is True
+        else jnp.asarray(leaf).ravel()[np.flatnonzero(which.array)]
         for leaf, which in zip(leaves, varying, strict=True)
         if which is not False
     )
     if not free:
-        raise ConfigError(f"param_mask must let some parameter vary; it is False for all of {', '.join(names)}.")
-    # a leaf that varies as a whole is not needed again, and would keep restrictions from sharing programs
+        raise ConfigError(
+            f"param_mask must let some parameter vary; it is False for all of {', '.join(names)}."
+        )
+    # a leaf that varies as a whole is not needed again, and would keep restrictions from sharing
+    # programs
     whole = [
         leaf if not _is_array(leaf) else None if which is True else Frozen(leaf)
         for leaf, which in zip(leaves, varying, strict=True)
@@ -132,10 +152,14 @@ def _spread(mask: PyTree, params: PyTree) -> list[Any]:
     spread: list[Any] = []
     try:
         jax.tree_util.tree_map(
-            lambda one, part: spread.extend([one] * len(jax.tree_util.tree_leaves(part))), mask, params
+            lambda one, part: spread.extend([one] * len(jax.tree_util.tree_leaves(part))),
+            mask,
+            params,
         )
     except ValueError as error:
-        raise ConfigError(f"param_mask must have the structure of params: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"param_mask must have the structure of params: {str(error).splitlines()[0]}"
+        ) from error
     return spread
 
 
@@ -147,7 +171,8 @@ def _read(name: str, mask: Any, leaf: Any) -> bool | Frozen:
     which = np.asarray(mask)
     if which.dtype != bool or which.shape not in ((), leaf.shape):
         raise ConfigError(
-            f"param_mask at {name} must be a bool or a boolean array of shape {leaf.shape}; got {which.dtype} of shape "
+            f"param_mask at {name} must be a bool or a boolean array of shape {leaf.shape}; got "
+            f"{which.dtype} of shape "
             f"{which.shape}."
         )
     if which.all() or not which.any():

@@ -1,4 +1,7 @@
-"""Data that do not fit into memory: a re-iterable of host batches, read in windows for the fit, in chunks for sums."""
+"""Data that do not fit into memory.
+
+A re-iterable of host batches, read in windows for the fit, in chunks for sums.
+"""
 
 import abc
 import math
@@ -36,35 +39,50 @@ class AbstractStream(abc.ABC):
 class HostStream(AbstractStream):
     """A re-iterable of host batches, each a pytree of arrays with a common leading axis of examples.
 
-    A window holds uniform draws with replacement from all examples, whatever their order, as many as the steps use up
-    before the next: their minibatches have the noise of minibatches from the data. Each window costs one pass. A pass
-    that gives other examples than the first, in whatever order, is refused.
+    A window holds uniform draws with replacement from all examples, whatever their order, as many
+    as the steps use up before the next: their minibatches have the noise of minibatches from the
+    data. Each window costs one pass. A pass that gives other examples than the first, in whatever
+    order, is refused.
 
     Attributes:
         num_data: Number of examples.
         num_rows: Examples of a window.
-        mean_weight: Mean weight of an example, of a weighted loss: windows and chunks then carry it.
+        mean_weight: Mean weight of an example, of a weighted loss: windows and chunks then carry
+            it.
     """
 
     mean_weight: float | None = None
 
-    def __init__(self, batches: Iterable[Any], dtype: Any, seed: Any, batch_size: int, most_bytes: int | None = None):
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        dtype: Any,
+        seed: Any,
+        batch_size: int,
+        most_bytes: int | None = None,
+    ):
         if isinstance(batches, Iterator):
             raise DataError(
-                f"data is a {type(batches).__name__}, which can be read only once; pass an object whose __iter__ "
+                f"data is a {type(batches).__name__}, which can be read only once; pass an object "
+                "whose __iter__ "
                 "begins anew each time, such as a torch DataLoader or a class of your own."
             )
         self._batches, self._dtype = batches, np.dtype(dtype)
         self._seed = [int(word) for word in np.ravel(np.asarray(jax.random.key_data(seed)))]
         self.num_data, self._fingerprint, self._example = self._survey()
-        bytes_each = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in self._leaves(self._example))
+        bytes_each = sum(
+            math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in self._leaves(self._example)
+        )
         most_bytes = WINDOW_BYTES if most_bytes is None else most_bytes
         self._steps = CHUNK * max(1, most_bytes // max(bytes_each, 1) // (batch_size * CHUNK))
         self.num_rows = min(self.num_data, self._steps * batch_size)
         self._held: tuple[int, Batch] | None = None
 
     def window(self, step: int) -> Batch:
-        """Return `num_rows` uniform draws from the data, other ones once they are used up; all data if they fit."""
+        """Return `num_rows` uniform draws from the data, other ones once they are used up.
+
+        All data if they fit.
+        """
         number = step // self._steps
         if self._held is None or self._held[0] != number:
             self._held = None  # lets the old window go before the new one is made
@@ -72,7 +90,9 @@ class HostStream(AbstractStream):
         return self._weighed(self._held[1])
 
     def _weighed(self, batch: Batch) -> Batch:
-        return batch if self.mean_weight is None else weigh_batch(batch, self.mean_weight, self._dtype)
+        return (
+            batch if self.mean_weight is None else weigh_batch(batch, self.mean_weight, self._dtype)
+        )
 
     def _draw(self, number: int) -> Batch:
         if self.num_rows == self.num_data:
@@ -108,20 +128,29 @@ class HostStream(AbstractStream):
             yield self._weighed(_concatenate(waiting)), count
 
     def _survey(self) -> tuple[int, int, Batch]:
-        """Read all data once: count, check and sum them up, and return one empty batch of their kind."""
+        """Read all data once.
+
+        Count, check and sum them up, and return one empty batch of their kind.
+        """
         count, fingerprint, example = 0, 0, None
         for batch in self._cast_batches():
             leaves = self._leaves(batch)
-            if not leaves or any(leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
+            if not leaves or any(
+                leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves
+            ):
                 raise DataError(
                     "all arrays of a batch need the same leading axis (examples); after "
-                    f"{count} examples {kind_of(self._batches)} gave {_kind(batch, 0)}. Make it give batches of arrays."
+                    f"{count} examples {kind_of(self._batches)} gave {_kind(batch, 0)}. Make it "
+                    "give batches of arrays."
                 )
             refuse_examples_in_a_list(batch)
             empty = _rows(batch, 0, 0)
             example = empty if example is None else example
             if _kind(empty) != _kind(example):
-                raise DataError(f"batches differ: {_kind(example)} first, {_kind(empty)} after {count} examples.")
+                raise DataError(
+                    f"batches differ: {_kind(example)} first, {_kind(empty)} after {count} "
+                    "examples."
+                )
             count += leaves[0].shape[0]
             fingerprint += _fingerprint(leaves)
         if count == 0:
@@ -137,11 +166,15 @@ class HostStream(AbstractStream):
             fingerprint += _fingerprint(leaves)
             yield batch
         if count != self.num_data:
-            raise DataError(f"the iterable of batches gave {self.num_data} examples first and {count} later.")
+            raise DataError(
+                f"the iterable of batches gave {self.num_data} examples first and {count} later."
+            )
         if fingerprint != self._fingerprint:
             raise DataError(
-                "the iterable of batches gave other examples in a later pass than in the first, so that there is no "
-                "one loss on all data. Switch augmentation, noise and drop_last off; the order may change."
+                "the iterable of batches gave other examples in a later pass than in the first, "
+                "so that there is no "
+                "one loss on all data. Switch augmentation, noise and drop_last off; the order "
+                "may change."
             )
 
     def _cast_batches(self) -> Iterator[Batch]:
@@ -162,11 +195,13 @@ def uncorrected(correction: str | None) -> str:
     """Return the correction of an estimate from a stream: "none" unless reweighting was asked for.
 
     Raises:
-        UnavailableError: If it is one that needs the gradient on all data, or much of it, at every step.
+        UnavailableError: If it is one that needs the gradient on all data, or much of it, at every
+            step.
     """
     if correction in ("auto", "mcmc"):
         raise UnavailableError(
-            f'correction={correction!r} needs the data in memory, and they are streamed. Use "importance" or "none".'
+            f"correction={correction!r} needs the data in memory, and they are streamed. Use "
+            '"importance" or "none".'
         )
     return correction or "none"
 
@@ -177,7 +212,10 @@ def _kind(batch: Batch, axes: int = 1) -> str:
 
 def _fingerprint(leaves: list[np.ndarray]) -> int:
     """Sum a checksum of each example, which no other order or division into batches changes."""
-    rows = [np.ascontiguousarray(leaf).reshape(leaf.shape[0], math.prod(leaf.shape[1:])) for leaf in leaves]
+    rows = [
+        np.ascontiguousarray(leaf).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
+        for leaf in leaves
+    ]
     return sum(map(zlib.crc32, np.concatenate([part.view(np.uint8) for part in rows], axis=1)))
 
 

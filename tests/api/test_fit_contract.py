@@ -1,4 +1,7 @@
-"""`fit` and `run_vi` as a framework calls them: flat vectors, OmegaConf, NumPy data, vmap over keys."""
+"""`fit` and `run_vi` as a framework calls them.
+
+Flat vectors, OmegaConf, NumPy data, vmap over keys.
+"""
 
 import json
 import math
@@ -20,13 +23,17 @@ BETA, GAMMA = 1 / math.log(COUNT), 2.0
 TRACES = {"elbo", "elbo_like", "logq", "radius2", "resp_entropy", "grad_norm", "cumulative_fge"}
 
 rng = np.random.default_rng(0)
-X = rng.normal(size=(COUNT, DIM)) * np.logspace(-0.5, 0.5, DIM)  # float64, as a framework may hand over
+X = rng.normal(size=(COUNT, DIM)) * np.logspace(
+    -0.5, 0.5, DIM
+)  # float64, as a framework may hand over
 W = rng.normal(size=DIM)
 Y = (X @ W + 0.1 * rng.normal(size=COUNT))[:, None]
 W = np.linalg.solve(X.T @ X, X.T @ Y)[:, 0]
 CENTER = jnp.asarray(W, jnp.float32)
 HESSIAN = X.T @ X / COUNT
-LLC = 0.5 * np.trace(COUNT * BETA * HESSIAN @ np.linalg.inv(COUNT * BETA * HESSIAN + GAMMA * np.eye(DIM)))
+LLC = 0.5 * np.trace(
+    COUNT * BETA * HESSIAN @ np.linalg.inv(COUNT * BETA * HESSIAN + GAMMA * np.eye(DIM))
+)
 
 
 def loss(w, batch):
@@ -86,14 +93,19 @@ def double():
 
 def assert_within_errors(one, other):
     """Sampled numbers of two programs agree no closer: their roundings differ, by processor too."""
-    llc, sem = zip(*((float(out["lambda_hat"]), float(out["extras"]["llc_sem"])) for out in (one, other)), strict=True)
+    llc, sem = zip(
+        *((float(out["lambda_hat"]), float(out["extras"]["llc_sem"])) for out in (one, other)),
+        strict=True,
+    )
     assert abs(llc[0] - llc[1]) < 4 * math.hypot(*sem)
 
 
 def assert_first_step_is_the_same(one, other, tolerance):
     """Until the parameters move, a fit is algebra on the same noise."""
     for name, trace in one.items():
-        np.testing.assert_allclose(trace[0], other[name][0], rtol=tolerance, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(
+            trace[0], other[name][0], rtol=tolerance, atol=tolerance, err_msg=name
+        )
 
 
 # One plain run.
@@ -152,7 +164,10 @@ def test_value(result):
 
 
 def test_minibatches_agree_with_the_full_batch(result):
-    """Batches of 50 and of all 200 examples: one E_q[L_n], and an unbiased log density along the way."""
+    """Batches of 50 and of all 200 examples.
+
+    One E_q[L_n], and an unbiased log density along the way.
+    """
     full = run(vi_cfg=config(batch_size=COUNT))
     assert full["traces"]["cumulative_fge"][-1] == STEPS
     excess = [float(out["extras"]["Eq_Ln"] - out["extras"]["Ln_wstar"]) for out in (result, full)]
@@ -161,7 +176,9 @@ def test_minibatches_agree_with_the_full_batch(result):
     late = [np.asarray(out["traces"]["elbo_like"], float)[-40:] for out in (result, full)]
     error = math.hypot(*(values.std() / math.sqrt(values.size) for values in late))
     assert abs(late[0].mean() - late[1].mean()) < 4 * error
-    assert error < 0.5  # a batch of 50 that counted for n / 50 batches would move the mean by three times the llc
+    assert (
+        error < 0.5
+    )  # a batch of 50 that counted for n / 50 batches would move the mean by three times the llc
 
 
 def test_same_key_same_bits(result):
@@ -199,7 +216,9 @@ def mapped():
     "make_key",
     [
         pytest.param(jax.random.key, id="typed"),
-        pytest.param(jax.random.PRNGKey, id="legacy", marks=pytest.mark.slow),  # compiles the whole once more
+        pytest.param(
+            jax.random.PRNGKey, id="legacy", marks=pytest.mark.slow
+        ),  # compiles the whole once more
     ],
 )
 @pytest.mark.usefixtures("x64")
@@ -212,7 +231,9 @@ def test_vmap_over_keys(mapped, double, make_key):
     for chain, key in enumerate(keys):
         of_chain = {name: trace[chain] for name, trace in traces.items()}
         assert_first_step_is_the_same(of_chain, run(key, **DOUBLE)["traces"], 1e-12)
-    assert_within_errors({"lambda_hat": llc[0], "extras": {"llc_sem": extras["llc_sem"][0]}}, double)
+    assert_within_errors(
+        {"lambda_hat": llc[0], "extras": {"llc_sem": extras["llc_sem"][0]}}, double
+    )
     assert len(set(np.asarray(llc).tolist())) == 3
     np.testing.assert_allclose(llc, LLC, rtol=0.03)
 
@@ -239,7 +260,9 @@ def test_jit_of_fit_is_fit(result):
 
 def test_beta_may_be_an_array(result):
     """The same argument of the same program: the same bits."""
-    assert run(beta=jnp.asarray(BETA), gamma=np.float64(GAMMA))["lambda_hat"] == result["lambda_hat"]
+    assert (
+        run(beta=jnp.asarray(BETA), gamma=np.float64(GAMMA))["lambda_hat"] == result["lambda_hat"]
+    )
 
 
 # The geometry from outside.
@@ -248,7 +271,9 @@ def test_beta_may_be_an_array(result):
 def test_whitener_of_vectors():
     """Only the shape of A_sqrt counts: a common factor changes nothing."""
     root, accurate = np.diag(HESSIAN) ** 0.5, config(samples_per_step=8, steps=300)
-    first, second = (run(whitener=whitener(factor * root), vi_cfg=accurate) for factor in (1.0, 8.0))
+    first, second = (
+        run(whitener=whitener(factor * root), vi_cfg=accurate) for factor in (1.0, 8.0)
+    )
     assert float(first["lambda_hat"]) == pytest.approx(LLC, rel=0.02)
     assert_first_step_is_the_same(first["traces"], second["traces"], 1e-4)  # in float32
     assert_within_errors(first, second)
@@ -257,7 +282,9 @@ def test_whitener_of_vectors():
 def test_loss_full_flat_is_used():
     """Ln_wstar is read off the loss that was given: up to a constant that of the objective."""
     shifted = run(loss_full_flat=lambda w: loss_full(w) + 5)
-    assert float(shifted["extras"]["Ln_wstar"]) == pytest.approx(float(loss_full(CENTER)) + 5, rel=1e-6)
+    assert float(shifted["extras"]["Ln_wstar"]) == pytest.approx(
+        float(loss_full(CENTER)) + 5, rel=1e-6
+    )
     assert float(shifted["lambda_hat"]) == pytest.approx(LLC, rel=0.1)
 
 
@@ -350,7 +377,12 @@ def test_run_vi():
     assert isinstance(out, fastvi.SamplerRunResult)
     assert out._fields == ("traces", "timings", "work")
     repeated = {"llc", "Eq_Ln_mc", "Eq_Ln_cv", "variance_reduction"}
-    assert out.traces.keys() >= TRACES | repeated | {"Ln", "energy", "acceptance_rate", "is_divergent"}
+    assert out.traces.keys() >= TRACES | repeated | {
+        "Ln",
+        "energy",
+        "acceptance_rate",
+        "is_divergent",
+    }
     for name, trace in out.traces.items():
         assert trace.shape == (chains, STEPS), name
     for name in repeated:

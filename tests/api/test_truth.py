@@ -49,7 +49,9 @@ def quadratic_llc(curvatures, nbeta, gamma):
 
 def quadratic_log_z(curvatures, nbeta, gamma, dim, loss=0.0):
     """Log of the integral of exp(-nbeta L - gamma/2 |v|^2) where the other dim - len(curvatures) are flat."""
-    precisions = gamma + nbeta * np.pad(np.asarray(curvatures, np.float64), (0, dim - len(curvatures)))
+    precisions = gamma + nbeta * np.pad(
+        np.asarray(curvatures, np.float64), (0, dim - len(curvatures))
+    )
     return 0.5 * (dim * np.log(2 * np.pi) - np.sum(np.log(precisions))) - nbeta * loss
 
 
@@ -67,7 +69,10 @@ def test_rotated_quadratic_of_condition_1e4(dim):
         progress=False,
         correction="none",
     )
-    llc, log_z = quadratic_llc(curvatures, NBETA, 1e-3), quadratic_log_z(curvatures, NBETA, 1e-3, dim)
+    llc, log_z = (
+        quadratic_llc(curvatures, NBETA, 1e-3),
+        quadratic_log_z(curvatures, NBETA, 1e-3, dim),
+    )
     tell(f"quadratic {dim}", result, "truth", llc, log_z)
     assert result.llc == pytest.approx(llc, rel=0.01)
     assert result.elbo == pytest.approx(log_z, abs=0.5)
@@ -117,9 +122,17 @@ def test_few_steep_directions_among_flat_ones():
     basis = np.linalg.qr(np.random.default_rng(3).normal(size=(dim, steep)))[0].T
     curvatures = np.logspace(-1, 1, steep)
     result = fastvi.estimate_llc(
-        quadratic(curvatures, basis), jnp.zeros(dim), no_data(), localization=gamma, progress=False, correction="none"
+        quadratic(curvatures, basis),
+        jnp.zeros(dim),
+        no_data(),
+        localization=gamma,
+        progress=False,
+        correction="none",
     )
-    llc, log_z = quadratic_llc(curvatures, NBETA, gamma), quadratic_log_z(curvatures, NBETA, gamma, dim)
+    llc, log_z = (
+        quadratic_llc(curvatures, NBETA, gamma),
+        quadratic_log_z(curvatures, NBETA, gamma, dim),
+    )
     tell("20 of 2000", result, "truth", llc, log_z, "rank", result.curvature["rank"])
     assert result.llc == pytest.approx(llc, rel=0.02)
     assert result.curvature["rank"] == steep
@@ -132,7 +145,9 @@ def deep_linear_net(turned=True):
     """5-5-5, every layer of rank 2, in its own rotated coordinates."""
     bases = [rotation(10 + layer, 5) if turned else np.eye(5) for layer in range(3)]
     keep = np.diag([1.0, 1.0, 0.0, 0.0, 0.0])
-    params = {f"W{i + 1}": jnp.asarray(bases[i + 1] @ keep @ bases[i].T, jnp.float32) for i in range(2)}
+    params = {
+        f"W{i + 1}": jnp.asarray(bases[i + 1] @ keep @ bases[i].T, jnp.float32) for i in range(2)
+    }
     target = jnp.asarray(bases[2] @ keep @ bases[0].T, jnp.float32)
 
     # inputs of unit covariance: the mean over them is known
@@ -167,7 +182,9 @@ def test_deep_linear_net(deep_linear):
 
 
 @pytest.mark.parametrize(
-    ("degrees", "gamma"), [((2, 2), 1.0), ((2, 2, 2), 1e-3), ((4,), 1.0)], ids=["crossing", "triple", "quartic"]
+    ("degrees", "gamma"),
+    [((2, 2), 1.0), ((2, 2, 2), 1e-3), ((4,), 1.0)],
+    ids=["crossing", "triple", "quartic"],
 )
 def test_singular_llc_follows_the_virial(degrees, gamma):
     """L homogeneous of degree D in v: at the best fit D nbeta E[L] + gamma E|v|^2 = d."""
@@ -205,7 +222,14 @@ def test_seeds_family_on_an_axis_aligned_quadratic():
         n_data=1000,
         beta=1 / math.log(1000),
         gamma=gamma,
-        vi_cfg={"M": 8, "r": 2, "curvature_rank": 0, "means": "center", "lr_schedule": None, "steps": 5000},
+        vi_cfg={
+            "M": 8,
+            "r": 2,
+            "curvature_rank": 0,
+            "means": "center",
+            "lr_schedule": None,
+            "steps": 5000,
+        },
     )
     llc = quadratic_llc(curvatures, 1000 / math.log(1000), gamma)
     say("lambda_hat", result["lambda_hat"], "+-", result["extras"]["llc_sem"], "truth", llc)
@@ -255,7 +279,10 @@ def test_llc_sem_is_the_error_of_the_evaluation():
     llc, sem = map(np.asarray, jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 200)))
     within = np.mean(np.abs(llc - llc.mean()) < sem)
     ratio = llc.std(ddof=1) / sem.mean()
-    say(f"llc {llc.mean():.4f}, std {llc.std(ddof=1):.4f}, sem {sem.mean():.4f}, {ratio=:.3f}, {within=:.3f}")
+    say(
+        f"llc {llc.mean():.4f}, std {llc.std(ddof=1):.4f}, sem {sem.mean():.4f}, {ratio=:.3f}, "
+        f"{within=:.3f}"
+    )
     assert 0.5 < within < 0.85
     assert 0.7 < ratio < 1.5
 
@@ -269,7 +296,9 @@ def test_digits_richer_families_come_closer():
     data = load_digits()
     params = train(init_network(jax.random.key(0), 16), data, 4000, 1e-2)
     results = [
-        fastvi.estimate_llc(cross_entropy, params, data, num_chains=2, progress=False, correction="none", **changes)
+        fastvi.estimate_llc(
+            cross_entropy, params, data, num_chains=2, progress=False, correction="none", **changes
+        )
         for changes in (
             {"means": "center", "curvature_rank": 0},
             {"curvature_rank": 0},

@@ -20,8 +20,15 @@ def run(draws, **options):
     flat = draws.reshape(-1, 5)
     losses = 0.3 + 0.5 * (flat**2 @ SCALES)
     gradients = flat * SCALES
-    options = {"nbeta": NBETA, "localization": GAMMA, "center": np.zeros(5), "init_loss": 0.3} | options
-    return fastvi.virial_llc(draws, gradients.reshape(draws.shape), losses.reshape(draws.shape[:-1]), **options)
+    options = {
+        "nbeta": NBETA,
+        "localization": GAMMA,
+        "center": np.zeros(5),
+        "init_loss": 0.3,
+    } | options
+    return fastvi.virial_llc(
+        draws, gradients.reshape(draws.shape), losses.reshape(draws.shape[:-1]), **options
+    )
 
 
 def exact(seed, chains=4, draws=250):
@@ -49,7 +56,9 @@ def test_a_single_chain_and_pytrees_give_the_same_kind_of_answer():
     slopes = {"a": split["a"] * SCALES[:2], "b": split["b"] * SCALES[2:, None]}
     losses = 0.3 + 0.5 * (draws**2 @ SCALES)
     center = {"a": np.zeros(2), "b": np.zeros((3, 1))}
-    as_tree = fastvi.virial_llc(split, slopes, losses, nbeta=NBETA, localization=GAMMA, center=center, init_loss=0.3)
+    as_tree = fastvi.virial_llc(
+        split, slopes, losses, nbeta=NBETA, localization=GAMMA, center=center, init_loss=0.3
+    )
     assert abs(as_tree.llc - LLC) < 4 * as_tree.llc_sem
     assert as_tree.plain == pytest.approx(found.plain, rel=1e-12)
 
@@ -154,7 +163,9 @@ def swapped(draws, losses_too=False):
 
 
 def test_swapped_axes_are_refused():
-    with pytest.raises(fastvi.DataError, match=r"samples must have shape \(4, 250, 5\).*got \(250, 4, 5\)"):
+    with pytest.raises(
+        fastvi.DataError, match=r"samples must have shape \(4, 250, 5\).*got \(250, 4, 5\)"
+    ):
         swapped(exact(0))
     rng, draws = np.random.default_rng(1), [exact(1, 8, 1)[:, 0]]
     for _ in range(199):  # an autoregressive chain of the same law
@@ -188,8 +199,16 @@ def test_impossible_arguments(change, kind, message):
 @pytest.mark.parametrize(
     ("samples", "losses", "message"),
     [
-        (lambda x: x.astype(int), lambda v: v, "samples must be floating-point numbers; got dtype int64"),
-        (lambda x: x + 0j, lambda v: v, "samples must be floating-point numbers; got dtype complex128"),
+        (
+            lambda x: x.astype(int),
+            lambda v: v,
+            "samples must be floating-point numbers; got dtype int64",
+        ),
+        (
+            lambda x: x + 0j,
+            lambda v: v,
+            "samples must be floating-point numbers; got dtype complex128",
+        ),
         (lambda x: x, lambda v: v > 0, "losses must be floating-point numbers; got dtype bool"),
         (lambda x: x, lambda v: v.astype(np.float16), "losses have dtype float16, too coarse"),
         (lambda x: x, lambda v: v[..., None], r"losses must have shape \(chains, draws\)"),
@@ -199,4 +218,6 @@ def test_dtypes_that_cannot_be_draws(samples, losses, message):
     draws = exact(0)
     options = {"nbeta": NBETA, "localization": GAMMA, "center": np.zeros(5), "init_loss": 0.3}
     with pytest.raises(fastvi.DataError, match=message):
-        fastvi.virial_llc(samples(draws), draws * SCALES, losses(0.3 + 0.5 * (draws**2 @ SCALES)), **options)
+        fastvi.virial_llc(
+            samples(draws), draws * SCALES, losses(0.3 + 0.5 * (draws**2 @ SCALES)), **options
+        )

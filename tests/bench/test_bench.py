@@ -10,11 +10,25 @@ from bench.problems import trained_tanh_network
 from fastvi import LocalPosterior, make_flat_objective
 from fastvi.target.data import Problem
 
-MACHINE = {"device": "cpu", "cpu": "a", "cores": "2", "load_average": "0", "jax": "0", "commit": "c"}
+MACHINE = {
+    "device": "cpu",
+    "cpu": "a",
+    "cores": "2",
+    "load_average": "0",
+    "jax": "0",
+    "commit": "c",
+}
 
 
 def row(date, ratio, low, high, *, name="fastvi", asked="2", size="1000", **machine):
-    values = {"group": "step", "name": name, "size": size, "floor": "gradient", "asked": asked, "date": date}
+    values = {
+        "group": "step",
+        "name": name,
+        "size": size,
+        "floor": "gradient",
+        "asked": asked,
+        "date": date,
+    }
     blank = dict.fromkeys(("ms", "moved_mb", "least_mb", "peak_mb"), "")
     return {
         **values,
@@ -28,7 +42,9 @@ def row(date, ratio, low, high, *, name="fastvi", asked="2", size="1000", **mach
     }
 
 
-@pytest.mark.parametrize(("low", "verdict"), [("1.0", "ok"), ("2.08", "ok"), ("2.1", "slower"), ("nan", "slower")])
+@pytest.mark.parametrize(
+    ("low", "verdict"), [("1.0", "ok"), ("2.08", "ok"), ("2.1", "slower"), ("nan", "slower")]
+)
 def test_the_gate_closes_beyond_the_spread(low, verdict):
     earlier, judged = row("1", "1.5", "1.4", "1.6"), row("2", "2.2", low, "2.3")
     [(_, found, ratio, bound)] = gate.compare([earlier, judged], "2", 1.3)
@@ -37,7 +53,11 @@ def test_the_gate_closes_beyond_the_spread(low, verdict):
 
 
 def test_the_gate_compares_like_with_like():
-    rows = [row("1", "1", "1", "1", cpu="b"), row("1", "1", "1", "1", name="sgld"), row("2", "9", "9", "9")]
+    rows = [
+        row("1", "1", "1", "1", cpu="b"),
+        row("1", "1", "1", "1", name="sgld"),
+        row("2", "9", "9", "9"),
+    ]
     assert [verdict for _, verdict, *_ in gate.compare(rows, "2", 1.3)] == ["new"]
     assert not gate.compare([row("1", "1", "1", "1"), row("2", "9", "9", "9", asked="")], "2", 1.3)
 
@@ -53,7 +73,9 @@ def test_rows_stay_out_of_the_checkout_unless_asked_for(monkeypatch, tmp_path):
         harness.record("ratios", [{"name": "a", "ratio": 1.0}])
         assert (folder / "ratios.csv").is_file()
     assert [len(gate.load(folder)) for folder in (own, committed)] == [2, 1]
-    ignored = (harness.pathlib.Path(harness.__file__).parents[1] / ".gitignore").read_text().splitlines()
+    ignored = (
+        (harness.pathlib.Path(harness.__file__).parents[1] / ".gitignore").read_text().splitlines()
+    )
     assert "/bench/runs/" in ignored
 
 
@@ -68,7 +90,11 @@ def test_ratios_are_formed_round_by_round(monkeypatch):
 
 
 def test_a_step_is_compared_with_several_floors_of_the_same_rounds():
-    samples = {"ours": np.array([1.0, 2.0]), "gradient": np.array([1.0, 1.0]), "peer": np.array([4.0, 4.0])}
+    samples = {
+        "ours": np.array([1.0, 2.0]),
+        "gradient": np.array([1.0, 1.0]),
+        "peer": np.array([4.0, 4.0]),
+    }
     assert harness.compared(samples, "gradient")["ours"].least == 1.0
     assert harness.compared(samples, "peer")["ours"].ratio == pytest.approx((0.3, 0.375, 0.45))
 
@@ -76,7 +102,13 @@ def test_a_step_is_compared_with_several_floors_of_the_same_rounds():
 def test_the_law_of_a_step_is_the_line_that_its_rows_lie_on(monkeypatch):
     rows = [row("1", "9", "9", "9", name="step", size=str(dim)) for dim in (100, 200, 300, 400)]
     rows = [
-        {**one, "group": "scale", "ms": int(one["size"]) * 5e-5, "peak_mb": int(one["size"]) * 132e-6} for one in rows
+        {
+            **one,
+            "group": "scale",
+            "ms": int(one["size"]) * 5e-5,
+            "peak_mb": int(one["size"]) * 132e-6,
+        }
+        for one in rows
     ]
     rows[0]["ms"] *= 0.5  # in cache
     monkeypatch.setattr(report, "load", lambda: rows)
@@ -96,12 +128,18 @@ def test_the_judge_of_elbos_finds_log_z_where_q_is_the_posterior():
     log_z = -nbeta * 0.25 + 0.5 * float(jnp.sum(jnp.log(2 * jnp.pi / precision)))
     assert found.elbo == pytest.approx(log_z, abs=1e-4)
     assert found.sem < 1e-5
-    wide = judge(2 * draws, jnp.sum(jax.scipy.stats.norm.logpdf(2 * draws, 0, 2 * precision**-0.5), axis=1))
+    wide = judge(
+        2 * draws, jnp.sum(jax.scipy.stats.norm.logpdf(2 * draws, 0, 2 * precision**-0.5), axis=1)
+    )
     assert wide.elbo < log_z - 1
 
 
 def test_the_peer_is_there_within_two_errors_of_the_target():
-    course = [(1.0, bench_elbo.Score(0.0, 1.0)), (2.0, bench_elbo.Score(7.5, 1.0)), (3.0, bench_elbo.Score(12.0, 1.0))]
+    course = [
+        (1.0, bench_elbo.Score(0.0, 1.0)),
+        (2.0, bench_elbo.Score(7.5, 1.0)),
+        (3.0, bench_elbo.Score(12.0, 1.0)),
+    ]
     assert bench_elbo.seconds_to(course, bench_elbo.Score(10.0, 1.0)) == 2.0
     assert bench_elbo.seconds_to(course, bench_elbo.Score(20.0, 1.0)) == float("inf")
 
@@ -114,17 +152,24 @@ def test_the_trained_network_is_at_a_minimum():
     shuffled = data[1] + noise * jax.random.normal(jax.random.key(0), data[1].shape)
     gradient = jax.jit(jax.grad(loss))
     # what a move can gain at most under a localizer of 1, in nats
-    gain, of_noise = (0.5 * nbeta**2 * jnp.sum(gradient(center, (data[0], y)) ** 2) for y in (data[1], shuffled))
+    gain, of_noise = (
+        0.5 * nbeta**2 * jnp.sum(gradient(center, (data[0], y)) ** 2) for y in (data[1], shuffled)
+    )
     assert gain < 0.3
     assert of_noise > 1.5
     assert 0.2 < noise < 0.3  # 0.3 less what is along the tangents
 
 
 def test_the_report_fills_its_marks_with_the_last_row_of_the_machine(monkeypatch):
-    rows = [row("1", "3", "3", "3"), row("2", "7", "7", "7", cpu="b"), row("3", "1.234", "1.2", "1.3")]
+    rows = [
+        row("1", "3", "3", "3"),
+        row("2", "7", "7", "7", cpu="b"),
+        row("3", "1.234", "1.2", "1.3"),
+    ]
     monkeypatch.setattr(report, "load", lambda: rows)
     page = report.filled("a\n<!-- bench:speed -->\nold\n<!-- /bench:speed -->\nz\n")
     assert (
-        page == "a\n<!-- bench:speed -->\n| d | fastvi |\n| --- | --- |\n| 1,000 | 1.23 |\n<!-- /bench:speed -->\nz\n"
+        page
+        == "a\n<!-- bench:speed -->\n| d | fastvi |\n| --- | --- |\n| 1,000 | 1.23 |\n<!-- /bench:speed -->\nz\n"
     )
     assert report.filled(page) == page

@@ -30,7 +30,11 @@ def test_a_single_chain_that_was_tuning_has_no_answer_yet():
 def test_of_the_step_sizes_the_one_of_largest_elbo_counts_and_the_budget_is_spent(monkeypatch):
     def compiled(problem, peer, steps, batch):
         def run(rates, keys):
-            return np.where(rates == 1e-3, np.nan, 1.0 - abs(np.log(rates / 1e-2))), 7 * rates, rates
+            return (
+                np.where(rates == 1e-3, np.nan, 1.0 - abs(np.log(rates / 1e-2))),
+                7 * rates,
+                rates,
+            )
 
         return run
 

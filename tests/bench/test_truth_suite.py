@@ -34,7 +34,9 @@ def reduced_rank_coefficient(outputs, inputs, hidden, rank):
     if outputs + hidden < inputs + rank:
         return (hidden * outputs - hidden * rank + inputs * rank) / 2
     top = hidden + rank
-    square = -(top**2) - outputs**2 - inputs**2 + 2 * (top * outputs + top * inputs + outputs * inputs)
+    square = (
+        -(top**2) - outputs**2 - inputs**2 + 2 * (top * outputs + top * inputs + outputs * inputs)
+    )
     return (square + (outputs + inputs + top) % 2) / 8
 
 
@@ -42,16 +44,23 @@ def test_two_linear_layers_agree_with_the_formula_by_cases():
     for outputs, inputs, hidden in itertools.product(range(1, 8), repeat=3):
         for rank in range(min(outputs, inputs, hidden) + 1):
             known = reduced_rank_coefficient(outputs, inputs, hidden, rank)
-            assert deep_linear_learning_coefficient((inputs, hidden, outputs), rank) == pytest.approx(known)
+            assert deep_linear_learning_coefficient(
+                (inputs, hidden, outputs), rank
+            ) == pytest.approx(known)
 
 
 def enumerated_coefficient(widths, rank):
-    """Spread the spare dimensions of one width over the other layers in all ways; the cheapest counts.
+    """Spread the spare dimensions of one width over the other layers in all ways.
 
-    The formula is its minimum: 1/4 min { sum_j (2 M_j y_j + y_j^2) - M_0^2 : sum_j y_j = M_0 } for the least M_0.
+    The cheapest counts.
+
+    The formula is its minimum: 1/4 min { sum_j (2 M_j y_j + y_j^2) - M_0^2 : sum_j y_j = M_0 } for
+    the least M_0.
     """
     least, *others = sorted(width - rank for width in widths)
-    ways = (way for way in itertools.product(range(least + 1), repeat=len(others)) if sum(way) == least)
+    ways = (
+        way for way in itertools.product(range(least + 1), repeat=len(others)) if sum(way) == least
+    )
     cheapest = min(sum(2 * m * y + y * y for m, y in zip(others, way, strict=True)) for way in ways)
     return rank * (widths[0] + widths[-1] - rank) / 2 + (cheapest - least**2) / 4
 
@@ -61,7 +70,10 @@ def test_deep_linear_layers_agree_with_enumeration(layers):
     for widths in itertools.product(range(1, 5), repeat=layers + 1):
         for rank in range(min(widths) + 1):
             known = enumerated_coefficient(widths, rank)
-            assert deep_linear_learning_coefficient(widths, rank) == pytest.approx(known), (widths, rank)
+            assert deep_linear_learning_coefficient(widths, rank) == pytest.approx(known), (
+                widths,
+                rank,
+            )
 
 
 def test_impossible_rank_is_refused():
@@ -71,13 +83,18 @@ def test_impossible_rank_is_refused():
 
 def test_degenerate_layers_have_the_rank_of_the_product():
     layers = degenerate_layers((6, 4, 7, 5), 2)
-    assert [np.linalg.matrix_rank(layer, tol=1e-4) for layer in (*layers.values(), layer_product(layers))] == [2] * 4
+    assert [
+        np.linalg.matrix_rank(layer, tol=1e-4)
+        for layer in (*layers.values(), layer_product(layers))
+    ] == [2] * 4
 
 
 def test_theory_at_regular_points_is_half_the_hessians_rank():
     layers = {name: jnp.asarray(layer) for name, layer in regular_layers((5, 5, 5, 5), 2).items()}
     jacobian = jax.jacobian(layer_product)(layers)
-    rank = np.linalg.matrix_rank(np.concatenate([part.reshape(25, -1) for part in jacobian.values()], axis=1), tol=1e-4)
+    rank = np.linalg.matrix_rank(
+        np.concatenate([part.reshape(25, -1) for part in jacobian.values()], axis=1), tol=1e-4
+    )
     assert np.linalg.matrix_rank(layer_product(layers), tol=1e-4) == 2
     assert rank == 25 == 2 * PROBLEMS["smooth_linear_2x5_g10"]().theory
 
@@ -111,7 +128,10 @@ def test_names_of_all_problems():
 @pytest.mark.parametrize("curvatures", [(3.0,), (3.0, 0.1), (3.0, 0.1, 50.0)])
 def test_quadrature_meets_the_closed_form(curvatures):
     value, error = even_loss_answer(
-        lambda point: sum(0.5 * h * w**2 for h, w in zip(curvatures, point, strict=True)), len(curvatures), 145.0, 2.0
+        lambda point: sum(0.5 * h * w**2 for h, w in zip(curvatures, point, strict=True)),
+        len(curvatures),
+        145.0,
+        2.0,
     )
     assert value == pytest.approx(quadratic_answer(curvatures, 145.0, 2.0), rel=1e-7)
     assert error < 1e-6
@@ -127,7 +147,10 @@ def test_quadrature_meets_a_single_integral():
     def moment(w):
         return weight(w) * nbeta * w**2 / (gamma + 2 * nbeta * w**2)
 
-    known = scipy.integrate.quad(moment, 0, 20, limit=200)[0] / scipy.integrate.quad(weight, 0, 20, limit=200)[0]
+    known = (
+        scipy.integrate.quad(moment, 0, 20, limit=200)[0]
+        / scipy.integrate.quad(weight, 0, 20, limit=200)[0]
+    )
     value, _ = even_loss_answer(lambda point: (point[0] * point[1]) ** 2, 2, nbeta, gamma)
     assert value == pytest.approx(known, rel=1e-6)
 
@@ -137,18 +160,31 @@ def test_sphere_meets_a_single_integral():
     nbeta, gamma = 100.0, 3.0
 
     def weight(r):
-        return r**2 * np.exp(-nbeta * (r**2 - 1) ** 2 - 0.5 * gamma * (r**2 + 1)) * np.sinh(gamma * r) / (gamma * r)
+        return (
+            r**2
+            * np.exp(-nbeta * (r**2 - 1) ** 2 - 0.5 * gamma * (r**2 + 1))
+            * np.sinh(gamma * r)
+            / (gamma * r)
+        )
 
     def moment(r):
         return weight(r) * nbeta * (r**2 - 1) ** 2
 
-    known = scipy.integrate.quad(moment, 0, 3, points=[1.0])[0] / scipy.integrate.quad(weight, 0, 3, points=[1.0])[0]
+    known = (
+        scipy.integrate.quad(moment, 0, 3, points=[1.0])[0]
+        / scipy.integrate.quad(weight, 0, 3, points=[1.0])[0]
+    )
     assert sphere_answer(3, nbeta, gamma)[0] == pytest.approx(known, rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("name", "known"),
-    [("crossing_2", 0.361), ("crossing_2_n1e4", 0.391), ("half_crossing_2", 0.347), ("half_crossing_2_n1e4", 0.382)],
+    [
+        ("crossing_2", 0.361),
+        ("crossing_2_n1e4", 0.391),
+        ("half_crossing_2", 0.347),
+        ("half_crossing_2_n1e4", 0.382),
+    ],
 )
 def test_known_values(name, known):
     assert FAST[name].exact()[0] == pytest.approx(known, abs=6e-4)

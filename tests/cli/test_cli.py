@@ -18,7 +18,18 @@ from fastvi.results.report.plots import batch_llc, plot_traces
 from tests.support.command_line import run
 
 SMALL_FIT = "M: 1\nr: 0\neval_samples: 32\nwhitening_mode: none\ncorrection: none\n"
-DIGITS = ["demo", "digits", "--hidden", "4", "--train-steps", "300", "--steps", "100", "--num-chains", "2"]
+DIGITS = [
+    "demo",
+    "digits",
+    "--hidden",
+    "4",
+    "--train-steps",
+    "300",
+    "--steps",
+    "100",
+    "--num-chains",
+    "2",
+]
 QUADRATIC = ["demo", "quadratic", "--dim", "8", "--num-data", "200", "--batch-size", "200"]
 QUADRATIC += ["--steps", "100", "--num-chains", "2", "--seed", "3", "--localization", "0.5"]
 QUICK = {"digits": ["demo", "digits", "--train-steps", "1"], "quadratic": ["demo", "quadratic"]}
@@ -83,7 +94,9 @@ def test_the_run_folder_is_complete_and_read_again(demo, tmp_path):
         assert str(demo.folder / name) in demo.text
     assert VIConfig.create(demo.folder / "config.yaml") == demo.result.config
     again = LLCEstimate.load(demo.result.save(tmp_path / "again"))
-    assert (tmp_path / "again" / "result.json").read_bytes() == (demo.folder / "result.json").read_bytes()
+    assert (tmp_path / "again" / "result.json").read_bytes() == (
+        demo.folder / "result.json"
+    ).read_bytes()
     for name, trace in demo.result.traces.items():
         np.testing.assert_array_equal(again.traces[name], trace)
 
@@ -115,7 +128,9 @@ def test_quadratic_meets_the_exact_values(quadratic):
         "llc": 0.5 * np.trace(np.linalg.solve(precision, scaled)),
         "elbo": 4 * np.log(2 * np.pi) - 0.5 * np.linalg.slogdet(precision)[1],
     }
-    rows = re.findall(r"^(llc|elbo) +(\S+) ± (\S+) +(?:llc|log Z) (\S+) +(\S+) %$", quadratic.text, re.M)
+    rows = re.findall(
+        r"^(llc|elbo) +(\S+) ± (\S+) +(?:llc|log Z) (\S+) +(\S+) %$", quadratic.text, re.M
+    )
     assert [row[0] for row in rows] == ["llc", "elbo"]
     for name, estimate, sem, exact, error in rows:
         estimate, sem, exact, error = float(estimate), float(sem), float(exact), float(error)
@@ -135,7 +150,12 @@ def test_batch_llc_is_the_llc_of_single_steps(quadratic):
 def test_plot_panels(quadratic):
     result = quadratic.result
     titles = [axes.get_title(loc="left") for axes in plot_traces(result).axes]
-    assert [title.split()[0].rstrip(":") for title in titles] == ["ELBO", "llc", "virial", "leading"]
+    assert [title.split()[0].rstrip(":") for title in titles] == [
+        "ELBO",
+        "llc",
+        "virial",
+        "leading",
+    ]
     without = dataclasses.replace(result, curvature={**result.curvature, "spectrum": []})
     assert plot_traces(without).axes[3].get_title(loc="left") == "learning rate"
 
@@ -170,7 +190,9 @@ def test_unknown_options_name_the_nearest(capsys):
     assert "--steps" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["demo", "digits"], ["llc"], ["report"], ["compare"], ["sweep"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["demo", "digits"], ["llc"], ["report"], ["compare"], ["sweep"]]
+)
 def test_help(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
@@ -192,7 +214,11 @@ def test_help(command, capsys, monkeypatch):
         ("quadratic", ["--num-chains", "0"], "num_chains must be 1 or more; got 0."),
         ("quadratic", ["--localization", "nan"], "localization must be a number from 0; got nan."),
         ("quadratic", ["--condition", "0.5"], "condition must be a number from 1; got 0.5."),
-        ("quadratic", ["--num-data", "10"], "num_data must be at least 2 and at least dim; got 10."),
+        (
+            "quadratic",
+            ["--num-data", "10"],
+            "num_data must be at least 2 and at least dim; got 10.",
+        ),
         ("quadratic", ["--batch-size", "2000"], "batch_size must be <= n_data=1000; got 2000"),
         ("quadratic", ["--out", "a-file"], "a-file"),
     ],
@@ -209,7 +235,9 @@ def test_an_error_of_the_estimate_is_one_line_and_exit_2(error, tmp_path, monkey
         raise error("the reason,\nand the fix.")
 
     monkeypatch.setattr("fastvi.demos.base.estimate_llc", refuse)
-    expect_error([*QUICK["quadratic"], "--out", str(tmp_path)], "fastvi: error: the reason, and the fix.\n")
+    expect_error(
+        [*QUICK["quadratic"], "--out", str(tmp_path)], "fastvi: error: the reason, and the fix.\n"
+    )
 
 
 def test_an_unexpected_error_keeps_its_traceback(tmp_path, monkeypatch):

@@ -38,7 +38,16 @@ def wrong():
 
 CONSTANT = 4
 """
-FAST = ["--set", "M=1", "r=0", "steps=60", "--set", "correction=none", "early_stop=false", "eval_samples=256"]
+FAST = [
+    "--set",
+    "M=1",
+    "r=0",
+    "steps=60",
+    "--set",
+    "correction=none",
+    "early_stop=false",
+    "eval_samples=256",
+]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +105,9 @@ def test_report_and_compare(finished, model):
     assert status == 0
     assert text.startswith("llc ")
     assert (model / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-    status, text, _ = run(["compare", str(folder), str(folder), "--out", str(model / "compare.png")])
+    status, text, _ = run(
+        ["compare", str(folder), str(folder), "--out", str(model / "compare.png")]
+    )
     lines = text.splitlines()
     assert status == 0
     assert lines[0].split()[:2] == ["run", "llc"]
@@ -146,9 +157,22 @@ def test_a_wrong_sweep_is_refused_before_it_runs(entries, message, tmp_path):
 
 
 def test_an_interrupted_sweep_goes_on(model, monkeypatch, tmp_path):
-    base = {"r": 0, "M": 1, "steps": 60, "correction": "none", "early_stop": False, "eval_samples": 256}
+    base = {
+        "r": 0,
+        "M": 1,
+        "steps": 60,
+        "correction": "none",
+        "early_stop": False,
+        "eval_samples": 256,
+    }
     grid = {"gamma": [0.5, 2.0], "nbeta": [5.0, 10.0]}
-    sweep = {"target": "cli_model:target", "out": str(tmp_path / "out"), "num_chains": 2, "base": base, "grid": grid}
+    sweep = {
+        "target": "cli_model:target",
+        "out": str(tmp_path / "out"),
+        "num_chains": 2,
+        "base": base,
+        "grid": grid,
+    }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
     estimate, calls = sweep_module.estimate_origin, []
 
@@ -167,13 +191,20 @@ def test_an_interrupted_sweep_goes_on(model, monkeypatch, tmp_path):
     assert calls == [(0.5, 5), (0.5, 10), (2, 5), (2, 5), (2, 10)]
     with (tmp_path / "out" / "table.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["gamma"], row["nbeta"]) for row in rows] == [("0.5", "5"), ("0.5", "10"), ("2", "5"), ("2", "10")]
+    assert [(row["gamma"], row["nbeta"]) for row in rows] == [
+        ("0.5", "5"),
+        ("0.5", "10"),
+        ("2", "5"),
+        ("2", "10"),
+    ]
     for row in rows:
         exact = exact_values(np.geomspace(1, 0.1, 4), float(row["nbeta"]), float(row["gamma"])).llc
         assert float(row["llc"].split()[0]) == pytest.approx(exact, rel=0.05)
     assert len(text.splitlines()) == 5
     assert (tmp_path / "out" / "sweep.png").read_bytes()[1:4] == b"PNG"
-    origin = json.loads((tmp_path / "out" / "gamma=0.5,nbeta=5" / "run.json").read_text(encoding="utf-8"))
+    origin = json.loads(
+        (tmp_path / "out" / "gamma=0.5,nbeta=5" / "run.json").read_text(encoding="utf-8")
+    )
     assert origin["localization"] == 0.5
 
 
@@ -190,7 +221,10 @@ def test_a_failed_run_of_a_sweep_is_told(model, monkeypatch, tmp_path):
 
 
 def test_tables_fit_a_terminal():
-    rows = [{"run": "a" * 30, "llc": "1.0", "findings": "word " * 30}, {"run": "b", "llc": "10.0", "findings": "-"}]
+    rows = [
+        {"run": "a" * 30, "llc": "1.0", "findings": "word " * 30},
+        {"run": "b", "llc": "10.0", "findings": "-"},
+    ]
     lines = format_table(rows)
     assert all(len(line) <= 80 for line in lines)
     assert lines[1].endswith("…")

@@ -164,7 +164,9 @@ def test_every_source_gives_the_same_config(kind, tmp_path):
     assert VIConfig.create(sources_of_backend_config(tmp_path)[kind]) == BACKEND_CONFIG
 
 
-@pytest.mark.parametrize("source", [None, {}, {"vi": {}}, {"vi": None, "name": "vi"}, OmegaConf.create({})])
+@pytest.mark.parametrize(
+    "source", [None, {}, {"vi": {}}, {"vi": None, "name": "vi"}, OmegaConf.create({})]
+)
 def test_empty_sources_give_the_defaults(source):
     assert VIConfig.create(source) == VIConfig()
 
@@ -193,7 +195,12 @@ def test_mixture_example():
     config = VIConfig.create(OmegaConf.create(MIXTURE_YAML))
     assert config == VIConfig.create(yaml.safe_load(MIXTURE_YAML))
     assert config.ranks == (4, 2, 2) + (1,) * 13
-    assert (config.rank, config.whitening, config.gamma, config.prune_threshold) == (4, "rmsprop", 1e-3, 1e-3)
+    assert (config.rank, config.whitening, config.gamma, config.prune_threshold) == (
+        4,
+        "rmsprop",
+        1e-3,
+        1e-3,
+    )
 
 
 def test_families_example():
@@ -202,7 +209,9 @@ def test_families_example():
 
 
 def test_interpolations_resolve_against_the_whole_tree():
-    tree = OmegaConf.create({"widths": [9, 9], "rate": 0.3, "vi": {"lr": "${rate}", "flow_hidden": "${widths}"}})
+    tree = OmegaConf.create(
+        {"widths": [9, 9], "rate": 0.3, "vi": {"lr": "${rate}", "flow_hidden": "${widths}"}}
+    )
     config = VIConfig.create(tree.vi)
     assert (config.lr, config.flow.hidden) == (0.3, (9, 9))
 
@@ -214,7 +223,9 @@ def test_unresolved_omegaconf_entries_are_refused(entry):
 
 
 def test_overrides_replace_what_the_source_says():
-    config = VIConfig.create({"algo": "mfa", "steps": 3, "flow": {"depth": 6, "bins": 3}}, algo="flow", flow_depth=2)
+    config = VIConfig.create(
+        {"algo": "mfa", "steps": 3, "flow": {"depth": 6, "bins": 3}}, algo="flow", flow_depth=2
+    )
     assert config == VIConfig(family="flow", steps=3, flow=FlowConfig(depth=2, bins=3))
     assert config.replace(steps=4, flow={"bins": 4}) == VIConfig(
         family="flow", steps=4, flow=FlowConfig(depth=2, bins=4)
@@ -222,13 +233,21 @@ def test_overrides_replace_what_the_source_says():
 
 
 def test_aliases_may_agree_with_the_names_they_stand_for():
-    given_twice = {"algo": "flow", "family": "flow", "flow_hidden": [2, 3], "flow": {"hidden": (2, 3)}}
+    given_twice = {
+        "algo": "flow",
+        "family": "flow",
+        "flow_hidden": [2, 3],
+        "flow": {"hidden": (2, 3)},
+    }
     assert VIConfig.create(given_twice) == VIConfig(family="flow", flow=FlowConfig(hidden=(2, 3)))
 
 
 def test_numpy_values_become_python_values():
     config = VIConfig.create(
-        M=np.int64(2), lr=np.float64(0.5), antithetic=np.bool_(False), r_per_component=np.array([1, 3])
+        M=np.int64(2),
+        lr=np.float64(0.5),
+        antithetic=np.bool_(False),
+        r_per_component=np.array([1, 3]),
     )
     assert config == VIConfig(M=2, lr=0.5, antithetic=False, r_per_component=(1, 3))
     assert [type(x) for x in (config.M, config.lr, config.antithetic, config.ranks[0])] == [
@@ -245,7 +264,8 @@ def test_integers_and_numeric_strings_become_floats():
 
 
 @pytest.mark.parametrize(
-    "config", [VIConfig(), BACKEND_CONFIG, FAMILIES_CONFIG, VIConfig.create(yaml.safe_load(MIXTURE_YAML))]
+    "config",
+    [VIConfig(), BACKEND_CONFIG, FAMILIES_CONFIG, VIConfig.create(yaml.safe_load(MIXTURE_YAML))],
 )
 def test_round_trips(config, tmp_path):
     config.to_yaml(tmp_path / "vi.yaml")
@@ -281,7 +301,9 @@ def configs(draw):
     return VIConfig.create(
         family=draw(st.sampled_from(["mfa", "flow"])),
         d_latent=draw(st.just("auto") | natural),
-        latent_basis=draw(st.sampled_from(["curvature", "random", [[1.0, 0.0], [0.5, 1e-3], [0.0, 2.0]]])),
+        latent_basis=draw(
+            st.sampled_from(["curvature", "random", [[1.0, 0.0], [0.5, 1e-3], [0.0, 2.0]]])
+        ),
         M=components,
         r_per_component=draw(st.none() | ranks),
         curvature_rank=draw(st.just("auto") | natural),
@@ -413,7 +435,9 @@ def test_sources_that_cannot_be_read(source, fix):
         VIConfig.create(source)
 
 
-@pytest.mark.parametrize(("text", "fix"), [("M: [1", "check the path and the file"), ("- 1", "give names")])
+@pytest.mark.parametrize(
+    ("text", "fix"), [("M: [1", "check the path and the file"), ("- 1", "give names")]
+)
 def test_yaml_files_that_cannot_be_read(text, fix, tmp_path):
     (tmp_path / "vi.yaml").write_text(text)
     with pytest.raises(ConfigError, match=fix):

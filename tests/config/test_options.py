@@ -1,7 +1,10 @@
-"""Every field of the configurations and every keyword: a value has an effect that is seen, or is refused with why.
+"""Every field of the configurations and every keyword.
 
-Who adds a field or a keyword adds a row here, else `test_every_*_is_listed` fails. Nothing is fitted: effects are seen
-in the plan, in the family, in the schedule, and in the traced programs of single stages.
+A value has an effect that is seen, or is refused with why.
+
+Who adds a field or a keyword adds a row here, else `test_every_*_is_listed` fails. Nothing is
+fitted: effects are seen in the plan, in the family, in the schedule, and in the traced programs of
+single stages.
 """
 
 import dataclasses
@@ -22,7 +25,13 @@ import fastvi.api.curve
 import fastvi.api.estimate
 import fastvi.api.flat
 from fastvi import ConfigError, DataError, FlowConfig, UnavailableError, VIConfig
-from fastvi.api.arguments import as_key, make_problem, nonnegative_scalar, positive_scalar, settle_localization
+from fastvi.api.arguments import (
+    as_key,
+    make_problem,
+    nonnegative_scalar,
+    positive_scalar,
+    settle_localization,
+)
 from fastvi.cli.target import parse_settings
 from fastvi.families.backends import BACKENDS, NativeBackend
 from fastvi.fitting.optimizer import Horizon, fixed_phases, learning_rate
@@ -52,13 +61,21 @@ PARAMS = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
 OBJECTIVE = make_flat_objective(loss)
 BASE = {
     "mfa": {"M": 2, "r": 1, "steps": 4, "batch_size": 8},
-    "flow": {"steps": 4, "batch_size": 8, "d_latent": 2, "curvature_rank": 0, "flow": {"depth": 2, "hidden": [3]}},
+    "flow": {
+        "steps": 4,
+        "batch_size": 8,
+        "d_latent": 2,
+        "curvature_rank": 0,
+        "flow": {"depth": 2, "hidden": [3]},
+    },
 }
 
 
 def problem_of(config):
     data = jax.tree_util.tree_map(jnp.asarray, DATA)
-    return make_problem(jnp.zeros(DIM, jnp.dtype(config.dtype)), data, COUNT, 8.0, 1.0, config, "nbeta")
+    return make_problem(
+        jnp.zeros(DIM, jnp.dtype(config.dtype)), data, COUNT, 8.0, 1.0, config, "nbeta"
+    )
 
 
 def text_of(function):
@@ -66,7 +83,9 @@ def text_of(function):
 
 
 def built(config):
-    rows = 0 if config.family == "flow" else 1  # a flow on all but one direction, for the noise there
+    rows = (
+        0 if config.family == "flow" else 1
+    )  # a flow on all but one direction, for the noise there
     family = build_family(config, START, rows)
     return family, lambda key: family.init(key, START.core[:rows], jnp.zeros(DIM))
 
@@ -94,7 +113,9 @@ def steps_of(config):
         family, _, state = state_of(config, keys)
         horizon = Horizon(*map(jnp.float32, fixed_phases(config)))
         steps = jnp.int32(0)
-        return run_steps(family, OBJECTIVE, problem_of(config), config, state, keys, steps, horizon, 2)[1]
+        return run_steps(
+            family, OBJECTIVE, problem_of(config), config, state, keys, steps, horizon, 2
+        )[1]
 
     return text_of(run)
 
@@ -243,12 +264,16 @@ def test_every_field_has_an_effect_or_is_refused(family, name, value, beside, se
     monkeypatch.setitem(BACKENDS, "other", OtherBackend)
     if seen is REFUSED:
         with pytest.raises((ConfigError, UnavailableError), match=r"family"):
-            fastvi.estimate_llc(loss, jnp.zeros(DIM), DATA, progress=False, **given(family, beside, {name: value}))
+            fastvi.estimate_llc(
+                loss, jnp.zeros(DIM), DATA, progress=False, **given(family, beside, {name: value})
+            )
         return
     without = given(family, beside)
     if name != "steps":
         without = {key: entry for key, entry in without.items() if key != name}
-    assert evidence(seen, VIConfig.create(without)) != seen(VIConfig.create(without, **{name: value}))
+    assert evidence(seen, VIConfig.create(without)) != seen(
+        VIConfig.create(without, **{name: value})
+    )
 
 
 @pytest.mark.parametrize("name", FLOW_FIELDS)
@@ -256,7 +281,9 @@ def test_every_field_of_the_flow_has_an_effect_or_is_refused(name):
     value, _ = FLOW_FIELDS[name]
     config = VIConfig.create(given("flow"))
     if name == "bins":
-        with pytest.raises(ConfigError, match=r"^flow.bins must be left out with flow.template='realnvp'.*splines"):
+        with pytest.raises(
+            ConfigError, match=r"^flow.bins must be left out with flow.template='realnvp'.*splines"
+        ):
             config.replace(flow={"bins": value}).applied(DIM)
         config, value = config.replace(flow={"template": "nsf_ar"}), 5
     assert evidence(family_of, config) != family_of(config.replace(flow={name: value}))
@@ -265,24 +292,45 @@ def test_every_field_of_the_flow_has_an_effect_or_is_refused(name):
 REFUSALS = {
     "trace_probes": ({"trace_probes": 16}, 'without control_variate="hvp"'),
     "whitening_decay": ({"whitening_decay": 0.99}, 'without whitening_mode="rmsprop" or "adam"'),
-    "whitening_decay of hvp_diag": ({"whitening_decay": 0.9, "whitening_mode": "hvp_diag"}, "whitening_mode"),
+    "whitening_decay of hvp_diag": (
+        {"whitening_decay": 0.9, "whitening_mode": "hvp_diag"},
+        "whitening_mode",
+    ),
     "entropy_bonus_steps": ({"entropy_bonus_steps": 5}, "without an entropy_bonus above 0"),
-    "lr_end_fraction": ({"lr_end_fraction": 0.1, "lr_schedule": "none"}, 'lr_schedule="cosine" or "linear_decay"'),
-    "alpha_temperature_frac": ({"alpha_temperature_frac": 0.5}, "an alpha_temperature other than 1"),
-    "error without correction": ({"correction": "none", "correction_error": 0.02}, 'correction="auto" or "mcmc"'),
-    "budget of weights": ({"correction": "importance", "correction_budget": 9.0}, 'correction="auto" or "mcmc"'),
+    "lr_end_fraction": (
+        {"lr_end_fraction": 0.1, "lr_schedule": "none"},
+        'lr_schedule="cosine" or "linear_decay"',
+    ),
+    "alpha_temperature_frac": (
+        {"alpha_temperature_frac": 0.5},
+        "an alpha_temperature other than 1",
+    ),
+    "error without correction": (
+        {"correction": "none", "correction_error": 0.02},
+        'correction="auto" or "mcmc"',
+    ),
+    "budget of weights": (
+        {"correction": "importance", "correction_budget": 9.0},
+        'correction="auto" or "mcmc"',
+    ),
     "too few draws": ({"eval_samples": 30, "control_variate": "auto"}, "32 draws or more"),
     "too few draws for hvp": ({"eval_samples": 14, "control_variate": "hvp"}, "16 draws or more"),
     "odd pairs": ({"antithetic": True, "samples_per_step": 3}, "use samples_per_step=4"),
     "mean of a flow": ({"family": "flow", "means": "component"}, "which has one mean"),
     "mean of a subspace": ({"family": "flow", "lift": "injective", "means": "shared"}, "keeps w"),
     "nothing beyond": ({"family": "flow", "sigma_perp": 0.1}, "acts on all d = 3 dimensions"),
-    "nothing to learn": ({"family": "flow", "learn_sigma_perp": False}, "acts on all d = 3 dimensions"),
+    "nothing to learn": (
+        {"family": "flow", "learn_sigma_perp": False},
+        "acts on all d = 3 dimensions",
+    ),
     "equal to the default": ({"flow": {"depth": 4}}, "family='mfa', which does not read it"),
     "null is not given": ({"flow": {"depth": None}, "M": None, "gamma": -1}, "gamma must be"),
     "negative seed": ({"key": -1}, "key must be a seed in"),
     "large seed": ({"key": 2**64}, "key must be a seed in"),
-    "gamma twice": ({"gamma": 2.0, "localization": 1.0}, "gamma is given twice and differs: 2.0 in the config"),
+    "gamma twice": (
+        {"gamma": 2.0, "localization": 1.0},
+        "gamma is given twice and differs: 2.0 in the config",
+    ),
 }
 
 
@@ -295,7 +343,16 @@ def test_what_has_no_effect_beside_the_others_is_refused(options, words):
 
 
 PLANS = {
-    "nothing": ({}, {"steps": 200, "batch_size": 40, "eval_samples": 32, "early_stop": False, "correction": "auto"}),
+    "nothing": (
+        {},
+        {
+            "steps": 200,
+            "batch_size": 40,
+            "eval_samples": 32,
+            "early_stop": False,
+            "correction": "auto",
+        },
+    ),
     "the default": ({"steps": 5000}, {"steps": 5000, "batch_size": 40}),
     "another": ({"steps": 5001}, {"steps": 5001}),
     "no correction": (
@@ -303,13 +360,19 @@ PLANS = {
         {"steps": 5000, "early_stop": True, "correction_error": None, "trace_probes": None},
     ),
     "pairs": ({"antithetic": True}, {"samples_per_step": 2}),
-    "stopping": ({"early_stop": True}, {"steps": 5000, "early_stop": True, "correction_budget": 20_000.0}),
+    "stopping": (
+        {"early_stop": True},
+        {"steps": 5000, "early_stop": True, "correction_budget": 20_000.0},
+    ),
     "few draws": ({"eval_samples": 20}, {"control_variate": "none"}),
     "pruning": ({"prune_threshold": 1e-3}, {"prune_threshold": 1e-3, "mixture_cap": None}),
     "a cap": ({"mixture_cap": 3}, {"prune_threshold": 1e-3, "mixture_cap": 3}),
     "ranks": ({"r_per_component": [1, 2, 0]}, {"M": 3}),
     "mixture": ({}, {"M": 8, "r": 2, "backend": None, "flow": FlowConfig()}),
-    "flow": ({"family": "flow"}, {"M": None, "backend": "native", "d_latent": "auto", "lift": "core"}),
+    "flow": (
+        {"family": "flow"},
+        {"M": None, "backend": "native", "d_latent": "auto", "lift": "core"},
+    ),
 }
 
 
@@ -355,20 +418,36 @@ flow: {template: maf, depth: 4, hidden: [8, 8], bins: 8, init_scale: 1e-2}
 def test_a_file_for_both_families_is_read_for_the_one_it_names(family, nothing_is_fitted):
     entries = yaml.safe_load(SEEDS_FORM) | {"family": family, "backend": "native"}
     _, problem, config, *_ = nothing_is_fitted(
-        fastvi.estimate_llc, loss_fn=loss, params=jnp.zeros(DIM), data=DATA, config=entries, progress=False
+        fastvi.estimate_llc,
+        loss_fn=loss,
+        params=jnp.zeros(DIM),
+        data=DATA,
+        config=entries,
+        progress=False,
     )
     assert float(problem.posterior.gamma) == pytest.approx(1e-3)
     assert (config.M, config.prune_threshold) == ((2, 1e-3) if family == "mfa" else (None, None))
     read = (None, None, None) if family == "mfa" else (2, "native", 1e-3)
     assert (config.d_latent, config.backend, config.sigma_perp) == read
-    read = FlowConfig(template="maf", depth=4, hidden=(8, 8), init_scale=1e-2)  # without bins, which maf has not
+    read = FlowConfig(
+        template="maf", depth=4, hidden=(8, 8), init_scale=1e-2
+    )  # without bins, which maf has not
     assert config.flow == (read if family == "flow" else FlowConfig())
     other: dict = {"lift": "core"} if family == "mfa" else {"alpha_temperature": 2.0}
-    with pytest.raises(ConfigError, match=r"^(lift|alpha_temperature) must be left out with family"):
+    with pytest.raises(
+        ConfigError, match=r"^(lift|alpha_temperature) must be left out with family"
+    ):
         fastvi.estimate_llc(loss, jnp.zeros(DIM), DATA, config=entries, progress=False, **other)
 
 
-FLAT = {"wstar_flat": jnp.zeros(DIM), "data": DATA, "n_data": COUNT, "beta": 0.2, "rng_key": 0, "objective": OBJECTIVE}
+FLAT = {
+    "wstar_flat": jnp.zeros(DIM),
+    "data": DATA,
+    "n_data": COUNT,
+    "beta": 0.2,
+    "rng_key": 0,
+    "objective": OBJECTIVE,
+}
 RUN = {
     "key": 0,
     "posterior": jnp.zeros(DIM),
@@ -390,11 +469,22 @@ def test_gamma_of_the_configuration(nothing_is_fitted):
         ({}, 1.0),
     ):
         reached = nothing_is_fitted(
-            fastvi.estimate_llc, loss_fn=loss, params=jnp.zeros(DIM), data=DATA, progress=False, **arguments
+            fastvi.estimate_llc,
+            loss_fn=loss,
+            params=jnp.zeros(DIM),
+            data=DATA,
+            progress=False,
+            **arguments,
         )
         assert float(reached[1].posterior.gamma) == expected
-    assert float(nothing_is_fitted(fastvi.fit, vi_cfg={"gamma": 0.5}, **FLAT)[1].posterior.gamma) == 0.5
-    assert float(nothing_is_fitted(fastvi.run_vi, config={"gamma": 0.5}, **RUN)[1].posterior.gamma) == 0.5
+    assert (
+        float(nothing_is_fitted(fastvi.fit, vi_cfg={"gamma": 0.5}, **FLAT)[1].posterior.gamma)
+        == 0.5
+    )
+    assert (
+        float(nothing_is_fitted(fastvi.run_vi, config={"gamma": 0.5}, **RUN)[1].posterior.gamma)
+        == 0.5
+    )
     with pytest.raises(ConfigError, match="gamma must be given to run_vi"):
         fastvi.run_vi(config=None, **RUN)
     with pytest.raises(ConfigError, match="gamma is given twice and differs"):
@@ -481,7 +571,11 @@ def test_every_keyword_of_the_flat_contracts(nothing_is_fitted):
         "vi_cfg": {"gamma": 2.0},
         "whitener": whitened,
     }
-    elsewhere = {"objective", "n_data", "loss_full_flat"}  # tests/test_bad_input.py, tests/test_fit_contract.py
+    elsewhere = {
+        "objective",
+        "n_data",
+        "loss_full_flat",
+    }  # tests/test_bad_input.py, tests/test_fit_contract.py
     assert changes.keys() | elsewhere == inspect.signature(fastvi.fit).parameters.keys()
     plain = nothing_is_fitted(fastvi.fit, **FLAT, gamma=1.0)
     for name, value in changes.items():
@@ -492,20 +586,45 @@ def test_every_keyword_of_the_flat_contracts(nothing_is_fitted):
         else:
             assert seen_by_estimate(reached) != seen_by_estimate(plain), name
     run = {"key": 1, "posterior": jnp.ones(DIM), "beta": 0.3, "gamma": 2.0, "num_chains": 3}
-    others = {"loss_minibatch_flat", "grad_loss_minibatch", "loss_full_flat", "data", "n_data", "config"}
+    others = {
+        "loss_minibatch_flat",
+        "grad_loss_minibatch",
+        "loss_full_flat",
+        "data",
+        "n_data",
+        "config",
+    }
     assert run.keys() | others == inspect.signature(fastvi.run_vi).parameters.keys()
     plain = seen_by_estimate(nothing_is_fitted(fastvi.run_vi, **RUN, config=None, gamma=1.0))
     for name, value in run.items():
-        reached = nothing_is_fitted(fastvi.run_vi, **{"config": None, "gamma": 1.0} | RUN | {name: value})
+        reached = nothing_is_fitted(
+            fastvi.run_vi, **{"config": None, "gamma": 1.0} | RUN | {name: value}
+        )
         assert seen_by_estimate(reached) != plain, name
 
 
 KEYWORDS = {
-    fastvi.api.resample: ["result", "correction", "correction_error", "correction_budget", "progress", "throw"],
+    fastvi.correct: [
+        "result",
+        "correction",
+        "correction_error",
+        "correction_budget",
+        "progress",
+        "throw",
+    ],
     fastvi.llc_on: ["result", "data"],
     fastvi.example_losses: ["result", "data"],
     fastvi.restrict: ["loss_fn", "params", "param_mask"],
-    fastvi.virial_llc: ["samples", "gradients", "losses", "nbeta", "localization", "center", "init_loss", "discard"],
+    fastvi.virial_llc: [
+        "samples",
+        "gradients",
+        "losses",
+        "nbeta",
+        "localization",
+        "center",
+        "init_loss",
+        "discard",
+    ],
 }
 
 
@@ -513,21 +632,24 @@ def test_the_other_functions_take_no_more_than_they_use():
     """Who adds a keyword to one of these adds a test of its effect."""
     for function, names in KEYWORDS.items():
         assert [*inspect.signature(function).parameters] == names, function.__name__
-    estimate, curve = inspect.signature(fastvi.estimate_llc).parameters, inspect.signature(fastvi.llc_curve).parameters
+    estimate, curve = (
+        inspect.signature(fastvi.estimate_llc).parameters,
+        inspect.signature(fastvi.llc_curve).parameters,
+    )
     assert curve.keys() - estimate.keys() == {"checkpoints", "warm_start", "warm_steps"}
 
 
 def test_correct_takes_its_two_settings_alone():
     result = finished(DIM, VIConfig(correction="none").recorded, fitted=object())
     with pytest.raises(TypeError, match="M"):
-        fastvi.api.resample(result, "importance", M=32)  # pyright: ignore[reportCallIssue]
+        fastvi.correct(result, "importance", M=32)  # pyright: ignore[reportCallIssue]
     for correction in ("importance", "none"):
         for name in ("correction_error", "correction_budget"):
             with pytest.raises(ConfigError, match=f"^{name} must be left out without correction"):
-                fastvi.api.resample(result, correction, **{name: 0.02})
+                fastvi.correct(result, correction, **{name: 0.02})
     with pytest.raises(ConfigError, match="^correction must be one of"):
-        fastvi.api.resample(result, "mcm")
-    assert fastvi.api.resample(result, "none") is result
+        fastvi.correct(result, "mcm")
+    assert fastvi.correct(result, "none") is result
 
 
 def test_warm_steps_equal_to_the_default_are_taken(monkeypatch):
@@ -545,10 +667,12 @@ def test_warm_steps_equal_to_the_default_are_taken(monkeypatch):
 
 
 def test_dotted_names_reach_the_flow():
-    assert VIConfig.create(**parse_settings(["flow.hidden=[16]", "flow.depth=3"])).flow == FlowConfig(
-        hidden=(16,), depth=3
+    assert VIConfig.create(
+        **parse_settings(["flow.hidden=[16]", "flow.depth=3"])
+    ).flow == FlowConfig(hidden=(16,), depth=3)
+    assert VIConfig.create({"flow": {"depth": 2}}, **{"flow.hidden": [4]}).flow == FlowConfig(
+        depth=2, hidden=(4,)
     )
-    assert VIConfig.create({"flow": {"depth": 2}}, **{"flow.hidden": [4]}).flow == FlowConfig(depth=2, hidden=(4,))
     with pytest.raises(ConfigError, match="give flow.depth alone"):
         VIConfig.create({"flow.depth": 2, "flow_depth": 3})
     with pytest.raises(ConfigError, match="did you mean 'flow.hidden'"):
@@ -559,7 +683,11 @@ def test_all_bits_of_a_seed_count():
     def words(seed):
         return np.asarray(jax.random.key_data(as_key(seed))).tolist()
 
-    assert words(3) == words(np.int64(3)) == np.asarray(jax.random.key_data(jax.random.key(3))).tolist()
+    assert (
+        words(3)
+        == words(np.int64(3))
+        == np.asarray(jax.random.key_data(jax.random.key(3))).tolist()
+    )
     assert words(2**32 - 1) == [0, 2**32 - 1]
     assert words(np.uint64(2**32 + 3)) == [1, 3]
     assert words(2**64 - 1) == [2**32 - 1, 2**32 - 1]
@@ -592,12 +720,21 @@ def test_events_of_run_vi(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     from fastvi.results.report.tensorboard import write_events
 
-    names = {"lambda_hat_mean": 2.0, "lambda_hat_std": 0.5, "Eq_Ln_mean": 1.0, "Ln_wstar": 0.5, "total_fge": 9.0}
+    names = {
+        "lambda_hat_mean": 2.0,
+        "lambda_hat_std": 0.5,
+        "Eq_Ln_mean": 1.0,
+        "Ln_wstar": 0.5,
+        "total_fge": 9.0,
+    }
     traces = {"elbo": jnp.arange(120.0).reshape(2, 60), "Ln": jnp.full((2, 60), jnp.nan)}
     result = fastvi.SamplerRunResult(traces, {}, names)
     write_events(result, tmp_path)
     events = reader.EventAccumulator(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("vi/elbo")] == [(49, 54.5), (59, 84.5)]
+    assert [(event.step, event.value) for event in events.Scalars("vi/elbo")] == [
+        (49, 54.5),
+        (59, 84.5),
+    ]
     assert events.Scalars("vi/lambda_hat_mean")[0].value == 2.0
     assert "vi/Ln" not in events.Tags()["scalars"]
     with pytest.raises(DataError, match="what estimate_llc or run_vi returned; got dict"):
@@ -621,6 +758,10 @@ def test_docstring_and_page_say_the_same(cls):
     assert docstring == page
     for field in dataclasses.fields(cls):
         default = getattr(cls().filled, field.name)
-        if field.default is None and isinstance(default, (int, float, str)) and not isinstance(default, bool):
+        if (
+            field.default is None
+            and isinstance(default, (int, float, str))
+            and not isinstance(default, bool)
+        ):
             shown = f'"{default}"' if isinstance(default, str) else f"{default:g}"
             assert shown in docstring[field.name], field.name

@@ -29,7 +29,13 @@ def synthetic(seed, units=24, slope=(2.0, -3.0), noise=0.1):
     """Values of mean 5 with two columns of mean zero, one of them skewed."""
     rng = np.random.default_rng(seed)
     columns = np.stack([rng.normal(size=units), 1e-3 * (rng.exponential(size=units) - 1)], -1)
-    values = 5 + columns @ [slope[0], slope[1] * 1e3] + noise * rng.normal(size=units) + 0.2 * columns[:, 0] ** 2 - 0.2
+    values = (
+        5
+        + columns @ [slope[0], slope[1] * 1e3]
+        + noise * rng.normal(size=units)
+        + 0.2 * columns[:, 0] ** 2
+        - 0.2
+    )
     return values, columns
 
 
@@ -66,13 +72,17 @@ def test_regression_uses_the_other_half_s_coefficients():
     halves = slice(0, 12), slice(12, 24)
     residual = [values[a] - columns[a] @ coefficients(b) for a, b in (halves, halves[::-1])]
     np.testing.assert_allclose(fit.mean, np.mean(residual), rtol=1e-10)
-    np.testing.assert_allclose(fit.residual_variance, np.var(np.concatenate(residual), ddof=1), rtol=1e-9)
+    np.testing.assert_allclose(
+        fit.residual_variance, np.var(np.concatenate(residual), ddof=1), rtol=1e-9
+    )
 
 
 def test_regression_copes_with_useless_columns():
     values, columns = synthetic(2)
     collinear = np.concatenate([columns, 3 * columns[:, :1], np.zeros((24, 1))], axis=1)
-    np.testing.assert_allclose(regressed(values, collinear).mean, regressed(values, columns).mean, rtol=1e-9)
+    np.testing.assert_allclose(
+        regressed(values, collinear).mean, regressed(values, columns).mean, rtol=1e-9
+    )
     none = regressed(values, columns[:, :0])
     np.testing.assert_allclose(none.mean, values.mean(), rtol=1e-12)
     np.testing.assert_allclose(none.residual_variance, np.var(values, ddof=1), rtol=1e-12)
@@ -113,9 +123,15 @@ def second_moment(q, params):
     total = np.zeros((DIM, DIM))
     for m, rank in enumerate(q.ranks):
         factor = np.asarray(params.factors[m, :rank])
-        offsets = np.zeros(DIM) if q.means == "center" else params.offsets[m if q.means == "component" else 0]
+        offsets = (
+            np.zeros(DIM)
+            if q.means == "center"
+            else params.offsets[m if q.means == "component" else 0]
+        )
         mean = np.asarray(q.scale * offsets)
-        total += weights[m] * (deviation[:, None] * (inner + factor.T @ factor) * deviation + np.outer(mean, mean))
+        total += weights[m] * (
+            deviation[:, None] * (inner + factor.T @ factor) * deviation + np.outer(mean, mean)
+        )
     return total
 
 
@@ -133,7 +149,10 @@ def problem_for(loss):
 
 @functools.partial(jax.jit, static_argnums=3)
 def evaluate_polynomial(q, params, polynomial, control_variate, keys):
-    """Evaluate on offset + slope . v + v . H v / 2 + quartic |v|_4^4: one program for all its coefficients."""
+    """Evaluate on offset + slope .
+
+    v + v . H v / 2 + quartic |v|_4^4: one program for all its coefficients.
+    """
 
     def loss(v):
         hessian, slope, offset, quartic = polynomial
@@ -143,7 +162,9 @@ def evaluate_polynomial(q, params, polynomial, control_variate, keys):
     excess_fn = make_excess_fn(objective, problem)
     reference = objective.loss(problem.posterior.center, problem.data)
     options = {"num_draws": NUM_DRAWS, "control_variate": control_variate, "trace_probes": 64}
-    return jax.vmap(lambda key: evaluate(q, params, objective, problem, excess_fn, reference, key, **options))(keys)
+    return jax.vmap(
+        lambda key: evaluate(q, params, objective, problem, excess_fn, reference, key, **options)
+    )(keys)
 
 
 def evaluations(q, params, control_variate, hessian, slope=(0.0,) * DIM, offset=0.0, quartic=0.0):
@@ -157,14 +178,16 @@ def evaluations(q, params, control_variate, hessian, slope=(0.0,) * DIM, offset=
 def test_llc_is_unbiased_where_q_is_wrong(control_variate, means):
     q, params = family(means)
     hessian, slope = dense_hessian(), jnp.asarray([0.3, -0.2, 0.1, 0.4])
-    # at an offset of 5 nats, and with a slope at w*: differences are paired, odd terms have mean b . E[v]
+    # at an offset of 5 nats, and with a slope at w*: differences are paired, odd terms have mean b
+    # . E[v]
     result = evaluations(q, params, control_variate, hessian, slope, offset=5.0)
     weights = jax.nn.softmax(params.logits)
     mean = q.scale * (weights @ params.offsets if means == "component" else params.offsets[0])
     exact = NBETA * (0.5 * np.trace(hessian @ second_moment(q, params)) + slope @ mean)
     assert abs(z_score(result.llc_mc, exact)) < 3
     if control_variate == "hvp" and means == "shared":
-        # q's factors span all four dimensions: the trace is exact, and mirrored draws leave the slope its mean
+        # q's factors span all four dimensions: the trace is exact, and mirrored draws leave the
+        # slope its mean
         np.testing.assert_allclose(result.llc, exact, rtol=1e-8)
         return
     assert abs(z_score(result.llc, exact)) < 3
@@ -183,7 +206,9 @@ def test_elbo_is_log_density_minus_log_q():
     q, params = family("shared")
     hessian = dense_hessian()
     result = evaluations(q, params, "none", hessian, offset=0.7)
-    sample = jax.jit(lambda key: q.sample(params, key, NUM_DRAWS, antithetic=True, block=EVALUATION_BLOCK))
+    sample = jax.jit(
+        lambda key: q.sample(params, key, NUM_DRAWS, antithetic=True, block=EVALUATION_BLOCK)
+    )
     draws = [sample(key) for key in jax.random.split(jax.random.key(0), NUM_KEYS)[:3]]
     for index, draw in enumerate(draws):
         v = np.asarray(draw.displacement)
@@ -196,7 +221,10 @@ def test_elbo_is_log_density_minus_log_q():
 
 
 def laplace(hessian):
-    """The family's exact posterior of a quadratic: no factors, all directions but one in the core."""
+    """The family's exact posterior of a quadratic.
+
+    No factors, all directions but one in the core.
+    """
     values, vectors = np.linalg.eigh(NBETA * np.asarray(hessian) + GAMMA * np.eye(DIM))
     core = (np.sqrt(values[1:] / values[0] - 1) * vectors[:, 1:]).T
     q = MFA(
@@ -207,7 +235,9 @@ def laplace(hessian):
         means="shared",
         noise_size=DIM - 1,
     )
-    params = MFAParams(jnp.zeros(1), jnp.zeros((1, DIM)), jnp.zeros(DIM), jnp.asarray(core), jnp.zeros((1, 0, DIM)))
+    params = MFAParams(
+        jnp.zeros(1), jnp.zeros((1, DIM)), jnp.zeros(DIM), jnp.asarray(core), jnp.zeros((1, 0, DIM))
+    )
     return q, params
 
 
@@ -268,7 +298,9 @@ def short(dim=DIM):
         noise_size=1,
     )
     core = jnp.asarray(3 * rng.normal(size=(1, dim)))
-    return q, MFAParams(jnp.zeros(1), jnp.zeros((0, dim)), jnp.zeros(dim), core, jnp.zeros((1, 0, dim)))
+    return q, MFAParams(
+        jnp.zeros(1), jnp.zeros((0, dim)), jnp.zeros(dim), core, jnp.zeros((1, 0, dim))
+    )
 
 
 @functools.cache
@@ -301,7 +333,10 @@ def tanh_net(w, x):
 
 @pytest.mark.parametrize("rows", [1, 18])
 def test_hvp_never_adds_variance(rows):
-    """A tanh network, d = 19, far from a diagonal Hessian: q is its Laplace approximation, or all but one row of it."""
+    """A tanh network, d = 19, far from a diagonal Hessian.
+
+    Q is its Laplace approximation, or all but one row of it.
+    """
     rng = np.random.default_rng(0)
     x, center = jnp.asarray(rng.normal(size=(60, 4))), jnp.asarray(rng.normal(size=19))
     y, nbeta = tanh_net(center, x) + 0.3 * jnp.asarray(rng.normal(size=60)), 20.0
@@ -310,7 +345,9 @@ def test_hvp_never_adds_variance(rows):
         return 5 * jnp.mean((tanh_net(w, batch[0]) - batch[1]) ** 2)
 
     objective = make_flat_objective(loss)
-    problem = Problem(LocalPosterior(center, jnp.asarray(nbeta), jnp.ones(())), (x, y), num_data=60, batch_size=60)
+    problem = Problem(
+        LocalPosterior(center, jnp.asarray(nbeta), jnp.ones(())), (x, y), num_data=60, batch_size=60
+    )
     jacobian = np.asarray(jax.jit(jax.jacobian(tanh_net))(center, x))
     values, vectors = np.linalg.eigh(10 * nbeta * jacobian.T @ jacobian / 60 + np.eye(19))
     core = (np.sqrt(values[1:] / values[0] - 1) * vectors[:, 1:]).T[-rows:]
@@ -322,7 +359,9 @@ def test_hvp_never_adds_variance(rows):
         means="center",
         noise_size=rows,
     )
-    params = MFAParams(jnp.zeros(1), jnp.zeros((0, 19)), jnp.zeros(19), jnp.asarray(core), jnp.zeros((1, 0, 19)))
+    params = MFAParams(
+        jnp.zeros(1), jnp.zeros((0, 19)), jnp.zeros(19), jnp.asarray(core), jnp.zeros((1, 0, 19))
+    )
     excess_fn, reference = make_excess_fn(objective, problem), objective.loss(center, problem.data)
 
     @jax.jit

@@ -16,14 +16,21 @@ from fastvi.families.flow import MOMENT_DRAWS
 from fastvi.families.lift import LiftParams, core_root, make_frame
 
 pytestmark = pytest.mark.usefixtures("x64")
-MOMENT_ERROR = 4 * np.sqrt(2 / MOMENT_DRAWS)  # four standard errors of a variance from the family's own draws
+MOMENT_ERROR = 4 * np.sqrt(
+    2 / MOMENT_DRAWS
+)  # four standard errors of a variance from the family's own draws
 SMALL = FlowConfig(depth=2, hidden=(4,), init_scale=1.0)
-# dimension, rows of core, options: the flow on some directions, on all, on a subspace with isotropic noise
+# dimension, rows of core, options: the flow on some directions, on all, on a subspace with
+# isotropic noise
 CASES = {
     "core": (5, 3, {"d_latent": 2, "sigma_perp": 0.7}),
     "whole": (3, 2, {}),
     "injective": (5, 3, {"d_latent": 2, "lift": "injective", "sigma_perp": 0.3}),
-    "random": (5, 1, {"d_latent": 2, "latent_basis": "random", "means": "center", "learn_sigma_perp": False}),
+    "random": (
+        5,
+        1,
+        {"d_latent": 2, "latent_basis": "random", "means": "center", "learn_sigma_perp": False},
+    ),
 }
 
 
@@ -62,7 +69,9 @@ def test_draws_know_their_density_and_its_gradient(case):
     every = jnp.concatenate([noise, -noise])
     dense = jax.jit(jax.vmap(lambda x: dense_log_prob(family, params, x)))(every)
     np.testing.assert_allclose(draws.log_prob, dense, rtol=1e-8)
-    value, score = jax.jit(jax.vmap(jax.value_and_grad(lambda v: family.log_prob(params, v))))(draws.displacement)
+    value, score = jax.jit(jax.vmap(jax.value_and_grad(lambda v: family.log_prob(params, v))))(
+        draws.displacement
+    )
     np.testing.assert_allclose(draws.log_prob, value, rtol=1e-7)
     np.testing.assert_allclose(draws.score, score, rtol=1e-5, atol=1e-6)
 
@@ -100,9 +109,13 @@ def test_pullback_is_the_gradient_with_the_density_held_fixed(case):
 
     expected = jax.jit(jax.grad(objective))(params)
     actual = jax.jit(lambda p: pulled(family, p, noise, "pullback"))(params)
-    for got, want in zip(jax.tree_util.tree_leaves(actual), jax.tree_util.tree_leaves(expected), strict=True):
+    for got, want in zip(
+        jax.tree_util.tree_leaves(actual), jax.tree_util.tree_leaves(expected), strict=True
+    ):
         want = jnp.tril(want) if want.shape == params.lift.root.shape else want
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.max(np.abs(want), initial=1.0))
+        np.testing.assert_allclose(
+            got, want, rtol=1e-5, atol=1e-6 * np.max(np.abs(want), initial=1.0)
+        )
 
 
 @pytest.mark.parametrize("case", ["core", "whole", "random"])
@@ -115,12 +128,19 @@ def test_ascent_climbs_with_every_parameter(case):
         only = still._replace(lift=still.lift._replace(**{name: getattr(direction.lift, name)}))
         moved = jax.jvp(lambda t, only=only: _step(family, params, only, t), (0.0,), (1.0,))[1]
         slope = sum(jax.tree_util.tree_leaves(jax.tree_util.tree_map(jnp.vdot, gradient, moved)))
-        held = name == "offsets" and not family.free_mean or name == "log_sigma" and not _sigma_moves(family)
+        held = (
+            name == "offsets"
+            and not family.free_mean
+            or name == "log_sigma"
+            and not _sigma_moves(family)
+        )
         assert slope == 0 if held else slope > 0, name
 
 
 def _step(family, params, updates, length):
-    return family.apply_updates(params, (), jax.tree_util.tree_map(lambda leaf: length * leaf, updates))[0]
+    return family.apply_updates(
+        params, (), jax.tree_util.tree_map(lambda leaf: length * leaf, updates)
+    )[0]
 
 
 def _sigma_moves(family):
@@ -132,13 +152,19 @@ def many():
     """Draws of the family on some directions."""
     with enable_x64(True):
         family, params = make("core")
-        params = params._replace(flow=jax.tree_util.tree_map(lambda leaf: 0.3 * leaf, params.flow))  # light tails
-        draws = jax.jit(lambda k: family.sample(params, k, 200_000, antithetic=False))(jax.random.key(7))
+        params = params._replace(
+            flow=jax.tree_util.tree_map(lambda leaf: 0.3 * leaf, params.flow)
+        )  # light tails
+        draws = jax.jit(lambda k: family.sample(params, k, 200_000, antithetic=False))(
+            jax.random.key(7)
+        )
         return family, params, draws
 
 
 def dense(moment):
-    inner = jnp.diag(moment.weights) + moment.coefficients.T @ moment.coefficients / len(moment.coefficients)
+    inner = jnp.diag(moment.weights) + moment.coefficients.T @ moment.coefficients / len(
+        moment.coefficients
+    )
     return jnp.diag(moment.diagonal) + moment.factors.T @ inner @ moment.factors
 
 
@@ -147,7 +173,9 @@ def test_second_moment(many):
     moment = family.second_moment(params)
     assert moment.factors.shape[0] == family.num_moment_terms
     sample = draws.displacement.T @ draws.displacement / len(draws.displacement)
-    np.testing.assert_allclose(dense(moment), sample, atol=MOMENT_ERROR * float(jnp.max(jnp.diagonal(sample))))
+    np.testing.assert_allclose(
+        dense(moment), sample, atol=MOMENT_ERROR * float(jnp.max(jnp.diagonal(sample)))
+    )
     np.testing.assert_allclose(moment.marginal(), jnp.diagonal(dense(moment)), rtol=1e-10)
 
 
@@ -158,7 +186,9 @@ def test_linear_map_has_mean_and_covariance(many):
     covariance = dense(family.second_moment(params)) - jnp.outer(linear.center, linear.center)
     np.testing.assert_allclose(columns.T @ columns, covariance, atol=1e-9)
     deviation = np.sqrt(np.max(np.diagonal(covariance)))
-    np.testing.assert_allclose(linear.center, draws.displacement.mean(0), atol=MOMENT_ERROR * deviation)
+    np.testing.assert_allclose(
+        linear.center, draws.displacement.mean(0), atol=MOMENT_ERROR * deviation
+    )
 
 
 def test_control_variates_have_mean_zero(many):
@@ -174,22 +204,31 @@ def test_identity_flow_is_the_laplace_approximation(case):
     dim, rank, options = CASES[case]
     rng = np.random.default_rng(4)
     config = VIConfig.create(
-        {"family": "flow", "flow": FlowConfig(depth=2, hidden=(4,), init_scale=0.0)} | options | {"sigma_perp": None}
+        {"family": "flow", "flow": FlowConfig(depth=2, hidden=(4,), init_scale=0.0)}
+        | options
+        | {"sigma_perp": None}
     )
-    scale, core = jnp.asarray(np.exp(rng.normal(size=dim))), jnp.asarray(2 * rng.normal(size=(rank, dim)))
+    scale, core = (
+        jnp.asarray(np.exp(rng.normal(size=dim))),
+        jnp.asarray(2 * rng.normal(size=(rank, dim))),
+    )
     family = Flow.create(config, Geometry(scale, core, jnp.asarray(rank), jnp.ones(()), rank))
     params = family.init(jax.random.key(0), core, jnp.zeros(dim))
     precision = (jnp.eye(dim) + core.T @ core) / jnp.outer(scale, scale)
     for v in jnp.asarray(rng.normal(size=(3, dim))):
         log_det = jnp.linalg.slogdet(precision / (2 * jnp.pi))[1]
-        np.testing.assert_allclose(family.log_prob(params, v), 0.5 * (log_det - v @ precision @ v), rtol=1e-9)
+        np.testing.assert_allclose(
+            family.log_prob(params, v), 0.5 * (log_det - v @ precision @ v), rtol=1e-9
+        )
     draws = family.sample(params, jax.random.key(1), 6, antithetic=True)
     np.testing.assert_allclose(draws.score, -draws.displacement @ precision, rtol=1e-7, atol=1e-7)
     columns, expected = family.control_variates(params, draws)
     x2 = jnp.sum((draws.displacement @ precision) * draws.displacement, axis=1)
     np.testing.assert_allclose(columns[:, 0], 0.5 * (x2 - dim), atol=1e-7)
     trace = jnp.trace(jnp.linalg.inv(precision))
-    np.testing.assert_allclose(columns[:, 2], 0.5 * (jnp.sum(draws.displacement**2, 1) - trace), atol=1e-7)
+    np.testing.assert_allclose(
+        columns[:, 2], 0.5 * (jnp.sum(draws.displacement**2, 1) - trace), atol=1e-7
+    )
     np.testing.assert_array_equal(expected, 0.0)
 
 
@@ -219,14 +258,22 @@ def test_memory_is_linear_in_the_dimension(fully_optimised):
     dim, latent = 1_000_000, 8
     config = VIConfig(family="flow", d_latent=latent, curvature_rank=latent, flow=SMALL)
     core = jax.ShapeDtypeStruct((latent, dim), jnp.float32)
-    vector, number = jax.ShapeDtypeStruct((dim,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    vector, number = (
+        jax.ShapeDtypeStruct((dim,), jnp.float32),
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )
 
     def step(scale, core, unit, key):
         family = Flow.create(config, Geometry(scale, core, jnp.asarray(latent), unit, latent))
         params = family.init(key, core, jnp.zeros_like(scale))
         draws = family.sample(params, key, 2, antithetic=True)
         return family.ascent(
-            params, draws, draws.log_prob, draws.displacement, jnp.zeros((), jnp.float32), antithetic=True
+            params,
+            draws,
+            draws.log_prob,
+            draws.displacement,
+            jnp.zeros((), jnp.float32),
+            antithetic=True,
         )
 
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -24,7 +24,9 @@ dense_program = quick_jit(dense)
 def dense_log_prob(family, params, point):
     parts = [
         np.log(weight) + scipy.stats.multivariate_normal(mean, covariance).logpdf(point)
-        for weight, mean, covariance in zip(*map(np.asarray, dense_program(family, params)), strict=True)
+        for weight, mean, covariance in zip(
+            *map(np.asarray, dense_program(family, params)), strict=True
+        )
     ]
     return scipy.special.logsumexp(parts), scipy.special.softmax(parts)
 
@@ -34,12 +36,17 @@ def moments(family, params):
     """Mean and covariance of q."""
     weights, means, covariances = dense(family, params)
     mean = weights @ means
-    second = jnp.einsum("m,mij->ij", weights, covariances) + jnp.einsum("m,mi,mj->ij", weights, means, means)
+    second = jnp.einsum("m,mij->ij", weights, covariances) + jnp.einsum(
+        "m,mi,mj->ij", weights, means, means
+    )
     return mean, second - jnp.outer(mean, mean)
 
 
 def z_scores(samples, expected):
-    """Deviations of the mean of independent rows in units of its standard error; constants must agree."""
+    """Deviations of the mean of independent rows in units of its standard error.
+
+    Constants must agree.
+    """
     samples = np.asarray(samples).reshape(len(samples), -1)
     error = samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
     gap = samples.mean(axis=0) - np.ravel(expected)
@@ -103,12 +110,18 @@ def test_draws_know_their_density_and_its_gradient(means, antithetic):
     value, score = log_prob_and_grad(family, params, draws.displacement)
     np.testing.assert_allclose(draws.log_prob, value, rtol=1e-11)
     # the score is with respect to u = v / scale
-    np.testing.assert_allclose(draws.record.drawn.score, family.scale * score, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(
+        draws.record.drawn.score, family.scale * score, rtol=1e-9, atol=1e-10
+    )
     for point, share in zip(draws.displacement, draws.record.drawn.responsibilities, strict=True):
-        np.testing.assert_allclose(share, dense_log_prob(family, params, np.asarray(point))[1], atol=1e-11)
+        np.testing.assert_allclose(
+            share, dense_log_prob(family, params, np.asarray(point))[1], atol=1e-11
+        )
 
 
-@pytest.mark.parametrize(("means", "num_draws"), [("shared", 4), ("center", 4), ("component", 4), ("component", 12)])
+@pytest.mark.parametrize(
+    ("means", "num_draws"), [("shared", 4), ("center", 4), ("component", 4), ("component", 12)]
+)
 def test_antithetic_draws_mirror_about_their_mean(means, num_draws):
     family, params = make(means)
     draws = sample(family, params, jax.random.key(5), num_draws, antithetic=True)
@@ -116,7 +129,9 @@ def test_antithetic_draws_mirror_about_their_mean(means, num_draws):
     labels = np.asarray(draws.record.noise.label)
     np.testing.assert_array_equal(labels[: num_draws // 2], labels[num_draws // 2 :])
     _, centers, _ = dense_program(family, params)
-    np.testing.assert_allclose(0.5 * (first + second), np.asarray(centers)[labels[: num_draws // 2]], atol=1e-12)
+    np.testing.assert_allclose(
+        0.5 * (first + second), np.asarray(centers)[labels[: num_draws // 2]], atol=1e-12
+    )
     assert np.min(np.abs(first - second)) > 1e-6
 
 
@@ -128,7 +143,8 @@ def test_an_odd_number_of_draws_is_not_paired():
 
 
 @pytest.mark.parametrize(
-    ("means", "antithetic"), [("shared", False), ("center", False), ("component", False), ("component", True)]
+    ("means", "antithetic"),
+    [("shared", False), ("center", False), ("component", False), ("component", True)],
 )
 def test_draws_have_the_mean_and_covariance_of_q(means, antithetic):
     family, params = make(means, dim=3, ranks=(2, 1), num_core=2)
@@ -138,7 +154,9 @@ def test_draws_have_the_mean_and_covariance_of_q(means, antithetic):
     centred = np.asarray(draws.displacement) - mean
     products = centred[:, :, None] * centred[:, None, :]
     if antithetic:
-        centred, products = (0.5 * (half[: num // 2] + half[num // 2 :]) for half in (centred, products))
+        centred, products = (
+            0.5 * (half[: num // 2] + half[num // 2 :]) for half in (centred, products)
+        )
     assert np.max(np.abs(z_scores(products, covariance)), initial=0) < 4.5
     assert np.max(np.abs(z_scores(centred, np.zeros(3))), initial=0) < 4.5
     weights, _, _ = dense_program(family, params)
@@ -153,7 +171,9 @@ def test_draws_have_the_mean_and_covariance_of_q(means, antithetic):
 def test_second_moment_is_dense(means):
     family, params = make(means, core_mask=(1, 0, 1), temperature=0.6)
     moment = quick_jit(MFA.second_moment)(family, params)
-    actual = np.diag(moment.diagonal) + moment.factors.T @ (moment.weights[:, None] * moment.factors)
+    actual = np.diag(moment.diagonal) + moment.factors.T @ (
+        moment.weights[:, None] * moment.factors
+    )
     mean, covariance = moments(family, params)
     np.testing.assert_allclose(actual, covariance + np.outer(mean, mean), rtol=1e-10, atol=1e-10)
 
@@ -186,7 +206,9 @@ def test_a_rank_mask_is_zero_columns(means):
     mask = np.arange(3) < np.array([1, 3, 0])[:, None]
     zeroed = params._replace(factors=params.factors * mask[..., None])
     points = np.linspace(-1.0, 1.0, 5)[None]
-    narrow_value, wide_value = (log_prob_and_grad(*pair, points)[0] for pair in ((family, params), (wide, zeroed)))
+    narrow_value, wide_value = (
+        log_prob_and_grad(*pair, points)[0] for pair in ((family, params), (wide, zeroed))
+    )
     np.testing.assert_allclose(narrow_value, wide_value, rtol=1e-13)
     _, narrow_gradient = random_pull(family, params, 4, antithetic=False)
     _, wide_gradient = random_pull(wide, zeroed, 4, antithetic=False)
@@ -219,7 +241,9 @@ def test_temperature_is_the_same_everywhere():
     assert_tree_close(gradient, wanted._replace(logits=wanted.logits / 2.5), 1e-12)
     statistics = quick_jit(MFA.step_statistics)
     assert_tree_close(statistics(hot, params, draws), statistics(unit, cooled, expected), 1e-12)
-    np.testing.assert_allclose(hot.summary_arrays(params)["pi"], dense_program(hot, params)[0], rtol=1e-12)
+    np.testing.assert_allclose(
+        hot.summary_arrays(params)["pi"], dense_program(hot, params)[0], rtol=1e-12
+    )
 
 
 def test_factors_start_shaped_like_the_core_s_covariance():
@@ -290,7 +314,9 @@ def test_pullback_is_the_gradient_along_the_path(means, num_draws, antithetic):
 
     expected, points = quick_jit(jax.grad(objective, has_aux=True))(params, params)
     np.testing.assert_allclose(draws.displacement, points, rtol=1e-11)
-    actual = pullback(family, params, draws, *targets(draws.displacement), 0.0, antithetic=antithetic)
+    actual = pullback(
+        family, params, draws, *targets(draws.displacement), 0.0, antithetic=antithetic
+    )
     assert_tree_close(actual._replace(logits=expected.logits), expected, 1e-8)
 
 
@@ -312,14 +338,18 @@ def test_pullback_is_unbiased_on_a_quadratic(antithetic):
         draws = family.sample(params, key, 2, antithetic=antithetic)
         points = draws.displacement
         value = -0.5 * jnp.sum(points * (points @ hessian), -1) + points @ pull
-        return family.pullback(params, draws, value, pull - points @ hessian, jnp.zeros(()), antithetic=antithetic)
+        return family.pullback(
+            params, draws, value, pull - points @ hessian, jnp.zeros(()), antithetic=antithetic
+        )
 
     samples = quick_jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000))
     for name in ("offsets", "log_scale", "core", "factors"):
         got, want = np.asarray(getattr(samples, name)), np.asarray(getattr(exact, name))
         assert np.max(np.abs(z_scores(got, want)), initial=0) < 4.5, name
         error = got.reshape(len(got), -1).std(axis=0) / np.sqrt(len(got))
-        assert np.max(np.abs(want.ravel()) / np.maximum(error, 1e-12)) > 20, f"{name}: the test has no power"
+        assert np.max(np.abs(want.ravel()) / np.maximum(error, 1e-12)) > 20, (
+            f"{name}: the test has no power"
+        )
 
 
 @functools.cache
@@ -331,7 +361,9 @@ def natural_updates(means):
         draws = family.sample(params, jax.random.key(2), 4, antithetic=True)
         value, grad = jax.vmap(jax.value_and_grad(target))(draws.displacement)
         arguments = (params, draws, value, grad, 0.0)
-        return family.pullback(*arguments, antithetic=True), family.ascent(*arguments, antithetic=True)
+        return family.pullback(*arguments, antithetic=True), family.ascent(
+            *arguments, antithetic=True
+        )
 
     return family, params, *updates(family, params)
 
@@ -385,7 +417,9 @@ def test_the_cache_follows_the_parameters(means):
     def both(family, params, updates):
         after, cache = family.apply_updates(params, family.make_cache(params), updates)
         noise = family.draw_noise(jax.random.key(0), 2)
-        plain, cached = (family.transform(after, noise, mirror=True, cache=c) for c in (None, cache))
+        plain, cached = (
+            family.transform(after, noise, mirror=True, cache=c) for c in (None, cache)
+        )
         return (cache, cached), (family.make_cache(after), plain)
 
     (cache, cached), (fresh, plain) = both(family, params, updates)
@@ -399,16 +433,24 @@ def test_the_cache_follows_the_parameters(means):
 @functools.cache
 def logit_problem(means):
     """A family in one dimension and, by quadrature, d/d logits of E_q[target - 1.3 log q]."""
-    family, params = make(means, dim=1, ranks=(1, 2, 0), num_core=1, temperature=1.6, entropy_bonus=0.3)
+    family, params = make(
+        means, dim=1, ranks=(1, 2, 0), num_core=1, temperature=1.6, entropy_bonus=0.3
+    )
     params = params._replace(offsets=2 * params.offsets)
     _, centers, covariances = dense_program(family, params)
 
     @jax.grad
     def gradient(logits):
-        grid = jnp.linspace(-1.0, 1.0, 20_001) * (10 * jnp.sqrt(jnp.max(covariances)) + jnp.max(jnp.abs(centers)))
+        grid = jnp.linspace(-1.0, 1.0, 20_001) * (
+            10 * jnp.sqrt(jnp.max(covariances)) + jnp.max(jnp.abs(centers))
+        )
         value = jax.vmap(lambda point: target(point[None]))(grid)
         residual = (grid[:, None] - centers[:, 0]) / jnp.sqrt(covariances[:, 0, 0])
-        parts = jax.nn.log_softmax(logits / 1.6) - 0.5 * residual**2 - 0.5 * jnp.log(2 * jnp.pi * covariances[:, 0, 0])
+        parts = (
+            jax.nn.log_softmax(logits / 1.6)
+            - 0.5 * residual**2
+            - 0.5 * jnp.log(2 * jnp.pi * covariances[:, 0, 0])
+        )
         log_q = logsumexp(parts, axis=1)
         return jnp.sum(jnp.exp(log_q) * (value - 1.3 * log_q)) * (grid[1] - grid[0])
 
@@ -433,7 +475,9 @@ def test_logit_gradient_is_unbiased(means, num_draws, antithetic):
     def one(key):
         draws = family.sample(params, key, num_draws, antithetic=antithetic)
         value, grad = jax.vmap(jax.value_and_grad(target))(draws.displacement)
-        return family.pullback(params, draws, value, grad, jnp.asarray(-0.7), antithetic=antithetic).logits
+        return family.pullback(
+            params, draws, value, grad, jnp.asarray(-0.7), antithetic=antithetic
+        ).logits
 
     samples = np.asarray(quick_jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000)))
     assert np.max(np.abs(z_scores(samples, exact))) < 4
@@ -441,16 +485,23 @@ def test_logit_gradient_is_unbiased(means, num_draws, antithetic):
 
 
 def test_independent_draws_replace_the_baseline():
-    """With two groups or more the value that is passed in has no influence; with one it is subtracted."""
+    """With two groups or more the value that is passed in has no influence.
+
+    With one it is subtracted.
+    """
     family, params = make("component")
 
     def logits(num_draws, antithetic, baseline):
-        return np.asarray(random_pull(family, params, num_draws, baseline, antithetic=antithetic)[1].logits)
+        return np.asarray(
+            random_pull(family, params, num_draws, baseline, antithetic=antithetic)[1].logits
+        )
 
     np.testing.assert_array_equal(logits(4, True, 0.0), logits(4, True, 9.0))
     np.testing.assert_array_equal(logits(2, False, 0.0), logits(2, False, 9.0))
     share = random_pull(family, params, 2, antithetic=True)[0].record.drawn.responsibilities
-    expected = -9.0 * np.mean(np.asarray(share) - np.asarray(dense_program(family, params)[0]), axis=0)
+    expected = -9.0 * np.mean(
+        np.asarray(share) - np.asarray(dense_program(family, params)[0]), axis=0
+    )
     np.testing.assert_allclose(logits(2, True, 9.0) - logits(2, True, 0.0), expected, atol=1e-12)
 
 
@@ -459,6 +510,10 @@ def test_dirichlet_prior_is_its_log_density_s_gradient():
     draws = sample(family, params, jax.random.key(0), 3, antithetic=False)
     # values that are all equal leave the prior alone
     value = 1.3 * draws.log_prob + 5.0
-    actual = pullback(family, params, draws, value, draws.displacement, 0.0, antithetic=False).logits
-    expected = jax.grad(lambda logits: 1.5 * jnp.sum(jax.nn.log_softmax(logits / 1.6)))(params.logits)
+    actual = pullback(
+        family, params, draws, value, draws.displacement, 0.0, antithetic=False
+    ).logits
+    expected = jax.grad(lambda logits: 1.5 * jnp.sum(jax.nn.log_softmax(logits / 1.6)))(
+        params.logits
+    )
     np.testing.assert_allclose(actual, expected, atol=1e-12)

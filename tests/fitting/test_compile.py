@@ -70,7 +70,14 @@ class Scaled:
 
 ONES = (jnp.ones((50, 1)),)
 SMALL = {"M": 1, "r": 0, "curvature_rank": 0}
-CHEAP = SMALL | {"steps": 200, "correction": "none", "early_stop": False, "num_chains": 1, "progress": False, "key": 0}
+CHEAP = SMALL | {
+    "steps": 200,
+    "correction": "none",
+    "early_stop": False,
+    "num_chains": 1,
+    "progress": False,
+    "key": 0,
+}
 
 
 def exact(scale, nbeta=50 / np.log(50)):
@@ -95,17 +102,28 @@ def test_a_loss_is_what_it_computes_now():
     assert first.llc == pytest.approx(exact(1.0), rel=0.05)
     scaled.scale = 0.01
     assert estimate(scaled.method) == pytest.approx(exact(0.01), rel=0.02)
-    for later in (lambda: fastvi.api.resample(first, "mcmc", progress=False), lambda: fastvi.llc_on(first, ONES)):
+    for later in (
+        lambda: fastvi.correct(first, "mcmc", progress=False),
+        lambda: fastvi.llc_on(first, ONES),
+    ):
         with pytest.raises(fastvi.DataError, match="computes something else than at the fit"):
             later()
     scaled.scale = 1.0
     compiled = CLOCK.programs
-    for same in (scaled.method, scaled, functools.partial(scaled.method), reads_global, lambda w, b: Scaled(1.0)(w, b)):
+    for same in (
+        scaled.method,
+        scaled,
+        functools.partial(scaled.method),
+        reads_global,
+        lambda w, b: Scaled(1.0)(w, b),
+    ):
         assert estimate(same) == pytest.approx(exact(1.0), rel=0.05)
     assert CLOCK.programs == compiled
 
 
-@pytest.mark.parametrize("kind", ["method", "object", "partial", "global", "array", "array in place", "default"])
+@pytest.mark.parametrize(
+    "kind", ["method", "object", "partial", "global", "array", "array in place", "default"]
+)
 def test_state_is_seen(kind, monkeypatch):
     scaled, array = Scaled(1.0), np.ones(())
 
@@ -191,7 +209,9 @@ def test_a_loss_may_close_over_values_of_an_enclosing_trace():
             gamma=1.0, vi_cfg=SMALL | {"steps": 200},
         )["lambda_hat"]  # fmt: skip
 
-    np.testing.assert_allclose(jax.vmap(run)(jnp.array([1.0, 0.01])), [exact(1.0), exact(0.01)], rtol=0.05)
+    np.testing.assert_allclose(
+        jax.vmap(run)(jnp.array([1.0, 0.01])), [exact(1.0), exact(0.01)], rtol=0.05
+    )
 
 
 # Fingerprints.
@@ -222,7 +242,12 @@ VALUES = {
 @pytest.mark.parametrize("name", VALUES)
 @pytest.mark.parametrize(
     "around",
-    [lambda f: f, jax.jit, jax.checkpoint, lambda f: lambda w: jax.lax.cond(w[0] > 0, f, lambda w: 0.0, w)],
+    [
+        lambda f: f,
+        jax.jit,
+        jax.checkpoint,
+        lambda f: lambda w: jax.lax.cond(w[0] > 0, f, lambda w: 0.0, w),
+    ],
     ids=["plain", "jit", "checkpoint", "cond"],
 )
 def test_constants_count_by_content(name, around):
@@ -239,7 +264,9 @@ def test_other_code_is_another_fingerprint():
     assert read(lambda w, b: jnp.sum(w)) == read(lambda w, b: jnp.sum(w))
     assert read(lambda w, b: jnp.sum(w)) != read(lambda w, b: jnp.prod(w))
     assert read(lambda w, b: w[0] - w[1]) != read(lambda w, b: w[1] - w[0])
-    assert read(lambda w, b: jnp.sum(w), grad_loss_minibatch=lambda w, b: 0 * w) != read(lambda w, b: jnp.sum(w))
+    assert read(lambda w, b: jnp.sum(w), grad_loss_minibatch=lambda w, b: 0 * w) != read(
+        lambda w, b: jnp.sum(w)
+    )
 
 
 def test_keys_that_are_closed_over_count():
@@ -252,13 +279,18 @@ def test_keys_that_are_closed_over_count():
 
 def test_activations_with_derivative_rules_share():
     def make():
-        return lambda w, batch: jnp.sum(jax.nn.relu(w)) + jnp.sum(jax.nn.silu(batch[0])) + jax.nn.logsumexp(w)
+        return lambda w, batch: (
+            jnp.sum(jax.nn.relu(w)) + jnp.sum(jax.nn.silu(batch[0])) + jax.nn.logsumexp(w)
+        )
 
     assert read(make()) == read(make())
 
 
 def test_callbacks_count_by_what_they_call():
-    """They run on the host, where they see their state themselves; made anew by each trace they are still the same."""
+    """They run on the host, where they see their state themselves.
+
+    Made anew by each trace they are still the same.
+    """
 
     def make(call):
         def function(w, batch):
@@ -292,7 +324,9 @@ def function(value):
 
 def stored(store, loss_name, key, loss_fn):
     """Return programs, here the number of the build."""
-    return store.find(loss_name, key, (types.SimpleNamespace(loss_fn=loss_fn),), lambda borrowed: object())
+    return store.find(
+        loss_name, key, (types.SimpleNamespace(loss_fn=loss_fn),), lambda borrowed: object()
+    )
 
 
 def test_programs_of_the_losses_used_last_are_kept():
@@ -318,7 +352,10 @@ def test_programs_of_dead_losses_go_when_another_comes():
         pass
 
     store, dead, alive = ProgramStore(), function(0), function(1)
-    kept, gone = (store.find(name, "fit", (f,), lambda one: Programs()) for name, f in (("a", alive), ("d", dead)))
+    kept, gone = (
+        store.find(name, "fit", (f,), lambda one: Programs())
+        for name, f in (("a", alive), ("d", dead))
+    )
     seen = weakref.ref(gone)
     del gone, dead
     gc.collect()
@@ -328,7 +365,9 @@ def test_programs_of_dead_losses_go_when_another_comes():
     assert store.find("a", "fit", (alive,), lambda one: Programs()) is kept
 
 
-@pytest.mark.parametrize("make", [lambda f: f, functools.partial, lambda f: Calling(f).method], ids=["f", "p", "m"])
+@pytest.mark.parametrize(
+    "make", [lambda f: f, functools.partial, lambda f: Calling(f).method], ids=["f", "p", "m"]
+)
 def test_programs_do_not_keep_a_loss_alive(make):
     constant = jnp.arange(4.0)
 
@@ -350,7 +389,9 @@ def test_programs_call_the_latest_function():
     build = lambda one: jax.jit(lambda w: one(w, ONES))  # noqa: E731
     store.find("a", "fit", (first,), build)
     first.scale = 3.0
-    assert float(store.find("a", "fit", (second,), build)(jnp.ones(4))) == pytest.approx(float(HESSIAN.sum() / 2))
+    assert float(store.find("a", "fit", (second,), build)(jnp.ones(4))) == pytest.approx(
+        float(HESSIAN.sum() / 2)
+    )
 
 
 def test_a_backend_registered_anew_is_another_backend(monkeypatch):
@@ -360,7 +401,10 @@ def test_a_backend_registered_anew_is_another_backend(monkeypatch):
         pass
 
     monkeypatch.setitem(backends.BACKENDS, "other", backends.NativeBackend)
-    objective, config = fastvi.make_flat_objective(loss_of_vector), fastvi.VIConfig(family="flow", backend="other")
+    objective, config = (
+        fastvi.make_flat_objective(loss_of_vector),
+        fastvi.VIConfig(family="flow", backend="other"),
+    )
     before = programs_for(objective, problem(), config)
     assert programs_for(objective, problem(), config) is before
     fastvi.register_backend("other", Other)
@@ -373,7 +417,10 @@ def loss_of_vector(w, batch):
 
 @pytest.mark.as_users_compile
 def test_only_the_fast_run_leaves_optimisations_out(request):
-    leaves_out = request.config.option.markexpr == "not slow" and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
+    leaves_out = (
+        request.config.option.markexpr == "not slow"
+        and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
+    )
     assert jax.config.read("jax_disable_most_optimizations") == leaves_out
 
 
@@ -389,9 +436,14 @@ def test_one_length_of_chunks_makes_all_steps(steps):
 
 @pytest.mark.usefixtures("x64")
 def test_steps_beyond_the_last_change_nothing():
-    """103 steps are two chunks of 52: the numbers of one program of 103, but for how float64 rounds in each."""
+    """103 steps are two chunks of 52.
+
+    The numbers of one program of 103, but for how float64 rounds in each.
+    """
     compiled, options = CLOCK.programs, CHEAP | {"steps": 103, "dtype": "float64"}
-    chunked = fastvi.estimate_llc(loss_of_vector, jnp.zeros(3), ONES, **options | {"progress": print_no})
+    chunked = fastvi.estimate_llc(
+        loss_of_vector, jnp.zeros(3), ONES, **options | {"progress": print_no}
+    )
     assert chunk_length(103) == 52
     assert CLOCK.programs > compiled
     whole = fastvi.estimate_llc(loss_of_vector, jnp.zeros(3), ONES, **options)
@@ -440,7 +492,9 @@ print(rss() - before)
 def growth(count, options, *flags):
     """Return the growth of a process from the first of so many estimates, each of another constant, to the last."""
     command = [sys.executable, "-c", MANY, str(count), repr(options), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=dict(os.environ)
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return float(done.stdout)
 

@@ -26,7 +26,13 @@ def bowl(w, batch):
 
 def fit_bowl(**options):
     """Fit a quadratic whose best single Gaussian has llc = 1/2 sum_i nbeta h_i / (nbeta h_i + gamma)."""
-    settings = {"num_chains": 2, "progress": False, "nbeta": 3.0, "early_stop": False, "samples_per_step": 8}
+    settings = {
+        "num_chains": 2,
+        "progress": False,
+        "nbeta": 3.0,
+        "early_stop": False,
+        "samples_per_step": 8,
+    }
     settings["correction"] = "none"
     return estimate_llc(bowl, jnp.zeros(4), DATA, **settings | options)
 
@@ -41,7 +47,12 @@ BOWL_LLC = 0.5 * sum(3.0 * h / (3.0 * h + 1) for h in range(1, 5))
         ([0.5, 0.3, 0.15, 0.05], None, 2, [1, 1, 0, 0]),
         ([0.05, 0.3, 0.15, 0.5], 0.3, 3, [0, 1, 0, 1]),  # 0.3 / 0.8 once the light ones are gone
         ([0.05, 0.3, 0.15, 0.5], 0.99, None, [0, 0, 0, 1]),
-        ([1 / 6] * 6, 0.2, None, [1, 1, 1, 1, 1, 0]),  # the last of equals goes, the others then have 1/5 each
+        (
+            [1 / 6] * 6,
+            0.2,
+            None,
+            [1, 1, 1, 1, 1, 0],
+        ),  # the last of equals goes, the others then have 1/5 each
         ([0.0, 0.6, 0.4, 0.0], None, 3, [0, 1, 1, 0]),  # the dead stay dead
         ([0.2, 0.8], None, 1, [0, 1]),
     ],
@@ -73,7 +84,9 @@ def test_a_pruned_mixture_is_that_of_the_others(means):
     drawn = draws.record.drawn._replace(responsibilities=responsibilities)
     others = draws._replace(record=draws.record._replace(drawn=drawn))
     statistics = jax.jit(lambda *given: rest.step_statistics(*given))(kept, others)
-    for name, value in jax.jit(lambda *given: family.step_statistics(*given))(pruned, draws).items():
+    for name, value in jax.jit(lambda *given: family.step_statistics(*given))(
+        pruned, draws
+    ).items():
         np.testing.assert_allclose(value, statistics[name], rtol=1e-9, err_msg=name)
 
 
@@ -118,12 +131,17 @@ def test_pruning_in_a_fit_only_ever_removes():
     weights = result.family_arrays["pi"]
     np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-6)
     np.testing.assert_array_equal((weights > 0).sum(axis=1), effective[:, -1])
-    np.testing.assert_allclose(result.traces["pi_min"][:, -1], np.where(weights > 0, weights, 1).min(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(
+        result.traces["pi_min"][:, -1], np.where(weights > 0, weights, 1).min(axis=1), rtol=1e-6
+    )
     assert abs(result.llc - BOWL_LLC) < max(4 * result.llc_sem, 0.02 * BOWL_LLC)
 
 
 def test_a_dirichlet_prior_keeps_the_weights_apart_from_zero():
-    """Components of a crossing differ: some lie along its arms. Without the prior the others die out."""
+    """Components of a crossing differ.
+
+    Some lie along its arms. Without the prior the others die out.
+    """
 
     def entropy(prior):
         result = estimate_llc(
@@ -150,12 +168,20 @@ def test_a_dirichlet_prior_keeps_the_weights_apart_from_zero():
 
 def test_temperature_and_bonus_end_when_told():
     config = VIConfig(
-        steps=100, alpha_temperature=2.0, alpha_temperature_frac=0.4, entropy_bonus=0.5, entropy_bonus_steps=30
+        steps=100,
+        alpha_temperature=2.0,
+        alpha_temperature_frac=0.4,
+        entropy_bonus=0.5,
+        entropy_bonus_steps=30,
     )
     assert (config.anneals, config.settled_after) == (True, 40)
     found = [annealed(config, jnp.asarray(step)) for step in (0, 10, 29, 30, 40, 99)]
-    np.testing.assert_allclose([float(now.temperature) for now in found], [2, 1.75, 1.275, 1.25, 1, 1])
-    np.testing.assert_allclose([float(now.entropy_bonus) for now in found], [0.5, 0.5, 0.5, 0, 0, 0])
+    np.testing.assert_allclose(
+        [float(now.temperature) for now in found], [2, 1.75, 1.275, 1.25, 1, 1]
+    )
+    np.testing.assert_allclose(
+        [float(now.entropy_bonus) for now in found], [0.5, 0.5, 0.5, 0, 0, 0]
+    )
     assert not VIConfig(alpha_temperature=2.0, entropy_bonus=0.5).anneals
     assert not VIConfig(alpha_temperature_frac=0.5, entropy_bonus_steps=3).anneals
 
@@ -172,7 +198,9 @@ def test_the_current_temperature_and_bonus_replace_the_constant_ones():
         def pull(member, params):
             draws = member.sample(params, jax.random.key(0), 4, antithetic=True)
             value = -jnp.sum(draws.displacement**2, -1)
-            return member.pullback(params, draws, value, -2 * draws.displacement, jnp.zeros(()), antithetic=True)
+            return member.pullback(
+                params, draws, value, -2 * draws.displacement, jnp.zeros(()), antithetic=True
+            )
 
         pulled.append(pull(member, params))
     assert_tree_close(pulled[1], pulled[0], 1e-12)
@@ -191,7 +219,9 @@ def test_a_ridge_rescues_what_rounding_made_indefinite():
     row = np.linspace(0.5, 1.0, 3)
     gram = np.outer(row, row) * 1e12
     well = np.eye(3) * 2.0
-    found = jax.vmap(triangular.inverse_root)(jnp.asarray(np.stack([[gram, well], [well, well]]), jnp.float32))
+    found = jax.vmap(triangular.inverse_root)(
+        jnp.asarray(np.stack([[gram, well], [well, well]]), jnp.float32)
+    )
     np.testing.assert_array_equal(found.ridged, [[1, 0], [0, 0]])
     for root, matrix in zip(found.root.reshape(4, 3, 3), (gram, well, well, well), strict=True):
         ridge = triangular.RIDGE if matrix is gram else 0.0
@@ -213,7 +243,9 @@ def test_ridges_are_counted_draw_by_draw():
     family, params = jax.tree_util.tree_map(
         lambda leaf: leaf.astype(jnp.float32) if eqx.is_array(leaf) else leaf, (family, params)
     )
-    parallel = params.factors.at[0, 1].set(params.factors[0, 0]) * jnp.asarray([1e6, 1.0])[:, None, None]
+    parallel = (
+        params.factors.at[0, 1].set(params.factors[0, 0]) * jnp.asarray([1e6, 1.0])[:, None, None]
+    )
 
     @jax.jit
     def sample(params):
@@ -232,7 +264,9 @@ def anisotropic():
     rng = np.random.default_rng(0)
     scales = np.array([10.0, 3.0, 1.0, 0.3])
     inputs = rng.normal(size=(400, 4)) * scales
-    targets = np.tanh(inputs @ rng.normal(size=(4, 3)) / 3.6) @ rng.normal(size=3) + 0.1 * rng.normal(size=400)
+    targets = np.tanh(inputs @ rng.normal(size=(4, 3)) / 3.6) @ rng.normal(
+        size=3
+    ) + 0.1 * rng.normal(size=400)
     data = (jnp.asarray(inputs, jnp.float32), jnp.asarray(targets, jnp.float32))
 
     def loss(params, batch):
@@ -262,11 +296,19 @@ def anisotropic():
 def test_whitening_smooths_the_fit_of_an_anisotropic_network(anisotropic):
     """The seeds' family, centred and without a core, to which the scales of the parameters matter most."""
     seeds_family = {"curvature_rank": 0, "means": "center", "M": 4}
-    options = {"steps": 600, "batch_size": 64, "samples_per_step": 1, "early_stop": False, "num_chains": 16}
+    options = {
+        "steps": 600,
+        "batch_size": 64,
+        "samples_per_step": 1,
+        "early_stop": False,
+        "num_chains": 16,
+    }
     options["correction"] = "none"
     jumps, last, ends = {}, {}, {}
     for mode in ("none", "rmsprop"):
-        result = estimate_llc(*anisotropic, key=5, progress=False, whitening_mode=mode, **seeds_family, **options)
+        result = estimate_llc(
+            *anisotropic, key=5, progress=False, whitening_mode=mode, **seeds_family, **options
+        )
         elbo = result.traces["elbo"]
         assert np.all(np.isfinite(elbo))
         jumps[mode] = np.percentile(np.abs(np.diff(elbo, axis=1)), 95)

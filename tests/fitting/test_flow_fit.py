@@ -1,4 +1,7 @@
-"""Fits of the flow family: backends, the keys that all families share, and posteriors that are known."""
+"""Fits of the flow family.
+
+Backends, the keys that all families share, and posteriors that are known.
+"""
 
 import functools
 import json
@@ -28,9 +31,38 @@ LLC = 0.5 * np.sum(NBETA * CURVATURES / (NBETA * CURVATURES + GAMMA))
 SMALL = {"depth": 2, "hidden": [8]}
 TEMPLATES = ("realnvp", "maf", "spline_coupling", "nsf_ar")
 # keys that lambda_hat's writers and analyses read
-TRACES = {"elbo", "elbo_like", "logq", "radius2", "resp_entropy", "grad_norm", "cumulative_fge", "virial", "lr"}
-TRACES |= {"pi_min", "pi_max", "pi_entropy", "D_sqrt_min", "D_sqrt_max", "D_sqrt_med", "A_col_norm_max"}
-EXTRAS = {"Eq_Ln", "Ln_wstar", "Eq_Ln_mc", "Eq_Ln_cv", "llc_sem", "elbo", "pi", "D_sqrt", "result_code", "cv_info"}
+TRACES = {
+    "elbo",
+    "elbo_like",
+    "logq",
+    "radius2",
+    "resp_entropy",
+    "grad_norm",
+    "cumulative_fge",
+    "virial",
+    "lr",
+}
+TRACES |= {
+    "pi_min",
+    "pi_max",
+    "pi_entropy",
+    "D_sqrt_min",
+    "D_sqrt_max",
+    "D_sqrt_med",
+    "A_col_norm_max",
+}
+EXTRAS = {
+    "Eq_Ln",
+    "Ln_wstar",
+    "Eq_Ln_mc",
+    "Eq_Ln_cv",
+    "llc_sem",
+    "elbo",
+    "pi",
+    "D_sqrt",
+    "result_code",
+    "cv_info",
+}
 
 
 def loss(w, batch):
@@ -83,14 +115,23 @@ def test_families_return_the_same_keys(family):
 @pytest.mark.as_users_compile
 def test_a_flow_meets_the_closed_form():
     found = plain("flow")
-    assert float(found["lambda_hat"]) == pytest.approx(LLC, abs=4 * float(found["extras"]["llc_sem"]) + 0.02 * LLC)
+    assert float(found["lambda_hat"]) == pytest.approx(
+        LLC, abs=4 * float(found["extras"]["llc_sem"]) + 0.02 * LLC
+    )
 
 
 def test_flow_traces():
     traces = plain("flow")["traces"]
-    assert traces.keys() >= {"sigma_perp", "latent_logdet_mean", "latent_scale_min", "latent_scale_max", "d_latent"}
+    assert traces.keys() >= {
+        "sigma_perp",
+        "latent_logdet_mean",
+        "latent_scale_min",
+        "latent_scale_max",
+        "d_latent",
+    }
     assert jnp.all(traces["d_latent"] == DIM)
-    # q is nearly the posterior, whose standard deviations along the model's axes are those of its covariance
+    # q is nearly the posterior, whose standard deviations along the model's axes are those of its
+    # covariance
     covariance = BASIS.T @ np.diag(1 / (NBETA * CURVATURES + GAMMA)) @ BASIS
     measured = plain("flow")["extras"]["latent_covariance"]
     np.testing.assert_allclose(measured, covariance, atol=0.15 * np.max(np.diagonal(covariance)))
@@ -111,7 +152,9 @@ def skip_without(name):
         pytest.importorskip("flowjax", reason="flowjax is not installed")
 
 
-BUILT_IN = [("native", template) for template in TEMPLATES] + [("flowjax", template) for template in TEMPLATES]
+BUILT_IN = [("native", template) for template in TEMPLATES] + [
+    ("flowjax", template) for template in TEMPLATES
+]
 BUILT_IN += [("nux", "realnvp"), ("nux", "spline_coupling")]
 
 
@@ -122,14 +165,18 @@ def test_backend_laws(name, template):
     with enable_x64(True):
         config = FlowConfig(template=template, depth=2, hidden=(8,), bins=4, init_scale=1.0)
         backend = BACKENDS[name](2, config)
-        identity = BACKENDS[name](2, FlowConfig(template=template, depth=2, hidden=(8,), bins=4, init_scale=0.0))
+        identity = BACKENDS[name](
+            2, FlowConfig(template=template, depth=2, hidden=(8,), bins=4, init_scale=0.0)
+        )
         noise = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))
 
         @jax.jit
         def everything(key, x):
             p = backend.init(key)
             z, log_prob = backend.sample_and_log_prob(p, x)
-            jacobian = jax.vmap(jax.jacrev(lambda one: backend.sample_and_log_prob(p, one[None])[0][0]))(x)
+            jacobian = jax.vmap(
+                jax.jacrev(lambda one: backend.sample_and_log_prob(p, one[None])[0][0])
+            )(x)
             dense = standard_log_prob(x) - jnp.linalg.slogdet(jacobian)[1]
             return log_prob, backend.log_prob(p, z), dense, identity.log_prob(identity.init(key), x)
 
@@ -159,7 +206,9 @@ class Stretched(AbstractBackend):
         return {"log_scale": jnp.zeros(self.dim)}
 
     def sample_and_log_prob(self, params, noise):
-        return noise * jnp.exp(params["log_scale"]), standard_log_prob(noise) - jnp.sum(params["log_scale"])
+        return noise * jnp.exp(params["log_scale"]), standard_log_prob(noise) - jnp.sum(
+            params["log_scale"]
+        )
 
     def log_prob(self, params, z):
         return standard_log_prob(z * jnp.exp(-params["log_scale"])) - jnp.sum(params["log_scale"])
@@ -195,10 +244,15 @@ def estimate(loss_fn, dim, **options):
 
 
 def test_hessian_control_variate_estimates_its_trace():
-    # the loss is its own Hessian form, so that draws of the latent distribution are all that is left to chance
+    # the loss is its own Hessian form, so that draws of the latent distribution are all that is
+    # left to chance
     result = fit("flow", control_variate="hvp")
-    trace, error = float(result["extras"]["cv_info"]["trace_term"]), float(result["extras"]["llc_sem"])
-    # tr(H Sigma) / 2 from MOMENT_DRAWS / 2 mirrored pairs, and the mean over the evaluation's 32, by inverse variance
+    trace, error = (
+        float(result["extras"]["cv_info"]["trace_term"]),
+        float(result["extras"]["llc_sem"]),
+    )
+    # tr(H Sigma) / 2 from MOMENT_DRAWS / 2 mirrored pairs, and the mean over the evaluation's 32,
+    # by inverse variance
     coefficient = 1 / (1 + 2 * 32 / MOMENT_DRAWS)
     shares = NBETA * CURVATURES / (NBETA * CURVATURES + GAMMA)
     assert error == pytest.approx(np.sqrt(coefficient * np.sum(shares**2) / MOMENT_DRAWS), rel=0.15)
@@ -209,7 +263,11 @@ def test_hessian_control_variate_estimates_its_trace():
 def test_crossing_beats_any_gaussian():
     # exact 0.38246 by quadrature; the best Gaussian gives about 0.49
     result = estimate(
-        lambda w, batch: 0.5 * (w[0] * w[1]) ** 2, 2, flow={"hidden": [32]}, samples_per_step=64, steps=1500
+        lambda w, batch: 0.5 * (w[0] * w[1]) ** 2,
+        2,
+        flow={"hidden": [32]},
+        samples_per_step=64,
+        steps=1500,
     )
     assert result.llc == pytest.approx(0.38246, rel=0.1)
 
@@ -219,7 +277,9 @@ def test_crossing_beats_any_gaussian():
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_rotated_quadratic_of_every_backend_and_template(backend, template):
     dim, curvatures = 50, np.logspace(-2, 0, 50)
-    basis = jnp.asarray(np.linalg.qr(np.random.default_rng(1).normal(size=(dim, dim)))[0], jnp.float32)
+    basis = jnp.asarray(
+        np.linalg.qr(np.random.default_rng(1).normal(size=(dim, dim)))[0], jnp.float32
+    )
     nbeta = 10_000 / math.log(10_000)
     result = estimate(
         lambda w, batch: 0.5 * jnp.sum(jnp.asarray(curvatures, w.dtype) * (basis @ w) ** 2),
@@ -228,4 +288,6 @@ def test_rotated_quadratic_of_every_backend_and_template(backend, template):
         flow={"template": template},
         d_latent=8,
     )
-    assert result.llc == pytest.approx(0.5 * np.sum(nbeta * curvatures / (nbeta * curvatures + 1)), rel=0.03)
+    assert result.llc == pytest.approx(
+        0.5 * np.sum(nbeta * curvatures / (nbeta * curvatures + 1)), rel=0.03
+    )

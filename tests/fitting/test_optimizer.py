@@ -20,7 +20,13 @@ from fastvi.fitting.optimizer import (
     scale,
     scale_by_moments,
 )
-from fastvi.fitting.schedule import DECAY_FRACTION, MIN_DECAY, decay_length, elbo_trend, negligible_nats
+from fastvi.fitting.schedule import (
+    DECAY_FRACTION,
+    MIN_DECAY,
+    decay_length,
+    elbo_trend,
+    negligible_nats,
+)
 
 PARAMS = {"a": jnp.zeros(4), "b": jnp.zeros((3, 5))}
 START = jnp.zeros(())
@@ -44,7 +50,10 @@ def gradients(seed, steps=20):
     rng = np.random.default_rng(seed)
     scale = {name: np.exp(rng.normal(size=leaf.shape)) for name, leaf in PARAMS.items()}
     return [
-        {name: jnp.asarray(scale[name] * rng.normal(size=leaf.shape), jnp.float32) for name, leaf in PARAMS.items()}
+        {
+            name: jnp.asarray(scale[name] * rng.normal(size=leaf.shape), jnp.float32)
+            for name, leaf in PARAMS.items()
+        }
         for _ in range(steps)
     ]
 
@@ -117,10 +126,14 @@ def test_blocks_of_low_rank_step_like_the_matrices_they_stand_for():
     left, right = (jnp.asarray(rng.normal(size=(2, 3, size)), jnp.float32) for size in (2, 5))
     outer = Outer(left, right)
     matrices = jnp.einsum("btr,btd->brd", left, right)
-    products, written = ({"a": jnp.ones(4), "b": Blocks(jnp.asarray([2, 0]), b)} for b in (outer, matrices))
+    products, written = (
+        {"a": jnp.ones(4), "b": Blocks(jnp.asarray([2, 0]), b)} for b in (outer, matrices)
+    )
     np.testing.assert_allclose(gradient_norm(products), gradient_norm(written), rtol=1e-6)
     stepped, state = transform.update(scale(products, 3.0), transform.init(params), elapsed=START)
-    expected, expected_state = transform.update(scale(written, 3.0), transform.init(params), elapsed=START)
+    expected, expected_state = transform.update(
+        scale(written, 3.0), transform.init(params), elapsed=START
+    )
     actual = jnp.einsum("btr,btd->brd", *stepped["b"].values)
     np.testing.assert_allclose(actual, expected["b"].values, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.square["b"], expected_state.square["b"], rtol=1e-5)
@@ -174,7 +187,9 @@ def test_the_norm_counts_blocks_but_not_their_index():
     np.testing.assert_allclose(gradient_norm(gradient), np.sqrt(4 + 20), rtol=1e-6)
     transform = clip_by_typical_norm(1.0)
     _, state = transform.update(gradient, transform.init(PARAMS))
-    large = jax.tree_util.tree_map(lambda leaf: leaf if leaf.dtype == jnp.int32 else 10 * leaf, gradient)
+    large = jax.tree_util.tree_map(
+        lambda leaf: leaf if leaf.dtype == jnp.int32 else 10 * leaf, gradient
+    )
     result, _ = transform.update(large, state)
     assert result["b"].index.dtype == gradient["b"].index.dtype
     np.testing.assert_array_equal(result["b"].index, [2])
@@ -202,14 +217,20 @@ def test_clipping_can_be_turned_off(limit, norm):
 def rates(schedule, warmup=0, decay_start=0, end=100):
     config = VIConfig(lr=0.5, lr_schedule=schedule)
     horizon = Horizon(*map(jnp.asarray, (warmup, decay_start, end)))
-    return np.asarray(jax.vmap(lambda step: jnp.asarray(learning_rate(config, horizon, step)))(jnp.arange(end + 1)))
+    return np.asarray(
+        jax.vmap(lambda step: jnp.asarray(learning_rate(config, horizon, step)))(
+            jnp.arange(end + 1)
+        )
+    )
 
 
 def test_learning_rate_schedules():
     share = np.arange(101) / 100
     cosine = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + np.cos(np.pi * share))
     np.testing.assert_allclose(rates("cosine"), 0.5 * cosine, rtol=1e-5)
-    np.testing.assert_allclose(rates("linear_decay"), 0.5 * (1 - (1 - FINAL_RATE) * share), rtol=1e-5)
+    np.testing.assert_allclose(
+        rates("linear_decay"), 0.5 * (1 - (1 - FINAL_RATE) * share), rtol=1e-5
+    )
     np.testing.assert_allclose(rates("none"), 0.5, rtol=1e-6)
 
 
@@ -220,7 +241,9 @@ def test_learning_rate_phases(schedule):
     np.testing.assert_allclose(values[9:41], 0.5, rtol=1e-6)
     assert np.all(np.diff(values[40:]) < 0)
     np.testing.assert_allclose(values[-1], 0.5 * FINAL_RATE, rtol=1e-5)
-    np.testing.assert_allclose(rates("none", warmup=10)[:11], 0.5 * np.minimum(1, np.arange(1, 12) / 10), rtol=1e-6)
+    np.testing.assert_allclose(
+        rates("none", warmup=10)[:11], 0.5 * np.minimum(1, np.arange(1, 12) / 10), rtol=1e-6
+    )
 
 
 def test_elapsed_decay_runs_from_0_to_1():
@@ -247,9 +270,14 @@ def test_trend_of_a_line_is_its_rise():
 def test_trend_errors_are_calibrated():
     rng = np.random.default_rng(0)
     rise = 3.0
-    trends = [elbo_trend(rise * np.linspace(0, 1, 400) + rng.normal(size=(2, 400)) * 20) for _ in range(400)]
+    trends = [
+        elbo_trend(rise * np.linspace(0, 1, 400) + rng.normal(size=(2, 400)) * 20)
+        for _ in range(400)
+    ]
     gains = np.array([trend.gain for trend in trends])
-    expected = rise * 0.5 * 180 / 199.5  # half of the run, between the middles of its first and last tenth
+    expected = (
+        rise * 0.5 * 180 / 199.5
+    )  # half of the run, between the middles of its first and last tenth
     assert abs(gains.mean() - expected) < 4 * gains.std() / np.sqrt(len(gains))
     ratio = gains.var() / np.mean([trend.error**2 for trend in trends])
     assert 0.8 < ratio < 1.25
@@ -286,7 +314,10 @@ def test_decay_length():
 
 def test_rows_whose_terms_cancel_have_no_negative_square():
     right = jax.random.normal(jax.random.key(0), (1, 1, 1000))
-    outer = Outer(jnp.asarray([[[1.0, 0.3], [-1.0, -0.3]]]), jnp.concatenate([right, right * (1 + 1e-6)], axis=1))
+    outer = Outer(
+        jnp.asarray([[[1.0, 0.3], [-1.0, -0.3]]]),
+        jnp.concatenate([right, right * (1 + 1e-6)], axis=1),
+    )
     squares = np.asarray(outer.row_squares())
     assert np.all(squares >= 0)
     assert np.all(squares < 1e-3)

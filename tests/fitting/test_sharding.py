@@ -1,4 +1,7 @@
-"""Two host devices fit what one fits; in a process of their own, since the count is fixed at the start."""
+"""Two host devices fit what one fits.
+
+In a process of their own, since the count is fixed at the start.
+"""
 
 import json
 import os
@@ -49,7 +52,13 @@ print(json.dumps({
 def run(devices):
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -58,9 +67,12 @@ def test_chains_on_two_devices_are_those_of_one():
     one, two = run(1), run(2)
     assert (one["devices"], one["spread"]) == (1, 1)
     assert (two["devices"], two["spread"]) == (2, 2)
-    # before a chain moves, its step is algebra; then two programs agree within their errors, and no closer
+    # before a chain moves, its step is algebra; then two programs agree within their errors, and no
+    # closer
     np.testing.assert_allclose(two["first elbo"], one["first elbo"], rtol=1e-12)
-    assert np.all(np.abs(np.subtract(two["llc"], one["llc"])) < 4 * np.hypot(one["sem"], two["sem"]))
+    assert np.all(
+        np.abs(np.subtract(two["llc"], one["llc"])) < 4 * np.hypot(one["sem"], two["sem"])
+    )
     for loss in (one["parallel"], two["parallel"], one["serial"]):
         np.testing.assert_allclose(loss, one["exact"], rtol=1e-12)
     for found in (one, two):

@@ -23,7 +23,10 @@ def jittered(params, scale=0.1):
     """Move parameters away from the identity."""
     leaves, structure = jax.tree_util.tree_flatten(params)
     keys = jax.random.split(jax.random.key(7), len(leaves))
-    moved = [a + scale * jax.random.normal(k, a.shape, a.dtype) for a, k in zip(leaves, keys, strict=True)]
+    moved = [
+        a + scale * jax.random.normal(k, a.shape, a.dtype)
+        for a, k in zip(leaves, keys, strict=True)
+    ]
     return jax.tree_util.tree_unflatten(structure, moved)
 
 
@@ -33,14 +36,25 @@ def gate(context):
 
 TRANSFORMS = {
     "affine": lambda key, c: flows.AffineCoupling.create(key, DIM, MASK, 8, 1, context_dim=c),
-    "spline": lambda key, c: flows.SplineCoupling.create(key, DIM, MASK, 8, 1, num_bins=4, context_dim=c),
-    "two bins": lambda key, c: flows.SplineCoupling.create(key, DIM, MASK, 8, 1, num_bins=2, context_dim=c),
+    "spline": lambda key, c: flows.SplineCoupling.create(
+        key, DIM, MASK, 8, 1, num_bins=4, context_dim=c
+    ),
+    "two bins": lambda key, c: flows.SplineCoupling.create(
+        key, DIM, MASK, 8, 1, num_bins=2, context_dim=c
+    ),
     "linear": lambda key, c: flows.LinearTransform.create(key, DIM, context_dim=c, hidden_dim=8),
     "permutation": lambda key, c: flows.Permutation.create(key, [2, 0, 1]),
     "loft": lambda key, c: flows.LoftTransform.create(key, DIM, tau=0.5),
     "maf": lambda key, c: flows.MaskedAutoregressive.create(key, DIM, 8, 1, context_dim=c),
     "iaf": lambda key, c: flows.MaskedAutoregressive.create(
-        key, DIM, 8, 1, context_dim=c, fast="forward", reverse=True, elementwise=flows.RationalQuadratic(3)
+        key,
+        DIM,
+        8,
+        1,
+        context_dim=c,
+        fast="forward",
+        reverse=True,
+        elementwise=flows.RationalQuadratic(3),
     ),
 }
 OPTIONS = {
@@ -50,8 +64,16 @@ OPTIONS = {
     "no loft": {"use_loft": False, "res_scale": 0.3, "activation": jax.nn.elu},
     "low loft": {"loft_tau": 0.7},
     "context": {"context_dim": CONTEXT},
-    "extractor": {"context_dim": CONTEXT, "context_extractor_hidden_dim": 4, "context_extractor_n_layers": 1},
-    "feature dim": {"context_dim": CONTEXT, "context_extractor_hidden_dim": 4, "context_feature_dim": 3},
+    "extractor": {
+        "context_dim": CONTEXT,
+        "context_extractor_hidden_dim": 4,
+        "context_extractor_n_layers": 1,
+    },
+    "feature dim": {
+        "context_dim": CONTEXT,
+        "context_extractor_hidden_dim": 4,
+        "context_feature_dim": 3,
+    },
     "gate": {"context_dim": CONTEXT, "identity_gate": gate, "use_linear": True, "loft_tau": 0.7},
 }
 BUILDERS = {
@@ -60,7 +82,8 @@ BUILDERS = {
     "maf": flows.build_maf,
     "spline_maf": functools.partial(flows.build_spline_maf, num_bins=3),
 }
-# Every option with the cheapest builder, and each other builder with those that reach into its layers.
+# Every option with the cheapest builder, and each other builder with those that reach into its
+# layers.
 CASES = [
     *(("realnvp", options) for options in OPTIONS),
     *(("spline_realnvp", options) for options in ("permuted", "feature dim", "gate")),
@@ -75,7 +98,9 @@ def check_bijection(forward, inverse, x):
     @quick_jit
     def everything(x):
         y, log_det = forward(x)
-        jacobians = jax.vmap(jax.jacrev(lambda one, i: forward(x.at[i].set(one))[0][i]))(x, jnp.arange(len(x)))
+        jacobians = jax.vmap(jax.jacrev(lambda one, i: forward(x.at[i].set(one))[0][i]))(
+            x, jnp.arange(len(x))
+        )
         back, back_log_det = inverse(y)
         return y, log_det, jnp.linalg.slogdet(jacobians)[1], back, back_log_det
 
@@ -93,7 +118,11 @@ def test_transform_has_the_log_det_of_autodiff_and_an_inverse(name, context_dim,
     params = jittered(start, 0.5)
     x = 2 * jax.random.normal(jax.random.key(1), (5, DIM))
     context = jax.random.normal(jax.random.key(2), (5, CONTEXT)) if context_dim else None
-    check_bijection(lambda x: transform.forward(params, x, context), lambda y: transform.inverse(params, y, context), x)
+    check_bijection(
+        lambda x: transform.forward(params, x, context),
+        lambda y: transform.inverse(params, y, context),
+        x,
+    )
     if name not in ("permutation", "loft"):
         same, log_det = quick_jit(transform.forward)(start, x, context)
         np.testing.assert_allclose(same, x, atol=1e-12)
@@ -107,7 +136,9 @@ def test_builder_options_give_densities_that_agree(builder, options, x64):
     params = jittered(start)
     x = jax.random.normal(jax.random.key(1), (4, DIM))
     context = jax.random.normal(jax.random.key(2), (4, CONTEXT)) if context_dim else None
-    check_bijection(lambda x: flow.forward(params, x, context), lambda y: flow.inverse(params, y, context), x)
+    check_bijection(
+        lambda x: flow.forward(params, x, context), lambda y: flow.inverse(params, y, context), x
+    )
 
     @quick_jit
     def densities(params, start, x):
@@ -117,7 +148,9 @@ def test_builder_options_give_densities_that_agree(builder, options, x64):
     log_prob, again, log_prob_at_start = densities(params, start, x)
     np.testing.assert_allclose(again, log_prob, atol=1e-9)
     if "loft_tau" not in OPTIONS[options]:
-        np.testing.assert_allclose(log_prob_at_start, scipy.stats.norm.logpdf(x).sum(axis=-1), atol=1e-9)
+        np.testing.assert_allclose(
+            log_prob_at_start, scipy.stats.norm.logpdf(x).sum(axis=-1), atol=1e-9
+        )
 
 
 def test_builders_have_the_defaults_of_the_specification():
@@ -159,7 +192,9 @@ def test_parameters_have_the_documented_structure():
     assert len(params["transform"]) == 1 + 3 + 1
     assert hash(flow) == hash(flow)
     assert jax.tree_util.tree_leaves(flow) == []
-    bijection, params = flows.build_realnvp(jax.random.key(0), 4, 2, 8, 1, return_transform_only=True)
+    bijection, params = flows.build_realnvp(
+        jax.random.key(0), 4, 2, 8, 1, return_transform_only=True
+    )
     assert isinstance(bijection, flows.Bijection)
     assert set(params) == {"transform"}
     blocks = [flows.LoftTransform.create(None, dim=4)]
@@ -173,7 +208,9 @@ def test_parameters_have_the_documented_structure():
 @pytest.mark.parametrize("dim", [1, 2, 5])
 def test_blocks_in_a_loop_give_what_they_give_one_by_one(dim, x64):
     options = {"use_permutation": True, "use_linear": True}
-    flow, params = flows.build_spline_realnvp(jax.random.key(0), dim, 5, 8, 1, num_bins=3, **options)
+    flow, params = flows.build_spline_realnvp(
+        jax.random.key(0), dim, 5, 8, 1, num_bins=3, **options
+    )
     params, x = jittered(params), jax.random.normal(jax.random.key(1), (6, dim))
 
     @quick_jit
@@ -193,11 +230,15 @@ def test_blocks_in_a_loop_give_what_they_give_one_by_one(dim, x64):
 
 
 def test_affine_coupling_is_its_formula(x64):
-    layer, params = flows.AffineCoupling.create(jax.random.key(0), 2, (1, 0), 4, 0, max_log_scale=2.0)
+    layer, params = flows.AffineCoupling.create(
+        jax.random.key(0), 2, (1, 0), 4, 0, max_log_scale=2.0
+    )
     params["mlp"]["dense_out"] = {"kernel": jnp.zeros((4, 2)), "bias": jnp.asarray([0.3, 0.7])}
     y, log_det = layer.forward(params, jnp.asarray([1.5, -2.0]))
     log_scale, bound = 2 * np.tanh(0.35), np.exp(2.0)
-    np.testing.assert_allclose(y, [1.5, -2 * np.exp(log_scale) + bound * np.tanh(0.3 / bound)], rtol=1e-12)
+    np.testing.assert_allclose(
+        y, [1.5, -2 * np.exp(log_scale) + bound * np.tanh(0.3 / bound)], rtol=1e-12
+    )
     np.testing.assert_allclose(log_det, log_scale, rtol=1e-12)
 
 
@@ -205,9 +246,12 @@ def test_spline_is_that_of_durkan_et_al(x64):
     spline = flows.RationalQuadratic(num_bins=3, tail_bound=2.0)
     raw = jnp.asarray([0.3, -0.5, 0.9, -0.2, 0.4, 0.1, 0.8, -2.0])
     x = np.linspace(-2.5, 2.5, 41)
-    y, log_slope = spline.forward(jnp.broadcast_to(raw[:, None, None], (8, 1, 41)), jnp.asarray(x[None]), None)
+    y, log_slope = spline.forward(
+        jnp.broadcast_to(raw[:, None, None], (8, 1, 41)), jnp.asarray(x[None]), None
+    )
     widths, heights = (
-        4 * (0.01 + 0.97 * np.exp(r) / np.exp(r).sum()) for r in (np.asarray(raw[:3]), np.asarray(raw[3:6]))
+        4 * (0.01 + 0.97 * np.exp(r) / np.exp(r).sum())
+        for r in (np.asarray(raw[:3]), np.asarray(raw[3:6]))
     )
     xs, ys = (np.concatenate([[-2], -2 + np.cumsum(sides)]) for sides in (widths, heights))
     slopes = np.concatenate([[1], 0.01 + 9.99 / (1 + np.exp(-np.asarray(raw[6:]))), [1]])
@@ -216,7 +260,11 @@ def test_spline_is_that_of_durkan_et_al(x64):
         s, xi = heights[k] / widths[k], (at - xs[k]) / widths[k]
         below = s + (slopes[k + 1] + slopes[k] - 2 * s) * xi * (1 - xi)
         value = ys[k] + heights[k] * (s * xi**2 + slopes[k] * xi * (1 - xi)) / below
-        slope = s**2 * (slopes[k + 1] * xi**2 + 2 * s * xi * (1 - xi) + slopes[k] * (1 - xi) ** 2) / below**2
+        slope = (
+            s**2
+            * (slopes[k + 1] * xi**2 + 2 * s * xi * (1 - xi) + slopes[k] * (1 - xi) ** 2)
+            / below**2
+        )
         inside = abs(at) <= 2
         np.testing.assert_allclose(got, value if inside else at, atol=1e-12)
         np.testing.assert_allclose(got_slope, np.log(slope) if inside else 0, atol=1e-12)
@@ -243,7 +291,9 @@ def test_gradient_of_the_spline_is_that_of_finite_differences(direction, x64):
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_density_integrates_to_one(builder, x64):
-    flow, params = BUILDERS[builder](jax.random.key(0), 2, 4, 8, 1, use_linear=True, trainable_base=True)
+    flow, params = BUILDERS[builder](
+        jax.random.key(0), 2, 4, 8, 1, use_linear=True, trainable_base=True
+    )
     params = jittered(params, 0.05)
     axis = np.linspace(-12, 12, 601)
     grid = jnp.asarray(np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1))
@@ -287,7 +337,9 @@ def ring(size, dim):
 
 
 def test_density_of_a_trained_flow_integrates_to_one():
-    flow, start = flows.build_spline_realnvp(jax.random.key(0), 2, 4, 16, 1, use_linear=True, trainable_base=True)
+    flow, start = flows.build_spline_realnvp(
+        jax.random.key(0), 2, 4, 16, 1, use_linear=True, trainable_base=True
+    )
     data = ring(400, 2)
     params = trained(flow, start, data)
     assert jnp.mean(flow.log_prob(params, data)) > jnp.mean(flow.log_prob(start, data)) + 0.5
@@ -299,8 +351,9 @@ def test_density_of_a_trained_flow_integrates_to_one():
 
 def test_round_trip_in_float32_over_wide_inputs():
     flow, params = flows.build_spline_realnvp(jax.random.key(0), 6, 8, 16, 1)
-    # Splines that do not depend on the features that pass. Networks of random weights make eight layers a map whose
-    # condition is 1e4 and more where no data are, and float32 cannot follow its inverse.
+    # Splines that do not depend on the features that pass. Networks of random weights make eight
+    # layers a map whose condition is 1e4 and more where no data are, and float32 cannot follow its
+    # inverse.
     for i, block in enumerate(params["transform"][:-1]):
         last = block["mlp"]["dense_out"]
         last["bias"] = last["bias"] + 0.2 * jax.random.normal(jax.random.key(i), last["bias"].shape)
@@ -380,20 +433,46 @@ CONDITIONAL, CONDITIONAL_PARAMS = flows.build_realnvp(jax.random.key(0), 3, 2, 8
         (lambda: FLOW.log_prob(PARAMS, jnp.ones((4, 3), int)), DataError, "floating"),
         (lambda: FLOW.log_prob(PARAMS, jnp.ones(3), jnp.ones(2)), DataError, "context_dim is 0"),
         (lambda: CONDITIONAL.log_prob(CONDITIONAL_PARAMS, jnp.ones(3)), DataError, "pass context"),
-        (lambda: CONDITIONAL.log_prob(CONDITIONAL_PARAMS, jnp.ones((4, 3)), jnp.ones((3, 2))), DataError, "broadcast"),
-        (lambda: FLOW.log_prob({"base": None, "transform": []}, jnp.ones(3)), DataError, "3 blocks"),
+        (
+            lambda: CONDITIONAL.log_prob(CONDITIONAL_PARAMS, jnp.ones((4, 3)), jnp.ones((3, 2))),
+            DataError,
+            "broadcast",
+        ),
+        (
+            lambda: FLOW.log_prob({"base": None, "transform": []}, jnp.ones(3)),
+            DataError,
+            "3 blocks",
+        ),
         (lambda: FLOW.sample(PARAMS, jax.random.key(0), 5), DataError, "tuple"),
         (lambda: flows.build_realnvp(jax.random.key(0), 3, 1, 8, 1), ConfigError, "never move"),
         (lambda: flows.build_realnvp(jax.random.key(0), 0, 2, 8, 1), ConfigError, "dim"),
-        (lambda: flows.build_realnvp(jax.random.key(0), 3, 2, 8, 1, use_lofft=True), ConfigError, "use_loft"),
-        (lambda: flows.build_realnvp(jax.random.key(0), 3, 2, 8, 1, max_log_scale=-1.0), ConfigError, "positive"),
-        (lambda: flows.build_spline_realnvp(jax.random.key(0), 3, 2, 8, 1, min_bin_width=0.2), ConfigError, "num_bins"),
         (
-            lambda: flows.build_realnvp(jax.random.key(0), 3, 2, 8, 1, context_extractor_hidden_dim=4),
+            lambda: flows.build_realnvp(jax.random.key(0), 3, 2, 8, 1, use_lofft=True),
+            ConfigError,
+            "use_loft",
+        ),
+        (
+            lambda: flows.build_realnvp(jax.random.key(0), 3, 2, 8, 1, max_log_scale=-1.0),
+            ConfigError,
+            "positive",
+        ),
+        (
+            lambda: flows.build_spline_realnvp(jax.random.key(0), 3, 2, 8, 1, min_bin_width=0.2),
+            ConfigError,
+            "num_bins",
+        ),
+        (
+            lambda: flows.build_realnvp(
+                jax.random.key(0), 3, 2, 8, 1, context_extractor_hidden_dim=4
+            ),
             ConfigError,
             "context_dim",
         ),
-        (lambda: flows.AffineCoupling.create(jax.random.key(0), 3, (1, 0), 8, 1), ConfigError, "dim=3"),
+        (
+            lambda: flows.AffineCoupling.create(jax.random.key(0), 3, (1, 0), 8, 1),
+            ConfigError,
+            "dim=3",
+        ),
         (lambda: flows.Permutation([0, 0, 1]), ConfigError, "once"),
         (lambda: flows.LoftTransform(3, -1.0), ConfigError, "positive"),
     ],

@@ -49,17 +49,23 @@ def never(values, size):
 def krylov(matrix, max_size, exhausted=never):
     def spectrum(matrix):
         key = jax.random.key(1)
-        return block_krylov(lambda block: block @ matrix, key, len(matrix), max_size, exhausted, jnp.float64)
+        return block_krylov(
+            lambda block: block @ matrix, key, len(matrix), max_size, exhausted, jnp.float64
+        )
 
     return quick_jit(spectrum)(matrix)
 
 
 def test_dense_spectrum_is_eigh():
     matrix, _ = symmetric(RNG.normal(size=20))
-    spectrum = quick_jit(lambda matrix: dense_spectrum(lambda block: block @ matrix, 20, jnp.float64))(matrix)
+    spectrum = quick_jit(
+        lambda matrix: dense_spectrum(lambda block: block @ matrix, 20, jnp.float64)
+    )(matrix)
     np.testing.assert_allclose(spectrum.values, np.linalg.eigvalsh(matrix)[::-1], atol=1e-12)
     np.testing.assert_allclose(spectrum.vectors @ spectrum.vectors.T, np.eye(20), atol=1e-12)
-    np.testing.assert_allclose(spectrum.vectors @ matrix, spectrum.values[:, None] * spectrum.vectors, atol=1e-12)
+    np.testing.assert_allclose(
+        spectrum.vectors @ matrix, spectrum.values[:, None] * spectrum.vectors, atol=1e-12
+    )
     assert spectrum.size == 20
 
 
@@ -80,7 +86,10 @@ def test_krylov_finds_the_leading_pairs():
 
 @pytest.mark.parametrize("shift", [0.0, 1.0, 1e-3])
 def test_krylov_survives_exhausted_directions(shift):
-    """A low rank on a constant: after two blocks the images hold nothing new, and no ghost may appear."""
+    """A low rank on a constant.
+
+    After two blocks the images hold nothing new, and no ghost may appear.
+    """
     leading = [1e6, 1e3, 10.0]
     matrix, vectors = symmetric([*leading, *np.zeros(77)])
     spectrum = krylov(matrix + shift * jnp.eye(80), 5 * BLOCK)
@@ -126,10 +135,14 @@ def linear_whitening(mode):
 
     @quick_jit
     def scaled(key):
-        return whitening_scale(mode, key, objective, posterior_at(np.zeros(6)), next_batch, unused, DECAY)
+        return whitening_scale(
+            mode, key, objective, posterior_at(np.zeros(6)), next_batch, unused, DECAY
+        )
 
     scale = scaled(key)
-    rows = np.asarray(quick_jit(jax.vmap(next_batch))(jax.random.split(key, MOMENT_GRADIENTS))).mean(1)
+    rows = np.asarray(
+        quick_jit(jax.vmap(next_batch))(jax.random.split(key, MOMENT_GRADIENTS))
+    ).mean(1)
     return np.asarray(scale), rows
 
 
@@ -168,7 +181,9 @@ def whiten(mode, diagonal, nbeta=30.0, gamma=2.0):
 
 def test_hessian_whitening_is_exact_on_a_diagonal():
     diagonal = np.array([1.0, 0.0, 0.3, -0.2, 25.0])
-    np.testing.assert_allclose(whiten("hvp_diag", diagonal), 1 / np.sqrt(30 * np.abs(diagonal) + 2), rtol=1e-12)
+    np.testing.assert_allclose(
+        whiten("hvp_diag", diagonal), 1 / np.sqrt(30 * np.abs(diagonal) + 2), rtol=1e-12
+    )
     assert DIAGONAL_PROBES > 0
     floored = whiten("hvp_diag", np.array([1.0, 0.0]), gamma=0.0)
     np.testing.assert_allclose(floored, [30**-0.5, (RELATIVE_FLOOR * 15) ** -0.5], rtol=1e-12)
@@ -209,7 +224,9 @@ def test_start_is_exact_with_all_directions(mode, rank):
     start, precision = start_on(hessian, center, center, whitening_mode=mode, curvature_rank=rank)
     covariance = np.linalg.inv(precision)
     assert start.rank == 11
-    np.testing.assert_allclose(start_covariance(start), covariance, rtol=1e-7, atol=1e-9 * np.max(covariance))
+    np.testing.assert_allclose(
+        start_covariance(start), covariance, rtol=1e-7, atol=1e-9 * np.max(covariance)
+    )
     assert start.num_values == 12
 
 
@@ -265,7 +282,9 @@ def test_newton_decrement_is_the_gain_of_a_newton_step(mode):
     gain = posterior.log_density(step, objective.loss(center + step, None)) - posterior.log_density(
         jnp.zeros(9), objective.loss(center, None)
     )
-    np.testing.assert_allclose(newton_decrement(start, posterior, jnp.asarray(slope / 30.0)), gain, rtol=1e-8)
+    np.testing.assert_allclose(
+        newton_decrement(start, posterior, jnp.asarray(slope / 30.0)), gain, rtol=1e-8
+    )
 
 
 def test_the_least_curvature_comes_with_its_direction():
@@ -274,15 +293,28 @@ def test_the_least_curvature_comes_with_its_direction():
     start, precision = start_on(hessian, np.zeros(90), np.zeros(90), curvature_rank=2)
     np.testing.assert_allclose(start.lowest, -0.2 * 30 + 2, rtol=1e-6)
     direction = np.asarray(start.lowest_direction)
-    np.testing.assert_allclose(direction @ precision @ direction, start.lowest * (direction @ direction), rtol=1e-6)
-    np.testing.assert_allclose(abs(direction @ vectors[:, -1]) + abs(direction @ vectors[-1]), 1.0, atol=0.5)
+    np.testing.assert_allclose(
+        direction @ precision @ direction, start.lowest * (direction @ direction), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        abs(direction @ vectors[:, -1]) + abs(direction @ vectors[-1]), 1.0, atol=0.5
+    )
 
 
 def test_a_given_whitener_is_used():
     hessian, _ = symmetric([9.0, 4.0, 1.0])
     posterior, scale = posterior_at(np.zeros(3)), jnp.asarray([1.0, 2.0, 4.0])
     objective = quadratic(hessian, np.zeros(3))
-    arguments = (objective, posterior, None, lambda key: None, VIConfig(curvature_rank=2), jax.random.key(0))
+    arguments = (
+        objective,
+        posterior,
+        None,
+        lambda key: None,
+        VIConfig(curvature_rank=2),
+        jax.random.key(0),
+    )
     start = make_start(*arguments, whitener_scale=scale)
     np.testing.assert_allclose(start.scale / start.scale[0], scale, rtol=1e-12)
-    np.testing.assert_allclose(start_covariance(start), np.linalg.inv(30 * hessian + 2 * np.eye(3)), rtol=1e-8)
+    np.testing.assert_allclose(
+        start_covariance(start), np.linalg.inv(30 * hessian + 2 * np.eye(3)), rtol=1e-8
+    )

@@ -1,4 +1,7 @@
-"""Is w* a minimum, and is the posterior proper: the decrement on all data, the direction of least curvature."""
+"""Is w* a minimum, and is the posterior proper.
+
+The decrement on all data, the direction of least curvature.
+"""
 
 import functools
 import math
@@ -54,11 +57,15 @@ def decrement_program(loss):
 
     @jax.jit
     def start_at(posterior, subset):
-        return make_start(objective, posterior, subset, lambda key: None, VIConfig(), jax.random.key(0))
+        return make_start(
+            objective, posterior, subset, lambda key: None, VIConfig(), jax.random.key(0)
+        )
 
     @jax.jit
     def gain(start, posterior, data):
-        return newton_decrement(start, posterior, full_data_value_and_grad(objective, posterior.center, data)[1])
+        return newton_decrement(
+            start, posterior, full_data_value_and_grad(objective, posterior.center, data)[1]
+        )
 
     def decrement(center, data, nbeta):
         posterior = LocalPosterior(center, nbeta, jnp.ones(()))
@@ -69,7 +76,10 @@ def decrement_program(loss):
 
 @pytest.mark.parametrize("loss", [logistic, squares])
 def test_the_decrement_is_of_all_data(loss):
-    """At the minimum of noisy data nothing is gained, a nat off something is: n from 512 to 1e5, 20 seeds."""
+    """At the minimum of noisy data nothing is gained, a nat off something is.
+
+    N from 512 to 1e5, 20 seeds.
+    """
     decrement = decrement_program(loss)
     for count in (512, 3000, 20_000, 100_000):
         for seed in range(20):
@@ -79,13 +89,21 @@ def test_the_decrement_is_of_all_data(loss):
             direction = np.random.default_rng(seed + 1).normal(size=DIM)
             off = direction * math.sqrt(2 / (direction @ hessian @ direction))
             assert float(decrement(jnp.asarray(w, jnp.float32), data, nbeta)) < 1e-3, (count, seed)
-            assert float(decrement(jnp.asarray(w + off, jnp.float32), data, nbeta)) > 2 * LEAST_GAIN, (count, seed)
+            assert (
+                float(decrement(jnp.asarray(w + off, jnp.float32), data, nbeta)) > 2 * LEAST_GAIN
+            ), (count, seed)
 
 
 def test_an_estimate_looks_at_all_data():
     X, Y, w, hessian = problem(3, 20_000, logistic)
     data = X.astype(np.float32), Y.astype(np.float32)
-    options = {"progress": False, "correction": "none", "num_chains": 1, "steps": 20, "eval_samples": 32}
+    options = {
+        "progress": False,
+        "correction": "none",
+        "num_chains": 1,
+        "steps": 20,
+        "eval_samples": 32,
+    }
     options["curvature_examples"] = SUBSET
     at = fastvi.estimate_llc(logistic, jnp.asarray(w, jnp.float32), data, **options)
     off = w + np.eye(DIM)[2] * math.sqrt(2 / hessian[2, 2])
@@ -102,7 +120,9 @@ def looks(loss):
     objective = make_flat_objective(lambda w, batch: loss(w))
 
     def start_at(posterior):
-        return make_start(objective, posterior, None, lambda key: None, VIConfig(), jax.random.key(0))
+        return make_start(
+            objective, posterior, None, lambda key: None, VIConfig(), jax.random.key(0)
+        )
 
     def excess_along(center, points, batch):
         return jax.vmap(lambda v: loss(center + v) - loss(center))(points)
@@ -114,7 +134,13 @@ def bottom(loss, dim, gamma, nbeta=50.0):
     posterior = LocalPosterior(jnp.zeros(dim), jnp.float32(nbeta), jnp.float32(gamma))
     start_at, excess_along = looks(loss)
     start = start_at(posterior)
-    return look_down(excess_along, posterior, start, float(loss(posterior.center)), lambda: [(None, 3), (None, 5)])
+    return look_down(
+        excess_along,
+        posterior,
+        start,
+        float(loss(posterior.center)),
+        lambda: [(None, 3), (None, 5)],
+    )
 
 
 def test_a_saddle_curves_down_whatever_holds_it():
@@ -124,7 +150,9 @@ def test_a_saddle_curves_down_whatever_holds_it():
     for gamma in (1.0, 10.0):
         found = bottom(saddle, 4, gamma)
         assert found.curvature == pytest.approx(50 * -0.08, rel=1e-3)
-        assert found.fall == pytest.approx(0.75, abs=0.1)  # where the curvature alone would give a nat
+        assert found.fall == pytest.approx(
+            0.75, abs=0.1
+        )  # where the curvature alone would give a nat
         assert (found.level, found.is_flat, found.losses) == (0, False, 8)
 
 
@@ -143,7 +171,13 @@ def test_without_a_localizer_flat_directions_are_counted():
     assert bottom(lambda w: 0.5 * w @ w, 3, 0.0).level == 0
 
 
-OPTIONS = {"progress": False, "correction": "importance", "num_chains": 1, "steps": 20, "eval_samples": 32}
+OPTIONS = {
+    "progress": False,
+    "correction": "importance",
+    "num_chains": 1,
+    "steps": 20,
+    "eval_samples": 32,
+}
 DATA = (jnp.ones((300, 1)),)
 
 
@@ -161,7 +195,9 @@ def test_a_saddle_is_still_one_after_a_correction():
     assert result.curvature["lowest"] == pytest.approx(-0.08 * result.nbeta + 1, rel=1e-3)
 
 
-@pytest.mark.parametrize(("localization", "name"), [(1.0, "constant_loss"), (0.0, "improper_posterior")])
+@pytest.mark.parametrize(
+    ("localization", "name"), [(1.0, "constant_loss"), (0.0, "improper_posterior")]
+)
 def test_a_loss_without_parameters_is_called_so(localization, name):
     result = fastvi.estimate_llc(
         lambda w, batch: 1.0 + 0.0 * jnp.sum(w) + 0.0 * jnp.mean(batch[0]),

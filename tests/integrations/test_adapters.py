@@ -27,9 +27,10 @@ OPTIONS = {
 
 rng = np.random.default_rng(9)
 X = rng.normal(size=(COUNT, 2)).astype(np.float32)
-Y = (np.tanh(X @ rng.normal(size=(2, 3))) @ rng.normal(size=(3, 1)) + NOISE * rng.normal(size=(COUNT, 1))).astype(
-    np.float32
-)
+Y = (
+    np.tanh(X @ rng.normal(size=(2, 3))) @ rng.normal(size=(3, 1))
+    + NOISE * rng.normal(size=(COUNT, 1))
+).astype(np.float32)
 W1, B1 = rng.normal(size=(2, WIDTH)).astype(np.float32), rng.normal(size=WIDTH).astype(np.float32)
 W2, B2 = rng.normal(size=(WIDTH, 1)).astype(np.float32), rng.normal(size=1).astype(np.float32)
 LEAVES = {"w1": W1, "b1": B1, "w2": W2, "b2": B2}
@@ -70,7 +71,9 @@ def assert_same_loss(loss_fn, params, raw, raw_params, batch):
     with enable_x64(True):
         double = functools.partial(jax.tree_util.tree_map, lambda leaf: jnp.asarray(leaf, float))
         value, gradient = quick_jit(jax.value_and_grad(loss_fn))(double(params), double(batch))
-        expected, raw_gradient = quick_jit(jax.value_and_grad(raw))(double(raw_params), double(batch))
+        expected, raw_gradient = quick_jit(jax.value_and_grad(raw))(
+            double(raw_params), double(batch)
+        )
         assert value == pytest.approx(float(expected), rel=1e-12)
         leaves, raw_leaves = map(jax.tree_util.tree_leaves, (gradient, raw_gradient))
         for got, wanted in zip(leaves, raw_leaves, strict=True):
@@ -127,9 +130,13 @@ def test_haiku_with_state():
     loss_fn = haiku_loss(transformed, mean_squared, state={"~": {"shift": jnp.asarray(2.0)}})
     layer = params["linear"]
     assert state["~"]["shift"] == 0
-    keyless = haiku_loss(hk.without_apply_rng(transformed), mean_squared, state={"~": {"shift": jnp.asarray(2.0)}})
+    keyless = haiku_loss(
+        hk.without_apply_rng(transformed), mean_squared, state={"~": {"shift": jnp.asarray(2.0)}}
+    )
     assert keyless(params, (X, Y)) == loss_fn(params, (X, Y))
-    assert loss_fn(params, (X, Y)) == pytest.approx(float(mean_squared(2 + X @ layer["w"] + layer["b"], Y)), rel=1e-5)
+    assert loss_fn(params, (X, Y)) == pytest.approx(
+        float(mean_squared(2 + X @ layer["w"] + layer["b"], Y)), rel=1e-5
+    )
 
 
 def test_flax_linen():
@@ -155,7 +162,10 @@ def test_flax_nnx():
 
     class Network(nnx.Module):
         def __init__(self, rngs):
-            self.first, self.second = nnx.Linear(2, WIDTH, rngs=rngs), nnx.Linear(WIDTH, 1, rngs=rngs)
+            self.first, self.second = (
+                nnx.Linear(2, WIDTH, rngs=rngs),
+                nnx.Linear(WIDTH, 1, rngs=rngs),
+            )
 
         def __call__(self, inputs):
             return self.second(jnp.tanh(self.first(inputs)))
@@ -187,11 +197,14 @@ def test_numpyro():
 
     def model(inputs, targets):
         weights = {
-            name: numpyro.sample(name, dist.Normal(0, 2).expand(leaf.shape).to_event()) for name, leaf in LEAVES.items()
+            name: numpyro.sample(name, dist.Normal(0, 2).expand(leaf.shape).to_event())
+            for name, leaf in LEAVES.items()
         }
         scale = numpyro.sample("scale", dist.LogNormal(0, 1))
         with numpyro.plate("examples", inputs.shape[0]):
-            numpyro.sample("y", dist.Normal(network(weights, inputs)[:, 0], scale), obs=targets[:, 0])
+            numpyro.sample(
+                "y", dist.Normal(network(weights, inputs)[:, 0], scale), obs=targets[:, 0]
+            )
 
     loss_fn, params = numpyro_loss(model, {**LEAVES, "scale": 0.5}, (X, Y))
 
@@ -199,7 +212,11 @@ def test_numpyro():
         """-log likelihood per example, and 1/n of -log prior, with log scale as the coordinate."""
         b1, b2, log_scale, w1, w2 = params
         error = network({"b1": b1, "b2": b2, "w1": w1, "w2": w2}, batch[0]) - batch[1]
-        gaussian = 0.5 * jnp.mean(error**2) / jnp.exp(2 * log_scale) + log_scale + 0.5 * jnp.log(2 * jnp.pi)
+        gaussian = (
+            0.5 * jnp.mean(error**2) / jnp.exp(2 * log_scale)
+            + log_scale
+            + 0.5 * jnp.log(2 * jnp.pi)
+        )
         squares = sum(jnp.sum(leaf**2) for leaf in (b1, b2, w1, w2))
         size = 4 * WIDTH + 1
         constants = size * jnp.log(2.0) + 0.5 * (size + 1) * jnp.log(2 * jnp.pi)
@@ -212,13 +229,19 @@ def test_numpyro():
 
 
 def test_torch():
-    torch = pytest.importorskip("torch", reason="torchax and torch are large, and not in the test group")
+    torch = pytest.importorskip(
+        "torch", reason="torchax and torch are large, and not in the test group"
+    )
     if "dim_Dimname" not in torch.ops.aten.prod.overloads():
-        pytest.skip("torchax 0.0.13 does not import under a torch without named dimensions, such as 2.15")
+        pytest.skip(
+            "torchax 0.0.13 does not import under a torch without named dimensions, such as 2.15"
+        )
     pytest.importorskip("torchax", reason="torchax and torch are large, and not in the test group")
     from fastvi.integrations.torch import torch_loss
 
-    model = torch.nn.Sequential(torch.nn.Linear(2, WIDTH), torch.nn.Tanh(), torch.nn.Linear(WIDTH, 1))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(2, WIDTH), torch.nn.Tanh(), torch.nn.Linear(WIDTH, 1)
+    )
     with torch.no_grad():
         for layer, kernel, bias in ((model[0], W1, B1), (model[2], W2, B2)):
             layer.weight.copy_(torch.from_numpy(kernel.T.copy()))

@@ -1,4 +1,7 @@
-"""The call sequence of lambda_hat, which need not be installed: its registry and its sampler are imitated."""
+"""The call sequence of lambda_hat, which need not be installed.
+
+Its registry and its sampler are imitated.
+"""
 
 import json
 import math
@@ -56,7 +59,10 @@ def loss_full(w):
 @pytest.fixture
 def registry(monkeypatch):
     """lambda_hat's modules as far as `install` sees them."""
-    modules = {name: types.ModuleType(name) for name in ("lambda_hat", "lambda_hat.vi", "lambda_hat.vi.flow")}
+    modules = {
+        name: types.ModuleType(name)
+        for name in ("lambda_hat", "lambda_hat.vi", "lambda_hat.vi.flow")
+    }
     fake = types.ModuleType("lambda_hat.vi.registry")
     fake._REGISTRY = {"mfa": lambda: "its own mfa"}
     fake.register = fake._REGISTRY.__setitem__
@@ -68,7 +74,15 @@ def registry(monkeypatch):
 
 
 def config(**entries):
-    given = {"algo": "mfa", "M": 2, "r": 1, "steps": STEPS, "batch_size": 256, "lr": 0.01, "eval_samples": 64}
+    given = {
+        "algo": "mfa",
+        "M": 2,
+        "r": 1,
+        "steps": STEPS,
+        "batch_size": 256,
+        "lr": 0.01,
+        "eval_samples": 64,
+    }
     unknown = {"whitening_steps": 50, "num_chains": 4}
     return OmegaConf.create(given | unknown | entries)
 
@@ -102,9 +116,20 @@ def run_chains(*arguments, transform):
 @pytest.mark.parametrize("algo", [name for name in lambda_hat.ALGORITHMS if name in FAMILIES])
 def test_run_vi(registry, algo):
     assert algo in lambda_hat.install()
-    entries = {"r_per_component": [1, 0], "lr_schedule": None, "whitening_mode": "none", "tensorboard": False}
+    entries = {
+        "r_per_component": [1, 0],
+        "lr_schedule": None,
+        "whitening_mode": "none",
+        "tensorboard": False,
+    }
     if algo == "flow":
-        entries = {"d_latent": 2, "sigma_perp": 1e-3, "flow_depth": 2, "flow_hidden": [8], "flow_type": "realnvp"}
+        entries = {
+            "d_latent": 2,
+            "sigma_perp": 1e-3,
+            "flow_depth": 2,
+            "flow_hidden": [8],
+            "flow_type": "realnvp",
+        }
     algorithm = registry._REGISTRY[algo]()
     assert algorithm.name == algo
     # lambda_hat's vmap is outside of jit: so is the one of mfa here, at twice the time to compile
@@ -117,15 +142,33 @@ def test_run_vi(registry, algo):
     # two programs: their sampled numbers agree within their errors, and no closer
     joint = math.hypot(float(extras["llc_sem"][0]), float(first["extras"]["llc_sem"]))
     assert abs(float(llc[0]) - float(first["lambda_hat"])) < 4 * joint
-    np.testing.assert_allclose(traces["elbo"][0, 0], first["traces"]["elbo"][0], rtol=1e-4)  # before anything moves
-    np.testing.assert_allclose(COUNT * BETA * (extras["Eq_Ln"] - extras["Ln_wstar"]), llc, atol=1e-3)
+    np.testing.assert_allclose(
+        traces["elbo"][0, 0], first["traces"]["elbo"][0], rtol=1e-4
+    )  # before anything moves
+    np.testing.assert_allclose(
+        COUNT * BETA * (extras["Eq_Ln"] - extras["Ln_wstar"]), llc, atol=1e-3
+    )
     np.testing.assert_allclose(extras["Ln_wstar"], float(loss_full(CENTER)), rtol=1e-5)
     assert extras["cv_info"].keys() >= {"Eq_Ln_mc", "Eq_Ln_cv", "variance_reduction"}
-    for name in ("elbo", "grad_norm", "elbo_like", "logq", "radius2", "resp_entropy", "cumulative_fge"):
+    for name in (
+        "elbo",
+        "grad_norm",
+        "elbo_like",
+        "logq",
+        "radius2",
+        "resp_entropy",
+        "cumulative_fge",
+    ):
         assert traces[name].shape == (CHAINS, STEPS), name
-    np.testing.assert_allclose(traces["cumulative_fge"][:, -1], STEPS, rtol=1e-5)  # the batch is cut to the data
+    np.testing.assert_allclose(
+        traces["cumulative_fge"][:, -1], STEPS, rtol=1e-5
+    )  # the batch is cut to the data
     work = json.loads(json.dumps(first["work"]))
-    assert (work["n_full_loss"], work["n_minibatch_grads"], work["sampler_flavour"]) == (64, STEPS, algo)
+    assert (work["n_full_loss"], work["n_minibatch_grads"], work["sampler_flavour"]) == (
+        64,
+        STEPS,
+        algo,
+    )
     assert first["timings"].keys() >= {"adaptation", "sampling"}
 
 
@@ -163,11 +206,19 @@ def test_absent_package_is_named():
         ({}, {"M": 8, "lr_schedule": "cosine", "batch_size": None}),
         ({"batch_size": 256, "lr_schedule": None}, {"batch_size": 100, "lr_schedule": "none"}),
         ({"eval_samples": 3}, {"eval_samples": 4}),
-        ({"eval_samples": 7, "dtype": "float64", "gamma": 3.0, "tensorboard": True}, {"eval_samples": 8}),
-        ({"whitening_mode": "rmsprop", "flow_hidden": [8]}, {"whitening": "none", "dtype": "float32"}),
+        (
+            {"eval_samples": 7, "dtype": "float64", "gamma": 3.0, "tensorboard": True},
+            {"eval_samples": 8},
+        ),
+        (
+            {"whitening_mode": "rmsprop", "flow_hidden": [8]},
+            {"whitening": "none", "dtype": "float32"},
+        ),
     ],
 )
-@pytest.mark.parametrize("make", [dict, OmegaConf.create, lambda entries: types.SimpleNamespace(**entries)])
+@pytest.mark.parametrize(
+    "make", [dict, OmegaConf.create, lambda entries: types.SimpleNamespace(**entries)]
+)
 def test_translation(make, entries, expected):
     translated = lambda_hat.translate(make(entries), "mfa", COUNT, jnp.float32)
     assert {name: getattr(translated, name) for name in expected} == expected

@@ -40,7 +40,9 @@ CASES = {
     "gaussian_pair": Case((3,), 2, 2),
     "core_only": Case((0, 0, 0), 2, 1, means="component"),
     "two_draws": Case((3, 3, 3), 0, 2, antithetic=False),
-    "mixture": Case((3, 3, 3), 3, 1, options=(("alpha_dirichlet_prior", 1.5), ("entropy_bonus", 0.3))),
+    "mixture": Case(
+        (3, 3, 3), 3, 1, options=(("alpha_dirichlet_prior", 1.5), ("entropy_bonus", 0.3))
+    ),
     "mixture_pair": Case((0, 1, 3), 3, 2, means="component", options=(("alpha_temperature", 1.7),)),
     "all_factors_move": Case((2, 0), 2, 3, antithetic=False),
 }
@@ -67,12 +69,17 @@ def make(case):
         eval_every=2,
         **dict(case.options),
     ).filled
-    scale, core = jnp.asarray(np.exp(0.3 * rng.normal(size=DIM))), jnp.asarray(rng.normal(size=(case.core, DIM)))
+    scale, core = (
+        jnp.asarray(np.exp(0.3 * rng.normal(size=DIM))),
+        jnp.asarray(rng.normal(size=(case.core, DIM))),
+    )
     unused = min(case.core, 1)  # rows of padding
     start = begun(scale, core, case.core - unused)
     family = dataclasses.replace(build_family(config, start, case.core), trust=jnp.asarray(TRUST))
     data = jnp.asarray(rng.normal(size=(NUM_DATA, DIM))), jnp.asarray(rng.normal(size=NUM_DATA))
-    posterior = LocalPosterior(jnp.asarray(rng.normal(size=DIM)), jnp.asarray(NBETA), jnp.asarray(GAMMA))
+    posterior = LocalPosterior(
+        jnp.asarray(rng.normal(size=DIM)), jnp.asarray(NBETA), jnp.asarray(GAMMA)
+    )
     sizes = (num,), (family.num_offsets, DIM), (DIM,), (case.core, DIM), (num, max(case.ranks), DIM)
     params = mfa.MFAParams(*(jnp.asarray(0.5 * rng.normal(size=(CHAINS, *size))) for size in sizes))
     return config, family, loop.Problem(posterior, data, NUM_DATA, BATCH), params
@@ -81,23 +88,41 @@ def make(case):
 def implementation(case):
     """Run chunks of steps with the chains under vmap."""
     config, family, problem, params = make(case)
-    objective, horizon = make_flat_objective(loss), optimizer.Horizon(*map(jnp.float64, (WARMUP, DECAY_START, END)))
+    objective, horizon = (
+        make_flat_objective(loss),
+        optimizer.Horizon(*map(jnp.float64, (WARMUP, DECAY_START, END))),
+    )
 
     @quick_jit
     def chunk(state, keys, first):
-        return loop.run_steps(family, objective, problem, config, state, keys, first, horizon, LENGTH)
+        return loop.run_steps(
+            family, objective, problem, config, state, keys, first, horizon, LENGTH
+        )
 
-    state, traces = quick_jit(jax.vmap(lambda one: loop.init_state(family, one, config)))(params), []
+    state, traces = (
+        quick_jit(jax.vmap(lambda one: loop.init_state(family, one, config)))(params),
+        [],
+    )
     for index in range(CHUNKS):
-        state, trace = chunk(state, jax.random.split(jax.random.key(3), CHAINS), jnp.asarray(index * LENGTH))
+        state, trace = chunk(
+            state, jax.random.split(jax.random.key(3), CHAINS), jnp.asarray(index * LENGTH)
+        )
         traces.append(trace)
-    return state.params._asdict(), {name: np.concatenate([t[name] for t in traces], axis=1) for name in traces[0]}
+    return state.params._asdict(), {
+        name: np.concatenate([t[name] for t in traces], axis=1) for name in traces[0]
+    }
 
 
 def words(key, block, size):
     """Hash the counters of a block: its number and the place in it."""
-    counters = jnp.concatenate([jnp.full(size, block, jnp.uint32), jnp.arange(size, dtype=jnp.uint32)])
-    return np.asarray(threefry_2x32(jax.random.key_data(key), counters)).reshape(2, size).astype(np.uint64)
+    counters = jnp.concatenate(
+        [jnp.full(size, block, jnp.uint32), jnp.arange(size, dtype=jnp.uint32)]
+    )
+    return (
+        np.asarray(threefry_2x32(jax.random.key_data(key), counters))
+        .reshape(2, size)
+        .astype(np.uint64)
+    )
 
 
 def normals(key, block, size):
@@ -108,7 +133,10 @@ def normals(key, block, size):
 
 
 def groups_of(case, family, params, key, step):
-    """Draw the noise of a step: three blocks of the key's counters, normals, labels and the batch."""
+    """Draw the noise of a step.
+
+    Three blocks of the key's counters, normals, labels and the batch.
+    """
     mirrored = case.antithetic and case.draws == 2
     num, rank = 1 if mirrored else case.draws, max(case.ranks)
     drawn = normals(key, 3 * step, num * (DIM + rank + family.noise_size)).reshape(num, -1)
@@ -129,7 +157,13 @@ def setting_of(case, config, family):
     lazy = case.draws <= 2
     factor_rate = min(1.0, mfa.FACTOR_RATE / root) * TRUST * (np.sqrt(num) if lazy else 1.0)
     core_rate = min(1.0, mfa.CORE_RATE / root) * TRUST
-    rates = {"logits": 1.0, "offsets": TRUST, "log_scale": TRUST, "core": core_rate, "factors": factor_rate}
+    rates = {
+        "logits": 1.0,
+        "offsets": TRUST,
+        "log_scale": TRUST,
+        "core": core_rate,
+        "factors": factor_rate,
+    }
     return reference.Setting(
         scale=family.scale,
         core_mask=jnp.arange(case.core) < case.core - 1,
@@ -152,7 +186,9 @@ def schedule(step):
     """Return learning rate and elapsed share of the decay: warm-up, then a cosine."""
     elapsed = np.clip((step - DECAY_START) / (END - DECAY_START), 0, 1)
     least = optimizer.FINAL_RATE
-    return LR * min(1, (step + 1) / WARMUP) * (least + (1 - least) * (1 + np.cos(np.pi * elapsed)) / 2), elapsed
+    return LR * min(1, (step + 1) / WARMUP) * (
+        least + (1 - least) * (1 + np.cos(np.pi * elapsed)) / 2
+    ), elapsed
 
 
 def definition(case):
@@ -164,19 +200,28 @@ def definition(case):
     @quick_jit
     def step(chain, rows, groups, rate, elapsed):
         def log_density(v):
-            return -NBETA * loss(center + v, (inputs[rows], outputs[rows])) - 0.5 * GAMMA * jnp.sum(v**2)
+            return -NBETA * loss(center + v, (inputs[rows], outputs[rows])) - 0.5 * GAMMA * jnp.sum(
+                v**2
+            )
 
         return reference.step(setting, chain, log_density, groups, rate, elapsed)
 
     for index, key in enumerate(jax.random.split(jax.random.key(3), CHAINS)):
-        chain, traces = quick_jit(reference.start)({name: leaf[index] for name, leaf in params._asdict().items()}), []
+        chain, traces = (
+            quick_jit(reference.start)(
+                {name: leaf[index] for name, leaf in params._asdict().items()}
+            ),
+            [],
+        )
         for number in range(CHUNKS * LENGTH):
             rows = np.bitwise_xor(*words(key, 3 * number + 2, BATCH)) % NUM_DATA
             rate, elapsed = schedule(number)
             groups = groups_of(case, family, chain.params, key, number)
             chain, trace = step(chain, jnp.asarray(rows, jnp.int32), groups, rate, elapsed)
             traces.append({**trace, "lr": rate})
-        results.append((chain.params, {name: np.stack([t[name] for t in traces]) for name in traces[0]}))
+        results.append(
+            (chain.params, {name: np.stack([t[name] for t in traces]) for name in traces[0]})
+        )
     return jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *results)
 
 

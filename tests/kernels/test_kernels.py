@@ -25,7 +25,10 @@ from fastvi.kernels.woodbury import Mixture, cases
 
 
 def available(op):
-    """The implementations that run here, the reference aside; tests/test_triton.py has Triton's, interpreted."""
+    """The implementations that run here, the reference aside.
+
+    Tests/test_triton.py has Triton's, interpreted.
+    """
     return [
         name
         for name, implementation in OPS[op].implementations.items()
@@ -36,14 +39,25 @@ def available(op):
 # a draw of an implementation goes to the gradient of the same name
 IMPLEMENTATIONS = sorted(set(available("woodbury")) & set(available("mixture_grad")))
 HUTCHINSON = sorted(available("hutchinson"))
-FLOAT32 = [name for name, case in cases.CASES.items() if case.dim > 5 and name != "shared_steep_crossed"]
-FLOAT32_LIMITS = {"shared_steep_crossed": (2.0, 0.1)}  # nats of log_prob, relative error of the score
+FLOAT32 = [
+    name for name, case in cases.CASES.items() if case.dim > 5 and name != "shared_steep_crossed"
+]
+FLOAT32_LIMITS = {
+    "shared_steep_crossed": (2.0, 0.1)
+}  # nats of log_prob, relative error of the score
 
 
 def leaf_pairs(actual, expected):
     assert jax.tree_util.tree_structure(actual) == jax.tree_util.tree_structure(expected)
-    leaves = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree_util.tree_leaves(expected), strict=True)
-    return [(jax.tree_util.keystr(path), np.asarray(got), np.asarray(want)) for (path, got), want in leaves]
+    leaves = zip(
+        jax.tree_util.tree_leaves_with_path(actual),
+        jax.tree_util.tree_leaves(expected),
+        strict=True,
+    )
+    return [
+        (jax.tree_util.keystr(path), np.asarray(got), np.asarray(want))
+        for (path, got), want in leaves
+    ]
 
 
 def assert_leaves_close(actual, expected, tolerance):
@@ -55,26 +69,43 @@ def assert_leaves_close(actual, expected, tolerance):
 
 @functools.partial(quick_jit, static_argnames="implementation")
 def everything(mixture, stacked, cotangent, implementation):
-    """All that an implementation computes: small matrices, stacked draws and gradients, one more density."""
+    """All that an implementation computes.
+
+    Small matrices, stacked draws and gradients, one more density.
+    """
     small = woodbury.grams(mixture, implementation=implementation)
 
     def one(noise):
         drawn = woodbury.draw(mixture, small, noise, implementation=implementation)
         gradients = {
             metric: mixture_grad.pullback(
-                mixture, small, noise, drawn, cotangent, metric=metric, implementation=implementation
+                mixture,
+                small,
+                noise,
+                drawn,
+                cotangent,
+                metric=metric,
+                implementation=implementation,
             )
             for metric in mixture_grad.METRICS
         }
         side = {
             metric: mixture_grad.directions(
-                mixture, small, noise, drawn, cotangent, metric=metric, implementation=implementation
+                mixture,
+                small,
+                noise,
+                drawn,
+                cotangent,
+                metric=metric,
+                implementation=implementation,
             )
             for metric in mixture_grad.METRICS
         }
         return {"draw": drawn, "gradient": gradients, "directions": side}
 
-    elsewhere = woodbury.log_prob(mixture, small, stacked.eps[0] + 0.3, implementation=implementation)
+    elsewhere = woodbury.log_prob(
+        mixture, small, stacked.eps[0] + 0.3, implementation=implementation
+    )
     return {"grams": small, **jax.vmap(one)(stacked), "log_prob": elsewhere}
 
 
@@ -93,7 +124,10 @@ def evaluated(name, implementation, dtype="float64"):
 
 @functools.cache
 def sensitivity(name):
-    """How far the results move when the inputs move in their 24th bit: what no float32 code can beat."""
+    """How far the results move when the inputs move in their 24th bit.
+
+    What no float32 code can beat.
+    """
     largest = jax.tree_util.tree_map(np.zeros_like, evaluated(name, "reference"))
     with enable_x64(True):
         inputs = arguments(name, "float64")
@@ -101,7 +135,11 @@ def sensitivity(name):
             rng = np.random.default_rng(seed)
 
             def nudge(leaf, rng=rng):
-                return leaf * (1 + rng.choice([-1, 1], leaf.shape) * 2.0**-24) if leaf.dtype.kind == "f" else leaf
+                return (
+                    leaf * (1 + rng.choice([-1, 1], leaf.shape) * 2.0**-24)
+                    if leaf.dtype.kind == "f"
+                    else leaf
+                )
 
             moved = everything(*jax.tree_util.tree_map(nudge, inputs), implementation="reference")
             largest = jax.tree_util.tree_map(
@@ -114,7 +152,10 @@ def sensitivity(name):
 
 
 def natural_scale(name, path, value):
-    """The size that the error of a leaf is measured by: its largest entry, or what it is computed from."""
+    """The size that the error of a leaf is measured by.
+
+    Its largest entry, or what it is computed from.
+    """
     largest = np.max(np.abs(value), initial=0.0)
     if "responsibilities" in path:  # differences of log densities
         return max(1.0, np.max(np.abs(evaluated(name, "reference")["draw"].log_prob)))
@@ -139,7 +180,9 @@ def test_an_implementation_that_cannot_run_is_refused_with_the_reason(monkeypatc
     removed = Implementation("nowhere", packages=("jax.experimental.no_such_part",))
     others = {"absent": absent, "elsewhere": elsewhere, "removed": removed}
     op = Op("woodbury", {**OPS["woodbury"].implementations, **others})
-    with pytest.raises(ConfigError, match=r"'absent'.*a_package_of_no_one: pip install 'fastvi\[cuda\]'"):
+    with pytest.raises(
+        ConfigError, match=r"'absent'.*a_package_of_no_one: pip install 'fastvi\[cuda\]'"
+    ):
         op.select("absent")
     with pytest.raises(ConfigError, match="'elsewhere'.*runs on tpu, and this machine has cpu"):
         op.select("elsewhere")
@@ -150,7 +193,9 @@ def test_an_implementation_that_cannot_run_is_refused_with_the_reason(monkeypatc
 def test_the_default_follows_the_platform_that_the_program_is_for(x64):
     op = OPS["mixture_grad"]._replace(defaults={"cuda": "reference"})
     rng = np.random.default_rng(0)
-    factors, left, right = (jnp.asarray(rng.normal(size=size)) for size in ((2, 3, 5), (1, 1, 3), (1, 1, 5)))
+    factors, left, right = (
+        jnp.asarray(rng.normal(size=size)) for size in ((2, 3, 5), (1, 1, 3), (1, 1, 5))
+    )
     arguments = (factors, jnp.asarray([1]), left, right)
 
     def run(*arguments):
@@ -158,7 +203,10 @@ def test_the_default_follows_the_platform_that_the_program_is_for(x64):
 
     expected = factors.at[1].add(left[0, 0][:, None] * right[0, 0])
     np.testing.assert_allclose(jax.jit(run)(*arguments), expected, rtol=1e-12)
-    cpu, cuda = (jax.jit(run).trace(*arguments).lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda"))
+    cpu, cuda = (
+        jax.jit(run).trace(*arguments).lower(lowering_platforms=(name,)).as_text()
+        for name in ("cpu", "cuda")
+    )
     # the reference sums over components where xla updates one in place
     assert "dynamic_update_slice" in cpu
     assert "dynamic_update_slice" not in cuda
@@ -173,7 +221,9 @@ def test_show_says_what_runs_and_why():
         [name, implementation] for name, op in OPS.items() for implementation in op.implementations
     ]
     assert all("runs by default on cpu" in line for line in lines[1:] if line.split()[1] == "xla")
-    assert all("cannot run: it " in line for line in lines[1:] if line.split()[1] in ("triton", "pallas"))
+    assert all(
+        "cannot run: it " in line for line in lines[1:] if line.split()[1] in ("triton", "pallas")
+    )
 
 
 @pytest.mark.as_users_compile
@@ -193,7 +243,9 @@ def test_update_factors(implementation, comp, rank, dim, terms, labels):
         arguments = [jnp.asarray(rng.normal(size=size)) for size in sizes]
         arguments.insert(1, jnp.asarray(labels))
         actual, expected = (
-            quick_jit(functools.partial(mixture_grad.update_factors, implementation=name))(*arguments)
+            quick_jit(functools.partial(mixture_grad.update_factors, implementation=name))(
+                *arguments
+            )
             for name in (implementation, "reference")
         )
     assert_leaves_close(actual, expected, 1e-12)
@@ -218,7 +270,9 @@ def test_update_factors_over_chains_is_that_of_each(chains):
         assert_leaves_close((moved[chain], grams[chain]), expected, 2e-4)
 
 
-@pytest.mark.parametrize(("chains", "rank", "blocks"), [((1,), 2, 1), ((1,), 8, 2), ((3,), 2, 2), ((2, 2), 8, 2)])
+@pytest.mark.parametrize(
+    ("chains", "rank", "blocks"), [((1,), 2, 1), ((1,), 8, 2), ((3,), 2, 2), ((2, 2), 8, 2)]
+)
 def test_update_factors_copies_no_factors_in_a_loop(chains, rank, blocks, fully_optimised):
     update = mixture_grad.update_factors
     for _ in chains:
@@ -243,21 +297,27 @@ def test_update_factors_copies_no_factors_in_a_loop(chains, rank, blocks, fully_
 def test_mixture_agrees_with_dense_algebra(name, implementation):
     # the dense side solves with P of condition 1e7 and multiplies by it again: 16 - 7 digits
     tolerance = 3e-8 if "steep" in name else 1e-12
-    for path, got, want in leaf_pairs(evaluated(name, implementation), evaluated(name, "reference")):
-        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * natural_scale(name, path, want), err_msg=path)
+    for path, got, want in leaf_pairs(
+        evaluated(name, implementation), evaluated(name, "reference")
+    ):
+        np.testing.assert_allclose(
+            got, want, rtol=0, atol=tolerance * natural_scale(name, path, want), err_msg=path
+        )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", also_as_users_compile(FLOAT32, "shared", "component_masked"))
 def test_float32_is_as_accurate_as_its_inputs(name, implementation):
-    # 4e-6: a few roundings of the largest term; beyond it only what a change of the last input bit can do,
-    # which is up to |b| = 3e3 times more in steep directions (B A_m^T cancels), whatever the algorithm.
+    # 4e-6: a few roundings of the largest term; beyond it only what a change of the last input bit
+    # can do, which is up to |b| = 3e3 times more in steep directions (B A_m^T cancels), whatever
+    # the algorithm.
     expected, moved = evaluated(name, "reference"), jax.tree_util.tree_leaves(sensitivity(name))
     pairs = leaf_pairs(evaluated(name, implementation, "float32"), expected)
     for (path, got, want), shift in zip(pairs, moved, strict=True):
         assert got.dtype == np.float32
         slack = 4e-6 * natural_scale(name, path, want) + 2 * np.max(shift, initial=0.0)
-        # P^{1/2} scales the natural gradient of a core row: an error of 1e-7 in l is |b| times larger there
+        # P^{1/2} scales the natural gradient of a core row: an error of 1e-7 in l is |b| times
+        # larger there
         if "steep" in name and "natural" in path:
             slack *= 4
         np.testing.assert_allclose(got, want, rtol=0, atol=slack, err_msg=path)
@@ -266,7 +326,10 @@ def test_float32_is_as_accurate_as_its_inputs(name, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", FLOAT32_LIMITS)
 def test_float32_limits(name, implementation):
-    """Factors across steep directions, which a fit avoids: the gram matrix squares their condition."""
+    """Factors across steep directions, which a fit avoids.
+
+    The gram matrix squares their condition.
+    """
     expected, actual = (
         evaluated(name, "reference")["draw"],
         evaluated(name, implementation, "float32")["draw"],
@@ -278,13 +341,18 @@ def test_float32_limits(name, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
-    "name", ["one_dimension", "core_only", "seeds", "wide_rank", "shared_masked", "component_masked"]
+    "name",
+    ["one_dimension", "core_only", "seeds", "wide_rank", "shared_masked", "component_masked"],
 )
 def test_natural_gradient_is_the_dense_metric_times_the_euclidean(name, implementation):
     mixture = jax.tree_util.tree_map(np.float64, cases.make(cases.CASES[name])[0])
     gradient = evaluated(name, implementation)["gradient"]
     precision = np.eye(mixture.log_scale.size) + mixture.core.T @ mixture.core
-    covariance, euclidean, natural = np.linalg.inv(precision), gradient["euclidean"], gradient["natural"]
+    covariance, euclidean, natural = (
+        np.linalg.inv(precision),
+        gradient["euclidean"],
+        gradient["natural"],
+    )
     expected = euclidean._replace(
         offsets=euclidean.offsets * np.exp(mixture.log_scale) @ covariance,
         # moving log_scale moves the core along, so that core D^{-1/2} stays
@@ -300,13 +368,17 @@ def test_natural_gradient_is_the_dense_metric_times_the_euclidean(name, implemen
 @pytest.mark.parametrize("prefix", ["shared", "component"])
 def test_vmap_over_chains_equals_a_loop(prefix, implementation, x64):
     names = [prefix, f"{prefix}_masked", f"{prefix}_steep"]
-    stacked = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *(arguments(name, "float64") for name in names))
+    stacked = jax.tree_util.tree_map(
+        lambda *leaves: jnp.stack(leaves), *(arguments(name, "float64") for name in names)
+    )
     together = jax.vmap(functools.partial(everything, implementation=implementation))(*stacked)
     for index, name in enumerate(names):
         alone = evaluated(name, implementation)
         # condition 1e7 times a different order of summation
         tolerance = 1e-8 if "steep" in name else 1e-12
-        assert_leaves_close(jax.tree_util.tree_map(lambda leaf, i=index: leaf[i], together), alone, tolerance)
+        assert_leaves_close(
+            jax.tree_util.tree_map(lambda leaf, i=index: leaf[i], together), alone, tolerance
+        )
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
@@ -318,7 +390,11 @@ def test_nan_in_nan_out(name, implementation, x64):
         spoiled = mixture._replace(**{field: getattr(mixture, field).at[-1].set(jnp.nan)})
         drawn = everything(spoiled, stacked, cotangent, implementation=implementation)
         # log_prob of a draw does not depend on the mean that all components share; its place does
-        hit = drawn["draw"].displacement if field == "offsets" and name == "shared" else drawn["draw"].score
+        hit = (
+            drawn["draw"].displacement
+            if field == "offsets" and name == "shared"
+            else drawn["draw"].score
+        )
         assert np.all(np.isnan(hit).any(axis=-1)), field
         assert np.isnan(drawn["log_prob"]), field
     for field in ("eps", "zeta", "z"):
@@ -327,7 +403,9 @@ def test_nan_in_nan_out(name, implementation, x64):
         assert np.isnan(drawn.log_prob[0]), field
         assert np.isnan(drawn.displacement[0]).any(), field
         assert np.isfinite(drawn.log_prob[1]), field
-    gradient = everything(mixture, stacked, cotangent.at[0].set(jnp.nan), implementation=implementation)["gradient"]
+    gradient = everything(
+        mixture, stacked, cotangent.at[0].set(jnp.nan), implementation=implementation
+    )["gradient"]
     for metric in mixture_grad.METRICS:
         for field in ("offsets", "log_scale", "core", "factors"):
             assert np.isnan(getattr(gradient[metric], field)).any(), (metric, field)
@@ -359,7 +437,9 @@ def test_log_prob_can_be_differentiated(name, x64):
 def test_draws_have_the_mixture_s_density(num_components, rank, num_core, dim, means):
     num_offsets = {"center": 0, "shared": 1, "component": num_components}[means]
     with enable_x64(True):
-        mixture, stacked = cases.make(cases.Case(num_components, rank, num_core, dim, num_offsets), jnp.float64)
+        mixture, stacked = cases.make(
+            cases.Case(num_components, rank, num_core, dim, num_offsets), jnp.float64
+        )
 
         @quick_jit
         def draw(mixture, stacked):
@@ -368,19 +448,30 @@ def test_draws_have_the_mixture_s_density(num_components, rank, num_core, dim, m
 
         drawn = draw(mixture, stacked)
     mixture, drawn = jax.tree_util.tree_map(np.asarray, (mixture, drawn))
-    locations = np.broadcast_to(mixture.offsets.sum(0) if num_offsets == 0 else mixture.offsets, (num_components, dim))
-    scale, inner = np.exp(mixture.log_scale), np.linalg.inv(np.eye(dim) + mixture.core.T @ mixture.core)
-    covariances = [scale[:, None] * (inner + factor.T @ factor) * scale for factor in mixture.factors]
+    locations = np.broadcast_to(
+        mixture.offsets.sum(0) if num_offsets == 0 else mixture.offsets, (num_components, dim)
+    )
+    scale, inner = (
+        np.exp(mixture.log_scale),
+        np.linalg.inv(np.eye(dim) + mixture.core.T @ mixture.core),
+    )
+    covariances = [
+        scale[:, None] * (inner + factor.T @ factor) * scale for factor in mixture.factors
+    ]
     for index, point in enumerate(drawn.displacement):
         parts = np.array(
             [
                 weight + scipy.stats.multivariate_normal(mean, covariance).logpdf(point)
-                for weight, mean, covariance in zip(mixture.log_weights, locations, covariances, strict=True)
+                for weight, mean, covariance in zip(
+                    mixture.log_weights, locations, covariances, strict=True
+                )
             ]
         )
         share = np.exp(parts - scipy.special.logsumexp(parts))
         pulls = [np.linalg.solve(c, m - point) for m, c in zip(locations, covariances, strict=True)]
-        np.testing.assert_allclose(drawn.log_prob[index], scipy.special.logsumexp(parts), rtol=1e-11)
+        np.testing.assert_allclose(
+            drawn.log_prob[index], scipy.special.logsumexp(parts), rtol=1e-11
+        )
         np.testing.assert_allclose(drawn.responsibilities[index], share, atol=1e-11)
         np.testing.assert_allclose(drawn.score[index], share @ pulls, rtol=1e-9, atol=1e-10)
 
@@ -394,7 +485,9 @@ def test_responsibilities_keep_their_digits_in_high_dimension(implementation):
     @quick_jit
     def responsibilities(factors, eps, z):
         zeros, dtype = jnp.zeros((0, dim), eps.dtype), eps.dtype
-        mixture = Mixture(jnp.log(jnp.full(3, 1 / 3, dtype)), zeros, jnp.zeros(dim, dtype), zeros, factors)
+        mixture = Mixture(
+            jnp.log(jnp.full(3, 1 / 3, dtype)), zeros, jnp.zeros(dim, dtype), zeros, factors
+        )
         small = woodbury.grams(mixture, implementation=implementation)
         one = woodbury.Noise(jnp.asarray(0), eps, jnp.zeros(0, dtype), z)
         return woodbury.draw(mixture, small, one, implementation=implementation).responsibilities
@@ -416,7 +509,10 @@ def test_log_density_keeps_its_digits_at_a_million_dimensions(implementation):
     noise = woodbury.Noise(np.int32(1), eps, np.zeros(0, np.float32), np.ones(3, np.float32))
     drawn = jax.jit(
         lambda mixture, noise: woodbury.draw(
-            mixture, woodbury.grams(mixture, implementation=implementation), noise, implementation=implementation
+            mixture,
+            woodbury.grams(mixture, implementation=implementation),
+            noise,
+            implementation=implementation,
         )
     )(*jax.tree_util.tree_map(jnp.asarray, (mixture, noise)))
     # in float64, by the matrix determinant lemma and Woodbury's identity, at the point as drawn
@@ -431,15 +527,27 @@ def test_log_density_keeps_its_digits_at_a_million_dimensions(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("rank", "dim"), [(0, 3), (1, 5), (2, 3), (3, 7), (4, 1000), (3, 2345), (2, 1001)])
+@pytest.mark.parametrize(
+    ("rank", "dim"), [(0, 3), (1, 5), (2, 3), (3, 7), (4, 1000), (3, 2345), (2, 1001)]
+)
 def test_factor_grams(rank, dim, implementation, x64):
     factors = jnp.asarray(np.random.default_rng(0).normal(size=(2, rank, dim)))
-    products = quick_jit(functools.partial(woodbury.factor_grams, implementation=implementation))(factors)
-    np.testing.assert_allclose(products, np.einsum("mrd,msd->mrs", factors, factors), rtol=1e-12, atol=1e-11)
+    products = quick_jit(functools.partial(woodbury.factor_grams, implementation=implementation))(
+        factors
+    )
+    np.testing.assert_allclose(
+        products, np.einsum("mrd,msd->mrs", factors, factors), rtol=1e-12, atol=1e-11
+    )
     # and they are used, not recomputed
     mixture = Mixture(np.zeros(2), np.zeros((0, dim)), np.zeros(dim), np.zeros((0, dim)), factors)
-    small = quick_jit(functools.partial(woodbury.grams, implementation=implementation))(mixture, 3 * products)
-    whitened = small.factor_half @ (np.eye(rank) + 3 * np.asarray(products)) @ np.swapaxes(small.factor_half, 1, 2)
+    small = quick_jit(functools.partial(woodbury.grams, implementation=implementation))(
+        mixture, 3 * products
+    )
+    whitened = (
+        small.factor_half
+        @ (np.eye(rank) + 3 * np.asarray(products))
+        @ np.swapaxes(small.factor_half, 1, 2)
+    )
     np.testing.assert_allclose(whitened, np.broadcast_to(np.eye(rank), whitened.shape), atol=1e-10)
 
 
@@ -456,10 +564,14 @@ def test_upper_median(size, dtype):
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 8, 33])
 def test_lower_inverse(size, x64):
-    matrix = np.tril(np.random.default_rng(size).normal(size=(3, size, size)), -1) + 2 * np.eye(size)
+    matrix = np.tril(np.random.default_rng(size).normal(size=(3, size, size)), -1) + 2 * np.eye(
+        size
+    )
     lower_inverse = quick_jit(triangular.lower_inverse)
     inverse = np.asarray(lower_inverse(matrix))
-    np.testing.assert_allclose(inverse @ matrix, np.broadcast_to(np.eye(size), matrix.shape), atol=1e-10)
+    np.testing.assert_allclose(
+        inverse @ matrix, np.broadcast_to(np.eye(size), matrix.shape), atol=1e-10
+    )
     np.testing.assert_allclose(inverse, np.linalg.inv(matrix), rtol=1e-9, atol=1e-9)
     assert np.all(np.triu(inverse, 1) == 0)
     if size > 1:
@@ -487,11 +599,17 @@ def test_hutchinson_agrees_with_the_dense_matrix(name, implementation, dtype):
     matrix, probes = np.float64(matrix), np.float64(probes)
     size = np.abs(matrix).sum(axis=1)
     tolerance = 1e-6 if dtype == "float32" else 1e-14
-    assert np.all(np.abs(diagonal - np.mean(probes * (probes @ matrix), axis=0)) <= tolerance * size)
-    assert np.all(np.abs(samples - np.sum(probes * (probes @ matrix), axis=1)) <= tolerance * size.sum())
+    assert np.all(
+        np.abs(diagonal - np.mean(probes * (probes @ matrix), axis=0)) <= tolerance * size
+    )
+    assert np.all(
+        np.abs(samples - np.sum(probes * (probes @ matrix), axis=1)) <= tolerance * size.sum()
+    )
     if case.diagonal:
         np.testing.assert_allclose(diagonal, np.diag(matrix), rtol=tolerance)
-        np.testing.assert_allclose(samples, np.trace(matrix), rtol=tolerance, atol=tolerance * size.sum())
+        np.testing.assert_allclose(
+            samples, np.trace(matrix), rtol=tolerance, atol=tolerance * size.sum()
+        )
 
 
 @pytest.mark.parametrize("implementation", ["reference", *HUTCHINSON])
@@ -499,7 +617,9 @@ def test_hutchinson_is_exact_over_all_probes(implementation):
     matrix = np.array([[2.0, 3.0, -1.0], [3.0, -5.0, 4.0], [-1.0, 4.0, 0.5]], np.float32)
     probes = jnp.asarray(list(itertools.product([-1.0, 1.0], repeat=3)))
     options = {"implementation": implementation}
-    np.testing.assert_allclose(hutchinson.diagonal(lambda z: matrix @ z, probes, **options), np.diag(matrix), atol=1e-6)
+    np.testing.assert_allclose(
+        hutchinson.diagonal(lambda z: matrix @ z, probes, **options), np.diag(matrix), atol=1e-6
+    )
     samples = hutchinson.trace_samples(lambda z: matrix @ z, probes, **options)
     np.testing.assert_allclose(np.mean(samples), np.trace(matrix), atol=1e-6)
 
@@ -520,7 +640,11 @@ def bits(array):
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (3, 5), (2, 0), (1025,), (4, 3, 33)])
 def test_noise_has_the_bits_of_jax(shape, dtype):
     with enable_x64(dtype == "float64"):
-        for key in (jax.random.key(0), jax.random.fold_in(jax.random.key(2**31), 5), jax.random.PRNGKey(3)):
+        for key in (
+            jax.random.key(0),
+            jax.random.fold_in(jax.random.key(2**31), 5),
+            jax.random.PRNGKey(3),
+        ):
             actual, expected = (
                 noise.normal(key, shape, jnp.dtype(dtype)),
                 jax.random.normal(key, shape, dtype),
@@ -538,6 +662,10 @@ def test_noise_has_the_bits_of_jax_over_chains_and_implementations(dtype):
         expected = jax.jit(jax.vmap(lambda key: jax.random.normal(key, (2, 11), dtype)))(keys)
         np.testing.assert_array_equal(bits(actual), bits(expected))
         key = jax.random.key(1, impl="rbg")
-        np.testing.assert_array_equal(noise.normal(key, (9,), jnp.dtype(dtype)), jax.random.normal(key, (9,), dtype))
+        np.testing.assert_array_equal(
+            noise.normal(key, (9,), jnp.dtype(dtype)), jax.random.normal(key, (9,), dtype)
+        )
         many = noise.normal(jax.random.key(11), (100_000,), jnp.dtype(dtype))
-        np.testing.assert_array_equal(bits(many), bits(jax.random.normal(jax.random.key(11), (100_000,), dtype)))
+        np.testing.assert_array_equal(
+            bits(many), bits(jax.random.normal(jax.random.key(11), (100_000,), dtype))
+        )

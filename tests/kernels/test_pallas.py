@@ -70,7 +70,11 @@ def test_vmap_over_chains_equals_a_loop(interpreted, x64):
 def test_nan_in_nan_out(interpreted, x64):
     mixture, stacked = cases.make(SHARED["shared"], jnp.float64)
     for field in ("eps", "zeta", "z"):
-        drawn, _ = draws(density, mixture, stacked._replace(**{field: getattr(stacked, field).at[0, 0].set(jnp.nan)}))
+        drawn, _ = draws(
+            density,
+            mixture,
+            stacked._replace(**{field: getattr(stacked, field).at[0, 0].set(jnp.nan)}),
+        )
         assert np.isnan(drawn.log_prob[0]), field
         assert np.isnan(drawn.score[0]).any(), field
         assert np.isfinite(drawn.log_prob[1]), field
@@ -106,7 +110,9 @@ def for_a_gpu():
     if jax.__version_info__ < (0, 10):
         return contextlib.nullcontext()
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -122,6 +128,6 @@ def test_lowering_for_cuda_holds_the_kernels(dtype):
 
 
 def test_every_pallas_module_is_tested():
-    assert {op.implementations["pallas"].module for op in OPS.values() if "pallas" in op.implementations} == {
-        density.__name__
-    }
+    assert {
+        op.implementations["pallas"].module for op in OPS.values() if "pallas" in op.implementations
+    } == {density.__name__}

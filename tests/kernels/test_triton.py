@@ -1,4 +1,7 @@
-"""Triton kernels without a GPU: numbers by the interpreter, lowering for CUDA, machine code for sm_90."""
+"""Triton kernels without a GPU.
+
+Numbers by the interpreter, lowering for CUDA, machine code for sm_90.
+"""
 
 import functools
 import importlib.util
@@ -53,7 +56,9 @@ def test_draws_agree_with_dense_algebra(name, interpreted, x64):
     mixture, stacked = cases.make(cases.CASES.get(name, RAGGED), jnp.float64)
     # condition 1e7, as in tests/test_kernels.py
     assert_close(
-        draws(density, mixture, stacked), draws(reference, mixture, stacked), 3e-8 if "steep" in name else 1e-12
+        draws(density, mixture, stacked),
+        draws(reference, mixture, stacked),
+        3e-8 if "steep" in name else 1e-12,
     )
 
 
@@ -79,7 +84,9 @@ def test_factors_move_in_place(interpreted, x64, comp, rank, dim, terms, labels)
     sizes = (comp, rank, dim), (labels.size, terms, rank), (labels.size, terms, dim)
     arguments = [jnp.asarray(array) for array in (rng.normal(size=sizes[0]), labels)]
     arguments += [jnp.asarray(rng.normal(size=size)) for size in sizes[1:]]
-    actual, expected = (quick_jit(module.update_factors)(*arguments) for module in (gradient, gradient_reference))
+    actual, expected = (
+        quick_jit(module.update_factors)(*arguments) for module in (gradient, gradient_reference)
+    )
     assert_close(actual, expected, 1e-12)
 
 
@@ -143,7 +150,9 @@ def test_what_is_missing_is_refused():
 def compiled():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     program = Path(__file__).parents[1] / "support" / "triton_compile.py"
-    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, program], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -162,5 +171,7 @@ def test_lowering_for_cuda_holds_the_kernels():
 
 
 def test_every_triton_module_is_tested():
-    modules = {op.implementations["triton"].module for op in OPS.values() if "triton" in op.implementations}
+    modules = {
+        op.implementations["triton"].module for op in OPS.values() if "triton" in op.implementations
+    }
     assert modules == {density.__name__, gradient.__name__}

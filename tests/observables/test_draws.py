@@ -33,14 +33,25 @@ OPTIONS = {
 
 
 def loss_fn(params, batch):
-    away = jnp.append(jnp.ravel(params["w"] - CENTER[0]), params["b"].astype(jnp.float32) - CENTER[1])
+    away = jnp.append(
+        jnp.ravel(params["w"] - CENTER[0]), params["b"].astype(jnp.float32) - CENTER[1]
+    )
     order = jnp.roll(away, 1)  # the tree's order: b, then w
-    return (LOSS + 0.5 * jnp.sum(jnp.asarray(CURVATURES, jnp.float32) * order**2)) * jnp.mean(batch[0])
+    return (LOSS + 0.5 * jnp.sum(jnp.asarray(CURVATURES, jnp.float32) * order**2)) * jnp.mean(
+        batch[0]
+    )
 
 
 def estimate(**options):
     return fastvi.estimate_llc(
-        loss_fn, PARAMS, DATA, nbeta=NBETA, localization=GAMMA, M=2, r=1, **{**OPTIONS, "num_chains": 2} | options
+        loss_fn,
+        PARAMS,
+        DATA,
+        nbeta=NBETA,
+        localization=GAMMA,
+        M=2,
+        r=1,
+        **{**OPTIONS, "num_chains": 2} | options,
     )
 
 
@@ -59,15 +70,24 @@ def normals(*shifts):
     """
     rng, dim = np.random.default_rng(1), 3
     scale, core = np.exp(0.3 * rng.normal(size=dim)), rng.normal(size=(1, dim))
-    geometry = Geometry(*(jnp.asarray(x, jnp.float32) for x in (scale, core)), jnp.int32(1), jnp.float32(1.0), 1)
+    geometry = Geometry(
+        *(jnp.asarray(x, jnp.float32) for x in (scale, core)), jnp.int32(1), jnp.float32(1.0), 1
+    )
     family = FAMILIES["mfa"].create(VIConfig(M=1, r=1), geometry)
     factors, log_scale = rng.normal(size=(1, 1, dim)), 0.3 * rng.normal(size=dim)
-    start = quick_jit(lambda *given: family.init(*given))(jax.random.key(0), geometry.core, jnp.float32(log_scale))
+    start = quick_jit(lambda *given: family.init(*given))(
+        jax.random.key(0), geometry.core, jnp.float32(log_scale)
+    )
     start = start._replace(factors=jnp.asarray(factors, jnp.float32))
     params = [start._replace(offsets=jnp.full((1, dim), shift, jnp.float32)) for shift in shifts]
     inner = np.linalg.inv(np.eye(dim) + core.T @ core) + factors[0].T @ factors[0]
     deviation = scale * np.exp(log_scale)
-    return family, params, [5.0 + shift * scale for shift in shifts], deviation[:, None] * inner * deviation
+    return (
+        family,
+        params,
+        [5.0 + shift * scale for shift in shifts],
+        deviation[:, None] * inner * deviation,
+    )
 
 
 def test_draws_have_the_moments_and_the_density_of_a_mixture_over_chains():
@@ -77,7 +97,10 @@ def test_draws_have_the_moments_and_the_density_of_a_mixture_over_chains():
     w, log_q = q.sample_and_log_prob(0, (num,))
 
     def exact(points):
-        parts = [scipy.stats.multivariate_normal(m, covariance).logpdf(points) for m in (mean, other_mean)]
+        parts = [
+            scipy.stats.multivariate_normal(m, covariance).logpdf(points)
+            for m in (mean, other_mean)
+        ]
         return scipy.special.logsumexp(parts, axis=0) - math.log(2)
 
     np.testing.assert_allclose(log_q, exact(w), atol=2e-4)
@@ -99,9 +122,13 @@ def laplace_flow():
     scale, core = np.array([1.0, 0.5, 2.0]), np.array([[1.0, -2.0, 0.5]])
     flow = {"depth": 2, "hidden": [4], "init_scale": 0.3}
     config = VIConfig.create({"family": "flow", "d_latent": 2, "flow": flow})
-    geometry = Geometry(*(jnp.asarray(x, jnp.float32) for x in (scale, core)), jnp.int32(1), jnp.float32(1.0), 1)
+    geometry = Geometry(
+        *(jnp.asarray(x, jnp.float32) for x in (scale, core)), jnp.int32(1), jnp.float32(1.0), 1
+    )
     family = FAMILIES["flow"].create(config, geometry)
-    params = quick_jit(lambda *given: family.init(*given))(jax.random.key(0), geometry.core, jnp.zeros(3))
+    params = quick_jit(lambda *given: family.init(*given))(
+        jax.random.key(0), geometry.core, jnp.zeros(3)
+    )
     q = FittedQ(family, jax.tree_util.tree_map(lambda leaf: leaf[None], params), jnp.full(3, 5.0))
     return q, (np.eye(3) + core.T @ core) / np.outer(scale, scale), 0.0
 
@@ -114,7 +141,9 @@ def test_weights_of_the_draws_average_to_the_normalising_constant(family, result
     w, log_q = q.sample_and_log_prob(1, (4_000,))
     away = np.asarray(w - q.center, float)
     log_p = peak - 0.5 * np.einsum("ni,ij,nj->n", away, precision, away)
-    log_z = peak + 0.5 * len(precision) * math.log(2 * math.pi) - 0.5 * np.linalg.slogdet(precision)[1]
+    log_z = (
+        peak + 0.5 * len(precision) * math.log(2 * math.pi) - 0.5 * np.linalg.slogdet(precision)[1]
+    )
     ratio = np.exp(log_p - np.asarray(log_q, float) - log_z)
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(ratio.size)
     assert ratio.std() < 1
@@ -150,7 +179,12 @@ def test_keys_decide_the_draws(result):
 
 
 def test_parameters_held_fixed_stay_in_their_places():
-    mask = {"w": np.array([[True, False], [False, True]]), "b": False, "activation": False, "name": False}
+    mask = {
+        "w": np.array([[True, False], [False, True]]),
+        "b": False,
+        "activation": False,
+        "name": False,
+    }
     found = estimate(param_mask=mask, num_chains=1)
     tree, log_q = found.q.sample_and_log_prob(0, (6,))
     flat = found.q.flat.sample(0, (6,))
@@ -163,9 +197,15 @@ def test_parameters_held_fixed_stay_in_their_places():
     assert tree["b"].dtype == jnp.float16
     assert tree["name"] == "net"
     np.testing.assert_allclose(found.q.log_prob(tree), log_q, atol=1e-4)
-    passed_as_restricted = dataclasses.replace(found, fitted=found.fitted._replace(is_masked=False)).q
-    np.testing.assert_array_equal(passed_as_restricted.sample(0, (6,))[0], flat)  # that was all that was passed
-    np.testing.assert_array_equal(passed_as_restricted.whole.sample(0, (2, 3))["w"], tree["w"].reshape(2, 3, 2, 2))
+    passed_as_restricted = dataclasses.replace(
+        found, fitted=found.fitted._replace(is_masked=False)
+    ).q
+    np.testing.assert_array_equal(
+        passed_as_restricted.sample(0, (6,))[0], flat
+    )  # that was all that was passed
+    np.testing.assert_array_equal(
+        passed_as_restricted.whole.sample(0, (2, 3))["w"], tree["w"].reshape(2, 3, 2, 2)
+    )
 
 
 # Refusals.

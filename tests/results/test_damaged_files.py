@@ -1,4 +1,7 @@
-"""Files that are damaged, foreign, older or newer: each is refused by name, with what is wrong and the way out."""
+"""Files that are damaged, foreign, older or newer.
+
+Each is refused by name, with what is wrong and the way out.
+"""
 
 import dataclasses
 import json
@@ -17,7 +20,15 @@ from fastvi.results.runs import Origin, read_origin, read_record, read_settings,
 
 ORIGIN = Origin("some_module:target", 3, 2.0, None, 1)
 CURVES = np.array([4.0, 1.0, 0.5, 0.0], np.float32)
-OPTIONS = {"correction": "none", "steps": 100, "M": 1, "r": 0, "eval_samples": 16, "num_chains": 1, "progress": False}
+OPTIONS = {
+    "correction": "none",
+    "steps": 100,
+    "M": 1,
+    "r": 0,
+    "eval_samples": 16,
+    "num_chains": 1,
+    "progress": False,
+}
 
 
 def loss(w, batch):
@@ -25,7 +36,9 @@ def loss(w, batch):
 
 
 def estimate(folder=None, **changes):
-    return fastvi.estimate_llc(loss, jnp.zeros(4), (jnp.ones((20, 1)),), resume_from=folder, **OPTIONS | changes)
+    return fastvi.estimate_llc(
+        loss, jnp.zeros(4), (jnp.ones((20, 1)),), resume_from=folder, **OPTIONS | changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +146,10 @@ def without(*names):
 
 
 def arrays(change, digest=True):
-    """Change the arrays of an .npz file, and the digest in result.json with them: another program may do so."""
+    """Change the arrays of an .npz file, and the digest in result.json with them.
+
+    Another program may do so.
+    """
 
     def damage(path):
         with np.load(path) as stored:
@@ -211,17 +227,28 @@ RESULT = {
     "negative count": (put("n_data", -1), "has n_data = -1, which is not an integer >= 1"),
     "nan nbeta": (put("nbeta", NAN), "has nbeta = nan, which is not a finite number > 0"),
     "nan seconds": (put("timings", "total", NAN), "has timings = "),
-    "bad constant": (put("llc", {"non_finite": "maybe"}), "has 'maybe' where nan, inf or -inf is wanted"),
+    "bad constant": (
+        put("llc", {"non_finite": "maybe"}),
+        "has 'maybe' where nan, inf or -inf is wanted",
+    ),
     "list for a dict": (put("work", [1]), "has work = [1], which is of the wrong type"),
     "no chains": (put("llc_per_chain", []), "has llc_per_chain = []"),
     "text among chains": (put("llc_per_chain", ["a"]), "has llc_per_chain = ['a']"),
     "finding of text": (put("health", ["bad"]), "has health = ['bad']"),
     "unknown severity": (
-        put("health", [{"severity": "?", "name": "", "observed": "", "cause": "", "next_step": ""}]),
+        put(
+            "health", [{"severity": "?", "name": "", "observed": "", "cause": "", "next_step": ""}]
+        ),
         "which is not findings",
     ),
-    "unknown correction": (put("correction", {"method": "magic"}), "which is not an importance or mcmc correction"),
-    "correction without work": (put("correction", {"method": "mcmc", "khat": 0.1}), "lacks 'work.fge_correction'"),
+    "unknown correction": (
+        put("correction", {"method": "magic"}),
+        "which is not an importance or mcmc correction",
+    ),
+    "correction without work": (
+        put("correction", {"method": "mcmc", "khat": 0.1}),
+        "lacks 'work.fge_correction'",
+    ),
     "config of text": (put("config", "M=1"), "lacks 'config'"),
     "config field": (put("config", "M", 0), "M must be an integer >= 1"),
     "config extra": (put("config", "N", 1), "N must be a field of VIConfig"),
@@ -232,15 +259,30 @@ TRACES = {
     "pickles": (pickled, "is no archive of arrays"),
     "other member": (other_member, "holds 'notes.txt', which is no array"),
     "scrambled": (scrambled, ""),
-    "of another run": (arrays(lambda a: a.update(log_weights=a["log_weights"] + 1), digest=False), "does not belong"),
+    "of another run": (
+        arrays(lambda a: a.update(log_weights=a["log_weights"] + 1), digest=False),
+        "does not belong",
+    ),
     "missing array": (arrays(lambda a: a.pop("log_weights")), "lacks the array 'log_weights'"),
     "missing trace": (arrays(lambda a: a.pop("trace_elbo")), "lacks the array 'trace_elbo'"),
     "unknown array": (arrays(lambda a: a.update(extra=np.zeros(1))), "holds 'extra'"),
     "array of text": (arrays(lambda a: a.update(trace_lr=np.array(["a"]))), "holds 'trace_lr'"),
-    "other steps": (arrays(lambda a: a.update(trace_lr=a["trace_lr"][:, 1:])), "'trace_lr' of the impossible shape"),
-    "other chains": (arrays(lambda a: a.update(log_weights=np.zeros((9, 4)))), "'log_weights' of the impossible"),
-    "no draws": (arrays(lambda a: a.update(log_weights=np.zeros((1, 0)))), "'log_weights' of the impossible"),
-    "flat walk": (arrays(lambda a: a.update(walk_llc=np.zeros(3))), "'walk_llc' of the impossible shape (3,)"),
+    "other steps": (
+        arrays(lambda a: a.update(trace_lr=a["trace_lr"][:, 1:])),
+        "'trace_lr' of the impossible shape",
+    ),
+    "other chains": (
+        arrays(lambda a: a.update(log_weights=np.zeros((9, 4)))),
+        "'log_weights' of the impossible",
+    ),
+    "no draws": (
+        arrays(lambda a: a.update(log_weights=np.zeros((1, 0)))),
+        "'log_weights' of the impossible",
+    ),
+    "flat walk": (
+        arrays(lambda a: a.update(walk_llc=np.zeros(3))),
+        "'walk_llc' of the impossible shape (3,)",
+    ),
     "a single array": (lambda path: path.write_bytes(npy()), ""),
 }
 RUN = {
@@ -269,7 +311,10 @@ PROGRESS = {
     "newer": (meta(version=2), "Upgrade fastvi."),
     "other format": (meta(format="x"), "is not of the format"),
     "identity of text": (meta(identity="same"), "has an impossible 'identity'"),
-    "nan phase": (meta(phases=[1.0, float("nan"), 100]), "steps, phases and traces that are not of one fit"),
+    "nan phase": (
+        meta(phases=[1.0, float("nan"), 100]),
+        "steps, phases and traces that are not of one fit",
+    ),
     "two phases": (meta(phases=[1.0, 2.0]), "steps, phases and traces that are not of one fit"),
     "negative steps": (meta(done=-1), "steps, phases and traces that are not of one fit"),
     "other lengths": (meta(lengths=[7]), "steps, phases and traces that are not of one fit"),
@@ -277,7 +322,10 @@ PROGRESS = {
     "fewer leaves": (meta(num_leaves=3), "lacks arrays of the fit"),
     "missing leaf": (arrays(lambda a: a.pop("leaf_0")), "lacks arrays of the fit"),
     "other leaf": (arrays(lambda a: a.update(leaf_0=np.zeros((7, 7)))), "lacks arrays of the fit"),
-    "short trace": (arrays(lambda a: a.update(trace_elbo=a["trace_elbo"][:, :9])), "that are not of one fit"),
+    "short trace": (
+        arrays(lambda a: a.update(trace_elbo=a["trace_elbo"][:, :9])),
+        "that are not of one fit",
+    ),
 }
 
 
@@ -320,7 +368,12 @@ def test_run_json(damage, said, folder):
 
 @pytest.mark.parametrize(("damage", "said"), kinds(CONFIG))
 def test_config_yaml_of_a_run(damage, said, folder):
-    refused(lambda: read_record(folder), folder / "config.yaml", damage, said if said != "is not UTF-8 text" else "")
+    refused(
+        lambda: read_record(folder),
+        folder / "config.yaml",
+        damage,
+        said if said != "is not UTF-8 text" else "",
+    )
 
 
 @pytest.mark.parametrize(
@@ -352,7 +405,9 @@ def test_nobody_is_let_read(folder, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("pathlib.Path.read_bytes", denied)
-    with pytest.raises(DataError, match=r"result\.json cannot be read \(.*Permission denied.*Restore both files"):
+    with pytest.raises(
+        DataError, match=r"result\.json cannot be read \(.*Permission denied.*Restore both files"
+    ):
         LLCEstimate.load(folder)
 
 
@@ -383,8 +438,16 @@ def same(one, other):
         {},
         {"llc": float("nan"), "llc_sem": float("inf"), "elbo": -0.0, "converged": False},
         {"config": VIConfig(latent_basis=np.eye(4)[:, :2], r_per_component=(1,) * 8, lr=1 / 3)},
-        {"health": (fastvi.results.findings.Finding("note", "naïve ± <b>", "“seen”", "\ud800", "\n"),)},
-        {"log_weights": np.array([[1.0, np.nan, -np.inf, 1e-300]]), "draws": {}, "init_loss": 5e-324},
+        {
+            "health": (
+                fastvi.results.findings.Finding("note", "naïve ± <b>", "“seen”", "\ud800", "\n"),
+            )
+        },
+        {
+            "log_weights": np.array([[1.0, np.nan, -np.inf, 1e-300]]),
+            "draws": {},
+            "init_loss": 5e-324,
+        },
     ],
 )
 def test_a_saved_estimate_comes_back_exactly(changes, whole, tmp_path):
@@ -395,4 +458,7 @@ def test_a_saved_estimate_comes_back_exactly(changes, whole, tmp_path):
 
 def test_a_fresh_estimate_comes_back_exactly(whole):
     """The same programs in the same process: the same bits."""
-    same(LLCEstimate.load(whole), dataclasses.replace(estimate(), timings=LLCEstimate.load(whole).timings))
+    same(
+        LLCEstimate.load(whole),
+        dataclasses.replace(estimate(), timings=LLCEstimate.load(whole).timings),
+    )

@@ -24,9 +24,34 @@ from fastvi.results.report.tensorboard import Events, LiveEvents, reduce_traces,
 
 DATA = (jnp.zeros((20, 1)),)
 TAGS = {
-    *("elbo", "elbo_like", "logq", "radius2", "radius2_q05", "radius2_q50", "radius2_q95", "resp_entropy"),
-    *("cumulative_fge", "Eq_Ln_mc", "Eq_Ln_cv", "variance_reduction", "pi_min", "pi_max", "pi_entropy"),
-    *("D_sqrt_min", "D_sqrt_max", "D_sqrt_med", "A_col_norm_p95", "A_col_norm_max", "grad_norm", "lr"),
+    *(
+        "elbo",
+        "elbo_like",
+        "logq",
+        "radius2",
+        "radius2_q05",
+        "radius2_q50",
+        "radius2_q95",
+        "resp_entropy",
+    ),
+    *(
+        "cumulative_fge",
+        "Eq_Ln_mc",
+        "Eq_Ln_cv",
+        "variance_reduction",
+        "pi_min",
+        "pi_max",
+        "pi_entropy",
+    ),
+    *(
+        "D_sqrt_min",
+        "D_sqrt_max",
+        "D_sqrt_med",
+        "A_col_norm_p95",
+        "A_col_norm_max",
+        "grad_norm",
+        "lr",
+    ),
     *("llc_mean", "L0", "lambda_hat_mean", "Eq_Ln_final", "Ln_wstar"),
 }
 IMAGES = {"pi", "scree", "D_sqrt", "radius2_trace", "spectrum"}
@@ -64,25 +89,44 @@ def result(live_folder):
 def corrected(result):
     """The same result as if two walkers had followed the fit."""
     walk = np.abs(np.random.default_rng(0).normal(size=(4, 30))) + 1.0
-    details = {"method": "mcmc", "khat": 1.0, "burn_in": 60, "steps": 300, "rhat": 1.01, "variance_reduction": 2.0}
+    details = {
+        "method": "mcmc",
+        "khat": 1.0,
+        "burn_in": 60,
+        "steps": 300,
+        "rhat": 1.01,
+        "variance_reduction": 2.0,
+    }
     work = {**result.work, "fge_correction": 300.0, "total_fge": result.work["total_fge"] + 300.0}
     timings = {**result.timings, "correction": 1.0}
-    return dataclasses.replace(result, llc=1.8, walk_llc=walk, correction=details, work=work, timings=timings)
+    return dataclasses.replace(
+        result, llc=1.8, walk_llc=walk, correction=details, work=work, timings=timings
+    )
 
 
 def group(container, name):
     found = getattr(container, name, None)
-    return container[name].to_dataset() if found is None or not hasattr(found, "data_vars") else found
+    return (
+        container[name].to_dataset() if found is None or not hasattr(found, "data_vars") else found
+    )
 
 
 def test_arviz_has_the_draws_of_q(result):
     container = result.to_arviz()
     posterior, stats = group(container, "posterior"), group(container, "sample_stats")
     assert posterior["llc"].dims == ("chain", "draw")
-    np.testing.assert_allclose(posterior["llc"].mean("draw"), result.evaluation["llc_mc"], rtol=1e-5)
-    np.testing.assert_allclose(posterior["L"], result.init_loss + posterior["llc"].to_numpy() / result.nbeta, rtol=1e-6)
-    np.testing.assert_allclose(stats["log_weight"].mean("draw"), result.evaluation["elbo"], rtol=1e-5)
-    np.testing.assert_allclose(stats["log_p"] - stats["log_q"], stats["log_weight"], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        posterior["llc"].mean("draw"), result.evaluation["llc_mc"], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        posterior["L"], result.init_loss + posterior["llc"].to_numpy() / result.nbeta, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        stats["log_weight"].mean("draw"), result.evaluation["elbo"], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        stats["log_p"] - stats["log_q"], stats["log_weight"], rtol=1e-6, atol=1e-6
+    )
     # log p = -nbeta L - gamma/2 |v|^2 can be no more than -nbeta L
     assert np.all(stats["log_p"].to_numpy() <= -result.nbeta * posterior["L"].to_numpy() + 1e-4)
     assert not stats["diverging"].any()
@@ -90,7 +134,8 @@ def test_arviz_has_the_draws_of_q(result):
     np.testing.assert_array_equal(stats["elbo_like"], stats["log_p"])
     entropy = stats["resp_entropy"].to_numpy()
     assert entropy.shape == stats["log_q"].shape
-    # three components that nearly coincide and weigh alike; the trace holds the same mean over the fit's draws
+    # three components that nearly coincide and weigh alike; the trace holds the same mean over the
+    # fit's draws
     assert entropy.mean() == pytest.approx(result.traces["resp_entropy"][:, -50:].mean(), abs=0.1)
     assert 0 < entropy.max() <= np.log(3) + 1e-5
     assert stats["cumulative_fge"].to_numpy()[0, -1] == pytest.approx(200 * 2 + 256 / 3)
@@ -118,7 +163,9 @@ def test_arviz_of_a_corrected_run_has_the_walkers(corrected):
     work = group(container, "sample_stats")["cumulative_fge"].to_numpy()
     assert 4 * work[0, -1] == pytest.approx(corrected.work["total_fge"])
     np.testing.assert_allclose(
-        group(container, "variational")["llc"].mean("draw"), corrected.evaluation["llc_mc"], rtol=1e-5
+        group(container, "variational")["llc"].mean("draw"),
+        corrected.evaluation["llc_mc"],
+        rtol=1e-5,
     )
 
 
@@ -158,7 +205,9 @@ def test_tensorboard_has_every_tag(result, written):
     assert mean.Scalars("vi/llc_mean")[0].value == pytest.approx(result.llc, rel=1e-6)
     per_chain = [read_events(written / f"chain_{chain}") for chain in range(2)]
     for chain, events in enumerate(per_chain):
-        assert events.Scalars("vi/llc_vi")[0].value == pytest.approx(result.evaluation["llc"][chain], rel=1e-6)
+        assert events.Scalars("vi/llc_vi")[0].value == pytest.approx(
+            result.evaluation["llc"][chain], rel=1e-6
+        )
         values = [event.value for event in events.Scalars("vi/radius2_q50")]
         medians = np.median(result.traces["radius2"][chain].reshape(5, 40), axis=1)
         np.testing.assert_allclose(values, medians, rtol=1e-5)
@@ -222,7 +271,13 @@ def test_events_of_a_flow_fit(tmp_path):
     found.save(tmp_path)
     mean = read_events(tmp_path / "diagnostics" / "tb")
     tags = {tag.removeprefix("vi/") for tag in mean.Tags()["scalars"]}
-    assert tags >= TAGS | {"sigma_perp", "latent_logdet_mean", "latent_scale_min", "latent_scale_max", "d_latent"}
+    assert tags >= TAGS | {
+        "sigma_perp",
+        "latent_logdet_mean",
+        "latent_scale_min",
+        "latent_scale_max",
+        "d_latent",
+    }
     assert [event.step for event in mean.Scalars("vi/sigma_perp")] == [1, 3, 5]
     expected = found.traces["latent_logdet_mean"][0].reshape(3, 2).mean(axis=1)
     values = [event.value for event in mean.Scalars("vi/latent_logdet_mean")]
@@ -240,7 +295,9 @@ def test_live_events_are_those_of_the_traces(result, live_folder):
 
 
 def test_windows_may_end_early():
-    windows = reduce_traces({"elbo": np.arange(14.0).reshape(2, 7), "lr": np.arange(14.0).reshape(2, 7)}, 3)
+    windows = reduce_traces(
+        {"elbo": np.arange(14.0).reshape(2, 7), "lr": np.arange(14.0).reshape(2, 7)}, 3
+    )
     np.testing.assert_array_equal(windows.steps, [2, 5, 6])
     np.testing.assert_array_equal(windows.values["elbo"], [[1, 4, 6], [8, 11, 13]])
     np.testing.assert_array_equal(windows.values["lr"], [[2, 5, 6], [9, 12, 13]])
@@ -250,7 +307,9 @@ def test_windows_may_end_early():
 def test_traces_of_any_family_keep_their_names(tmp_path):
     names = ("sigma_perp", "latent_logdet_mean", "latent_scale_min", "latent_scale_max")
     events = Events(tmp_path)
-    events.write_traces({name: np.full((2, 3), 1.5 + place) for place, name in enumerate(names)}, every=3)
+    events.write_traces(
+        {name: np.full((2, 3), 1.5 + place) for place, name in enumerate(names)}, every=3
+    )
     events.close()
     read = read_events(tmp_path / "chain_1")
     assert [read.Scalars(f"vi/{name}")[0].value for name in names] == [1.5, 2.5, 3.5, 4.5]
@@ -290,7 +349,11 @@ class Links(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         values = dict(attrs)
-        self.fetched += [values[name] for name in ("src", "href") if not values.get(name, "data:").startswith("data:")]
+        self.fetched += [
+            values[name]
+            for name in ("src", "href")
+            if not values.get(name, "data:").startswith("data:")
+        ]
         self.images += tag == "img"
         if tag == "script":
             self.fetched.append("script")
@@ -302,7 +365,9 @@ class Links(HTMLParser):
 
 
 def test_the_report_is_one_page_that_fetches_nothing(corrected, tmp_path):
-    named = dataclasses.replace(corrected, health=(dataclasses.replace(FINDING, observed="a < b & c"),))
+    named = dataclasses.replace(
+        corrected, health=(dataclasses.replace(FINDING, observed="a < b & c"),)
+    )
     path = named.report(tmp_path / "deep" / "report.html")
     page = path.read_text(encoding="utf-8")
     links = Links()
@@ -404,14 +469,19 @@ def test_only_findings_of_the_problem_outlive_a_correction():
         "far_from_posterior",
     }
     values = {"llc": -1.0, "llc_sem": 0.1, "llc_vi": -1.0, "llc_vi_sem": 0.1}
-    result = SimpleNamespace(health=found, correction={"method": "mcmc", "khat": 2.0, "settled": True}, **values)
+    result = SimpleNamespace(
+        health=found, correction={"method": "mcmc", "khat": 2.0, "settled": True}, **values
+    )
     kept = [finding.name for finding in correction_findings(result)]
     assert kept == ["negative_llc", "negative_curvature", "not_a_minimum"]
 
 
 def test_a_stream_is_not_advised_to_sample():
     streamed = dataclasses.replace(
-        GOOD, in_memory=False, importance=Importance(0.9, "unreliable", 3.0), log_weight_sd=np.full(2, 9.0)
+        GOOD,
+        in_memory=False,
+        importance=Importance(0.9, "unreliable", 3.0),
+        log_weight_sd=np.full(2, 9.0),
     )
     for finding in health_findings(streamed):
         assert "mcmc" not in str(finding)
@@ -420,11 +490,26 @@ def test_a_stream_is_not_advised_to_sample():
 @pytest.mark.parametrize(
     ("unmet", "narrow", "says", "advises"),
     [
-        ([("relative error", 0.04, 0.02)], None, "relative error 0.04 (0.02 is asked)", "budget to about 4e+03"),
-        ([("R-hat of |w - w*|^2", 1.5, 1.2)], None, "R-hat of |w - w*|^2 1.5 (1.2 is asked)", "localization"),
+        (
+            [("relative error", 0.04, 0.02)],
+            None,
+            "relative error 0.04 (0.02 is asked)",
+            "budget to about 4e+03",
+        ),
+        (
+            [("R-hat of |w - w*|^2", 1.5, 1.2)],
+            None,
+            "R-hat of |w - w*|^2 1.5 (1.2 is asked)",
+            "localization",
+        ),
         ([("R-hat of llc", 1.3, 1.1)], None, "R-hat of llc 1.3", "early_stop=True"),
         ([("steps", 16, 32)], None, "steps 16 (32 is asked)", "correction_budget to 70 or more"),
-        ([("drift in standard errors", 3.0, 2.5)], "bfloat16", "drift in standard errors 3", "float32"),
+        (
+            [("drift in standard errors", 3.0, 2.5)],
+            "bfloat16",
+            "drift in standard errors 3",
+            "float32",
+        ),
     ],
 )
 def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says, advises):
@@ -432,7 +517,9 @@ def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says,
         "method": "mcmc",
         "khat": 2.0,
         "settled": False,
-        "unmet": [dict(zip(("criterion", "value", "bound"), entry, strict=True)) for entry in unmet],
+        "unmet": [
+            dict(zip(("criterion", "value", "bound"), entry, strict=True)) for entry in unmet
+        ],
         "least_budget": 70.0,
         "narrow_dtype": narrow,
         "steps": 64,
@@ -440,7 +527,9 @@ def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says,
     }
     config = fastvi.VIConfig(correction_budget=1000.0)
     values = {"llc": 2.0, "llc_sem": 0.1, "llc_vi": 2.0, "llc_vi_sem": 0.1}
-    (finding,) = correction_findings(SimpleNamespace(health=(), correction=details, config=config, **values))
+    (finding,) = correction_findings(
+        SimpleNamespace(health=(), correction=details, config=config, **values)
+    )
     assert finding.name == "walk_unsettled"
     assert says in finding.observed
     assert advises in finding.next_step
@@ -451,15 +540,27 @@ def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says,
     ("changes", "name", "knobs"),
     [
         ({"importance": Importance(0.9, "unreliable", 3.0)}, "khat", ["correction", "M"]),
-        ({"radius2": np.linspace(1, 4, 400) * np.ones((2, 1))}, "radius_rising", ["steps", "localization"]),
-        ({"bottom": Bottom(level=3, is_flat=True)}, "improper_posterior", ["localization", "param_mask"]),
+        (
+            {"radius2": np.linspace(1, 4, 400) * np.ones((2, 1))},
+            "radius_rising",
+            ["steps", "localization"],
+        ),
+        (
+            {"bottom": Bottom(level=3, is_flat=True)},
+            "improper_posterior",
+            ["localization", "param_mask"],
+        ),
         ({"bottom": Bottom(level=3)}, "unlocalized", ["localization"]),
         ({"excess": np.zeros((2, 50))}, "constant_loss", ["loss_fn", "float64"]),
         ({"bottom": Bottom(curvature=-5.4, fall=0.8)}, "negative_curvature", ["Train longer"]),
         ({"newton_decrement": 0.9}, "not_a_minimum", ["Train longer"]),
         ({"excess": np.full((2, 50), -0.9)}, "not_a_minimum", ["Train longer"]),
         ({"radius2": np.full((2, 400), 9.95)}, "localizer_decides", ["localization", "nbeta"]),
-        ({"dominant_weight": 0.97}, "weights_collapsed", ["alpha_dirichlet_prior", "alpha_temperature"]),
+        (
+            {"dominant_weight": 0.97},
+            "weights_collapsed",
+            ["alpha_dirichlet_prior", "alpha_temperature"],
+        ),
         ({"longest_factor": 0.01}, "rank_unused", ["r"]),
     ],
 )

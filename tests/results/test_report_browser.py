@@ -9,9 +9,23 @@ import pytest
 
 from fastvi import estimate_llc
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--hide-scrollbars"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--v=0"]
+BROWSER = (
+    shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+)
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-sync",
+    "--hide-scrollbars",
+]
+FLAGS += [
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--enable-logging=stderr",
+    "--v=0",
+]
 
 
 def visit(page, folder):
@@ -48,7 +62,9 @@ def test_a_browser_shows_the_report_without_errors_or_requests(tmp_path):
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_errors_and_requests_would_be_seen(tmp_path):
     page = tmp_path / "bad.html"
-    page.write_text('<img src="http://example.invalid/a.png"><script>console.error("boom")</script>')
+    page.write_text(
+        '<img src="http://example.invalid/a.png"><script>console.error("boom")</script>'
+    )
     _, console, asked = visit(page, tmp_path)
     assert "boom" in console[0]
     assert asked == {"http://example.invalid/a.png"}

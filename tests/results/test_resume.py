@@ -1,4 +1,7 @@
-"""A fit that is interrupted goes on to the bits of one that was not: by the same programs on the same machine."""
+"""A fit that is interrupted goes on to the bits of one that was not.
+
+By the same programs on the same machine.
+"""
 
 import errno
 import os
@@ -18,7 +21,14 @@ from fastvi.results import files, resume
 from fastvi.target.identity import differing
 
 COUNT, DIM = 300, 6
-OPTIONS = {"steps": 1000, "correction": "none", "num_chains": 2, "M": 2, "key": 4, "eval_samples": 16}
+OPTIONS = {
+    "steps": 1000,
+    "correction": "none",
+    "num_chains": 2,
+    "M": 2,
+    "key": 4,
+    "eval_samples": 16,
+}
 
 rng = np.random.default_rng(2)
 X = rng.normal(size=(COUNT, DIM)).astype(np.float32)
@@ -35,7 +45,9 @@ def loss_fn(w, batch):
 
 
 def estimate(folder=None, progress=False, **changes):
-    return fastvi.estimate_llc(loss_fn, W, (X, Y), progress=progress, resume_from=folder, **OPTIONS | changes)
+    return fastvi.estimate_llc(
+        loss_fn, W, (X, Y), progress=progress, resume_from=folder, **OPTIONS | changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +70,10 @@ def assert_same_bits(result, whole):
 
 @pytest.mark.parametrize("attempt", range(20))
 def test_interrupted_at_a_random_step(attempt, whole, tmp_path, monkeypatch):
-    """At one to three of its steps; in every other try the last of them comes while progress is being written."""
+    """At one to three of its steps.
+
+    In every other try the last of them comes while progress is being written.
+    """
     monkeypatch.setattr(resume, "SAVING_SHARE", 1e9)
     random = np.random.default_rng(attempt)
     steps = whole.traces["elbo"].shape[1]
@@ -73,10 +88,14 @@ def test_interrupted_at_a_random_step(attempt, whole, tmp_path, monkeypatch):
     if attempt % 2:
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", crash)
-            with suppress(Interrupted):  # where the progress was complete already, nothing is written
+            with suppress(
+                Interrupted
+            ):  # where the progress was complete already, nothing is written
                 estimate(tmp_path)
     begun = []
-    assert_same_bits(estimate(tmp_path, lambda p: begun.append(p.step) if p.stage == "fit" else None), whole)
+    assert_same_bits(
+        estimate(tmp_path, lambda p: begun.append(p.step) if p.stage == "fit" else None), whole
+    )
     assert len(begun) < steps // 100 or stop <= 100
 
 
@@ -118,9 +137,20 @@ def test_other_data_or_loss_are_refused(whole, tmp_path_factory):
 
 def test_a_loss_that_differs_only_away_from_the_minimum_is_refused(tmp_path):
     """Where L(w*) and its gradient are zero, as of a model that interpolates, the loss there says nothing."""
-    options = {"steps": 100, "correction": "none", "num_chains": 1, "M": 1, "r": 0, "eval_samples": 4}
+    options = {
+        "steps": 100,
+        "correction": "none",
+        "num_chains": 1,
+        "M": 1,
+        "r": 0,
+        "eval_samples": 4,
+    }
     options |= {"progress": False, "resume_from": tmp_path}
-    curves, zeros, data = np.array([4.0, 1.0, 0.0], np.float32), np.zeros(3, np.float32), (np.ones((30, 1)),)
+    curves, zeros, data = (
+        np.array([4.0, 1.0, 0.0], np.float32),
+        np.zeros(3, np.float32),
+        (np.ones((30, 1)),),
+    )
 
     def bowl(w, batch):
         return 0.5 * jnp.sum(curves * w**2) * jnp.mean(batch[0])
@@ -129,7 +159,9 @@ def test_a_loss_that_differs_only_away_from_the_minimum_is_refused(tmp_path):
     others = {
         "scaled": lambda w, batch: 1e-3 * bowl(w, batch),
         "by a little": lambda w, batch: 1.001 * bowl(w, batch),
-        "another direction": lambda w, batch: 0.5 * jnp.sum(curves[::-1] * w**2) * jnp.mean(batch[0]),
+        "another direction": lambda w, batch: (
+            0.5 * jnp.sum(curves[::-1] * w**2) * jnp.mean(batch[0])
+        ),
         "another power": lambda w, batch: bowl(w, batch) + jnp.sum(w**4),
     }
     for other in others.values():
@@ -178,7 +210,9 @@ def test_a_full_disk_is_a_warning_and_the_fit_goes_on(whole, tmp_path, monkeypat
         return publish(*arguments)
 
     monkeypatch.setattr(files, "publish", full)
-    with pytest.warns(RuntimeWarning, match=r"could not be kept in .*No space left on device.*the fit goes on") as told:
+    with pytest.warns(
+        RuntimeWarning, match=r"could not be kept in .*No space left on device.*the fit goes on"
+    ) as told:
         assert_same_bits(estimate(tmp_path), whole)
     assert len(told) == 1
     assert len(calls) > 2
@@ -187,7 +221,10 @@ def test_a_full_disk_is_a_warning_and_the_fit_goes_on(whole, tmp_path, monkeypat
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(fastvi.ConfigError, match=r"resume_from must be a folder, or one that can be made; got .*file'"):
+    with pytest.raises(
+        fastvi.ConfigError,
+        match=r"resume_from must be a folder, or one that can be made; got .*file'",
+    ):
         estimate(tmp_path / "file")
 
 
@@ -195,15 +232,19 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 def test_killed(whole, tmp_path):
     """SIGKILL at five random moments of five processes, then one that ends."""
     program = (
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
+        "import sys; sys.path[:0] = "
+        f"{[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
         "import test_resume, fastvi.results.resume; fastvi.results.resume.SAVING_SHARE = 1e9\n"
-        f"result = test_resume.estimate({str(tmp_path / 'progress')!r}, lambda p: print(p.stage, p.step, flush=True))\n"
+        f"result = test_resume.estimate({str(tmp_path / 'progress')!r}, lambda p: print(p.stage, "
+        "p.step, flush=True))\n"
         f"result.save({str(tmp_path / 'result')!r})\n"
     )
     random = np.random.default_rng(0)
     killed = 0
     for _ in range(5):
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+        )
         for line in process.stdout:
             if line.startswith("fit"):
                 time.sleep(random.uniform(0, 0.05))

@@ -1,4 +1,7 @@
-"""The number survives: the folder is had first, written before anything is printed, and never somebody else's."""
+"""The number survives.
+
+The folder is had first, written before anything is printed, and never somebody else's.
+"""
 
 import contextlib
 import dataclasses
@@ -55,7 +58,15 @@ def leaves_below():
 def loss_leaves():
     return lambda w, batch: sys.exit(0), jnp.zeros(3), (jnp.ones((20, 1)),)
 """
-OPTIONS = {"correction": "none", "steps": 100, "M": 1, "r": 0, "eval_samples": 16, "num_chains": 1, "progress": False}
+OPTIONS = {
+    "correction": "none",
+    "steps": 100,
+    "M": 1,
+    "r": 0,
+    "eval_samples": 16,
+    "num_chains": 1,
+    "progress": False,
+}
 ORIGIN = Origin("m:f", 0, 1.0, None, None)
 
 
@@ -89,7 +100,9 @@ def estimated(result, monkeypatch):
 
     def at_once(*problem, localization, key, nbeta, **options):
         calls.append((localization, key))
-        return dataclasses.replace(result, localization=localization, nbeta=nbeta or result.nbeta, fitted=object())
+        return dataclasses.replace(
+            result, localization=localization, nbeta=nbeta or result.nbeta, fitted=object()
+        )
 
     monkeypatch.setattr(llc_module, "estimate_llc", at_once)
     return calls
@@ -176,7 +189,9 @@ def test_what_failed_leaves_no_folder(place):
 
 def test_two_at_once_are_told(place):
     with claimed("run") as folder:
-        with pytest.raises(ConfigError, match=rf"another fastvi \('process {os.getpid()} on .*'\)\. Name another"):
+        with pytest.raises(
+            ConfigError, match=rf"another fastvi \('process {os.getpid()} on .*'\)\. Name another"
+        ):
             claimed("run").__enter__()
         assert (folder / LOCK_FILE).exists()
     with claimed("run"):
@@ -196,7 +211,9 @@ def test_the_lock_of_a_process_that_died_is_none(place):
     )
     root = os.path.dirname(os.path.dirname(fastvi.__file__))
     command = [sys.executable, "-c", program, root]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match=rf"process {process.pid} on "):
             claimed("run").__enter__()
@@ -235,7 +252,9 @@ def test_links_are_replaced_not_followed(place, estimated):
 @pytest.mark.parametrize("stop", range(1, 9))
 def test_a_crash_leaves_the_old_run_the_new_one_or_a_refusal(stop, place, result, monkeypatch):
     write_run(result, place / "run", ORIGIN)
-    other = dataclasses.replace(result, llc=result.llc + 1, traces={k: v + 1 for k, v in result.traces.items()})
+    other = dataclasses.replace(
+        result, llc=result.llc + 1, traces={k: v + 1 for k, v in result.traces.items()}
+    )
     calls, replace = [], os.replace
 
     def crash(*paths):
@@ -257,7 +276,11 @@ def state(folder):
     try:
         return read_record(folder).origin.seed, LLCEstimate.load(folder).llc
     except DataError as error:
-        return "refused" if re.search("not written to its end|is missing|does not belong", str(error)) else str(error)
+        return (
+            "refused"
+            if re.search("not written to its end|is missing|does not belong", str(error))
+            else str(error)
+        )
 
 
 def full(*args):
@@ -266,7 +289,9 @@ def full(*args):
 
 def test_a_full_disk_at_the_end_keeps_the_number(place, estimated, monkeypatch, tmp_path):
     publish = files.publish
-    monkeypatch.setattr(files, "publish", lambda s, f, n: full() if f.name == "run" else publish(s, f, n))
+    monkeypatch.setattr(
+        files, "publish", lambda s, f, n: full() if f.name == "run" else publish(s, f, n)
+    )
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     status, text, errors = llc("--out", "run")
     assert status == 1
@@ -376,7 +401,10 @@ def test_a_run_folders_code_runs_only_where_it_is_trusted(place, estimated):
         status, _, errors = run(*args)
         words = " ".join(errors.split())
         assert status == 2
-        assert f"asks for 'folder_model:target': {place / 'folder_model.py'} would be imported and run" in words
+        assert (
+            f"asks for 'folder_model:target': {place / 'folder_model.py'} would be imported and run"
+            in words
+        )
         assert "--trust if you trust it" in words
         assert not (place / "loaded").exists()
     for args in (["llc", "run", "--trust"], ["sweep", "--trust"]):
@@ -399,15 +427,28 @@ def test_a_run_folders_code_runs_only_where_it_is_trusted(place, estimated):
         ("./folder_model.py:target", "Write a.b:f for the function f of the file a/b.py"),
         ("absent:f", "No module named 'absent'. Run fastvi where absent can be imported"),
         ("folder_model.absent:f", "'folder_model' is not a package"),
-        ("broken_name:f", "failed: NameError: name 'undefined' is not defined (broken_name.py:1 in <module>)"),
+        (
+            "broken_name:f",
+            "failed: NameError: name 'undefined' is not defined (broken_name.py:1 in <module>)",
+        ),
         ("broken_syntax:f", "failed: SyntaxError:"),
-        ("broken_import:f", "failed: ModuleNotFoundError: No module named 'absent_too' (broken_import.py:1 in"),
-        ("broken_exit:f", "failed: SystemExit: it called sys.exit(0) (broken_exit.py:1 in <module>)"),
+        (
+            "broken_import:f",
+            "failed: ModuleNotFoundError: No module named 'absent_too' (broken_import.py:1 in",
+        ),
+        (
+            "broken_exit:f",
+            "failed: SystemExit: it called sys.exit(0) (broken_exit.py:1 in <module>)",
+        ),
         ("broken_getattr:f", "failed: ValueError: f (broken_getattr.py:2 in __getattr__)"),
-        ("folder_model:leaves", "failed: SystemExit: it called sys.exit(0) (folder_model.py:16 in leaves)"),
+        (
+            "folder_model:leaves",
+            "failed: SystemExit: it called sys.exit(0) (folder_model.py:16 in leaves)",
+        ),
         (
             "folder_model:deep",
-            "LookupError: no weights (folder_model.py:24 in leaves_below < folder_model.py:20 in deep)",
+            "LookupError: no weights (folder_model.py:24 in leaves_below < folder_model.py:20 in "
+            "deep)",
         ),
         ("folder_model:loss_leaves", "the model called sys.exit(0) before there was an estimate"),
         ("random:f", "random.py goes before"),
@@ -476,7 +517,10 @@ def sweep(place, out="out", **entries):
         ({"grid": [1]}, "grid must be a list for each setting; got [1]"),
         ({"grid": 3}, "grid must be a list for each setting; got 3"),
         ({"grid": {"M": []}}, "grid.M must list one value or more, all different; got []"),
-        ({"grid": {"M": [1, 2, 1]}}, "grid.M must list one value or more, all different; got 1 twice"),
+        (
+            {"grid": {"M": [1, 2, 1]}},
+            "grid.M must list one value or more, all different; got 1 twice",
+        ),
         ({"out": 5}, "out must be the name of a folder; got 5"),
         ({"target": ["m:f"]}, "target must be module:function; got ['m:f']"),
         ({"target": "..:x"}, "TARGET must be module:function"),
@@ -484,12 +528,21 @@ def sweep(place, out="out", **entries):
         ({"grid": {"seed": [True]}}, "seed must be an integer >= 0; got True"),
         ({"num_chains": 1.5}, "num_chains must be an integer >= 1; got 1.5"),
         ({"nbeta": -1}, "nbeta must be a finite number > 0"),
-        ({"localization": 1, "grid": {"gamma": [1, 100]}}, "localization at the top and gamma in the grid"),
+        (
+            {"localization": 1, "grid": {"gamma": [1, 100]}},
+            "localization at the top and gamma in the grid",
+        ),
         ({"localization": 1, "base": {"gamma": 2}}, "localization at the top and gamma in base"),
-        ({"base": {"gamma": 2}, "grid": {"localization": [1]}}, "gamma in base and localization in the grid"),
+        (
+            {"base": {"gamma": 2}, "grid": {"localization": [1]}},
+            "gamma in base and localization in the grid",
+        ),
         ({"seed": 1}, "seed at the top and seed in the grid"),
         ({"nbeta": 1, "grid": {"nbeta": [2]}}, "nbeta at the top and nbeta in the grid"),
-        ({"num_chains": 1, "grid": {"num_chains": [2]}}, "num_chains at the top and num_chains in the grid"),
+        (
+            {"num_chains": 1, "grid": {"num_chains": [2]}},
+            "num_chains at the top and num_chains in the grid",
+        ),
         ({"base": {"M": 4}, "grid": {"M": [1, 2]}}, "M in base and M in the grid"),
     ],
 )
@@ -501,7 +554,9 @@ def test_a_sweep_that_is_none_is_refused_before_it_runs(entries, message, place)
 
 
 def test_a_name_given_twice_is_refused(place):
-    (place / "sweep.yaml").write_text("target: folder_model:target\ngrid: {M: [1]}\ngrid: {M: [2]}\n")
+    (place / "sweep.yaml").write_text(
+        "target: folder_model:target\ngrid: {M: [1]}\ngrid: {M: [2]}\n"
+    )
     status, _, errors = run("sweep")
     assert status == 2
     assert "'grid' is given twice" in errors
@@ -527,7 +582,9 @@ def test_a_sweep_keeps_what_the_same_target_computed(place, estimated):
 )
 def test_a_sweep_runs_again_what_another_target_computed(old, new, named, place, estimated):
     assert sweep(place)[0] == 0
-    (place / "folder_model.py").write_text(MODEL.replace(old, new) + "\n# another length, hence no cached bytecode\n")
+    (place / "folder_model.py").write_text(
+        MODEL.replace(old, new) + "\n# another length, hence no cached bytecode\n"
+    )
     sys.modules.pop("folder_model")
     status, text, _ = sweep(place)
     assert (status, len(estimated)) == (0, 4)
@@ -569,7 +626,9 @@ def test_one_failing_cell_does_not_end_a_sweep(error, place, estimated, monkeypa
     assert "[1/2] seed=0: failed, r must be <= 3; got 9" in text
     assert "[2/2] seed=1: llc " in text
     table = (place / "out" / "table.csv").read_text(encoding="utf-8")
-    assert ("non_finite" if error is NonFiniteError else f"{error.__name__}: r must be <= 3") in table
+    assert (
+        "non_finite" if error is NonFiniteError else f"{error.__name__}: r must be <= 3"
+    ) in table
     assert "sweep.png" in text
     status, text, _ = sweep(place, out="none", grid={"seed": [0]})
     assert status == 1
@@ -581,10 +640,18 @@ def test_cells_have_folders_of_their_own(place, estimated):
     close = {"localization": [1.0000001, 1.0000002], "nbeta": [5, 5.5]}
     assert sweep(place, grid=close)[0] == 0
     names = {path.name for path in (place / "out").iterdir() if path.is_dir()}
-    assert names == {f"localization={a!r},nbeta={b}" for a in close["localization"] for b in close["nbeta"]}
-    assert read_record(place / "out" / "localization=1.0000001,nbeta=5.5").origin.localization == 1.0000001
+    assert names == {
+        f"localization={a!r},nbeta={b}" for a in close["localization"] for b in close["nbeta"]
+    }
+    assert (
+        read_record(place / "out" / "localization=1.0000001,nbeta=5.5").origin.localization
+        == 1.0000001
+    )
     long = [[0.1] * 60, [0.1] * 60 + [0.2]]
-    cells = [sweep_module.Cell({"x": value}, ORIGIN, fastvi.VIConfig()).name for value in [*long, "a/b", "a-b", ".."]]
+    cells = [
+        sweep_module.Cell({"x": value}, ORIGIN, fastvi.VIConfig()).name
+        for value in [*long, "a/b", "a-b", ".."]
+    ]
     assert len(set(cells)) == 5
     assert all(len(name) < 200 and "/" not in name for name in cells)
 

@@ -1,4 +1,7 @@
-"""The correction from q to the posterior: the sampler, its coordinates, its error, and the whole path."""
+"""The correction from q to the posterior.
+
+The sampler, its coordinates, its error, and the whole path.
+"""
 
 import dataclasses
 import math
@@ -37,9 +40,13 @@ def test_linear_map_is_a_root_of_the_covariance(means):
     family, params = make(means, dim=6, ranks=(2, 0, 1), num_core=3)
     linear_map = family.linear_map(params)
     weights, centers, covariances = map(np.asarray, dense(family, params))
-    root = np.asarray(jax.vmap(linear_map.displacement)(jnp.eye(6)) - linear_map.displacement(jnp.zeros(6)))
+    root = np.asarray(
+        jax.vmap(linear_map.displacement)(jnp.eye(6)) - linear_map.displacement(jnp.zeros(6))
+    )
     np.testing.assert_allclose(linear_map.center, weights @ centers, atol=1e-12)
-    np.testing.assert_allclose(root.T @ root, np.einsum("m,mij->ij", weights, covariances), rtol=1e-9)
+    np.testing.assert_allclose(
+        root.T @ root, np.einsum("m,mij->ij", weights, covariances), rtol=1e-9
+    )
     point = jnp.asarray(np.random.default_rng(0).normal(size=6))
     np.testing.assert_allclose(linear_map.round(linear_map.displacement(point)), point, rtol=1e-9)
     gradient = jax.grad(lambda x: point @ linear_map.displacement(x))(jnp.zeros(6))
@@ -54,11 +61,15 @@ def test_virial_columns_have_mean_zero_under_the_posterior():
     draws = rng.multivariate_normal(rng.normal(size=5), np.linalg.inv(precision), size=40_000)
     mean = draws.mean(0)
     basis = np.linalg.qr(rng.normal(size=(5, 2)))[0].T
-    linear_map = LinearMap(jnp.asarray(mean), jnp.asarray(rng.uniform(0.5, 2, 5)), jnp.asarray(basis), jnp.eye(2) * 0.3)
+    linear_map = LinearMap(
+        jnp.asarray(mean), jnp.asarray(rng.uniform(0.5, 2, 5)), jnp.asarray(basis), jnp.eye(2) * 0.3
+    )
 
     def columns(v):
         gradient = precision @ (v - mean)
-        return virial_columns((2, 3))(linear_map, v, gradient, linear_map.round(v), linear_map.pull_back(gradient))
+        return virial_columns((2, 3))(
+            linear_map, v, gradient, linear_map.round(v), linear_map.pull_back(gradient)
+        )
 
     values = np.asarray(jax.vmap(columns)(jnp.asarray(draws)))
     assert values.shape[1] == 4
@@ -95,7 +106,9 @@ def autoregressive(seed, walkers=8, length=400, memory=0.8, offset=0.0):
 
 
 def test_standard_error_knows_the_autocorrelation():
-    means, errors = zip(*((v.mean(), standard_error(v)) for v in map(autoregressive, range(200))), strict=True)
+    means, errors = zip(
+        *((v.mean(), standard_error(v)) for v in map(autoregressive, range(200))), strict=True
+    )
     assert 0.8 < np.mean(errors) / np.std(means) < 1.5
     assert 0.6 < np.mean(np.abs(means) < errors) < 0.9
 
@@ -164,7 +177,9 @@ def quartic_truth(gamma):
     """Nbeta E[w^4] under exp(-nbeta w^4 - gamma/2 w^2)."""
 
     def weighted(power):
-        return scipy.integrate.quad(lambda w: w**power * np.exp(-NBETA * w**4 - gamma / 2 * w**2), -np.inf, np.inf)[0]
+        return scipy.integrate.quad(
+            lambda w: w**power * np.exp(-NBETA * w**4 - gamma / 2 * w**2), -np.inf, np.inf
+        )[0]
 
     return NBETA * weighted(4) / weighted(0)
 
@@ -172,7 +187,12 @@ def quartic_truth(gamma):
 @pytest.fixture(scope="module")
 def quartic():
     return fastvi.estimate_llc(
-        lambda w, batch: w[0] ** 4, jnp.zeros(1), no_data(), localization=30.0, progress=False, correction="mcmc"
+        lambda w, batch: w[0] ** 4,
+        jnp.zeros(1),
+        no_data(),
+        localization=30.0,
+        progress=False,
+        correction="mcmc",
     )
 
 
@@ -188,13 +208,22 @@ def test_sampling_finds_the_posterior_s_llc(quartic):
     pooled = np.sqrt(np.mean(quartic.llc_sem_per_chain**2) / 8)
     assert 0.3 < pooled / quartic.llc_sem < 1.5
     assert quartic.work["total_fge"] == pytest.approx(
-        sum(value for name, value in quartic.work.items() if name.startswith("fge_") and name != "fge_per_step")
+        sum(
+            value
+            for name, value in quartic.work.items()
+            if name.startswith("fge_") and name != "fge_per_step"
+        )
     )
 
 
 def test_reweighting_finds_it_too():
     result = fastvi.estimate_llc(
-        lambda w, batch: w[0] ** 4, jnp.zeros(1), no_data(), localization=30.0, progress=False, correction="importance"
+        lambda w, batch: w[0] ** 4,
+        jnp.zeros(1),
+        no_data(),
+        localization=30.0,
+        progress=False,
+        correction="importance",
     )
     assert result.correction["method"] == "importance"
     assert result.llc == pytest.approx(quartic_truth(30.0), rel=0.03)
@@ -202,11 +231,13 @@ def test_reweighting_finds_it_too():
 
 
 def test_walkers_go_on_from_where_they_are(quartic):
-    again = fastvi.api.resample(quartic, "mcmc", progress=False, correction_error=0.01)
+    again = fastvi.correct(quartic, "mcmc", progress=False, correction_error=0.01)
     truth = quartic_truth(30.0)
     assert abs(again.llc - truth) < 4 * again.llc_sem
     assert again.llc != quartic.llc
-    assert again.work["total_fge"] == pytest.approx(quartic.work["total_fge"] + again.work["fge_correction"])
+    assert again.work["total_fge"] == pytest.approx(
+        quartic.work["total_fge"] + again.work["fge_correction"]
+    )
 
 
 @pytest.mark.parametrize(("error", "go_on"), [(0.02, True), (0.1, False)])
@@ -221,23 +252,35 @@ def test_only_walkers_that_go_on_count_as_agreed(quartic, monkeypatch, error, go
 
     monkeypatch.setattr(module, "Sampler", Spy)
     assert quartic.correction["settled"]
-    fastvi.api.resample(quartic, "mcmc", progress=False, correction_error=error)
+    fastvi.correct(quartic, "mcmc", progress=False, correction_error=error)
     assert seen == [go_on]
 
 
 @pytest.mark.usefixtures("x64")
 def test_walkers_move_to_another_posterior():
-    """At twice the precision about another minimum: the same points in space, which is algebra, in float64."""
+    """At twice the precision about another minimum.
+
+    The same points in space, which is algebra, in float64.
+    """
     options = {"localization": 30.0, "progress": False, "dtype": "float64"}
-    first = fastvi.estimate_llc(lambda w, batch: 0.5 * w @ w, jnp.zeros(40), no_data(), correction="mcmc", **options)
+    first = fastvi.estimate_llc(
+        lambda w, batch: 0.5 * w @ w, jnp.zeros(40), no_data(), correction="mcmc", **options
+    )
     options |= {"correction": "none", "num_chains": 1, "steps": 200, "early_stop": False}
     second = fastvi.estimate_llc(lambda w, batch: w @ w, jnp.full(40, 0.3), no_data(), **options)
     moved = second.fitted._replace(walked=first.fitted.walked)
     programs = walk_programs(moved.objective, moved.problem, (40,))
     walk = programs.move(
-        moved.fit.family, moved.problem, moved.fit.params, moved.walked.walk, moved.walked.center, jnp.int32(1)
+        moved.fit.family,
+        moved.problem,
+        moved.fit.params,
+        moved.walked.walk,
+        moved.walked.center,
+        jnp.int32(1),
     )
-    old = jax.vmap(first.fitted.walked.walk.linear_map.displacement)(first.fitted.walked.walk.walkers.x)
+    old = jax.vmap(first.fitted.walked.walk.linear_map.displacement)(
+        first.fitted.walked.walk.walkers.x
+    )
     new = jax.vmap(walk.linear_map.displacement)(walk.walkers.x) + 0.3
     np.testing.assert_allclose(new, old, rtol=0, atol=1e-12)
 
@@ -247,7 +290,9 @@ def noisy():
     """Noisy data: walkers would move in by small blocks first."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 12)).astype(np.float32)
-    y = np.tanh(x @ rng.normal(size=12)).astype(np.float32) + 0.3 * rng.normal(size=400).astype(np.float32)
+    y = np.tanh(x @ rng.normal(size=12)).astype(np.float32) + 0.3 * rng.normal(size=400).astype(
+        np.float32
+    )
     return fastvi.estimate_llc(
         lambda w, batch: jnp.mean((jnp.tanh(batch[0] @ w) - batch[1]) ** 2),
         jnp.zeros(12),
@@ -262,15 +307,24 @@ def noisy():
 
 @pytest.mark.parametrize("budget", [0.1, 40, 300])
 def test_no_run_exceeds_its_budget(noisy, budget):
-    result = fastvi.api.resample(noisy, "mcmc", progress=False, correction_budget=budget, correction_error=0.002)
+    result = fastvi.correct(
+        noisy, "mcmc", progress=False, correction_budget=budget, correction_error=0.002
+    )
     details = result.correction
     assert result.work["fge_correction"] <= budget
     assert not details["settled"]
     finding = next(finding for finding in result.health if finding.name == "walk_unsettled")
-    assert all(entry["criterion"] in finding.observed for entry in details["unmet"] if details["method"] == "mcmc")
+    assert all(
+        entry["criterion"] in finding.observed
+        for entry in details["unmet"]
+        if details["method"] == "mcmc"
+    )
     if budget < 1:
         assert (details["method"], result.work["fge_correction"]) == ("importance", 0)
-        assert f"correction_budget to {math.ceil(details['least_budget'])} or more" in finding.next_step
+        assert (
+            f"correction_budget to {math.ceil(details['least_budget'])} or more"
+            in finding.next_step
+        )
     else:
         assert details["method"] == "mcmc"
         assert details["walkers"] % 8 == 0
@@ -288,8 +342,8 @@ def test_walkers_that_meet_nan_are_told(noisy, monkeypatch):
     monkeypatch.setattr(module, "Sampler", Broken)
     options = {"progress": False, "correction_budget": 300, "correction_error": 0.002}
     with pytest.raises(fastvi.NonFiniteError, match="in the correction"):
-        fastvi.api.resample(noisy, "mcmc", **options)
-    partial = fastvi.api.resample(noisy, "mcmc", throw=False, **options)
+        fastvi.correct(noisy, "mcmc", **options)
+    partial = fastvi.correct(noisy, "mcmc", throw=False, **options)
     assert np.isnan(partial.llc)
     assert partial.health[0].name == "non_finite"
 
@@ -298,16 +352,29 @@ def test_each_criterion_is_named_with_its_bound():
     rng = np.random.default_rng(0)
     settled = analyse(5 + 0.01 * rng.normal(size=(8, 40)), rng.normal(size=(8, 40, 1)))
     assert unmet_by(settled, 0.02, 1.0, 40) == ()
-    assert [unmet.criterion for unmet in unmet_by(settled, 1e-5, 1.0, 4)] == ["relative error", "steps"]
+    assert [unmet.criterion for unmet in unmet_by(settled, 1e-5, 1.0, 4)] == [
+        "relative error",
+        "steps",
+    ]
     apart = dataclasses.replace(settled, rhat=1.3, rhat_radius=1.15, drift_z=-4.0)
-    found = {unmet.criterion: (unmet.value, unmet.bound) for unmet in unmet_by(apart, 0.02, 1.0, 40)}
-    assert found == {"R-hat of llc": (1.3, pytest.approx(1.1)), "drift in standard errors": (4.0, 2.5)}
-    assert [unmet.criterion for unmet in unmet_by(apart, 0.02, 4.0, 40)] == ["drift in standard errors"]
+    found = {
+        unmet.criterion: (unmet.value, unmet.bound) for unmet in unmet_by(apart, 0.02, 1.0, 40)
+    }
+    assert found == {
+        "R-hat of llc": (1.3, pytest.approx(1.1)),
+        "drift in standard errors": (4.0, 2.5),
+    }
+    assert [unmet.criterion for unmet in unmet_by(apart, 0.02, 4.0, 40)] == [
+        "drift in standard errors"
+    ]
 
 
 def test_draws_of_a_step_are_bounded_by_what_they_cost():
     """In few dimensions, but for one or two."""
-    draws = [settle(fastvi.VIConfig(), dim, share).samples_per_step for dim, share in ((6, 1.0), (6, 0.1), (2, 1.0))]
+    draws = [
+        settle(fastvi.VIConfig(), dim, share).samples_per_step
+        for dim, share in ((6, 1.0), (6, 0.1), (2, 1.0))
+    ]
     assert draws == [24, 50, 256]
     assert settle(fastvi.VIConfig(samples_per_step=100), 6, 1.0).samples_per_step == 100
 
@@ -318,7 +385,7 @@ def test_a_corrected_estimate_is_saved_and_read(quartic, tmp_path):
     assert loaded.correction == quartic.correction
     np.testing.assert_array_equal(loaded.walk_llc, quartic.walk_llc)
     with pytest.raises(fastvi.DataError, match="no fit"):
-        fastvi.api.resample(loaded)
+        fastvi.correct(loaded)
     assert "Langevin" in quartic.summary()
 
 

@@ -10,7 +10,15 @@ import fastvi
 from fastvi.api.arguments import make_problem
 from fastvi.config import VIConfig
 from fastvi.families.base import LinearMap
-from fastvi.sampling.dynamics import HOLD, Walker, heat, make_potential, refresh, run_steps, start_tuning
+from fastvi.sampling.dynamics import (
+    HOLD,
+    Walker,
+    heat,
+    make_potential,
+    refresh,
+    run_steps,
+    start_tuning,
+)
 from fastvi.sampling.gradients import (
     anchored_value_and_grad,
     block_counts,
@@ -30,7 +38,9 @@ def regression(noise):
     w = np.linalg.solve(X.T @ X, X.T @ Y)
     data = (jnp.asarray(X, jnp.float32), jnp.asarray(Y, jnp.float32))
     objective, center = ravel_loss(
-        lambda w, batch: 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2), jnp.asarray(w, jnp.float32), jnp.float32
+        lambda w, batch: 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2),
+        jnp.asarray(w, jnp.float32),
+        jnp.float32,
     )
     problem = make_problem(center, data, COUNT, NBETA, GAMMA, VIConfig(batch_size=32), "nbeta")
     return objective, problem, X, X.T @ X / COUNT
@@ -43,10 +53,21 @@ def identity_map():
 
 def round_map(covariance):
     """x is v over its standard deviation in each direction, for a diagonal covariance."""
-    return LinearMap(jnp.zeros(DIM), jnp.sqrt(jnp.asarray(covariance)), jnp.eye(DIM)[:1], jnp.zeros((1, 1)))
+    return LinearMap(
+        jnp.zeros(DIM), jnp.sqrt(jnp.asarray(covariance)), jnp.eye(DIM)[:1], jnp.zeros((1, 1))
+    )
 
 
-def dynamics(objective, problem, linear_map, num_blocks, rounds, walkers=64, energy_error=1e-3, friction_time=2.0):
+def dynamics(
+    objective,
+    problem,
+    linear_map,
+    num_blocks,
+    rounds,
+    walkers=64,
+    energy_error=1e-3,
+    friction_time=2.0,
+):
     """Return the mean over the later half of the rounds of llc, of |v|^2, and the step size."""
     reference = objective.loss(problem.posterior.center, problem.data)
     index = jnp.asarray(split_data(COUNT, num_blocks))
@@ -95,11 +116,16 @@ def dynamics(objective, problem, linear_map, num_blocks, rounds, walkers=64, ene
 
 @pytest.mark.as_users_compile
 def test_positions_of_a_quadratic_are_sampled_without_bias():
-    """BAOAB's marginal in x is exact at any stable step; the energy error is held where it was asked."""
+    """BAOAB's marginal in x is exact at any stable step.
+
+    The energy error is held where it was asked.
+    """
     objective, problem, _, hessian = regression(noise=0.0)
     precision = NBETA * hessian + GAMMA * np.eye(DIM)
     linear_map = round_map(1 / np.diag(precision))
-    llc, radius2, energy_error, step = dynamics(objective, problem, linear_map, 1, rounds=60, energy_error=0.05)
+    llc, radius2, energy_error, step = dynamics(
+        objective, problem, linear_map, 1, rounds=60, energy_error=0.05
+    )
     covariance = np.linalg.inv(precision)
     assert step > 0.4
     assert llc == pytest.approx(0.5 * NBETA * np.sum(covariance * hessian), rel=0.015)
@@ -108,9 +134,14 @@ def test_positions_of_a_quadratic_are_sampled_without_bias():
 
 
 def test_noise_heats_as_foretold():
-    """Blocks of equal Hessians and tilts of different signs: noise that an anchor would take away, here put back."""
+    """Blocks of equal Hessians and tilts of different signs.
+
+    Noise that an anchor would take away, here put back.
+    """
     tilt = 3.0
-    signs = jnp.asarray(np.where(np.arange(COUNT) % 2, 1.0, -1.0), jnp.float32)[:, None] * jnp.ones((1, DIM))
+    signs = jnp.asarray(np.where(np.arange(COUNT) % 2, 1.0, -1.0), jnp.float32)[:, None] * jnp.ones(
+        (1, DIM)
+    )
     bent = 5.0  # the slope of each example turns with w: an anchor at w* does not know
 
     def loss(w, batch):
@@ -124,7 +155,9 @@ def test_noise_heats_as_foretold():
     scale = 1 / np.sqrt(5.0)
     linear_map = round_map(np.full(DIM, 1 / 5.0))
     points = scale * jax.random.normal(jax.random.key(0), (400, DIM))
-    ratio = (index.shape[0] - 1) / index.shape[0]  # a block drawn among few has less variance than the estimate of it
+    ratio = (index.shape[0] - 1) / index.shape[
+        0
+    ]  # a block drawn among few has less variance than the estimate of it
     noise = ratio * float(gradient_noise(objective, problem, anchor, points, linear_map.pull_back))
     cold = dynamics(objective, problem, linear_map, 1, rounds=60, energy_error=0.01)
     hot = dynamics(objective, problem, linear_map, 8, rounds=60, energy_error=0.01)
@@ -147,7 +180,9 @@ def test_anchored_gradients_are_unbiased_and_belong_to_their_potential():
 
     blocks = jnp.arange(8)
     excess, gradient, _ = quick_jit(jax.vmap(on_block, in_axes=(None, 0)))(v, blocks)
-    exact = full_data_value_and_grad(objective, problem.posterior.center + v, problem.data, reference)
+    exact = full_data_value_and_grad(
+        objective, problem.posterior.center + v, problem.data, reference
+    )
     assert np.mean(excess) == pytest.approx(float(exact[0]), rel=1e-5)
     np.testing.assert_allclose(np.mean(gradient, axis=0), exact[1], rtol=1e-5, atol=1e-6)
     assert np.std(excess) > 1e-3
@@ -167,7 +202,9 @@ def test_noise_of_the_gradients_is_that_of_the_blocks():
     found = gradient_noise(objective, problem, anchor, jnp.asarray(points), linear_map.pull_back)
     hessians = np.stack([X[rows].T @ X[rows] / len(rows) for rows in index])
     forces = NBETA * np.einsum("bij,pj->pbi", hessians, points) * np.sqrt([0.5, 1.0, 2.0, 4.0])
-    assert float(found) == pytest.approx(np.mean(np.sum(np.var(forces, axis=1, ddof=1), axis=-1)), rel=1e-3)
+    assert float(found) == pytest.approx(
+        np.mean(np.sum(np.var(forces, axis=1, ddof=1), axis=-1)), rel=1e-3
+    )
 
 
 def test_blocks_have_one_size_and_little_is_left_over():
@@ -182,14 +219,19 @@ def test_blocks_have_one_size_and_little_is_left_over():
 
 
 def test_a_change_of_block_takes_no_step_back():
-    """Blocks whose potentials differ by five thousand nats in 20,000 dimensions: much, and no wall."""
+    """Blocks whose potentials differ by five thousand nats in 20,000 dimensions.
+
+    Much, and no wall.
+    """
     dim, walkers = 20_000, 2
     curvature = jnp.asarray([[1.5]] * 16 + [[0.5]] * 16, jnp.float32)
     objective, center = ravel_loss(
         lambda w, batch: 0.5 * jnp.mean(batch[0]) * jnp.sum(w**2), jnp.zeros(dim), jnp.float32
     )
     problem = make_problem(center, (curvature,), 32, 1.0, 0.0, VIConfig(batch_size=8), "nbeta")
-    linear_map = LinearMap(center, jnp.ones(dim), jnp.zeros((1, dim)).at[0, 0].set(1.0), jnp.zeros((1, 1)))
+    linear_map = LinearMap(
+        center, jnp.ones(dim), jnp.zeros((1, dim)).at[0, 0].set(1.0), jnp.zeros((1, 1))
+    )
     anchor = make_anchor(objective, problem, center, jnp.zeros(()), jnp.arange(32).reshape(2, 16))
     evaluate = make_potential(objective, problem, linear_map, jnp.zeros(()))
     keys = jax.random.split(jax.random.key(1), walkers)

@@ -1,4 +1,7 @@
-"""The check of annotations in the tests: by beartype, and an int is a float, as it is to type checkers."""
+"""The check of annotations in the tests.
+
+By beartype, and an int is a float, as it is to type checkers.
+"""
 
 from beartype import BeartypeConf, beartype
 

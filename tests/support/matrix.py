@@ -1,8 +1,8 @@
 """Run tests, lint and documents on every Python that the package names, and print one line each.
 
-A Python that this machine lacks is named and left out. The lowest one runs twice: with the newest versions that
-install there, and with those of constraints-lowest.txt. Environments, homes and logs lie in .venv-matrix/, anew for
-every run.
+A Python that this machine lacks is named and left out. The lowest one runs twice: with the newest
+versions that install there, and with those of constraints-lowest.txt. Environments, homes and logs
+lie in .venv-matrix/, anew for every run.
 """
 
 import os
@@ -41,7 +41,10 @@ def supported():
 
 
 def candidates(name, home=None):
-    """Return the files that may be interpreters of a version such as 3.12: on PATH, then pyenv's and uv's."""
+    """Return the files that may be interpreters of a version such as 3.12.
+
+    On PATH, then pyenv's and uv's.
+    """
     home = Path.home() if home is None else home
     folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
     folders += [Path("/usr/local/bin"), Path("/usr/bin"), Path("/opt/homebrew/bin")]
@@ -53,13 +56,17 @@ def candidates(name, home=None):
 
 
 def find_python(name, home=None):
-    """Return the first candidate that runs, is of this version and can make an environment; None without one.
+    """Return the first candidate that runs, is of this version and can make an environment.
+
+    None without one.
 
     A shim of pyenv is on PATH for each version, and fails where that version is not selected.
     """
     for file in candidates(name, home):
         try:
-            done = subprocess.run([file, "-c", VERSION], capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(
+                [file, "-c", VERSION], capture_output=True, text=True, timeout=60, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             continue
         if done.returncode == 0 and done.stdout.startswith(f"{name}."):
@@ -83,7 +90,10 @@ def find_cells():
 
 
 def run_cell(cell):
-    """Make each target in an environment and a home of the cell's own; return its line and whether all passed."""
+    """Make each target in an environment and a home of the cell's own.
+
+    Return its line and whether all passed.
+    """
     environment, home = FOLDER / cell.name, FOLDER / f"{cell.name}-home"
     for folder in (environment, home):
         shutil.rmtree(folder, ignore_errors=True)
@@ -98,7 +108,12 @@ def run_cell(cell):
         for target in TARGETS:
             try:
                 done = subprocess.run(
-                    [*make, target], env=variables, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT, check=False
+                    [*make, target],
+                    env=variables,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=LIMIT,
+                    check=False,
                 )
                 passed[target] = done.returncode == 0
             except subprocess.TimeoutExpired:
@@ -113,7 +128,10 @@ def jax_version(environment):
     program = "import importlib.metadata as m; print(m.version('jax'))"
     try:
         done = subprocess.run(
-            [environment / "bin" / "python", "-c", program], capture_output=True, text=True, check=False
+            [environment / "bin" / "python", "-c", program],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except OSError:
         return "none"
@@ -121,7 +139,10 @@ def jax_version(environment):
 
 
 def describe(cell, jax, text, passed, minutes):
-    """Put a cell into a line: versions, the counts of pytest's runs together, each target, minutes."""
+    """Put a cell into a line.
+
+    Versions, the counts of pytest's runs together, each target, minutes.
+    """
     summary = re.findall(r"^(?:=+ )?((?:\d+ [a-z]+,? ?)+) in [\d.]+s", text, flags=re.M)
     count = Counter()
     for part in ", ".join(summary).split(", ") if summary else ():
@@ -129,7 +150,9 @@ def describe(cell, jax, text, passed, minutes):
         count[word.removesuffix("s")] += int(number)
     failed = count["failed"] + count["error"]
     tests = f"{count['passed']} passed, {failed} failed" if summary else "no tests ran"
-    words = ", ".join(f"{target} {'passed' if good else 'FAILED'}" for target, good in passed.items())
+    words = ", ".join(
+        f"{target} {'passed' if good else 'FAILED'}" for target, good in passed.items()
+    )
     lowest = " (lowest versions)" if cell.constraints else ""
     return f"python {cell.version}{lowest}, jax {jax}: {tests}; {words}; {minutes:.1f} min"
 

@@ -32,17 +32,25 @@ def make(means="shared", dim=5, ranks=(2, 0, 1), num_core=3, core_mask=None, see
 
 
 def dense(family, params):
-    """Weights, means and covariances in model coordinates, from docs/math.md "Family"; of NumPy or traced."""
+    """Weights, means and covariances in model coordinates, from docs/math.md "Family".
+
+    Of NumPy or traced.
+    """
     dim = family.scale.size
     core = params.core * family.core_mask[:, None]
     inner = jnp.linalg.inv(jnp.eye(dim) + core.T @ core)
     deviation = family.scale * jnp.exp(params.log_scale)
     covariances = []
     for rank, factor in zip(family.ranks, params.factors, strict=True):
-        covariances.append(deviation[:, None] * (inner + factor[:rank].T @ factor[:rank]) * deviation)
+        covariances.append(
+            deviation[:, None] * (inner + factor[:rank].T @ factor[:rank]) * deviation
+        )
     means = [jnp.zeros(dim)] * len(family.ranks)
     if family.means != "center":
-        means = [family.scale * params.offsets[m if family.means == "component" else 0] for m in range(len(means))]
+        means = [
+            family.scale * params.offsets[m if family.means == "component" else 0]
+            for m in range(len(means))
+        ]
     weights = jnp.exp(params.logits / family.temperature)
     return weights / weights.sum(), jnp.stack(means), jnp.stack(covariances)
 
@@ -50,7 +58,11 @@ def dense(family, params):
 def assert_tree_close(actual, expected, rtol):
     assert jax.tree_util.tree_structure(actual) == jax.tree_util.tree_structure(expected)
     for (path, got), want in zip(
-        jax.tree_util.tree_leaves_with_path(actual), jax.tree_util.tree_leaves(expected), strict=True
+        jax.tree_util.tree_leaves_with_path(actual),
+        jax.tree_util.tree_leaves(expected),
+        strict=True,
     ):
         scale = np.max(np.abs(want), initial=1e-300)
-        np.testing.assert_allclose(got, want, rtol=0, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            got, want, rtol=0, atol=rtol * scale, err_msg=jax.tree_util.keystr(path)
+        )

@@ -29,9 +29,16 @@ def begun(scale, core, rank):
 def finished(dim, config=None, **fields):
     """Return an estimate with llc 1 and empty arrays, but for the fields that are given."""
     numbers = dict.fromkeys(
-        ("llc", "llc_sem", "elbo", "init_loss", "nbeta", "localization", "llc_vi", "llc_vi_sem"), 1.0
+        ("llc", "llc_sem", "elbo", "init_loss", "nbeta", "localization", "llc_vi", "llc_vi_sem"),
+        1.0,
     )
     arrays = dict.fromkeys(("llc_per_chain", "llc_sem_per_chain", "log_weights"), np.zeros(0))
     tables = dict.fromkeys(("curvature", "evaluation", "work", "timings", "traces"), {})
-    rest = {"n_data": 1, "dim": dim, "converged": None, "health": (), "config": config or VIConfig()}
+    rest = {
+        "n_data": 1,
+        "dim": dim,
+        "converged": None,
+        "health": (),
+        "config": config or VIConfig(),
+    }
     return LLCEstimate(**{**numbers, **arrays, **tables, **rest, **fields})

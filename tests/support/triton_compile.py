@@ -1,4 +1,6 @@
-"""Compile the Triton kernels for sm_90 and lower a step for CUDA; print registers, stack and launches as JSON.
+"""Compile the Triton kernels for sm_90 and lower a step for CUDA.
+
+Print registers, stack and launches as JSON.
 
 A program of its own: with the interpreter switched on, Triton has no compiler.
 """
@@ -26,7 +28,14 @@ from fastvi.kernels.mixture_grad import triton_kernels as gradient_kernels
 from fastvi.kernels.woodbury import cases, triton_kernels, xla
 from fastvi.kernels.woodbury import triton as density
 
-SIZES = {"dim": 1_000_000, "rank": 8, "num_core": 64, "num_rows": 64, "num_components": 8, "num_blocks": 1}
+SIZES = {
+    "dim": 1_000_000,
+    "rank": 8,
+    "num_core": 64,
+    "num_rows": 64,
+    "num_components": 8,
+    "num_blocks": 1,
+}
 CONSTANTS = {**SIZES, "num_terms": 1, "padded": 8, "block": _triton.BLOCK, "tile": _triton.TILE}
 KERNELS = (triton_kernels.project, triton_kernels.residual, gradient_kernels.update)
 
@@ -49,8 +58,14 @@ def usage(kernel):
 
 
 def launches():
-    """Count the kernels in a step lowered for CUDA; None without jax-triton and a CUDA plugin of jax."""
-    if importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("jax_cuda12_plugin") is None:
+    """Count the kernels in a step lowered for CUDA.
+
+    None without jax-triton and a CUDA plugin of jax.
+    """
+    if (
+        importlib.util.find_spec("jax_triton") is None
+        or importlib.util.find_spec("jax_cuda12_plugin") is None
+    ):
         return None
     _triton.call = functools.partial(_triton.call, compute_capability=90)
     mixture, stacked = cases.make(cases.CASES["shared"])
@@ -64,4 +79,7 @@ def launches():
     return text.count("triton_kernel_call"), "output_operand_alias<" in text
 
 
-json.dump({"usage": {kernel.__name__: usage(kernel) for kernel in KERNELS}, "launches": launches()}, sys.stdout)
+json.dump(
+    {"usage": {kernel.__name__: usage(kernel) for kernel in KERNELS}, "launches": launches()},
+    sys.stdout,
+)

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it is imported
-ONE_AT_A_TIME = threading.Lock()  # the interpreter holds its place in the grid in globals; XLA has many threads
+ONE_AT_A_TIME = (
+    threading.Lock()
+)  # the interpreter holds its place in the grid in globals; XLA has many threads
 
 
 class Storage:
@@ -47,18 +49,25 @@ class Storage:
 
 
 def call(kernel, *arrays, outputs, grid, aliases, **constants):
-    """Stand in for `fastvi.kernels._triton.call`, with jax-triton 0.4's pointers: none for aliased outputs."""
+    """Stand in for `fastvi.kernels._triton.call`, with jax-triton 0.4's pointers.
+
+    None for aliased outputs.
+    """
     places = {output: argument for argument, output in aliases.items()}
 
     def run(*arrays):
         inputs = [np.array(array) for array in arrays]
         results = [
-            inputs[places[index]] if index in places else np.full(output.shape, np.nan, output.dtype)
+            inputs[places[index]]
+            if index in places
+            else np.full(output.shape, np.nan, output.dtype)
             for index, output in enumerate(outputs)
         ]
         pointers = inputs + [result for index, result in enumerate(results) if index not in places]
         # an empty array has no address
-        padded = [Storage(pointer if pointer.size else np.zeros(1, pointer.dtype)) for pointer in pointers]
+        padded = [
+            Storage(pointer if pointer.size else np.zeros(1, pointer.dtype)) for pointer in pointers
+        ]
         with ONE_AT_A_TIME:
             kernel[0].run(*padded, grid=grid, warmup=False, **constants)
         return tuple(results)

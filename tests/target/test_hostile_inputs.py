@@ -1,4 +1,7 @@
-"""What people pass by mistake: refused with the rule and the fix before anything compiles, or read right."""
+"""What people pass by mistake.
+
+Refused with the rule and the fix before anything compiles, or read right.
+"""
 
 import array
 import collections
@@ -118,51 +121,131 @@ ROWS = rng.normal(size=(40, 3)).astype(np.float32), np.arange(40, dtype=np.float
 
 # name: (call, error, words)
 CASES = {
-    "a list of sequences": (of([np.ones(7)] * 40), DataError, "list of 40 entries of one shape.*jnp.stack"),
-    "a tuple of long sequences": (of((np.ones(100),) * 12), DataError, "tuple of 12 entries.*columns as a dict"),
+    "a list of sequences": (
+        of([np.ones(7)] * 40),
+        DataError,
+        "list of 40 entries of one shape.*jnp.stack",
+    ),
+    "a tuple of long sequences": (
+        of((np.ones(100),) * 12),
+        DataError,
+        "tuple of 12 entries.*columns as a dict",
+    ),
     "a list of batches": (of([(X, X)] * 50), DataError, "list of 50 entries.*concatenate batches"),
-    "a list of numbers": (of([[1.0, 2.0], [3.0, 4.0]]), DataError, r"data\[0\]\[0\] is a scalar.*np.asarray"),
-    "integers beyond int32": (of((X, big)), DataError, r"data\[1\] has dtype int64 .* do not fit int32.*enable_x64"),
+    "a list of numbers": (
+        of([[1.0, 2.0], [3.0, 4.0]]),
+        DataError,
+        r"data\[0\]\[0\] is a scalar.*np.asarray",
+    ),
+    "integers beyond int32": (
+        of((X, big)),
+        DataError,
+        r"data\[1\] has dtype int64 .* do not fit int32.*enable_x64",
+    ),
     "integers beyond uint32": (of(np.array([2**63], np.uint64)), DataError, "do not fit uint32"),
-    "floats beyond float32": (of((X, np.full(40, 1e300))), DataError, r"data\[1\] holds numbers too large for float32"),
-    "a masked array": (of(np.ma.masked_invalid([1.0, np.nan])), DataError, "masked array.*mask would be dropped"),
+    "floats beyond float32": (
+        of((X, np.full(40, 1e300))),
+        DataError,
+        r"data\[1\] holds numbers too large for float32",
+    ),
+    "a masked array": (
+        of(np.ma.masked_invalid([1.0, np.nan])),
+        DataError,
+        "masked array.*mask would be dropped",
+    ),
     "a sparse matrix": (of(sparse.BCOO.fromdense(jnp.eye(4))), DataError, "sparse matrix.*todense"),
     "durations": (of(np.array([1, 2], "m8[s]")), DataError, "dtype timedelta64"),
     "random keys": (of(jax.random.split(jax.random.key(0), 4)), DataError, "dtype key<fry>"),
     "a set": (of({1, 2}), DataError, "got set. Pass a tuple or a dict"),
-    "a view of a dict": (of({"x": X}.values()), DataError, "got dict_values. Pass a tuple or a dict"),
-    "a mapping that is no dict": (of(collections.UserDict(x=X)), DataError, "UserDict. Pass a dict of arrays"),
+    "a view of a dict": (
+        of({"x": X}.values()),
+        DataError,
+        "got dict_values. Pass a tuple or a dict",
+    ),
+    "a mapping that is no dict": (
+        of(collections.UserDict(x=X)),
+        DataError,
+        "UserDict. Pass a dict of arrays",
+    ),
     "a range": (of(range(5)), DataError, "got range.*np.arange"),
     "the path of a file": (of("data.npz"), DataError, "got str. Load the file"),
     "a pathlib path": (of(pathlib.Path("data.npz")), DataError, "as numpy reads pathlib"),
     "a generator": (of(X for _ in range(3)), DataError, "read only once"),
     "a generator among arrays": (of((X, (row for row in X))), DataError, r"data\[1\].*generator"),
     "a data set by index": (of(Examples()), DataError, "Examples.*numpy"),
-    "numbers that iterate": (of(array.array("d", [1.0, 2.0])), DataError, "array.array gave.*Make it give batches"),
-    "a table of words": (of(Table(a=np.array(["x", "y"]))), DataError, r"data\['a'\] has dtype <U1"),
+    "numbers that iterate": (
+        of(array.array("d", [1.0, 2.0])),
+        DataError,
+        "array.array gave.*Make it give batches",
+    ),
+    "a table of words": (
+        of(Table(a=np.array(["x", "y"]))),
+        DataError,
+        r"data\['a'\] has dtype <U1",
+    ),
     "a stream of words": (of(Batches(lambda _: ["a"])), DataError, "batch has dtype <U1"),
-    "a stream of single examples": (of(Batches(lambda _: [(X[0], 1.0)])), DataError, "same leading axis.*Batches gave"),
-    "a stream of lists of examples": (of(Batches(lambda _: [[X[0]] * 40])), DataError, "list of 40 entries"),
-    "a stream beyond int32": (of(Batches(lambda _: [big])), DataError, "batch has dtype int64.*int32"),
-    "a stream that changes": (of(Batches(lambda number: [number * X])), DataError, "other examples in a later pass"),
-    "a stream that grows": (of(Batches(lambda number: [X] * number)), DataError, "40 examples first and 80 later"),
-    "a lone float": (with_params({"w": CENTER, "b": 0.0}), DataError, r"params\['b'\] is the Python float 0.0"),
+    "a stream of single examples": (
+        of(Batches(lambda _: [(X[0], 1.0)])),
+        DataError,
+        "same leading axis.*Batches gave",
+    ),
+    "a stream of lists of examples": (
+        of(Batches(lambda _: [[X[0]] * 40])),
+        DataError,
+        "list of 40 entries",
+    ),
+    "a stream beyond int32": (
+        of(Batches(lambda _: [big])),
+        DataError,
+        "batch has dtype int64.*int32",
+    ),
+    "a stream that changes": (
+        of(Batches(lambda number: [number * X])),
+        DataError,
+        "other examples in a later pass",
+    ),
+    "a stream that grows": (
+        of(Batches(lambda number: [X] * number)),
+        DataError,
+        "40 examples first and 80 later",
+    ),
+    "a lone float": (
+        with_params({"w": CENTER, "b": 0.0}),
+        DataError,
+        r"params\['b'\] is the Python float 0.0",
+    ),
     "a lone float that the mask lets vary": (
         with_params({"w": CENTER, "b": 0.0}, param_mask={"w": True, "b": True}),
         DataError,
         r"params\['b'\] is the Python float",
     ),
     "empty parameters": (with_params({"w": np.zeros((0, 3))}), DataError, "1 empty arrays"),
-    "parameters beyond float32": (with_params({"w": np.full(2, 1e300)}), DataError, "too large for float32"),
-    "float8 parameters": (with_params({"w": CENTER.astype(jnp.float8_e4m3fn)}), DataError, "float8_e4m3fn, too coarse"),
+    "parameters beyond float32": (
+        with_params({"w": np.full(2, 1e300)}),
+        DataError,
+        "too large for float32",
+    ),
+    "float8 parameters": (
+        with_params({"w": CENTER.astype(jnp.float8_e4m3fn)}),
+        DataError,
+        "float8_e4m3fn, too coarse",
+    ),
     "a mean in half precision": (
         lambda: estimate(loss_fn=lambda w, batch: loss(w, batch).astype(jnp.bfloat16)),
         DataError,
         r"bfloat16\[\], too coarse.*mean in float32",
     ),
     "nothing varies": (lambda: estimate(param_mask=False), ConfigError, "let some parameter vary"),
-    "within jit": (lambda: jax.jit(lambda w: estimate(params=w).llc)(CENTER), UnavailableError, "use fastvi.fit"),
-    "within grad": (lambda: jax.grad(lambda g: estimate(localization=g).llc)(1.0), UnavailableError, "use fastvi.fit"),
+    "within jit": (
+        lambda: jax.jit(lambda w: estimate(params=w).llc)(CENTER),
+        UnavailableError,
+        "use fastvi.fit",
+    ),
+    "within grad": (
+        lambda: jax.grad(lambda g: estimate(localization=g).llc)(1.0),
+        UnavailableError,
+        "use fastvi.fit",
+    ),
     "within jit of something else": (
         lambda: jax.jit(lambda x: x + estimate().llc)(1.0),
         UnavailableError,
@@ -178,9 +261,21 @@ CASES = {
         DataError,
         "first axis is not that of the batch",
     ),
-    "weights of another shape": (with_loss(lambda w, b: (squares(w, b), w)), DataError, "need one shape"),
-    "negative weights": (with_loss(lambda w, b: (squares(w, b), -b[1]), ROWS), DataError, "weights.*at least 0"),
-    "a mask of nothing": (with_loss(lambda w, b: (squares(w, b), 0 * b[1]), ROWS), DataError, "weights.*are all 0"),
+    "weights of another shape": (
+        with_loss(lambda w, b: (squares(w, b), w)),
+        DataError,
+        "need one shape",
+    ),
+    "negative weights": (
+        with_loss(lambda w, b: (squares(w, b), -b[1]), ROWS),
+        DataError,
+        "weights.*at least 0",
+    ),
+    "a mask of nothing": (
+        with_loss(lambda w, b: (squares(w, b), 0 * b[1]), ROWS),
+        DataError,
+        "weights.*are all 0",
+    ),
     "weights that are learned": (
         with_loss(lambda w, b: (squares(w, b), b[1] * jnp.exp(w[0])), ROWS),
         DataError,
@@ -192,15 +287,31 @@ CASES = {
         "not a mean over the examples.*return .losses, weights.",
     ),
     "a sum": (with_loss(lambda w, b: jnp.sum(squares(w, b)), ROWS), DataError, "It is their sum"),
-    "a median": (with_loss(lambda w, b: jnp.median(squares(w, b)), ROWS), DataError, "not a mean over the examples"),
+    "a median": (
+        with_loss(lambda w, b: jnp.median(squares(w, b)), ROWS),
+        DataError,
+        "not a mean over the examples",
+    ),
     "noise of numpy": (
         with_loss(lambda w, b: loss(w, b) * (1 + rng.normal())),
         DataError,
         "not deterministic: traced twice",
     ),
-    "log of zero at w*": (with_loss(lambda w, b: loss(w, b) - jnp.log(w[0] ** 2)), DataError, "is inf at w. itself"),
-    "a norm at zero": (with_loss(lambda w, b: jnp.linalg.norm(w)), DataError, "gradient.*not finite in 3 of 3"),
-    "a loss that rounds": (with_loss(lambda w, b: jnp.round(50 * jnp.mean(squares(w, b)))), DataError, "disagrees"),
+    "log of zero at w*": (
+        with_loss(lambda w, b: loss(w, b) - jnp.log(w[0] ** 2)),
+        DataError,
+        "is inf at w. itself",
+    ),
+    "a norm at zero": (
+        with_loss(lambda w, b: jnp.linalg.norm(w)),
+        DataError,
+        "gradient.*not finite in 3 of 3",
+    ),
+    "a loss that rounds": (
+        with_loss(lambda w, b: jnp.round(50 * jnp.mean(squares(w, b)))),
+        DataError,
+        "disagrees",
+    ),
     "a gradient with another sign": (
         flat_fit(fastvi.make_flat_objective(loss, lambda w, b: -jax.grad(loss)(w, b))),
         DataError,
@@ -212,10 +323,22 @@ CASES = {
         "loss_full_flat is another loss",
     ),
     "a negative beta": (flat_fit(beta=-1.0), ConfigError, "beta must be a number > 0"),
-    "gamma given twice": (lambda: estimate(localization=2.0, config={"gamma": 1.0}), ConfigError, "gamma.*2.0"),
+    "gamma given twice": (
+        lambda: estimate(localization=2.0, config={"gamma": 1.0}),
+        ConfigError,
+        "gamma.*2.0",
+    ),
     "components of a flow": (lambda: estimate(family="flow", M=4), ConfigError, "M.*family"),
-    "probes that nothing reads": (lambda: estimate(trace_probes=4), ConfigError, "trace_probes.*hvp"),
-    "a pair of odd draws": (lambda: estimate(antithetic=True, samples_per_step=3), ConfigError, "antithetic.*pairs"),
+    "probes that nothing reads": (
+        lambda: estimate(trace_probes=4),
+        ConfigError,
+        "trace_probes.*hvp",
+    ),
+    "a pair of odd draws": (
+        lambda: estimate(antithetic=True, samples_per_step=3),
+        ConfigError,
+        "antithetic.*pairs",
+    ),
     "events without a folder": (flat_fit(vi_cfg={"tensorboard": True}), ConfigError, "tensorboard"),
     "chains by draws": (
         chains(samples=np.zeros((40, 3, 2)), gradients=np.zeros((40, 3, 2))),
@@ -232,7 +355,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("call", "kind", "words"), [pytest.param(*case, id=name) for name, case in CASES.items()])
+@pytest.mark.parametrize(
+    ("call", "kind", "words"), [pytest.param(*case, id=name) for name, case in CASES.items()]
+)
 def test_refused_before_anything_compiles(call, kind, words, monkeypatch):
     def unreachable(*args, **kwargs):
         raise AssertionError("reached the compiled stages")

@@ -1,4 +1,7 @@
-"""The look at a loss before anything is compiled for long: what is refused, in which words, and what it costs."""
+"""The look at a loss before anything is compiled for long.
+
+What is refused, in which words, and what it costs.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +49,9 @@ def dropped_by_place(w, batch):
 
 
 def noisy(w, batch):
-    noise = jax.pure_callback(lambda: np.float32(RNG.normal()), jax.ShapeDtypeStruct((), jnp.float32))
+    noise = jax.pure_callback(
+        lambda: np.float32(RNG.normal()), jax.ShapeDtypeStruct((), jnp.float32)
+    )
     return mean_square(w, batch) + 0.02 * noise
 
 
@@ -60,31 +65,53 @@ wrong_slope.defvjp(lambda x: (wrong_slope(x), x), lambda x, g: (3 * x * g,))
 
 def look(loss, center=CENTER, data=DATA, count=COUNT, nbeta=50.0, gamma=1.0, budget=np.inf):
     objective = loss if hasattr(loss, "value_and_grad") else make_flat_objective(loss)
-    posterior = LocalPosterior(center, jnp.asarray(nbeta, center.dtype), jnp.asarray(gamma, center.dtype))
-    return look_at_target(objective, Problem(posterior, data, count, 64), None, "loss_fn", budget_fge=budget)[1]
+    posterior = LocalPosterior(
+        center, jnp.asarray(nbeta, center.dtype), jnp.asarray(gamma, center.dtype)
+    )
+    return look_at_target(
+        objective, Problem(posterior, data, count, 64), None, "loss_fn", budget_fge=budget
+    )[1]
 
 
 REFUSED = {
-    "mean over a batch's own mask": (masked, "not a mean over the examples.*return .losses, weights."),
+    "mean over a batch's own mask": (
+        masked,
+        "not a mean over the examples.*return .losses, weights.",
+    ),
     "sum over the batch": (lambda w, b: 0.5 * jnp.sum((1 + b[0] @ w) ** 2), "It is their sum"),
-    "sum over the data's size": (lambda w, b: jnp.sum((1 + b[0] @ w) ** 2) / COUNT, "It is their sum"),
+    "sum over the data's size": (
+        lambda w, b: jnp.sum((1 + b[0] @ w) ** 2) / COUNT,
+        "It is their sum",
+    ),
     "batch statistics": (normalised, "not a mean over the examples.*evaluation mode"),
     "in-batch negatives": (contrastive, "not a mean over the examples.*contrastive"),
-    "root of the mean": (lambda w, b: jnp.sqrt(jnp.mean((1 + b[0] @ w) ** 2)), "not a mean over the examples"),
-    "largest of the batch": (lambda w, b: jnp.max((1 + b[0] @ w) ** 2), "not a mean over the examples"),
+    "root of the mean": (
+        lambda w, b: jnp.sqrt(jnp.mean((1 + b[0] @ w) ** 2)),
+        "not a mean over the examples",
+    ),
+    "largest of the batch": (
+        lambda w, b: jnp.max((1 + b[0] @ w) ** 2),
+        "not a mean over the examples",
+    ),
     "dropout by place in the batch": (dropped_by_place, "not a mean over the examples.*dropout"),
     "noise from the host": (noisy, "not deterministic"),
     "weights by place in the batch": (
         lambda w, b: jnp.mean((1 + b[0] @ w) ** 2 * jnp.linspace(0, 2, len(b[0]))),
         "not a mean over the examples|order of the examples",
     ),
-    "gradient three times the loss's": (lambda w, b: jnp.mean(wrong_slope(b[0] @ w)), "disagrees with the loss"),
+    "gradient three times the loss's": (
+        lambda w, b: jnp.mean(wrong_slope(b[0] @ w)),
+        "disagrees with the loss",
+    ),
     "gradient of nothing": (
         lambda w, b: jax.lax.stop_gradient(mean_square(w, b)),
         "disagrees with the loss.*stop_gradient",
     ),
     "NaN at w*": (lambda w, b: mean_square(w, b) + 0 * jnp.log(w[0]), "is nan at w. itself"),
-    "infinite at w*": (lambda w, b: mean_square(w, b) - jnp.log(jnp.sum(w**2)), "is inf at w. itself"),
+    "infinite at w*": (
+        lambda w, b: mean_square(w, b) - jnp.log(jnp.sum(w**2)),
+        "is inf at w. itself",
+    ),
     "NaN gradient at w*": (lambda w, b: jnp.sqrt(jnp.sum(w**2)), "gradient.*not finite in 4 of 4"),
 }
 
@@ -150,7 +177,10 @@ def test_sum_of_few_examples_is_seen():
 
 
 def test_rounding_is_measured_in_nats():
-    """Near 1e6 a float32 moves by 1/16: nbeta/2 sum_i H_ii ulp^2 / 12 nats; and a loss of 1e8 by 8."""
+    """Near 1e6 a float32 moves by 1/16.
+
+    Nbeta/2 sum_i H_ii ulp^2 / 12 nats; and a loss of 1e8 by 8.
+    """
     curvatures = jnp.asarray([4.0, 2.0, 1.0, 0.5])
     far = look(lambda w, b: 0.5 * jnp.sum(curvatures * (w - 1e6) ** 2), CENTER + 1e6)
     assert far.weight_rounding == pytest.approx(50 / 2 * 7.5 / 16**2 / 12, rel=0.05)
@@ -185,7 +215,13 @@ def test_refused_before_the_fit(monkeypatch):
         fastvi.estimate_llc(masked, CENTER, DATA, progress=False)
 
 
-QUICK = {"progress": False, "steps": 100, "num_chains": 2, "correction": "none", "early_stop": False}
+QUICK = {
+    "progress": False,
+    "steps": 100,
+    "num_chains": 2,
+    "correction": "none",
+    "early_stop": False,
+}
 
 
 @pytest.mark.parametrize("shift", [1e6, 0.0])
@@ -200,9 +236,15 @@ def test_weights_too_coarse_for_the_posterior_are_a_finding(shift):
 
 
 def test_one_bad_example_is_named_as_that_of_w_star():
-    """A row among many, that no look at a few sees: the loss of all data at w* is NaN, and that is what is said."""
+    """A row among many, that no look at a few sees.
+
+    The loss of all data at w* is NaN, and that is what is said.
+    """
     marks = np.random.default_rng(1).permutation(5000).astype(np.float32)
-    data = (np.ones((5000, DIM), np.float32), marks)  # in the middle, where no rank makes it stand out
+    data = (
+        np.ones((5000, DIM), np.float32),
+        marks,
+    )  # in the middle, where no rank makes it stand out
     loss = lambda w, b: 0.5 * jnp.mean((b[0] @ w) ** 2 + jnp.where(b[1] == 2500, jnp.nan, 0))  # noqa: E731
     result = fastvi.estimate_llc(loss, CENTER, data, **QUICK, batch_size=4, throw=False)
     assert result.health[0].name == "non_finite"

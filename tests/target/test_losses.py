@@ -9,16 +9,21 @@ import fastvi
 from fastvi._errors import DataError
 from fastvi.sampling.gradients import split_data
 from fastvi.target.losses import weigh_batch, weigh_data
-from fastvi.target.objective import full_data_loss, full_data_value_and_grad, make_flat_objective, ravel_loss
+from fastvi.target.objective import (
+    full_data_loss,
+    full_data_value_and_grad,
+    make_flat_objective,
+    ravel_loss,
+)
 
 COUNT, TOKENS, DIM = 60, 5, 3
 RNG = np.random.default_rng(0)
 INPUTS = RNG.normal(size=(COUNT, TOKENS, DIM))
 LENGTHS = np.sort(RNG.integers(1, TOKENS + 1, COUNT))  # sorted by length: batches weigh unlike
 MASK = np.arange(TOKENS)[None] < LENGTHS[:, None]
-TARGETS = INPUTS @ np.arange(1.0, DIM + 1) + np.where(MASK.sum(1) > 2, 1.0, 0.1)[:, None] * RNG.normal(
-    size=(COUNT, TOKENS)
-)
+TARGETS = INPUTS @ np.arange(1.0, DIM + 1) + np.where(MASK.sum(1) > 2, 1.0, 0.1)[
+    :, None
+] * RNG.normal(size=(COUNT, TOKENS))
 DATA = (INPUTS, TARGETS, MASK)
 ROWS = INPUTS[MASK]
 CENTER = np.linalg.lstsq(ROWS, TARGETS[MASK], rcond=None)[0]
@@ -65,7 +70,11 @@ def test_blocks_and_minibatches_are_unbiased():
     objective = make_flat_objective(masked)
     w, data = jnp.asarray(CENTER + 0.3), jax.tree_util.tree_map(jnp.asarray, DATA)
     data, _ = weighted(objective, w, data)
-    losses = jax.jit(jax.vmap(lambda rows: objective.loss(w, jax.tree_util.tree_map(lambda leaf: leaf[rows], data))))
+    losses = jax.jit(
+        jax.vmap(
+            lambda rows: objective.loss(w, jax.tree_util.tree_map(lambda leaf: leaf[rows], data))
+        )
+    )
     for blocks in (split_data(COUNT, 4), np.arange(COUNT)[:, None]):
         found = losses(jnp.asarray(blocks))
         np.testing.assert_allclose(np.mean(found), dense_mean(CENTER + 0.3)[0], rtol=1e-12)
@@ -80,11 +89,16 @@ def test_losses_per_token_per_example_and_their_mean_agree(reduce):
     value, gradient = jax.jit(objective.value_and_grad)(w, data)
     residual = INPUTS @ CENTER - TARGETS
     np.testing.assert_allclose(value, 0.5 * np.mean(residual**2), rtol=1e-12)
-    np.testing.assert_allclose(gradient, np.einsum("ntd,nt->d", INPUTS, residual) / residual.size, rtol=1e-12)
+    np.testing.assert_allclose(
+        gradient, np.einsum("ntd,nt->d", INPUTS, residual) / residual.size, rtol=1e-12
+    )
 
 
 def test_estimate_of_a_weighted_loss_meets_its_closed_form():
-    """A quadratic in w: llc = tr(nbeta H (nbeta H + gamma)^-1) / 2 with H over the kept tokens of all data."""
+    """A quadratic in w.
+
+    Llc = tr(nbeta H (nbeta H + gamma)^-1) / 2 with H over the kept tokens of all data.
+    """
     nbeta, gamma = 40.0, 1.0
     hessian = ROWS.T @ ROWS / len(ROWS)
     eigenvalues = nbeta * np.linalg.eigvalsh(hessian)
@@ -96,7 +110,9 @@ def test_estimate_of_a_weighted_loss_meets_its_closed_form():
     assert result.n_data == COUNT
     losses = fastvi.example_losses(result, DATA)
     excess = result.draws["excess_loss"] + result.init_loss
-    np.testing.assert_allclose(losses.mean(axis=2), excess, rtol=1e-3)  # of the same draws, in float32
+    np.testing.assert_allclose(
+        losses.mean(axis=2), excess, rtol=1e-3
+    )  # of the same draws, in float32
     again = fastvi.llc_on(result, DATA)
     assert again.init_loss == pytest.approx(result.init_loss, rel=1e-5)
 
@@ -112,7 +128,9 @@ def test_estimate_of_a_weighted_loss_meets_its_closed_form():
 )
 def test_impossible_weights_are_refused(weights, message):
     with pytest.raises(DataError, match=f"the weights of loss_fn.*{message}"):
-        fastvi.estimate_llc(lambda w, b: (squares(w, b), weights(w, b)), jnp.asarray(CENTER), DATA, progress=False)
+        fastvi.estimate_llc(
+            lambda w, b: (squares(w, b), weights(w, b)), jnp.asarray(CENTER), DATA, progress=False
+        )
 
 
 def test_weighted_stream_meets_the_data_in_memory():
@@ -122,8 +140,17 @@ def test_weighted_stream_meets_the_data_in_memory():
                 yield tuple(leaf[start : start + 16] for leaf in DATA)
 
     objective, w = ravel_loss(masked, jnp.asarray(CENTER, jnp.float32))
-    settings = {"progress": False, "steps": 200, "num_chains": 2, "early_stop": False, "correction": "none"}
+    settings = {
+        "progress": False,
+        "steps": 200,
+        "num_chains": 2,
+        "early_stop": False,
+        "correction": "none",
+    }
     streamed = fastvi.estimate_llc(masked, w, Stream(), **settings)
     held = fastvi.estimate_llc(masked, w, DATA, **settings)
     assert streamed.init_loss == pytest.approx(held.init_loss, rel=1e-5)
-    assert abs(streamed.llc - held.llc) < 4 * np.hypot(streamed.llc_sem, held.llc_sem) + 0.05 * held.llc
+    assert (
+        abs(streamed.llc - held.llc)
+        < 4 * np.hypot(streamed.llc_sem, held.llc_sem) + 0.05 * held.llc
+    )

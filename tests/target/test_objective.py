@@ -46,7 +46,9 @@ def haiku_model():
 
 
 def equinox_model():
-    return eqx.nn.MLP(3, 2, 4, 1, activation=jnp.tanh, key=jax.random.key(0)), lambda net, x: jax.vmap(net)(x)
+    return eqx.nn.MLP(
+        3, 2, 4, 1, activation=jnp.tanh, key=jax.random.key(0)
+    ), lambda net, x: jax.vmap(net)(x)
 
 
 MODELS = {"dict": dict_model, "haiku": haiku_model, "equinox": equinox_model}
@@ -61,7 +63,9 @@ def squared_error(predict):
 
 
 def numerical_gradient(function, w, step=1e-5):
-    return np.array([(function(w + e) - function(w - e)) / (2 * step) for e in step * np.eye(w.size)])
+    return np.array(
+        [(function(w + e) - function(w - e)) / (2 * step) for e in step * np.eye(w.size)]
+    )
 
 
 _CACHE = {}
@@ -73,7 +77,13 @@ def built(name):
         params, predict = MODELS[name]()
         loss = squared_error(predict)
         objective, w = ravel_loss(loss, params, jnp.float64)
-        both = jax.jit(lambda w, b: (objective.grad(w, b), objective.value_and_grad(w, b), objective.loss(w, b)))
+        both = jax.jit(
+            lambda w, b: (
+                objective.grad(w, b),
+                objective.value_and_grad(w, b),
+                objective.loss(w, b),
+            )
+        )
         _CACHE[name] = objective, w, both, jax.jit(objective.loss)
     return _CACHE[name]
 
@@ -100,8 +110,14 @@ def test_flat_loss_is_the_tree_s(name, x64):
     params, predict = MODELS[name]()
     objective, w = ravel_loss(squared_error(predict), params, jnp.float64)
     data = tuple(map(jnp.asarray, DATA))
-    np.testing.assert_allclose(objective.loss(w, data), squared_error(predict)(params, data), rtol=1e-6)
-    arrays = [leaf for leaf in jax.tree_util.tree_leaves(params) if eqx.is_array_like(leaf) and np.ndim(leaf)]
+    np.testing.assert_allclose(
+        objective.loss(w, data), squared_error(predict)(params, data), rtol=1e-6
+    )
+    arrays = [
+        leaf
+        for leaf in jax.tree_util.tree_leaves(params)
+        if eqx.is_array_like(leaf) and np.ndim(leaf)
+    ]
     assert objective.structure.num_parameters == w.size == sum(leaf.size for leaf in arrays)
     np.testing.assert_array_equal(w, np.concatenate([np.ravel(leaf) for leaf in arrays]))
 
@@ -198,7 +214,9 @@ def test_unravel_inverts_ravel():
     np.testing.assert_array_equal(w, [1.5, -2.25, 0, 1, 2, 3, 4, 5, 7])
     rebuilt = objective.structure.unravel(w)
     assert jax.tree_util.tree_structure(rebuilt) == jax.tree_util.tree_structure(params)
-    for got, want in zip(jax.tree_util.tree_leaves(rebuilt), jax.tree_util.tree_leaves(params), strict=True):
+    for got, want in zip(
+        jax.tree_util.tree_leaves(rebuilt), jax.tree_util.tree_leaves(params), strict=True
+    ):
         if eqx.is_array_like(want) and hasattr(want, "dtype"):
             assert got.dtype == want.dtype
             np.testing.assert_array_equal(got, want)
@@ -241,16 +259,23 @@ def test_objectives_compare_by_function_and_structure():
 def test_chunks_average_as_the_whole(examples, monkeypatch, x64):
     monkeypatch.setattr(module, "EVALUATION_CHUNK", 5)
     rng = np.random.default_rng(examples)
-    data = {"x": jnp.asarray(rng.normal(size=(examples, 3))), "y": jnp.asarray(rng.normal(size=examples))}
+    data = {
+        "x": jnp.asarray(rng.normal(size=(examples, 3))),
+        "y": jnp.asarray(rng.normal(size=examples)),
+    }
     objective = make_flat_objective(lambda w, b: jnp.mean((jnp.tanh(b["x"] @ w) - b["y"]) ** 2))
     w, reference, tangent = jnp.asarray(rng.normal(size=(3, 3)))
     whole = objective.loss(w, data)
     np.testing.assert_allclose(full_data_loss(objective, w, data), whole, rtol=1e-13)
     np.testing.assert_allclose(
-        excess_loss(objective, w, reference, data), whole - objective.loss(reference, data), rtol=1e-11
+        excess_loss(objective, w, reference, data),
+        whole - objective.loss(reference, data),
+        rtol=1e-11,
     )
     hessian = jax.hessian(objective.loss)(w, data)
-    np.testing.assert_allclose(full_data_hvp(objective, w, data)(tangent), hessian @ tangent, rtol=1e-12)
+    np.testing.assert_allclose(
+        full_data_hvp(objective, w, data)(tangent), hessian @ tangent, rtol=1e-12
+    )
 
 
 @jax.custom_vjp
@@ -271,7 +296,9 @@ idiomatic_cube.defvjp(lambda x: (idiomatic_cube(x), x), lambda x, g: (3 * x**2 *
 
 def on_host(function, x):
     result = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return jax.pure_callback(lambda x: np.asarray(function(x), x.dtype), result, x, vmap_method="sequential")
+    return jax.pure_callback(
+        lambda x: np.asarray(function(x), x.dtype), result, x, vmap_method="sequential"
+    )
 
 
 @jax.custom_vjp
@@ -279,7 +306,9 @@ def simulated_cube(x):
     return on_host(lambda x: x**3, x)
 
 
-simulated_cube.defvjp(lambda x: (simulated_cube(x), x), lambda x, g: (on_host(lambda x: 3 * x**2, x) * g,))
+simulated_cube.defvjp(
+    lambda x: (simulated_cube(x), x), lambda x, g: (on_host(lambda x: 3 * x**2, x) * g,)
+)
 
 
 def smooth(w, batch):
@@ -307,7 +336,9 @@ def test_hvp_is_the_hessian_times_the_tangent(loss, jitted, x64):
     def columns(w):
         return jax.vmap(hvp_operator(make_flat_objective(loss), w, batch))(jnp.eye(3))
 
-    np.testing.assert_allclose((jax.jit(columns) if jitted else columns)(w), hessian, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(
+        (jax.jit(columns) if jitted else columns)(w), hessian, rtol=1e-11, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-8), (jnp.float32, 1e-3)])
@@ -336,18 +367,27 @@ def test_hvp_keeps_other_type_errors():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"a": np.arange(3)}, r"params\['a'\] has dtype int.*only floating-point.*Cast it to float32"),
+        (
+            {"a": np.arange(3)},
+            r"params\['a'\] has dtype int.*only floating-point.*Cast it to float32",
+        ),
         ({"a": [np.ones(2, bool)]}, r"params\['a'\]\[0\] has dtype bool"),
         ({"a": np.array([1.0, np.nan])}, r"params\['a'\] holds NaN or infinity.*diverge"),
         ({"a": np.array([np.inf])}, r"holds NaN or infinity"),
         ({"a": np.ones(2), "b": object()}, r"params\['b'\] is an object of type object"),
         ({"a": np.array(["x"])}, r"params\['a'\] has dtype <U1"),
         ({"a": 1, "f": jnp.tanh}, "holds no floating-point array"),
-        ({"a": np.ones(2), "b": 0.5}, r"params\['b'\] is the Python float 0.5.*jnp.asarray.*close over it"),
+        (
+            {"a": np.ones(2), "b": 0.5},
+            r"params\['b'\] is the Python float 0.5.*jnp.asarray.*close over it",
+        ),
         ([np.ones(2), (1j,)], r"params\[1\]\[0\] is the Python complex 1j"),
         ({"a": np.zeros((0, 2)), "b": np.zeros(0)}, "holds 2 empty arrays"),
         ({"a": np.full(2, 1e300)}, r"params\['a'\] holds numbers too large for float32"),
-        ({"a": jnp.zeros(2, jnp.float8_e4m3fn)}, r"params\['a'\] has dtype float8_e4m3fn, too coarse"),
+        (
+            {"a": jnp.zeros(2, jnp.float8_e4m3fn)},
+            r"params\['a'\] has dtype float8_e4m3fn, too coarse",
+        ),
         ({}, "holds no floating-point array"),
         (None, "holds no floating-point array"),
     ],
@@ -402,7 +442,10 @@ def test_good_data_is_kept():
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda w, b: w, r"one floating-point scalar.*got float32\[3\] for 12 examples.*first axis"),
+        (
+            lambda w, b: w,
+            r"one floating-point scalar.*got float32\[3\] for 12 examples.*first axis",
+        ),
         (lambda w, b: (b @ w, w), r"one shape, batch axis first.*auxiliary"),
         (lambda w, b: (jnp.sum(w), jnp.sum(b)), r"a pair of scalars, as of has_aux"),
         (lambda w, b: (b @ w, (b @ w).astype(complex)), "weights are numbers"),
@@ -421,5 +464,7 @@ def test_bad_losses_are_refused(loss, message):
 def test_bad_gradients_are_refused():
     batch = jnp.asarray(DATA[0], jnp.float32)
     with pytest.raises(DataError, match=r"gradient of loss_fn must have shape \(3,\); got \(2,\)"):
-        check_loss(make_flat_objective(lambda w, b: jnp.sum(w), lambda w, b: w[:2]), jnp.ones(3), batch)
+        check_loss(
+            make_flat_objective(lambda w, b: jnp.sum(w), lambda w, b: w[:2]), jnp.ones(3), batch
+        )
     check_loss(make_flat_objective(lambda w, b: jnp.sum(w)), jnp.ones(3), batch)

@@ -44,7 +44,13 @@ def exact(columns, inputs=X):
     [
         ({"first": {"w": True, "b": False}, "last": False}, [0, 1]),
         ({"first": False, "last": True}, [3, 4, 5]),
-        ({"first": {"w": np.array([False, True]), "b": True}, "last": np.array([True, False, True])}, [1, 2, 3, 5]),
+        (
+            {
+                "first": {"w": np.array([False, True]), "b": True},
+                "last": np.array([True, False, True]),
+            },
+            [1, 2, 3, 5],
+        ),
         # each selects what a mask above does, and shares its programs
         (lambda path: path == "['first']['w']", [0, 1]),
         (lambda path: path.startswith("['last']"), [3, 4, 5]),
@@ -62,7 +68,9 @@ def test_a_restricted_loss_is_the_loss():
     restricted, free = fastvi.restrict(loss_fn, PARAMS, mask)
     assert [leaf.tolist() for leaf in free] == [W[2:3].tolist(), W[:1].tolist()]
     moved = {**PARAMS, "first": {"w": W[:2] + np.array([0.5, 0], np.float32), "b": W[2:3] - 1}}
-    assert restricted((free[0] - 1, free[1] + 0.5), (X, Y)) == pytest.approx(float(loss_fn(moved, (X, Y))), rel=1e-6)
+    assert restricted((free[0] - 1, free[1] + 0.5), (X, Y)) == pytest.approx(
+        float(loss_fn(moved, (X, Y))), rel=1e-6
+    )
     again = fastvi.restrict(loss_fn, PARAMS, mask)[0]
     assert again == restricted
     assert hash(again) == hash(restricted)
@@ -97,7 +105,9 @@ def test_data_restricted(result):
     assert estimate.init_loss == pytest.approx(float(loss_fn(PARAMS, some)), rel=1e-5)
     # w* is no minimum of the part: its slope has no mean under q, which is centred at w*
     assert estimate.llc == pytest.approx(exact(range(6), X[::2]), abs=4 * estimate.llc_sem + 0.02)
-    assert fastvi.llc_on(result, (X, Y)).llc == pytest.approx(np.mean(result.evaluation["llc_mc"]), rel=1e-9)
+    assert fastvi.llc_on(result, (X, Y)).llc == pytest.approx(
+        np.mean(result.evaluation["llc_mc"]), rel=1e-9
+    )
 
 
 @pytest.mark.usefixtures("x64")
@@ -116,7 +126,10 @@ def test_loaded_estimates_hold_no_draws(result, tmp_path):
 
 
 def test_curve_over_checkpoints():
-    """Two equal columns: the minima are a line, the posterior moves along it with w*, and its llc stays."""
+    """Two equal columns.
+
+    The minima are a line, the posterior moves along it with w*, and its llc stays.
+    """
     inputs = X[:, [0, 1, 2, 3, 4, 4]]
     precision = NBETA * inputs.T @ inputs / COUNT
     llc = 0.5 * np.trace(precision @ np.linalg.inv(precision + np.eye(6)))
@@ -128,7 +141,10 @@ def test_curve_over_checkpoints():
     curve = fastvi.llc_curve(loss, checkpoints, (inputs,), **OPTIONS)
     np.testing.assert_allclose(curve.llc, llc, rtol=0.02)
     cold = fastvi.llc_curve(loss, checkpoints[:2], (inputs,), **OPTIONS, warm_start=False)
-    spent = [one.work["total_fge"] - one.work["fge_look"] for one in (curve.estimates[0], *cold.estimates)]
+    spent = [
+        one.work["total_fge"] - one.work["fge_look"]
+        for one in (curve.estimates[0], *cold.estimates)
+    ]
     assert spent[0] == spent[1] == pytest.approx(spent[2])
     assert np.all(curve.total_fge[1:] < cold.total_fge[1])
     short = fastvi.llc_curve(loss, checkpoints[:2], (inputs,), **OPTIONS, warm_steps=50)
@@ -144,13 +160,18 @@ def test_curve_over_checkpoints():
     with pytest.raises(fastvi.DataError, match="checkpoint 1 has 5 parameters, the one before 6"):
         fastvi.llc_curve(lambda w, batch: jnp.sum(w**2), sizes, (inputs,), **OPTIONS)
     turned = [np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float32)]
-    with pytest.raises(fastvi.DataError, match=r"checkpoint 1 has parameters .*\(3, 2\).*before .*\(2, 3\)"):
+    with pytest.raises(
+        fastvi.DataError, match=r"checkpoint 1 has parameters .*\(3, 2\).*before .*\(2, 3\)"
+    ):
         fastvi.llc_curve(lambda w, batch: jnp.sum(w**2), turned, (inputs,), **OPTIONS)
     with pytest.raises(fastvi.DataError, match="got a mapping"):
         fastvi.llc_curve(loss, {"w": checkpoints[0]}, (inputs,), **OPTIONS)
-    # the work that is done is kept where a checkpoint, or what reads it, fails: the same programs, the same bits
+    # the work that is done is kept where a checkpoint, or what reads it, fails: the same programs,
+    # the same bits
     with pytest.raises(fastvi.DataError, match="NaN or infinity.*\n.*at checkpoint 1") as caught:
-        fastvi.llc_curve(loss, [checkpoints[0], np.full(6, np.nan, np.float32)], (inputs,), **OPTIONS)
+        fastvi.llc_curve(
+            loss, [checkpoints[0], np.full(6, np.nan, np.float32)], (inputs,), **OPTIONS
+        )
     np.testing.assert_array_equal(caught.value.partial.llc, curve.llc[:1])
     assert caught.value.partial.estimates[0].fitted is not None
     with pytest.raises(OSError, match="no such file.*\n.*at checkpoint 1") as lost:

@@ -13,7 +13,13 @@ from fastvi.target import stream as streaming
 from fastvi.target.stream import HostStream
 
 COUNT, DIM, BATCH = 20_000, 5, 64
-OPTIONS = {"correction": "none", "batch_size": BATCH, "steps": 1000, "eval_samples": 64, "progress": False}
+OPTIONS = {
+    "correction": "none",
+    "batch_size": BATCH,
+    "steps": 1000,
+    "eval_samples": 64,
+    "progress": False,
+}
 
 rng = np.random.default_rng(1)
 X = (rng.normal(size=(COUNT, DIM)) * np.logspace(-0.5, 0.5, DIM)).astype(np.float32)
@@ -43,7 +49,9 @@ def stream(batches=None, most_bytes=1):
 
 def test_a_stream_has_the_llc_of_its_data(monkeypatch):
     monkeypatch.setattr(streaming, "WINDOW_BYTES", 1)
-    held, streamed = (fastvi.estimate_llc(loss_fn, W, data, **OPTIONS) for data in ((X, Y), Batches()))
+    held, streamed = (
+        fastvi.estimate_llc(loss_fn, W, data, **OPTIONS) for data in ((X, Y), Batches())
+    )
     nbeta = COUNT / np.log(COUNT)
     precision = nbeta * X.T @ X / COUNT
     exact = 0.5 * np.trace(precision @ np.linalg.inv(precision + np.eye(DIM)))
@@ -53,11 +61,14 @@ def test_a_stream_has_the_llc_of_its_data(monkeypatch):
     assert streamed.init_loss == pytest.approx(held.init_loss, rel=1e-5)
     assert streamed.work["total_fge"] == pytest.approx(held.work["total_fge"], rel=0.2)
     with pytest.raises(fastvi.UnavailableError, match="in memory"):
-        fastvi.api.resample(streamed, "mcmc", progress=False)
+        fastvi.correct(streamed, "mcmc", progress=False)
 
 
 def test_a_stream_that_fits_is_held():
-    """The same arrays in the same order, and the same program in the same process: the same bits."""
+    """The same arrays in the same order, and the same program in the same process.
+
+    The same bits.
+    """
     held = fastvi.estimate_llc(loss_fn, W, (X[ORDER], Y[ORDER]), **OPTIONS)
     assert fastvi.estimate_llc(loss_fn, W, Batches(), **OPTIONS).llc == held.llc
 
@@ -124,10 +135,15 @@ print(result.n_data, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 @pytest.mark.slow
 def test_memory_is_flat():
-    """100 times the examples, 800 MB against 8, in windows of 4: less than 20 MB more at the peak."""
+    """100 times the examples, 800 MB against 8, in windows of 4.
+
+    Less than 20 MB more at the peak.
+    """
     peaks = {}
     for batches in (20, 2000):
-        out = subprocess.run([sys.executable, "-c", MEMORY, str(batches)], capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(batches)], capture_output=True, text=True, check=True
+        )
         count, peak = out.stdout.split()
         assert int(count) == 1000 * batches
         peaks[batches] = float(peak)

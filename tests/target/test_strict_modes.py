@@ -30,15 +30,28 @@ OBJECTIVE = make_flat_objective(loss)
 def fitted():
     options = {"steps": 20, "eval_samples": 8, "batch_size": 8}
     result = fastvi.fit(
-        rng_key=KEY, objective=OBJECTIVE, wstar_flat=CENTER, data=(X,), n_data=40, beta=0.3, gamma=1.0, vi_cfg=options
+        rng_key=KEY,
+        objective=OBJECTIVE,
+        wstar_flat=CENTER,
+        data=(X,),
+        n_data=40,
+        beta=0.3,
+        gamma=1.0,
+        vi_cfg=options,
     )
     return np.asarray(result["lambda_hat"])
 
 
 RUNS = {
     "a mixture": lambda: fastvi.estimate_llc(loss, CENTER, (X,), correction="none", **SMALL).llc,
-    "a flow": lambda: fastvi.estimate_llc(loss, CENTER, (X,), correction="none", family="flow", **SMALL).llc,
-    "walkers": lambda: fastvi.estimate_llc(loss, CENTER, (X,), correction="mcmc", correction_budget=100, **SMALL).llc,
+    "a flow": lambda: (
+        fastvi.estimate_llc(loss, CENTER, (X,), correction="none", family="flow", **SMALL).llc
+    ),
+    "walkers": lambda: (
+        fastvi.estimate_llc(
+            loss, CENTER, (X,), correction="mcmc", correction_budget=100, **SMALL
+        ).llc
+    ),
     "fit": fitted,
 }
 
@@ -67,7 +80,11 @@ def test_chains_of_a_sampler_are_read_in_every_mode():
     ("mode", "error", "careless"),
     [
         ("rank", ValueError, lambda w, batch: jnp.mean((batch[0] * w) ** 2)),
-        ("dtype", ValueError, lambda w, batch: jnp.mean(batch[0] @ w * jnp.arange(batch[0].shape[0]))),
+        (
+            "dtype",
+            ValueError,
+            lambda w, batch: jnp.mean(batch[0] @ w * jnp.arange(batch[0].shape[0])),
+        ),
     ],
 )
 def test_a_loss_is_held_to_the_mode_of_its_owner(mode, error, careless):

@@ -15,7 +15,14 @@ BACKENDS: dict[str, type[AbstractBackend]] = {
     "nux": NuxBackend,
 }
 
-__all__ = ["BACKENDS", "AbstractBackend", "FlowJAXBackend", "NativeBackend", "NuxBackend", "register_backend"]
+__all__ = [
+    "BACKENDS",
+    "AbstractBackend",
+    "FlowJAXBackend",
+    "NativeBackend",
+    "NuxBackend",
+    "register_backend",
+]
 
 
 def register_backend(name: str, backend: Any) -> None:
@@ -41,6 +48,10 @@ def find_backend(name: str) -> type[AbstractBackend]:
     """
     if name not in BACKENDS:
         near = difflib.get_close_matches(name, BACKENDS, 1, 0.5)
-        fix = f"did you mean {near[0]!r}?" if near else "or register one with fastvi.register_backend"
-        raise ConfigError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}: {fix}.")
+        fix = (
+            f"did you mean {near[0]!r}?" if near else "or register one with fastvi.register_backend"
+        )
+        raise ConfigError(
+            f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}: {fix}."
+        )
     return BACKENDS[name]

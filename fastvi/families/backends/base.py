@@ -17,11 +17,13 @@ SPLINE_BOUND = 6.0  # standard deviations of the base that splines reach
 
 @dataclasses.dataclass(frozen=True)
 class AbstractBackend(abc.ABC):
-    """A flow of one dimension and configuration: hashable and without arrays, its parameters explicit.
+    """A flow of one dimension and configuration.
 
-    Laws, tested for every backend and template: the draws of `sample_and_log_prob` have the density that it and
-    `log_prob` both state, normalised; with `init_scale` 0 the flow starts as the standard normal; the draw is a smooth
-    function of noise and parameters, and `log_prob` one of z.
+    Hashable and without arrays, its parameters explicit.
+
+    Laws, tested for every backend and template: the draws of `sample_and_log_prob` have the density
+    that it and `log_prob` both state, normalised; with `init_scale` 0 the flow starts as the
+    standard normal; the draw is a smooth function of noise and parameters, and `log_prob` one of z.
 
     Attributes:
         dim: Latent dimensions.
@@ -42,7 +44,9 @@ class AbstractBackend(abc.ABC):
         """Turn standard normals to draws with their log densities."""
 
     @abc.abstractmethod
-    def log_prob(self, params: PyTree[Array], z: Float[Array, "draws latent"]) -> Float[Array, " draws"]:
+    def log_prob(
+        self, params: PyTree[Array], z: Float[Array, "draws latent"]
+    ) -> Float[Array, " draws"]:
         """Evaluate the log density at z."""
 
     @functools.cached_property
@@ -64,7 +68,8 @@ class AbstractBackend(abc.ABC):
         widths = self.settings.hidden
         if len(set(widths)) > 1:
             raise ConfigError(
-                f"flow.hidden must name equal widths for this backend; got {widths}: use {[max(widths)]}."
+                f"flow.hidden must name equal widths for this backend; got {widths}: use "
+                f"{[max(widths)]}."
             )
 
     @property

@@ -22,15 +22,16 @@ LAST_LAYER = re.compile(r"\.(?:conditioner|masked_autoregressive_mlp)\.layers\[(
 class FlowJAXBackend(AbstractBackend):
     """Bijection of `flowjax.flows`, the quick direction that of the draws.
 
-    Its Equinox modules are taken apart here: arrays that are trained are the parameters, the rest (permutations, masks,
-    functions) is built once, from a fixed key.
+    Its Equinox modules are taken apart here: arrays that are trained are the parameters, the rest
+    (permutations, masks, functions) is built once, from a fixed key.
     """
 
     def __post_init__(self):
         self.require_one_width()
         if self.dim < 2:
             raise ConfigError(
-                f"d_latent must be at least 2 for backend 'flowjax'; got {self.dim}: use backend='native'."
+                f"d_latent must be at least 2 for backend 'flowjax'; got {self.dim}: use "
+                "backend='native'."
             )
 
     def init(self, key):
@@ -61,14 +62,22 @@ class FlowJAXBackend(AbstractBackend):
         # A thread of its own has no trace of jax in progress: arrays in it are concrete.
         with ThreadPoolExecutor(1) as pool:
             static = pool.submit(lambda: _partition(self._build(jax.random.key(0)))[1]).result()
-        return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf) if eqx.is_array(leaf) else leaf, static)
+        return jax.tree_util.tree_map(
+            lambda leaf: np.asarray(leaf) if eqx.is_array(leaf) else leaf, static
+        )
 
     def _build(self, key) -> Any:
         flows, bijections = _import("flowjax.flows"), _import("flowjax.bijections")
         normal = _import("flowjax.distributions").Normal(jnp.zeros(self.dim))
         template = self.settings.template
-        spline = bijections.RationalQuadraticSpline(knots=self.settings.bins - 1, interval=SPLINE_BOUND)
-        build = flows.coupling_flow if template in ("realnvp", "spline_coupling") else flows.masked_autoregressive_flow
+        spline = bijections.RationalQuadraticSpline(
+            knots=self.settings.bins - 1, interval=SPLINE_BOUND
+        )
+        build = (
+            flows.coupling_flow
+            if template in ("realnvp", "spline_coupling")
+            else flows.masked_autoregressive_flow
+        )
         return build(
             key,
             base_dist=normal,
@@ -83,8 +92,12 @@ class FlowJAXBackend(AbstractBackend):
 
 def _partition(bijection):
     nontrainable = _import("paramax").NonTrainable
-    return eqx.partition(bijection, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, nontrainable))
+    return eqx.partition(
+        bijection, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, nontrainable)
+    )
 
 
 def _import(module: str) -> Any:
-    return import_optional(module, extra="flow", distribution="flowjax", purpose="backend='flowjax'")
+    return import_optional(
+        module, extra="flow", distribution="flowjax", purpose="backend='flowjax'"
+    )

@@ -18,7 +18,8 @@ BUILDERS = {
     "spline_coupling": (build_spline_realnvp, {}),
     "nsf_ar": (build_spline_maf, {"fast": "forward"}),
 }
-# Splines steeper or flatter than these run away: float32 cannot undo four of them, and the score is wrong.
+# Splines steeper or flatter than these run away: float32 cannot undo four of them, and the score is
+# wrong.
 SPLINE_OPTIONS = {"tail_bound": SPLINE_BOUND, "min_derivative": 0.05, "max_derivative": 5.0}
 FIXED_SHARE = 0.4  # of a spline's interval that its bins divide equally
 
@@ -67,7 +68,9 @@ class NativeBackend(AbstractBackend):
 
 
 def _with_kernels(params, key, last_scale):
-    """Draw every kernel with variance 1 / fan-in, last layers times `last_scale`, from one stream; inner biases are 0.
+    """Draw every kernel with variance 1 / fan-in, last layers times `last_scale`, from one stream.
+
+    Inner biases are 0.
 
     A stream for each, as a builder draws them, takes XLA longer to compile than all of the flow.
     """
@@ -78,7 +81,10 @@ def _with_kernels(params, key, last_scale):
     whole = jax.lax.optimization_barrier(normal(key, (int(ends[-1]),), leaves[0][1].dtype))
     drawn = jnp.split(whole, ends[:-1])
     inner = ["bias" in name and "dense_out" not in name for name in names]
-    filled = [jnp.zeros_like(leaf) if zero else leaf for (_, leaf), zero in zip(leaves, inner, strict=True)]
+    filled = [
+        jnp.zeros_like(leaf) if zero else leaf
+        for (_, leaf), zero in zip(leaves, inner, strict=True)
+    ]
     for part, (index, shape) in zip(drawn, kernels.items(), strict=True):
         scale = last_scale if "dense_out" in names[index] else 1.0
         filled[index] = part.reshape(shape) * (scale / np.sqrt(max(shape[0], 1)))

@@ -13,8 +13,10 @@ from fastvi.families.backends.base import AbstractBackend, standard_log_prob
 
 INIT_EXAMPLES = 256  # NuX initialises by data: its layers see standard normals
 HOW_TO_GET = (
-    "backend='nux' needs NuX 2.0.0, which is not on PyPI (the 1.0.3 there imports on no supported jax): "
-    "pip install git+https://github.com/Information-Fusion-Lab-Umass/NuX.git, or use backend='native'"
+    "backend='nux' needs NuX 2.0.0, which is not on PyPI (the 1.0.3 there imports on no supported "
+    "jax): "
+    "pip install git+https://github.com/Information-Fusion-Lab-Umass/NuX.git, or use "
+    "backend='native'"
 )
 
 
@@ -22,8 +24,8 @@ HOW_TO_GET = (
 class NuxBackend(AbstractBackend):
     """`RealNVP` or `NonlinearCoupling` of NuX.
 
-    NuX writes what it is called with into its objects, so each call makes its own. The log-likelihood of a layer is
-    log |dz/dx| with z the latent side, in both directions.
+    NuX writes what it is called with into its objects, so each call makes its own. The
+    log-likelihood of a layer is log |dz/dx| with z the latent side, in both directions.
     """
 
     def __post_init__(self):
@@ -31,10 +33,13 @@ class NuxBackend(AbstractBackend):
         if self.settings.template not in ("realnvp", "spline_coupling"):
             known = "'realnvp' and 'spline_coupling'"
             raise ConfigError(
-                f"NuX 2.0.0 has the templates {known}; got {self.settings.template!r}: use backend='native'."
+                f"NuX 2.0.0 has the templates {known}; got {self.settings.template!r}: use "
+                "backend='native'."
             )
         if self.dim % 2:
-            raise ConfigError(f"d_latent must be even for backend 'nux'; got {self.dim}: use backend='native'.")
+            raise ConfigError(
+                f"d_latent must be even for backend 'nux'; got {self.dim}: use backend='native'."
+            )
 
     def init(self, key):
         """Return NuX's parameters with the couplings' scales times `init_scale`."""
@@ -43,7 +48,9 @@ class NuxBackend(AbstractBackend):
 
         def scaled(path, leaf):
             is_scale = jax.tree_util.keystr(path).endswith("['scale']")
-            return leaf / 0.01 * self.settings.init_scale if is_scale else leaf  # NuX draws it at 0.01
+            return (
+                leaf / 0.01 * self.settings.init_scale if is_scale else leaf
+            )  # NuX draws it at 0.01
 
         return jax.tree_util.tree_map_with_path(scaled, flow.get_params())
 
@@ -58,14 +65,26 @@ class NuxBackend(AbstractBackend):
         return standard_log_prob(noise) + log_likelihood
 
     def _call(self, params, x, *, inverse: bool):
-        return self._build()(x, params=params, inverse=inverse, rng_key=jax.random.key(0), is_training=False)
+        return self._build()(
+            x, params=params, inverse=inverse, rng_key=jax.random.key(0), is_training=False
+        )
 
     def _build(self) -> Any:
-        nux, widths, settings = _import_nux(), {"working_dim": self.width, "hidden_dim": self.width}, self.settings
-        layers = {"n_layers": settings.depth, "n_resnet_layers": len(settings.hidden), "nonlinearity": jnp.tanh}
+        nux, widths, settings = (
+            _import_nux(),
+            {"working_dim": self.width, "hidden_dim": self.width},
+            self.settings,
+        )
+        layers = {
+            "n_layers": settings.depth,
+            "n_resnet_layers": len(settings.hidden),
+            "nonlinearity": jnp.tanh,
+        }
         if settings.template == "realnvp":
             return nux.RealNVP(**layers, **widths, dropout_prob=0.0)
-        return nux.NonlinearCoupling(**layers, **widths, dropout_prob=0.0, K=self.settings.bins, kind="spline")
+        return nux.NonlinearCoupling(
+            **layers, **widths, dropout_prob=0.0, K=self.settings.bins, kind="spline"
+        )
 
 
 def _import_nux() -> Any:

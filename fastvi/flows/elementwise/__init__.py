@@ -1,4 +1,7 @@
-"""Bijections of single numbers, whose parameters a network gives: what coupling and autoregressive layers apply."""
+"""Bijections of single numbers, whose parameters a network gives.
+
+What coupling and autoregressive layers apply.
+"""
 
 from fastvi.flows.elementwise.affine import BoundedAffine
 from fastvi.flows.elementwise.base import AbstractElementwise

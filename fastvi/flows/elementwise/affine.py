@@ -24,7 +24,8 @@ class BoundedAffine(AbstractElementwise):
     def __check_init__(self):
         if self.max_log_scale <= 0 or (self.max_shift is not None and self.max_shift <= 0):
             raise ConfigError(
-                f"max_log_scale and max_shift must be positive, not {self.max_log_scale} and {self.max_shift}."
+                f"max_log_scale and max_shift must be positive, not {self.max_log_scale} and "
+                f"{self.max_shift}."
             )
 
     @property

@@ -14,7 +14,9 @@ from fastvi.flows.elementwise.base import AbstractElementwise
 
 
 class Bin(NamedTuple):
-    """The bin that holds a number; the first axis of corner and sides is that of inputs, then outputs.
+    """The bin that holds a number.
+
+    The first axis of corner and sides is that of inputs, then outputs.
 
     Attributes:
         corner: Its left and lower edge.
@@ -31,14 +33,22 @@ class Bin(NamedTuple):
     @property
     def numbers(self) -> tuple[Array, Array, Array, Array, Array, Array]:
         """Return left, bottom, width, height and the raw derivatives."""
-        return self.corner[0], self.corner[1], self.sides[0], self.sides[1], self.raw_start, self.raw_end
+        return (
+            self.corner[0],
+            self.corner[1],
+            self.sides[0],
+            self.sides[1],
+            self.raw_start,
+            self.raw_end,
+        )
 
 
 class RationalQuadratic(AbstractElementwise):
     """Rational-quadratic spline on [-tail_bound, tail_bound], the identity outside.
 
-    Raw parameters: `num_bins` logits of widths, as many of heights, and `num_bins` - 1 of the derivatives at inner
-    knots; the derivative is 1 at the ends, so that the map is continuously differentiable.
+    Raw parameters: `num_bins` logits of widths, as many of heights, and `num_bins` - 1 of the
+    derivatives at inner knots; the derivative is 1 at the ends, so that the map is continuously
+    differentiable.
 
     Attributes:
         num_bins: Bins.
@@ -65,12 +75,14 @@ class RationalQuadratic(AbstractElementwise):
             least = getattr(self, name)
             if not 0 < least * self.num_bins < 1:
                 raise ConfigError(
-                    f"{name} times num_bins must lie between 0 and 1, for the bins to fit in the interval; "
+                    f"{name} times num_bins must lie between 0 and 1, for the bins to fit in the "
+                    "interval; "
                     f"it is {least} times {self.num_bins}."
                 )
         if not 0 < self.min_derivative < 1 < self.max_derivative:
             raise ConfigError(
-                "min_derivative and max_derivative must be positive and enclose 1, the derivative of the identity; "
+                "min_derivative and max_derivative must be positive and enclose 1, the derivative "
+                "of the identity; "
                 f"they are {self.min_derivative} and {self.max_derivative}."
             )
 
@@ -91,7 +103,10 @@ class RationalQuadratic(AbstractElementwise):
         return raw
 
     def seen(self, features):
-        """Return features cut to the interval: far outside they would saturate a network, and its splines collapse."""
+        """Return features cut to the interval.
+
+        Far outside they would saturate a network, and its splines collapse.
+        """
         return jnp.clip(features, -self.tail_bound, self.tail_bound)
 
     def forward(self, raw, x, gate):
@@ -140,14 +155,22 @@ def _spline_bwd(spline, backward, kept, cotangents):
         before = 2 * bound * (1 - bins * least) * bars[axis]
         every = -(found.corner[axis] + bound * (1 - 2 * least * index)) * bars[axis] - here
         factors.append((here, before, every, log_sums[axis]))
-    *stored, start_bar, end_bar, index = _stored([*factors[0], *factors[1], start_bar, end_bar, index])
-    here, before, every, log_sums = (jnp.stack(pair)[:, None] for pair in zip(stored[:4], stored[4:], strict=True))
+    *stored, start_bar, end_bar, index = _stored(
+        [*factors[0], *factors[1], start_bar, end_bar, index]
+    )
+    here, before, every, log_sums = (
+        jnp.stack(pair)[:, None] for pair in zip(stored[:4], stored[4:], strict=True)
+    )
 
     numbers = jnp.arange(bins, dtype=x.dtype)[:, None, None]
     weights = jnp.exp(_logits(raw, bins) - log_sums)
-    logits_bar = weights * (every + jnp.where(numbers < index, before, 0)) + jnp.where(numbers == index, here, 0)
+    logits_bar = weights * (every + jnp.where(numbers < index, before, 0)) + jnp.where(
+        numbers == index, here, 0
+    )
     inner = numbers[1:]
-    derivatives_bar = jnp.where(inner == index, start_bar, 0) + jnp.where(inner == index + 1, end_bar, 0)
+    derivatives_bar = jnp.where(inner == index, start_bar, 0) + jnp.where(
+        inner == index + 1, end_bar, 0
+    )
     return jnp.concatenate([logits_bar.reshape(2 * bins, *x.shape), derivatives_bar]), x_bar
 
 
@@ -157,10 +180,13 @@ _spline.defvjp(_spline_fwd, _spline_bwd)
 def _stored(arrays):
     """Return the arrays as they are, by a product with the identity that XLA fuses neither in nor through.
 
-    Without it XLA evaluates each array anew for each of the bins; an optimization_barrier is gone before fusion on CPU.
+    Without it XLA evaluates each array anew for each of the bins; an optimization_barrier is gone
+    before fusion on CPU.
     """
     stack = jnp.stack(arrays)
-    flat = jnp.matmul(jnp.eye(len(stack), dtype=stack.dtype), stack.reshape(len(stack), -1), precision="highest")
+    flat = jnp.matmul(
+        jnp.eye(len(stack), dtype=stack.dtype), stack.reshape(len(stack), -1), precision="highest"
+    )
     return list(flat.reshape(stack.shape))
 
 
@@ -180,20 +206,27 @@ def _curve(spline, backward, left, bottom, width, height, raw_start, raw_end, x)
 
 
 def _evaluate(slope, xi, rest, start, end):
-    """Return (y - bottom) / height and log dy/dx at xi = 1 - rest, Durkan et al. (2019), equations 4 and 5.
+    """Return (y - bottom) / height and log dy/dx at xi = 1 - rest, Durkan et al.
+
+    (2019), equations 4 and 5.
 
     Every term of the denominator is positive.
     """
     denominator = slope * (xi * xi + rest * rest) + (start + end) * xi * rest
     ratio = slope / denominator
-    log_slope = jnp.log(ratio * ratio * (end * xi * xi + 2 * slope * xi * rest + start * rest * rest))
+    log_slope = jnp.log(
+        ratio * ratio * (end * xi * xi + 2 * slope * xi * rest + start * rest * rest)
+    )
     return (slope * xi + start * rest) * xi / denominator, log_slope
 
 
 def _solve(slope, v, start, end):
-    """Return xi and 1 - xi where (y - bottom) / height is v, Durkan et al. (2019), equations 6 to 8.
+    """Return xi and 1 - xi where (y - bottom) / height is v, Durkan et al.
 
-    The discriminant is a sum of positive terms, 4 slope^2 v (1 - v) + e^2 with e = start (1 - v) - end v.
+    (2019), equations 6 to 8.
+
+    The discriminant is a sum of positive terms, 4 slope^2 v (1 - v) + e^2 with e = start (1 - v) -
+    end v.
     """
     e = start * (1 - v) - end * v
     q = 4 * slope * slope * jnp.maximum(v * (1 - v), 0)
@@ -206,7 +239,8 @@ def _solve(slope, v, start, end):
 def _search(spline, backward, raw, x):
     """Select the bin of each x among the left edges, or `backward` among the bottoms.
 
-    A loop over the bins with comparisons and selections: on CPU several times as fast as searchsorted and gathers.
+    A loop over the bins with comparisons and selections: on CPU several times as fast as
+    searchsorted and gathers.
 
     Returns:
         The bin, its number as a float, and log sum exp of the logits of widths and of heights.

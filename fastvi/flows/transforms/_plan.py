@@ -1,4 +1,7 @@
-"""How a chain of blocks runs: permutations folded into the order of rows, equal blocks in one loop."""
+"""How a chain of blocks runs.
+
+Permutations folded into the order of rows, equal blocks in one loop.
+"""
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -86,7 +89,10 @@ def _shapes(params: Any) -> Hashable:
 
 
 def _longest_run(kinds, orders, start):
-    """Return the period and count, from `start`, of the repetition that covers most blocks; (1, 1) if none does."""
+    """Return the period and count, from `start`, of the repetition that covers most blocks.
+
+    (1, 1) if none does.
+    """
     best = (1, 1)
     for period in range(1, (len(kinds) - start) // 2 + 1):
         length = period

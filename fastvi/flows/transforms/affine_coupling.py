@@ -8,7 +8,13 @@ import jax
 from fastvi._typing import Any, Key
 from fastvi.flows.elementwise import BoundedAffine
 from fastvi.flows.networks import ResNet
-from fastvi.flows.transforms.coupling import AbstractCoupling, Mask, as_mask, check_mask, make_conditioner
+from fastvi.flows.transforms.coupling import (
+    AbstractCoupling,
+    Mask,
+    as_mask,
+    check_mask,
+    make_conditioner,
+)
 
 
 class AffineCoupling(AbstractCoupling):
@@ -70,6 +76,8 @@ class AffineCoupling(AbstractCoupling):
             "activation": activation,
             "res_scale": res_scale,
         }
-        conditioner = make_conditioner(BoundedAffine(max_log_scale, max_shift), mask, context_dim, network)
+        conditioner = make_conditioner(
+            BoundedAffine(max_log_scale, max_shift), mask, context_dim, network
+        )
         coupling = cls(mask, conditioner, max_log_scale, max_shift)
         return coupling, coupling.init_params(key)

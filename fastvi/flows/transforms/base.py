@@ -25,18 +25,20 @@ from fastvi.flows._columns import (
 class AbstractTransform(eqx.Module):
     """An invertible map y = T(x; params, context) of vectors, with its log-determinant.
 
-    Laws, tested for every transform: `inverse` undoes `forward`; the second value is log |det| of the Jacobian of the
-    first in its argument; with the parameters of `init_params`, or a gate of 0, the map is the identity.
+    Laws, tested for every transform: `inverse` undoes `forward`; the second value is log |det| of
+    the Jacobian of the first in its argument; with the parameters of `init_params`, or a gate of 0,
+    the map is the identity.
 
-    An object holds static structure only, so it is hashable and a pytree without leaves. A final class gives `push`
-    and `pull`, on columns whose rows come in `order`.
+    An object holds static structure only, so it is hashable and a pytree without leaves. A final
+    class gives `push` and `pull`, on columns whose rows come in `order`.
 
     Attributes:
         dim: Features.
         context_dim: Size of the context; 0: none is taken; None: any context is ignored.
     """
 
-    if TYPE_CHECKING:  # to a type checker an AbstractVar is an argument of __init__, even where a property meets it
+    # to a type checker an AbstractVar is an argument of __init__, even where a property meets it
+    if TYPE_CHECKING:
 
         @property
         def dim(self) -> int:
@@ -90,7 +92,8 @@ class AbstractTransform(eqx.Module):
             params: Parameters.
             x: Vectors.
             context: What the map is conditioned on: one vector, or one for each x.
-            g_value: Gate in [0, 1], one or one for each x: 0 gives the identity, 1 (or None) the full map.
+            g_value: Gate in [0, 1], one or one for each x: 0 gives the identity, 1 (or None) the
+                full map.
 
         Returns:
             y and log |det dy/dx|.
@@ -120,10 +123,15 @@ class AbstractTransform(eqx.Module):
 
 @functools.partial(jax.jit, static_argnames="move")
 def _on_batch(transform, params, x, context, gate, move):
-    """Move a batch; compiled, because the loops inside are traced anew by every call that is not."""
+    """Move a batch.
+
+    Compiled, because the loops inside are traced anew by every call that is not.
+    """
     check_features("x", x, transform.dim)
     batch, order = x.shape[:-1], transform.order
-    condition = Condition(context_columns(context, transform.context_dim, batch), gate_columns(gate, batch))
+    condition = Condition(
+        context_columns(context, transform.context_dim, batch), gate_columns(gate, batch)
+    )
     columns = rows_in_order(to_columns(x), order)
     columns, log_det = getattr(transform, move)(params, columns, condition)
     y = from_columns(rows_in_order(columns, inverse_order(order)), batch)

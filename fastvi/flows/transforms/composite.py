@@ -17,8 +17,8 @@ from fastvi.flows.transforms.permutation import Permutation, refuse_gate
 class CompositeTransform(AbstractTransform):
     """T_n(... T_1(x)); parameters are a list with an entry for each block.
 
-    Runs of blocks with equal structure, up to the order of their features, are compiled once: their parameters are
-    stacked inside the call and a loop goes over them.
+    Runs of blocks with equal structure, up to the order of their features, are compiled once: their
+    parameters are stacked inside the call and a loop goes over them.
 
     Attributes:
         blocks: The transforms, the first to act first.
@@ -34,7 +34,9 @@ class CompositeTransform(AbstractTransform):
             raise ConfigError(f"All blocks must have the same dim; they have {dims}.")
         sizes = sorted({block.context_dim for block in self.blocks if block.context_dim})
         if len(sizes) > 1:
-            raise ConfigError(f"All conditional blocks must have the same context_dim; they have {sizes}.")
+            raise ConfigError(
+                f"All conditional blocks must have the same context_dim; they have {sizes}."
+            )
 
     @property
     def dim(self) -> int:
@@ -52,7 +54,9 @@ class CompositeTransform(AbstractTransform):
         if context_dim not in (0, self.context_dim or 0):
             raise ConfigError(f"context_dim must be {self.context_dim or 0}, not {context_dim}.")
         keys = jax.random.split(key, len(self.blocks))
-        return [block.init_params(block_key) for block, block_key in zip(self.blocks, keys, strict=True)]
+        return [
+            block.init_params(block_key) for block, block_key in zip(self.blocks, keys, strict=True)
+        ]
 
     def push(self, params, columns, condition):
         """Apply the blocks in turn."""
@@ -80,8 +84,12 @@ class CompositeTransform(AbstractTransform):
 
             def step(carry, series, segment=segment):
                 columns, log_det = carry
-                for core, order, values in reversed(list(zip(segment.cores, segment.orders, series, strict=True))):
-                    columns, more = core.pull(values, rows_in_order(columns, inverse_order(order)), condition)
+                for core, order, values in reversed(
+                    list(zip(segment.cores, segment.orders, series, strict=True))
+                ):
+                    columns, more = core.pull(
+                        values, rows_in_order(columns, inverse_order(order)), condition
+                    )
                     log_det = log_det + more
                 return columns, log_det
 
@@ -91,9 +99,14 @@ class CompositeTransform(AbstractTransform):
 
     def _plan(self, params: Sequence[Any], condition):
         if not isinstance(params, Sequence) or len(params) != len(self.blocks):
-            found = f"{len(params)} entries" if isinstance(params, Sequence) else f"a {type(params).__name__}"
+            found = (
+                f"{len(params)} entries"
+                if isinstance(params, Sequence)
+                else f"a {type(params).__name__}"
+            )
             raise DataError(
-                f"The parameters must be a list with an entry for each of {len(self.blocks)} blocks: {found}."
+                f"The parameters must be a list with an entry for each of {len(self.blocks)} "
+                f"blocks: {found}."
             )
         if any(isinstance(block, Permutation) for block in self.blocks):
             refuse_gate(condition)
@@ -108,7 +121,9 @@ def _repeat(step, carry, segment, params, *, reverse):
     rows = [_rows(values) for values in series]
 
     def body(carry, row):
-        return step(carry, [_unpack(part, values[0]) for part, values in zip(row, series, strict=True)]), None
+        return step(
+            carry, [_unpack(part, values[0]) for part, values in zip(row, series, strict=True)]
+        ), None
 
     return jax.lax.scan(body, carry, rows, reverse=reverse)[0]
 
@@ -116,12 +131,18 @@ def _repeat(step, carry, segment, params, *, reverse):
 def _rows(values):
     """Write the parameters of equal blocks in the rows of one array for each dtype.
 
-    One concatenation: XLA compiles one for each leaf, as stacking them needs, for longer than all of a layer.
+    One concatenation: XLA compiles one for each leaf, as stacking them needs, for longer than all
+    of a layer.
     """
     blocks = [jax.tree_util.tree_leaves(block) for block in values]
     rows = {}
     for dtype in dict.fromkeys(jnp.result_type(leaf) for leaf in blocks[0]):
-        flat = [jnp.ravel(leaf) for leaves in blocks for leaf in leaves if jnp.result_type(leaf) == dtype]
+        flat = [
+            jnp.ravel(leaf)
+            for leaves in blocks
+            for leaf in leaves
+            if jnp.result_type(leaf) == dtype
+        ]
         rows[dtype.name] = jnp.concatenate(flat).reshape(len(blocks), -1)
     return rows
 

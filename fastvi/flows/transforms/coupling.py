@@ -62,14 +62,19 @@ class AbstractCoupling(AbstractTransform):
 
     def __check_init__(self):
         moved = self.dim - sum(self.mask)
-        if self.conditioner.out_dim != moved * self.elementwise.num_params or self.conditioner.autoregressive:
+        if (
+            self.conditioner.out_dim != moved * self.elementwise.num_params
+            or self.conditioner.autoregressive
+        ):
             raise ConfigError(
                 f"The conditioner must have {moved * self.elementwise.num_params} outputs, "
-                f"{self.elementwise.num_params} for each of {moved} moved features; it has {self.conditioner.out_dim}."
+                f"{self.elementwise.num_params} for each of {moved} moved features; it has "
+                f"{self.conditioner.out_dim}."
             )
         if self.context_dim < 0:
             raise ConfigError(
-                f"The conditioner must have at least {sum(self.mask)} inputs, the features that pass; "
+                f"The conditioner must have at least {sum(self.mask)} inputs, the features that "
+                "pass; "
                 f"it has {self.conditioner.in_dim}."
             )
 
@@ -89,13 +94,19 @@ class AbstractCoupling(AbstractTransform):
         return tuple(int(i) for i in np.argsort(1 - np.asarray(self.mask), kind="stable"))
 
     def core(self) -> "AbstractCoupling":
-        """Return the coupling whose mask is sorted: couplings with equally many features passing share it."""
+        """Return the coupling whose mask is sorted.
+
+        Couplings with equally many features passing share it.
+        """
         return dataclasses.replace(self, mask=tuple(sorted(self.mask, reverse=True)))
 
     def init_params(self, key: Key, context_dim: int = 0) -> dict[str, Any]:
         """Return {"mlp": network} whose output is that of the identity whatever its input."""
         if context_dim not in (0, self.context_dim):
-            raise ConfigError(f"context_dim must be {self.context_dim}, that of the conditioner, not {context_dim}.")
+            raise ConfigError(
+                f"context_dim must be {self.context_dim}, that of the conditioner, not "
+                f"{context_dim}."
+            )
         bias = np.repeat(self.elementwise.identity(), self.dim - sum(self.mask))
         return {"mlp": self.conditioner.init_params(key, out_bias=bias)}
 
@@ -114,14 +125,18 @@ class AbstractCoupling(AbstractTransform):
         moved, log_slopes = function(raw, moved, condition.gate)
         return jnp.concatenate([fixed, moved]), jnp.sum(log_slopes, axis=0)
 
-    def _raw(self, params, fixed: Float[Array, "passed size"], context) -> Float[Array, "params moved size"]:
+    def _raw(
+        self, params, fixed: Float[Array, "passed size"], context
+    ) -> Float[Array, "params moved size"]:
         seen = self.elementwise.seen(fixed)
         inputs = (seen,) if context is None else (seen, context)
         raw = self.conditioner.output(params, self.conditioner.hidden(params, *inputs))
         return raw.reshape(self.elementwise.num_params, self.dim - fixed.shape[0], fixed.shape[1])
 
 
-def make_conditioner(elementwise: AbstractElementwise, mask: Mask, context_dim: int, network: dict[str, Any]) -> ResNet:
+def make_conditioner(
+    elementwise: AbstractElementwise, mask: Mask, context_dim: int, network: dict[str, Any]
+) -> ResNet:
     """Return a network of the right size for a coupling.
 
     Args:
@@ -131,7 +146,9 @@ def make_conditioner(elementwise: AbstractElementwise, mask: Mask, context_dim: 
         network: Other fields of `ResNet`.
     """
     passed = sum(mask)
-    return ResNet(passed + context_dim, out_dim=(len(mask) - passed) * elementwise.num_params, **network)
+    return ResNet(
+        passed + context_dim, out_dim=(len(mask) - passed) * elementwise.num_params, **network
+    )
 
 
 def check_mask(mask: Any, dim: int) -> Mask:

@@ -20,7 +20,8 @@ class LinearTransform(AbstractTransform):
 
     Attributes:
         dim: Features.
-        conditioner: Network from the context to what is added to `raw_diag`; None: no context is used.
+        conditioner: Network from the context to what is added to `raw_diag`; None: no context is
+            used.
     """
 
     dim: int = eqx.field(static=True)
@@ -30,7 +31,9 @@ class LinearTransform(AbstractTransform):
         if self.dim < 1:
             raise ConfigError(f"dim must be positive, not {self.dim}.")
         if self.conditioner is not None and self.conditioner.out_dim != self.dim:
-            raise ConfigError(f"The conditioner must have dim={self.dim} outputs, not {self.conditioner.out_dim}.")
+            raise ConfigError(
+                f"The conditioner must have dim={self.dim} outputs, not {self.conditioner.out_dim}."
+            )
 
     @property
     def context_dim(self) -> int | None:
@@ -42,7 +45,9 @@ class LinearTransform(AbstractTransform):
         if context_dim not in (0, self.context_dim or 0):
             raise ConfigError(f"context_dim must be {self.context_dim or 0}, not {context_dim}.")
         dtype = jnp.result_type(float)
-        params: dict[str, Any] = {name: jnp.zeros((self.dim, self.dim), dtype) for name in ("lower", "upper")}
+        params: dict[str, Any] = {
+            name: jnp.zeros((self.dim, self.dim), dtype) for name in ("lower", "upper")
+        }
         params["raw_diag"] = jnp.full(self.dim, np.log(np.expm1(1.0)), dtype)
         if self.conditioner is not None:
             if key is None:
@@ -77,7 +82,12 @@ class LinearTransform(AbstractTransform):
             raw = raw + self.conditioner.output(network, self.conditioner.hidden(network, inputs))
         diagonal = jax.nn.softplus(raw)
         gate = jnp.ones(1, raw.dtype) if condition.gate is None else condition.gate
-        return jnp.tril(params["lower"], -1), jnp.triu(params["upper"], 1), 1 + gate * (diagonal - 1), gate
+        return (
+            jnp.tril(params["lower"], -1),
+            jnp.triu(params["upper"], 1),
+            1 + gate * (diagonal - 1),
+            gate,
+        )
 
     @classmethod
     def create(
@@ -105,7 +115,11 @@ class LinearTransform(AbstractTransform):
         Raises:
             ConfigError: If a value is out of range.
         """
-        network = ResNet(context_dim, hidden_dim, dim, n_hidden_layers, activation, res_scale) if context_dim else None
+        network = (
+            ResNet(context_dim, hidden_dim, dim, n_hidden_layers, activation, res_scale)
+            if context_dim
+            else None
+        )
         transform = cls(dim, network)
         return transform, transform.init_params(key)
 

@@ -12,7 +12,9 @@ _NEWTON_STEPS = 20  # float64's accuracy where log |x - tau| is below 40; a gate
 
 
 class LoftTransform(AbstractTransform):
-    """y = sign(x) (min(|x|, tau) + log(1 + max(|x| - tau, 0))): the identity up to tau, logarithmic beyond.
+    """y = sign(x) (min(|x|, tau) + log(1 + max(|x| - tau, 0))).
+
+    The identity up to tau, logarithmic beyond.
 
     Attributes:
         dim: Features.
@@ -44,7 +46,10 @@ class LoftTransform(AbstractTransform):
         return y, jnp.sum(self._gated_log_slope(columns, condition.gate), axis=0)
 
     def pull(self, params, columns, condition):
-        """Expand the tails. What exceeds tau by 88 in float32 overflows to infinity, as its preimage does."""
+        """Expand the tails.
+
+        What exceeds tau by 88 in float32 overflows to infinity, as its preimage does.
+        """
         if condition.gate is not None:
             x = self._solve_gated(columns, condition.gate)
             return x, -jnp.sum(self._gated_log_slope(x, condition.gate), axis=0)
@@ -63,7 +68,10 @@ class LoftTransform(AbstractTransform):
         return jnp.log1p(-gate * (1 - 1 / (1 + self._excess(x))))
 
     def _solve_gated(self, y, gate):
-        """Solve (1 - g) x + g loft(x) = y by Newton's method: beyond tau the left side is concave and y below x."""
+        """Solve (1 - g) x + g loft(x) = y by Newton's method.
+
+        Beyond tau the left side is concave and y below x.
+        """
 
         def step(x, _):
             residual = x + gate * (self._loft(x) - x) - y
@@ -72,7 +80,9 @@ class LoftTransform(AbstractTransform):
         return jax.lax.scan(step, y, length=_NEWTON_STEPS)[0]
 
     @classmethod
-    def create(cls, key: Key | None, dim: int, tau: float = 1000.0) -> tuple["LoftTransform", dict[str, Any]]:
+    def create(
+        cls, key: Key | None, dim: int, tau: float = 1000.0
+    ) -> tuple["LoftTransform", dict[str, Any]]:
         """Return the transform and its parameters, {}."""
         del key
         return cls(dim, tau), {}

@@ -1,4 +1,7 @@
-"""Masked autoregressive layers (Papamakarios et al., Masked Autoregressive Flow, 2017; Durkan et al., 2019)."""
+"""Masked autoregressive layers (Papamakarios et al., Masked Autoregressive Flow, 2017.
+
+Durkan et al., 2019).
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,13 +25,16 @@ FastDirection = Literal["inverse", "forward"]
 class MaskedAutoregressive(AbstractTransform):
     """Feature i is moved by a map whose parameters are a masked network's of features before i and the context.
 
-    In the fast direction all parameters come from one pass of the network; the other takes `dim` passes in turn.
+    In the fast direction all parameters come from one pass of the network; the other takes `dim`
+    passes in turn.
 
     Attributes:
         dim: Features.
         conditioner: Network with `autoregressive` = dim.
-        elementwise: The map: `BoundedAffine` (MAF, IAF) or `RationalQuadratic` (autoregressive spline flows).
-        fast: "inverse": one pass for `inverse`, hence for densities; "forward": one pass for `forward`, for samples.
+        elementwise: The map: `BoundedAffine` (MAF, IAF) or `RationalQuadratic` (autoregressive
+            spline flows).
+        fast: "inverse": one pass for `inverse`, hence for densities; "forward": one pass for
+            `forward`, for samples.
         reverse: Count the features from the last.
     """
 
@@ -65,7 +71,10 @@ class MaskedAutoregressive(AbstractTransform):
     def init_params(self, key: Key, context_dim: int = 0) -> dict[str, Any]:
         """Return {"mlp": network} whose output is that of the identity whatever its input."""
         if context_dim not in (0, self.context_dim):
-            raise ConfigError(f"context_dim must be {self.context_dim}, that of the conditioner, not {context_dim}.")
+            raise ConfigError(
+                f"context_dim must be {self.context_dim}, that of the conditioner, not "
+                f"{context_dim}."
+            )
         bias = np.repeat(self.elementwise.identity(), self.dim)
         return {"mlp": self.conditioner.init_params(key, out_bias=bias)}
 
@@ -93,7 +102,10 @@ class MaskedAutoregressive(AbstractTransform):
         return moved, jnp.sum(log_slopes, axis=0)
 
     def _in_turn(self, params, columns: Float[Array, "dim size"], condition):
-        """Undo `_at_once`: find feature i from those before it, for which the network needs no later one."""
+        """Undo `_at_once`.
+
+        Find feature i from those before it, for which the network needs no later one.
+        """
 
         def step(carry, i):
             found, log_det = carry
@@ -140,7 +152,13 @@ class MaskedAutoregressive(AbstractTransform):
         elementwise = BoundedAffine() if elementwise is None else elementwise
         outputs = dim * elementwise.num_params
         network = ResNet(
-            dim + context_dim, hidden_dim, outputs, n_hidden_layers, activation, res_scale, autoregressive=dim
+            dim + context_dim,
+            hidden_dim,
+            outputs,
+            n_hidden_layers,
+            activation,
+            res_scale,
+            autoregressive=dim,
         )
         layer = cls(dim, network, elementwise, fast, reverse)
         return layer, layer.init_params(key)

@@ -49,7 +49,9 @@ class Permutation(AbstractTransform):
     def pull(self, params, columns, condition):
         """Permute the rows back."""
         refuse_gate(condition)
-        return rows_in_order(columns, inverse_order(self.perm)), jnp.zeros(columns.shape[1], columns.dtype)
+        return rows_in_order(columns, inverse_order(self.perm)), jnp.zeros(
+            columns.shape[1], columns.dtype
+        )
 
     @classmethod
     def create(cls, key: Key | None, perm: Any) -> tuple["Permutation", dict[str, Any]]:
@@ -61,4 +63,6 @@ class Permutation(AbstractTransform):
 def refuse_gate(condition: Condition) -> None:
     """Raise DataError if a gate is given."""
     if condition.gate is not None:
-        raise DataError("A permutation cannot be gated: nothing lies between it and the identity. Leave it out.")
+        raise DataError(
+            "A permutation cannot be gated: nothing lies between it and the identity. Leave it out."
+        )

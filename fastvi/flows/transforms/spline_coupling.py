@@ -8,7 +8,13 @@ import jax
 from fastvi._typing import Any, Key
 from fastvi.flows.elementwise import RationalQuadratic
 from fastvi.flows.networks import ResNet
-from fastvi.flows.transforms.coupling import AbstractCoupling, Mask, as_mask, check_mask, make_conditioner
+from fastvi.flows.transforms.coupling import (
+    AbstractCoupling,
+    Mask,
+    as_mask,
+    check_mask,
+    make_conditioner,
+)
 
 
 class SplineCoupling(AbstractCoupling):
@@ -87,7 +93,14 @@ class SplineCoupling(AbstractCoupling):
             ConfigError: If a value is out of range.
         """
         mask = check_mask(mask, dim)
-        shape = (num_bins, tail_bound, min_bin_width, min_bin_height, min_derivative, max_derivative)
+        shape = (
+            num_bins,
+            tail_bound,
+            min_bin_width,
+            min_bin_height,
+            min_derivative,
+            max_derivative,
+        )
         network = {
             "hidden_dim": hidden_dim,
             "n_hidden_layers": n_hidden_layers,

@@ -1,1 +1,4 @@
-"""A whole step of the mixture, defined. The one implementation is the loop's, `fastvi.fitting.step.run_steps`."""
+"""A whole step of the mixture, defined.
+
+The one implementation is the loop's, `fastvi.fitting.step.run_steps`.
+"""

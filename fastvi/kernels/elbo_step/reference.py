@@ -1,7 +1,10 @@
-"""Definition of a step of one chain: dense covariances, autodiff, every gradient and rule written out. For tests.
+"""Definition of a step of one chain.
 
-It takes arrays, numbers and the target's log density, one chain and one step at a time, and leaves the bound on scales
-out. Parameters, gradients and moments are mappings by name: logits, offsets, log_scale, core, factors.
+Dense covariances, autodiff, every gradient and rule written out. For tests.
+
+It takes arrays, numbers and the target's log density, one chain and one step at a time, and leaves
+the bound on scales out. Parameters, gradients and moments are mappings by name: logits, offsets,
+log_scale, core, factors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +32,8 @@ class Setting(NamedTuple):
         temperature: T in pi = softmax(logits / T).
         dirichlet: alpha_0 of the prior on pi.
         entropy_weight: 1 + lambda_H.
-        lazy: Whether a draw moves the factor of its own component alone, which then has no first moment.
+        lazy: Whether a draw moves the factor of its own component alone, which then has no first
+            moment.
         max_ratio: Largest norm of a gradient, in units of the typical one.
         typical_decay: Decay of the typical squared norm.
         truncation: Steps after which the bound on the norm starts to grow.
@@ -58,8 +62,9 @@ class Setting(NamedTuple):
 class Chain(NamedTuple):
     """What a step reads and leaves.
 
-    `unseen` is the weight that the zeros of the start still have in the mean and in the square, `own_unseen` that in
-    the square of each component's factor, `typical` the running mean of squared norms.
+    `unseen` is the weight that the zeros of the start still have in the mean and in the square,
+    `own_unseen` that in the square of each component's factor, `typical` the running mean of
+    squared norms.
     """
 
     params: Arrays
@@ -87,7 +92,16 @@ def start(params: Arrays) -> Chain:
     mean = {name: jnp.zeros_like(leaf) for name, leaf in params.items()}
     square = {name: leaf[..., :1] if name in ROWS else leaf for name, leaf in mean.items()}
     zero, one = jnp.zeros(()), jnp.ones(())
-    return Chain(params, mean, square, (one, one), jnp.ones(params["factors"].shape[0]), zero, zero, jnp.asarray(0))
+    return Chain(
+        params,
+        mean,
+        square,
+        (one, one),
+        jnp.ones(params["factors"].shape[0]),
+        zero,
+        zero,
+        jnp.asarray(0),
+    )
 
 
 def step(
@@ -103,7 +117,8 @@ def step(
     Args:
         setting: The constants.
         chain: The chain.
-        log_density: log p of the target on the step's batch, a function of the displacement in model coordinates.
+        log_density: log p of the target on the step's batch, a function of the displacement in
+            model coordinates.
         groups: The independent draws, each with its mirror image if it has one.
         rate: Learning rate.
         elapsed: Share of the decay phase that lies behind.
@@ -112,8 +127,12 @@ def step(
         The chain after the step, and its traces.
     """
     mixture = _mixture(setting, chain.params)
-    terms, gradients = zip(*(_differentiate(setting, mixture, log_density, group) for group in groups), strict=True)
-    every = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *(term for group in terms for term in group))
+    terms, gradients = zip(
+        *(_differentiate(setting, mixture, log_density, group) for group in groups), strict=True
+    )
+    every = jax.tree_util.tree_map(
+        lambda *leaves: jnp.stack(leaves), *(term for group in terms for term in group)
+    )
     baseline = jnp.where(chain.count == 0, jnp.mean(every.value - every.log_prob), chain.baseline)
     gradient = {name: sum(one[name] for one in gradients) / len(groups) for name in gradients[0]}
     gradient |= {"logits": _logits(setting, mixture, terms, baseline)}
@@ -121,10 +140,16 @@ def step(
     if setting.lazy:
         del gradient["factors"]
         labels = [group[0].label for group in groups]
-        blocks = [(label, one["factors"][label]) for label, one in zip(labels, gradients, strict=True)]
-    norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in [*gradient.values(), *(block for _, block in blocks)]))
+        blocks = [
+            (label, one["factors"][label]) for label, one in zip(labels, gradients, strict=True)
+        ]
+    norm = jnp.sqrt(
+        sum(jnp.sum(leaf**2) for leaf in [*gradient.values(), *(block for _, block in blocks)])
+    )
     factor, typical = _clipping(setting, chain, norm)
-    chain = _move(setting, chain, {name: factor * leaf for name, leaf in gradient.items()}, rate, elapsed)
+    chain = _move(
+        setting, chain, {name: factor * leaf for name, leaf in gradient.items()}, rate, elapsed
+    )
     for label, block in blocks:
         chain = _move_block(setting, chain, label, factor * block, rate, elapsed)
     objective = jnp.mean(every.value - setting.entropy_weight * every.log_prob)
@@ -155,8 +180,12 @@ def _differentiate(setting: Setting, mixture: Mixture, log_density, group: Seque
             parts = woodbury.component_log_probs(held, point)
             value, value_grad = jax.value_and_grad(log_density)(setting.scale * point)
             log_prob = logsumexp(parts) - jnp.sum(jnp.log(setting.scale))
-            terms.append(Term(value, log_prob, jax.nn.softmax(parts), setting.scale * point, value_grad))
-        return sum(term.value - setting.entropy_weight * term.log_prob for term in terms) / len(group), terms
+            terms.append(
+                Term(value, log_prob, jax.nn.softmax(parts), setting.scale * point, value_grad)
+            )
+        return sum(term.value - setting.entropy_weight * term.log_prob for term in terms) / len(
+            group
+        ), terms
 
     gradient, terms = jax.grad(objective, has_aux=True)(mixture)
     natural = mixture_grad.natural(mixture, gradient)
@@ -171,13 +200,17 @@ def _differentiate(setting: Setting, mixture: Mixture, log_density, group: Seque
 def _logits(setting: Setting, mixture: Mixture, terms, baseline):
     """Sum over the label, with the mean of the other groups as baseline where there are any."""
     weights, total = jnp.exp(mixture.log_weights), 0.0
-    values = [[term.value - setting.entropy_weight * term.log_prob for term in group] for group in terms]
+    values = [
+        [term.value - setting.entropy_weight * term.log_prob for term in group] for group in terms
+    ]
     means = [sum(group) / len(group) for group in values]
     for index, group in enumerate(terms):
         others = means[:index] + means[index + 1 :]
         reference = sum(others) / len(others) if others else baseline
         for term, value in zip(group, values[index], strict=True):
-            total += (term.responsibilities - weights) * (value - reference) / (len(terms) * len(group))
+            total += (
+                (term.responsibilities - weights) * (value - reference) / (len(terms) * len(group))
+            )
     prior = (setting.dirichlet - 1) * (1 - weights.size * weights)
     return (total + prior) / setting.temperature
 
@@ -192,7 +225,10 @@ def _clipping(setting: Setting, chain: Chain, norm):
 
 
 def _move(setting: Setting, chain: Chain, gradient: Arrays, rate, elapsed) -> Chain:
-    """Adam on what the gradient holds; offsets in units of D^{1/2}, and the core moves along with D."""
+    """Adam on what the gradient holds.
+
+    Offsets in units of D^{1/2}, and the core moves along with D.
+    """
     first, second = setting.decays
     gain = (1 - second) * (1 - elapsed) ** 2
     unseen = (first * chain.unseen[0], (1 - gain) * chain.unseen[1])
@@ -202,7 +238,9 @@ def _move(setting: Setting, chain: Chain, gradient: Arrays, rate, elapsed) -> Ch
         mean[name] = first * mean[name] + (1 - first) * leaf
         square[name] = square[name] + gain * (own - square[name])
         corrected = mean[name] / (1 - unseen[0]), square[name] / (1 - unseen[1])
-        update[name] = rate * setting.rates[name] * corrected[0] / (jnp.sqrt(corrected[1]) + setting.damping)
+        update[name] = (
+            rate * setting.rates[name] * corrected[0] / (jnp.sqrt(corrected[1]) + setting.damping)
+        )
     scale = jnp.exp(params["log_scale"])
     update["offsets"] = scale * update["offsets"]
     params |= {name: params[name] + change for name, change in update.items()}
@@ -216,7 +254,12 @@ def _move_block(setting: Setting, chain: Chain, label, block, rate, elapsed) -> 
     old = chain.square["factors"][label]
     square = old + gain * (jnp.mean(block**2, axis=-1, keepdims=True) - old)
     unseen = (1 - gain) * chain.own_unseen[label]
-    update = rate * setting.rates["factors"] * block / (jnp.sqrt(square / (1 - unseen)) + setting.damping)
+    update = (
+        rate
+        * setting.rates["factors"]
+        * block
+        / (jnp.sqrt(square / (1 - unseen)) + setting.damping)
+    )
     return chain._replace(
         params={**chain.params, "factors": chain.params["factors"].at[label].add(update)},
         square={**chain.square, "factors": chain.square["factors"].at[label].set(square)},

@@ -13,7 +13,9 @@ OP = Op("hutchinson", plain("hutchinson"))
 Operator = Callable[[Float[Array, " dim"]], Float[Array, " dim"]]
 
 
-def rademacher(key: Key, num_probes: int, dim: int, dtype=jnp.float32) -> Float[Array, "probes dim"]:
+def rademacher(
+    key: Key, num_probes: int, dim: int, dtype=jnp.float32
+) -> Float[Array, "probes dim"]:
     """Draw probes with independent entries of plus or minus one."""
     return jax.random.rademacher(key, (num_probes, dim), dtype)
 

@@ -10,7 +10,10 @@ from fastvi._typing import Array, Float
 
 
 class Case(NamedTuple):
-    """A symmetric matrix: its dimension, the number of probes, whether it is diagonal, and its scale."""
+    """A symmetric matrix.
+
+    Its dimension, the number of probes, whether it is diagonal, and its scale.
+    """
 
     dim: int
     num_probes: int
@@ -27,10 +30,14 @@ CASES = {
 }
 
 
-def make(case: Case, dtype=jnp.float32) -> tuple[Float[Array, "dim dim"], Float[Array, "probes dim"]]:
+def make(
+    case: Case, dtype=jnp.float32
+) -> tuple[Float[Array, "dim dim"], Float[Array, "probes dim"]]:
     """Build the matrix and Rademacher probes; the same float32 numbers whatever the dtype."""
     rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
     matrix = rng.normal(size=(case.dim, case.dim))
     matrix = case.scale * (np.diag(np.diag(matrix)) if case.diagonal else 0.5 * (matrix + matrix.T))
     probes = rng.choice([-1.0, 1.0], size=(case.num_probes, case.dim))
-    return jnp.asarray(matrix.astype(np.float32), dtype), jnp.asarray(probes.astype(np.float32), dtype)
+    return jnp.asarray(matrix.astype(np.float32), dtype), jnp.asarray(
+        probes.astype(np.float32), dtype
+    )

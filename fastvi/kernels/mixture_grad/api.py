@@ -23,8 +23,9 @@ def pullback(
 ) -> Mixture:
     """Pull `cotangent` (with respect to the displacement) back along the sampling path.
 
-    With `cotangent = d log p/du - score` this is the sticking-the-landing gradient of the ELBO. The gradient of
-    `log_weights` is not pathwise and comes back as zero; rows of components that were not drawn are zero.
+    With `cotangent = d log p/du - score` this is the sticking-the-landing gradient of the ELBO. The
+    gradient of `log_weights` is not pathwise and comes back as zero; rows of components that were
+    not drawn are zero.
 
     Args:
         mixture: The mixture.
@@ -32,23 +33,27 @@ def pullback(
         noise: The noise of the draw.
         drawn: The draw.
         cotangent: Derivative of a function of the displacement, in whitened coordinates.
-        metric: "euclidean" for the plain gradient. "natural" multiplies it by the leading part of the inverse
-            Fisher matrix: P^{-1} D^{1/2} for offsets (which makes them steps in units of D^{1/2}), P^{-1} on the
-            right for factors, P on the right for the core; that of log_scale is taken with `core D^{-1/2}` held
-            fixed, so that a change of scale does not turn the steep directions. It costs no extra solve.
+        metric: "euclidean" for the plain gradient. "natural" multiplies it by the leading part of
+            the inverse Fisher matrix: P^{-1} D^{1/2} for offsets (which makes them steps in units
+            of D^{1/2}), P^{-1} on the right for factors, P on the right for the core; that of
+            log_scale is taken with `core D^{-1/2}` held fixed, so that a change of scale does not
+            turn the steep directions. It costs no extra solve.
         implementation: A name in `OP.implementations`; None for the platform's own.
 
     Returns:
         The gradient in the shape of the mixture.
 
     Cost:
-        O((core + rank) dim) and the write of the rank-1 terms, which fuse into an elementwise consumer.
+        O((core + rank) dim) and the write of the rank-1 terms, which fuse into an elementwise
+        consumer.
 
     References:
         Roeder, Wu & Duvenaud, Sticking the Landing (2017).
     """
     _check(metric)
-    return OP.call("pullback", implementation, mixture, small, noise, drawn, cotangent, metric=metric)
+    return OP.call(
+        "pullback", implementation, mixture, small, noise, drawn, cotangent, metric=metric
+    )
 
 
 def directions(
@@ -63,14 +68,17 @@ def directions(
 ) -> Mixture:
     """Do as `pullback`, but leave the gradient of the factors as a product.
 
-    It is `z factors^T` for the drawn component and zero for the others; `factors` in what is returned has shape
-    (dim,). Norms and updates of the product need no other array of the factors' size.
+    It is `z factors^T` for the drawn component and zero for the others; `factors` in what is
+    returned has shape (dim,). Norms and updates of the product need no other array of the factors'
+    size.
 
     Cost:
         O((core + rank) dim).
     """
     _check(metric)
-    return OP.call("directions", implementation, mixture, small, noise, drawn, cotangent, metric=metric)
+    return OP.call(
+        "directions", implementation, mixture, small, noise, drawn, cotangent, metric=metric
+    )
 
 
 def update_factors(
@@ -83,7 +91,8 @@ def update_factors(
 ) -> tuple[Float[Array, "comp rank dim"], Float[Array, "blocks rank rank"]]:
     """Add `sum_t left[b, t] right[b, t]^T` to the factor of component `labels[b]`, in place where the array is free.
 
-    A label may come twice. The second result is `A A^T` of the components that moved, as they are at the end.
+    A label may come twice. The second result is `A A^T` of the components that moved, as they are
+    at the end.
 
     Cost:
         One read and one write of the factors that move.

@@ -1,4 +1,7 @@
-"""Definition of the pull-back: autodiff through the dense sampling map, metrics as dense products."""
+"""Definition of the pull-back.
+
+Autodiff through the dense sampling map, metrics as dense products.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,16 +10,25 @@ from fastvi.kernels.woodbury import reference
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
 
-def directions(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str) -> Mixture:
-    """Return the gradient with that of the factors in front of z: the derivative by a shift of x."""
+def directions(
+    mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str
+) -> Mixture:
+    """Return the gradient with that of the factors in front of z.
+
+    The derivative by a shift of x.
+    """
     shifted = jnp.exp(mixture.log_scale) * cotangent
     if metric == "natural":
-        precision = jnp.eye(mixture.log_scale.size, dtype=cotangent.dtype) + mixture.core.T @ mixture.core
+        precision = (
+            jnp.eye(mixture.log_scale.size, dtype=cotangent.dtype) + mixture.core.T @ mixture.core
+        )
         shifted = jnp.linalg.solve(precision, shifted)
     return pullback(mixture, small, noise, drawn, cotangent, metric)._replace(factors=shifted)
 
 
-def pullback(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str) -> Mixture:
+def pullback(
+    mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str
+) -> Mixture:
     """Differentiate `cotangent . displacement` by autodiff."""
     del drawn
 
@@ -29,7 +41,9 @@ def pullback(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangen
 
 def natural(mixture: Mixture, grad: Mixture) -> Mixture:
     """Multiply a Euclidean gradient by the metric of `api.pullback`."""
-    precision = jnp.eye(mixture.log_scale.size, dtype=grad.log_scale.dtype) + mixture.core.T @ mixture.core
+    precision = (
+        jnp.eye(mixture.log_scale.size, dtype=grad.log_scale.dtype) + mixture.core.T @ mixture.core
+    )
     covariance = jnp.linalg.inv(precision)
     return grad._replace(
         offsets=grad.offsets * jnp.exp(mixture.log_scale) @ covariance,

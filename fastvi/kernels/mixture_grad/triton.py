@@ -1,4 +1,7 @@
-"""The update of the factors in place by a Triton kernel; the vectors of the gradient are XLA's. For NVIDIA GPUs."""
+"""The update of the factors in place by a Triton kernel.
+
+The vectors of the gradient are XLA's. For NVIDIA GPUs.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,7 @@
-"""The update of the factors that moved: one read, one write, and the products that the next step needs."""
+"""The update of the factors that moved.
+
+One read, one write, and the products that the next step needs.
+"""
 
 from typing import no_type_check
 
@@ -27,10 +30,15 @@ def update(
     entry = tl.program_id(0) * block + tl.arange(0, block)
     row = tl.arange(0, padded)
     used = row < rank
-    sums = partial + (chain * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * num_blocks * rank * rank
+    sums = (
+        partial
+        + (chain * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * num_blocks * rank * rank
+    )
     for index in range(num_blocks):
         label = tl.load(labels + chain * num_blocks + index)
-        at = ((chain * num_components + label) * rank + row).to(tl.int64)[:, None] * dim + entry[None, :]
+        at = ((chain * num_components + label) * rank + row).to(tl.int64)[:, None] * dim + entry[
+            None, :
+        ]
         mask = used[:, None] & (entry < dim)[None, :]
         moved = tl.load(factors + at, mask=mask, other=0.0)
         for term in range(num_terms):
@@ -63,4 +71,17 @@ def update_with_output(
     block: tl.constexpr,
 ):
     """Do the same with a pointer too many, the alias of `factors`."""
-    update(labels, left, right, factors, partial, dim, num_components, num_blocks, num_terms, rank, padded, block)
+    update(
+        labels,
+        left,
+        right,
+        factors,
+        partial,
+        dim,
+        num_components,
+        num_blocks,
+        num_terms,
+        rank,
+        padded,
+        block,
+    )

@@ -1,7 +1,7 @@
 """Closed-form pull-back as sums of rank-1 terms.
 
-With h the cotangent, h_x = D^{1/2} h and l = P^{-1} h_x: offsets h, log_scale h_x x, factors z h_x^T,
-core (zeta - B x_core) l^T - (B l) x_core^T.
+With h the cotangent, h_x = D^{1/2} h and l = P^{-1} h_x: offsets h, log_scale h_x x, factors z
+h_x^T, core (zeta - B x_core) l^T - (B l) x_core^T.
 """
 
 import math
@@ -13,14 +13,18 @@ from fastvi.kernels.woodbury import xla as woodbury
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
 
-def pullback(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str) -> Mixture:
+def pullback(
+    mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str
+) -> Mixture:
     """Pull a cotangent of the displacement back to all parameters."""
     gradient = directions(mixture, small, noise, drawn, cotangent, metric)
     label = jnp.arange(mixture.log_weights.size) == noise.label
     return gradient._replace(factors=(label[:, None] * noise.z)[..., None] * gradient.factors)
 
 
-def directions(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str) -> Mixture:
+def directions(
+    mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str
+) -> Mixture:
     """Do the same but for the factors, of whose rank-1 gradient the long side is returned."""
     num_components, num_offsets = mixture.log_weights.size, mixture.offsets.shape[0]
     scale = jnp.exp(mixture.log_scale)
@@ -30,14 +34,18 @@ def directions(mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotang
     if metric == "natural":
         y = drawn.x_core + drawn.core_x @ mixture.core  # P x_core
         offset, factor_right, core_left, core_right = l_x, l_x, h_x, y
-        # the core's share, core * grad(core) summed over rows, from B^T (zeta - B x_core) = x_core - eps and
-        # B^T B l = h_x - l
+        # the core's share, core * grad(core) summed over rows, from B^T (zeta - B x_core) = x_core
+        # - eps and B^T B l = h_x - l
         moved = (drawn.x_core - noise.eps) * l_x - (h_x - l_x) * drawn.x_core
     else:
         offset, factor_right, core_left, core_right = cotangent, h_x, l_x, drawn.x_core
         moved = 0.0
     shift = noise.zeta - drawn.core_x
-    rows = jnp.arange(num_components) == noise.label if num_offsets > 1 else jnp.ones(num_offsets, bool)
+    rows = (
+        jnp.arange(num_components) == noise.label
+        if num_offsets > 1
+        else jnp.ones(num_offsets, bool)
+    )
     return Mixture(
         log_weights=jnp.zeros_like(mixture.log_weights),
         offsets=rows[:, None] * offset,
@@ -84,7 +92,8 @@ def _stacked(size, batched, arrays):
 def _update(factors, labels, left, right):
     """Do as `update_factors`, with or without a leading axis of chains.
 
-    Nothing stands between the updates and what follows, no reshape and no read: for either XLA would copy all factors.
+    Nothing stands between the updates and what follows, no reshape and no read: for either XLA
+    would copy all factors.
     """
     blocks, count = labels.shape[-1], labels.size
     size = (*(1 for _ in labels.shape), *factors.shape[-2:])
@@ -99,9 +108,14 @@ def _update(factors, labels, left, right):
         terms = zip(left[at], right[at], strict=True)
         step = sum((short[:, None] * long for short, long in terms), jnp.zeros((), factors.dtype))
         start = (*place, 0, 0)
-        return jax.lax.dynamic_update_slice(factors, jax.lax.dynamic_slice(factors, start, size) + step, start)
+        return jax.lax.dynamic_update_slice(
+            factors, jax.lax.dynamic_slice(factors, start, size) + step, start
+        )
 
-    # in a loop, also of two: XLA fuses an update written out into what reads its result, and reads a copy there
+    # in a loop, also of two: XLA fuses an update written out into what reads its result, and reads
+    # a copy there
     factors = jax.lax.fori_loop(0, count, move, factors)
-    grams = jax.lax.map(lambda index: woodbury.component_gram(factors, locate(index)[1]), jnp.arange(count))
+    grams = jax.lax.map(
+        lambda index: woodbury.component_gram(factors, locate(index)[1]), jnp.arange(count)
+    )
     return factors, grams.reshape(*labels.shape, *grams.shape[1:])

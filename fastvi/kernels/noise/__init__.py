@@ -2,6 +2,8 @@
 
 from fastvi.kernels.noise.threefry import normal, words
 
-NOISE_BLOCKS = 2  # blocks of a key's counters that the noise of one step may use; its minibatch uses the next
+NOISE_BLOCKS = (
+    2  # blocks of a key's counters that the noise of one step may use; its minibatch uses the next
+)
 
 __all__ = ["NOISE_BLOCKS", "normal", "words"]

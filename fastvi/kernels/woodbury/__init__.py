@@ -1,5 +1,28 @@
-"""Masked Woodbury: draw from a mixture of factor analyzers and evaluate its density and score in one pass."""
+"""Masked Woodbury.
 
-from fastvi.kernels.woodbury.api import Draw, Grams, Mixture, Noise, draw, factor_grams, grams, log_prob, precision_root
+Draw from a mixture of factor analyzers and evaluate its density and score in one pass.
+"""
 
-__all__ = ["Draw", "Grams", "Mixture", "Noise", "draw", "factor_grams", "grams", "log_prob", "precision_root"]
+from fastvi.kernels.woodbury.api import (
+    Draw,
+    Grams,
+    Mixture,
+    Noise,
+    draw,
+    factor_grams,
+    grams,
+    log_prob,
+    precision_root,
+)
+
+__all__ = [
+    "Draw",
+    "Grams",
+    "Mixture",
+    "Noise",
+    "draw",
+    "factor_grams",
+    "grams",
+    "log_prob",
+    "precision_root",
+]

@@ -57,7 +57,9 @@ def precision_root(
     return xla.precision_root(core, eps, zeta)
 
 
-def draw(mixture: Mixture, small: Grams, noise: Noise, *, implementation: str | None = None) -> Draw:
+def draw(
+    mixture: Mixture, small: Grams, noise: Noise, *, implementation: str | None = None
+) -> Draw:
     """Transform noise to a draw and evaluate log density, responsibilities and score there.
 
     Args:
@@ -76,7 +78,11 @@ def draw(mixture: Mixture, small: Grams, noise: Noise, *, implementation: str | 
 
 
 def log_prob(
-    mixture: Mixture, small: Grams, displacement: Float[Array, " dim"], *, implementation: str | None = None
+    mixture: Mixture,
+    small: Grams,
+    displacement: Float[Array, " dim"],
+    *,
+    implementation: str | None = None,
 ) -> Scalar:
     """Evaluate the normalised log density of the mixture at any point of whitened coordinates.
 

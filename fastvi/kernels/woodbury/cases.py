@@ -20,8 +20,10 @@ class Case(NamedTuple):
         num_offsets: 0, 1 or M means.
         ranks: Columns in use for each component; the others are zero rows. Empty: all are in use.
         core_ranks: Rows of the core in use.
-        steepness: Largest |b|^2 of a core row; the others are spread geometrically between 1 and it.
-        matched: Whether factors are shaped like P^{-1/2}, as in a fit: they leave steep directions alone.
+        steepness: Largest |b|^2 of a core row; the others are spread geometrically between 1 and
+            it.
+        matched: Whether factors are shaped like P^{-1/2}, as in a fit: they leave steep directions
+            alone.
     """
 
     num_components: int = 1
@@ -88,6 +90,10 @@ def make(case: Case, dtype=jnp.float32, num_draws: int = 2) -> tuple[Mixture, No
     )
 
     def cast(array):
-        return jnp.asarray(array) if array.dtype.kind == "i" else jnp.asarray(array.astype(np.float32), dtype)
+        return (
+            jnp.asarray(array)
+            if array.dtype.kind == "i"
+            else jnp.asarray(array.astype(np.float32), dtype)
+        )
 
     return Mixture(*map(cast, mixture)), Noise(*map(cast, noise))

@@ -1,7 +1,8 @@
 """The two sweeps as Pallas kernels, which Pallas lowers by way of Triton. For NVIDIA GPUs.
 
-A program takes `BLOCK` entries of the dimension and reads one row after another. Sums over the dimension leave one
-partial sum a program, added up outside in a fixed order. vmap over chains or draws is Pallas's own: one more grid axis.
+A program takes `BLOCK` entries of the dimension and reads one row after another. Sums over the
+dimension leave one partial sum a program, added up outside in a fixed order. vmap over chains or
+draws is Pallas's own: one more grid axis.
 """
 
 import functools
@@ -20,7 +21,9 @@ WARPS = 4
 grams, factor_grams = xla.grams, xla.factor_grams
 
 
-def _project_kernel(eps, core, factors, correction, z, label, x_core, x, partial, *, dim, num_core, rank):
+def _project_kernel(
+    eps, core, factors, correction, z, label, x_core, x, partial, *, dim, num_core, rank
+):
     at, inside = _block(dim)
     value = plt.load(eps.at[at], mask=inside, other=0.0)
     value -= _combine(correction, core, jnp.int32(0), num_core, at, inside)
@@ -37,7 +40,9 @@ def _project_kernel(eps, core, factors, correction, z, label, x_core, x, partial
     partial[program, num_rows] = jnp.sum(value * value)
 
 
-def _residual_kernel(x, core, factors, core_weight, factor_weight, score, *, dim, num_core, num_rows):
+def _residual_kernel(
+    x, core, factors, core_weight, factor_weight, score, *, dim, num_core, num_rows
+):
     at, inside = _block(dim)
     value = _combine(factor_weight, factors, jnp.int32(0), num_rows, at, inside)
     value -= _combine(core_weight, core, jnp.int32(0), num_core, at, inside)

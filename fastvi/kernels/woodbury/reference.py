@@ -8,13 +8,18 @@ from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
 
 def _precision_core(mixture: Mixture):
-    return jnp.eye(mixture.log_scale.size, dtype=mixture.log_scale.dtype) + mixture.core.T @ mixture.core
+    return (
+        jnp.eye(mixture.log_scale.size, dtype=mixture.log_scale.dtype)
+        + mixture.core.T @ mixture.core
+    )
 
 
 def covariances(mixture: Mixture):
     """Build Sigma_m as dense matrices of shape (comp, dim, dim)."""
     scale = jnp.exp(mixture.log_scale)
-    inner = jnp.linalg.inv(_precision_core(mixture)) + jnp.einsum("mri,mrj->mij", mixture.factors, mixture.factors)
+    inner = jnp.linalg.inv(_precision_core(mixture)) + jnp.einsum(
+        "mri,mrj->mij", mixture.factors, mixture.factors
+    )
     return scale[:, None] * inner * scale
 
 
@@ -49,7 +54,10 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
     cross = jnp.einsum("kd,mrd->mkr", mixture.core, mixture.factors)
     factor = factor_grams(mixture.factors) + jnp.einsum("mkr,mks->mrs", cross, cross)
     identity = jnp.eye(mixture.factors.shape[1], dtype=mixture.log_scale.dtype)
-    core = jnp.eye(mixture.core.shape[0], dtype=mixture.log_scale.dtype) + mixture.core @ mixture.core.T
+    core = (
+        jnp.eye(mixture.core.shape[0], dtype=mixture.log_scale.dtype)
+        + mixture.core @ mixture.core.T
+    )
     return Grams(
         core_half=jnp.linalg.inv(jnp.linalg.cholesky(core)),
         cross=cross,

@@ -1,7 +1,7 @@
 """The density by two sweeps over core and factors, the small algebra between them by XLA.
 
-What accelerators share: each gives the two sweeps, this module the rest. Components with means of their own are not
-implemented here.
+What accelerators share: each gives the two sweeps, this module the rest. Components with means of
+their own are not implemented here.
 """
 
 import functools
@@ -21,9 +21,10 @@ class Sweeps(NamedTuple):
 
     Attributes:
         name: Name in `OP.implementations`.
-        project: `(eps, mixture, correction, z, label)` -> x_core = eps - correction B, x = x_core + z A_label, A x and
-            x . x.
-        residual: `(x, core, factors, core_weight, factor_weight)` -> factor_weight A - core_weight B - x.
+        project: `(eps, mixture, correction, z, label)` -> x_core = eps - correction B, x = x_core +
+            z A_label, A x and x . x.
+        residual: `(x, core, factors, core_weight, factor_weight)` -> factor_weight A - core_weight
+            B - x.
     """
 
     name: str
@@ -35,7 +36,9 @@ def draw(sweeps: Sweeps, mixture: Mixture, small: Grams, noise: Noise) -> Draw:
     """Draw and evaluate; see `api.draw`."""
     _check(sweeps, mixture)
     correction = xla.solve(small.core_half, mixture.core @ noise.eps - noise.zeta)
-    x_core, x, projected, square = sweeps.project(noise.eps, mixture, correction, noise.z, noise.label)
+    x_core, x, projected, square = sweeps.project(
+        noise.eps, mixture, correction, noise.z, noise.label
+    )
     core_x = noise.zeta + correction
     core_full = core_x + small.cross[noise.label] @ noise.z
     log_prob, weights, solved = xla.shared_log_prob(mixture, small, core_full, projected, square)
@@ -83,6 +86,7 @@ _log_prob.defvjp(_log_prob_forward, _log_prob_backward)
 def _check(sweeps: Sweeps, mixture: Mixture) -> None:
     if mixture.offsets.shape[0] > 1:
         raise ConfigError(
-            f"implementation {sweeps.name!r} of kernel 'woodbury' has no means by component; use implementation='xla', "
+            f"implementation {sweeps.name!r} of kernel 'woodbury' has no means by component; use "
+            "implementation='xla', "
             "or means='shared'."
         )

@@ -35,7 +35,9 @@ def _project(eps, mixture: Mixture, correction, z, label):
         )
         return x_core, x, jnp.sum(partial, axis=1)
 
-    x_core, x, sums = _triton.over_chains(stacked)(eps, mixture.core, mixture.factors, correction, z, label)
+    x_core, x, sums = _triton.over_chains(stacked)(
+        eps, mixture.core, mixture.factors, correction, z, label
+    )
     return x_core, x, sums[:-1].reshape(num_components, rank), sums[-1]
 
 

@@ -1,4 +1,6 @@
-"""Two sweeps over core and factors: draw and project, then density's score. Program axes: blocks of dim, chains.
+"""Two sweeps over core and factors.
+
+Draw and project, then density's score. Program axes: blocks of dim, chains.
 
 Sums over dim leave one partial sum a program, added up outside in a fixed order.
 """
@@ -12,7 +14,10 @@ import triton.language as tl
 @triton.jit
 @no_type_check  # Triton reads the source of the bare function
 def rows_at(matrix, first, end, dim: tl.constexpr, block: tl.constexpr, tile: tl.constexpr):
-    """Return `tile` rows of a matrix from `first` on, in the columns of this program; zeros from row `end` on."""
+    """Return `tile` rows of a matrix from `first` on, in the columns of this program.
+
+    Zeros from row `end` on.
+    """
     entry = tl.program_id(0) * block + tl.arange(0, block)
     row = first + tl.arange(0, tile)
     mask = (row < end)[:, None] & (entry < dim)[None, :]
@@ -66,7 +71,9 @@ def project(
     inside = entry < dim
     own = chain.to(tl.int64) * dim + entry
     value = tl.load(eps + own, mask=inside, other=0.0)
-    value = combine(value, correction + chain * num_core, core, chain * num_core, -1, num_core, dim, block, tile)
+    value = combine(
+        value, correction + chain * num_core, core, chain * num_core, -1, num_core, dim, block, tile
+    )
     tl.store(x_core + own, value, mask=inside)
     first = chain * num_rows + tl.load(label + chain) * rank
     value = combine(value, z + chain * rank, factors, first, 1, rank, dim, block, tile)
@@ -100,6 +107,26 @@ def residual(
     entry = tl.program_id(0) * block + tl.arange(0, block)
     own = chain.to(tl.int64) * dim + entry
     value = -tl.load(x + own, mask=entry < dim, other=0.0)
-    value = combine(value, factor_weight + chain * num_rows, factors, chain * num_rows, 1, num_rows, dim, block, tile)
-    value = combine(value, core_weight + chain * num_core, core, chain * num_core, -1, num_core, dim, block, tile)
+    value = combine(
+        value,
+        factor_weight + chain * num_rows,
+        factors,
+        chain * num_rows,
+        1,
+        num_rows,
+        dim,
+        block,
+        tile,
+    )
+    value = combine(
+        value,
+        core_weight + chain * num_core,
+        core,
+        chain * num_core,
+        -1,
+        num_core,
+        dim,
+        block,
+        tile,
+    )
     tl.store(score + own, value, mask=entry < dim)

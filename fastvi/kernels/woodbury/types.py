@@ -8,9 +8,10 @@ from fastvi._typing import Array, Float, Int, Scalar
 class Mixture(NamedTuple):
     """A mixture of factor analyzers with a shared precision core, in whitened coordinates.
 
-    Component m is `N(offset_m, D^{1/2} (P^{-1} + A_m^T A_m) D^{1/2})` with `D^{1/2} = diag exp(log_scale)`,
-    `P = I + core^T core` and `A_m = factors[m]`. `offsets` has 0 rows (all means zero), 1 row (a shared mean) or
-    one row for each component. Masked columns of a factor are zero rows here.
+    Component m is `N(offset_m, D^{1/2} (P^{-1} + A_m^T A_m) D^{1/2})` with `D^{1/2} = diag
+    exp(log_scale)`, `P = I + core^T core` and `A_m = factors[m]`. `offsets` has 0 rows (all means
+    zero), 1 row (a shared mean) or one row for each component. Masked columns of a factor are zero
+    rows here.
     """
 
     log_weights: Float[Array, " comp"]
@@ -21,9 +22,12 @@ class Mixture(NamedTuple):
 
 
 class Grams(NamedTuple):
-    """The small matrices that depend on the parameters alone: one evaluation serves all draws of a step.
+    """The small matrices that depend on the parameters alone.
 
-    With C = L L^T, `core_half` and `factor_half` are L^{-1}, so that C^{-1} = L^{-T} L^{-1} is two small products.
+    One evaluation serves all draws of a step.
+
+    With C = L L^T, `core_half` and `factor_half` are L^{-1}, so that C^{-1} = L^{-T} L^{-1} is two
+    small products.
     """
 
     core_half: Float[Array, "core core"]  # of C_B = I + B B^T
@@ -46,7 +50,8 @@ class Draw(NamedTuple):
     """One draw with everything that its gradients need.
 
     `x = x_core + A_m^T z` is the draw in units of D^{1/2} about the mean of its component;
-    `displacement = offset + D^{1/2} x` is the draw itself, `log_prob` and `score` the density and its gradient there.
+    `displacement = offset + D^{1/2} x` is the draw itself, `log_prob` and `score` the density and
+    its gradient there.
     """
 
     x: Float[Array, " dim"]

@@ -33,9 +33,14 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
 
 
 def factor_grams(factors):
-    """Compute A_m A_m^T: by pairs of rows for small ranks, else over chunks of dim that stay in cache."""
+    """Compute A_m A_m^T.
+
+    By pairs of rows for small ranks, else over chunks of dim that stay in cache.
+    """
     return _products(
-        lambda start, size: jax.lax.dynamic_slice_in_dim(factors, start, size, 2), factors.shape, factors.dtype
+        lambda start, size: jax.lax.dynamic_slice_in_dim(factors, start, size, 2),
+        factors.shape,
+        factors.dtype,
     )
 
 
@@ -44,7 +49,9 @@ def component_gram(factors, index):
     rank, dim = factors.shape[-2:]
 
     def part(start, size):
-        found = jax.lax.dynamic_slice(factors, (*index, 0, start), (*(1 for _ in index), rank, size))
+        found = jax.lax.dynamic_slice(
+            factors, (*index, 0, start), (*(1 for _ in index), rank, size)
+        )
         return found.reshape(1, rank, size)
 
     return _products(part, (1, rank, dim), factors.dtype)[0]
@@ -57,8 +64,14 @@ def _products(part, shape, dtype):
         return jnp.zeros((count, 0, 0), dtype)
     if rank <= PAIRWISE_RANK:
         whole = part(0, dim)
-        entry = {(i, j): jnp.sum(whole[:, i] * whole[:, j], -1) for i in range(rank) for j in range(i, rank)}
-        rows = [jnp.stack([entry[min(i, j), max(i, j)] for j in range(rank)], -1) for i in range(rank)]
+        entry = {
+            (i, j): jnp.sum(whole[:, i] * whole[:, j], -1)
+            for i in range(rank)
+            for j in range(i, rank)
+        }
+        rows = [
+            jnp.stack([entry[min(i, j), max(i, j)] for j in range(rank)], -1) for i in range(rank)
+        ]
         return jnp.stack(rows, axis=-2)
     chunks = dim // GRAM_CHUNK
 
@@ -85,8 +98,8 @@ def precision_root(core, eps, zeta):
 def draw(mixture: Mixture, small: Grams, noise: Noise) -> Draw:
     """Draw, then evaluate density and score with the products that drawing left behind.
 
-    `x_core = eps - B^T C_B^{-1} (B eps - zeta)` equals `P^{-1} (eps + B^T zeta)` and loses no digits to
-    cancellation in steep directions.
+    `x_core = eps - B^T C_B^{-1} (B eps - zeta)` equals `P^{-1} (eps + B^T zeta)` and loses no
+    digits to cancellation in steep directions.
     """
     core, scale = mixture.core, jnp.exp(mixture.log_scale)
     correction = solve(small.core_half, core @ noise.eps - noise.zeta)
@@ -95,7 +108,9 @@ def draw(mixture: Mixture, small: Grams, noise: Noise) -> Draw:
     x = x_core + noise.z @ mixture.factors[noise.label]
     core_full = core_x + small.cross[noise.label] @ noise.z
     num_offsets = mixture.offsets.shape[0]
-    offset = mixture.offsets[noise.label if num_offsets > 1 else slice(None)].reshape(-1, x.size).sum(0)
+    offset = (
+        mixture.offsets[noise.label if num_offsets > 1 else slice(None)].reshape(-1, x.size).sum(0)
+    )
     displacement = offset + scale * x
     if num_offsets > 1:
         x_all = x + (offset - mixture.offsets) / scale
@@ -148,12 +163,20 @@ def shared_log_prob(mixture: Mixture, small: Grams, core_x, projected, square):
     """Return log density, weights and C_m^{-1} (A_m P x) where all means agree, given B x, A_m x and |x|^2."""
     full = projected + jnp.einsum("mkr,k->mr", small.cross, core_x)
     solved = solve(small.factor_half, full)
-    return (*_combine(mixture, small, square + core_x @ core_x, -jnp.sum(full * solved, axis=-1)), solved)
+    return (
+        *_combine(mixture, small, square + core_x @ core_x, -jnp.sum(full * solved, axis=-1)),
+        solved,
+    )
 
 
 def _density_separate(mixture: Mixture, small: Grams, x_all, core_all) -> Density:
-    """Do the same where each component has its own mean: x_all (comp, dim), core_all (comp, core)."""
-    projected = jnp.einsum("mrd,md->mr", mixture.factors, x_all) + jnp.einsum("mkr,mk->mr", small.cross, core_all)
+    """Do the same where each component has its own mean.
+
+    X_all (comp, dim), core_all (comp, core).
+    """
+    projected = jnp.einsum("mrd,md->mr", mixture.factors, x_all) + jnp.einsum(
+        "mkr,mk->mr", small.cross, core_all
+    )
     solved = solve(small.factor_half, projected)
     own = jnp.sum(x_all**2, -1) + jnp.sum(core_all**2, -1) - jnp.sum(projected * solved, -1)
     log_prob, weights = _combine(mixture, small, jnp.zeros((), own.dtype), own)
@@ -166,7 +189,8 @@ def _density_separate(mixture: Mixture, small: Grams, x_all, core_all) -> Densit
 def _combine(mixture: Mixture, small: Grams, common, own):
     """Mix components whose quadratic forms are `common + own`.
 
-    Terms that all share are of size dim and stay out of the softmax, which would lose its digits to them.
+    Terms that all share are of size dim and stay out of the softmax, which would lose its digits to
+    them.
     """
     relative = mixture.log_weights - 0.5 * (own - _log_det(small.factor_half))
     shared = common + 2 * jnp.sum(mixture.log_scale) + _log_det(small.core_half)

@@ -1,4 +1,7 @@
-"""An estimate as arviz sees it: draws with their statistics, the optimisation apart from them, the problem."""
+"""An estimate as arviz sees it.
+
+Draws with their statistics, the optimisation apart from them, the problem.
+"""
 
 import json
 from typing import Any
@@ -15,12 +18,14 @@ ENOUGH_WALK = 4  # records of a walker that are worth a posterior
 def to_arviz(result: LLCEstimate) -> Any:
     """Convert an estimate to arviz's container.
 
-    Groups: `posterior` with llc and L (the mean loss), one entry for each chain and draw: the walkers after their
-    burn-in where `correction="mcmc"` ran, else independent draws of q; `sample_stats` of the same draws;
-    `variational`, the draws of q in any case, with resp_entropy, log_q, log_p (under the names of the traces, logq
-    and elbo_like, as well) and log_weight = log_p - log_q; `optimization`, the traces of the fit on a dimension `step`;
-    `constant_data`. Mirrored draws stand side by side, so that their dependence is seen. Numbers of the estimate and
-    its configuration are attributes of `posterior`.
+    Groups: `posterior` with llc and L (the mean loss), one entry for each chain and draw: the
+        walkers after their
+    burn-in where `correction="mcmc"` ran, else independent draws of q; `sample_stats` of the same
+    draws; `variational`, the draws of q in any case, with resp_entropy, log_q, log_p (under the
+    names of the traces, logq and elbo_like, as well) and log_weight = log_p - log_q;
+    `optimization`, the traces of the fit on a dimension `step`; `constant_data`. Mirrored draws
+    stand side by side, so that their dependence is seen. Numbers of the estimate and its
+    configuration are attributes of `posterior`.
 
     Args:
         result: The estimate; one that `LLCEstimate.load` read will do.
@@ -42,7 +47,9 @@ def to_arviz(result: LLCEstimate) -> Any:
         "optimization": _dataset(xarray, dict(result.traces), ("chain", "step")),
         "constant_data": _dataset(xarray, _constants(result), ()),
     }
-    container = vars(arviz).get("InferenceData")  # to ask arviz 1 for an attribute that it gave up warns
+    container = vars(arviz).get(
+        "InferenceData"
+    )  # to ask arviz 1 for an attribute that it gave up warns
     if container is None:
         return xarray.DataTree.from_dict(groups)
     return container(**groups)
@@ -85,7 +92,10 @@ def _walk(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
     burn, (walkers, length) = result.walk_burn_in, result.walk_llc.shape
     llc = np.asarray(result.walk_llc, float)[:, burn:]
     before = result.work["total_fge"] - result.work["fge_correction"]
-    work = before / walkers + result.work["fge_correction"] / walkers * np.arange(burn + 1, length + 1) / length
+    work = (
+        before / walkers
+        + result.work["fge_correction"] / walkers * np.arange(burn + 1, length + 1) / length
+    )
     return (
         {"llc": llc, "L": result.init_loss + llc / result.nbeta},
         {"cumulative_fge": np.broadcast_to(work, llc.shape), "diverging": ~np.isfinite(llc)},
@@ -123,7 +133,9 @@ def _attributes(result: LLCEstimate) -> dict[str, Any]:
     }
 
 
-def _dataset(xarray: Any, arrays: dict[str, np.ndarray], dims: tuple[str, ...], attrs: dict | None = None) -> Any:
+def _dataset(
+    xarray: Any, arrays: dict[str, np.ndarray], dims: tuple[str, ...], attrs: dict | None = None
+) -> Any:
     variables = {name: (dims, np.asarray(array)) for name, array in arrays.items()}
     lengths = next(iter(variables.values()))[1].shape
     coords = {dim: np.arange(length) for dim, length in zip(dims, lengths, strict=True)}

@@ -78,11 +78,14 @@ def write_report(result: LLCEstimate, path: str | os.PathLike[str]) -> Path:
         style=STYLE,
         heading=f"Local learning coefficient {value}",
         lead=html.escape(
-            f"{result.provenance}. d = {result.dim:,}, n = {result.n_data:,}, nβ = {result.nbeta:.4g}, "
+            f"{result.provenance}. d = {result.dim:,}, n = {result.n_data:,}, nβ = "
+            f"{result.nbeta:.4g}, "
             f"localization = {result.localization:.4g}."
         ),
         findings=_findings(result),
-        figures="\n".join(_figure(name, result) for name, panel in PANELS.items() if panel.applies(result)),
+        figures="\n".join(
+            _figure(name, result) for name, panel in PANELS.items() if panel.applies(result)
+        ),
         numbers=_rows(_numbers(result)),
         summary=html.escape(result.summary()),
         settings=_rows({name: str(value) for name, value in result.config.to_dict().items()}),
@@ -98,9 +101,12 @@ def _findings(result: LLCEstimate) -> str:
     parts = []
     for finding in result.health:
         color = SEVERITY_COLORS[finding.severity]
-        name, said, cause, fix = map(html.escape, (finding.name, finding.observed, finding.cause, finding.next_step))
+        name, said, cause, fix = map(
+            html.escape, (finding.name, finding.observed, finding.cause, finding.next_step)
+        )
         parts.append(
-            f'<div class="finding" style="border-color: {color}"><b style="color: {color}">{finding.severity} · '
+            f'<div class="finding" style="border-color: {color}"><b style="color: '
+            f'{color}">{finding.severity} · '
             f"{name}</b><br>{said} {cause}<br><i>{fix}</i></div>"
         )
     return "\n".join(parts)
@@ -109,9 +115,8 @@ def _findings(result: LLCEstimate) -> str:
 def _figure(name: str, result: LLCEstimate) -> str:
     encoded = base64.b64encode(render(name, result, REPORT_DPI)).decode("ascii")
     reading = html.escape(PANELS[name].reading)
-    return (
-        f'<figure><img alt="{name}" src="data:image/png;base64,{encoded}"><figcaption>{reading}</figcaption></figure>'
-    )
+    image = f'<img alt="{name}" src="data:image/png;base64,{encoded}">'
+    return f"<figure>{image}<figcaption>{reading}</figcaption></figure>"
 
 
 def _numbers(result: LLCEstimate) -> dict[str, str]:
@@ -126,7 +131,9 @@ def _numbers(result: LLCEstimate) -> dict[str, str]:
         "time": f"{result.timings['total']:.1f} s, of which {result.timings['compile']:.1f} s compiling",
         "factorisations that took a ridge": str(result.work["n_cholesky_ridge"]),
     }
-    return numbers | {f"correction: {name}": _text(value) for name, value in (result.correction or {}).items()}
+    return numbers | {
+        f"correction: {name}": _text(value) for name, value in (result.correction or {}).items()
+    }
 
 
 def _text(value: object) -> str:
@@ -135,5 +142,6 @@ def _text(value: object) -> str:
 
 def _rows(values: dict[str, str]) -> str:
     return "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>" for name, text in values.items()
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>"
+        for name, text in values.items()
     )

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 PANEL_SIZE = (6.4, 3.7)
 MOST_BARS = 64  # of a bar chart
-NARROW_RANGE = 1000  # largest over smallest, below which a logarithmic axis is labelled by plain numbers
+NARROW_RANGE = (
+    1000  # largest over smallest, below which a logarithmic axis is labelled by plain numbers
+)
 
 
 class Panel(NamedTuple):
@@ -52,9 +54,12 @@ def render(name: str, result: LLCEstimate, dpi: int) -> bytes:
 
 
 def batch_llc(result: LLCEstimate) -> np.ndarray:
-    """Return `nbeta (L_B(w) - L_n(w*))` at each step, shape (chains, steps): a noisy llc of the moving q.
+    """Return `nbeta (L_B(w) - L_n(w*))` at each step, shape (chains, steps).
 
-    The trace `elbo_like` is `-nbeta L_B - localization/2 |w - w*|^2`, and `radius2` is `|w - w*|^2`.
+    A noisy llc of the moving q.
+
+    The trace `elbo_like` is `-nbeta L_B - localization/2 |w - w*|^2`, and `radius2` is `|w -
+    w*|^2`.
     """
     traces = {name: np.asarray(result.traces[name], float) for name in ("elbo_like", "radius2")}
     nbeta_loss = -traces["elbo_like"] - 0.5 * result.localization * traces["radius2"]
@@ -87,7 +92,14 @@ def draw_llc(axes: "Axes", result: LLCEstimate) -> None:
     axes.axhspan(low, high, color=INK, alpha=0.18, linewidth=0, zorder=3, label=label)
     axes.axhline(result.llc, color=INK, linewidth=1, zorder=3)
     if result.correction:
-        axes.axhline(result.llc_vi, color=INK, linewidth=1, linestyle=DASHED, zorder=3, label="q alone, all data")
+        axes.axhline(
+            result.llc_vi,
+            color=INK,
+            linewidth=1,
+            linestyle=DASHED,
+            zorder=3,
+            label="q alone, all data",
+        )
     set_limits(axes, values, means, include=(low, high, result.llc_vi))
     title = r"llc on minibatches:  $n\beta\,(L_B(w) - L_n(w^*))$"
     axes.set(title=title, ylabel="nats", xlabel="full-gradient equivalents of one chain")
@@ -100,7 +112,9 @@ def draw_virial(axes: "Axes", result: LLCEstimate) -> None:
     means = draw_chains(axes, values)
     axes.axhline(1, color=INK, linewidth=1, linestyle=DASHED, label="1 at the best fit")
     set_limits(axes, values, means, include=(0.9, 1.1))
-    axes.set(title="virial:  above 1, q is too wide; below, too narrow", ylabel="virial", xlabel="step")
+    axes.set(
+        title="virial:  above 1, q is too wide; below, too narrow", ylabel="virial", xlabel="step"
+    )
     axes.legend(loc="upper right")
 
 
@@ -110,7 +124,13 @@ def draw_radius(axes: "Axes", result: LLCEstimate) -> None:
     means = draw_chains(axes, values)
     if result.localization > 0:
         prior = result.dim / result.localization
-        axes.axhline(prior, color=INK, linewidth=1, linestyle=DASHED, label=r"$d/\gamma$: the localizer alone")
+        axes.axhline(
+            prior,
+            color=INK,
+            linewidth=1,
+            linestyle=DASHED,
+            label=r"$d/\gamma$: the localizer alone",
+        )
         axes.legend(loc="lower right")
     finite = means[np.isfinite(means) & (means > 0)]
     if finite.size:
@@ -137,13 +157,24 @@ def draw_spectrum(axes: "Axes", result: LLCEstimate) -> None:
     values, rank = spectrum_of(result), int(result.curvature["rank"])
     index = np.arange(1, values.size + 1)
     blue, white = CHAIN_COLORS[0], "white"
-    axes.plot(index[:rank], values[:rank], "o", color=blue, markersize=4, label=f"in the core, rank {rank}")
-    (rest,) = axes.plot(index[rank:], values[rank:], "o", color=FAINT, markersize=4, markerfacecolor=white)
+    axes.plot(
+        index[:rank],
+        values[:rank],
+        "o",
+        color=blue,
+        markersize=4,
+        label=f"in the core, rank {rank}",
+    )
+    (rest,) = axes.plot(
+        index[rank:], values[rank:], "o", color=FAINT, markersize=4, markerfacecolor=white
+    )
     rest.set_label("covered by the diagonal")
     axes.axvline(rank + 0.5, color=blue, linewidth=0.8, linestyle=(0, (1, 2)))
     plain = result.config.whitening == "none"
     if plain and result.localization > 0:
-        axes.axhline(result.localization, color=INK, linewidth=1, linestyle=DASHED, label="localization")
+        axes.axhline(
+            result.localization, color=INK, linewidth=1, linestyle=DASHED, label="localization"
+        )
     axes.set_yscale("log")
     if values.max() < NARROW_RANGE * values.min():
         _label_plainly(axes)
@@ -170,7 +201,11 @@ def draw_weights(axes: "Axes", result: LLCEstimate) -> None:
         at = np.arange(1, count + 1) - 0.4 + width * (chain + 0.5)
         axes.bar(at, row, width=width, color=chain_color(chain), linewidth=0)
     axes.axhline(equal, color=INK, linewidth=1, linestyle=DASHED, label="equal weights")
-    axes.set(title=r"mixture weights $\pi$, sorted, by chain", ylabel="weight", xlabel="component, heaviest first")
+    axes.set(
+        title=r"mixture weights $\pi$, sorted, by chain",
+        ylabel="weight",
+        xlabel="component, heaviest first",
+    )
     axes.set_xticks(np.arange(1, count + 1, max(1, count // 16)))
     axes.legend(loc="upper right")
 
@@ -185,7 +220,12 @@ def draw_scree(axes: "Axes", result: LLCEstimate) -> None:
     for place, component in enumerate(order[: len(CHAIN_COLORS)]):
         label = f"component {component}, weight {weights[component]:.2f}"
         axes.plot(
-            index, np.maximum(ordered[component], 1e-12), "o-", color=chain_color(place), markersize=4, label=label
+            index,
+            np.maximum(ordered[component], 1e-12),
+            "o-",
+            color=chain_color(place),
+            markersize=4,
+            label=label,
         )
     for component in order[len(CHAIN_COLORS) :]:
         axes.plot(index, np.maximum(ordered[component], 1e-12), "-", color=FAINT, linewidth=0.8)
@@ -206,12 +246,29 @@ def draw_scales(axes: "Axes", result: LLCEstimate) -> None:
         bins = np.geomspace(low / 1.05, high * 1.05, 41)
         for chain, row in enumerate(scales):
             weights = np.full(row.size, 1 / row.size)
-            axes.hist(row, bins=bins, weights=weights, histtype="step", color=chain_color(chain), linewidth=1.4)
+            axes.hist(
+                row,
+                bins=bins,
+                weights=weights,
+                histtype="step",
+                color=chain_color(chain),
+                linewidth=1.4,
+            )
         axes.set_xscale("log")
     if result.localization > 0:
-        axes.axvline(result.localization**-0.5, color=INK, linewidth=1, linestyle=DASHED, label=r"$\gamma^{-1/2}$")
+        axes.axvline(
+            result.localization**-0.5,
+            color=INK,
+            linewidth=1,
+            linestyle=DASHED,
+            label=r"$\gamma^{-1/2}$",
+        )
         axes.legend(loc="upper left")
-    axes.set(title=r"standard deviations $D^{1/2}$ of the diagonal", ylabel="share", xlabel="model coordinates")
+    axes.set(
+        title=r"standard deviations $D^{1/2}$ of the diagonal",
+        ylabel="share",
+        xlabel="model coordinates",
+    )
 
 
 def draw_importance(axes: "Axes", result: LLCEstimate) -> None:
@@ -224,7 +281,9 @@ def draw_importance(axes: "Axes", result: LLCEstimate) -> None:
         shares /= shares.sum()
         index = np.arange(1, finite.size + 1)
         axes.plot(index, np.maximum(shares, 1e-8), ".", color=CHAIN_COLORS[0], markersize=4)
-        axes.axhline(1 / finite.size, color=INK, linewidth=1, linestyle=DASHED, label="equal weights")
+        axes.axhline(
+            1 / finite.size, color=INK, linewidth=1, linestyle=DASHED, label="equal weights"
+        )
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_ylim(1e-8, 2)
@@ -241,9 +300,21 @@ def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
     means = draw_chains(axes, values)
     burn = result.walk_burn_in
     axes.axvspan(0, burn, color=FAINT, alpha=0.12, linewidth=0, label="burn-in")
-    axes.axhspan(result.llc - result.llc_sem, result.llc + result.llc_sem, color=INK, alpha=0.3, zorder=3, linewidth=0)
+    axes.axhspan(
+        result.llc - result.llc_sem,
+        result.llc + result.llc_sem,
+        color=INK,
+        alpha=0.3,
+        zorder=3,
+        linewidth=0,
+    )
     axes.axhline(result.llc, color=INK, linewidth=1, zorder=3, label="corrected llc ± sem")
-    set_limits(axes, values[:, burn:], means[:, burn:] if means.shape[1] > burn else means, include=(result.llc,))
+    set_limits(
+        axes,
+        values[:, burn:],
+        means[:, burn:] if means.shape[1] > burn else means,
+        include=(result.llc,),
+    )
     title = f"walkers:  R-hat {details.get('rhat', float('nan')):.3f}, variance reduced "
     title += f"{details.get('variance_reduction', float('nan')):.2g} times"
     axes.set(title=title, ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$", xlabel="bin of steps")
@@ -260,24 +331,45 @@ def _has_array(name: str) -> Callable[[LLCEstimate], bool]:
 
 
 PANELS = {
-    "elbo": Panel(draw_elbo, _always, "Rises, then levels off within its noise. Still rising: raise steps."),
+    "elbo": Panel(
+        draw_elbo, _always, "Rises, then levels off within its noise. Still rising: raise steps."
+    ),
     "llc": Panel(
-        draw_llc, _always, "Chains agree and level off. A corrected value may lie far off: then q is not the posterior."
+        draw_llc,
+        _always,
+        "Chains agree and level off. A corrected value may lie far off: then q is not the "
+        "posterior.",
     ),
     "walk": Panel(
-        draw_walk, lambda result: result.walk_llc.size > 0, "Walkers mix: no trend after the burn-in, R-hat near 1."
+        draw_walk,
+        lambda result: result.walk_llc.size > 0,
+        "Walkers mix: no trend after the burn-in, R-hat near 1.",
     ),
     "importance": Panel(
-        draw_importance, lambda result: result.log_weights.size > 0, "Flat is good; a few draws far above are not."
+        draw_importance,
+        lambda result: result.log_weights.size > 0,
+        "Flat is good; a few draws far above are not.",
     ),
     "virial": Panel(draw_virial, _always, "1 at the end: the width of q is right."),
     "radius": Panel(draw_radius, _always, "Settles. At the dashed line the loss decides nothing."),
     "spectrum": Panel(
-        draw_spectrum, lambda result: spectrum_of(result).size > 0, "Steep directions stand above the localization."
+        draw_spectrum,
+        lambda result: spectrum_of(result).size > 0,
+        "Steep directions stand above the localization.",
     ),
     "pi": Panel(draw_weights, _has_array("pi"), "One bar alone: the mixture collapsed."),
-    "scree": Panel(draw_scree, _has_array("factor_norm2"), "Far below 1 throughout: rank r is not used."),
-    "scales": Panel(draw_scales, _has_array("D_sqrt"), "All at the dashed line: only the localizer acts there."),
+    "scree": Panel(
+        draw_scree, _has_array("factor_norm2"), "Far below 1 throughout: rank r is not used."
+    ),
+    "scales": Panel(
+        draw_scales, _has_array("D_sqrt"), "All at the dashed line: only the localizer acts there."
+    ),
     "lr": Panel(draw_learning_rate, _always, "The schedule."),
 }
-IMAGES = {"pi": "pi", "scree": "scree", "D_sqrt": "scales", "radius2_trace": "radius", "spectrum": "spectrum"}
+IMAGES = {
+    "pi": "pi",
+    "scree": "scree",
+    "D_sqrt": "scales",
+    "radius2_trace": "radius",
+    "spectrum": "spectrum",
+}

@@ -24,9 +24,10 @@ __all__ = ["batch_llc", "import_matplotlib", "plot_panels", "plot_traces"]
 def plot_traces(result: LLCEstimate) -> "Figure":
     """Draw the traces of an estimate and the curvature at w*.
 
-    Four panels: the ELBO; `nbeta (L_B(w) - L_n(w*))` on the minibatches of the fit against work, with the final
-    llc; the virial, 1 at the best fit; the leading spectrum of the precision at w*, or the learning rate without one.
-    Limits follow percentiles, so that a wild start does not flatten the rest.
+    Four panels: the ELBO; `nbeta (L_B(w) - L_n(w*))` on the minibatches of the fit against work,
+    with the final llc; the virial, 1 at the best fit; the leading spectrum of the precision at w*,
+    or the learning rate without one. Limits follow percentiles, so that a wild start does not
+    flatten the rest.
 
     Args:
         result: The estimate; one that `LLCEstimate.load` read will do.
@@ -61,12 +62,16 @@ def _frame(figure: "Figure", result: LLCEstimate) -> None:
         f"d = {result.dim:,}    n = {result.n_data:,}    nβ = {result.nbeta:.4g}    "
         f"localization = {result.localization:.4g}    {chains} chains × {steps:,} steps"
     )
-    legend = f"faint: single steps, on minibatches;  solid: running mean of {window_of(steps)} steps"
+    legend = (
+        f"faint: single steps, on minibatches;  solid: running mean of {window_of(steps)} steps"
+    )
     estimate = rf"llc  $\hat\lambda$ = {result.llc_text}"
     figure.text(0.012, 0.955, estimate, fontsize=14, ha="left", va="center", color=INK)
     figure.text(0.988, 0.955, problem, fontsize=9.5, ha="right", va="center", color=INK)
     figure.text(0.988, 0.012, legend, fontsize=8.5, ha="right", va="bottom", color=FAINT)
-    figure.set_layout_engine("constrained", rect=(0.004, 0.035, 0.992, 0.885), w_pad=0.1, h_pad=0.08)
+    figure.set_layout_engine(
+        "constrained", rect=(0.004, 0.035, 0.992, 0.885), w_pad=0.1, h_pad=0.08
+    )
 
 
 def plot_panels(result: LLCEstimate, *names: str) -> "Figure":
@@ -74,7 +79,8 @@ def plot_panels(result: LLCEstimate, *names: str) -> "Figure":
 
     Args:
         result: The estimate.
-        *names: Of elbo, llc, walk, importance, virial, radius, spectrum, pi, scree, scales, lr; all that the result
+        *names: Of elbo, llc, walk, importance, virial, radius, spectrum, pi, scree, scales, lr; all
+        that the result
             has something to show in when left out.
 
     Raises:

@@ -40,7 +40,9 @@ STYLE = {
 
 def import_matplotlib() -> Any:
     """Import matplotlib, or raise MissingExtraError with the fix."""
-    return import_optional("matplotlib", extra="plots", distribution="matplotlib", purpose="plotting")
+    return import_optional(
+        "matplotlib", extra="plots", distribution="matplotlib", purpose="plotting"
+    )
 
 
 def chain_color(chain: int) -> str:
@@ -73,7 +75,8 @@ def draw_chains(
         values: One row for each chain.
         where: Positions along the x axis; the index of the step when left out.
         label_chains: Whether the legend names the chains.
-        band: Whether to show the noise as a band of one running standard deviation, in place of the single steps.
+        band: Whether to show the noise as a band of one running standard deviation, in place of the
+            single steps.
     """
     steps = values.shape[1]
     where = np.arange(steps) if where is None else where
@@ -85,17 +88,23 @@ def draw_chains(
         color = chain_color(chain)
         label = f"chain {chain}" if label_chains and chain < len(CHAIN_COLORS) else None
         if spread is None:
-            axes.plot(where, row, color=color, alpha=RAW_ALPHA, linewidth=0.6, zorder=1, rasterized=True)
+            axes.plot(
+                where, row, color=color, alpha=RAW_ALPHA, linewidth=0.6, zorder=1, rasterized=True
+            )
         else:
             low, high = mean - spread[chain], mean + spread[chain]
-            axes.fill_between(centers, low, high, color=color, alpha=0.6 * RAW_ALPHA, linewidth=0, zorder=1)
+            axes.fill_between(
+                centers, low, high, color=color, alpha=0.6 * RAW_ALPHA, linewidth=0, zorder=1
+            )
         axes.plot(centers, mean, color=color, linewidth=1.6, zorder=2.5, label=label)
     if np.all(np.isfinite(where[[0, -1]])):
         axes.set_xlim(where[0], max(where[-1], where[0] + 1e-9))
     return means
 
 
-def set_limits(axes: "Axes", values: np.ndarray, means: np.ndarray, include: tuple[float, ...]) -> None:
+def set_limits(
+    axes: "Axes", values: np.ndarray, means: np.ndarray, include: tuple[float, ...]
+) -> None:
     """Show the bulk of the later single steps, all but the start of the means, and `include`."""
     late = means[:, means.shape[1] // 10 :]
     late = late[np.isfinite(late)]

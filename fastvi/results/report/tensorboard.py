@@ -18,7 +18,11 @@ from fastvi.results.estimate import LLCEstimate
 from fastvi.results.report.panels import IMAGES, PANELS, render
 
 PREFIX = "vi/"
-STATES = ("cumulative_fge", "lr", "effective_M")  # recorded as they stand; other traces by their mean over the window
+STATES = (
+    "cumulative_fge",
+    "lr",
+    "effective_M",
+)  # recorded as they stand; other traces by their mean over the window
 RADIUS_QUANTILES = (0.05, 0.5, 0.95)
 IMAGE_DPI = 80
 MOST_IMAGES = 3  # of each kind before the last: of more than ten TensorBoard shows a part
@@ -26,7 +30,10 @@ SHAPES = ("pi", "scree", "D_sqrt")  # images of the family's arrays
 
 
 class Windows(NamedTuple):
-    """Traces reduced to one record for each window of `every` steps: `steps` (windows,), values (chains, windows)."""
+    """Traces reduced to one record for each window of `every` steps.
+
+    `steps` (windows,), values (chains, windows).
+    """
 
     steps: np.ndarray
     values: dict[str, np.ndarray]
@@ -38,19 +45,24 @@ def write_events(
     *,
     every: Given[int | None] = None,
 ) -> Path:
-    """Write a finished estimate, or the chains of `run_vi`: scalars of the traces, final values, figures.
+    """Write a finished estimate, or the chains of `run_vi`.
 
-    The folder itself holds the mean over the chains, `chain_0`, `chain_1`, ... hold each chain, under the same tags:
-    TensorBoard lays them over each other. `run_vi` keeps nothing that figures are drawn from.
+    Scalars of the traces, final values, figures.
 
-    Figures come every k times `every` steps, k such that there are at most four of a kind. Those of weights, scree
-    and D^{1/2}, and the scalar `A_col_norm_p95_<m>` of each component m, need what a fit keeps on its way with
-    `tensorboard=True` in its configuration; of another fit they show its end alone.
+    The folder itself holds the mean over the chains, `chain_0`, `chain_1`, ... hold each chain,
+    under the same tags: TensorBoard lays them over each other. `run_vi` keeps nothing that figures
+    are drawn from.
+
+    Figures come every k times `every` steps, k such that there are at most four of a kind. Those of
+    weights, scree and D^{1/2}, and the scalar `A_col_norm_p95_<m>` of each component m, need what a
+    fit keeps on its way with `tensorboard=True` in its configuration; of another fit they show its
+    end alone.
 
     Args:
         result: The estimate, also one that `LLCEstimate.load` read; or what `run_vi` returned.
         folder: Where the event files go; made if need be.
-        every: Steps between records; `eval_every` of the configuration, or of its default for `run_vi`, when left out.
+        every: Steps between records; `eval_every` of the configuration, or of its default for
+            `run_vi`, when left out.
 
     Returns:
         The folder.
@@ -60,7 +72,9 @@ def write_events(
         MissingExtraError: If tensorboardX or matplotlib is not installed.
     """
     if not isinstance(result, (LLCEstimate, SamplerRunResult)):
-        raise DataError(f"write_events takes what estimate_llc or run_vi returned; got {type(result).__name__}.")
+        raise DataError(
+            f"write_events takes what estimate_llc or run_vi returned; got {type(result).__name__}."
+        )
     folder, config = Path(folder), result.config if isinstance(result, LLCEstimate) else VIConfig()
     every = config.eval_every if every is None else every
     last = result.traces["elbo"].shape[1] - 1
@@ -82,7 +96,9 @@ def _write_estimate(events: "Events", result: LLCEstimate, every: int, last: int
     for step in _image_steps(last + 1, every):
         early = moments.get(step, dataclasses.replace(result, family_arrays={}))
         upto = {name: trace[:, : step + 1] for name, trace in result.traces.items()}
-        events.write_images(step, _images(dataclasses.replace(early, traces=upto), (*SHAPES, "radius2_trace")))
+        events.write_images(
+            step, _images(dataclasses.replace(early, traces=upto), (*SHAPES, "radius2_trace"))
+        )
     events.write_scalars("mean", last, _final_mean(result))
     for chain in range(len(result.evaluation["llc"])):
         events.write_scalars(f"chain_{chain}", last, _final_of_chain(result, chain))
@@ -94,7 +110,9 @@ def _moments(result: LLCEstimate) -> dict[int, LLCEstimate]:
     arrays = dict(result.snapshots)
     steps = arrays.pop("step", np.zeros(0, int)).tolist()
     taken = {
-        step: dataclasses.replace(result, family_arrays={name: array[:, at] for name, array in arrays.items()})
+        step: dataclasses.replace(
+            result, family_arrays={name: array[:, at] for name, array in arrays.items()}
+        )
         for at, step in enumerate(steps)
     }
     return {**taken, result.traces["elbo"].shape[1] - 1: result}
@@ -107,7 +125,11 @@ def _image_steps(length: int, every: int) -> range:
 
 
 def _images(result: LLCEstimate, tags: Iterable[str]) -> dict[str, bytes]:
-    return {tag: render(IMAGES[tag], result, IMAGE_DPI) for tag in tags if PANELS[IMAGES[tag]].applies(result)}
+    return {
+        tag: render(IMAGES[tag], result, IMAGE_DPI)
+        for tag in tags
+        if PANELS[IMAGES[tag]].applies(result)
+    }
 
 
 def _write_row_lengths(events: "Events", step: int, result: LLCEstimate) -> None:
@@ -116,21 +138,37 @@ def _write_row_lengths(events: "Events", step: int, result: LLCEstimate) -> None
         return
     ordered = np.sqrt(-np.sort(-np.asarray(result.family_arrays["factor_norm2"], float), axis=2))
     ranks = [min(rank, ordered.shape[2]) for rank in result.config.ranks]
-    lengths = {m: np.quantile(ordered[:, m, :rank], 0.95, axis=1) for m, rank in enumerate(ranks) if rank}
-    runs = {"mean": slice(None), **{f"chain_{chain}": slice(chain, chain + 1) for chain in range(len(ordered))}}
+    lengths = {
+        m: np.quantile(ordered[:, m, :rank], 0.95, axis=1) for m, rank in enumerate(ranks) if rank
+    }
+    runs = {
+        "mean": slice(None),
+        **{f"chain_{chain}": slice(chain, chain + 1) for chain in range(len(ordered))},
+    }
     for run, chains in runs.items():
-        events.write_scalars(run, step, {f"A_col_norm_p95_{m}": found[chains].mean() for m, found in lengths.items()})
+        events.write_scalars(
+            run, step, {f"A_col_norm_p95_{m}": found[chains].mean() for m, found in lengths.items()}
+        )
 
 
 class Events:
-    """Event files of one run: the mean over the chains in the folder, each chain in one of its own below."""
+    """Event files of one run.
+
+    The mean over the chains in the folder, each chain in one of its own below.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]):
         self._proto = import_optional(
-            "tensorboardX.proto.summary_pb2", extra="tensorboard", distribution="tensorboardX", purpose="TensorBoard"
+            "tensorboardX.proto.summary_pb2",
+            extra="tensorboard",
+            distribution="tensorboardX",
+            purpose="TensorBoard",
         )
         self._writer = import_optional(
-            "tensorboardX.writer", extra="tensorboard", distribution="tensorboardX", purpose="TensorBoard"
+            "tensorboardX.writer",
+            extra="tensorboard",
+            distribution="tensorboardX",
+            purpose="TensorBoard",
         ).FileWriter
         self._folder = Path(folder)
         self._files: dict[str, Any] = {}
@@ -158,7 +196,9 @@ class Events:
         summary = self._proto.Summary()
         for name, png in images.items():
             width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
-            image = self._proto.Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+            image = self._proto.Summary.Image(
+                width=width, height=height, colorspace=4, encoded_image_string=png
+            )
             summary.value.add(tag=PREFIX + name, image=image)
         self._file("mean").add_summary(summary, step)
 
@@ -174,12 +214,16 @@ class Events:
 
     def _file(self, run: str) -> Any:
         if run not in self._files:
-            self._files[run] = self._writer(str(self._folder if run == "mean" else self._folder / run))
+            self._files[run] = self._writer(
+                str(self._folder if run == "mean" else self._folder / run)
+            )
         return self._files[run]
 
 
 class LiveEvents:
-    """Write traces while a fit runs: pass it as `progress` to `estimate_llc`, and close it afterwards.
+    """Write traces while a fit runs.
+
+    Pass it as `progress` to `estimate_llc`, and close it afterwards.
 
     Example:
         `with LiveEvents("runs/tb") as live: estimate_llc(loss_fn, params, data, progress=live)`
@@ -192,7 +236,9 @@ class LiveEvents:
         """Write the steps since the last report."""
         if progress.traces:
             steps = next(iter(progress.traces.values())).shape[1]
-            self._events.write_traces(progress.traces, every=self._every, first_step=progress.step - steps)
+            self._events.write_traces(
+                progress.traces, every=self._every, first_step=progress.step - steps
+            )
             self._events.flush()
 
     def __enter__(self) -> "LiveEvents":
@@ -211,12 +257,17 @@ def reduce_traces(traces: Mapping[str, Any], every: int, first_step: int = 0) ->
     starts = np.arange(0, length, every)
     ends = np.minimum(starts + every, length)
     values = {
-        name: array[:, ends - 1] if name in STATES else np.add.reduceat(array, starts, axis=1) / (ends - starts)
+        name: array[:, ends - 1]
+        if name in STATES
+        else np.add.reduceat(array, starts, axis=1) / (ends - starts)
         for name, array in arrays.items()
     }
     if "radius2" in arrays:
         for level in RADIUS_QUANTILES:
-            columns = [np.quantile(arrays["radius2"][:, a:b], level, axis=1) for a, b in _pairs(starts, ends)]
+            columns = [
+                np.quantile(arrays["radius2"][:, a:b], level, axis=1)
+                for a, b in _pairs(starts, ends)
+            ]
             values[f"radius2_q{100 * level:02.0f}"] = np.stack(columns, axis=1)
     return Windows(first_step + ends - 1, values)
 
@@ -233,12 +284,20 @@ def _sampled(traces: Mapping[str, Any]) -> dict[str, Any]:
 def _final_run(result: SamplerRunResult) -> dict[str, float]:
     """Values of finished chains, under the tags of an estimate."""
     names = ("lambda_hat_mean", "lambda_hat_std", "Eq_Ln_mean", "Ln_wstar", "total_fge")
-    return {name: float(result.work[name]) for name in names} | {"llc_mean": float(result.work["lambda_hat_mean"])}
+    return {name: float(result.work[name]) for name in names} | {
+        "llc_mean": float(result.work["lambda_hat_mean"])
+    }
 
 
 def _final_mean(result: LLCEstimate) -> dict[str, float]:
-    """Values of the finished estimate: the headline as llc_mean and lambda_hat_mean, q's own beside it."""
-    mean = {name: float(np.mean(result.evaluation[name])) for name in ("llc", "llc_mc", "variance_reduction")}
+    """Values of the finished estimate.
+
+    The headline as llc_mean and lambda_hat_mean, q's own beside it.
+    """
+    mean = {
+        name: float(np.mean(result.evaluation[name]))
+        for name in ("llc", "llc_mc", "variance_reduction")
+    }
     return {
         "llc": result.llc,
         "lambda_hat": result.llc,

@@ -226,7 +226,7 @@ def stepper(family, options):
     rng = np.random.default_rng(0)
     core = jnp.asarray(rng.normal(size=(STEP_CORE, STEP_DIM)) / 100, jnp.float32)
     geometry = Geometry(jnp.ones(STEP_DIM), core, jnp.asarray(STEP_CORE), jnp.ones(()), STEP_CORE)
-    built = FAMILIES[family].create(config, geometry)
+    built = FAMILIES[family].create(config.family_settings, geometry)
     posterior = LocalPosterior(jnp.zeros(STEP_DIM), jnp.asarray(NBETA), jnp.ones(()))
     whole = Problem(posterior, jnp.zeros((COUNT, 1)), COUNT, 256)
     keys = jax.random.split(jax.random.key(0), 1)

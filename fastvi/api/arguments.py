@@ -142,7 +142,7 @@ def settle(config: VIConfig, dim: int, share: float) -> VIConfig:
         draws = max(2, min(draws, 2 * int(MOST_STEP_GRADIENTS / share / 2)))
     more = config.evaluation_draws * few_dimensions_factor(dim, MAX_EVALUATION_FACTOR)
     if config.family == "flow":
-        whole = config.latent_dim(dim) == dim
+        whole = config.family_settings.latent_dim(dim) == dim
         draws, more = max(draws, FLOW_STEP_DRAWS[whole]), max(more, FLOW_EVALUATION_DRAWS[whole])
     return config.replace(
         samples_per_step=draws if step is None else step,

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastvi._errors import ConfigError
 from fastvi.config import rules as checks
-from fastvi.config.basis import Basis
+from fastvi.families.basis import Basis
 
 
 def written(value: Any) -> Any:

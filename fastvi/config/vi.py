@@ -30,8 +30,10 @@ from typing import (
 from fastvi._errors import UnavailableError
 from fastvi.config import rules as checks
 from fastvi.config import sources
-from fastvi.config.basis import Basis
-from fastvi.config.effects import OWN_FIELDS, idle_fields, may_cover_all
+from fastvi.config.effects import fields_of_family, idle_fields, may_cover_all
+from fastvi.families import FAMILIES
+from fastvi.families.backends.base import FlowSettings
+from fastvi.families.basis import Basis
 
 __all__ = ["FlowConfig", "VIConfig"]
 
@@ -79,17 +81,7 @@ _USUAL = {
     "antithetic": True,
     "control_variate": "auto",
 }  # of fields that stay None: the counts of draws decide
-_FLOW_DEFAULTS: dict[str, Any] = {
-    "template": "realnvp",
-    "depth": 4,
-    "hidden": (64, 64),
-    "bins": 8,
-    "init_scale": 1e-2,
-}
-FULL_LATENT_DIM, AUTO_LATENT_DIM = (
-    64,
-    8,
-)  # d_latent="auto": all of up to so many dimensions, else so many
+_FLOW_DEFAULTS: dict[str, Any] = asdict(FlowSettings())
 
 
 def _flow(name: str, value: Any, fix: str) -> "FlowConfig":
@@ -289,7 +281,7 @@ class VIConfig(_CheckedFields):
             entries by dotted names such as `flow.hidden`.
     """
 
-    family: Literal["mfa", "flow"] = "mfa"
+    family: Annotated[str, checks.family] = "mfa"
     M: Annotated[Open[int], checks.integer] = _OPEN
     r: Annotated[Open[int], checks.natural] = _OPEN
     r_per_component: Annotated[tuple[int, ...] | None, checks.ranks] = None
@@ -443,7 +435,7 @@ class VIConfig(_CheckedFields):
         return (
             self._gives("d_latent")
             and self._gives("sigma_perp")
-            and any(map(self._gives, OWN_FIELDS["mfa"]))
+            and any(map(self._gives, {*fields_of_family("mfa")} - {*fields_of_family("flow")}))
         )
 
     def _gives(self, name: str) -> bool:
@@ -506,19 +498,20 @@ class VIConfig(_CheckedFields):
         """The whitening in effect: `whitening_mode`, or "none" when `use_whitening` is False."""
         return self.whitening_mode if self.use_whitening else "none"
 
-    def latent_dim(self, dim: int) -> int:
-        """Return `d_latent`, or where it is "auto" as many dimensions as a flow handles well."""
-        if self.d_latent in (None, "auto"):
-            if isinstance(self.latent_basis, Basis):
-                return self.latent_basis.columns.shape[1]
-            return dim if dim <= FULL_LATENT_DIM else AUTO_LATENT_DIM
-        return int(self.d_latent)
+    @property
+    def family_settings(self) -> Any:
+        """The `Settings` of the family, filled by name."""
+        filled, settings = self.filled, FAMILIES[self.family].Settings
+        given = {item.name: getattr(filled, item.name) for item in fields(settings)}
+        if "flow" in given:
+            given["flow"] = FlowSettings(**vars(filled.flow))
+        return settings(**given)
 
     def check_against(self, dim: int, n_data: int) -> None:
         """Raise ConfigError for a rank or latent dimension above `dim`, or a minibatch above `n_data`."""
         bounded_by_dim: dict[str, Any] = {"curvature_rank": self.curvature_rank}
+        FAMILIES[self.family].check(self.family_settings, dim)
         if self.family == "flow":
-            self._check_flow(dim)
             bounded_by_dim["d_latent"] = self.d_latent
         elif self.r_per_component is not None:
             bounded_by_dim["r_per_component"] = self.rank
@@ -533,21 +526,6 @@ class VIConfig(_CheckedFields):
             raise checks.refusal(
                 "batch_size", f"<= n_data={n_data}", self.batch_size, f"use {n_data} or less"
             )
-
-    def _check_flow(self, dim: int) -> None:
-        """Refuse a flow that the backend does not have."""
-        from fastvi.families.backends import find_backend
-
-        latent = self.latent_dim(dim)
-        if isinstance(self.latent_basis, Basis) and self.latent_basis.columns.shape != (
-            dim,
-            latent,
-        ):
-            rule = f"an array of shape (dim={dim}, d_latent={latent})"
-            raise checks.refusal(
-                "latent_basis", rule, self.latent_basis, "give one column for each latent dimension"
-            )
-        find_backend(self.filled.backend)(latent, self.flow.filled)
 
     @property
     def prunes(self) -> bool:

@@ -94,7 +94,9 @@ class Algorithm:
         )
         if self.name == "flow":
             elbo = result["traces"]["elbo"]
-            result["traces"]["d_latent"] = jnp.full_like(elbo, config.latent_dim(wstar_flat.size))
+            result["traces"]["d_latent"] = jnp.full_like(
+                elbo, config.family_settings.latent_dim(wstar_flat.size)
+            )
         del result["extras"][
             "q"
         ]  # lambda_hat, which maps over keys, would hold all of q for every chain

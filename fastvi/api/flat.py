@@ -25,7 +25,7 @@ from fastvi.config import VIConfig
 from fastvi.fitting.run import Fit, run_fit
 from fastvi.fitting.stages import programs_for
 from fastvi.observables.draws import FittedQ
-from fastvi.results.work import Work, count_work
+from fastvi.results.work import RunWork, count_work
 from fastvi.target.data import Problem
 from fastvi.target.inputs import check_data
 from fastvi.target.look import look_at_target
@@ -235,7 +235,7 @@ class _Run(NamedTuple):
     traces: dict[str, Array]
     extras: dict[str, Any]
     seconds: dict[str, float]
-    work: Work
+    work: RunWork
     config: VIConfig
     q: FittedQ
 

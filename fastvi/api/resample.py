@@ -14,6 +14,7 @@ from fastvi._errors import DataError, NonFiniteError
 from fastvi._typing import Array, Float, Given, Keys
 from fastvi.config import VIConfig
 from fastvi.evaluation.control_variate import regress
+from fastvi.evaluation.errors import chain_error, pair_mean
 from fastvi.evaluation.importance import GOOD, pareto_smooth
 from fastvi.fitting.protocols import Progress
 from fastvi.fitting.run import Fit
@@ -230,10 +231,9 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
     means = variances = np.zeros(llc.shape[0])
     for _ in range(RELINEARISATIONS):
         influence = weights * weights.size * (llc - value)
-        halves = 0.5 * (influence[:, :pairs] + influence[:, pairs : 2 * pairs])
         fits = [
             regress(jnp.asarray(y, dtype), jnp.asarray(x, dtype))
-            for y, x in zip(halves, columns, strict=True)
+            for y, x in zip(pair_mean(influence, axis=1), columns, strict=True)
         ]
         means = value + np.array([float(fit.mean) for fit in fits])
         doubt = np.asarray(evaluation.expectation_variance, float)
@@ -243,13 +243,12 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
         ]
         variances = np.array([float(fit.residual_variance) / pairs for fit in fits]) + noise
         value = float(means.mean())
-    between = means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else 0.0
-    sem = max(np.sqrt(variances.mean() / means.size), between, ROUNDING * abs(value))
+    sem = max(chain_error(means, np.sqrt(variances)), ROUNDING * abs(value))
     details = {
         "effective_draws": float(1 / np.sum(weights**2)),
         "in_memory": fitted.problem.holds_all,
     }
-    return _Values(value, float(sem), means, np.sqrt(variances), np.zeros((0, 0)), 0, details)
+    return _Values(value, sem, means, np.sqrt(variances), np.zeros((0, 0)), 0, details)
 
 
 def _sample(

@@ -15,7 +15,6 @@ from fastvi._errors import DataError, NonFiniteError
 from fastvi._typing import Batch, Given, Key, PyTree
 from fastvi.api.arguments import (
     DEFAULT_BATCH_SIZE,
-    as_key,
     check_count,
     check_dtype,
     make_problem,
@@ -41,6 +40,7 @@ from fastvi.results.work import RunWork, count_work, with_losses
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
+from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
 from fastvi.target.modes import in_own_modes
 from fastvi.target.objective import TreeObjective, ravel_loss

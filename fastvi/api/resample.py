@@ -19,6 +19,7 @@ from fastvi.evaluation.importance import GOOD, pareto_smooth
 from fastvi.fitting.protocols import Progress
 from fastvi.fitting.run import Fit
 from fastvi.fitting.schedule import few_dimensions_factor
+from fastvi.observables.draws import FittedQ, fitted_q
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.findings import correction_findings
 from fastvi.results.progress import reporting
@@ -70,6 +71,12 @@ class Fitted(NamedTuple):
     keys: Keys
     walked: Walked | None = None
     is_masked: bool = False
+
+    @property
+    def q(self) -> FittedQ:
+        """The fitted q, to draw from."""
+        center, fit = self.problem.posterior.center, self.fit
+        return fitted_q(fit.family, fit.params, center, self.objective, self.is_masked)
 
     def check_unchanged(self) -> None:
         """Refuse a loss that computes something else than at the fit."""

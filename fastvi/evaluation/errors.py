@@ -21,7 +21,8 @@ def pair_mean(values: AnyArray, axis: int = 0) -> AnyArray:
         axis: The axis of the draws, counted from the front.
     """
     shape = values.shape
-    return values.reshape(*shape[:axis], 2, -1, *shape[axis + 1 :]).mean(axis=axis)
+    pairs = (*shape[:axis], 2, shape[axis] // 2, *shape[axis + 1 :])
+    return values.reshape(pairs).mean(axis=axis)
 
 
 def chain_error(

@@ -14,6 +14,10 @@ def test_a_draw_is_averaged_with_its_mirror_image():
     assert pair_mean(draws.T).tolist() == [[20.5], [26.0], [31.5]]
 
 
+def test_draws_without_columns_stay_without():
+    assert pair_mean(jnp.zeros((4, 0))).shape == (2, 0)
+
+
 def test_odd_parts_of_mirrored_draws_cancel():
     half = np.random.default_rng(0).normal(size=(5, 3))
     assert np.all(pair_mean(np.concatenate([half, -half])) == 0)

@@ -108,7 +108,9 @@ BENT = {
 def estimate(loss_fn, params, options, **more):
     """Estimate without correction."""
     options = (
-        {"correction": "none", "num_chains": 2, "progress": False, "throw": False} | options | more
+        {"method": "variational", "num_chains": 2, "progress": False, "throw": False}
+        | options
+        | more
     )
     return fastvi.estimate_llc(loss_fn, params, **options)
 

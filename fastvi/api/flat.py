@@ -242,9 +242,9 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
             "run_vi returns to "
             "fastvi.results.report.tensorboard.write_events(result, folder)."
         )
-    if config.correction not in (None, "none"):
+    if config.method not in (None, "variational"):
         raise ConfigError(
-            f"correction must be 'none' in fit and run_vi; got {config.correction!r}. Use "
+            f"method must be 'variational' in fit and run_vi; got {config.method!r}. Use "
             "estimate_llc for it."
         )
     if config.early_stop:
@@ -254,7 +254,9 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
         )
     center = flat_vector(target.wstar_flat, dtype)
     data, num_data = check_data(target.data, check_count("n_data", target.n_data), dtype)
-    config = settle_evaluation(config.replace(correction="none").applied(center.size), center.size)
+    config = settle_evaluation(
+        config.replace(method="variational").applied(center.size), center.size
+    )
     nbeta, gamma = (
         positive_scalar("beta", target.beta) * num_data,
         settle_localization(target.gamma, config),

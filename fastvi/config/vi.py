@@ -67,8 +67,7 @@ _DEFAULTS: dict[str, Any] = {
     "steps": 5000,
     "lr_end_fraction": FINAL_RATE,
     "trace_probes": 16,
-    "correction_error": 0.02,
-    "correction_budget": 20_000.0,
+    "error": 0.02,
     "whitening_decay": 0.99,
     "backend": "native",
     "d_latent": "auto",
@@ -87,7 +86,6 @@ _FLOW_DEFAULTS: dict[str, Any] = {
     "bins": 8,
     "init_scale": 1e-2,
 }
-CORRECTIONS = ("none", "auto", "importance", "mcmc")
 FULL_LATENT_DIM, AUTO_LATENT_DIM = (
     64,
     8,
@@ -203,7 +201,7 @@ class VIConfig(_CheckedFields):
         curvature_rank: Rows of the shared precision core; "auto" takes them from the Hessian's
             spectrum, at most 64 rows and 128 MiB; 0 for none.
         curvature_examples: Most examples that the Hessian at w* is averaged over; None means 4096,
-            and 512 where the fit only prepares a correction.
+            and 512 where the fit only prepares a walk.
         mixture_cap: Most components that pruning leaves; None for no bound.
         prune_threshold: Weight below which a component is pruned, every `eval_every` steps: the
             lightest goes first, the others share its weight, one always stays. Pruning is on where
@@ -217,10 +215,10 @@ class VIConfig(_CheckedFields):
         alpha_temperature_frac: Fraction of the steps over which `alpha_temperature` goes to 1; 0 or
             None keeps it.
         steps: Optimisation steps; with `early_stop` a cap. None means 5000, and 200 in a fit that
-            only prepares a correction; what else is left open takes minibatches of 64, one draw a
+            only prepares a walk; what else is left open takes minibatches of 64, one draw a
             step and 32 evaluation draws there.
         batch_size: Examples per minibatch, at most n; None means min(256, n), and min(64, n) in a
-            fit that only prepares a correction.
+            fit that only prepares a walk.
         lr: Peak learning rate.
         lr_schedule: Decay of the learning rate, after the warm-up, from the peak to
             `lr_end_fraction` of it; None is read as "none".
@@ -237,12 +235,12 @@ class VIConfig(_CheckedFields):
         antithetic: Whether the draws of a step come in pairs mirrored about the component's mean.
             None means yes where their number is even; True beside an odd number is refused.
         early_stop: Whether to stop at convergence; None means yes in `estimate_llc`, but not in a
-            fit that only prepares a correction, which True makes a full one. `fit` and `run_vi`
+            fit that only prepares a walk, which True makes a full one. `fit` and `run_vi`
             refuse True.
         eval_every: Steps between records of the D_sqrt and A_col_norm traces, which hold their
             value in between; between prunings, and between records for TensorBoard.
         eval_samples: Draws of the final estimate, rounded down to an even number. None means 64, 32
-            in a fit that only prepares a correction, and in `estimate_llc` more in fewer than 17
+            in a fit that only prepares a walk, and in `estimate_llc` more in fewer than 17
             dimensions: times floor(32/d)², at most 32. Family "flow": at least 512 where the flow
             covers every dimension.
         control_variate: Control variate of the final estimate: q's own curvature, the Hessian at
@@ -250,15 +248,19 @@ class VIConfig(_CheckedFields):
             its coefficients from: there "auto" is refused, as "hvp" is below 16.
         trace_probes: Hutchinson probes of `control_variate="hvp"`, refused without it; None means
             16.
-        correction: What turns the variational value of `estimate_llc` into the posterior's own:
-            "importance" reweights the evaluation's draws, "mcmc" samples from q on, "auto" chooses,
-            "none" leaves it. None means "auto" in `estimate_llc` and "none" in `fit` and `run_vi`,
-            which refuse all else.
-        correction_error: Relative standard error at which sampling may end; None means 0.02.
-            Refused where the correction is "none" or "importance".
-        correction_budget: Full-gradient equivalents that a correction never exceeds, all walkers
-            and measurements together; None means 20000. Refused where the correction is "none" or
-            "importance".
+        method: How the posterior is averaged over. "variational" averages over q itself,
+            "reweight" over the evaluation's draws of q with importance weights, "sample" over
+            walkers that start at draws of q; "auto" chooses between the last two. None means
+            "auto" in `estimate_llc` and "variational" in `fit` and `run_vi`, which refuse all
+            else.
+        error: Standard error at which sampling may end, relative to the size of llc; None
+            means 0.02. Near llc = 0 no error is small enough: there the budget ends the run.
+            Refused where the method is "variational" or "reweight".
+        budget: Sample gradients that sampling never exceeds, all walkers and measurements
+            together. One example's gradient at one point counts 1, its loss 1/3, its
+            Hessian-vector product 2; walkers that share a batch count each. None means 20,000 n,
+            and 1,000,000 where n is not known. Refused where the method is "variational" or
+            "reweight".
         whitening_mode: Diagonal whitening measured at the center before the fit; a `whitener` that
             `fit` is given takes its place.
         whitening_decay: Decay of the moving averages of "rmsprop" and "adam", refused without them;
@@ -315,9 +317,9 @@ class VIConfig(_CheckedFields):
     eval_samples: Annotated[int | None, partial(checks.integer, minimum=4)] = None
     control_variate: Literal["auto", "hvp", "none"] | None = None
     trace_probes: Annotated[Open[int], checks.integer] = _OPEN
-    correction: Open[Literal["none", "auto", "importance", "mcmc"]] = _OPEN
-    correction_error: Annotated[Open[float], checks.positive] = _OPEN
-    correction_budget: Annotated[Open[float], checks.positive] = _OPEN
+    method: Open[Literal["auto", "sample", "reweight", "variational"]] = _OPEN
+    error: Annotated[Open[float], checks.positive] = _OPEN
+    budget: Annotated[float | None, checks.positive] = None
     whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
     whitening_decay: Annotated[Open[float], checks.decay] = _OPEN
     use_whitening: bool = True

@@ -130,7 +130,7 @@ def translate(vi_cfg: Any, algorithm: str, num_data: int, dtype: Any) -> VIConfi
         given["eval_samples"] = max(_LEAST_DRAWS, draws + draws % 2)
     if isinstance(batch := given.get("batch_size"), int):
         given["batch_size"] = min(batch, num_data)
-    given.setdefault("correction", "none")
+    given.setdefault("method", "variational")
     return VIConfig.create(given, family=algorithm, dtype=str(jnp.dtype(dtype))).recorded
 
 

@@ -104,7 +104,7 @@ class LLCEstimate:
         """Return the estimate in words, for a terminal."""
         chains = "  ".join(f"{value:.4g}" for value in self.llc_per_chain)
         fits, steps = next(iter(self.traces.values())).shape
-        is_walk = self.correction is not None and self.correction["method"] == "mcmc"
+        is_walk = self.correction is not None and self.correction["method"] == "sample"
         stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[
             self.converged
         ]
@@ -182,7 +182,7 @@ class LLCEstimate:
                 "about "
                 f"{self.distance:.1g} by its weights{other}"
             )
-        if self.correction["method"] == "importance":
+        if self.correction["method"] == "reweight":
             return f"Monte Carlo of the weighted draws{spread}"
         return (
             f"spread and autocorrelation of {self.walk_llc.shape[0]} walkers, with "
@@ -221,7 +221,7 @@ class LLCEstimate:
         """Say where `llc` comes from, in words."""
         if self.correction is None:
             return "uncorrected variational estimate"
-        methods = {"importance": "reweighted draws of q", "mcmc": "Langevin dynamics from q"}
+        methods = {"reweight": "reweighted draws of q", "sample": "Langevin dynamics from q"}
         short = " after a short fit" if self.converged is None else ""
         return f"{methods[self.correction['method']]}; q alone{short} {with_error(self.llc_vi, self.llc_vi_sem)}"
 

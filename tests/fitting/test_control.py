@@ -33,7 +33,7 @@ def fit_bowl(**options):
         "early_stop": False,
         "samples_per_step": 8,
     }
-    settings["correction"] = "none"
+    settings["method"] = "variational"
     return estimate_llc(bowl, jnp.zeros(4), DATA, **settings | options)
 
 
@@ -151,7 +151,7 @@ def test_a_dirichlet_prior_keeps_the_weights_apart_from_zero():
             nbeta=100.0,
             progress=False,
             early_stop=False,
-            correction="none",
+            method="variational",
             M=4,
             r=1,
             steps=400,
@@ -303,7 +303,7 @@ def test_whitening_smooths_the_fit_of_an_anisotropic_network(anisotropic):
         "early_stop": False,
         "num_chains": 16,
     }
-    options["correction"] = "none"
+    options["method"] = "variational"
     jumps, last, ends = {}, {}, {}
     for mode in ("none", "rmsprop"):
         result = estimate_llc(

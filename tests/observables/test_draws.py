@@ -23,7 +23,7 @@ DATA = (jnp.ones((COUNT, 1)),)
 CENTER = np.array([[1.0, -2.0], [0.5, 3.0]], np.float32), np.float16(0.25)
 PARAMS = {"w": CENTER[0], "b": CENTER[1], "activation": math.tanh, "name": "net"}
 OPTIONS = {
-    "correction": "none",
+    "method": "variational",
     "control_variate": "none",
     "early_stop": False,
     "steps": 4,

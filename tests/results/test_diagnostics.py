@@ -77,7 +77,7 @@ def result(live_folder):
         "samples_per_step": 2,
         "eval_samples": 256,
         "M": 3,
-        "correction": "none",
+        "method": "variational",
     }
     options |= {"num_chains": 2, "eval_every": 40, "tensorboard": True}
     with LiveEvents(live_folder, every=20) as live:
@@ -90,7 +90,7 @@ def corrected(result):
     """The same result as if two walkers had followed the fit."""
     walk = np.abs(np.random.default_rng(0).normal(size=(4, 30))) + 1.0
     details = {
-        "method": "mcmc",
+        "method": "sample",
         "khat": 1.0,
         "burn_in": 60,
         "steps": 300,
@@ -261,7 +261,7 @@ def test_events_of_a_flow_fit(tmp_path):
         tensorboard=True,
         family="flow",
         flow={"depth": 2, "hidden": [4]},
-        correction="none",
+        method="variational",
         early_stop=False,
         steps=6,
         eval_every=2,
@@ -470,7 +470,7 @@ def test_only_findings_of_the_problem_outlive_a_correction():
     }
     values = {"llc": -1.0, "llc_sem": 0.1, "llc_vi": -1.0, "llc_vi_sem": 0.1}
     result = SimpleNamespace(
-        health=found, correction={"method": "mcmc", "khat": 2.0, "settled": True}, **values
+        health=found, correction={"method": "sample", "khat": 2.0, "settled": True}, **values
     )
     kept = [finding.name for finding in correction_findings(result)]
     assert kept == ["negative_llc", "negative_curvature", "not_a_minimum"]
@@ -484,7 +484,7 @@ def test_a_stream_is_not_advised_to_sample():
         log_weight_sd=np.full(2, 9.0),
     )
     for finding in health_findings(streamed):
-        assert "mcmc" not in str(finding)
+        assert '"sample"' not in str(finding)
 
 
 @pytest.mark.parametrize(
@@ -503,7 +503,7 @@ def test_a_stream_is_not_advised_to_sample():
             "localization",
         ),
         ([("R-hat of llc", 1.3, 1.1)], None, "R-hat of llc 1.3", "early_stop=True"),
-        ([("steps", 16, 32)], None, "steps 16 (32 is asked)", "correction_budget to 70 or more"),
+        ([("steps", 16, 32)], None, "steps 16 (32 is asked)", "budget to 70 or more"),
         (
             [("drift in standard errors", 3.0, 2.5)],
             "bfloat16",
@@ -514,7 +514,7 @@ def test_a_stream_is_not_advised_to_sample():
 )
 def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says, advises):
     details = {
-        "method": "mcmc",
+        "method": "sample",
         "khat": 2.0,
         "settled": False,
         "unmet": [
@@ -525,7 +525,7 @@ def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says,
         "steps": 64,
         "walkers": 8,
     }
-    config = fastvi.VIConfig(correction_budget=1000.0)
+    config = fastvi.VIConfig(budget=1000.0)
     values = {"llc": 2.0, "llc_sem": 0.1, "llc_vi": 2.0, "llc_vi_sem": 0.1}
     (finding,) = correction_findings(
         SimpleNamespace(health=(), correction=details, config=config, **values)
@@ -539,7 +539,7 @@ def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says,
 @pytest.mark.parametrize(
     ("changes", "name", "knobs"),
     [
-        ({"importance": Importance(0.9, "unreliable", 3.0)}, "khat", ["correction", "M"]),
+        ({"importance": Importance(0.9, "unreliable", 3.0)}, "khat", ["method", "M"]),
         (
             {"radius2": np.linspace(1, 4, 400) * np.ones((2, 1))},
             "radius_rising",

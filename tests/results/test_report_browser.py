@@ -50,7 +50,7 @@ def visit(page, folder):
 def test_a_browser_shows_the_report_without_errors_or_requests(tmp_path):
     data = (jnp.ones((100, 1)),)
     loss = lambda w, batch: 0.5 * jnp.sum(w**2) + 0.0 * jnp.sum(batch[0])  # noqa: E731
-    options = {"correction": "none", "steps": 100, "num_chains": 2, "progress": False}
+    options = {"method": "variational", "steps": 100, "num_chains": 2, "progress": False}
     result = estimate_llc(loss, jnp.zeros(4), data, **options)
     page = write_report(result, tmp_path / "report.html")
     dom, console, asked = visit(page, tmp_path)

@@ -20,7 +20,7 @@ def to_arviz(result: LLCEstimate) -> Any:
 
     Groups: `posterior` with llc and L (the mean loss), one entry for each chain and draw: the
         walkers after their
-    burn-in where `correction="mcmc"` ran, else independent draws of q; `sample_stats` of the same
+    burn-in where `method="sample"` ran, else independent draws of q; `sample_stats` of the same
     draws; `variational`, the draws of q in any case, with resp_entropy, log_q, log_p (under the
     names of the traces, logq and elbo_like, as well) and log_weight = log_p - log_q;
     `optimization`, the traces of the fit on a dimension `step`; `constant_data`. Mirrored draws
@@ -122,7 +122,7 @@ def _attributes(result: LLCEstimate) -> dict[str, Any]:
         "llc_sem": result.llc_sem,
         "llc_vi": result.llc_vi,
         "elbo": result.elbo,
-        "correction": "none" if result.correction is None else result.correction["method"],
+        "method": "variational" if result.correction is None else result.correction["method"],
         "khat": khat,
         "khat_word": word,
         "effective_draws": effective,

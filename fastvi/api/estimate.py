@@ -15,7 +15,6 @@ from fastvi._errors import DataError, NonFiniteError
 from fastvi._typing import Batch, Given, Key, PyTree
 from fastvi.api.arguments import (
     DEFAULT_BATCH_SIZE,
-    as_key,
     check_count,
     check_dtype,
     make_problem,
@@ -26,6 +25,7 @@ from fastvi.api.arguments import (
 from fastvi.api.plan import default_budget
 from fastvi.api.resample import Fitted, correct
 from fastvi.config import VIConfig
+from fastvi.evaluation.errors import chain_error
 from fastvi.evaluation.importance import assess_importance
 from fastvi.fitting.protocols import Progress
 from fastvi.fitting.run import Fit, Options, Snapshot, run_fit
@@ -37,10 +37,11 @@ from fastvi.results.estimate import MOST_SCALES, LLCEstimate, kept_scales
 from fastvi.results.findings import Evidence, health_findings
 from fastvi.results.progress import reporting
 from fastvi.results.resume import FolderKeeper, identify
-from fastvi.results.work import Work, count_work, with_losses
+from fastvi.results.work import RunWork, count_work, with_losses
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
+from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
 from fastvi.target.modes import in_own_modes
 from fastvi.target.objective import TreeObjective, ravel_loss
@@ -289,7 +290,7 @@ def _estimate(
     fit: Fit,
     problem: Problem,
     config: VIConfig,
-    work: Work,
+    work: RunWork,
     timings: dict[str, float],
     bottom: Bottom,
     look: LossLook,
@@ -302,14 +303,12 @@ def _estimate(
     traces["cumulative_fge"] = np.broadcast_to(
         work.fge_per_step * np.arange(1, steps + 1), traces["elbo"].shape
     )
-    chains = evaluation.llc.size
-    within = float(np.sqrt(np.mean(evaluation.llc_sem.astype(float) ** 2) / chains))
-    between = float(np.std(evaluation.llc, ddof=1) / np.sqrt(chains)) if chains > 1 else 0.0
+    llc_sem = chain_error(evaluation.llc, evaluation.llc_sem)
     posterior = problem.posterior
     evidence = _evidence(fit, outcome, problem, config, traces, bottom, look)
     return LLCEstimate(
         llc=float(np.mean(evaluation.llc)),
-        llc_sem=max(within, between),
+        llc_sem=llc_sem,
         llc_per_chain=evidence.llc_per_chain,
         llc_sem_per_chain=evidence.llc_sem_per_chain,
         elbo=float(np.mean(evaluation.elbo)),
@@ -353,7 +352,7 @@ def _estimate(
         health=health_findings(evidence),
         config=config.replace(method="variational").recorded,
         llc_vi=float(np.mean(evaluation.llc)),
-        llc_vi_sem=max(within, between),
+        llc_vi_sem=llc_sem,
     )
 
 

@@ -15,10 +15,12 @@ from fastvi._typing import Array, Float, Given, Keys
 from fastvi.api.plan import default_budget
 from fastvi.config import VIConfig
 from fastvi.evaluation.control_variate import regress
+from fastvi.evaluation.errors import chain_error, pair_mean
 from fastvi.evaluation.importance import GOOD, pareto_smooth
 from fastvi.fitting.protocols import Progress
 from fastvi.fitting.run import Fit
 from fastvi.fitting.schedule import few_dimensions_factor
+from fastvi.observables.draws import FittedQ, fitted_q
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.findings import correction_findings
 from fastvi.results.progress import reporting
@@ -70,6 +72,12 @@ class Fitted(NamedTuple):
     keys: Keys
     walked: Walked | None = None
     is_masked: bool = False
+
+    @property
+    def q(self) -> FittedQ:
+        """The fitted q, to draw from."""
+        center, fit = self.problem.posterior.center, self.fit
+        return fitted_q(fit.family, fit.params, center, self.objective, self.is_masked)
 
     def check_unchanged(self) -> None:
         """Refuse a loss that computes something else than at the fit."""
@@ -232,10 +240,9 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
     means = variances = np.zeros(llc.shape[0])
     for _ in range(RELINEARISATIONS):
         influence = weights * weights.size * (llc - value)
-        halves = 0.5 * (influence[:, :pairs] + influence[:, pairs : 2 * pairs])
         fits = [
             regress(jnp.asarray(y, dtype), jnp.asarray(x, dtype))
-            for y, x in zip(halves, columns, strict=True)
+            for y, x in zip(pair_mean(influence, axis=1), columns, strict=True)
         ]
         means = value + np.array([float(fit.mean) for fit in fits])
         doubt = np.asarray(evaluation.expectation_variance, float)
@@ -245,13 +252,12 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
         ]
         variances = np.array([float(fit.residual_variance) / pairs for fit in fits]) + noise
         value = float(means.mean())
-    between = means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else 0.0
-    sem = max(np.sqrt(variances.mean() / means.size), between, ROUNDING * abs(value))
+    sem = max(chain_error(means, np.sqrt(variances)), ROUNDING * abs(value))
     details = {
         "effective_draws": float(1 / np.sum(weights**2)),
         "in_memory": fitted.problem.holds_all,
     }
-    return _Values(value, float(sem), means, np.sqrt(variances), np.zeros((0, 0)), 0, details)
+    return _Values(value, sem, means, np.sqrt(variances), np.zeros((0, 0)), 0, details)
 
 
 def _sample(

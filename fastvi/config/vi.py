@@ -259,8 +259,8 @@ class VIConfig(_CheckedFields):
             None means 0.99.
         use_whitening: False turns `whitening_mode` off.
         dtype: Floating-point type of the fit; "float64" needs `jax_enable_x64`.
-        tensorboard: Whether `LLCEstimate.save` and the command line write events for TensorBoard to
-            `diagnostics/tb` in the run folder; `estimate_llc` then keeps the shape of q after every
+        tensorboard: Whether the command line writes events for TensorBoard to `diagnostics/tb` in
+            the run folder; `estimate_llc` then keeps the shape of q after every
             `eval_every` steps for them. `fit` and `run_vi`, which write to no folder, refuse True:
             `write_events` takes what `run_vi` returns.
         gamma: Localization strength, where the entry point is not given one; given twice the two
@@ -370,9 +370,7 @@ class VIConfig(_CheckedFields):
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write a YAML file, which `create` reads back; needs PyYAML."""
-        Path(path).write_text(
-            sources.import_yaml().safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8"
-        )
+        Path(path).write_text(sources.format_yaml(self.to_dict()), encoding="utf-8")
 
     @property
     def filled(self) -> "VIConfig":

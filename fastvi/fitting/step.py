@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Int, Keys, PyTree, Scalar
 from fastvi.config import VIConfig
+from fastvi.evaluation.errors import virial
 from fastvi.families.base import AbstractFamily, Draws, TargetValues, num_groups
 from fastvi.fitting.annealing import annealed
 from fastvi.fitting.optimizer import (
@@ -156,8 +157,7 @@ def _statistics(draws: Draws, value, grad) -> dict[str, Scalar]:
         "elbo_like": jnp.mean(value),
         "logq": jnp.mean(draws.log_prob),
         "radius2": jnp.mean(jnp.sum(draws.displacement**2, axis=-1)),
-        "virial": -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1))
-        / draws.displacement.shape[-1],
+        "virial": virial(draws.displacement, grad),
     }
 
 

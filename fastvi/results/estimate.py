@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from fastvi._errors import DataError
 from fastvi.config import VIConfig
 from fastvi.evaluation.importance import Importance, assess_importance
+from fastvi.observables.draws import FittedQ
 from fastvi.results.findings import Finding
 from fastvi.results.saved import read_estimate, write_estimate
 
 SUMMARY_WIDTH = 80
 NO_FINDINGS = "none: no check was triggered, which does not prove that llc is right"
 MOST_SCALES = 4096  # entries of D^{1/2} that a result keeps
-EVENTS_FOLDER = Path("diagnostics") / "tb"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +138,18 @@ class LLCEstimate:
         return "\n".join([*map(_folded, lines), "findings", *map(wrap.fill, findings)])
 
     @property
-    def q(self) -> Any:
+    def q(self) -> FittedQ:
         """The fitted q, to draw from: see `fastvi.FittedQ`.
 
         Raises:
             DataError: If the result was loaded from disk and holds no fit.
         """
-        from fastvi.observables.draws import fitted_q
-
-        return fitted_q(self)
+        if self.fitted is None:
+            raise DataError(
+                "this estimate holds no fit to draw from (it was loaded from disk, or is not the "
+                "last of a curve). Run estimate_llc again."
+            )
+        return self.fitted.q
 
     @property
     def distance(self) -> float:
@@ -190,18 +194,6 @@ class LLCEstimate:
         """How well draws of q stand for the posterior: k-hat, its word, effective draws."""
         return assess_importance(self.log_weights)
 
-    def to_arviz(self) -> Any:
-        """Convert to arviz; see `fastvi.results.report.arviz.to_arviz`."""
-        from fastvi.results.report.arviz import to_arviz
-
-        return to_arviz(self)
-
-    def report(self, path: str | os.PathLike[str]) -> Path:
-        """Write a page for a browser; see `fastvi.results.report.page.write_report`."""
-        from fastvi.results.report.page import write_report
-
-        return write_report(self, path)
-
     @property
     def _without_control_variate(self) -> list[str]:
         """Say that the evaluation had no control variate: it may have had too few draws for one."""
@@ -236,19 +228,12 @@ class LLCEstimate:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write result.json and traces.npz into a folder, which is made if need be.
 
-        With `tensorboard=True` in the configuration, events for TensorBoard go to `diagnostics/tb`
-        in it.
-
         Returns:
             The folder.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_estimate(self, folder)
-        if self.config.tensorboard:
-            from fastvi.results.report.tensorboard import write_events
-
-            write_events(self, folder / EVENTS_FOLDER)
         return folder
 
     @classmethod

@@ -26,7 +26,6 @@ import fastvi.api.estimate
 import fastvi.api.flat
 from fastvi import ConfigError, DataError, FlowConfig, UnavailableError, VIConfig
 from fastvi.api.arguments import (
-    as_key,
     make_problem,
     nonnegative_scalar,
     positive_scalar,
@@ -39,6 +38,7 @@ from fastvi.fitting.stages import _evaluation, build_family
 from fastvi.fitting.step import init_state, run_steps
 from fastvi.flows import build_realnvp
 from fastvi.geometry.start import make_start
+from fastvi.target.keys import as_key
 from fastvi.target.objective import make_flat_objective
 from tests.support.stand_ins import begun, finished
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastvi._optional import import_optional
 from fastvi.results.estimate import LLCEstimate
-from fastvi.target.checks import LOSS_COST
+from fastvi.target.work import LOSS
 
 ENOUGH_WALK = 4  # records of a walker that are worth a posterior
 
@@ -65,7 +65,7 @@ def _draws_of_q(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, n
     found = {name: _side_by_side(np.asarray(array, float)) for name, array in found.items()}
     excess, log_q, log_weight = (found[name] for name in ("excess_loss", "log_q", "log_weight"))
     fitted = np.asarray(result.traces["cumulative_fge"], float)[:, -1:]
-    work = fitted + LOSS_COST * np.arange(1, excess.shape[1] + 1)
+    work = fitted + LOSS * np.arange(1, excess.shape[1] + 1)
     return (
         {"llc": result.nbeta * excess, "L": result.init_loss + excess},
         {

@@ -266,7 +266,7 @@ def test_walkers_far_outside_come_back():
         jnp.zeros((1000, 1)),
         localization=1.0,
         progress=False,
-        correction="mcmc",
+        method="sample",
     )
     assert np.isfinite(result.llc)
     nbeta = 1000 / np.log(1000)

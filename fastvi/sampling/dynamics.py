@@ -83,15 +83,19 @@ def start_tuning(dim: int, dtype) -> Tuning:
 
 
 def make_potential(
-    objective: FlatObjective, problem: Problem, linear_map: LinearMap, reference_loss: Scalar
+    objective: FlatObjective,
+    problem: Problem,
+    linear_map: LinearMap,
+    reference_loss: Scalar,
+    copies: int = 1,
 ):
-    """Return `(anchor, x, momentum, block) -> Walker`."""
+    """Return `(anchor, x, momentum, block) -> Walker`, of which `copies` run side by side."""
     posterior = problem.posterior
 
     def evaluate(anchor: Anchor, x, momentum, block) -> Walker:
         v = linear_map.displacement(x)
         excess, gradient, surrogate = anchored_value_and_grad(
-            objective, problem, anchor, reference_loss, v, block
+            objective, problem, anchor, reference_loss, v, block, copies
         )
         gradient = -posterior.log_density_grad(v, gradient)
         return Walker(x, momentum, gradient, -posterior.log_density(v, surrogate), excess)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastvi._typing import Array, Float, Int, Scalar
 from fastvi.target.data import Problem
-from fastvi.target.objective import FlatObjective, full_data_value_and_grad, value_and_grad
+from fastvi.target.objective import FlatObjective, value_and_grad
 
 MAX_BLOCKS = 64
 MIN_BLOCK = 16  # examples
@@ -70,12 +70,31 @@ def split_data(num_data: int, count: int, seed: int = 0) -> Int[np.ndarray, "blo
     return order.reshape(blocks, size).astype(np.int32)
 
 
-def block_value_and_grad(
-    objective: FlatObjective, problem: Problem, displacement, rows: Int[Array, " block_size"]
-):
-    """Evaluate the mean loss of some examples and its gradient."""
-    batch = jax.tree_util.tree_map(lambda leaf: leaf[rows], problem.data)
-    return value_and_grad(objective, problem.posterior.center + displacement, batch)
+def excess_and_grad(
+    objective: FlatObjective,
+    problem: Problem,
+    displacement: Float[Array, " dim"],
+    reference_loss: Scalar | float = 0.0,
+    rows: Int[Array, " block_size"] | None = None,
+    copies: int = 1,
+) -> tuple[Scalar, Float[Array, " dim"]]:
+    """Evaluate the mean loss above `reference_loss`, and its gradient.
+
+    Args:
+        objective: The loss.
+        problem: Target and data.
+        displacement: The point, less w*.
+        reference_loss: What is taken off each slice's mean, which keeps float32 accurate.
+        rows: The examples; all when left out.
+        copies: How many walkers a vmap runs side by side.
+    """
+    point = problem.posterior.center + displacement
+
+    def of_slice(batch):
+        loss, gradient = value_and_grad(objective, point, batch)
+        return loss - reference_loss, gradient
+
+    return problem.data.mean(of_slice, rows, copies)
 
 
 def make_anchor(
@@ -89,12 +108,9 @@ def make_anchor(
     if index.shape[0] == 1:
         zero = jnp.zeros_like(displacement)
         return Anchor(displacement, zero[0], zero, index[:, :0], zero[:1], zero[None])
-    center = problem.posterior.center
-    excess, gradient = full_data_value_and_grad(
-        objective, center + displacement, problem.data, reference_loss
-    )
+    excess, gradient = excess_and_grad(objective, problem, displacement, reference_loss)
     losses, gradients = jax.lax.map(
-        lambda rows: block_value_and_grad(objective, problem, displacement, rows), index
+        lambda rows: excess_and_grad(objective, problem, displacement, rows=rows), index
     )
     return Anchor(displacement, excess, gradient, index, losses, gradients)
 
@@ -106,6 +122,7 @@ def anchored_value_and_grad(
     reference_loss: Scalar,
     displacement: Float[Array, " dim"],
     block: Int[Array, ""],
+    copies: int = 1,
 ) -> tuple[Scalar, Float[Array, " dim"], Scalar]:
     """Estimate `L_n(w) - L_n(w*)` and the gradient of L_n from one block.
 
@@ -118,10 +135,13 @@ def anchored_value_and_grad(
         long as the block stays.
     """
     if anchor.block_loss.shape[0] == 1:
-        point = problem.posterior.center + displacement
-        excess, gradient = full_data_value_and_grad(objective, point, problem.data, reference_loss)
+        excess, gradient = excess_and_grad(
+            objective, problem, displacement, reference_loss, copies=copies
+        )
         return excess, gradient, excess
-    loss, gradient = block_value_and_grad(objective, problem, displacement, anchor.index[block])
+    loss, gradient = excess_and_grad(
+        objective, problem, displacement, rows=anchor.index[block], copies=copies
+    )
     excess = anchor.excess + (loss - anchor.block_loss[block])
     tilt = anchor.gradient - anchor.block_gradient[block]
     surrogate = excess + tilt @ (displacement - anchor.displacement)
@@ -146,8 +166,8 @@ def gradient_noise(
     def one(displacement):
         def deviation(inputs):
             rows, at_anchor = inputs
-            gradient = block_value_and_grad(objective, problem, displacement, rows)[1] - at_anchor
-            return pull_back(problem.posterior.nbeta * gradient)
+            gradient = excess_and_grad(objective, problem, displacement, rows=rows)[1]
+            return pull_back(problem.posterior.nbeta * (gradient - at_anchor))
 
         deviations = jax.lax.map(deviation, (anchor.index, anchor.block_gradient))
         return jnp.sum(jnp.var(deviations, axis=0, ddof=1))

@@ -215,6 +215,10 @@ def _build(objective: Any, blocks: tuple[int, ...]) -> WalkPrograms:
         functools.partial(jax.jit, compiler_options=quick_compilation()),
     )
 
+    def potential(problem, walk: Walk, reference_loss):
+        copies = walk.walkers.x.shape[0]
+        return make_potential(objective, problem, walk.linear_map, reference_loss, copies)
+
     def noise(problem, linear_map, x, reference_loss, index):
         anchor = make_anchor(objective, problem, linear_map.center, reference_loss, index)
         return gradient_noise(
@@ -224,14 +228,14 @@ def _build(objective: Any, blocks: tuple[int, ...]) -> WalkPrograms:
     def enter(problem, walk: Walk, reference_loss, index, first):
         center = walk.linear_map.displacement(jnp.mean(walk.walkers.x, axis=0))
         anchor = make_anchor(objective, problem, center, reference_loss, index)
-        evaluate = make_potential(objective, problem, walk.linear_map, reference_loss)
+        evaluate = potential(problem, walk, reference_loss)
         return anchor, walk._replace(
             walkers=refresh(evaluate, anchor, walk.walkers, walk.keys, first)
         )
 
     def advance(problem, anchor, walk: Walk, reference_loss, energy_error, friction_time, first):
         walkers, tuning, record = run_steps(
-            make_potential(objective, problem, walk.linear_map, reference_loss),
+            potential(problem, walk, reference_loss),
             walk.linear_map,
             anchor,
             walk.walkers,

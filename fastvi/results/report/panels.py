@@ -68,7 +68,7 @@ def batch_llc(result: LLCEstimate) -> np.ndarray:
 
 def spectrum_of(result: LLCEstimate) -> np.ndarray:
     """Return the eigenvalues that a logarithmic axis can show."""
-    values = np.asarray(result.curvature["spectrum"], float)
+    values = np.asarray(result.curvature.spectrum, float)
     return values[np.isfinite(values) & (values > 0)]
 
 
@@ -154,7 +154,7 @@ def _label_plainly(axes: "Axes") -> None:
 
 def draw_spectrum(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the leading eigenvalues of the precision at w*, those in the core filled."""
-    values, rank = spectrum_of(result), int(result.curvature["rank"])
+    values, rank = spectrum_of(result), int(result.curvature.rank)
     index = np.arange(1, values.size + 1)
     blue, white = CHAIN_COLORS[0], "white"
     axes.plot(
@@ -296,7 +296,7 @@ def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the walkers of the correction, and the value that they end at."""
     from matplotlib.ticker import MaxNLocator
 
-    details, values = result.correction or {}, np.asarray(result.walk_llc, float)
+    details, values = result.correction, np.asarray(result.walk_llc, float)
     means = draw_chains(axes, values)
     burn = result.walk_burn_in
     axes.axvspan(0, burn, color=FAINT, alpha=0.12, linewidth=0, label="burn-in")
@@ -315,9 +315,11 @@ def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
         means[:, burn:] if means.shape[1] > burn else means,
         include=(result.llc,),
     )
-    title = f"walkers:  R-hat {details.get('rhat', float('nan')):.3f}, variance reduced "
-    title += f"{details.get('variance_reduction', float('nan')):.2g} times"
-    axes.set(title=title, ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$", xlabel="bin of steps")
+    said = "" if details is None else f"R-hat {details.rhat:.3f}, variance reduced "
+    said += "" if details is None else f"{details.variance_reduction:.2g} times"
+    axes.set(
+        title=f"walkers:  {said}", ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$", xlabel="bin of steps"
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper right")
 

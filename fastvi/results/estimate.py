@@ -147,7 +147,10 @@ class LLCEstimate:
 
     @property
     def distance(self) -> float:
-        """How far q's llc may be from the posterior's, to first order in log p - log q at the draws of q."""
+        """First-order estimate of how far the LLC of q is from that of the posterior.
+
+        It is the covariance, over draws of q, of the excess loss and log p - log q.
+        """
         if not self.log_weights.size or not np.all(np.isfinite(self.log_weights)):
             return float("nan")
         excess, weights = (
@@ -161,7 +164,7 @@ class LLCEstimate:
 
     @property
     def llc_text(self) -> str:
-        """`llc` with its error, and no more digits than both the error and q's distance from the posterior allow."""
+        """`llc` with its error, and no more digits than the error and `distance` allow."""
         return with_error(self.llc, self.llc_sem, 0.0 if self.correction else self.distance)
 
     @property
@@ -219,7 +222,8 @@ class LLCEstimate:
             return "uncorrected variational estimate"
         methods = {"reweight": "reweighted draws of q", "sample": "Langevin dynamics from q"}
         short = " after a short fit" if self.converged is None else ""
-        return f"{methods[self.correction.method]}; q alone{short} {with_error(self.llc_vi, self.llc_vi_sem)}"
+        alone = f"q alone{short} {with_error(self.llc_vi, self.llc_vi_sem)}"
+        return f"{methods[self.correction.method]}; {alone}"
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write result.json and traces.npz into a folder, which is made if need be.
@@ -265,7 +269,12 @@ def _folded(line: str) -> str:
 
 
 def kept_scales(deviations: np.ndarray, most: int = MOST_SCALES) -> np.ndarray:
-    """Sort each chain's D^{1/2}, shape (chains, dim), and keep at most `most` evenly spaced quantiles."""
+    """Sort each chain's D^{1/2} and keep at most `most` evenly spaced quantiles.
+
+    Args:
+        deviations: D^{1/2}, shape (chains, dim).
+        most: Largest number of quantiles.
+    """
     ordered = np.sort(deviations, axis=1)
     if ordered.shape[1] <= most:
         return ordered

@@ -190,8 +190,8 @@ def _walk_unsettled(result: Any) -> Finding | None:
         return Finding(
             "warning",
             "walk_unsettled",
-            f"A budget of {result.config.budget:.4g} sample gradients pays for no walk: llc is that "
-            "of reweighted draws of q.",
+            f"A budget of {result.config.budget:.4g} sample gradients pays for no walk: llc is "
+            "that of reweighted draws of q.",
             f"The shortest walk takes {details.least_budget:.0f}.",
             f"Raise budget to {math.ceil(details.least_budget)} or more.",
         )

@@ -60,7 +60,7 @@ def _has_walk(result: LLCEstimate) -> bool:
 
 
 def _draws_of_q(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return llc and L of the evaluation's draws, and their statistics, mirrored draws side by side."""
+    """Return LLC and loss of q's draws, and their statistics, mirrored draws side by side."""
     found = {**result.draws._asdict(), "log_weight": result.log_weights}
     found = {name: _side_by_side(np.asarray(array, float)) for name, array in found.items()}
     excess, log_q, log_weight = (found[name] for name in ("excess_loss", "log_q", "log_weight"))

@@ -144,7 +144,10 @@ def draw_radius(axes: "Axes", result: LLCEstimate) -> None:
 
 
 def _label_plainly(axes: "Axes") -> None:
-    """Label a logarithmic axis of few decades by numbers, which are read, and drawn, sooner than powers of ten."""
+    """Label a logarithmic axis of few decades by plain numbers.
+
+    They are read, and drawn, sooner than powers of ten.
+    """
     from matplotlib.ticker import LogLocator
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -211,7 +214,7 @@ def draw_weights(axes: "Axes", result: LLCEstimate) -> None:
 
 
 def draw_scree(axes: "Axes", result: LLCEstimate) -> None:
-    """Draw what each factor row adds to the variance, row by row of the first chain's components."""
+    """Draw the variance that each factor row adds, for each component of the first chain."""
     norms = np.asarray(result.family_arrays["factor_norm2"], float)[0]
     weights = np.asarray(result.family_arrays["pi"], float)[0]
     ordered = -np.sort(-norms, axis=1)

@@ -106,7 +106,7 @@ def _write_estimate(events: "Events", result: LLCEstimate, every: int, last: int
 
 
 def _moments(result: LLCEstimate) -> dict[int, LLCEstimate]:
-    """Return the result as it would stand with the family's arrays after each step that they are known for."""
+    """Return, by step, the result with the family's arrays as they were after that step."""
     arrays = dict(result.snapshots)
     steps = arrays.pop("step", np.zeros(0, int)).tolist()
     taken = {
@@ -251,7 +251,10 @@ class LiveEvents:
 
 
 def reduce_traces(traces: Mapping[str, Any], every: int, first_step: int = 0) -> Windows:
-    """Reduce traces to windows of `every` steps, the last perhaps shorter, and add quantiles of radius2 over each."""
+    """Reduce traces to windows of `every` steps, and add quantiles of radius2 over each.
+
+    The last window may be shorter.
+    """
     arrays = {name: np.asarray(trace, float) for name, trace in traces.items()}
     length = next(iter(arrays.values())).shape[1]
     starts = np.arange(0, length, every)

@@ -347,16 +347,15 @@ def _not_a_minimum(evidence: Evidence) -> Finding | None:
     error = float(np.sqrt(np.mean(evidence.llc_sem_per_chain**2)))
     negative = evidence.llc_per_chain.mean() < -NEGATIVE_SIGMAS * error
     lower = -float(np.min(evidence.excess, initial=0.0)) - evidence.rounding
-    seen = []
-    if evidence.newton_decrement > LEAST_GAIN:
-        seen.append(
-            "a Newton step from w* would lower n beta L_n by about "
-            f"{evidence.newton_decrement:.2g} nats"
-        )
-    if lower > LEAST_GAIN:
-        seen.append(f"at a draw of q n beta L_n is {lower:.2g} nats lower")
-    if negative:
-        seen.append("llc is negative")
+    newton = evidence.newton_decrement
+    signs = {
+        f"a Newton step from w* would lower n beta L_n by about {newton:.2g} nats": (
+            newton > LEAST_GAIN
+        ),
+        f"at a draw of q n beta L_n is {lower:.2g} nats lower": lower > LEAST_GAIN,
+        "llc is negative": negative,
+    }
+    seen = [words for words, is_seen in signs.items() if is_seen]
     if not seen:
         return None
     return Finding(
@@ -373,16 +372,16 @@ def _not_a_minimum(evidence: Evidence) -> Finding | None:
 def _coarse_numbers(evidence: Evidence) -> Finding | None:
     """Hold the rounding of weights and loss, in nats of n beta L_n, against llc."""
     llc = abs(float(evidence.llc_per_chain.mean()))
-    seen = []
-    if evidence.weight_rounding > COARSE_WEIGHTS * llc:
-        seen.append(
-            f"rounding w to its dtype adds about {evidence.weight_rounding:.2g} nats to n beta L_n"
-        )
-    if evidence.loss_rounding > COARSE_LOSS * llc:
-        seen.append(
-            f"one unit in the last place of the loss is {evidence.loss_rounding:.2g} nats of n "
-            "beta L_n"
-        )
+    weights, loss = evidence.weight_rounding, evidence.loss_rounding
+    signs = {
+        f"rounding w to its dtype adds about {weights:.2g} nats to n beta L_n": (
+            weights > COARSE_WEIGHTS * llc
+        ),
+        f"one unit in the last place of the loss is {loss:.2g} nats of n beta L_n": (
+            loss > COARSE_LOSS * llc
+        ),
+    }
+    seen = [words for words, is_seen in signs.items() if is_seen]
     if not seen or llc == 0:
         return None
     return Finding(

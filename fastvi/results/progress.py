@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TextIO
 
 from fastvi._typing import Given
@@ -59,16 +59,13 @@ class StatusLine:
             self.stream, self.interactive = None, False
 
 
-@contextlib.contextmanager
 def reporting(
     progress: Given[bool | Callable[[Progress], None]],
-) -> Iterator[Callable[[Progress], None] | None]:
-    """Give what a stage of work reports to.
+) -> contextlib.AbstractContextManager[Callable[[Progress], None] | None]:
+    """Return the context that yields what a stage reports to.
 
-    A status line, ended however the stage ends, a caller's function, None.
+    True gives a status line, which ends however the stage ends. A function is the caller's own.
     """
     if progress is True:
-        with StatusLine() as line:
-            yield line
-    else:
-        yield progress if callable(progress) else None
+        return StatusLine()
+    return contextlib.nullcontext(progress if callable(progress) else None)

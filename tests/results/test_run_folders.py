@@ -448,7 +448,7 @@ def test_a_run_folders_code_runs_only_where_it_is_trusted(place, estimated):
         ),
         (
             "folder_model:deep",
-            "LookupError: no weights (folder_model.py:24 in leaves_below < folder_model.py:20 in "
+            "LookupError: no weights (folder_model.py:25 in leaves_below < folder_model.py:21 in "
             "deep)",
         ),
         ("folder_model:loss_leaves", "the model called sys.exit(0) before there was an estimate"),

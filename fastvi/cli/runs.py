@@ -25,7 +25,7 @@ from fastvi.results.runs import REPORT_FILE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LONGEST_NAME = 28
+LONGEST_NAME = 28  # letters of a run in a table of 80
 
 
 @dataclasses.dataclass(frozen=True)

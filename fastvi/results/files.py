@@ -21,7 +21,9 @@ import numpy as np
 from fastvi._errors import DataError
 
 PARTIAL = ".fastvi-partial-"  # begins the names of folders for files that are not finished
-ABANDONED = 3600.0  # seconds after which such a folder is what a killed process left
+# Seconds after which such a folder is what a killed process left. The longest write takes minutes;
+# a larger number leaves its bytes on the disk for longer.
+ABANDONED = 3600.0
 
 # What zipfile, its decompressors and numpy raise on bytes that are no archive of arrays.
 _UNREADABLE = (

@@ -10,7 +10,10 @@ from fastvi._typing import Given
 from fastvi.fitting.protocols import Progress
 from fastvi.results.terminal import is_terminal, write_text
 
-MIN_SECONDS = 0.2  # between redraws
+# Seconds between redraws of a terminal's line. Half writes twice as often; 1 s looks stuck.
+MIN_SECONDS = 0.2
+# Seconds between lines of a log, which keeps them all.
+LOG_SECONDS = 10.0
 
 
 class StatusLine:
@@ -29,7 +32,7 @@ class StatusLine:
     def __call__(self, progress: Progress) -> None:
         """Redraw if the stage changed or enough time went by."""
         now = time.monotonic()
-        pause = MIN_SECONDS if self.interactive else 10.0
+        pause = MIN_SECONDS if self.interactive else LOG_SECONDS
         if progress.stage == self.stage and now - self.shown < pause:
             return
         self.stage, self.shown = progress.stage, now

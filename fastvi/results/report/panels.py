@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PANEL_SIZE = (6.4, 3.7)
-MOST_BARS = 64  # of a bar chart
-NARROW_RANGE = (
-    1000  # largest over smallest, below which a logarithmic axis is labelled by plain numbers
-)
+MOST_BARS = 64  # of a chain: with four chains a bar is then two pixels of the page wide
+# Largest over smallest value below which a logarithmic axis has plain numbers. Above three decades
+# 1, 2, 5 of each no longer fit.
+NARROW_RANGE = 1000
 
 
 class Panel(NamedTuple):

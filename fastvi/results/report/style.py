@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 CHAIN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, FAINT = "#222222", "#777777"
 DASHED = (0, (4, 3))
-RAW_ALPHA = 0.18
-NUM_WINDOWS = 25  # a run is about this many windows of the running mean long
+RAW_ALPHA = 0.18  # opacity of single steps, behind the mean that is read
+# Windows of the running mean in a run: half hides a turn near the end, double shows noise.
+NUM_WINDOWS = 25
 STYLE = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,

@@ -14,7 +14,8 @@ from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Float, Given, PyTree
 from fastvi.api.arguments import nonnegative_scalar, positive_scalar
 from fastvi.sampling.averages import analyse, burn_in, furthest_off, split_rhat, standard_error
-from fastvi.sampling.walkers import block_virials, parameter_blocks
+from fastvi.sampling.settings import SamplerSettings
+from fastvi.sampling.virial import block_virials, parameter_blocks
 
 LEAST_DRAWS = 4  # of each chain
 OFF_SIGMAS = 4.0
@@ -133,11 +134,12 @@ def virial_llc(
     displacement = points - at
     force = nbeta * slopes + localization * displacement
     sizes = tuple(int(np.size(leaf)) for leaf in jax.tree_util.tree_leaves(center) if np.size(leaf))
-    own = block_virials(displacement * force, parameter_blocks(sizes))
+    blocks = parameter_blocks(sizes, SamplerSettings().max_columns)
+    each = block_virials(displacement * force, blocks)
     radius2 = np.sum(displacement**2, axis=-1)
     llc = nbeta * (energies - _number("init_loss", init_loss))
     burn = _discarded(discard, llc, radius2)
-    columns = np.stack([*own, _slope(force, displacement, burn)], axis=-1)
+    columns = np.stack([*each, _slope(force, displacement, burn)], axis=-1)
     found = analyse(llc, columns, radius2, discard=burn)
     # the direction in which a slope that should be zero would show best
     steepest = _slope(force, force / np.maximum(force[:, burn:].var(axis=(0, 1)), TINY), burn)

@@ -27,10 +27,11 @@ slow: $(VENV)/.stamp-test  ## run the slow tests
 matrix:  ## test, lint and docs on each Python found, with the newest and the lowest versions
 	$(PYTHON) tests/support/matrix.py
 
-lint: $(VENV)/.stamp-lint  ## check style, format and types
+lint: $(VENV)/.stamp-lint  ## check style, format, types and the order of the rooms
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
 
 format: $(VENV)/.stamp-lint  ## apply the style that lint checks
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -156,7 +156,7 @@ def test_work_per_second(benchmark):
             steps=400,
             progress=False,
             throw=False,
-            correction="none",
+            method="variational",
         )
 
     work = float(estimate().work["total_fge"])

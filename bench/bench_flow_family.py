@@ -108,7 +108,9 @@ BENT = {
 def estimate(loss_fn, params, options, **more):
     """Estimate without correction."""
     options = (
-        {"correction": "none", "num_chains": 2, "progress": False, "throw": False} | options | more
+        {"method": "variational", "num_chains": 2, "progress": False, "throw": False}
+        | options
+        | more
     )
     return fastvi.estimate_llc(loss_fn, params, **options)
 
@@ -224,7 +226,7 @@ def stepper(family, options):
     rng = np.random.default_rng(0)
     core = jnp.asarray(rng.normal(size=(STEP_CORE, STEP_DIM)) / 100, jnp.float32)
     geometry = Geometry(jnp.ones(STEP_DIM), core, jnp.asarray(STEP_CORE), jnp.ones(()), STEP_CORE)
-    built = FAMILIES[family].create(config, geometry)
+    built = FAMILIES[family].create(config.family_settings, geometry)
     posterior = LocalPosterior(jnp.zeros(STEP_DIM), jnp.asarray(NBETA), jnp.ones(()))
     whole = Problem(posterior, jnp.zeros((COUNT, 1)), COUNT, 256)
     keys = jax.random.split(jax.random.key(0), 1)

@@ -22,7 +22,7 @@ def draws_of(family):
         jnp.zeros(2),
         jnp.zeros((COUNT, 1)),
         family=family,
-        correction="none",
+        method="variational",
         num_chains=1,
         progress=False,
     )

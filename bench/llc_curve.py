@@ -21,11 +21,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 RESULTS, FIGURE = ROOT / "bench/results/llc_curve.json", ROOT / "docs/figures/llc-over-training.png"
 HIDDEN, LR, FIRST, LAST, COUNT = 16, 3e-3, 300, 6000, 20
 BUDGETS = {
-    "warm": {"correction_error": 0.05},
-    "warm, error 0.1": {"correction_error": 0.1},
-    "cold": {"correction_error": 0.05, "warm_start": False},
+    "warm": {"error": 0.05},
+    "warm, error 0.1": {"error": 0.1},
+    "cold": {"error": 0.05, "warm_start": False},
 }
-REFERENCE = {"correction_error": 0.01, "correction_budget": 20_000.0}
+REFERENCE = {"error": 0.01}
 
 
 def training_checkpoints():

@@ -1,8 +1,11 @@
-"""The problem that benchmarks run on: regression by a tanh network with two hidden layers."""
+"""The problems that benchmarks run on: a tanh network, a language model of bytes."""
+
+from pydoc_data import topics
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 INPUTS = 16
 NUM_DATA = 20_000
@@ -59,3 +62,94 @@ def _predictor(size: int):
 
 def _mean_square(predict):
     return lambda flat, batch: 0.5 * jnp.mean((predict(flat, batch[0]) - batch[1]) ** 2)
+
+
+VOCABULARY, CONTEXT, WIDTH, HEADS, LAYERS = 128, 32, 32, 4, 2  # of the byte transformer, d = 34,432
+SEQUENCES = 4096
+
+
+def byte_transformer(num_data: int = SEQUENCES):
+    """Return the loss, fresh parameters and data of a language model of bytes.
+
+    The text is what `help()` shows, which ships with Python. The loss is the mean over a sequence's
+    next bytes.
+    """
+    rng = np.random.default_rng(0)
+
+    def matrix(rows, columns):
+        return jnp.asarray(rng.normal(size=(rows, columns)) / np.sqrt(rows), jnp.float32)
+
+    def norm():
+        return {"scale": jnp.ones(WIDTH), "shift": jnp.zeros(WIDTH)}
+
+    def block():
+        return {
+            "before": norm(),
+            "attention": [matrix(WIDTH, WIDTH) for _ in range(4)],
+            "between": norm(),
+            "wide": (matrix(WIDTH, 4 * WIDTH), jnp.zeros(4 * WIDTH)),
+            "narrow": (matrix(4 * WIDTH, WIDTH), jnp.zeros(WIDTH)),
+        }
+
+    params = {
+        "bytes": 0.3 * matrix(VOCABULARY, WIDTH) * np.sqrt(VOCABULARY),
+        "places": 0.3 * matrix(CONTEXT, WIDTH) * np.sqrt(CONTEXT),
+        "blocks": [block() for _ in range(LAYERS)],
+        "last": norm(),
+        "unembedding": 0.1 * matrix(WIDTH, VOCABULARY),
+    }
+    return _next_byte_loss, params, (jnp.asarray(_sequences(num_data)),)
+
+
+def trained_byte_transformer(num_data: int = SEQUENCES, steps: int = 1500):
+    """Return the same after training by Adam on batches of 64 with a decaying rate."""
+    loss, params, (tokens,) = byte_transformer(num_data)
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+
+    def step(carry, key):
+        params, state = carry
+        rows = jax.random.randint(key, (64,), 0, num_data)
+        updates, state = optimizer.update(jax.grad(loss)(params, (tokens[rows],)), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(0), steps)
+    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))(
+        (params, optimizer.init(params))
+    )
+    return loss, params, (tokens,)
+
+
+def _sequences(num_data: int):
+    """Cut the topics of `help()` to sequences, one byte longer than the context."""
+    text = "".join(topics.topics[name] for name in sorted(topics.topics))
+    codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
+    return codes[: num_data * (CONTEXT + 1)].reshape(num_data, CONTEXT + 1).astype(np.int32)
+
+
+def _next_byte_loss(params, batch):
+    """Return the mean over sequences and places of the cross-entropy of the next byte."""
+    inputs, targets = batch[0][:, :-1], batch[0][:, 1:]
+    x = params["bytes"][inputs] + params["places"]
+    for block in params["blocks"]:
+        x = x + _attend(block["attention"], _normalize(block["before"], x))
+        (wide, first), (narrow, second) = block["wide"], block["narrow"]
+        hidden = jax.nn.gelu(_normalize(block["between"], x) @ wide + first)
+        x = x + hidden @ narrow + second
+    log_prob = jax.nn.log_softmax(_normalize(params["last"], x) @ params["unembedding"])
+    return -jnp.mean(jnp.take_along_axis(log_prob, targets[..., None], axis=-1))
+
+
+def _normalize(norm, x):
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    spread = jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-5)
+    return centred / spread * norm["scale"] + norm["shift"]
+
+
+def _attend(matrices, x):
+    """Attend causally with `HEADS` heads."""
+    split = (*x.shape[:2], HEADS, WIDTH // HEADS)
+    query, keys, values = ((x @ one).reshape(split) for one in matrices[:3])
+    scores = jnp.einsum("bqhc,bkhc->bhqk", query, keys) / np.sqrt(WIDTH // HEADS)
+    seen = jnp.tril(jnp.ones((CONTEXT, CONTEXT), bool))
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e9), axis=-1)
+    return jnp.einsum("bhqk,bkhc->bqhc", weights, values).reshape(x.shape) @ matrices[3]

@@ -1,9 +1,10 @@
 """Fast variational inference on the local posterior of a trained model, and its local learning coefficient."""
 
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
+from fastvi._version import __version__
 from fastvi.api.curve import LLCCurve, llc_curve
 from fastvi.api.estimate import estimate_llc
-from fastvi.api.flat import SamplerRunResult, fit, run_vi
+from fastvi.api.flat import fit, run_vi
 from fastvi.api.other_data import DataLLC, example_losses, llc_on
 from fastvi.api.resample import correct
 from fastvi.api.virial import VirialLLC, virial_llc
@@ -11,11 +12,12 @@ from fastvi.config import FlowConfig, VIConfig
 from fastvi.families import AbstractBackend, register_backend
 from fastvi.observables.draws import FittedQ
 from fastvi.results.estimate import LLCEstimate
+from fastvi.results.flat import SamplerRunResult
+from fastvi.results.report.arviz import to_arviz
+from fastvi.results.report.page import write_report
 from fastvi.target.objective import FlatObjective, make_flat_objective, ravel_loss
 from fastvi.target.posterior import LocalPosterior
 from fastvi.target.restrict import restrict
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AbstractBackend",
@@ -33,6 +35,7 @@ __all__ = [
     "UnavailableError",
     "VIConfig",
     "VirialLLC",
+    "__version__",
     "correct",
     "estimate_llc",
     "example_losses",
@@ -44,5 +47,7 @@ __all__ = [
     "register_backend",
     "restrict",
     "run_vi",
+    "to_arviz",
     "virial_llc",
+    "write_report",
 ]

@@ -18,7 +18,6 @@ MEMORY = 3.0  # GiB of a process above which a file of tests gives back what it 
 CHECKED = (
     "_compilation",
     "api",
-    "config.basis",
     "demos",
     "evaluation",
     "families",

@@ -58,8 +58,8 @@ def short_fits(monkeypatch):
 
     def short(cls, source=None, /, **overrides):
         config = create(cls, source, **overrides)
-        correction = config.correction or "none"
-        short = {"steps": min(config.filled.steps, 20), "eval_samples": 4, "correction": correction}
+        method = config.method or "variational"
+        short = {"steps": min(config.filled.steps, 20), "eval_samples": 4, "method": method}
         if config.family == "flow":
             short["flow"] = dataclasses.replace(config.flow, depth=2, hidden=(8,))
         return dataclasses.replace(config, **short)

@@ -41,11 +41,7 @@ class Entry:
 
 
 ENTRIES = (
-    *(
-        Entry(f"fastvi, {knob}", "fastvi", knob)
-        for knob in FASTVI
-        if not knob.startswith("correction_budget")
-    ),
+    *(Entry(f"fastvi, {knob}", "fastvi", knob) for knob in FASTVI if not knob.startswith("budget")),
     Entry("fastvi, ended at a budget", "fastvi", "within=budget"),
     Entry("SGLD, oracle step", "sgld", None),
     Entry("SGLD, lr 1e-4", "sgld", "lr=0.0001"),
@@ -98,9 +94,7 @@ class Results:
         """Return the knob that the entry stands for on a problem, None if it was not run."""
         knobs = self.knobs(problem, entry.method)
         if entry.knob == "within=budget":
-            knobs = [
-                knob for knob in knobs if knob.split("=")[0] in ("within", "correction_budget")
-            ]
+            knobs = [knob for knob in knobs if knob.split("=")[0] in ("within", "budget")]
             return max(knobs, key=lambda knob: float(knob.split("=")[1]), default=None)
         if entry.knob is not None:
             return entry.knob if entry.knob in knobs else None
@@ -118,7 +112,7 @@ class Results:
             knobs = (
                 [knob]
                 if entry.knob != "within=budget"
-                else [f"correction_budget={most}" for most in BUDGETS]
+                else [f"budget={most} n" for most in BUDGETS]
             )
             return sorted(
                 self.point(problem, name)
@@ -252,7 +246,9 @@ def by_problem(results: Results, cell: Callable[[Results, str, Entry], str]) -> 
 def variational(results: Results) -> str:
     """Return the signed error of what each q says, where another package's was fitted, and of fastvi's llc."""
     own = [
-        entry for entry in ENTRIES if entry.label in ("fastvi, correction=none", "fastvi, defaults")
+        entry
+        for entry in ENTRIES
+        if entry.label in ("fastvi, method=variational", "fastvi, defaults")
     ]
     entries = [own[0], *VARIATIONAL, own[1]]
     shown = [

@@ -16,9 +16,9 @@ import numpy as np
 
 from bench.truth.hmc import Recipe, draw, start_tuning, target_of, tune
 from bench.truth.problem import Problem
-from fastvi.target.checks import LOSS_COST
 from fastvi.target.objective import full_data_loss, ravel_loss
 from fastvi.target.posterior import LocalPosterior
+from fastvi.target.work import LOSS
 
 CHAINS = 4
 BATCH = 256
@@ -66,10 +66,10 @@ def sgld(
     parts = [grid] if problem.dim <= ALL_LANES else [[pair] for pair in grid]
     batch = min(BATCH, problem.n_data)
     share = CHAINS * batch / problem.n_data
-    per_bin = max(1, int((budget - LOSS_COST) / share / BINS))
-    bins = int((budget - LOSS_COST) / share / per_bin)
+    per_bin = max(1, int((budget - LOSS) / share / BINS))
+    bins = int((budget - LOSS) / share / per_bin)
     run = _langevin(problem, batch, bins, per_bin, rmsprop)
-    fge = LOSS_COST + share * per_bin * np.arange(1, bins + 1)
+    fge = LOSS + share * per_bin * np.arange(1, bins + 1)
     courses = {}
     for part in parts:
         keys = jnp.stack([jax.random.split(jax.random.key(seed), CHAINS) for _, seed in part])
@@ -129,9 +129,9 @@ def hmc(problem: Problem, leapfrogs: Sequence[int], seeds: Sequence[int], budget
     """
     courses = {}
     for longest in leapfrogs:
-        draws = int((budget - 1 - LOSS_COST) / (CHAINS * longest))
+        draws = int((budget - 1 - LOSS) / (CHAINS * longest))
         run = _hmc_chains(problem, longest, draws)
-        fge = 1 + LOSS_COST + CHAINS * longest * np.arange(1, draws + 1)
+        fge = 1 + LOSS + CHAINS * longest * np.arange(1, draws + 1)
         for seed in seeds:
             began = time.perf_counter()
             energy = np.asarray(run(jax.random.key(seed)))
@@ -175,9 +175,9 @@ def mclmc(problem: Problem, seeds: Sequence[int], budget: float) -> dict:
     Cost:
         Two full gradients for each step, tuning included, and one at w*.
     """
-    total = int((budget - 1 - LOSS_COST) / MCLMC_STEP_COST)
+    total = int((budget - 1 - LOSS) / MCLMC_STEP_COST)
     run, tuned = _mclmc_chain(problem, total)
-    fge = 1 + LOSS_COST + MCLMC_STEP_COST * np.arange(1, total + 1)
+    fge = 1 + LOSS + MCLMC_STEP_COST * np.arange(1, total + 1)
     courses = {}
     for seed in seeds:
         began = time.perf_counter()

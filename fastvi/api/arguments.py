@@ -17,6 +17,7 @@ from fastvi.evaluation.stein import even_monomials
 from fastvi.fitting.schedule import few_dimensions_factor
 from fastvi.geometry.whitening import normalized_scale
 from fastvi.target.data import Problem
+from fastvi.target.keys import described
 from fastvi.target.posterior import LocalPosterior
 
 DEFAULT_BATCH_SIZE = 256
@@ -27,49 +28,6 @@ FLOW_STEP_DRAWS, FLOW_EVALUATION_DRAWS = (
 FAMILY_COLUMNS = 3  # control variates of each family's own, `AbstractFamily.control_variates`
 MOST_STEP_GRADIENTS = 24  # full gradients of a step of one chain that draws beyond two may take
 MAX_STEP_FACTOR, MAX_EVALUATION_FACTOR = 128, 32  # in few dimensions
-
-
-def as_key(key: Any) -> Any:
-    """Accept an int seed in [0, 2^64), a legacy uint32 key or a typed key.
-
-    A seed below 2^32 is that of `jax.random.key`; all bits of a larger one count, whether 64-bit
-    types are enabled or not.
-
-    Raises:
-        ConfigError: If it is none of these.
-    """
-    if isinstance(key, (int, np.integer)):
-        if isinstance(key, bool):
-            raise ConfigError(f"key must be an int or a jax random key; got {_describe(key)}.")
-        return _seeded(int(key))
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if typed and shape == ():
-        return key
-    if dtype is not None and not typed and dtype == np.uint32 and shape == (2,):
-        return jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
-    raise ConfigError(
-        f"key must be an int, jax.random.key(...) or jax.random.PRNGKey(...); got {_describe(key)}."
-    )
-
-
-def _seeded(seed: int) -> Any:
-    """Return the key of a seed; jax without 64-bit types would take it modulo 2^32."""
-    if not 0 <= seed < 2**64:
-        raise ConfigError(
-            f"key must be a seed in [0, 2**64), or a jax random key; got {seed}: use "
-            f"{seed % 2**32}."
-        )
-    if seed < 2**32:
-        return jax.random.key(seed)
-    words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
-
-
-def _describe(value: Any) -> str:
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"an array {value.dtype}{list(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
 
 
 def settle_localization(given: Any, config: VIConfig, default: float | None = None) -> Any:
@@ -142,7 +100,7 @@ def settle(config: VIConfig, dim: int, share: float) -> VIConfig:
         draws = max(2, min(draws, 2 * int(MOST_STEP_GRADIENTS / share / 2)))
     more = config.evaluation_draws * few_dimensions_factor(dim, MAX_EVALUATION_FACTOR)
     if config.family == "flow":
-        whole = config.latent_dim(dim) == dim
+        whole = config.family_settings.latent_dim(dim) == dim
         draws, more = max(draws, FLOW_STEP_DRAWS[whole]), max(more, FLOW_EVALUATION_DRAWS[whole])
     return config.replace(
         samples_per_step=draws if step is None else step,
@@ -186,7 +144,7 @@ def _scalar(name: str, value: Any, rule: str, holds: Callable[[Any], Any]) -> An
         value = value.astype(jnp.result_type(value, jnp.float32))
         return jnp.where(jnp.isfinite(value) & holds(value), value, jnp.nan)
     if isinstance(value, (bool, str)) or value is None or np.shape(value) != ():
-        raise ConfigError(f"{name} must be a number {rule}; got {_describe(value)}.")
+        raise ConfigError(f"{name} must be a number {rule}; got {described(value)}.")
     number = float(value)
     if not (math.isfinite(number) and holds(number)):
         raise ConfigError(f"{name} must be a number {rule}; got {number}.")
@@ -213,7 +171,7 @@ def flat_vector(wstar: Any, dtype: Any) -> Float[Array, " dim"]:
         or not jnp.issubdtype(jnp.result_type(wstar), jnp.floating)
     ):
         raise DataError(
-            f"wstar_flat must be a floating-point vector of shape (dim,); got {_describe(wstar)}."
+            f"wstar_flat must be a floating-point vector of shape (dim,); got {described(wstar)}."
         )
     if not isinstance(wstar, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(wstar))):
         raise DataError(

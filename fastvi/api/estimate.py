@@ -15,7 +15,6 @@ from fastvi._errors import DataError, NonFiniteError
 from fastvi._typing import Batch, Given, Key, PyTree
 from fastvi.api.arguments import (
     DEFAULT_BATCH_SIZE,
-    as_key,
     check_count,
     check_dtype,
     make_problem,
@@ -23,8 +22,10 @@ from fastvi.api.arguments import (
     settle_evaluation,
     settle_localization,
 )
+from fastvi.api.plan import default_budget
 from fastvi.api.resample import Fitted, correct
 from fastvi.config import VIConfig
+from fastvi.evaluation.errors import chain_error
 from fastvi.evaluation.importance import assess_importance
 from fastvi.fitting.protocols import Progress
 from fastvi.fitting.run import Fit, Options, Snapshot, run_fit
@@ -36,10 +37,11 @@ from fastvi.results.estimate import MOST_SCALES, LLCEstimate, kept_scales
 from fastvi.results.findings import Evidence, health_findings
 from fastvi.results.progress import reporting
 from fastvi.results.resume import FolderKeeper, identify
-from fastvi.results.work import Work, count_work, with_losses
+from fastvi.results.work import RunWork, count_work, with_losses
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
+from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
 from fastvi.target.modes import in_own_modes
 from fastvi.target.objective import TreeObjective, ravel_loss
@@ -80,10 +82,10 @@ def estimate_llc(
     """Estimate the local learning coefficient of a trained model.
 
     Fits q to the local posterior `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)` by variational
-    inference, then corrects what q says: by importance weights where they allow it, else by walkers
-    that start at draws of q. Returns lambda-hat = nbeta (E[L_n(w)] - L_n(w*)), its error, and
+    inference, then averages over the posterior: by importance weights on draws of q where they
+    allow it, else by walkers that start at draws of q. Returns lambda-hat = nbeta (E[L_n(w)] - L_n(w*)), its error, and
     findings on whether to believe it. `llc` is the posterior's own value, `llc_vi` that of q, which
-    is too large at singular points; with `correction="none"` both are q's.
+    is too large at singular points; with `method="variational"` both are q's.
 
     Args:
         loss_fn: `(params, batch)` -> the mean loss of the batch's examples, in nats; or an array
@@ -95,7 +97,7 @@ def estimate_llc(
         params: Trained parameters w*, any pytree with floating-point arrays.
         data: Pytree of arrays with a common leading axis of examples; `batch` has the same
             structure. Or an object that gives such batches from host memory each time it is
-            iterated over: then the only correction is "importance".
+            iterated over: then the only methods are "variational" and "reweight".
         key: An int seed or a jax random key.
         nbeta: n times the inverse temperature; n / log n when left out.
         localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates;
@@ -122,7 +124,7 @@ def estimate_llc(
 
     Cost:
         `estimate.work`; with the defaults some 100 to 3,000 full gradients, at most
-        `correction_budget` and the fit's.
+        `budget` and the fit's.
 
     References:
         Lau et al., The Local Learning Coefficient (2024).
@@ -131,8 +133,8 @@ def estimate_llc(
         >>> import jax.numpy as jnp
         >>> from fastvi import estimate_llc
         >>> data = (jnp.ones((100, 1)),)
-        >>> result = estimate_llc(lambda w, batch: 0.5 * jnp.sum(w**2), jnp.zeros(4), data,
-        progress=False)
+        >>> loss_fn = lambda w, batch: 0.5 * jnp.sum(w**2)
+        >>> result = estimate_llc(loss_fn, jnp.zeros(4), data, progress=False)
         >>> round(result.llc, 1)
         1.9
     """
@@ -177,7 +179,7 @@ def assemble(
     stream = None
     if is_stream(data):
         stream = HostStream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
-        config = config.replace(correction=uncorrected(config.correction))
+        config = config.replace(method=uncorrected(config.method))
         data, num_data = stream.window(0), stream.num_data
         stream = stream if stream.num_rows < num_data else None
     else:
@@ -190,9 +192,8 @@ def assemble(
         nbeta = num_data / math.log(num_data)
     config = config.applied(center.size)
     problem = make_problem(center, data, num_data, nbeta, localization, config, "nbeta")
-    problem, look = look_at_target(
-        objective, problem, stream, "loss_fn", budget_fge=config.filled.correction_budget
-    )
+    budget = (config.budget or default_budget(num_data)) / num_data
+    problem, look = look_at_target(objective, problem, stream, "loss_fn", budget_fge=budget)
     return Target(objective, problem, config, key, stream, look)
 
 
@@ -240,13 +241,13 @@ def run_estimate(
     result = dataclasses.replace(
         result, fitted=Fitted(fit, problem, objective, stages.loss, keys, warm and warm.previous)
     )
-    if plan.correction == "none" or _has(result, "non_finite", "improper_posterior"):
+    if plan.method == "variational" or _has(result, "non_finite", "improper_posterior"):
         return result
     return correct(
         result,
-        plan.correction,
-        correction_error=settings.correction_error,
-        correction_budget=settings.correction_budget,
+        plan.method,
+        error=settings.error,
+        budget=settings.budget,
         progress=progress,
         throw=throw,
     )
@@ -263,7 +264,7 @@ def _plan(config: VIConfig, problem: Problem, num_chains: int | None) -> tuple[V
     leaves that open: what it leaves undone costs the walkers a few steps.
     """
     dim, changes = problem.posterior.center.size, {"batch_size": problem.batch_size}
-    prepares = config.correction not in ("none", "importance") and not config.early_stop
+    prepares = config.method not in ("variational", "reweight") and not config.early_stop
     if few_dimensions_factor(dim, 2) > 1 and problem.holds_all and problem.num_data <= WHOLE_DATA:
         changes["batch_size"] = (
             problem.num_data
@@ -273,7 +274,7 @@ def _plan(config: VIConfig, problem: Problem, num_chains: int | None) -> tuple[V
         changes = {**PREPARATION, "batch_size": batch, "samples_per_step": config.step_draws}
     changes |= {
         "early_stop": not prepares and config.early_stop is not False,
-        "correction": config.correction or "auto",
+        "method": config.method or "auto",
         "curvature_examples": changes.get("curvature_examples", config.hessian_examples),
         "r": min(config.filled.r, dim),
     }
@@ -289,7 +290,7 @@ def _estimate(
     fit: Fit,
     problem: Problem,
     config: VIConfig,
-    work: Work,
+    work: RunWork,
     timings: dict[str, float],
     bottom: Bottom,
     look: LossLook,
@@ -302,14 +303,12 @@ def _estimate(
     traces["cumulative_fge"] = np.broadcast_to(
         work.fge_per_step * np.arange(1, steps + 1), traces["elbo"].shape
     )
-    chains = evaluation.llc.size
-    within = float(np.sqrt(np.mean(evaluation.llc_sem.astype(float) ** 2) / chains))
-    between = float(np.std(evaluation.llc, ddof=1) / np.sqrt(chains)) if chains > 1 else 0.0
+    llc_sem = chain_error(evaluation.llc, evaluation.llc_sem)
     posterior = problem.posterior
     evidence = _evidence(fit, outcome, problem, config, traces, bottom, look)
     return LLCEstimate(
         llc=float(np.mean(evaluation.llc)),
-        llc_sem=max(within, between),
+        llc_sem=llc_sem,
         llc_per_chain=evidence.llc_per_chain,
         llc_sem_per_chain=evidence.llc_sem_per_chain,
         elbo=float(np.mean(evaluation.elbo)),
@@ -351,9 +350,9 @@ def _estimate(
         family_arrays=_family_arrays(outcome.arrays),
         snapshots=_snapshots(fit.snapshots),
         health=health_findings(evidence),
-        config=config.replace(correction="none").recorded,
+        config=config.replace(method="variational").recorded,
         llc_vi=float(np.mean(evaluation.llc)),
-        llc_vi_sem=max(within, between),
+        llc_vi_sem=llc_sem,
     )
 
 

@@ -11,7 +11,6 @@ import numpy as np
 from fastvi._errors import ConfigError
 from fastvi._typing import Array, Batch, Float, Given, Keys
 from fastvi.api.arguments import (
-    as_key,
     check_count,
     check_dtype,
     flat_vector,
@@ -25,9 +24,11 @@ from fastvi.config import VIConfig
 from fastvi.fitting.run import Fit, run_fit
 from fastvi.fitting.stages import programs_for
 from fastvi.observables.draws import FittedQ
-from fastvi.results.work import Work, count_work
+from fastvi.results.flat import SamplerRunResult
+from fastvi.results.work import RunWork, count_work
 from fastvi.target.data import Problem
 from fastvi.target.inputs import check_data
+from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
 from fastvi.target.modes import in_own_modes
 from fastvi.target.objective import FlatObjective, make_flat_objective
@@ -102,14 +103,6 @@ def fit(
         },
         "work": {"sampler_flavour": _StaticText(run.config.family), **run.work.as_dict()},
     }
-
-
-class SamplerRunResult(NamedTuple):
-    """What `run_vi` returns: traces of shape (chains, steps), seconds, counts."""
-
-    traces: dict[str, Array]
-    timings: dict[str, float]
-    work: dict[str, Any]
 
 
 @in_own_modes
@@ -235,7 +228,7 @@ class _Run(NamedTuple):
     traces: dict[str, Array]
     extras: dict[str, Any]
     seconds: dict[str, float]
-    work: Work
+    work: RunWork
     config: VIConfig
     q: FittedQ
 
@@ -249,9 +242,9 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
             "run_vi returns to "
             "fastvi.results.report.tensorboard.write_events(result, folder)."
         )
-    if config.correction not in (None, "none"):
+    if config.method not in (None, "variational"):
         raise ConfigError(
-            f"correction must be 'none' in fit and run_vi; got {config.correction!r}. Use "
+            f"method must be 'variational' in fit and run_vi; got {config.method!r}. Use "
             "estimate_llc for it."
         )
     if config.early_stop:
@@ -261,7 +254,9 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
         )
     center = flat_vector(target.wstar_flat, dtype)
     data, num_data = check_data(target.data, check_count("n_data", target.n_data), dtype)
-    config = settle_evaluation(config.replace(correction="none").applied(center.size), center.size)
+    config = settle_evaluation(
+        config.replace(method="variational").applied(center.size), center.size
+    )
     nbeta, gamma = (
         positive_scalar("beta", target.beta) * num_data,
         settle_localization(target.gamma, config),

@@ -9,6 +9,7 @@ import numpy as np
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float, Given
 from fastvi.api.resample import Fitted
+from fastvi.evaluation.errors import chain_error, pair_mean
 from fastvi.evaluation.llc import evaluation_draws, excess_at
 from fastvi.results.estimate import LLCEstimate
 from fastvi.target.inputs import check_data
@@ -53,11 +54,9 @@ def llc_on(result: LLCEstimate, data: Given[Batch]) -> DataLLC:
     data = weigh_other_data(fitted.objective, center, check_data(data)[0], "loss_fn")
     excess, reference = _excess(fitted, data)
     llc = float(fitted.problem.posterior.nbeta) * np.asarray(excess, float)
-    pairs = 0.5 * (llc[:, : llc.shape[1] // 2] + llc[:, llc.shape[1] // 2 :])
-    chains = llc.mean(axis=1)
-    within = float(np.sqrt(pairs.var(axis=1, ddof=1).mean() / pairs.size))
-    between = float(chains.std(ddof=1) / np.sqrt(chains.size)) if chains.size > 1 else 0.0
-    return DataLLC(float(chains.mean()), max(within, between), chains, float(reference))
+    pairs, chains = pair_mean(llc, axis=1), llc.mean(axis=1)
+    sem = chain_error(chains, pairs.std(axis=1, ddof=1) / np.sqrt(pairs.shape[1]))
+    return DataLLC(float(chains.mean()), sem, chains, float(reference))
 
 
 @in_own_modes

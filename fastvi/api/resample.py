@@ -15,12 +15,15 @@ import numpy as np
 from fastvi._compilation import CLOCK
 from fastvi._errors import DataError, NonFiniteError
 from fastvi._typing import Array, Float, Given, Keys
+from fastvi.api.plan import default_budget
 from fastvi.config import VIConfig
 from fastvi.evaluation.control_variate import regress
+from fastvi.evaluation.errors import chain_error, pair_mean
 from fastvi.evaluation.importance import GOOD, pareto_smooth
 from fastvi.fitting.protocols import Progress
 from fastvi.fitting.run import Fit
 from fastvi.fitting.schedule import few_dimensions_factor
+from fastvi.observables.draws import FittedQ, fitted_q
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.findings import correction_findings
 from fastvi.results.progress import reporting
@@ -79,6 +82,12 @@ class Fitted(NamedTuple):
     previous: PreviousRun | None = None
     is_masked: bool = False
 
+    @property
+    def q(self) -> FittedQ:
+        """The fitted q, to draw from."""
+        center, fit = self.problem.posterior.center, self.fit
+        return fitted_q(fit.family, fit.params, center, self.objective, self.is_masked)
+
     def check_unchanged(self) -> None:
         """Refuse a loss that computes something else than at the fit."""
         if fingerprint_loss(self.objective, self.problem).digest != self.loss.digest:
@@ -92,28 +101,28 @@ class Fitted(NamedTuple):
 @in_own_modes
 def correct(
     result: LLCEstimate,
-    correction: Given[str] = "auto",
+    method: Given[str] = "auto",
     *,
-    correction_error: Given[float | None] = None,
-    correction_budget: Given[float | None] = None,
+    error: Given[float | None] = None,
+    budget: Given[float | None] = None,
     progress: Given[bool | Callable[[Progress], None]] = True,
     throw: Given[bool] = True,
 ) -> LLCEstimate:
     """Turn the variational value of a finished estimate into the posterior's own.
 
-    "importance" reweights the draws of the evaluation (Pareto-smoothed) and costs nothing more; it
-    can be trusted while k-hat is below 0.7. "mcmc" runs underdamped Langevin dynamics from draws of
+    "reweight" reweights the draws of the evaluation (Pareto-smoothed) and costs nothing more; it
+    can be trusted while k-hat is below 0.7. "sample" runs underdamped Langevin dynamics from draws of
     q in the coordinates that q makes round, on blocks of the data as small as the noise of their
     gradients allows, with virial control variates. "auto" reweights where k-hat is below 0.5, half
-    of the draws count and the error is below `correction_error`, and samples otherwise.
+    of the draws count and the error is below `error`, and samples otherwise.
 
     Walkers that have corrected this result before go on from where they are.
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
-        correction: "auto", "importance" or "mcmc"; "none" returns the result as it is.
-        correction_error: As in `VIConfig`; what the result was estimated with when left out.
-        correction_budget: As in `VIConfig`; what the result was estimated with when left out.
+        method: "auto", "sample" or "reweight"; "variational" returns the result as it is.
+        error: As in `VIConfig`; what the result was estimated with when left out.
+        budget: As in `VIConfig`; what the result was estimated with when left out.
         progress: Whether to show a status line on stderr, or a function that receives `Progress`.
         throw: Whether to raise when the corrected value is not finite; otherwise a finding says so.
 
@@ -122,13 +131,13 @@ def correct(
         old value.
 
     Raises:
-        ConfigError: If an option is impossible, or not one of this correction.
+        ConfigError: If an option is impossible, or not one of this method.
         DataError: If the result was loaded from disk and holds no fit, or walkers are needed and
             the loss has changed.
         NonFiniteError: If NaN or infinity appears, unless `throw` is False.
 
     Cost:
-        "mcmc": some 50 to 3,000 full gradients, never more than `correction_budget`. Where that
+        "sample": some 50 to 3,000 full gradients, never more than `budget`. Where that
         pays for no walk, draws of q are reweighted, and a finding says how much would do.
     """
     fitted = result.fitted
@@ -137,19 +146,19 @@ def correct(
             "this estimate holds no fit to go on from (it was loaded from disk). Run estimate_llc "
             "again."
         )
-    recorded = _recorded(result, correction, correction_error, correction_budget)
-    if recorded.correction == "none":
+    recorded = _recorded(result, method, error, budget)
+    if recorded.method == "variational":
         return result
     config = recorded.filled
     if not fitted.problem.holds_all:
-        uncorrected(config.correction)
+        uncorrected(config.method)
     began, compiled = time.perf_counter(), CLOCK.seconds
     method, weights, khat = _choose(fitted, config)
-    values = _reweight(fitted, weights) if method == "importance" else None
-    too_rough = values is not None and values.llc_sem > config.correction_error * abs(values.llc)
-    if values is None or (too_rough and config.correction == "auto"):
+    values = _reweight(fitted, weights) if method == "reweight" else None
+    too_rough = values is not None and values.llc_sem > config.error * abs(values.llc)
+    if values is None or (too_rough and config.method == "auto"):
         with reporting(progress) as report:
-            method, values = "mcmc", _sample(fitted, config, weights, report)
+            method, values = "sample", _sample(fitted, config, weights, report)
     details = {"method": method, "khat": khat, **values.details}
     work = {**result.work, "fge_correction": values.work}
     work["total_fge"] = result.work["total_fge"] + values.work
@@ -177,20 +186,21 @@ def correct(
 
 
 def _recorded(
-    result: LLCEstimate, correction: str, error: float | None, budget: float | None
+    result: LLCEstimate, method: str, error: float | None, budget: float | None
 ) -> VIConfig:
-    """Return the result's configuration with this correction.
+    """Return the result's configuration with this method.
 
     One that has no use for a setting refuses it.
     """
     asked: dict[str, Any] = {
-        "correction": correction,
-        "correction_error": error,
-        "correction_budget": budget,
+        "method": method,
+        "error": error,
+        "budget": budget,
     }
     VIConfig.create(asked).check_available()
     given = {name: value for name, value in asked.items() if value is not None}
-    return result.config.replace(**given).recorded
+    config = result.config.replace(**given)
+    return config.replace(budget=config.budget or default_budget(result.n_data)).recorded
 
 
 class _Values(NamedTuple):
@@ -217,11 +227,11 @@ def _choose(
     weights, khat = pareto_smooth(log_weight.ravel())
     if khat < GOOD:
         weights = np.asarray(jax.nn.softmax(log_weight.ravel()), float)
-    method: str = config.correction or "auto"
+    method: str = config.method or "auto"
     if method == "auto":
         effective = 1 / np.sum(weights**2)
         method = (
-            "importance" if khat < GOOD and effective >= EFFECTIVE_SHARE * weights.size else "mcmc"
+            "reweight" if khat < GOOD and effective >= EFFECTIVE_SHARE * weights.size else "sample"
         )
     return method, weights.reshape(log_weight.shape), khat
 
@@ -239,10 +249,9 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
     means = variances = np.zeros(llc.shape[0])
     for _ in range(RELINEARISATIONS):
         influence = weights * weights.size * (llc - value)
-        halves = 0.5 * (influence[:, :pairs] + influence[:, pairs : 2 * pairs])
         fits = [
             regress(jnp.asarray(y, dtype), jnp.asarray(x, dtype))
-            for y, x in zip(halves, columns, strict=True)
+            for y, x in zip(pair_mean(influence, axis=1), columns, strict=True)
         ]
         means = value + np.array([float(fit.mean) for fit in fits])
         doubt = np.asarray(evaluation.expectation_variance, float)
@@ -252,13 +261,12 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
         ]
         variances = np.array([float(fit.residual_variance) / pairs for fit in fits]) + noise
         value = float(means.mean())
-    between = means.std(ddof=1) / np.sqrt(means.size) if means.size > 1 else 0.0
-    sem = max(np.sqrt(variances.mean() / means.size), between, ROUNDING * abs(value))
+    sem = max(chain_error(means, np.sqrt(variances)), ROUNDING * abs(value))
     details = {
         "effective_draws": float(1 / np.sum(weights**2)),
         "in_memory": fitted.problem.holds_all,
     }
-    return _Values(value, float(sem), means, np.sqrt(variances), np.zeros((0, 0)), 0, details)
+    return _Values(value, sem, means, np.sqrt(variances), np.zeros((0, 0)), 0, details)
 
 
 def _sample(
@@ -269,15 +277,15 @@ def _sample(
 ) -> _Values:
     """Run the walkers; reweight where the budget pays for no step of theirs."""
     chains, num_data, settings = fitted.keys.size, fitted.problem.num_data, SamplerSettings()
-    per_chain = _walkers_per_chain(fitted, config.correction_error, settings)
+    per_chain = _walkers_per_chain(fitted, config.error, settings)
     previous = fitted.previous
     if previous is not None and previous.walkers.position.shape[0] != chains * per_chain:
         previous = None  # another number of walkers: these start at q
 
     def tell(done: float, llc: float) -> None:
         if report is not None:
-            work = int(done / num_data)
-            report(Progress("correction", work, int(config.correction_budget), llc))
+            work, budget = (int(spent / num_data) for spent in (done, config.budget))
+            report(Progress("correction", work, budget, llc))
 
     fitted.check_unchanged()
     programs = sampler_programs(fitted.objective, fitted.problem, settings)
@@ -286,8 +294,8 @@ def _sample(
         fitted.problem,
         fitted.fit.outcome.reference_loss,
         settings,
-        config.correction_error,
-        config.correction_budget * num_data,
+        config.error,
+        config.budget,
         tell,
         chains=chains,
         fewest=chains * -(-settings.walkers // chains),
@@ -296,7 +304,7 @@ def _sample(
     walkers = _start_walkers(programs, fitted, previous, chains * per_chain)
     start = begin(setup, walkers)
     if not setup.pays(start):
-        least = setup.least_budget(start) / num_data
+        least = setup.least_budget(start)
         return _unpaid(_reweight(fitted, weights), least, settings)
     run = sample_posterior(setup, walkers)
     means, errors = _per_chain(run, chains, settings.walkers)
@@ -309,7 +317,7 @@ def _sample(
         errors,
         run.llc,
         run.work / num_data,
-        {**_run_details(run, settings, num_data), "narrow_dtype": _narrow_dtype(fitted)},
+        {**_run_details(run, settings), "narrow_dtype": _narrow_dtype(fitted)},
         PreviousRun(run.walkers, center, number, not run.unmet),
     )
 
@@ -342,7 +350,7 @@ def _unpaid(values: _Values, least_budget: float, settings: SamplerSettings) -> 
     """Say of reweighted draws that they stand in for a run."""
     unmet = [Unmet(LENGTH, 0, settings.min_bins * settings.bin_length)._asdict()]
     details = {
-        "method": "importance",
+        "method": "reweight",
         "settled": False,
         "unmet": unmet,
         "least_budget": least_budget,
@@ -364,13 +372,13 @@ def _start_walkers(
     )
 
 
-def _run_details(run: SamplerResult, settings: SamplerSettings, num_data: int) -> dict[str, Any]:
+def _run_details(run: SamplerResult, settings: SamplerSettings) -> dict[str, Any]:
     """Return what a result keeps of a run."""
     analysis = run.analysis
     return {
         "settled": not run.unmet,
         "unmet": [unmet._asdict() for unmet in run.unmet],
-        "least_budget": run.least_budget / num_data,
+        "least_budget": run.least_budget,
         "rhat": analysis.rhat,
         "rhat_radius": analysis.rhat_radius,
         "drift_z": analysis.drift_z,

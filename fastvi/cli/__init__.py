@@ -12,12 +12,14 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union, get_type_hints
 
-from fastvi import ConfigError, DataError, NonFiniteError, UnavailableError, __version__
+from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
 from fastvi._optional import MissingExtraError, import_optional
+from fastvi._version import __version__
 from fastvi.cli.llc import Llc
 from fastvi.cli.runs import Compare, Report
 from fastvi.cli.sweep import Sweep
 from fastvi.demos import DEMOS
+from fastvi.demos.base import Say
 from fastvi.results.terminal import is_terminal, settle_streams, warn, write_text
 
 COMMANDS: Mapping[str, Any] = {
@@ -90,6 +92,16 @@ def _run(args: Sequence[str]) -> int:
     return int(printer.lost is not None) if status is None else status
 
 
+class Group:
+    """A group of commands, of which one was chosen."""
+
+    command: Any
+
+    def run(self, say: Say) -> int | None:
+        """Run the chosen command."""
+        return self.command.run(say)
+
+
 class Printer:
     """Print line by line while that is possible; `lost` says why no longer."""
 
@@ -129,37 +141,37 @@ def _choice(tyro: Any, commands: Mapping[str, Any]) -> Any:
     members = []
     for name, command in commands.items():
         if isinstance(command, Mapping):
-            group = _group(Annotated[_choice(tyro, command), tyro.conf.arg(name="")])
-            marker = tyro.conf.subcommand(name, constructor=group, description=GROUP_HELP[name])
-            members.append(Annotated[Any, marker])
+            inner = Annotated[_choice(tyro, command), tyro.conf.arg(name="")]
+            marker = tyro.conf.subcommand(name, description=GROUP_HELP[name])
+            group = dataclasses.make_dataclass(name, [("command", inner)], bases=(Group,))
+            members.append(Annotated[group, marker])
         else:
-            _name_arguments(tyro, command)
-            members.append(Annotated[command, tyro.conf.subcommand(name)])
+            described = _with_described_arguments(tyro, command)
+            members.append(Annotated[described, tyro.conf.subcommand(name)])
     if len(members) == 1:  # tyro makes no subcommand of a union of one
         members.append(Annotated[None, tyro.conf.Suppress])
     return Union[tuple(members)]  # noqa: UP007  # built at run time
 
 
-def _name_arguments(tyro: Any, command: Any) -> None:
-    """Show arguments by the names that their fields give.
+def _with_described_arguments(tyro: Any, command: Any) -> type:
+    """Derive the command whose annotations tell tyro how to show and collect each argument.
 
-    A list of lists collects repeated options.
+    Arguments are shown by the names that their fields give; a list of lists collects repeated
+    options. The command itself stays as it is, since its module must import without tyro.
     """
-    hints = get_type_hints(command)
+    hints, annotations = get_type_hints(command), {}
     for field in dataclasses.fields(command):
         hint = "" if any(field.default is default for default in UNTOLD_DEFAULTS) else None
         markers = (tyro.conf.arg(metavar=field.metadata.get("metavar"), help_behavior_hint=hint),)
         if field.metadata.get("repeated"):
             markers += (tyro.conf.UseAppendAction,)
-        command.__annotations__[field.name] = Annotated[(hints[field.name], *markers)]
-
-
-def _group(choice: Any) -> Any:
-    def chosen(command):
-        return command
-
-    chosen.__annotations__ = {"command": choice}
-    return chosen
+        annotations[field.name] = Annotated[(hints[field.name], *markers)]
+    namespace = {
+        "__annotations__": annotations,
+        "__doc__": command.__doc__,
+        "__module__": command.__module__,
+    }
+    return type(command.__name__, (command,), namespace)
 
 
 def _fold(text: str) -> str:

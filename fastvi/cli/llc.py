@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from fastvi.api.arguments import DEFAULT_BATCH_SIZE, as_key, check_dtype, settle_localization
+from fastvi.api.arguments import DEFAULT_BATCH_SIZE, check_dtype, settle_localization
 from fastvi.api.estimate import estimate_llc
 from fastvi.cli.target import Problem, Resolved, load, parse_settings, resolve
 from fastvi.config import VIConfig
@@ -18,6 +18,7 @@ from fastvi.results.runs import Origin, check_packages, keep_and_tell
 from fastvi.results.terminal import warn
 from fastvi.target.identity import differing, digest_tree, observe_loss
 from fastvi.target.inputs import check_data, is_stream
+from fastvi.target.keys import as_key
 from fastvi.target.look import weigh_other_data
 from fastvi.target.objective import ravel_loss
 from fastvi.target.stream import HostStream

@@ -11,6 +11,7 @@ from fastvi.cli.table import describe, format_table
 from fastvi.demos.base import Say
 from fastvi.results import files
 from fastvi.results.estimate import LLCEstimate
+from fastvi.results.report.page import write_report
 from fastvi.results.report.style import (
     DASHED,
     INK,
@@ -56,9 +57,9 @@ class Report:
         In the run folder, which may be anybody's, a link in its place is replaced, not followed.
         """
         if self.out is not None:
-            return result.report(self.out)
+            return write_report(result, self.out)
         with files.staged(self.run_folder) as staging:
-            result.report(staging / REPORT_FILE)
+            write_report(result, staging / REPORT_FILE)
             files.publish(staging, self.run_folder, (REPORT_FILE,))
         return self.run_folder / REPORT_FILE
 

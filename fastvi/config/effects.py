@@ -1,24 +1,14 @@
 """Fields of a configuration that nothing reads beside its others: whoever gives one is told why."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
-# Fields that one family alone reads.
-OWN_FIELDS = {
-    "mfa": (
-        *("M", "r", "r_per_component", "mixture_cap", "prune_threshold"),
-        *("alpha_dirichlet_prior", "alpha_temperature", "alpha_temperature_frac"),
-    ),
-    "flow": (
-        "backend",
-        "d_latent",
-        "sigma_perp",
-        "learn_sigma_perp",
-        "lift",
-        "latent_basis",
-        "flow",
-    ),
-}
-SPLINES = ("spline_coupling", "nsf_ar")
+from fastvi.families import FAMILIES
+
+
+def fields_of_family(name: str) -> tuple[str, ...]:
+    """Return the fields of the configuration that a family reads."""
+    return tuple(field.name for field in dataclasses.fields(FAMILIES[name].Settings))
 
 
 class Idle(NamedTuple):
@@ -47,13 +37,13 @@ def idle_fields(config: Any, dim: int | None = None) -> dict[str, Idle]:
         ),
         "entropy_bonus_steps": (filled.entropy_bonus > 0, "an entropy_bonus above 0"),
         "lr_end_fraction": (filled.lr_schedule != "none", 'lr_schedule="cosine" or "linear_decay"'),
-        "correction_error": (
-            filled.correction in (None, "auto", "mcmc"),
-            'correction="auto" or "mcmc"',
+        "error": (
+            filled.method in (None, "auto", "sample"),
+            'method="auto" or "sample"',
         ),
-        "correction_budget": (
-            filled.correction in (None, "auto", "mcmc"),
-            'correction="auto" or "mcmc"',
+        "budget": (
+            filled.method in (None, "auto", "sample"),
+            'method="auto" or "sample"',
         ),
         "alpha_temperature_frac": (
             filled.alpha_temperature != 1,
@@ -70,14 +60,15 @@ def idle_fields(config: Any, dim: int | None = None) -> dict[str, Idle]:
 
 
 def _of_other_families(config: Any) -> dict[str, Idle]:
-    others = [family for family in OWN_FIELDS if family != config.family]
+    read = fields_of_family(config.family)
     return {
         name: Idle(
             f"left out with family={config.family!r}, which does not read it",
             f"use family={family!r}, or drop it",
         )
-        for family in others
-        for name in OWN_FIELDS[family]
+        for family in FAMILIES
+        for name in fields_of_family(family)
+        if name not in read
     }
 
 
@@ -91,12 +82,12 @@ def _of_the_flow(filled: Any, dim: int | None) -> dict[str, Idle]:
         found["means"] = Idle(
             "'center' with lift='injective', which keeps w* as its mean", "use lift='core'"
         )
-    if filled.flow.template not in SPLINES:
+    if not filled.family_settings.flow.has_splines:
         rule = f"left out with flow.template={filled.flow.template!r}, which has no splines"
         found["flow.bins"] = Idle(
             rule, "use flow.template='nsf_ar' or 'spline_coupling', or drop it"
         )
-    if dim is not None and filled.latent_dim(dim) == dim:
+    if dim is not None and filled.family_settings.latent_dim(dim) == dim:
         rule = f"left out where the flow acts on all d = {dim} dimensions: nothing is left for the noise beyond them"
         idle = ("sigma_perp",) if filled.learn_sigma_perp else ("sigma_perp", "learn_sigma_perp")
         found |= dict.fromkeys(idle, Idle(rule, "give a d_latent below d, or drop it"))
@@ -107,7 +98,7 @@ def may_cover_all(config: Any, dim: int) -> bool:
     """Say whether the flow and the core beside it may leave no direction for the noise beyond them."""
     from fastvi.geometry.start import rank_limit
 
-    filled, latent = config.filled, config.filled.latent_dim(dim)
+    filled, latent = config.filled, config.family_settings.latent_dim(dim)
     core = 0 if filled.lift == "injective" else rank_limit(filled, dim, itemsize=4)
     own = (
         latent if filled.latent_basis != "curvature" else 0

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from fastvi._errors import ConfigError
-from fastvi.config.basis import Basis
+from fastvi.families import FAMILIES
+from fastvi.families.backends import find_backend
+from fastvi.families.basis import Basis
 
 
 def refusal(name: str, rule: str, value: Any, fix: str) -> ConfigError:
@@ -112,10 +114,13 @@ def integers(name: str, value: Any, fix: str, minimum: int) -> tuple[int, ...]:
     return tuple(integer(f"{name}[{i}]", item, fix, minimum) for i, item in enumerate(value))
 
 
+def family(name: str, value: Any, fix: str) -> str:
+    """Require the name of a registered family."""
+    return choice(name, value, fix, tuple(FAMILIES))
+
+
 def backend(name: str, value: Any, fix: str) -> str:
     """Require the name of a registered backend."""
-    from fastvi.families.backends import find_backend
-
     if not isinstance(value, str):
         raise refusal(name, "the name of a registered backend", value, fix)
     find_backend(value)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvi._errors import ConfigError
+from fastvi._optional import import_optional
 from fastvi.config import rules as checks
-from fastvi.config.basis import Basis
+from fastvi.families.basis import Basis
 
 
 def written(value: Any) -> Any:
@@ -76,13 +77,22 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: If it is none.
     """
-    yaml = import_yaml()
+    yaml = _import_yaml()
     try:
         return yaml.load(text, Loader=_strict_loader(yaml))
     except yaml.YAMLError as error:
         raise ValueError(_said(error)) from error
     except (RecursionError, AttributeError) as error:  # the latter of PyYAML, for `!!timestamp 3`
         raise ValueError(f"it cannot be read: {_said(error)}") from error
+
+
+def format_yaml(values: Mapping[str, Any]) -> str:
+    """Write a YAML document that `parse_yaml` reads back."""
+    return _import_yaml().safe_dump(values, sort_keys=False)
+
+
+def _import_yaml() -> Any:
+    return import_optional("yaml", extra="cli", distribution="PyYAML", purpose="a YAML file")
 
 
 def _said(error: Exception) -> str:
@@ -115,12 +125,3 @@ def _strict_loader(yaml: Any) -> Any:
             return node
 
     return StrictLoader
-
-
-def import_yaml() -> Any:
-    """Import PyYAML, or say which extra has it."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError('YAML configs need PyYAML: pip install "fastvi[cli]"') from error
-    return yaml

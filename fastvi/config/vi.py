@@ -30,8 +30,10 @@ from typing import (
 from fastvi._errors import UnavailableError
 from fastvi.config import rules as checks
 from fastvi.config import sources
-from fastvi.config.basis import Basis
-from fastvi.config.effects import OWN_FIELDS, idle_fields, may_cover_all
+from fastvi.config.effects import fields_of_family, idle_fields, may_cover_all
+from fastvi.families import FAMILIES
+from fastvi.families.backends.base import FlowSettings
+from fastvi.families.basis import Basis
 
 __all__ = ["FlowConfig", "VIConfig"]
 
@@ -67,8 +69,7 @@ _DEFAULTS: dict[str, Any] = {
     "steps": 5000,
     "lr_end_fraction": FINAL_RATE,
     "trace_probes": 16,
-    "correction_error": 0.02,
-    "correction_budget": 20_000.0,
+    "error": 0.02,
     "whitening_decay": 0.99,
     "backend": "native",
     "d_latent": "auto",
@@ -80,18 +81,7 @@ _USUAL = {
     "antithetic": True,
     "control_variate": "auto",
 }  # of fields that stay None: the counts of draws decide
-_FLOW_DEFAULTS: dict[str, Any] = {
-    "template": "realnvp",
-    "depth": 4,
-    "hidden": (64, 64),
-    "bins": 8,
-    "init_scale": 1e-2,
-}
-CORRECTIONS = ("none", "auto", "importance", "mcmc")
-FULL_LATENT_DIM, AUTO_LATENT_DIM = (
-    64,
-    8,
-)  # d_latent="auto": all of up to so many dimensions, else so many
+_FLOW_DEFAULTS: dict[str, Any] = asdict(FlowSettings())
 
 
 def _flow(name: str, value: Any, fix: str) -> "FlowConfig":
@@ -203,7 +193,7 @@ class VIConfig(_CheckedFields):
         curvature_rank: Rows of the shared precision core; "auto" takes them from the Hessian's
             spectrum, at most 64 rows and 128 MiB; 0 for none.
         curvature_examples: Most examples that the Hessian at w* is averaged over; None means 4096,
-            and 512 where the fit only prepares a correction.
+            and 512 where the fit only prepares a walk.
         mixture_cap: Most components that pruning leaves; None for no bound.
         prune_threshold: Weight below which a component is pruned, every `eval_every` steps: the
             lightest goes first, the others share its weight, one always stays. Pruning is on where
@@ -217,10 +207,10 @@ class VIConfig(_CheckedFields):
         alpha_temperature_frac: Fraction of the steps over which `alpha_temperature` goes to 1; 0 or
             None keeps it.
         steps: Optimisation steps; with `early_stop` a cap. None means 5000, and 200 in a fit that
-            only prepares a correction; what else is left open takes minibatches of 64, one draw a
+            only prepares a walk; what else is left open takes minibatches of 64, one draw a
             step and 32 evaluation draws there.
         batch_size: Examples per minibatch, at most n; None means min(256, n), and min(64, n) in a
-            fit that only prepares a correction.
+            fit that only prepares a walk.
         lr: Peak learning rate.
         lr_schedule: Decay of the learning rate, after the warm-up, from the peak to
             `lr_end_fraction` of it; None is read as "none".
@@ -237,12 +227,12 @@ class VIConfig(_CheckedFields):
         antithetic: Whether the draws of a step come in pairs mirrored about the component's mean.
             None means yes where their number is even; True beside an odd number is refused.
         early_stop: Whether to stop at convergence; None means yes in `estimate_llc`, but not in a
-            fit that only prepares a correction, which True makes a full one. `fit` and `run_vi`
+            fit that only prepares a walk, which True makes a full one. `fit` and `run_vi`
             refuse True.
         eval_every: Steps between records of the D_sqrt and A_col_norm traces, which hold their
             value in between; between prunings, and between records for TensorBoard.
         eval_samples: Draws of the final estimate, rounded down to an even number. None means 64, 32
-            in a fit that only prepares a correction, and in `estimate_llc` more in fewer than 17
+            in a fit that only prepares a walk, and in `estimate_llc` more in fewer than 17
             dimensions: times floor(32/d)², at most 32. Family "flow": at least 512 where the flow
             covers every dimension.
         control_variate: Control variate of the final estimate: q's own curvature, the Hessian at
@@ -250,23 +240,27 @@ class VIConfig(_CheckedFields):
             its coefficients from: there "auto" is refused, as "hvp" is below 16.
         trace_probes: Hutchinson probes of `control_variate="hvp"`, refused without it; None means
             16.
-        correction: What turns the variational value of `estimate_llc` into the posterior's own:
-            "importance" reweights the evaluation's draws, "mcmc" samples from q on, "auto" chooses,
-            "none" leaves it. None means "auto" in `estimate_llc` and "none" in `fit` and `run_vi`,
-            which refuse all else.
-        correction_error: Relative standard error at which sampling may end; None means 0.02.
-            Refused where the correction is "none" or "importance".
-        correction_budget: Full-gradient equivalents that a correction never exceeds, all walkers
-            and measurements together; None means 20000. Refused where the correction is "none" or
-            "importance".
+        method: How the posterior is averaged over. "variational" averages over q itself,
+            "reweight" over the evaluation's draws of q with importance weights, "sample" over
+            walkers that start at draws of q; "auto" chooses between the last two. None means
+            "auto" in `estimate_llc` and "variational" in `fit` and `run_vi`, which refuse all
+            else.
+        error: Standard error at which sampling may end, relative to the size of llc; None
+            means 0.02. Near llc = 0 no error is small enough: there the budget ends the run.
+            Refused where the method is "variational" or "reweight".
+        budget: Sample gradients that sampling never exceeds, all walkers and measurements
+            together. One example's gradient at one point counts 1, its loss 1/3, its
+            Hessian-vector product 2; walkers that share a batch count each. None means 20,000 n,
+            and 1,000,000 where n is not known. Refused where the method is "variational" or
+            "reweight".
         whitening_mode: Diagonal whitening measured at the center before the fit; a `whitener` that
             `fit` is given takes its place.
         whitening_decay: Decay of the moving averages of "rmsprop" and "adam", refused without them;
             None means 0.99.
         use_whitening: False turns `whitening_mode` off.
         dtype: Floating-point type of the fit; "float64" needs `jax_enable_x64`.
-        tensorboard: Whether `LLCEstimate.save` and the command line write events for TensorBoard to
-            `diagnostics/tb` in the run folder; `estimate_llc` then keeps the shape of q after every
+        tensorboard: Whether the command line writes events for TensorBoard to `diagnostics/tb` in
+            the run folder; `estimate_llc` then keeps the shape of q after every
             `eval_every` steps for them. `fit` and `run_vi`, which write to no folder, refuse True:
             `write_events` takes what `run_vi` returns.
         gamma: Localization strength, where the entry point is not given one; given twice the two
@@ -287,7 +281,7 @@ class VIConfig(_CheckedFields):
             entries by dotted names such as `flow.hidden`.
     """
 
-    family: Literal["mfa", "flow"] = "mfa"
+    family: Annotated[str, checks.family] = "mfa"
     M: Annotated[Open[int], checks.integer] = _OPEN
     r: Annotated[Open[int], checks.natural] = _OPEN
     r_per_component: Annotated[tuple[int, ...] | None, checks.ranks] = None
@@ -315,9 +309,9 @@ class VIConfig(_CheckedFields):
     eval_samples: Annotated[int | None, partial(checks.integer, minimum=4)] = None
     control_variate: Literal["auto", "hvp", "none"] | None = None
     trace_probes: Annotated[Open[int], checks.integer] = _OPEN
-    correction: Open[Literal["none", "auto", "importance", "mcmc"]] = _OPEN
-    correction_error: Annotated[Open[float], checks.positive] = _OPEN
-    correction_budget: Annotated[Open[float], checks.positive] = _OPEN
+    method: Open[Literal["auto", "sample", "reweight", "variational"]] = _OPEN
+    error: Annotated[Open[float], checks.positive] = _OPEN
+    budget: Annotated[float | None, checks.positive] = None
     whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
     whitening_decay: Annotated[Open[float], checks.decay] = _OPEN
     use_whitening: bool = True
@@ -376,9 +370,7 @@ class VIConfig(_CheckedFields):
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write a YAML file, which `create` reads back; needs PyYAML."""
-        Path(path).write_text(
-            sources.import_yaml().safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8"
-        )
+        Path(path).write_text(sources.format_yaml(self.to_dict()), encoding="utf-8")
 
     @property
     def filled(self) -> "VIConfig":
@@ -441,7 +433,7 @@ class VIConfig(_CheckedFields):
         return (
             self._gives("d_latent")
             and self._gives("sigma_perp")
-            and any(map(self._gives, OWN_FIELDS["mfa"]))
+            and any(map(self._gives, {*fields_of_family("mfa")} - {*fields_of_family("flow")}))
         )
 
     def _gives(self, name: str) -> bool:
@@ -504,19 +496,20 @@ class VIConfig(_CheckedFields):
         """The whitening in effect: `whitening_mode`, or "none" when `use_whitening` is False."""
         return self.whitening_mode if self.use_whitening else "none"
 
-    def latent_dim(self, dim: int) -> int:
-        """Return `d_latent`, or where it is "auto" as many dimensions as a flow handles well."""
-        if self.d_latent in (None, "auto"):
-            if isinstance(self.latent_basis, Basis):
-                return self.latent_basis.columns.shape[1]
-            return dim if dim <= FULL_LATENT_DIM else AUTO_LATENT_DIM
-        return int(self.d_latent)
+    @property
+    def family_settings(self) -> Any:
+        """The `Settings` of the family, filled by name."""
+        filled, settings = self.filled, FAMILIES[self.family].Settings
+        given = {item.name: getattr(filled, item.name) for item in fields(settings)}
+        if "flow" in given:
+            given["flow"] = FlowSettings(**vars(filled.flow))
+        return settings(**given)
 
     def check_against(self, dim: int, n_data: int) -> None:
         """Raise ConfigError for a rank or latent dimension above `dim`, or a minibatch above `n_data`."""
         bounded_by_dim: dict[str, Any] = {"curvature_rank": self.curvature_rank}
+        FAMILIES[self.family].check(self.family_settings, dim)
         if self.family == "flow":
-            self._check_flow(dim)
             bounded_by_dim["d_latent"] = self.d_latent
         elif self.r_per_component is not None:
             bounded_by_dim["r_per_component"] = self.rank
@@ -531,21 +524,6 @@ class VIConfig(_CheckedFields):
             raise checks.refusal(
                 "batch_size", f"<= n_data={n_data}", self.batch_size, f"use {n_data} or less"
             )
-
-    def _check_flow(self, dim: int) -> None:
-        """Refuse a flow that the backend does not have."""
-        from fastvi.families.backends import find_backend
-
-        latent = self.latent_dim(dim)
-        if isinstance(self.latent_basis, Basis) and self.latent_basis.columns.shape != (
-            dim,
-            latent,
-        ):
-            rule = f"an array of shape (dim={dim}, d_latent={latent})"
-            raise checks.refusal(
-                "latent_basis", rule, self.latent_basis, "give one column for each latent dimension"
-            )
-        find_backend(self.filled.backend)(latent, self.flow.filled)
 
     @property
     def prunes(self) -> bool:

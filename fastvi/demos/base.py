@@ -26,11 +26,11 @@ class AbstractDemo(abc.ABC):
         out: Folder for the results, new, empty or of an earlier run, whose files are replaced.
         seed: Seed of everything random.
         localization: Strength gamma of the Gaussian that ties w to w*.
-        num_chains: Independent fits; 4 when left out, 1 where a correction follows.
+        num_chains: Independent fits; 4 when left out, 1 where walkers follow.
         steps: Most steps of the fit; chosen when left out.
         batch_size: Examples per minibatch of the fit; chosen when left out.
         lr: Peak learning rate of the fit, 0.01 when left out.
-        correction: Whether to go on from q to the posterior's own value, "auto" when left out.
+        method: How the posterior is averaged over, "auto" when left out.
         config: YAML file with any settings of the fit; the four options above override it.
     """
 
@@ -41,7 +41,7 @@ class AbstractDemo(abc.ABC):
     steps: int | None = None
     batch_size: int | None = None
     lr: float | None = None
-    correction: Literal["none", "auto", "importance", "mcmc"] | None = None
+    method: Literal["auto", "sample", "reweight", "variational"] | None = None
     config: Path | None = None
 
     def run(self, say: Say) -> int:
@@ -89,7 +89,7 @@ class AbstractDemo(abc.ABC):
             "a number from 0",
             self.localization,
         )
-        given = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "correction")}
+        given = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "method")}
         settings = VIConfig.create(self.config, **{k: v for k, v in given.items() if v is not None})
         settings.check_available()
         check_packages(settings)

@@ -12,6 +12,7 @@ import numpy as np
 from fastvi._typing import Array, Batch, Float, Scalar
 from fastvi.config import VIConfig
 from fastvi.demos.base import AbstractDemo, Say, check
+from fastvi.evaluation.errors import chain_error, pair_mean
 from fastvi.results.estimate import LLCEstimate, with_error
 
 
@@ -113,11 +114,8 @@ def elbo_sem(result: LLCEstimate) -> float:
 
     Of its pairs of mirrored draws, or the spread of the chains.
     """
-    chains = result.log_weights.shape[0]
-    pairs = result.log_weights.astype(float).reshape(chains, 2, -1).mean(axis=1)
-    within = float(np.std(pairs) / np.sqrt(pairs.size))
-    between = float(np.std(pairs.mean(axis=1), ddof=1) / np.sqrt(chains)) if chains > 1 else 0.0
-    return max(within, between)
+    pairs = pair_mean(result.log_weights.astype(float), axis=1)
+    return chain_error(pairs.mean(axis=1), pairs.std(axis=1, ddof=1) / math.sqrt(pairs.shape[1]))
 
 
 def comparison(result: LLCEstimate, exact: Exact) -> str:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Key, Scalar
+from fastvi.evaluation.errors import pair_mean
 from fastvi.families.base import AbstractFamily, Draws, SecondMoment
 from fastvi.kernels import hutchinson
 from fastvi.target.data import Problem
@@ -161,5 +162,5 @@ def _expected_form(
     if pairs == 0:
         return exact, jnp.zeros_like(exact)
     forms = jnp.sum((moment.coefficients @ gram) * moment.coefficients, axis=-1)
-    forms = 0.5 * (forms[:pairs] + forms[pairs:])
+    forms = pair_mean(forms)
     return exact + jnp.mean(forms), jnp.var(forms, ddof=1) / pairs

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Key, Scalar
 from fastvi.evaluation.control_variate import hessian_columns, regress, regress_one
+from fastvi.evaluation.errors import pair_mean
 from fastvi.evaluation.stein import even_monomials, stein_columns
 from fastvi.families.base import AbstractFamily, Draws
 from fastvi.target.data import Problem
@@ -101,7 +102,7 @@ def evaluate(
         )
     if control_variate != "hvp":
         trace_variance = jnp.zeros(columns.shape[1], contribution.dtype)
-    units, centred = _pair_mean(contribution), _pair_mean(columns - expected)
+    units, centred = pair_mean(contribution), pair_mean(columns - expected)
     fit = (
         regress_one(units, centred[:, 0], trace_variance[0])
         if control_variate == "hvp"
@@ -151,12 +152,6 @@ def quadratic_columns(family: AbstractFamily, params, draws: Draws, pairs: int):
     unit = jnp.sqrt(jnp.maximum(spread - center**2, 1e-6 * spread))
     columns = stein_columns((draws.displacement - center) / unit, draws.score * unit, exponents)
     return columns, jnp.zeros(exponents.shape[0], columns.dtype)
-
-
-def _pair_mean(values):
-    """Average each draw with its mirror image."""
-    half = values.shape[0] // 2
-    return 0.5 * (values[:half] + values[half:])
 
 
 def make_excess_fn(objective: FlatObjective, problem: Problem, loss_full_flat=None):

@@ -1,14 +1,47 @@
-"""The contract of a variational family and its laws."""
+"""The contracts of a variational family and their laws.
+
+A family is three contracts in one class. `AbstractDistribution` is q as a distribution,
+`AbstractMoments` is what q knows of its own second moments, and `AbstractUpdateRules` is how an
+optimiser moves q. `AbstractFamily` joins them and adds how a fit starts q and what it traces.
+Whatever a fit, an evaluation or a sampler calls is here, with defaults where most families need
+nothing.
+"""
 
 import abc
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Bool, Float, Int, Key, PyTree, Scalar
-from fastvi.config import VIConfig
+from fastvi.families.moments import LinearMap, SecondMoment
+from fastvi.families.updates import Blocks, Outer, UpdateRules
+from fastvi.kernels.order import upper_median
+
+__all__ = [
+    "AbstractDistribution",
+    "AbstractFamily",
+    "AbstractMoments",
+    "AbstractUpdateRules",
+    "Blocks",
+    "Draws",
+    "Geometry",
+    "LinearMap",
+    "Outer",
+    "SecondMoment",
+    "TargetValues",
+    "UpdateRules",
+    "num_groups",
+    "slow_start_factor",
+]
+
+
+# Factor on learning rates where the start agrees with the loss at once. At 1 the noise of
+# minibatches leads away from such a start; at half of it, a start that is a little off takes twice
+# as many steps.
+SLOW_START_RATE = 0.25
 
 
 class Draws(NamedTuple):
@@ -23,33 +56,28 @@ class Draws(NamedTuple):
     record: Any  # what the family needs to pull gradients back
 
 
-class SecondMoment(NamedTuple):
-    """E_q[v v^T] = diag(diagonal) + factors^T (diag(weights) + E[c c^T]) factors, in model coordinates.
+class TargetValues(NamedTuple):
+    """The unnormalised log density of the target at draws, its gradients, and a baseline.
 
-    The diagonal is positive, or zero throughout. `coefficients` are draws of c, mirrored pairs in
-    halves; none where the weights say all.
+    The baseline is a running mean of `log_density - log q`. It lowers the variance of gradients
+    that do not go along the path of a draw, and does not change their mean.
     """
 
-    diagonal: Float[Array, " dim"]
-    factors: Float[Array, "terms dim"]
-    weights: Float[Array, " terms"]
-    coefficients: Float[Array, "samples terms"]
-
-    def marginal(self) -> Float[Array, " dim"]:
-        """Return the diagonal of E_q[v v^T]."""
-        inner = jnp.diag(self.weights) + self.coefficients.T @ self.coefficients / max(
-            self.coefficients.shape[0], 1
-        )
-        return self.diagonal + jnp.sum((inner @ self.factors) * self.factors, axis=0)
+    log_density: Float[Array, " draws"]
+    gradient: Float[Array, "draws dim"]
+    baseline: Scalar | float = 0.0
 
 
 class Geometry(NamedTuple):
-    """What a family is built on.
+    """What a family is built on: the start of a fit, in whitened coordinates.
 
-    S^{-1}, the start's precision core and how many of its rows are in use.
-
-    `unit` is the length of a whitened unit in the coordinates of the whitener alone, and
-    `noise_size` a bound on the core's rows that does not depend on the problem's curvature.
+    Attributes:
+        scale: S^{-1}, the model-space length of a whitened unit.
+        core: Rows of the precision core B; the precision at the start is I + B^T B.
+        rank: Rows of the core in use; the others are padding.
+        unit: Length of a whitened unit in the coordinates of the whitener alone.
+        noise_size: A bound on the core's rows that does not depend on the problem's curvature, so
+            that draws do not either.
     """
 
     scale: Float[Array, " dim"]
@@ -59,143 +87,188 @@ class Geometry(NamedTuple):
     noise_size: int
 
 
-class LinearMap(eqx.Module):
-    """`v = center + scale * (x + basis^T stretch basis x)`.
-
-    A map from round coordinates to displacements.
-
-    `basis` has orthonormal rows, `stretch` is symmetric, so `I + basis^T stretch basis` is the root
-    of a covariance.
-    """
-
-    center: Float[Array, " dim"]
-    scale: Float[Array, " dim"]
-    basis: Float[Array, "terms dim"]
-    stretch: Float[Array, "terms terms"]
-
-    def displacement(self, x: Float[Array, "*points dim"]) -> Float[Array, "*points dim"]:
-        """Map round coordinates to a displacement from the centre of the problem."""
-        return self.center + self.scale * self._root(x)
-
-    def pull_back(self, gradient: Float[Array, "*points dim"]) -> Float[Array, "*points dim"]:
-        """Map a gradient with respect to the displacement to one in round coordinates."""
-        return self._root(self.scale * gradient)
-
-    def round(self, displacement: Float[Array, "*points dim"]) -> Float[Array, "*points dim"]:
-        """Invert `displacement`."""
-        x = (displacement - self.center) / self.scale
-        identity = jnp.eye(self.stretch.shape[0], dtype=self.stretch.dtype)
-        inverse = jnp.linalg.inv(identity + self.stretch) - identity
-        return x + (x @ self.basis.T) @ inverse @ self.basis
-
-    def _root(self, x):
-        # stretch is symmetric; of many points these are two products of matrices
-        return x + (x @ self.basis.T) @ self.stretch @ self.basis
-
-
-class Outer(NamedTuple):
-    """Matrices of low rank, `sum_t left[b, t] right[b, t]^T` for block b, whose norms need no matrix."""
-
-    left: Float[Array, "blocks terms rank"]
-    right: Float[Array, "blocks terms dim"]
-
-    def row_squares(self) -> Float[Array, "blocks rank"]:
-        """Return the squared norm of every row.
-
-        Where the terms cancel, rounding would leave it below zero.
-        """
-        inner = jnp.einsum("btd,bsd->bts", self.right, self.right)
-        return jnp.maximum(jnp.einsum("btr,bsr,bts->br", self.left, self.left, inner), 0.0)
-
-
-class Blocks(NamedTuple):
-    """The gradient of an array that is zero but for a few entries along its first axis, each of which weighs alike."""
-
-    index: Int[Array, " blocks"]
-    values: Float[Array, "blocks ..."] | Outer
-
-    @property
-    def dtype(self):
-        """Return the floating dtype."""
-        return jax.tree_util.tree_leaves(self.values)[0].dtype
-
-    def scaled(self, factor: Array | float) -> "Blocks":
-        """Multiply by a number, or an `Outer` by one for each entry of its left vectors."""
-        if isinstance(self.values, Outer):
-            return self._replace(values=self.values._replace(left=self.values.left * factor))
-        return self._replace(values=self.values * factor)
-
-    def square_norm(self) -> Scalar:
-        """Sum the squares of all entries."""
-        return jnp.sum(
-            self.values.row_squares() if isinstance(self.values, Outer) else self.values**2
-        )
-
-
-class UpdateRules(NamedTuple):
-    """How the optimiser treats each parameter: pytrees in the structure of the parameters.
-
-    `rates` is the factor on the learning rate, `shared_rows` whether a row (the last axis) shares
-    one second moment, `blocked` whether `ascent` gives the gradient as `Blocks` (worth it while a
-    step has few draws), `damping` the size of a gradient below which steps shrink with it.
-    """
-
-    rates: PyTree
-    shared_rows: PyTree
-    blocked: PyTree
-    damping: PyTree
-
-
-class Annealed(NamedTuple):
-    """Temperature of the mixture weights and entropy bonus of one step."""
-
-    temperature: Scalar
-    entropy_bonus: Scalar
-
-
 def num_groups(num_draws: int, antithetic: bool) -> int:
-    """Count the independent draws among `num_draws`.
-
-    Half of them where they come in mirrored pairs.
-    """
+    """Count the independent draws among `num_draws`: half of them in mirrored pairs."""
     return num_draws // 2 if antithetic and num_draws % 2 == 0 else num_draws
 
 
-class AbstractFamily(eqx.Module):
-    """A parametric distribution q over w, centred on w*.
+def slow_start_factor(slow: Bool[Array, ""], dtype: Any) -> Scalar:
+    """Return the factor on learning rates for `AbstractFamily.with_slow_start`."""
+    return jnp.where(slow, SLOW_START_RATE, 1.0).astype(dtype)
 
-    Laws, tested for every member of `FAMILIES`:
 
-    1. `sample` and `log_prob` agree: `sample(...).log_prob == log_prob(sample(...).displacement)`,
-    and
-       `exp(log_prob)` integrates to one over w.
-    2. `pullback` is an unbiased gradient of `E_q[ell - (1 + entropy_bonus) log q]`; `ascent` is a
-    positive
-       definite matrix times it.
-    3. `second_moment` is E_q[v v^T].
-    4. `control_variates` have the stated expectations under q.
-    5. `linear_map` maps standard normals to draws with q's mean and covariance, that of the means'
-    spread left out.
+class AbstractDistribution(eqx.Module):
+    """A parametric distribution q over w, as displacements v = w - w*.
 
-    A family holds no loop, optimiser, trace or file. Arrays inside it are fixed coordinates and
-    masks.
+    Laws:
+
+    1. `sample` and `log_prob` agree: `draws.log_prob == log_prob(draws.displacement)` and
+       `draws.score` is its gradient there.
+    2. `exp(log_prob)` integrates to one over w.
+    3. With `mirror`, draw i + groups is the mirror image of draw i, and has the same law.
+    4. `pullback` is an unbiased gradient of `E_q[log_density - entropy_weight log q]`.
+
+    Attributes:
+        scale: The model-space length of a whitened unit.
+        entropy_bonus: lambda_H in the objective `E_q[log_density - (1 + lambda_H) log q]`.
     """
 
     scale: eqx.AbstractVar[Float[Array, " dim"]]
-    # nats of ELBO over the window of the stopping rule below which more steps would not change llc
-    negligible_gain: eqx.AbstractClassVar[float]
+    entropy_bonus: eqx.AbstractVar[Scalar | float]
 
-    entropy_bonus: eqx.AbstractVar[float]
+    @property
+    def entropy_weight(self) -> Scalar | float:
+        """Weight of -log q in the objective."""
+        return 1 + self.entropy_bonus
 
-    @classmethod
     @abc.abstractmethod
-    def create(cls, config: VIConfig, geometry: Geometry) -> "AbstractFamily":
-        """Build the configured family for one problem."""
+    def draw_noise(self, key: Key, num: int, block: Array | int = 0) -> PyTree[Array]:
+        """Draw the noise of `num` independent draws.
+
+        The noise comes from the key's counters of blocks `block` to `block + NOISE_BLOCKS`.
+        """
+
+    @abc.abstractmethod
+    def transform(
+        self, params: PyTree, noise: PyTree, *, mirror: bool, cache: PyTree = None
+    ) -> Draws:
+        """Turn noise into draws, followed by their mirror images where `mirror` is true.
+
+        `cache` is what `make_cache` returns for these parameters. The draws are the same without.
+        """
+
+    def sample(
+        self, params: PyTree, key: Key, num_draws: int, *, antithetic: bool, block: Array | int = 0
+    ) -> Draws:
+        """Draw `num_draws` times.
+
+        Antithetic draws come in mirrored pairs if their number is even: draw i with draw
+        i + num_draws / 2.
+        """
+        groups = num_groups(num_draws, antithetic)
+        noise = self.draw_noise(key, groups, block)
+        return self.transform(params, noise, mirror=groups < num_draws)
+
+    @abc.abstractmethod
+    def log_prob(self, params: PyTree, displacement: Float[Array, " dim"]) -> Scalar:
+        """Evaluate the normalised log density of w at `center + displacement`."""
+
+    @abc.abstractmethod
+    def pullback(
+        self, params: PyTree, draws: Draws, target: TargetValues, *, groups: int
+    ) -> PyTree:
+        """Return the Euclidean gradient of the objective, averaged over the draws.
+
+        `groups` is the number of independent draws; the others are their mirror images.
+        """
+
+
+class AbstractMoments(eqx.Module):
+    """What q knows of its own second moments.
+
+    Laws:
+
+    1. `second_moment` is E_q[v v^T].
+    2. `control_variates` are functions of the draws with the stated expectations under q.
+    3. `linear_map` maps standard normals to draws with q's mean and covariance; the spread of a
+       mixture's means may be left out.
+    """
 
     @property
     @abc.abstractmethod
     def num_moment_terms(self) -> int:
         """Count the rows of `second_moment`'s factors."""
+
+    @abc.abstractmethod
+    def second_moment(self, params: PyTree) -> SecondMoment:
+        """Return E_q[v v^T] as a diagonal plus a low rank."""
+
+    @abc.abstractmethod
+    def linear_map(self, params: PyTree) -> LinearMap:
+        """Return q's mean and a root of its covariance."""
+
+    def control_variates(
+        self, params: PyTree, draws: Draws
+    ) -> tuple[Float[Array, "draws columns"], Float[Array, " columns"]]:
+        """Return functions of the draws and their exact expectations.
+
+        |v|^2 / 2 where a family has none of its own: the localizer's share of a quadratic loss.
+        """
+        columns = 0.5 * jnp.sum(draws.displacement**2, axis=-1, keepdims=True)
+        return columns, 0.5 * jnp.sum(self.second_moment(params).marginal())[None]
+
+
+class AbstractUpdateRules(AbstractDistribution):
+    """How an optimiser moves the parameters of q.
+
+    Laws:
+
+    1. `ascent` is a positive definite matrix times `pullback`, in coordinates that
+       `apply_updates` understands.
+    2. `apply_updates` with updates of zero changes nothing; the cache that it returns is
+       `make_cache` of the parameters that it returns.
+    3. `update_rules` has the structure of the parameters, whatever the number of draws.
+    """
+
+    def ascent(self, params: PyTree, draws: Draws, target: TargetValues, *, groups: int) -> PyTree:
+        """Return the direction that the optimiser takes: the gradient, in a metric of the family.
+
+        The Euclidean gradient where a family has no metric of its own.
+        """
+        return self.pullback(params, draws, target, groups=groups)
+
+    def make_cache(self, params: PyTree) -> PyTree:
+        """Return what `transform` can take over from step to step; nothing for most families."""
+        del params
+        return ()
+
+    def apply_updates(
+        self, params: PyTree, cache: PyTree, updates: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Add the optimiser's updates, given in the coordinates of `ascent`.
+
+        Return the parameters and their cache.
+        """
+        return jax.tree_util.tree_map(jnp.add, params, updates), cache
+
+    def update_rules(self, params: PyTree, groups: int) -> UpdateRules:
+        """Say how to treat each parameter where a step has `groups` independent draws.
+
+        Plain Adam where a family does not say otherwise.
+        """
+        del groups
+        return UpdateRules.plain(params)
+
+
+class AbstractFamily(AbstractUpdateRules, AbstractMoments):
+    """A variational family: a distribution, its moments and its update rules.
+
+    A family holds no loop, optimiser, trace or file. Its arrays are fixed coordinates, masks and
+    constants of the objective; parameters are values beside it. Programs take a family as an
+    argument, so that constants which are arrays can change without a compilation.
+
+    The class has an attribute `Settings`, a frozen dataclass of hashable values with a default
+    each. Its fields carry the names of the configuration's fields, by which `config` fills them.
+    """
+
+    Settings: ClassVar[type]
+    # Nats of ELBO over the window of the stopping rule below which more steps would not change llc.
+    # Half of it runs steps that no estimate shows, twice of it stops fits a tenth of a nat early.
+    negligible_gain: ClassVar[float] = 0.5
+
+    @classmethod
+    @abc.abstractmethod
+    def create(cls, settings: Any, geometry: Geometry) -> "AbstractFamily":
+        """Build the family of one problem from its `Settings` and the start of the fit."""
+
+    @classmethod
+    def check(cls, settings: Any, dim: int) -> None:
+        """Refuse settings that cannot be met in `dim` dimensions, before anything compiles.
+
+        Raises:
+            ConfigError: If there is such a setting.
+        """
+        del settings, dim
 
     @abc.abstractmethod
     def init(
@@ -209,119 +282,72 @@ class AbstractFamily(eqx.Module):
 
     @abc.abstractmethod
     def widened(self, params: PyTree, shift: Scalar) -> PyTree:
-        """Return the parameters of q as a whole scaled by exp(shift), from a start about the center."""
+        """Return the parameters of q with every displacement scaled by exp(shift).
 
-    @abc.abstractmethod
-    def trusting(self, trusted: Bool[Array, ""]) -> "AbstractFamily":
-        """Return the family as it learns from a start that already agrees with the loss, where `trusted`."""
-
-    @abc.abstractmethod
-    def draw_noise(self, key: Key, num: int, block: Array | int = 0) -> PyTree[Array]:
-        """Draw what `num` independent draws are made of, from the key's counters `block` to `block + NOISE_BLOCKS`."""
-
-    @abc.abstractmethod
-    def transform(
-        self, params: PyTree, noise: PyTree, *, mirror: bool, cache: PyTree = None
-    ) -> Draws:
-        """Turn noise to draws.
-
-        With `mirror`, follow them by their mirror images about the means.
+        q is that of `init`, whose mean is w*.
         """
 
-    def sample(
-        self, params: PyTree, key: Key, num_draws: int, *, antithetic: bool, block: Array | int = 0
-    ) -> Draws:
-        """Draw `num_draws` times, in mirrored pairs (draw i with draw i + num_draws/2) if the number is even."""
-        groups = num_groups(num_draws, antithetic)
-        return self.transform(
-            params, self.draw_noise(key, groups, block), mirror=groups < num_draws
-        )
+    def with_slow_start(self, slow: Bool[Array, ""]) -> "AbstractFamily":
+        """Return the family with smaller learning rates where `slow` is true.
 
-    @abc.abstractmethod
-    def make_cache(self, params: PyTree) -> PyTree:
-        """Return what `transform` can take over from step to step.
-
-        None gives the same draws without it.
+        It is true where the start agrees with the loss. Minibatch noise can then only make worse
+        what was computed from all data at once.
         """
+        del slow
+        return self
 
-    @abc.abstractmethod
-    def log_prob(self, params: PyTree, displacement: Float[Array, " dim"]) -> Scalar:
-        """Evaluate the normalised log density of w at `center + displacement`."""
+    def annealed(self, temperature: Scalar, entropy_bonus: Scalar) -> "AbstractFamily":
+        """Return the family at a temperature of its mixture weights and an entropy bonus.
 
-    @abc.abstractmethod
-    def pullback(
-        self,
-        params: PyTree,
-        draws: Draws,
-        log_density: Float[Array, " draws"],
-        log_density_grad: Float[Array, "draws dim"],
-        baseline: Scalar,
-        *,
-        antithetic: bool,
-    ) -> PyTree:
-        """Average over the draws the Euclidean gradient of the ELBO given log p and its gradient at each."""
-
-    @abc.abstractmethod
-    def ascent(
-        self,
-        params: PyTree,
-        draws: Draws,
-        log_density: Float[Array, " draws"],
-        log_density_grad: Float[Array, "draws dim"],
-        baseline: Scalar,
-        *,
-        antithetic: bool,
-    ) -> PyTree:
-        """Return the ascent direction that the optimiser takes.
-
-        The same gradient in the family's own metric.
+        A family without mixture weights has no use for the temperature.
         """
+        del temperature
+        return dataclasses.replace(self, entropy_bonus=entropy_bonus)
 
-    @abc.abstractmethod
-    def apply_updates(
-        self, params: PyTree, cache: PyTree, updates: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        """Add the optimiser's updates, given in the coordinates of `ascent`.
+    def log_weights(self, params: PyTree) -> Float[Array, " comp"]:
+        """Evaluate the log weights of the mixture's components; one component of weight 1 here."""
+        del params
+        return jnp.zeros(1, self.scale.dtype)
 
-        Return the cache of the sum with it.
-        """
+    def pruned(self, params: PyTree, keep: Bool[Array, " comp"]) -> PyTree:
+        """Return the parameters with no weight left for the components that are not kept."""
+        del keep
+        return params
 
-    @abc.abstractmethod
-    def update_rules(self, groups: int) -> UpdateRules:
-        """Say how the optimiser treats each parameter where a step has `groups` independent draws."""
-
-    @abc.abstractmethod
-    def second_moment(self, params: PyTree) -> SecondMoment:
-        """Return E_q[v v^T] as a diagonal plus a low rank."""
-
-    @abc.abstractmethod
-    def control_variates(
-        self, params: PyTree, draws: Draws
-    ) -> tuple[Float[Array, "draws columns"], Float[Array, " columns"]]:
-        """Return functions of the draws, quadratic in v, and their exact expectations."""
-
-    @abc.abstractmethod
-    def linear_map(self, params: PyTree) -> LinearMap:
-        """Return q's mean and a root of its covariance.
-
-        What makes the posterior round as far as q knows it.
-        """
-
-    @abc.abstractmethod
     def resp_entropy(self, draws: Draws) -> Float[Array, " draws"]:
-        """Return how undecided it is, in nats, which component each draw belongs to.
+        """Return how undecided it is, in nats, which component each draw belongs to."""
+        return jnp.zeros_like(draws.log_prob)
 
-        0 where there is one.
-        """
-
-    @abc.abstractmethod
     def step_statistics(self, params: PyTree, draws: Draws) -> dict[str, Scalar]:
         """Return cheap scalars to trace at every step."""
+        del params, draws
+        one, zero = jnp.ones((), self.scale.dtype), jnp.zeros((), self.scale.dtype)
+        return {
+            "resp_entropy": zero,
+            "pi_min": one,
+            "pi_max": one,
+            "pi_entropy": zero,
+            "cholesky_ridge": zero,
+        }
 
-    @abc.abstractmethod
     def slow_statistics(self, params: PyTree) -> dict[str, Scalar]:
         """Return scalars that cost a pass over the parameters, traced every `eval_every` steps."""
+        deviation = self.deviations(params)
+        return {
+            "D_sqrt_min": jnp.min(deviation),
+            "D_sqrt_max": jnp.max(deviation),
+            "D_sqrt_med": upper_median(deviation),
+            "A_col_norm_p95": jnp.zeros((), deviation.dtype),
+            "A_col_norm_max": jnp.zeros((), deviation.dtype),
+        }
 
-    @abc.abstractmethod
     def summary_arrays(self, params: PyTree) -> dict[str, Array]:
-        """Return small arrays that describe the fitted q (weights, standard deviations)."""
+        """Return small arrays that describe the fitted q: weights and standard deviations."""
+        return {"pi": jnp.exp(self.log_weights(params)), "D_sqrt": self.deviations(params)}
+
+    def deviations(self, params: PyTree) -> Float[Array, " dim"]:
+        """Return standard deviations in model coordinates, as the statistics report them.
+
+        Those of the marginals about w* where a family has no diagonal factor of its own.
+        """
+        return jnp.sqrt(self.second_moment(params).marginal())

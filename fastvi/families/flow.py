@@ -9,27 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError
-from fastvi._typing import Array, Float, Key, PyTree, Scalar
-from fastvi.config.basis import Basis
+from fastvi._typing import Array, Float, Key, Scalar
 from fastvi.families.backends import AbstractBackend, find_backend
-from fastvi.families.backends.base import standard_log_prob
-from fastvi.families.base import (
-    AbstractFamily,
-    Annealed,
-    Draws,
-    Geometry,
-    LinearMap,
-    SecondMoment,
-    UpdateRules,
-)
+from fastvi.families.backends.base import FlowSettings, standard_log_prob
+from fastvi.families.base import AbstractFamily, Draws, Geometry, slow_start_factor
+from fastvi.families.basis import Basis
 from fastvi.families.lift import Lift, Lifted, LiftParams, core_root, make_frame
+from fastvi.families.moments import LinearMap, SecondMoment, symmetric_root
+from fastvi.families.updates import UpdateRules
 from fastvi.kernels.noise import normal
 
 FRAME_SEED, MOMENT_SEED = 1, 2
 # latent draws that stand for the latent distribution in moments; no loss is evaluated at them
 MOMENT_DRAWS = 4096
 SCALE_DRAWS = 256  # the same for traces
-TRUSTED_RATE = 0.25  # factor on the linear map's rates where the start agrees with the loss at once
 # a row of the root has `frame` entries, so equal steps per entry would turn it by sqrt(frame) steps
 ROOT_RATE = 5.0
 # Factor on the learning rate for the flow's own parameters, and the damping of Adam for them. Few
@@ -38,6 +31,49 @@ ROOT_RATE = 5.0
 FLOW_RATE, FLOW_DAMPING = 0.25, 1e-8
 SPLINE_RATE, SPLINE_DAMPING = 0.05, 1e-2
 LIFT_DAMPING = 0.05  # of natural gradients, which are O(1) off the optimum
+
+
+# d_latent="auto": all of up to so many dimensions, else so few. A flow on more than 64 coordinates
+# costs more than the gradient of a small network (bench/results/flow_step.csv).
+FULL_LATENT_DIM, AUTO_LATENT_DIM = 64, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowFamilySettings:
+    """What the flow family reads of the configuration, under the names of its fields.
+
+    Attributes:
+        backend: Name of a library of flows.
+        flow: The flow's architecture.
+        d_latent: Coordinates that the flow acts on; "auto": as many as a flow handles well.
+        latent_basis: "curvature", "random" or the columns that span these coordinates.
+        lift: "core" for the curvature's core beside the flow, "injective" for isotropic noise.
+        means: "shared", or "center" for q about w*.
+        sigma_perp: Standard deviation off the frame at the start, in units of the whitener; None:
+            that of the start.
+        learn_sigma_perp: Whether it is learned.
+        entropy_bonus: lambda_H in the objective; 0 where it ends during the fit.
+        entropy_bonus_steps: Steps after which the bonus ends; None: it stays.
+    """
+
+    backend: str = "native"
+    flow: FlowSettings = FlowSettings()
+    d_latent: str | int = "auto"
+    latent_basis: str | Basis = "curvature"
+    lift: str = "core"
+    means: str = "shared"
+    sigma_perp: float | None = None
+    learn_sigma_perp: bool = True
+    entropy_bonus: float = 0.0
+    entropy_bonus_steps: int | None = None
+
+    def latent_dim(self, dim: int) -> int:
+        """Count the coordinates that the flow acts on, of `dim`."""
+        if isinstance(self.d_latent, int):
+            return self.d_latent
+        if isinstance(self.latent_basis, Basis):
+            return self.latent_basis.columns.shape[1]
+        return dim if dim <= FULL_LATENT_DIM else AUTO_LATENT_DIM
 
 
 class FlowParams(NamedTuple):
@@ -72,65 +108,52 @@ class Flow(AbstractFamily):
         scale: S^{-1}, the model-space length of one whitened unit.
         unit: Length of a whitened unit in the coordinates of the whitener alone.
         lift: The linear map.
-        trust: Factor on the linear map's learning rates: small where the start is trusted.
+        lr_factor: Factor on the linear map's learning rates.
         backend: The flow.
         free_mean: Whether the mean is learned.
         learn_sigma: Whether the standard deviation off the frame is learned.
         sigma: Its value at the start, in units of `unit`; None: 1.
         entropy_bonus: lambda_H in the objective E[ell] - (1 + lambda_H) E[log q].
-        annealed: Entropy bonus of the current step, in place of the field above.
     """
 
-    negligible_gain: ClassVar[float] = 0.05
+    Settings: ClassVar = FlowFamilySettings
+    negligible_gain: ClassVar[float] = 0.05  # a flow goes on learning in gains that are a tenth
     scale: Float[Array, " dim"]
     unit: Scalar
     lift: Lift
-    trust: Scalar
+    lr_factor: Scalar
     backend: AbstractBackend = eqx.field(static=True)
     free_mean: bool = eqx.field(static=True)
     learn_sigma: bool = eqx.field(static=True, default=True)
     sigma: float | None = eqx.field(static=True, default=None)
-    entropy_bonus: float = eqx.field(static=True, default=0.0)
-    annealed: Annealed | None = None
-
-    @property
-    def entropy_weight(self) -> Any:
-        """Weight of -log q in the objective: 1 + lambda_H in effect."""
-        return 1 + (self.entropy_bonus if self.annealed is None else self.annealed.entropy_bonus)
+    entropy_bonus: Scalar | float = 0.0
 
     @classmethod
-    def create(cls, config, geometry: Geometry):
+    def create(cls, settings: FlowFamilySettings, geometry: Geometry) -> "Flow":
         """Build the family on the leading curvature directions; see `AbstractFamily.create`."""
-        config, dim, dtype = config.filled, geometry.scale.size, geometry.scale.dtype
-        latent, key = config.latent_dim(dim), jax.random.key(FRAME_SEED)
-        core, leading = geometry.core, jnp.zeros((0, dim), dtype)
-        if isinstance(config.latent_basis, Basis):
-            leading = jnp.asarray(config.latent_basis.columns.T, dtype) / geometry.scale
-        elif config.latent_basis == "random":
-            leading = normal(key, (latent, dim), dtype)
-        beyond = 0 if config.lift == "injective" else core.shape[0]
-        size = min(dim, max(latent, leading.shape[0] + beyond))
-        if size == dim and (config.sigma_perp is not None or not config.learn_sigma_perp):
-            raise ConfigError(
-                f"sigma_perp and learn_sigma_perp must be left out where the flow ({latent}) and "
-                "the core "
-                f"({core.shape[0]}) cover all d = {dim} dimensions: drop them, or give a smaller "
-                "curvature_rank."
-            )
-        # Where the flow covers everything the model's own coordinates, layer by layer, suit its
-        # masks best.
-        whole = latent == dim and config.latent_basis == "curvature"
+        dtype, ends = geometry.scale.dtype, settings.entropy_bonus_steps is not None
         return cls(
             scale=geometry.scale,
             unit=geometry.unit,
-            lift=Lift(jnp.eye(dim, dtype=dtype) if whole else make_frame(leading, core, size, key)),
-            trust=jnp.ones((), dtype),
-            backend=find_backend(config.backend)(latent, config.flow),
-            free_mean=config.means != "center" and config.lift == "core",
-            learn_sigma=config.learn_sigma_perp,
-            sigma=config.sigma_perp,
-            entropy_bonus=0.0 if config.entropy_bonus_steps is not None else config.entropy_bonus,
+            lift=Lift(_frame(settings, geometry)),
+            lr_factor=jnp.ones((), dtype),
+            backend=_make_backend(settings, geometry.scale.size),
+            free_mean=settings.means != "center" and settings.lift == "core",
+            learn_sigma=settings.learn_sigma_perp,
+            sigma=settings.sigma_perp,
+            entropy_bonus=jnp.asarray(0.0 if ends else settings.entropy_bonus, dtype),
         )
+
+    @classmethod
+    def check(cls, settings: FlowFamilySettings, dim: int) -> None:
+        """Refuse a flow that the backend does not have; see `AbstractFamily.check`."""
+        latent, basis = settings.latent_dim(dim), settings.latent_basis
+        if isinstance(basis, Basis) and basis.columns.shape != (dim, latent):
+            raise ConfigError(
+                f"latent_basis must be an array of shape (dim={dim}, d_latent={latent}); got "
+                f"{basis!r}: give one column for each latent dimension."
+            )
+        _make_backend(settings, dim)
 
     @property
     def latent_dim(self) -> int:
@@ -142,11 +165,9 @@ class Flow(AbstractFamily):
         """Count the mean, the latent directions and the frame."""
         return 1 + self.latent_dim + self.lift.frame.shape[0]
 
-    def trusting(self, trusted):
-        """Slow the linear map down; see `AbstractFamily.trusting`."""
-        return dataclasses.replace(
-            self, trust=jnp.where(trusted, TRUSTED_RATE, 1.0).astype(self.trust.dtype)
-        )
+    def with_slow_start(self, slow):
+        """Slow the linear map down; see `AbstractFamily.with_slow_start`."""
+        return dataclasses.replace(self, lr_factor=slow_start_factor(slow, self.scale.dtype))
 
     def init(self, key, core, log_scale, block=0) -> FlowParams:
         """Start at the given core and mean log scale, the flow near the identity."""
@@ -198,11 +219,6 @@ class Flow(AbstractFamily):
             record=Record(lifted, latent, log_det, score, pull),
         )
 
-    def make_cache(self, params):
-        """Return nothing; see `AbstractFamily.make_cache`."""
-        del params
-        return ()
-
     def log_prob(self, params: FlowParams, displacement: Float[Array, " dim"]):
         """Evaluate log q; see `AbstractFamily.log_prob`."""
         latent, rest = self.lift.pull(params.lift, displacement / self.scale)
@@ -210,26 +226,20 @@ class Flow(AbstractFamily):
         own = self.backend.log_prob(params.flow, z[None])[0] + standard_log_prob(other)
         return own + rest - jnp.sum(jnp.log(self.scale))
 
-    def pullback(
-        self, params, draws, log_density, log_density_grad, baseline, *, antithetic
-    ) -> FlowParams:
-        """Return the STL gradient; see `AbstractFamily.pullback`."""
-        del log_density, baseline, antithetic
+    def pullback(self, params, draws, target, *, groups) -> FlowParams:
+        """Return the STL gradient; see `AbstractDistribution.pullback`."""
+        del groups
         record = draws.record
-        cotangents = self.scale * log_density_grad - self.entropy_weight * record.score
+        cotangents = self.scale * target.gradient - self.entropy_weight * record.score
         lift, latent = self.lift.gradient(params.lift, record.lifted, record.latent, cotangents)
         (flow,) = record.pull(latent[:, : self.latent_dim] / latent.shape[0])
         if not self.learn_sigma:
             lift = lift._replace(log_sigma=jnp.zeros_like(lift.log_sigma))
         return FlowParams(lift, flow)
 
-    def ascent(
-        self, params, draws, log_density, log_density_grad, baseline, *, antithetic
-    ) -> FlowParams:
+    def ascent(self, params, draws, target, *, groups) -> FlowParams:
         """Return the natural direction of the linear map beside the gradient of the flow."""
-        gradient = self.pullback(
-            params, draws, log_density, log_density_grad, baseline, antithetic=antithetic
-        )
+        gradient = self.pullback(params, draws, target, groups=groups)
         return gradient._replace(lift=self.lift.natural(params.lift, gradient.lift))
 
     def apply_updates(self, params: FlowParams, cache, updates: FlowParams):
@@ -237,24 +247,21 @@ class Flow(AbstractFamily):
         flow = jax.tree_util.tree_map(jnp.add, params.flow, updates.flow)
         return FlowParams(self.lift.moved(params.lift, updates.lift), flow), cache
 
-    def update_rules(self, groups: int) -> UpdateRules:
+    def update_rules(self, params: FlowParams, groups: int) -> UpdateRules:
         """Treat the linear map as a Gaussian's, the flow's networks as networks."""
         del groups
-        root = min(1.0, ROOT_RATE / float(np.sqrt(self.lift.frame.shape[0]))) * self.trust
-        splines = self.backend.config.template in ("spline_coupling", "nsf_ar")
-        rate, damping = (SPLINE_RATE, SPLINE_DAMPING) if splines else (FLOW_RATE, FLOW_DAMPING)
-        rates = LiftParams(offsets=self.trust, log_sigma=self.trust, root=root)
-        return UpdateRules(
-            rates=FlowParams(rates, self._each(rate)),
-            shared_rows=FlowParams(
-                LiftParams(offsets=True, log_sigma=False, root=False), self._each(False)
-            ),
-            blocked=FlowParams(LiftParams(False, False, False), self._each(False)),
-            damping=FlowParams(LiftParams(*(LIFT_DAMPING,) * 3), self._each(damping)),
+        root = min(1.0, ROOT_RATE / float(np.sqrt(self.lift.frame.shape[0]))) * self.lr_factor
+        rate, damping = (
+            (SPLINE_RATE, SPLINE_DAMPING)
+            if self.backend.settings.has_splines
+            else (FLOW_RATE, FLOW_DAMPING)
         )
-
-    def _each(self, value) -> PyTree:
-        return jax.tree_util.tree_map(lambda _: value, self.backend.structure)
+        lift = UpdateRules.plain(params.lift, damping=LIFT_DAMPING)._replace(
+            rates=LiftParams(offsets=self.lr_factor, log_sigma=self.lr_factor, root=root),
+            shared_rows=LiftParams(offsets=True, log_sigma=False, root=False),
+        )
+        flow = UpdateRules.plain(params.flow, rate, damping)
+        return UpdateRules(*map(FlowParams, lift, flow))
 
     def _latent_draws(self, params: FlowParams, num: int) -> Float[Array, "draws latent"]:
         """Draw the flow's own coordinates, in mirrored pairs; the same noise in every call."""
@@ -296,8 +303,7 @@ class Flow(AbstractFamily):
         mean = jnp.mean(draws, axis=0)
         along, other = (draws - mean) @ lift.root[:, :count].T, lift.root[:, count:]
         covariance = along.T @ along / draws.shape[0] + other @ other.T
-        values, vectors = jnp.linalg.eigh(covariance / sigma**2)
-        root = (vectors * jnp.sqrt(jnp.maximum(values, 0.0))) @ vectors.T
+        root = symmetric_root(covariance / sigma**2)
         center = lift.offsets.sum(0) + (lift.root[:, :count] @ mean) @ self.lift.frame
         stretch = root - jnp.eye(root.shape[0], dtype=root.dtype)
         return LinearMap(self.scale * center, self.scale * sigma, self.lift.frame, stretch)
@@ -333,46 +339,23 @@ class Flow(AbstractFamily):
         )
         return -0.5 * columns, jnp.zeros(3, columns.dtype)
 
-    def resp_entropy(self, draws: Draws):
-        """Return zeros: a flow has one component."""
-        return jnp.zeros_like(draws.log_prob)
-
     def step_statistics(self, params: FlowParams, draws: Draws):
-        """Trace the flow's log-determinant and sigma.
-
-        A flow has one component, whose weight is 1.
-        """
-        one, zero = jnp.ones((), self.scale.dtype), jnp.zeros((), self.scale.dtype)
-        return {
-            "resp_entropy": zero,
-            "pi_min": one,
-            "pi_max": one,
-            "pi_entropy": zero,
-            "cholesky_ridge": zero,
-            "sigma_perp": self._sigma_perp(params),
+        """Add the flow's log-determinant and sigma."""
+        return super().step_statistics(params, draws) | {
+            "sigma_perp": self.unit * jnp.exp(params.lift.log_sigma),
             "latent_logdet_mean": jnp.mean(draws.record.log_det),
-            "d_latent": self.latent_dim * one,
+            "d_latent": jnp.asarray(self.latent_dim, self.scale.dtype),
         }
-
-    def _sigma_perp(self, params):
-        return self.unit * jnp.exp(params.lift.log_sigma)
 
     def slow_statistics(self, params: FlowParams):
-        """Trace standard deviations.
-
-        Off the frame in model coordinates, and along it in the whitener's.
-        """
-        deviation = self.scale * jnp.exp(params.lift.log_sigma)
+        """Add standard deviations along the frame, in the coordinates of the whitener."""
         along = self.unit * jnp.sqrt(jnp.diagonal(self._latent_covariance(params, SCALE_DRAWS)))
-        return {
-            "D_sqrt_min": jnp.min(deviation),
-            "D_sqrt_max": jnp.max(deviation),
-            "D_sqrt_med": jnp.sort(deviation)[deviation.size // 2],
-            "A_col_norm_p95": jnp.zeros((), deviation.dtype),
-            "A_col_norm_max": jnp.zeros((), deviation.dtype),
-            "latent_scale_min": jnp.min(along),
-            "latent_scale_max": jnp.max(along),
-        }
+        extremes = {"latent_scale_min": jnp.min(along), "latent_scale_max": jnp.max(along)}
+        return super().slow_statistics(params) | extremes
+
+    def deviations(self, params: FlowParams):
+        """Return the standard deviations off the frame in model coordinates."""
+        return self.scale * jnp.exp(params.lift.log_sigma)
 
     def _latent_covariance(self, params, num):
         """Return the covariance of u along the frame's leading directions."""
@@ -382,9 +365,37 @@ class Flow(AbstractFamily):
         return centred.T @ centred / num
 
     def summary_arrays(self, params: FlowParams):
-        """Return pi, D^{1/2} in model coordinates and the covariance along the frame's leading directions."""
-        return {
-            "pi": jnp.ones(1, self.scale.dtype),
-            "D_sqrt": self.scale * jnp.exp(params.lift.log_sigma),
-            "latent_covariance": self.unit**2 * self._latent_covariance(params, MOMENT_DRAWS),
-        }
+        """Add the covariance along the frame's leading directions."""
+        covariance = self.unit**2 * self._latent_covariance(params, MOMENT_DRAWS)
+        return super().summary_arrays(params) | {"latent_covariance": covariance}
+
+
+def _make_backend(settings: FlowFamilySettings, dim: int) -> AbstractBackend:
+    return find_backend(settings.backend)(settings.latent_dim(dim), settings.flow)
+
+
+def _frame(settings: FlowFamilySettings, geometry: Geometry) -> Float[Array, "frame dim"]:
+    """Return orthonormal rows that begin with the latent directions and hold the core's.
+
+    Raises:
+        ConfigError: If they leave no direction for the noise that the settings describe.
+    """
+    core, (dim,), dtype = geometry.core, geometry.scale.shape, geometry.scale.dtype
+    latent, key = settings.latent_dim(dim), jax.random.key(FRAME_SEED)
+    leading = jnp.zeros((0, dim), dtype)
+    if isinstance(settings.latent_basis, Basis):
+        leading = jnp.asarray(settings.latent_basis.columns.T, dtype) / geometry.scale
+    elif settings.latent_basis == "random":
+        leading = normal(key, (latent, dim), dtype)
+    beside = 0 if settings.lift == "injective" else core.shape[0]
+    size = min(dim, max(latent, leading.shape[0] + beside))
+    if size == dim and (settings.sigma_perp is not None or not settings.learn_sigma_perp):
+        raise ConfigError(
+            f"sigma_perp and learn_sigma_perp must be left out where the flow ({latent}) and the "
+            f"core ({core.shape[0]}) cover all d = {dim} dimensions: drop them, or give a smaller "
+            "curvature_rank."
+        )
+    if latent == dim and settings.latent_basis == "curvature":
+        # the masks of a flow on all coordinates suit the model's own, layer by layer
+        return jnp.eye(dim, dtype=dtype)
+    return make_frame(leading, core, size, key)

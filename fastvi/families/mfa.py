@@ -11,22 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Key, Scalar
-from fastvi.config import VIConfig
-from fastvi.families.base import (
-    AbstractFamily,
-    Annealed,
-    Blocks,
-    Draws,
-    Geometry,
-    LinearMap,
-    Outer,
-    SecondMoment,
-    UpdateRules,
-    num_groups,
-)
+from fastvi.families.base import AbstractFamily, Draws, Geometry, slow_start_factor
+from fastvi.families.moments import LinearMap, SecondMoment, symmetric_root
+from fastvi.families.updates import Blocks, Outer, UpdateRules
 from fastvi.kernels import mixture_grad, woodbury
 from fastvi.kernels.noise import normal, words
-from fastvi.kernels.order import upper_median
 from fastvi.kernels.triangular import inverse_root
 from fastvi.kernels.woodbury import Draw, Mixture, Noise
 
@@ -38,7 +27,47 @@ MAX_BLOCKS = (
     2  # independent draws of a step up to which each moves the factors of its own component alone
 )
 DAMPING = 0.05  # entries of natural gradients are O(1) off the optimum
-TRUSTED_RATE = 0.25  # factor on learning rates where the start agrees with the loss at once
+
+
+@dataclasses.dataclass(frozen=True)
+class MFASettings:
+    """What the mixture reads of the configuration, under the names of its fields.
+
+    Attributes:
+        M: Number of components.
+        r: Rank of each component, cut to the dimension.
+        r_per_component: Ranks of the components in place of `r`; None: all have rank `r`.
+        means: "shared", "center" or "component".
+        alpha_temperature: T in pi = softmax(logits / T); 1 where it falls during the fit.
+        alpha_temperature_frac: Share of the steps in which the temperature falls to 1; 0: it stays.
+        alpha_dirichlet_prior: alpha_0 of the prior on pi; None: 1, no prior.
+        entropy_bonus: lambda_H in the objective; 0 where it ends during the fit.
+        entropy_bonus_steps: Steps after which the bonus ends; None: it stays.
+        mixture_cap: Most components that pruning keeps; None: no bound.
+        prune_threshold: Least weight that pruning keeps; None: no bound.
+    """
+
+    M: int = 8
+    r: int = 2
+    r_per_component: tuple[int, ...] | None = None
+    means: str = "shared"
+    alpha_temperature: float = 1.0
+    alpha_temperature_frac: float = 0.0
+    alpha_dirichlet_prior: float | None = None
+    entropy_bonus: float = 0.0
+    entropy_bonus_steps: int | None = None
+    mixture_cap: int | None = None
+    prune_threshold: float | None = None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each component."""
+        return (self.r,) * self.M if self.r_per_component is None else self.r_per_component
+
+    @property
+    def prunes(self) -> bool:
+        """Whether components are pruned during the fit."""
+        return self.mixture_cap is not None or self.prune_threshold is not None
 
 
 class MFAParams(NamedTuple):
@@ -81,9 +110,7 @@ class MFA(AbstractFamily):
     Attributes:
         scale: S^{-1}, the model-space length of one whitened unit.
         core_mask: 1 for rows of the core in use, 0 for padding.
-        trust: Factor on the learning rates of all but the logits: small where the start is trusted,
-            whose precision is known from all data at once and which minibatch noise can only make
-            worse.
+        lr_factor: Factor on the learning rates of all but the logits.
         ranks: Columns in use for each component.
         means: "shared", "center" or "component".
         noise_size: Normals drawn for the core, at least its rows: draws do not depend on the
@@ -92,52 +119,50 @@ class MFA(AbstractFamily):
         dirichlet: alpha_0 of the prior on pi (1: none).
         entropy_bonus: lambda_H in the objective E[ell] - (1 + lambda_H) E[log q].
         prunes: Whether logits may be minus infinity: components without weight.
-        annealed: Temperature and entropy bonus of the current step, in place of the fields above.
     """
 
-    negligible_gain: ClassVar[float] = 0.5
+    Settings: ClassVar = MFASettings
     scale: Float[Array, " dim"]
     core_mask: Float[Array, " core"]
-    trust: Scalar
+    lr_factor: Scalar
     ranks: tuple[int, ...] = eqx.field(static=True)
     means: str = eqx.field(static=True)
     noise_size: int = eqx.field(static=True)
-    temperature: float = eqx.field(static=True, default=1.0)
-    dirichlet: float = eqx.field(static=True, default=1.0)
-    entropy_bonus: float = eqx.field(static=True, default=0.0)
     prunes: bool = eqx.field(static=True, default=False)
-    annealed: Annealed | None = None
+    temperature: Scalar | float = 1.0
+    dirichlet: Scalar | float = 1.0
+    entropy_bonus: Scalar | float = 0.0
 
-    @property
-    def heat(self) -> Any:
-        """Temperature in effect."""
-        return self.temperature if self.annealed is None else self.annealed.temperature
+    @classmethod
+    def create(cls, settings: MFASettings, geometry: Geometry) -> "MFA":
+        """Build the family; see `AbstractFamily.create`."""
+        dim, dtype = geometry.scale.size, geometry.scale.dtype
+        falls, ends = settings.alpha_temperature_frac > 0, settings.entropy_bonus_steps is not None
+        prior = settings.alpha_dirichlet_prior
+        return cls(
+            scale=geometry.scale,
+            lr_factor=jnp.ones((), dtype),
+            core_mask=(jnp.arange(geometry.core.shape[0]) < geometry.rank).astype(dtype),
+            ranks=tuple(min(rank, dim) for rank in settings.ranks),
+            means=settings.means,
+            noise_size=geometry.noise_size,
+            prunes=settings.prunes,
+            temperature=jnp.asarray(1.0 if falls else settings.alpha_temperature, dtype),
+            dirichlet=jnp.asarray(1.0 if prior is None else prior, dtype),
+            entropy_bonus=jnp.asarray(0.0 if ends else settings.entropy_bonus, dtype),
+        )
 
-    @property
-    def entropy_weight(self) -> Any:
-        """Weight of -log q in the objective: 1 + lambda_H in effect."""
-        return 1 + (self.entropy_bonus if self.annealed is None else self.annealed.entropy_bonus)
+    def annealed(self, temperature, entropy_bonus):
+        """Set both; see `AbstractFamily.annealed`."""
+        return dataclasses.replace(self, temperature=temperature, entropy_bonus=entropy_bonus)
 
     def log_weights(self, params: MFAParams) -> Float[Array, " comp"]:
         """Evaluate log pi."""
-        return jax.nn.log_softmax(params.logits / self.heat)
+        return jax.nn.log_softmax(params.logits / self.temperature)
 
-    @classmethod
-    def create(cls, config: VIConfig, geometry: Geometry) -> "MFA":
-        """Build the family; see `AbstractFamily.create`."""
-        config, dim, dtype = config.filled, geometry.scale.size, geometry.scale.dtype
-        return cls(
-            scale=geometry.scale,
-            trust=jnp.ones((), dtype),
-            core_mask=(jnp.arange(geometry.core.shape[0]) < geometry.rank).astype(dtype),
-            ranks=tuple(min(rank, dim) for rank in config.ranks),
-            means=config.means,
-            noise_size=geometry.noise_size,
-            temperature=1.0 if config.alpha_temperature_frac > 0 else config.alpha_temperature,
-            dirichlet=1.0 if config.alpha_dirichlet_prior is None else config.alpha_dirichlet_prior,
-            entropy_bonus=0.0 if config.entropy_bonus_steps is not None else config.entropy_bonus,
-            prunes=config.prunes,
-        )
+    def pruned(self, params: MFAParams, keep) -> MFAParams:
+        """Give the others a logit of minus infinity, which no gradient brings back."""
+        return params._replace(logits=jnp.where(keep, params.logits, -jnp.inf))
 
     @property
     def num_components(self) -> int:
@@ -149,12 +174,10 @@ class MFA(AbstractFamily):
         """Count core rows, factor rows and means."""
         return self.core_mask.size + self.num_components * max(self.ranks) + self.num_offsets
 
-    def trusting(self, trusted):
-        """Slow down where there is a core to keep; see `AbstractFamily.trusting`."""
-        slow = trusted & (jnp.sum(self.core_mask) > 0)
-        return dataclasses.replace(
-            self, trust=jnp.where(slow, TRUSTED_RATE, 1.0).astype(self.trust.dtype)
-        )
+    def with_slow_start(self, slow):
+        """Slow down where there is a core to keep; see `AbstractFamily.with_slow_start`."""
+        slow = slow & (jnp.sum(self.core_mask) > 0)
+        return dataclasses.replace(self, lr_factor=slow_start_factor(slow, self.scale.dtype))
 
     @property
     def num_offsets(self) -> int:
@@ -274,28 +297,23 @@ class MFA(AbstractFamily):
             jnp.log(self.scale)
         )
 
-    def pullback(
-        self, params, draws, log_density, log_density_grad, baseline, *, antithetic
-    ) -> MFAParams:
-        """Return the STL and Rao-Blackwellised gradient; see `AbstractFamily.pullback`."""
-        mean = _mean_over_draws(self._pull_each(params, draws, log_density_grad, "euclidean"))
-        logits = self._logit_gradient(params, draws, log_density, baseline, antithetic)
+    def pullback(self, params, draws, target, *, groups) -> MFAParams:
+        """Return the STL and Rao-Blackwellised gradient; see `AbstractDistribution.pullback`."""
+        mean = _mean_over_draws(self._pull_each(params, draws, target.gradient, "euclidean"))
+        logits = self._logit_gradient(params, draws, target, groups)
         return self._restrict(params, MFAParams(logits, *mean[1:]))
 
-    def ascent(
-        self, params, draws, log_density, log_density_grad, baseline, *, antithetic
-    ) -> MFAParams:
+    def ascent(self, params, draws, target, *, groups) -> MFAParams:
         """Return the natural direction, factors as blocks for the few labels drawn.
 
-        See `AbstractFamily.ascent`.
+        See `AbstractUpdateRules.ascent`.
         """
         noise = draws.record.noise
-        groups = num_groups(noise.label.size, antithetic)
-        logits = self._logit_gradient(params, draws, log_density, baseline, antithetic)
+        logits = self._logit_gradient(params, draws, target, groups)
         if groups > MAX_BLOCKS:
-            mean = _mean_over_draws(self._pull_each(params, draws, log_density_grad, "natural"))
+            mean = _mean_over_draws(self._pull_each(params, draws, target.gradient, "natural"))
             return self._restrict(params, MFAParams(logits, *mean[1:]))
-        each = self._pull_each(params, draws, log_density_grad, "natural", mixture_grad.directions)
+        each = self._pull_each(params, draws, target.gradient, "natural", mixture_grad.directions)
         labels, terms = noise.label[:groups], len(each) // groups
         left = jnp.stack([noise.z[index::groups] for index in range(groups)]) / terms
         right = jnp.stack([one.factors for one in each]).reshape(terms, groups, -1)
@@ -331,12 +349,11 @@ class MFA(AbstractFamily):
             factors=None if gradient.factors is None else self._mask(gradient.factors),
         )
 
-    def _logit_gradient(self, params, draws, log_density, baseline, antithetic):
-        """Rao-Blackwellise over the label, with a leave-one-out baseline over independent draws (or pairs)."""
-        weights = jnp.exp(self.log_weights(params))
-        value = log_density - self.entropy_weight * draws.log_prob
+    def _logit_gradient(self, params, draws, target, groups):
+        """Rao-Blackwellise over the label, with a leave-one-out baseline over independent draws."""
+        weights, baseline = jnp.exp(self.log_weights(params)), target.baseline
+        value = target.log_density - self.entropy_weight * draws.log_prob
         direction = draws.record.drawn.responsibilities - weights
-        groups = num_groups(value.shape[0], antithetic)
         value, direction = value.reshape(-1, groups), direction.reshape(-1, groups, weights.size)
         if groups > 1:
             mean = jnp.mean(value, axis=0)
@@ -344,7 +361,7 @@ class MFA(AbstractFamily):
         centred = jnp.mean(direction * (value - baseline)[..., None], axis=(0, 1))
         alive = weights > 0 if self.prunes else jnp.ones_like(weights)
         prior = (self.dirichlet - 1) * (alive - jnp.sum(alive) * weights)
-        return (centred + prior) / self.heat
+        return (centred + prior) / self.temperature
 
     def apply_updates(self, params: MFAParams, cache, updates: MFAParams):
         """Add updates: means in units of D^{1/2}, factors as blocks.
@@ -385,21 +402,20 @@ class MFA(AbstractFamily):
             cache = cache.at[label].set(product, mode="promise_in_bounds")
         return cache
 
-    def update_rules(self, groups: int) -> UpdateRules:
+    def update_rules(self, params: MFAParams, groups: int) -> UpdateRules:
         """Turn rows of core and factors by equal angles whatever the dimension, and keep their directions.
 
         With few draws a factor moves only when its component is drawn, in one of M steps, and takes
         sqrt(M) times as long a step.
         """
+        del params
         lazily = groups <= MAX_BLOCKS
-        root = float(np.sqrt(self.scale.size))
-        core = min(1.0, CORE_RATE / root) * self.trust
+        root, shared = float(np.sqrt(self.scale.size)), self.lr_factor
+        core = min(1.0, CORE_RATE / root) * shared
         stride = float(np.sqrt(self.num_components)) if lazily else 1.0
-        lazy = min(1.0, FACTOR_RATE / root) * stride * self.trust
+        lazy = min(1.0, FACTOR_RATE / root) * stride * shared
         return UpdateRules(
-            rates=MFAParams(
-                logits=1.0, offsets=self.trust, log_scale=self.trust, core=core, factors=lazy
-            ),
+            rates=MFAParams(logits=1.0, offsets=shared, log_scale=shared, core=core, factors=lazy),
             shared_rows=MFAParams(
                 logits=False, offsets=True, log_scale=False, core=True, factors=True
             ),
@@ -407,6 +423,13 @@ class MFA(AbstractFamily):
                 logits=False, offsets=False, log_scale=False, core=False, factors=lazily
             ),
             damping=MFAParams(*(DAMPING,) * 5),
+            per_component=MFAParams(
+                logits=True,
+                offsets=self.means == "component",
+                log_scale=False,
+                core=False,
+                factors=True,
+            ),
         )
 
     def second_moment(self, params: MFAParams) -> SecondMoment:
@@ -445,8 +468,7 @@ class MFA(AbstractFamily):
         core, wide = basis @ mixture.core.T, basis @ factors.T
         identity = jnp.eye(basis.shape[0], dtype=basis.dtype)
         half = inverse_root(core @ core.T).root
-        values, vectors = jnp.linalg.eigh(half.T @ half + wide @ wide.T)
-        stretch = (vectors * jnp.sqrt(jnp.maximum(values, 0.0))) @ vectors.T - identity
+        stretch = symmetric_root(half.T @ half + wide @ wide.T) - identity
         center = mixture.offsets.sum(0) if self.num_offsets < 2 else weights @ mixture.offsets
         return LinearMap(
             self.scale * center, self.scale * jnp.exp(mixture.log_scale), basis, stretch
@@ -512,35 +534,26 @@ class MFA(AbstractFamily):
 
     def slow_statistics(self, params: MFAParams):
         """Trace the spread of D^{1/2} in model coordinates and the largest factor row."""
-        deviation = self._deviation(params)
         norms = jnp.sqrt(self._factor_norm2(params))[
             np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]
         ]
-        return {
-            "D_sqrt_min": jnp.min(deviation),
-            "D_sqrt_max": jnp.max(deviation),
-            "D_sqrt_med": upper_median(deviation),
-            "A_col_norm_p95": jnp.quantile(norms, 0.95)
-            if norms.size
-            else jnp.zeros((), deviation.dtype),
-            "A_col_norm_max": jnp.max(norms, initial=0.0),
-        }
+        largest = {"A_col_norm_max": jnp.max(norms, initial=0.0)}
+        if norms.size:
+            largest["A_col_norm_p95"] = jnp.quantile(norms, 0.95)
+        return super().slow_statistics(params) | largest
 
     def _factor_norm2(self, params):
         """Return |A_m row|^2 of every component, zero for masked rows and pruned components."""
         norm2 = jnp.sum(self._mask(params.factors) ** 2, axis=-1)
         return norm2 * (params.logits > -jnp.inf)[:, None] if self.prunes else norm2
 
-    def _deviation(self, params):
+    def deviations(self, params: MFAParams):
+        """Return D^{1/2} in model coordinates."""
         return self.scale * jnp.exp(jnp.clip(params.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND))
 
     def summary_arrays(self, params: MFAParams):
-        """Return pi, D^{1/2} in model coordinates, and the squared lengths of the factors' rows."""
-        return {
-            "pi": jnp.exp(self.log_weights(params)),
-            "D_sqrt": self._deviation(params),
-            "factor_norm2": self._factor_norm2(params),
-        }
+        """Add the squared lengths of the factors' rows."""
+        return super().summary_arrays(params) | {"factor_norm2": self._factor_norm2(params)}
 
 
 def _for_each(function, stacked):

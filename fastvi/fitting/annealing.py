@@ -2,13 +2,12 @@
 
 import jax.numpy as jnp
 
-from fastvi._typing import Array, Int
+from fastvi._typing import Array, Int, Scalar
 from fastvi.config import VIConfig
-from fastvi.families.base import Annealed
 
 
-def annealed(config: VIConfig, step: Int[Array, ""]) -> Annealed:
-    """Return what holds at a step, in the fit's dtype.
+def annealed(config: VIConfig, step: Int[Array, ""]) -> tuple[Scalar, Scalar]:
+    """Return the temperature and the entropy bonus of a step, in the fit's dtype.
 
     The temperature falls linearly to 1, the bonus ends at once.
     """
@@ -21,4 +20,4 @@ def annealed(config: VIConfig, step: Int[Array, ""]) -> Annealed:
         temperature = 1 + (config.alpha_temperature - 1) * left
     if config.entropy_bonus_steps is not None:
         bonus = jnp.where(step < config.entropy_bonus_steps, bonus, 0.0)
-    return Annealed(jnp.asarray(temperature, config.dtype), jnp.asarray(bonus, config.dtype))
+    return jnp.asarray(temperature, config.dtype), jnp.asarray(bonus, config.dtype)

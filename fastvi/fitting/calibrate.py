@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Int, Key, Scalar
+from fastvi.evaluation.errors import virial
 from fastvi.families.base import AbstractFamily
 from fastvi.kernels.noise import NOISE_BLOCKS
 from fastvi.target.data import Problem, evaluate_target
@@ -41,11 +42,9 @@ def calibrate_scale(
             draws.displacement,
             problem.next_batch(key, block + NOISE_BLOCKS),
         )
-        virial = (
-            -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1)) / draws.displacement.shape[-1]
-        )
-        wide = ~(virial <= WIDE)
-        step = jnp.clip(0.25 * jnp.log(jnp.where(wide, virial, 1.0)), 0.05, 1.0)
+        reach = virial(draws.displacement, grad)
+        wide = ~(reach <= WIDE)
+        step = jnp.clip(0.25 * jnp.log(jnp.where(wide, reach, 1.0)), 0.05, 1.0)
         return (
             shift - jnp.where(wide, jnp.where(jnp.isnan(step), 1.0, step), 0.0),
             round_index + 1,

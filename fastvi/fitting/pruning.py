@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Bool, Float, PyTree
 from fastvi.config import VIConfig
-from fastvi.families.mfa import MFAParams
+from fastvi.families.base import AbstractFamily
 from fastvi.fitting.optimizer import MomentState
 
 
@@ -25,41 +25,48 @@ def kept_components(
     return jnp.zeros_like(keep).at[order].set(keep | (rank == 0))
 
 
-def prune(params: MFAParams, opt_state: PyTree, weights: Float[Array, " comp"], config: VIConfig):
-    """Give pruned components a logit of minus infinity, hence no weight, and forget their moments.
+def prune(
+    family: AbstractFamily,
+    params: PyTree,
+    opt_state: PyTree,
+    per_component: PyTree,
+    config: VIConfig,
+) -> tuple[PyTree, PyTree]:
+    """Take the weight of light components, and forget their moments.
 
-    A pruned component stays so: no gradient brings its logit back. Factors keep their ranks.
+    A pruned component stays so: no gradient brings its weight back. Shapes stay.
+
+    Args:
+        family: The family.
+        params: Its parameters.
+        opt_state: The optimiser's state.
+        per_component: Which parameters have a first axis of components, `UpdateRules`.
+        config: The configuration.
 
     Returns:
         The parameters and the optimiser's state.
     """
+    weights = jnp.exp(family.log_weights(params))
     keep = kept_components(weights, config.filled.prune_threshold, config.mixture_cap)
-    params = params._replace(logits=jnp.where(keep, params.logits, -jnp.inf))
     is_moments = lambda node: isinstance(node, MomentState)  # noqa: E731
-    return params, jax.tree_util.tree_map(
-        lambda node: _forget(node, keep) if is_moments(node) else node,
+    return family.pruned(params, keep), jax.tree_util.tree_map(
+        lambda node: _forget(node, keep, per_component) if is_moments(node) else node,
         opt_state,
         is_leaf=is_moments,
     )
 
 
-def _forget(moments: MomentState, keep: Bool[Array, " comp"]) -> MomentState:
+def _forget(moments: MomentState, keep: Bool[Array, " comp"], per_component) -> MomentState:
     """Reset the moments of the components that are not kept to those of the start."""
 
-    def reset(per_component: MFAParams, initial: float) -> MFAParams:
-        def choose(leaf):
-            if leaf.shape[0] == 0:
+    def reset(tree: PyTree, initial: float) -> PyTree:
+        def choose(leaf, has_components):
+            if not has_components or leaf.shape[0] == 0:
                 return leaf
-            return jnp.where(
-                keep.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.asarray(initial, leaf.dtype)
-            )
+            wide = keep.reshape(-1, *[1] * (leaf.ndim - 1))
+            return jnp.where(wide, leaf, jnp.asarray(initial, leaf.dtype))
 
-        means_apart = per_component.offsets.shape[0] == keep.size and keep.size > 1
-        return per_component._replace(
-            logits=choose(per_component.logits),
-            offsets=choose(per_component.offsets) if means_apart else per_component.offsets,
-            factors=choose(per_component.factors),
-        )
+        return jax.tree_util.tree_map(choose, tree, per_component)
 
     return moments._replace(
         mean=reset(moments.mean, 0.0),

@@ -159,7 +159,7 @@ def _build(
         first = jax.tree_util.tree_map(lambda leaf: leaf[0], params)
         shift, rounds = calibrate_scale(family, first, objective, problem, key)
         params = jax.vmap(lambda one: family.widened(one, shift))(params)
-        family = family.trusting(rounds == 1)
+        family = family.with_slow_start(rounds == 1)
         return family, jax.vmap(lambda one: init_state(family, one, config))(params), rounds
 
     def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
@@ -292,4 +292,4 @@ def build_family(config: VIConfig, start: Start, core_rows: int) -> AbstractFami
         unit=1 / jnp.sqrt(start.rest),
         noise_size=rank_limit(config, start.scale.size, start.scale.dtype.itemsize),
     )
-    return FAMILIES[config.family].create(config, geometry)
+    return FAMILIES[config.family].create(config.family_settings, geometry)

@@ -1,6 +1,5 @@
 """The one driver of every family: a scan over steps with the chains vmapped inside."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +7,8 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Int, Keys, PyTree, Scalar
 from fastvi.config import VIConfig
-from fastvi.families.base import AbstractFamily, Draws, num_groups
+from fastvi.evaluation.errors import virial
+from fastvi.families.base import AbstractFamily, Draws, TargetValues, num_groups
 from fastvi.fitting.annealing import annealed
 from fastvi.fitting.optimizer import (
     Horizon,
@@ -39,9 +39,10 @@ class State(NamedTuple):
 def init_state(family: AbstractFamily, params: PyTree, config: VIConfig) -> State:
     """Return the state before the first step."""
     dtype = jax.tree_util.tree_leaves(params)[0].dtype
+    rules = family.update_rules(params, draw_groups(config))
     return State(
         params=params,
-        opt_state=make_optimizer(config, family.update_rules(draw_groups(config))).init(params),
+        opt_state=make_optimizer(config, rules).init(params),
         baseline=jnp.zeros((), dtype),
         cache=family.make_cache(params),
         slow=family.slow_statistics(params),
@@ -88,7 +89,7 @@ def run_steps(
         `config.step_draws` minibatch gradients for each step and chain.
     """
     settled_family, num_draws, groups = family, config.step_draws, draw_groups(config)
-    rules = family.update_rules(groups)
+    rules = family.update_rules(state.params, groups)
     optimizer = make_optimizer(config, rules)
 
     def randomness(key, step):
@@ -100,15 +101,20 @@ def run_steps(
         draws = family.transform(state.params, noise, mirror=groups < num_draws, cache=state.cache)
         value, grad = evaluate_target(objective, problem.posterior, draws.displacement, batch)
         baseline = jnp.where(step == 0, jnp.mean(value - draws.log_prob), state.baseline)
-        ascent = family.ascent(
-            state.params, draws, value, grad, baseline, antithetic=config.mirrors
-        )
+        target = TargetValues(value, grad, baseline)
+        ascent = family.ascent(state.params, draws, target, groups=groups)
         updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=elapsed)
         updates = _scaled(updates, rules.rates, rate)
         params, cache = family.apply_updates(state.params, state.cache, updates)
         if config.prunes:
             due = ((step + 1) % config.eval_every == 0) & (rate > 0)
-            params, opt_state = _pruned(family, params, opt_state, config, due)
+            params, opt_state = jax.lax.cond(
+                due,
+                lambda p, o: prune(family, p, o, rules.per_component, config),
+                lambda p, o: (p, o),
+                params,
+                opt_state,
+            )
         slow = jax.lax.cond(
             refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params
         )
@@ -151,8 +157,7 @@ def _statistics(draws: Draws, value, grad) -> dict[str, Scalar]:
         "elbo_like": jnp.mean(value),
         "logq": jnp.mean(draws.log_prob),
         "radius2": jnp.mean(jnp.sum(draws.displacement**2, axis=-1)),
-        "virial": -jnp.mean(jnp.sum(draws.displacement * grad, axis=-1))
-        / draws.displacement.shape[-1],
+        "virial": virial(draws.displacement, grad),
     }
 
 
@@ -170,17 +175,4 @@ def _objective_value(family, value, draws):
 
 
 def _at_step(family, config: VIConfig, step):
-    return (
-        dataclasses.replace(family, annealed=annealed(config, step)) if config.anneals else family
-    )
-
-
-def _pruned(family, params, opt_state, config: VIConfig, due):
-    """Prune where it is due."""
-    return jax.lax.cond(
-        due,
-        lambda p, o: prune(p, o, jnp.exp(family.log_weights(p)), config),
-        lambda p, o: (p, o),
-        params,
-        opt_state,
-    )
+    return family.annealed(*annealed(config, step)) if config.anneals else family

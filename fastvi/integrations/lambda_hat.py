@@ -94,7 +94,9 @@ class Algorithm:
         )
         if self.name == "flow":
             elbo = result["traces"]["elbo"]
-            result["traces"]["d_latent"] = jnp.full_like(elbo, config.latent_dim(wstar_flat.size))
+            result["traces"]["d_latent"] = jnp.full_like(
+                elbo, config.family_settings.latent_dim(wstar_flat.size)
+            )
         del result["extras"][
             "q"
         ]  # lambda_hat, which maps over keys, would hold all of q for every chain
@@ -130,7 +132,7 @@ def translate(vi_cfg: Any, algorithm: str, num_data: int, dtype: Any) -> VIConfi
         given["eval_samples"] = max(_LEAST_DRAWS, draws + draws % 2)
     if isinstance(batch := given.get("batch_size"), int):
         given["batch_size"] = min(batch, num_data)
-    given.setdefault("correction", "none")
+    given.setdefault("method", "variational")
     return VIConfig.create(given, family=algorithm, dtype=str(jnp.dtype(dtype))).recorded
 
 

@@ -16,11 +16,10 @@ import numpy as np
 
 from fastvi._errors import DataError
 from fastvi._typing import Array, Float, Given, Key, PyTree
-from fastvi.api.arguments import as_key
-from fastvi.api.resample import Fitted
 from fastvi.families.base import AbstractFamily
+from fastvi.target.keys import as_key
 from fastvi.target.modes import in_own_modes
-from fastvi.target.objective import TreeStructure
+from fastvi.target.objective import TreeObjective, TreeStructure
 from fastvi.target.restrict import RestrictedLoss
 
 
@@ -173,22 +172,25 @@ class FittedQ(eqx.Module):
         return self.structure.ravel(w, self.center.dtype)
 
 
-def fitted_q(result: Any) -> FittedQ:
-    """Return the q of an estimate; see `LLCEstimate.q`."""
-    if result.fitted is None:
-        raise DataError(
-            "this estimate holds no fit to draw from (it was loaded from disk, or is not the last "
-            "of a curve). Run "
-            "estimate_llc again."
-        )
-    fitted: Fitted = result.fitted
-    structure, loss_fn = fitted.objective.structure, fitted.objective.loss_fn
-    restriction = loss_fn if isinstance(loss_fn, RestrictedLoss) else None
-    form: Literal["varying", "whole"] = (
-        "whole" if fitted.is_masked or restriction is None else "varying"
-    )
-    center = fitted.problem.posterior.center
-    return FittedQ(fitted.fit.family, fitted.fit.params, center, structure, restriction, form)
+def fitted_q(
+    family: AbstractFamily,
+    params: PyTree,
+    center: Float[Array, " dim"],
+    objective: TreeObjective,
+    is_masked: bool,
+) -> FittedQ:
+    """Return the q of a fit, which draws what the caller passed as parameters.
+
+    Args:
+        family: The family.
+        params: Its fitted parameters, with a first axis of chains.
+        center: w*, flat.
+        objective: The loss, which knows the pytree of the parameters.
+        is_masked: Whether the caller passed all parameters and a mask, not a restricted loss.
+    """
+    restriction = objective.loss_fn if isinstance(objective.loss_fn, RestrictedLoss) else None
+    form = "whole" if is_masked or restriction is None else "varying"
+    return FittedQ(family, params, center, objective.structure, restriction, form)
 
 
 def _axes(shape: Given[int | Sequence[int]]) -> tuple[int, ...]:

@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from fastvi._errors import DataError
 from fastvi.config import VIConfig
 from fastvi.evaluation.importance import Importance, assess_importance
+from fastvi.observables.draws import FittedQ
 from fastvi.results.findings import Finding
 from fastvi.results.saved import read_estimate, write_estimate
 
 SUMMARY_WIDTH = 80
 NO_FINDINGS = "none: no check was triggered, which does not prove that llc is right"
 MOST_SCALES = 4096  # entries of D^{1/2} that a result keeps
-EVENTS_FOLDER = Path("diagnostics") / "tb"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ class LLCEstimate:
         """Return the estimate in words, for a terminal."""
         chains = "  ".join(f"{value:.4g}" for value in self.llc_per_chain)
         fits, steps = next(iter(self.traces.values())).shape
-        is_walk = self.correction is not None and self.correction["method"] == "mcmc"
+        is_walk = self.correction is not None and self.correction["method"] == "sample"
         stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[
             self.converged
         ]
@@ -137,15 +138,18 @@ class LLCEstimate:
         return "\n".join([*map(_folded, lines), "findings", *map(wrap.fill, findings)])
 
     @property
-    def q(self) -> Any:
+    def q(self) -> FittedQ:
         """The fitted q, to draw from: see `fastvi.FittedQ`.
 
         Raises:
             DataError: If the result was loaded from disk and holds no fit.
         """
-        from fastvi.observables.draws import fitted_q
-
-        return fitted_q(self)
+        if self.fitted is None:
+            raise DataError(
+                "this estimate holds no fit to draw from (it was loaded from disk, or is not the "
+                "last of a curve). Run estimate_llc again."
+            )
+        return self.fitted.q
 
     @property
     def distance(self) -> float:
@@ -178,7 +182,7 @@ class LLCEstimate:
                 "about "
                 f"{self.distance:.1g} by its weights{other}"
             )
-        if self.correction["method"] == "importance":
+        if self.correction["method"] == "reweight":
             return f"Monte Carlo of the weighted draws{spread}"
         return (
             f"spread and autocorrelation of {self.walk_llc.shape[0]} walkers, with "
@@ -189,18 +193,6 @@ class LLCEstimate:
     def importance(self) -> Importance:
         """How well draws of q stand for the posterior: k-hat, its word, effective draws."""
         return assess_importance(self.log_weights)
-
-    def to_arviz(self) -> Any:
-        """Convert to arviz; see `fastvi.results.report.arviz.to_arviz`."""
-        from fastvi.results.report.arviz import to_arviz
-
-        return to_arviz(self)
-
-    def report(self, path: str | os.PathLike[str]) -> Path:
-        """Write a page for a browser; see `fastvi.results.report.page.write_report`."""
-        from fastvi.results.report.page import write_report
-
-        return write_report(self, path)
 
     @property
     def _without_control_variate(self) -> list[str]:
@@ -229,15 +221,12 @@ class LLCEstimate:
         """Say where `llc` comes from, in words."""
         if self.correction is None:
             return "uncorrected variational estimate"
-        methods = {"importance": "reweighted draws of q", "mcmc": "Langevin dynamics from q"}
+        methods = {"reweight": "reweighted draws of q", "sample": "Langevin dynamics from q"}
         short = " after a short fit" if self.converged is None else ""
         return f"{methods[self.correction['method']]}; q alone{short} {with_error(self.llc_vi, self.llc_vi_sem)}"
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write result.json and traces.npz into a folder, which is made if need be.
-
-        With `tensorboard=True` in the configuration, events for TensorBoard go to `diagnostics/tb`
-        in it.
 
         Returns:
             The folder.
@@ -245,10 +234,6 @@ class LLCEstimate:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_estimate(self, folder)
-        if self.config.tensorboard:
-            from fastvi.results.report.tensorboard import write_events
-
-            write_events(self, folder / EVENTS_FOLDER)
         return folder
 
     @classmethod

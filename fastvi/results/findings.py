@@ -47,7 +47,7 @@ NEGATIVE_SIGMAS = 2.0  # below zero
 TRAIN_LONGER = (
     "Train longer (a decaying learning rate, full batches at the end), then estimate again."
 )
-SAMPLE = 'Sample the posterior: correction="mcmc" or fastvi.correct(result, "mcmc").'
+SAMPLE = 'Sample the posterior: method="sample" or fastvi.correct(result, "sample").'
 FIT_BETTER = "A better q takes more components (M), a larger rank (r) or a flow."
 
 
@@ -171,7 +171,7 @@ def _negative_llc(result: Any) -> Finding | None:
 
 def _importance_unreliable(result: Any) -> Finding | None:
     details = result.correction
-    if details["method"] != "importance" or details["khat"] < USABLE:
+    if details["method"] != "reweight" or details["khat"] < USABLE:
         return None
     return Finding(
         "warning",
@@ -186,15 +186,14 @@ def _walk_unsettled(result: Any) -> Finding | None:
     details = result.correction
     if details.get("settled", True) or not math.isfinite(result.llc):
         return None
-    if details["method"] == "importance":
+    if details["method"] == "reweight":
         return Finding(
             "warning",
             "walk_unsettled",
-            f"A correction_budget of {result.config.filled.correction_budget:.4g} full gradients "
-            "pays for no walk: "
-            "llc is that of reweighted draws of q.",
+            f"A budget of {result.config.budget:.4g} sample gradients pays for no walk: llc is that "
+            "of reweighted draws of q.",
             f"The shortest walk takes {details['least_budget']:.0f}.",
-            f"Raise correction_budget to {math.ceil(details['least_budget'])} or more.",
+            f"Raise budget to {math.ceil(details['least_budget'])} or more.",
         )
     unmet = {entry["criterion"]: entry for entry in details["unmet"]}
     said = [
@@ -227,28 +226,27 @@ def _why_unsettled(unmet: dict[str, Any], result: Any) -> tuple[str, str]:
             "move it.",
             "Cast parameters and data to float32 before the estimate.",
         )
-    budget = float(result.config.filled.correction_budget)
+    budget = float(result.config.budget)
     if set(unmet) <= {LENGTH, GRADIENT_NOISE}:
         return (
-            f"A budget of {budget:.4g} full gradients pays for no longer or more exact walk.",
-            f"Raise correction_budget to {result.correction['least_budget']:.0f} or more.",
+            f"A budget of {budget:.4g} sample gradients pays for no longer or more exact walk.",
+            f"Raise budget to {result.correction['least_budget']:.0f} or more.",
         )
     if set(unmet) == {ERROR}:
         ratio = unmet[ERROR]["value"] / unmet[ERROR]["bound"]
         return (
             "The walkers agree; their records are too few for the error that was asked for.",
-            f"Raise correction_budget to about {budget * ratio**2:.1g}, or correction_error to "
-            "what is enough.",
+            f"Raise budget to about {budget * ratio**2:.1g}, or error to what is enough.",
         )
     if set(unmet) <= {RHAT_RADIUS, DRIFT}:
         return (
             "Walkers still spread along wide directions, which the loss and so llc hardly feel.",
-            "Raise correction_budget; or raise localization, which narrows these directions and "
+            "Raise budget; or raise localization, which narrows these directions and "
             "changes the posterior.",
         )
     return (
         "The walkers have not yet seen the whole posterior, so llc_sem may be too small.",
-        "Raise correction_budget, or fit longer with early_stop=True.",
+        "Raise budget, or fit longer with early_stop=True.",
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastvi._errors import ConfigError
 from fastvi._typing import Keys, PyTree
+from fastvi._version import __version__
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import AbstractKeeper
 from fastvi.fitting.run import Course
@@ -169,8 +170,6 @@ def identify(
     objective: FlatObjective, problem: Problem, config: VIConfig, keys: Keys, early_stop: bool
 ) -> dict:
     """Name all that the bits of a fit depend on: configuration, key, w*, data, loss, versions."""
-    from fastvi import __version__  # this module is part of what the package imports first
-
     posterior = problem.posterior
     first = jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data)
     return {

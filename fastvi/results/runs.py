@@ -15,12 +15,15 @@ from fastvi.config import VIConfig
 from fastvi.config import rules as checks
 from fastvi.results import files
 from fastvi.results.claim import ORIGIN_FILE, RUN
-from fastvi.results.estimate import EVENTS_FOLDER, LLCEstimate
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.report.page import write_report
 from fastvi.results.report.plots import import_matplotlib, plot_traces
+from fastvi.results.report.tensorboard import write_events
 from fastvi.results.saved import RESULT_FILE, TRACES_FILE
 from fastvi.results.terminal import warn
 
 CONFIG_FILE, FIGURE_FILE, REPORT_FILE = "config.yaml", "traces.png", "report.html"
+EVENTS_FOLDER = Path("diagnostics") / "tb"
 VERSION = 1
 FIGURE_DPI = 150
 CONTENTS = {
@@ -134,7 +137,9 @@ def write_run(
         result.save(staging)
         (result.config if settings is None else settings).to_yaml(staging / CONFIG_FILE)
         plot_traces(result).savefig(staging / FIGURE_FILE, dpi=FIGURE_DPI)
-        result.report(staging / REPORT_FILE)
+        write_report(result, staging / REPORT_FILE)
+        if result.config.tensorboard:
+            write_events(result, staging / EVENTS_FOLDER)
         digests = {
             name: files.digest_bytes((staging / name).read_bytes())
             for name in (RESULT_FILE, CONFIG_FILE)

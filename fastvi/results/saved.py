@@ -54,8 +54,8 @@ RULES = {
     ),
     "health": Rule("findings", lambda value: all(item["severity"] in SEVERITIES for item in value)),
     "correction": Rule(
-        "an importance or mcmc correction",
-        lambda value: value is None or value.get("method") in ("importance", "mcmc"),
+        "a reweighted or sampled average",
+        lambda value: value is None or value.get("method") in ("reweight", "sample"),
     ),
 }
 

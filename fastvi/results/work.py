@@ -1,85 +1,96 @@
-"""Work in full-gradient equivalents (FGE).
-
-A gradient on b of n examples is b/n, a loss a third, an HVP twice that.
-"""
+"""The work of a finished fit: counts of calls, and the price of each stage."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastvi.config import VIConfig
 from fastvi.fitting.calibrate import CALIBRATION_DRAWS
 from fastvi.fitting.run import Fit
 from fastvi.geometry.whitening import DIAGONAL_PROBES, MOMENT_GRADIENTS
-from fastvi.target.checks import LOSS_COST, LossLook
+from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem
+from fastvi.target.work import Work
 
-HVP_COST = 2.0
 
+class Counts(NamedTuple):
+    """Calls of all chains, whatever the number of examples of each.
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Counts of everything that a run evaluated; `fge_per_step` is that of one chain.
-
-    `n_cholesky_ridge` counts factorisations during the fit that only a ridge made possible.
+    Attributes:
+        n_full_loss: Losses on all data.
+        n_minibatch_grads: Minibatch gradients of the fit.
+        n_hvp: Hessian-vector products.
+        n_cholesky_ridge: Factorisations during the fit that only a ridge made possible.
     """
 
     n_full_loss: Any
     n_minibatch_grads: Any
     n_hvp: Any
     n_cholesky_ridge: Any
-    fge_look: Any
-    fge_curvature: Any
-    fge_fit: Any
-    fge_evaluation: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class RunWork:
+    """The counts of a run and the work of its stages; `fge_per_step` is that of one chain."""
+
+    counts: Counts
+    stages: dict[str, Work]
     fge_per_step: float
+    num_data: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Return counts and totals; Python numbers unless the run was traced."""
-        total = self.fge_look + self.fge_curvature + self.fge_fit + self.fge_evaluation
-        return {**dataclasses.asdict(self), "total_fge": total}
+        """Return counts and FGE; Python numbers unless the run was traced."""
+        fge = {f"fge_{name}": work.fge(self.num_data) for name, work in self.stages.items()}
+        total = sum(fge.values())
+        return {
+            **self.counts._asdict(),
+            **fge,
+            "fge_per_step": self.fge_per_step,
+            "total_fge": total,
+        }
 
 
 def count_work(
     fit: Fit, problem: Problem, config: VIConfig, num_chains: int, look: LossLook = LossLook()
-) -> Work:
+) -> RunWork:
     """Count the work of a finished fit over all chains."""
-    config = config.filled
-    num_draws = config.step_draws
-    steps = fit.traces["elbo"].shape[1]
-    share = problem.batch_size / problem.num_data
-    subset = min(1.0, config.hessian_examples / problem.num_data)
-    moment = MOMENT_GRADIENTS if config.whitening in ("rmsprop", "adam") and not fit.warm else 0
-    diagonal = DIAGONAL_PROBES if config.whitening == "hvp_diag" and not fit.warm else 0
-    start_hvp = _concrete(fit.start.num_hvp) + diagonal
-    draws = config.evaluation_draws
+    config, num_data = config.filled, problem.num_data
+    steps, draws = fit.traces["elbo"].shape[1], config.evaluation_draws
+    gradients = steps * config.step_draws * num_chains
+    whitening = "" if fit.warm else config.whitening
+    moment = MOMENT_GRADIENTS if whitening in ("rmsprop", "adam") else 0
+    start_hvp = _concrete(fit.start.num_hvp) + DIAGONAL_PROBES * (whitening == "hvp_diag")
     evaluation_hvp = 0
     if config.control_variate == "hvp":
         rows = min(fit.family.num_moment_terms, problem.posterior.center.size)
         evaluation_hvp = num_chains * (draws + rows + config.trace_probes)
-    at_center = LOSS_COST if fit.outcome.slope is None else 1.0
-    return Work(
+    at_center = Work(losses=num_data) if fit.outcome.slope is None else Work(gradients=num_data)
+    minibatches = moment + CALIBRATION_DRAWS * _concrete(fit.calibration_rounds)
+    stages = {
+        "look": Work(gradients=look.sample_gradients),
+        "curvature": Work(
+            gradients=problem.batch_size * minibatches,
+            hessian_products=min(num_data, config.hessian_examples) * start_hvp,
+        ),
+        "fit": Work(gradients=problem.batch_size * gradients),
+        "evaluation": at_center
+        + Work(losses=num_data * num_chains * draws, hessian_products=num_data * evaluation_hvp),
+    }
+    ridges = fit.traces.get("cholesky_ridge")
+    counts = Counts(
         n_full_loss=num_chains * draws,
-        n_minibatch_grads=steps * num_draws * num_chains,
+        n_minibatch_grads=gradients,
         n_hvp=start_hvp + evaluation_hvp,
-        n_cholesky_ridge=_concrete(fit.traces["cholesky_ridge"].sum())
-        if "cholesky_ridge" in fit.traces
-        else 0,
-        fge_look=look.sample_gradients / problem.num_data,
-        fge_curvature=HVP_COST * subset * start_hvp
-        + share * (moment + CALIBRATION_DRAWS * _concrete(fit.calibration_rounds)),
-        fge_fit=steps * num_draws * num_chains * share,
-        fge_evaluation=LOSS_COST * num_chains * draws + at_center + HVP_COST * evaluation_hvp,
-        fge_per_step=num_draws * share,
+        n_cholesky_ridge=0 if ridges is None else _concrete(ridges.sum()),
     )
+    per_step = Work(gradients=problem.batch_size * config.step_draws).fge(num_data)
+    return RunWork(counts, stages, per_step, num_data)
 
 
-def with_losses(work: Work, losses: int) -> Work:
+def with_losses(work: RunWork, losses: int) -> RunWork:
     """Add losses on all data that looked at the curvature at w*."""
-    return dataclasses.replace(
-        work,
-        n_full_loss=work.n_full_loss + losses,
-        fge_curvature=work.fge_curvature + LOSS_COST * losses,
-    )
+    counts = work.counts._replace(n_full_loss=work.counts.n_full_loss + losses)
+    curvature = work.stages["curvature"] + Work(losses=losses * work.num_data)
+    return dataclasses.replace(work, counts=counts, stages={**work.stages, "curvature": curvature})
 
 
 def _concrete(value: Any) -> Any:

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from fastvi._typing import Float
+from fastvi.evaluation.errors import chain_error
 
 POINTS_PER_COLUMN = 5  # records that a regression coefficient takes
 LEAST_BURN_IN = 5  # at least this part of a run is discarded
@@ -153,8 +154,7 @@ def standard_error(values: Float[np.ndarray, "walkers bins"]) -> float:
 
     From the spread of the walkers or the correlation within them, if larger.
     """
-    walkers, length = values.shape
-    between = values.mean(axis=1).std(ddof=1) / np.sqrt(walkers) if walkers > 1 else 0.0
+    length = values.shape[1]
     centred = values - values.mean()
     variance = np.mean(centred**2)
     if variance == 0:
@@ -165,8 +165,7 @@ def standard_error(values: Float[np.ndarray, "walkers bins"]) -> float:
         if rho < NEGLIGIBLE_CORRELATION:
             break
         time += 2 * rho
-    within = np.sqrt(variance * time / values.size)
-    return float(max(between, within))
+    return chain_error(values.mean(axis=1), np.sqrt(variance * time / length))
 
 
 def drift(values: Float[np.ndarray, "walkers bins"]) -> float:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Int, Scalar
-from fastvi.families.base import LinearMap
+from fastvi.families.moments import LinearMap
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.data import Problem
 from fastvi.target.objective import FlatObjective, full_data_value_and_grad, value_and_grad

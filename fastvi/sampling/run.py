@@ -115,7 +115,7 @@ class RunState(NamedTuple):
     allowed_bias: float = 0.0
     exact_blocks: int | None = None
     width: float = 1.0
-    work: int = 0
+    work: float = 0.0
     steps: int = 0
     returned: float = 0.0
     refinements: int = 0
@@ -171,17 +171,17 @@ class RunSetup:
         """Return the numbers of blocks to choose from, most first."""
         return block_counts(self.num_data, self.problem.posterior.center.size, self.settings)
 
-    def noise_cost(self, state: RunState) -> int:
+    def noise_cost(self, state: RunState) -> float:
         """Price a measurement of the noise."""
         points = min(self.settings.noise_points, state.num_walkers)
         return noise_cost(self.num_data, self.counts, points)
 
-    def run_cost(self, num_blocks: int, walkers: int, rounds: int = LEAST_ROUNDS) -> int:
+    def run_cost(self, num_blocks: int, walkers: int, rounds: int = LEAST_ROUNDS) -> float:
         """Price a run of some rounds that begins with blocks."""
         steps = rounds * self.settings.round_length
         return run_cost(self.num_data, num_blocks, walkers, steps)
 
-    def round_cost(self, state: RunState) -> int:
+    def round_cost(self, state: RunState) -> float:
         """Price another round."""
         blocks = state.fidelity.num_blocks
         step = step_cost(self.num_data, blocks, state.num_walkers)

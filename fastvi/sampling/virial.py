@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float
-from fastvi.families.base import LinearMap
+from fastvi.families.moments import LinearMap
 
 
 def virial_columns(blocks: tuple[int, ...]) -> Callable[..., Float[Array, "walkers columns"]]:

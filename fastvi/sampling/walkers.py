@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Int, Key, Keys
 from fastvi.evaluation.llc import EVALUATION_BLOCK
-from fastvi.families.base import AbstractFamily, LinearMap
+from fastvi.families.base import AbstractFamily
+from fastvi.families.moments import LinearMap
 from fastvi.kernels.noise import normal
 from fastvi.sampling.tuning import StepSize, first_step_size, fresh_step_size
 from fastvi.target.data import Problem

@@ -18,6 +18,7 @@ import numpy as np
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float
 from fastvi.target.losses import num_examples
+from fastvi.target.work import LOSS, Work
 
 MOST_EXAMPLES = 4096  # sample gradients that the look may take at the most
 MOST_FGE = 2.0
@@ -26,7 +27,6 @@ HALF_ROWS = (
     32  # examples of each of the two batches: twice as many double the cost, see more of rare rows
 )
 RANKED_ROWS, RANKED_BYTES = 4096, 2**26  # examples among which the unlike ones are chosen, at most
-LOSS_COST = 1 / 3  # of a gradient: reverse mode costs about twice the forward pass on top of it
 ROUNDING_UNITS = 256  # units in the last place by which sums in another order may differ
 # of a change of the loss by which its gradient may disagree, beyond what the rule's own error says
 MISMATCH = 0.2
@@ -80,7 +80,7 @@ class _Meter:
         return float(loss), np.asarray(gradient, np.float64)
 
     def loss(self, w: Array, batch: Batch) -> float:
-        self.spent += LOSS_COST * num_examples(batch)
+        self.spent += LOSS * num_examples(batch)
         return float(jax.device_get(self.programs.loss(w, batch)))
 
 
@@ -156,7 +156,7 @@ def look_at_loss(
 
 
 # w*, three times displaced, half way and two more, of two halves; four halves' losses
-_FULL_COST = 7 * 2 + 4 * LOSS_COST
+_FULL_COST = Work(gradients=7 * 2, losses=4).sample_gradients
 
 
 def _last_place(values: Any, eps: Any) -> np.ndarray:
@@ -283,7 +283,7 @@ def _check_mean(
 
     A mean over examples is the mean of both, but for rounding.
     """
-    if not meter.affords(rows.union, LOSS_COST):
+    if not meter.affords(rows.union, LOSS):
         return
     first, second = meter.loss(w, rows.first), meter.loss(w, rows.second)
     mean, tolerance = (

@@ -184,7 +184,8 @@ class _Reader:
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, (jax.Array, np.ndarray, np.generic))
+    # jax 0.7 holds constants of a program in a class of its own, which numpy reads
+    return isinstance(value, (jax.Array, np.ndarray, np.generic)) or hasattr(value, "__array__")
 
 
 def _has_equality(value: Any) -> bool:

@@ -18,7 +18,6 @@ from fastvi._compilation import PROGRAMS, quick_compilation
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float, Given
 from fastvi.target.checks import (
-    LOSS_COST,
     LossLook,
     LossPrograms,
     displacement,
@@ -38,6 +37,7 @@ from fastvi.target.objective import (
     value_and_grad,
 )
 from fastvi.target.stream import AbstractStream
+from fastvi.target.work import LOSS
 
 NARROW = re.compile(r"\b(bf16|f16|f8_\w+|f4_\w+)\[")  # dtypes as jaxprs write them
 NARROW_EPS = 2.0**-7  # of bfloat16
@@ -75,7 +75,7 @@ def look_at_target(
                 f"{name} returns (losses, weights), whose mean weight must be known before jit or "
                 "vmap."
             )
-        problem, passes = _weigh(objective, problem, stream, name), LOSS_COST
+        problem, passes = _weigh(objective, problem, stream, name), LOSS
     loss = fingerprint_loss(objective, problem)
     if traced or loss.is_traced:
         return problem, LossLook()
@@ -171,7 +171,7 @@ def _check_full_loss(
     error = 0.0 if is_all else float(np.std(changes, ddof=1) / np.sqrt(len(changes)))
     rounding = 1e3 * float(jnp.finfo(posterior.center.dtype).eps) * max(map(abs, given))
     if not np.isfinite(change) or not all(map(np.isfinite, given)):
-        return 2 * LOSS_COST * order.size
+        return 2 * LOSS * order.size
     if abs(given[1] - given[0] - change) > FULL_LOSS_MISMATCH * abs(change) + 5 * error + rounding:
         raise DataError(
             "loss_full_flat is another loss than the objective: from w* to a point near it they "
@@ -179,7 +179,7 @@ def _check_full_loss(
             f"{given[1] - given[0]:.5g} and {change:.5g}. It must be the objective's mean over "
             "all data."
         )
-    return 2 * LOSS_COST * order.size
+    return 2 * LOSS * order.size
 
 
 def _programs(objective: FlatObjective, problem: Problem, loss: Fingerprint) -> LossPrograms:

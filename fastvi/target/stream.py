@@ -191,19 +191,19 @@ class HostStream(AbstractStream):
         return jax.tree_util.tree_leaves(tree)
 
 
-def uncorrected(correction: str | None) -> str:
-    """Return the correction of an estimate from a stream: "none" unless reweighting was asked for.
+def uncorrected(method: str | None) -> str:
+    """Return the method of an estimate from a stream: "variational" unless reweighting was asked for.
 
     Raises:
         UnavailableError: If it is one that needs the gradient on all data, or much of it, at every
             step.
     """
-    if correction in ("auto", "mcmc"):
+    if method in ("auto", "sample"):
         raise UnavailableError(
-            f"correction={correction!r} needs the data in memory, and they are streamed. Use "
-            '"importance" or "none".'
+            f"method={method!r} needs the data in memory, and they are streamed. Use "
+            '"reweight" or "variational".'
         )
-    return correction or "none"
+    return method or "variational"
 
 
 def _kind(batch: Batch, axes: int = 1) -> str:

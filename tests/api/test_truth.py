@@ -67,7 +67,7 @@ def test_rotated_quadratic_of_condition_1e4(dim):
         no_data(),
         localization=1e-3,
         progress=False,
-        correction="none",
+        method="variational",
     )
     llc, log_z = (
         quadratic_llc(curvatures, NBETA, 1e-3),
@@ -97,7 +97,7 @@ def regression():
         localization=gamma,
         batch_size=256,
         progress=False,
-        correction="none",
+        method="variational",
     )
     return (
         result,
@@ -127,7 +127,7 @@ def test_few_steep_directions_among_flat_ones():
         no_data(),
         localization=gamma,
         progress=False,
-        correction="none",
+        method="variational",
     )
     llc, log_z = (
         quadratic_llc(curvatures, NBETA, gamma),
@@ -168,7 +168,7 @@ def deep_linear():
         localization=100.0,
         progress=False,
         num_chains=2,
-        correction="none",
+        method="variational",
     )
     return estimate(), estimate(curvature_rank=0, means="center")
 
@@ -195,7 +195,7 @@ def test_singular_llc_follows_the_virial(degrees, gamma):
         no_data(1000),
         localization=gamma,
         progress=False,
-        correction="none",
+        method="variational",
         samples_per_step=200,  # of heavy-tailed gradients: the fits then differ by 1 %
     )
     radius2 = result.traces["radius2"][:, -100:].mean()
@@ -297,7 +297,13 @@ def test_digits_richer_families_come_closer():
     params = train(init_network(jax.random.key(0), 16), data, 4000, 1e-2)
     results = [
         fastvi.estimate_llc(
-            cross_entropy, params, data, num_chains=2, progress=False, correction="none", **changes
+            cross_entropy,
+            params,
+            data,
+            num_chains=2,
+            progress=False,
+            method="variational",
+            **changes,
         )
         for changes in (
             {"means": "center", "curvature_rank": 0},

@@ -17,7 +17,7 @@ from fastvi.results.estimate import with_error
 from fastvi.results.report.plots import batch_llc, plot_traces
 from tests.support.command_line import run
 
-SMALL_FIT = "M: 1\nr: 0\neval_samples: 32\nwhitening_mode: none\ncorrection: none\n"
+SMALL_FIT = "M: 1\nr: 0\neval_samples: 32\nwhitening_mode: none\nmethod: variational\n"
 DIGITS = [
     "demo",
     "digits",
@@ -74,7 +74,7 @@ def test_a_demo_prints_the_summary_of_what_it_saved(demo):
 
 def test_a_demo_honours_its_options(demo):
     assert demo.result.traces["elbo"].shape == (2, 100)
-    asked = {"M": 1, "r": 0, "eval_samples": 32, "correction": "none", "steps": 100}
+    asked = {"M": 1, "r": 0, "eval_samples": 32, "method": "variational", "steps": 100}
     assert {name: getattr(demo.result.config, name) for name in asked} == asked
     assert demo.result.config.batch_size == demo.json["config"]["batch_size"] <= demo.result.n_data
 

@@ -44,7 +44,7 @@ FAST = [
     "r=0",
     "steps=60",
     "--set",
-    "correction=none",
+    "method=variational",
     "early_stop=false",
     "eval_samples=256",
 ]
@@ -161,7 +161,7 @@ def test_an_interrupted_sweep_goes_on(model, monkeypatch, tmp_path):
         "r": 0,
         "M": 1,
         "steps": 60,
-        "correction": "none",
+        "method": "variational",
         "early_stop": False,
         "eval_samples": 256,
     }

@@ -26,7 +26,6 @@ import fastvi.api.estimate
 import fastvi.api.flat
 from fastvi import ConfigError, DataError, FlowConfig, UnavailableError, VIConfig
 from fastvi.api.arguments import (
-    as_key,
     make_problem,
     nonnegative_scalar,
     positive_scalar,
@@ -39,6 +38,7 @@ from fastvi.fitting.stages import _evaluation, build_family
 from fastvi.fitting.step import init_state, run_steps
 from fastvi.flows import build_realnvp
 from fastvi.geometry.start import make_start
+from fastvi.target.keys import as_key
 from fastvi.target.objective import make_flat_objective
 from tests.support.stand_ins import begun, finished
 
@@ -188,9 +188,9 @@ FIELDS = {
     "eval_samples": (64, {}, plan_of, plan_of),
     "control_variate": ("none", {"eval_samples": 32}, finish_of, finish_of),
     "trace_probes": (3, {"control_variate": "hvp", "eval_samples": 32}, finish_of, finish_of),
-    "correction": ("mcmc", {}, plan_of, plan_of),
-    "correction_error": (0.1, {}, plan_of, plan_of),
-    "correction_budget": (7.0, {}, plan_of, plan_of),
+    "method": ("sample", {}, plan_of, plan_of),
+    "error": (0.1, {}, plan_of, plan_of),
+    "budget": (7.0, {}, plan_of, plan_of),
     "whitening_mode": ("rmsprop", {}, start_of, start_of),
     "whitening_decay": (0.5, {"whitening_mode": "adam"}, start_of, start_of),
     "use_whitening": (False, {"whitening_mode": "adam"}, start_of, start_of),
@@ -305,13 +305,13 @@ REFUSALS = {
         {"alpha_temperature_frac": 0.5},
         "an alpha_temperature other than 1",
     ),
-    "error without correction": (
-        {"correction": "none", "correction_error": 0.02},
-        'correction="auto" or "mcmc"',
+    "error without walkers": (
+        {"method": "variational", "error": 0.02},
+        'method="auto" or "sample"',
     ),
     "budget of weights": (
-        {"correction": "importance", "correction_budget": 9.0},
-        'correction="auto" or "mcmc"',
+        {"method": "reweight", "budget": 9.0},
+        'method="auto" or "sample"',
     ),
     "too few draws": ({"eval_samples": 30, "control_variate": "auto"}, "32 draws or more"),
     "too few draws for hvp": ({"eval_samples": 14, "control_variate": "hvp"}, "16 draws or more"),
@@ -350,19 +350,19 @@ PLANS = {
             "batch_size": 40,
             "eval_samples": 32,
             "early_stop": False,
-            "correction": "auto",
+            "method": "auto",
         },
     ),
     "the default": ({"steps": 5000}, {"steps": 5000, "batch_size": 40}),
     "another": ({"steps": 5001}, {"steps": 5001}),
-    "no correction": (
-        {"correction": "none"},
-        {"steps": 5000, "early_stop": True, "correction_error": None, "trace_probes": None},
+    "no walkers": (
+        {"method": "variational"},
+        {"steps": 5000, "early_stop": True, "error": None, "trace_probes": None},
     ),
     "pairs": ({"antithetic": True}, {"samples_per_step": 2}),
     "stopping": (
         {"early_stop": True},
-        {"steps": 5000, "early_stop": True, "correction_budget": 20_000.0},
+        {"steps": 5000, "early_stop": True, "error": 0.02},
     ),
     "few draws": ({"eval_samples": 20}, {"control_variate": "none"}),
     "pruning": ({"prune_threshold": 1e-3}, {"prune_threshold": 1e-3, "mixture_cap": None}),
@@ -497,9 +497,9 @@ def test_gamma_of_the_configuration(nothing_is_fitted):
     [
         ({"tensorboard": True}, "write_events"),
         ({"early_stop": True}, "estimate_llc"),
-        ({"correction": "mcmc"}, "estimate_llc"),
-        ({"correction_error": 0.02}, "left out without correction"),
-        ({"correction_budget": 20_000.0}, "left out without correction"),
+        ({"method": "sample"}, "estimate_llc"),
+        ({"error": 0.02}, "left out without method"),
+        ({"budget": 20_000.0}, "left out without method"),
         ({"d_latent": 2}, "family='mfa'"),
         ({"family": "flow", "M": 8}, "family='flow'"),
     ],
@@ -606,9 +606,9 @@ def test_every_keyword_of_the_flat_contracts(nothing_is_fitted):
 KEYWORDS = {
     fastvi.correct: [
         "result",
-        "correction",
-        "correction_error",
-        "correction_budget",
+        "method",
+        "error",
+        "budget",
         "progress",
         "throw",
     ],
@@ -640,16 +640,16 @@ def test_the_other_functions_take_no_more_than_they_use():
 
 
 def test_correct_takes_its_two_settings_alone():
-    result = finished(DIM, VIConfig(correction="none").recorded, fitted=object())
+    result = finished(DIM, VIConfig(method="variational").recorded, fitted=object())
     with pytest.raises(TypeError, match="M"):
-        fastvi.correct(result, "importance", M=32)  # pyright: ignore[reportCallIssue]
-    for correction in ("importance", "none"):
-        for name in ("correction_error", "correction_budget"):
-            with pytest.raises(ConfigError, match=f"^{name} must be left out without correction"):
-                fastvi.correct(result, correction, **{name: 0.02})
-    with pytest.raises(ConfigError, match="^correction must be one of"):
+        fastvi.correct(result, "reweight", M=32)  # pyright: ignore[reportCallIssue]
+    for method in ("reweight", "variational"):
+        for name in ("error", "budget"):
+            with pytest.raises(ConfigError, match=f"^{name} must be left out without method"):
+                fastvi.correct(result, method, **{name: 0.02})
+    with pytest.raises(ConfigError, match="^method must be one of"):
         fastvi.correct(result, "mcm")
-    assert fastvi.correct(result, "none") is result
+    assert fastvi.correct(result, "variational") is result
 
 
 def test_warm_steps_equal_to_the_default_are_taken(monkeypatch):

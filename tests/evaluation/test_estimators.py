@@ -100,7 +100,7 @@ def family(means):
     q = MFA(
         scale=jnp.asarray([0.1, 0.2, 0.3, 0.15]),
         core_mask=jnp.ones(2),
-        trust=jnp.ones(()),
+        lr_factor=jnp.ones(()),
         ranks=(2, 1),
         means=means,
         noise_size=2,
@@ -230,7 +230,7 @@ def laplace(hessian):
     q = MFA(
         scale=jnp.full(DIM, values[0] ** -0.5),
         core_mask=jnp.ones(DIM - 1),
-        trust=jnp.ones(()),
+        lr_factor=jnp.ones(()),
         ranks=(0,),
         means="shared",
         noise_size=DIM - 1,
@@ -292,7 +292,7 @@ def short(dim=DIM):
     q = MFA(
         scale=jnp.asarray(rng.uniform(0.1, 0.3, dim)),
         core_mask=jnp.ones(1),
-        trust=jnp.ones(()),
+        lr_factor=jnp.ones(()),
         ranks=(0,),
         means="center",
         noise_size=1,
@@ -354,7 +354,7 @@ def test_hvp_never_adds_variance(rows):
     q = MFA(
         scale=jnp.full(19, values[18 - rows if rows < 18 else 0] ** -0.5),
         core_mask=jnp.ones(rows),
-        trust=jnp.ones(()),
+        lr_factor=jnp.ones(()),
         ranks=(0,),
         means="center",
         noise_size=rows,

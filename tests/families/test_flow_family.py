@@ -11,7 +11,7 @@ from jax.scipy.stats import norm
 
 from fastvi.config import FlowConfig, VIConfig
 from fastvi.families import Flow, FlowParams
-from fastvi.families.base import Geometry
+from fastvi.families.base import Geometry, TargetValues
 from fastvi.families.flow import MOMENT_DRAWS
 from fastvi.families.lift import LiftParams, core_root, make_frame
 
@@ -41,7 +41,9 @@ def make(case, seed=0):
     config = VIConfig.create({"family": "flow", "flow": SMALL, "entropy_bonus": 0.25} | options)
     core = jnp.asarray(rng.normal(size=(rank, dim)))
     scale = jnp.asarray(np.exp(0.5 * rng.normal(size=dim)))
-    family = Flow.create(config, Geometry(scale, core, jnp.asarray(rank), jnp.asarray(0.8), rank))
+    family = Flow.create(
+        config.family_settings, Geometry(scale, core, jnp.asarray(rank), jnp.asarray(0.8), rank)
+    )
     start = family.init(jax.random.key(seed), core, jnp.zeros(dim))
     frame = family.lift.frame.shape[0]
     lift = LiftParams(
@@ -79,7 +81,9 @@ def test_draws_know_their_density_and_its_gradient(case):
 def test_density_integrates_to_one():
     config = VIConfig(family="flow", d_latent=1, flow=SMALL, sigma_perp=0.5)
     scale, core = jnp.asarray([0.7, 1.3]), jnp.asarray([[1.0, 2.0]])
-    family = Flow.create(config, Geometry(scale, core, jnp.asarray(1), jnp.ones(()), 1))
+    family = Flow.create(
+        config.family_settings, Geometry(scale, core, jnp.asarray(1), jnp.ones(()), 1)
+    )
     params = family.init(jax.random.key(0), core, jnp.zeros(2))
     axis = np.linspace(-9, 9, 901)
     grid = jnp.asarray(np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2))
@@ -94,7 +98,7 @@ def log_density(v):
 def pulled(family, params, noise, method):
     draws = family.transform(params, noise, mirror=True)
     value, grad = jax.vmap(jax.value_and_grad(log_density))(draws.displacement)
-    return getattr(family, method)(params, draws, value, grad, jnp.zeros(()), antithetic=True)
+    return getattr(family, method)(params, draws, TargetValues(value, grad), groups=len(noise))
 
 
 @pytest.mark.parametrize("case", ["core", "injective"])
@@ -212,7 +216,9 @@ def test_identity_flow_is_the_laplace_approximation(case):
         jnp.asarray(np.exp(rng.normal(size=dim))),
         jnp.asarray(2 * rng.normal(size=(rank, dim))),
     )
-    family = Flow.create(config, Geometry(scale, core, jnp.asarray(rank), jnp.ones(()), rank))
+    family = Flow.create(
+        config.family_settings, Geometry(scale, core, jnp.asarray(rank), jnp.ones(()), rank)
+    )
     params = family.init(jax.random.key(0), core, jnp.zeros(dim))
     precision = (jnp.eye(dim) + core.T @ core) / jnp.outer(scale, scale)
     for v in jnp.asarray(rng.normal(size=(3, dim))):
@@ -264,17 +270,13 @@ def test_memory_is_linear_in_the_dimension(fully_optimised):
     )
 
     def step(scale, core, unit, key):
-        family = Flow.create(config, Geometry(scale, core, jnp.asarray(latent), unit, latent))
+        family = Flow.create(
+            config.family_settings, Geometry(scale, core, jnp.asarray(latent), unit, latent)
+        )
         params = family.init(key, core, jnp.zeros_like(scale))
         draws = family.sample(params, key, 2, antithetic=True)
-        return family.ascent(
-            params,
-            draws,
-            draws.log_prob,
-            draws.displacement,
-            jnp.zeros((), jnp.float32),
-            antithetic=True,
-        )
+        target = TargetValues(draws.log_prob, draws.displacement)
+        return family.ascent(params, draws, target, groups=1)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     compiled = jax.jit(step).lower(vector, core, number, key).compile()

@@ -11,6 +11,7 @@ import scipy.stats
 from conftest import quick_jit
 from jax.scipy.special import logsumexp
 
+from fastvi.families.base import TargetValues, num_groups
 from fastvi.families.mfa import FACTOR_INIT, LOG_SCALE_BOUND, MFA, MFAParams
 from fastvi.fitting.optimizer import scale
 from tests.support.mixtures import MEANS, assert_tree_close, dense, make
@@ -67,13 +68,15 @@ def sample(family, params, key, num, *, antithetic):
 def random_pull(family, params, num, baseline=0.0, *, antithetic):
     """Draws and the gradient of an arbitrary target at them."""
     draws = family.sample(params, jax.random.key(0), num, antithetic=antithetic)
-    target = jnp.sin(1 + jnp.arange(num) * 1.0), jnp.cos(draws.displacement * 3)
-    return draws, family.pullback(params, draws, *target, baseline, antithetic=antithetic)
+    target = TargetValues(
+        jnp.sin(1 + jnp.arange(num) * 1.0), jnp.cos(draws.displacement * 3), baseline
+    )
+    return draws, family.pullback(params, draws, target, groups=num_groups(num, antithetic))
 
 
-@functools.partial(quick_jit, static_argnames="antithetic")
-def pullback(family, params, *target_and_baseline, antithetic):
-    return family.pullback(params, *target_and_baseline, antithetic=antithetic)
+@functools.partial(quick_jit, static_argnames="groups")
+def pullback(family, params, draws, value, grad, *, groups):
+    return family.pullback(params, draws, TargetValues(value, grad), groups=groups)
 
 
 @quick_jit
@@ -314,9 +317,8 @@ def test_pullback_is_the_gradient_along_the_path(means, num_draws, antithetic):
 
     expected, points = quick_jit(jax.grad(objective, has_aux=True))(params, params)
     np.testing.assert_allclose(draws.displacement, points, rtol=1e-11)
-    actual = pullback(
-        family, params, draws, *targets(draws.displacement), 0.0, antithetic=antithetic
-    )
+    groups = num_groups(num_draws, antithetic)
+    actual = pullback(family, params, draws, *targets(draws.displacement), groups=groups)
     assert_tree_close(actual._replace(logits=expected.logits), expected, 1e-8)
 
 
@@ -338,9 +340,8 @@ def test_pullback_is_unbiased_on_a_quadratic(antithetic):
         draws = family.sample(params, key, 2, antithetic=antithetic)
         points = draws.displacement
         value = -0.5 * jnp.sum(points * (points @ hessian), -1) + points @ pull
-        return family.pullback(
-            params, draws, value, pull - points @ hessian, jnp.zeros(()), antithetic=antithetic
-        )
+        target = TargetValues(value, pull - points @ hessian)
+        return family.pullback(params, draws, target, groups=num_groups(2, antithetic))
 
     samples = quick_jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000))
     for name in ("offsets", "log_scale", "core", "factors"):
@@ -360,9 +361,10 @@ def natural_updates(means):
     def updates(family, params):
         draws = family.sample(params, jax.random.key(2), 4, antithetic=True)
         value, grad = jax.vmap(jax.value_and_grad(target))(draws.displacement)
-        arguments = (params, draws, value, grad, 0.0)
-        return family.pullback(*arguments, antithetic=True), family.ascent(
-            *arguments, antithetic=True
+        values = TargetValues(value, grad)
+        return (
+            family.pullback(params, draws, values, groups=2),
+            family.ascent(params, draws, values, groups=2),
         )
 
     return family, params, *updates(family, params)
@@ -475,9 +477,8 @@ def test_logit_gradient_is_unbiased(means, num_draws, antithetic):
     def one(key):
         draws = family.sample(params, key, num_draws, antithetic=antithetic)
         value, grad = jax.vmap(jax.value_and_grad(target))(draws.displacement)
-        return family.pullback(
-            params, draws, value, grad, jnp.asarray(-0.7), antithetic=antithetic
-        ).logits
+        values, groups = TargetValues(value, grad, -0.7), num_groups(num_draws, antithetic)
+        return family.pullback(params, draws, values, groups=groups).logits
 
     samples = np.asarray(quick_jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000)))
     assert np.max(np.abs(z_scores(samples, exact))) < 4
@@ -510,9 +511,7 @@ def test_dirichlet_prior_is_its_log_density_s_gradient():
     draws = sample(family, params, jax.random.key(0), 3, antithetic=False)
     # values that are all equal leave the prior alone
     value = 1.3 * draws.log_prob + 5.0
-    actual = pullback(
-        family, params, draws, value, draws.displacement, 0.0, antithetic=False
-    ).logits
+    actual = pullback(family, params, draws, value, draws.displacement, groups=3).logits
     expected = jax.grad(lambda logits: 1.5 * jnp.sum(jax.nn.log_softmax(logits / 1.6)))(
         params.logits
     )

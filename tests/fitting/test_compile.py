@@ -72,7 +72,7 @@ ONES = (jnp.ones((50, 1)),)
 SMALL = {"M": 1, "r": 0, "curvature_rank": 0}
 CHEAP = SMALL | {
     "steps": 200,
-    "correction": "none",
+    "method": "variational",
     "early_stop": False,
     "num_chains": 1,
     "progress": False,
@@ -103,7 +103,7 @@ def test_a_loss_is_what_it_computes_now():
     scaled.scale = 0.01
     assert estimate(scaled.method) == pytest.approx(exact(0.01), rel=0.02)
     for later in (
-        lambda: fastvi.correct(first, "mcmc", progress=False),
+        lambda: fastvi.correct(first, "sample", progress=False),
         lambda: fastvi.llc_on(first, ONES),
     ):
         with pytest.raises(fastvi.DataError, match="computes something else than at the fit"):

@@ -239,7 +239,12 @@ def test_nux_says_how_to_get_it(monkeypatch):
 
 
 def estimate(loss_fn, dim, **options):
-    options = {"family": "flow", "correction": "none", "progress": False, "num_chains": 2} | options
+    options = {
+        "family": "flow",
+        "method": "variational",
+        "progress": False,
+        "num_chains": 2,
+    } | options
     return fastvi.estimate_llc(loss_fn, jnp.zeros(dim), jnp.zeros((10_000, 1)), **options)
 
 

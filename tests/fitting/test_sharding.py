@@ -31,7 +31,7 @@ def spy(programs, problem, config, course, *rest):
     states.append(course.state)
 driver._run_chunks = spy
 options = dict(key=0, num_chains=4, M=1, r=0, curvature_rank=0, dtype="float64")
-result = estimate_llc(loss, center, data, steps=60, progress=False, throw=False, correction="none", **options)
+result = estimate_llc(loss, center, data, steps=60, progress=False, throw=False, method="variational", **options)
 at = center + 0.1
 both = jax.jit(lambda w: sharding.data_parallel_value_and_grad(make_flat_objective(loss), w, data))(at)
 print(json.dumps({

@@ -99,7 +99,7 @@ def test_an_estimate_looks_at_all_data():
     data = X.astype(np.float32), Y.astype(np.float32)
     options = {
         "progress": False,
-        "correction": "none",
+        "method": "variational",
         "num_chains": 1,
         "steps": 20,
         "eval_samples": 32,
@@ -173,7 +173,7 @@ def test_without_a_localizer_flat_directions_are_counted():
 
 OPTIONS = {
     "progress": False,
-    "correction": "importance",
+    "method": "reweight",
     "num_chains": 1,
     "steps": 20,
     "eval_samples": 32,
@@ -190,7 +190,7 @@ def test_a_saddle_is_still_one_after_a_correction():
         return (0.5 * jnp.sum(w[:3] ** 2) + 0.02 * ((w[3] ** 2 - 1) ** 2 - 1)) * jnp.mean(batch[0])
 
     result = fastvi.estimate_llc(saddle, jnp.zeros(4), DATA, **OPTIONS)
-    assert result.correction["method"] == "importance"
+    assert result.correction["method"] == "reweight"
     assert "saddle" in names(result)["negative_curvature"].observed
     assert result.curvature["lowest"] == pytest.approx(-0.08 * result.nbeta + 1, rel=1e-3)
 

@@ -16,7 +16,7 @@ from fastvi._optional import MissingExtraError
 COUNT, WIDTH, NOISE = 120, 4, 0.1
 OPTIONS = {
     "steps": 40,
-    "correction": "none",
+    "method": "variational",
     "num_chains": 1,
     "eval_samples": 32,
     "M": 1,

@@ -75,7 +75,9 @@ def make(case):
     )
     unused = min(case.core, 1)  # rows of padding
     start = begun(scale, core, case.core - unused)
-    family = dataclasses.replace(build_family(config, start, case.core), trust=jnp.asarray(TRUST))
+    family = dataclasses.replace(
+        build_family(config, start, case.core), lr_factor=jnp.asarray(TRUST)
+    )
     data = jnp.asarray(rng.normal(size=(NUM_DATA, DIM))), jnp.asarray(rng.normal(size=NUM_DATA))
     posterior = LocalPosterior(
         jnp.asarray(rng.normal(size=DIM)), jnp.asarray(NBETA), jnp.asarray(GAMMA)

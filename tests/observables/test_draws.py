@@ -23,7 +23,7 @@ DATA = (jnp.ones((COUNT, 1)),)
 CENTER = np.array([[1.0, -2.0], [0.5, 3.0]], np.float32), np.float16(0.25)
 PARAMS = {"w": CENTER[0], "b": CENTER[1], "activation": math.tanh, "name": "net"}
 OPTIONS = {
-    "correction": "none",
+    "method": "variational",
     "control_variate": "none",
     "early_stop": False,
     "steps": 4,
@@ -73,7 +73,7 @@ def normals(*shifts):
     geometry = Geometry(
         *(jnp.asarray(x, jnp.float32) for x in (scale, core)), jnp.int32(1), jnp.float32(1.0), 1
     )
-    family = FAMILIES["mfa"].create(VIConfig(M=1, r=1), geometry)
+    family = FAMILIES["mfa"].create(VIConfig(M=1, r=1).family_settings, geometry)
     factors, log_scale = rng.normal(size=(1, 1, dim)), 0.3 * rng.normal(size=dim)
     start = quick_jit(lambda *given: family.init(*given))(
         jax.random.key(0), geometry.core, jnp.float32(log_scale)
@@ -125,7 +125,7 @@ def laplace_flow():
     geometry = Geometry(
         *(jnp.asarray(x, jnp.float32) for x in (scale, core)), jnp.int32(1), jnp.float32(1.0), 1
     )
-    family = FAMILIES["flow"].create(config, geometry)
+    family = FAMILIES["flow"].create(config.family_settings, geometry)
     params = quick_jit(lambda *given: family.init(*given))(
         jax.random.key(0), geometry.core, jnp.zeros(3)
     )

@@ -21,7 +21,7 @@ from fastvi.results.runs import Origin, read_origin, read_record, read_settings,
 ORIGIN = Origin("some_module:target", 3, 2.0, None, 1)
 CURVES = np.array([4.0, 1.0, 0.5, 0.0], np.float32)
 OPTIONS = {
-    "correction": "none",
+    "method": "variational",
     "steps": 100,
     "M": 1,
     "r": 0,
@@ -243,10 +243,10 @@ RESULT = {
     ),
     "unknown correction": (
         put("correction", {"method": "magic"}),
-        "which is not an importance or mcmc correction",
+        "which is not a reweighted or sampled average",
     ),
     "correction without work": (
-        put("correction", {"method": "mcmc", "khat": 0.1}),
+        put("correction", {"method": "sample", "khat": 0.1}),
         "lacks 'work.fge_correction'",
     ),
     "config of text": (put("config", "M=1"), "lacks 'config'"),

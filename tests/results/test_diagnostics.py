@@ -13,14 +13,14 @@ import pytest
 import scipy.stats
 
 import fastvi
-from fastvi import LLCEstimate, estimate_llc
+from fastvi import LLCEstimate, estimate_llc, to_arviz, write_report
 from fastvi.evaluation.importance import Importance, assess_importance
 from fastvi.geometry.minimum import Bottom
 from fastvi.results.findings import Evidence, correction_findings, health_findings
-from fastvi.results.report.page import write_report
 from fastvi.results.report.panels import PANELS
 from fastvi.results.report.plots import plot_panels
 from fastvi.results.report.tensorboard import Events, LiveEvents, reduce_traces, write_events
+from fastvi.results.runs import Origin, write_run
 
 DATA = (jnp.zeros((20, 1)),)
 TAGS = {
@@ -77,7 +77,7 @@ def result(live_folder):
         "samples_per_step": 2,
         "eval_samples": 256,
         "M": 3,
-        "correction": "none",
+        "method": "variational",
     }
     options |= {"num_chains": 2, "eval_every": 40, "tensorboard": True}
     with LiveEvents(live_folder, every=20) as live:
@@ -90,7 +90,7 @@ def corrected(result):
     """The same result as if two walkers had followed the fit."""
     walk = np.abs(np.random.default_rng(0).normal(size=(4, 30))) + 1.0
     details = {
-        "method": "mcmc",
+        "method": "sample",
         "khat": 1.0,
         "burn_in": 60,
         "steps": 300,
@@ -112,7 +112,7 @@ def group(container, name):
 
 
 def test_arviz_has_the_draws_of_q(result):
-    container = result.to_arviz()
+    container = to_arviz(result)
     posterior, stats = group(container, "posterior"), group(container, "sample_stats")
     assert posterior["llc"].dims == ("chain", "draw")
     np.testing.assert_allclose(
@@ -143,20 +143,20 @@ def test_arviz_has_the_draws_of_q(result):
 
 def test_arviz_keeps_mirrored_draws_together(result):
     """Mirrored draws about a centre near w* of an even loss have nearly the same llc."""
-    llc = group(result.to_arviz(), "posterior")["llc"].to_numpy()
+    llc = group(to_arviz(result), "posterior")["llc"].to_numpy()
     within = np.abs(llc[:, 0::2] - llc[:, 1::2]).mean()
     assert within < 0.5 * np.abs(llc[:, 1:-1:2] - llc[:, 2::2]).mean()
 
 
 def test_arviz_keeps_the_optimisation_apart(result):
-    history = group(result.to_arviz(), "optimization")
+    history = group(to_arviz(result), "optimization")
     assert set(history.data_vars) == set(result.traces)
     assert history["elbo"].dims == ("chain", "step")
     np.testing.assert_array_equal(history["elbo"], result.traces["elbo"])
 
 
 def test_arviz_of_a_corrected_run_has_the_walkers(corrected):
-    container = corrected.to_arviz()
+    container = to_arviz(corrected)
     posterior = group(container, "posterior")
     np.testing.assert_array_equal(posterior["llc"], corrected.walk_llc[:, 6:])
     assert posterior.attrs["llc"] == 1.8
@@ -171,7 +171,7 @@ def test_arviz_of_a_corrected_run_has_the_walkers(corrected):
 
 def test_arviz_survives_netcdf(corrected, tmp_path):
     xarray = pytest.importorskip("xarray")
-    corrected.to_arviz().to_netcdf(str(tmp_path / "run.nc"))
+    to_arviz(corrected).to_netcdf(str(tmp_path / "run.nc"))
     with xarray.open_dataset(tmp_path / "run.nc", group="posterior") as posterior:
         np.testing.assert_array_equal(posterior["llc"], corrected.walk_llc[:, 6:])
         assert fastvi.VIConfig.create(json.loads(posterior.attrs["config"])) == corrected.config
@@ -261,15 +261,14 @@ def test_events_of_a_flow_fit(tmp_path):
         tensorboard=True,
         family="flow",
         flow={"depth": 2, "hidden": [4]},
-        correction="none",
+        method="variational",
         early_stop=False,
         steps=6,
         eval_every=2,
         eval_samples=4,
         samples_per_step=2,
     )
-    found.save(tmp_path)
-    mean = read_events(tmp_path / "diagnostics" / "tb")
+    mean = read_events(write_events(found, tmp_path))
     tags = {tag.removeprefix("vi/") for tag in mean.Tags()["scalars"]}
     assert tags >= TAGS | {
         "sigma_perp",
@@ -316,11 +315,12 @@ def test_traces_of_any_family_keep_their_names(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_saving_writes_events_when_asked(result, tmp_path):
+def test_a_run_folder_has_events_when_asked(result, tmp_path):
     asked = dataclasses.replace(result, config=result.config.replace(tensorboard=True))
-    folder = asked.save(tmp_path / "run")
+    origin = Origin(None, 0, 1.0, None, 2)
+    folder = write_run(asked, tmp_path / "run", origin)
     assert "vi/elbo" in read_events(folder / "diagnostics" / "tb").Tags()["scalars"]
-    assert not (result.save(tmp_path / "silent") / "diagnostics").exists()
+    assert not (write_run(result, tmp_path / "silent", origin) / "diagnostics").exists()
 
 
 def test_a_default_run_is_written_in_under_2_seconds(result, tmp_path):
@@ -368,7 +368,7 @@ def test_the_report_is_one_page_that_fetches_nothing(corrected, tmp_path):
     named = dataclasses.replace(
         corrected, health=(dataclasses.replace(FINDING, observed="a < b & c"),)
     )
-    path = named.report(tmp_path / "deep" / "report.html")
+    path = write_report(named, tmp_path / "deep" / "report.html")
     page = path.read_text(encoding="utf-8")
     links = Links()
     links.feed(page)
@@ -470,7 +470,7 @@ def test_only_findings_of_the_problem_outlive_a_correction():
     }
     values = {"llc": -1.0, "llc_sem": 0.1, "llc_vi": -1.0, "llc_vi_sem": 0.1}
     result = SimpleNamespace(
-        health=found, correction={"method": "mcmc", "khat": 2.0, "settled": True}, **values
+        health=found, correction={"method": "sample", "khat": 2.0, "settled": True}, **values
     )
     kept = [finding.name for finding in correction_findings(result)]
     assert kept == ["negative_llc", "negative_curvature", "not_a_minimum"]
@@ -484,7 +484,7 @@ def test_a_stream_is_not_advised_to_sample():
         log_weight_sd=np.full(2, 9.0),
     )
     for finding in health_findings(streamed):
-        assert "mcmc" not in str(finding)
+        assert '"sample"' not in str(finding)
 
 
 @pytest.mark.parametrize(
@@ -503,7 +503,7 @@ def test_a_stream_is_not_advised_to_sample():
             "localization",
         ),
         ([("R-hat of llc", 1.3, 1.1)], None, "R-hat of llc 1.3", "early_stop=True"),
-        ([("steps", 16, 32)], None, "steps 16 (32 is asked)", "correction_budget to 70 or more"),
+        ([("steps", 16, 32)], None, "steps 16 (32 is asked)", "budget to 70 or more"),
         (
             [("drift in standard errors", 3.0, 2.5)],
             "bfloat16",
@@ -514,7 +514,7 @@ def test_a_stream_is_not_advised_to_sample():
 )
 def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says, advises):
     details = {
-        "method": "mcmc",
+        "method": "sample",
         "khat": 2.0,
         "settled": False,
         "unmet": [
@@ -525,7 +525,7 @@ def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says,
         "steps": 64,
         "walkers": 8,
     }
-    config = fastvi.VIConfig(correction_budget=1000.0)
+    config = fastvi.VIConfig(budget=1000.0)
     values = {"llc": 2.0, "llc_sem": 0.1, "llc_vi": 2.0, "llc_vi_sem": 0.1}
     (finding,) = correction_findings(
         SimpleNamespace(health=(), correction=details, config=config, **values)
@@ -539,7 +539,7 @@ def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says,
 @pytest.mark.parametrize(
     ("changes", "name", "knobs"),
     [
-        ({"importance": Importance(0.9, "unreliable", 3.0)}, "khat", ["correction", "M"]),
+        ({"importance": Importance(0.9, "unreliable", 3.0)}, "khat", ["method", "M"]),
         (
             {"radius2": np.linspace(1, 4, 400) * np.ones((2, 1))},
             "radius_rising",

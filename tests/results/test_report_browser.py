@@ -7,7 +7,7 @@ import subprocess
 import jax.numpy as jnp
 import pytest
 
-from fastvi import estimate_llc
+from fastvi import estimate_llc, write_report
 
 BROWSER = (
     shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -50,8 +50,9 @@ def visit(page, folder):
 def test_a_browser_shows_the_report_without_errors_or_requests(tmp_path):
     data = (jnp.ones((100, 1)),)
     loss = lambda w, batch: 0.5 * jnp.sum(w**2) + 0.0 * jnp.sum(batch[0])  # noqa: E731
-    options = {"correction": "none", "steps": 100, "num_chains": 2, "progress": False}
-    page = estimate_llc(loss, jnp.zeros(4), data, **options).report(tmp_path / "report.html")
+    options = {"method": "variational", "steps": 100, "num_chains": 2, "progress": False}
+    result = estimate_llc(loss, jnp.zeros(4), data, **options)
+    page = write_report(result, tmp_path / "report.html")
     dom, console, asked = visit(page, tmp_path)
     assert dom.count("<figure>") >= 8
     assert console == []

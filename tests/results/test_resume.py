@@ -23,7 +23,7 @@ from fastvi.target.identity import differing
 COUNT, DIM = 300, 6
 OPTIONS = {
     "steps": 1000,
-    "correction": "none",
+    "method": "variational",
     "num_chains": 2,
     "M": 2,
     "key": 4,
@@ -139,7 +139,7 @@ def test_a_loss_that_differs_only_away_from_the_minimum_is_refused(tmp_path):
     """Where L(w*) and its gradient are zero, as of a model that interpolates, the loss there says nothing."""
     options = {
         "steps": 100,
-        "correction": "none",
+        "method": "variational",
         "num_chains": 1,
         "M": 1,
         "r": 0,

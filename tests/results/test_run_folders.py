@@ -59,7 +59,7 @@ def loss_leaves():
     return lambda w, batch: sys.exit(0), jnp.zeros(3), (jnp.ones((20, 1)),)
 """
 OPTIONS = {
-    "correction": "none",
+    "method": "variational",
     "steps": 100,
     "M": 1,
     "r": 0,

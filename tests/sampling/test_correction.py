@@ -17,7 +17,7 @@ import scipy.stats
 import fastvi
 from fastvi.api.arguments import settle
 from fastvi.evaluation.importance import fit_pareto, pareto_smooth
-from fastvi.families.base import LinearMap
+from fastvi.families.moments import LinearMap
 from fastvi.sampling import run
 from fastvi.sampling.averages import analyse, burn_in, drift, split_rhat, standard_error
 from fastvi.sampling.programs import sampler_programs
@@ -195,14 +195,14 @@ def quartic():
         no_data(),
         localization=30.0,
         progress=False,
-        correction="mcmc",
+        method="sample",
     )
 
 
 @pytest.mark.as_users_compile
 def test_sampling_finds_the_posterior_s_llc(quartic):
     truth = quartic_truth(30.0)
-    assert quartic.correction["method"] == "mcmc"
+    assert quartic.correction["method"] == "sample"
     assert quartic.llc == pytest.approx(truth, rel=0.02)
     assert abs(quartic.llc - truth) < 4 * quartic.llc_sem
     assert quartic.llc_vi != quartic.llc
@@ -226,15 +226,15 @@ def test_reweighting_finds_it_too():
         no_data(),
         localization=30.0,
         progress=False,
-        correction="importance",
+        method="reweight",
     )
-    assert result.correction["method"] == "importance"
+    assert result.correction["method"] == "reweight"
     assert result.llc == pytest.approx(quartic_truth(30.0), rel=0.03)
     assert abs(result.llc - quartic_truth(30.0)) < 4 * result.llc_sem
 
 
 def test_walkers_go_on_from_where_they_are(quartic):
-    again = fastvi.correct(quartic, "mcmc", progress=False, correction_error=0.01)
+    again = fastvi.correct(quartic, "sample", progress=False, error=0.01)
     truth = quartic_truth(30.0)
     assert abs(again.llc - truth) < 4 * again.llc_sem
     assert again.llc != quartic.llc
@@ -255,7 +255,7 @@ def test_only_walkers_that_go_on_count_as_agreed(quartic, monkeypatch, error, go
 
     monkeypatch.setattr(module, "sample_posterior", spy)
     assert quartic.correction["settled"]
-    fastvi.correct(quartic, "mcmc", progress=False, correction_error=error)
+    fastvi.correct(quartic, "sample", progress=False, error=error)
     assert seen == [go_on]
 
 
@@ -267,9 +267,9 @@ def test_walkers_move_to_another_posterior():
     """
     options = {"localization": 30.0, "progress": False, "dtype": "float64"}
     first = fastvi.estimate_llc(
-        lambda w, batch: 0.5 * w @ w, jnp.zeros(40), no_data(), correction="mcmc", **options
+        lambda w, batch: 0.5 * w @ w, jnp.zeros(40), no_data(), method="sample", **options
     )
-    options |= {"correction": "none", "num_chains": 1, "steps": 200, "early_stop": False}
+    options |= {"method": "variational", "num_chains": 1, "steps": 200, "early_stop": False}
     second = fastvi.estimate_llc(lambda w, batch: w @ w, jnp.full(40, 0.3), no_data(), **options)
     before, fitted = first.fitted.previous, second.fitted
     programs = sampler_programs(fitted.objective, fitted.problem, SamplerSettings())
@@ -299,7 +299,7 @@ def noisy():
         jnp.zeros(12),
         (x, y),
         progress=False,
-        correction="none",
+        method="variational",
         num_chains=1,
         early_stop=False,
         steps=50,
@@ -308,9 +308,8 @@ def noisy():
 
 @pytest.mark.parametrize("budget", [0.1, 40, 300])
 def test_no_run_exceeds_its_budget(noisy, budget):
-    result = fastvi.correct(
-        noisy, "mcmc", progress=False, correction_budget=budget, correction_error=0.002
-    )
+    passes = budget * noisy.n_data
+    result = fastvi.correct(noisy, "sample", progress=False, budget=passes, error=0.002)
     details = result.correction
     assert result.work["fge_correction"] <= budget
     assert not details["settled"]
@@ -318,16 +317,13 @@ def test_no_run_exceeds_its_budget(noisy, budget):
     assert all(
         entry["criterion"] in finding.observed
         for entry in details["unmet"]
-        if details["method"] == "mcmc"
+        if details["method"] == "sample"
     )
     if budget < 1:
-        assert (details["method"], result.work["fge_correction"]) == ("importance", 0)
-        assert (
-            f"correction_budget to {math.ceil(details['least_budget'])} or more"
-            in finding.next_step
-        )
+        assert (details["method"], result.work["fge_correction"]) == ("reweight", 0)
+        assert f"budget to {math.ceil(details['least_budget'])} or more" in finding.next_step
     else:
-        assert details["method"] == "mcmc"
+        assert details["method"] == "sample"
         assert details["walkers"] % 8 == 0
         assert details["steps"] >= 48
 
@@ -340,10 +336,10 @@ def test_walkers_that_meet_nan_are_told(noisy, monkeypatch):
         return state, record._replace(virial=np.full_like(record.virial, np.nan))
 
     monkeypatch.setattr(run, "advance", broken)
-    options = {"progress": False, "correction_budget": 300, "correction_error": 0.002}
+    options = {"progress": False, "budget": 300 * noisy.n_data, "error": 0.002}
     with pytest.raises(fastvi.NonFiniteError, match="in the correction"):
-        fastvi.correct(noisy, "mcmc", **options)
-    partial = fastvi.correct(noisy, "mcmc", throw=False, **options)
+        fastvi.correct(noisy, "sample", **options)
+    partial = fastvi.correct(noisy, "sample", throw=False, **options)
     assert np.isnan(partial.llc)
     assert partial.health[0].name == "non_finite"
 
@@ -392,7 +388,7 @@ def test_a_corrected_estimate_is_saved_and_read(quartic, tmp_path):
 
 
 def test_the_flat_contract_refuses_a_correction():
-    with pytest.raises(fastvi.ConfigError, match="correction"):
+    with pytest.raises(fastvi.ConfigError, match="method"):
         fastvi.fit(
             rng_key=0,
             objective=fastvi.make_flat_objective(lambda w, batch: w @ w),
@@ -401,7 +397,7 @@ def test_the_flat_contract_refuses_a_correction():
             n_data=COUNT,
             beta=0.1,
             gamma=1.0,
-            vi_cfg={"correction": "auto"},
+            vi_cfg={"method": "auto"},
         )
 
 
@@ -418,6 +414,6 @@ def test_deep_linear_net_against_long_hmc():
         nbeta=problem.nbeta,
         localization=problem.gamma,
         progress=False,
-        correction="mcmc",
+        method="sample",
     )
     assert result.llc == pytest.approx(reference["value"], rel=0.05)

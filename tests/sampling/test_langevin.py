@@ -9,7 +9,7 @@ from conftest import quick_jit
 import fastvi
 from fastvi.api.arguments import make_problem
 from fastvi.config import VIConfig
-from fastvi.families.base import LinearMap
+from fastvi.families.moments import LinearMap
 from fastvi.sampling.gradients import (
     Blocks,
     block_counts,
@@ -286,7 +286,7 @@ def test_walkers_far_outside_come_back():
         jnp.zeros((1000, 1)),
         localization=1.0,
         progress=False,
-        correction="mcmc",
+        method="sample",
     )
     assert np.isfinite(result.llc)
     nbeta = 1000 / np.log(1000)

@@ -15,7 +15,7 @@ def make(means="shared", dim=5, ranks=(2, 0, 1), num_core=3, core_mask=None, see
     family = MFA(
         scale=jnp.asarray(np.exp(rng.normal(size=dim))),
         core_mask=jnp.ones(num_core) if core_mask is None else jnp.asarray(core_mask, float),
-        trust=jnp.ones(()),
+        lr_factor=jnp.ones(()),
         ranks=tuple(ranks),
         means=means,
         noise_size=num_core + 1,

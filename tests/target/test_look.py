@@ -219,7 +219,7 @@ QUICK = {
     "progress": False,
     "steps": 100,
     "num_chains": 2,
-    "correction": "none",
+    "method": "variational",
     "early_stop": False,
 }
 

@@ -145,7 +145,7 @@ def test_weighted_stream_meets_the_data_in_memory():
         "steps": 200,
         "num_chains": 2,
         "early_stop": False,
-        "correction": "none",
+        "method": "variational",
     }
     streamed = fastvi.estimate_llc(masked, w, Stream(), **settings)
     held = fastvi.estimate_llc(masked, w, DATA, **settings)

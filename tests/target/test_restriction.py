@@ -9,7 +9,7 @@ import fastvi
 
 COUNT = 400
 OPTIONS = {
-    "correction": "none",
+    "method": "variational",
     "steps": 400,
     "eval_samples": 64,
     "progress": False,

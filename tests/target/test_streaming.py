@@ -14,7 +14,7 @@ from fastvi.target.stream import HostStream
 
 COUNT, DIM, BATCH = 20_000, 5, 64
 OPTIONS = {
-    "correction": "none",
+    "method": "variational",
     "batch_size": BATCH,
     "steps": 1000,
     "eval_samples": 64,
@@ -61,7 +61,7 @@ def test_a_stream_has_the_llc_of_its_data(monkeypatch):
     assert streamed.init_loss == pytest.approx(held.init_loss, rel=1e-5)
     assert streamed.work["total_fge"] == pytest.approx(held.work["total_fge"], rel=0.2)
     with pytest.raises(fastvi.UnavailableError, match="in memory"):
-        fastvi.correct(streamed, "mcmc", progress=False)
+        fastvi.correct(streamed, "sample", progress=False)
 
 
 def test_a_stream_that_fits_is_held():
@@ -106,10 +106,10 @@ def test_streams_that_cannot_be_used(data, message):
         fastvi.estimate_llc(loss_fn, W, data, progress=False)
 
 
-@pytest.mark.parametrize("correction", ["auto", "mcmc"])
-def test_walkers_need_the_data(correction):
+@pytest.mark.parametrize("method", ["auto", "sample"])
+def test_walkers_need_the_data(method):
     with pytest.raises(fastvi.UnavailableError, match="in memory"):
-        fastvi.estimate_llc(loss_fn, W, Batches(), correction=correction, progress=False)
+        fastvi.estimate_llc(loss_fn, W, Batches(), method=method, progress=False)
 
 
 MEMORY = """

@@ -43,14 +43,12 @@ def fitted():
 
 
 RUNS = {
-    "a mixture": lambda: fastvi.estimate_llc(loss, CENTER, (X,), correction="none", **SMALL).llc,
+    "a mixture": lambda: fastvi.estimate_llc(loss, CENTER, (X,), method="variational", **SMALL).llc,
     "a flow": lambda: (
-        fastvi.estimate_llc(loss, CENTER, (X,), correction="none", family="flow", **SMALL).llc
+        fastvi.estimate_llc(loss, CENTER, (X,), method="variational", family="flow", **SMALL).llc
     ),
     "walkers": lambda: (
-        fastvi.estimate_llc(
-            loss, CENTER, (X,), correction="mcmc", correction_budget=100, **SMALL
-        ).llc
+        fastvi.estimate_llc(loss, CENTER, (X,), method="sample", budget=100 * len(X), **SMALL).llc
     ),
     "fit": fitted,
 }
@@ -97,7 +95,7 @@ def test_a_loss_is_held_to_the_mode_of_its_owner(mode, error, careless):
 
 @pytest.mark.slow  # op by op, a minute
 def test_without_jit_the_estimate_is_the_same():
-    options = {**SMALL, "correction": "none", "steps": 1, "eval_samples": 4, "curvature_rank": 0}
+    options = {**SMALL, "method": "variational", "steps": 1, "eval_samples": 4, "curvature_rank": 0}
     compiled = fastvi.estimate_llc(loss, CENTER, (X,), **options)
     with jax.disable_jit():
         plain = fastvi.estimate_llc(loss, CENTER, (X,), **options)

@@ -2,17 +2,37 @@
 
 import abc
 import dataclasses
-import functools
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from fastvi._errors import ConfigError
 from fastvi._typing import Array, Float, Key, PyTree
-from fastvi.config import FlowConfig
 
 SPLINE_BOUND = 6.0  # standard deviations of the base that splines reach
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowSettings:
+    """Architecture of a normalizing flow.
+
+    Attributes:
+        template: "realnvp", "maf", "spline_coupling" or "nsf_ar".
+        depth: Number of transforms.
+        hidden: Widths of the conditioner's hidden layers.
+        bins: Number of bins of a spline.
+        init_scale: Scale of the initial weights; small values start near the identity.
+    """
+
+    template: str = "realnvp"
+    depth: int = 4
+    hidden: tuple[int, ...] = (64, 64)
+    bins: int = 8
+    init_scale: float = 1e-2
+
+    @property
+    def has_splines(self) -> bool:
+        """Whether the transforms are splines."""
+        return self.template in ("spline_coupling", "nsf_ar")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +47,11 @@ class AbstractBackend(abc.ABC):
 
     Attributes:
         dim: Latent dimensions.
-        config: Template, depth, widths, bins and scale of the initial weights.
+        settings: Template, depth, widths, bins and scale of the initial weights.
     """
 
     dim: int
-    config: FlowConfig
+    settings: FlowSettings
 
     @abc.abstractmethod
     def init(self, key: Key) -> PyTree[Array]:
@@ -48,16 +68,6 @@ class AbstractBackend(abc.ABC):
         self, params: PyTree[Array], z: Float[Array, "draws latent"]
     ) -> Float[Array, " draws"]:
         """Evaluate the log density at z."""
-
-    @functools.cached_property
-    def settings(self) -> Any:
-        """Return `config` with the default of every entry that it leaves open."""
-        return self.config.filled
-
-    @functools.cached_property
-    def structure(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """Return the shapes of the parameters."""
-        return jax.eval_shape(self.init, jax.random.key(0))
 
     def require_one_width(self) -> None:
         """Refuse hidden layers of different widths.

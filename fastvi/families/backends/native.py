@@ -45,7 +45,7 @@ class NativeBackend(AbstractBackend):
 
     def _build(self, key: Key):
         build, options = BUILDERS[self.settings.template]
-        if "spline" in build.__name__:
+        if self.settings.has_splines:
             bins = self.settings.bins
             least = dict.fromkeys(("min_bin_width", "min_bin_height"), FIXED_SHARE / bins)
             options = options | SPLINE_OPTIONS | least | {"num_bins": bins}

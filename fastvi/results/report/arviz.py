@@ -10,7 +10,7 @@ import numpy as np
 
 from fastvi._optional import import_optional
 from fastvi.results.estimate import LLCEstimate
-from fastvi.target.checks import LOSS_COST
+from fastvi.target.work import LOSS
 
 ENOUGH_WALK = 4  # records of a walker that are worth a posterior
 
@@ -20,7 +20,7 @@ def to_arviz(result: LLCEstimate) -> Any:
 
     Groups: `posterior` with llc and L (the mean loss), one entry for each chain and draw: the
         walkers after their
-    burn-in where `correction="mcmc"` ran, else independent draws of q; `sample_stats` of the same
+    burn-in where `method="sample"` ran, else independent draws of q; `sample_stats` of the same
     draws; `variational`, the draws of q in any case, with resp_entropy, log_q, log_p (under the
     names of the traces, logq and elbo_like, as well) and log_weight = log_p - log_q;
     `optimization`, the traces of the fit on a dimension `step`; `constant_data`. Mirrored draws
@@ -65,7 +65,7 @@ def _draws_of_q(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, n
     found = {name: _side_by_side(np.asarray(array, float)) for name, array in found.items()}
     excess, log_q, log_weight = (found[name] for name in ("excess_loss", "log_q", "log_weight"))
     fitted = np.asarray(result.traces["cumulative_fge"], float)[:, -1:]
-    work = fitted + LOSS_COST * np.arange(1, excess.shape[1] + 1)
+    work = fitted + LOSS * np.arange(1, excess.shape[1] + 1)
     return (
         {"llc": result.nbeta * excess, "L": result.init_loss + excess},
         {
@@ -122,7 +122,7 @@ def _attributes(result: LLCEstimate) -> dict[str, Any]:
         "llc_sem": result.llc_sem,
         "llc_vi": result.llc_vi,
         "elbo": result.elbo,
-        "correction": "none" if result.correction is None else result.correction["method"],
+        "method": "variational" if result.correction is None else result.correction["method"],
         "khat": khat,
         "khat_word": word,
         "effective_draws": effective,

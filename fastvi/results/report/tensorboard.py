@@ -11,10 +11,10 @@ import numpy as np
 from fastvi._errors import DataError
 from fastvi._optional import import_optional
 from fastvi._typing import Given
-from fastvi.api.flat import SamplerRunResult
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import Progress
 from fastvi.results.estimate import LLCEstimate
+from fastvi.results.flat import SamplerRunResult
 from fastvi.results.report.panels import IMAGES, PANELS, render
 
 PREFIX = "vi/"

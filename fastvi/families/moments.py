@@ -1,0 +1,65 @@
+"""What a family knows of its second moments, as values."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from fastvi._typing import Array, Float
+
+
+class SecondMoment(NamedTuple):
+    """E_q[v v^T] = diag(diagonal) + factors^T (diag(weights) + E[c c^T]) factors.
+
+    The displacement v is in model coordinates. The diagonal is positive, or zero throughout.
+    `coefficients` are draws of c in mirrored halves; there are none where the weights say all.
+    """
+
+    diagonal: Float[Array, " dim"]
+    factors: Float[Array, "terms dim"]
+    weights: Float[Array, " terms"]
+    coefficients: Float[Array, "samples terms"]
+
+    def marginal(self) -> Float[Array, " dim"]:
+        """Return the diagonal of E_q[v v^T]."""
+        count = max(self.coefficients.shape[0], 1)
+        inner = jnp.diag(self.weights) + self.coefficients.T @ self.coefficients / count
+        return self.diagonal + jnp.sum((inner @ self.factors) * self.factors, axis=0)
+
+
+class LinearMap(eqx.Module):
+    """`v = center + scale * (x + basis^T stretch basis x)`, from round coordinates x.
+
+    `basis` has orthonormal rows and `stretch` is symmetric. So `I + basis^T stretch basis` is the
+    symmetric root of a covariance, and x is standard normal under q as far as the map knows q.
+    """
+
+    center: Float[Array, " dim"]
+    scale: Float[Array, " dim"]
+    basis: Float[Array, "terms dim"]
+    stretch: Float[Array, "terms terms"]
+
+    def displacement(self, x: Float[Array, "*points dim"]) -> Float[Array, "*points dim"]:
+        """Map round coordinates to a displacement from the centre of the problem."""
+        return self.center + self.scale * self._root(x)
+
+    def pull_back(self, gradient: Float[Array, "*points dim"]) -> Float[Array, "*points dim"]:
+        """Map a gradient with respect to the displacement to one in round coordinates."""
+        return self._root(self.scale * gradient)
+
+    def round(self, displacement: Float[Array, "*points dim"]) -> Float[Array, "*points dim"]:
+        """Invert `displacement`."""
+        x = (displacement - self.center) / self.scale
+        identity = jnp.eye(self.stretch.shape[0], dtype=self.stretch.dtype)
+        inverse = jnp.linalg.inv(identity + self.stretch) - identity
+        return x + (x @ self.basis.T) @ inverse @ self.basis
+
+    def _root(self, x):
+        # stretch is symmetric; of many points these are two products of matrices
+        return x + (x @ self.basis.T) @ self.stretch @ self.basis
+
+
+def symmetric_root(covariance: Float[Array, "terms terms"]) -> Float[Array, "terms terms"]:
+    """Return the symmetric root of a covariance matrix, whose rounding errors may be negative."""
+    values, vectors = jnp.linalg.eigh(covariance)
+    return (vectors * jnp.sqrt(jnp.maximum(values, 0.0))) @ vectors.T

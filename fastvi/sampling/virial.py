@@ -28,8 +28,8 @@ def virial_columns(blocks: tuple[int, ...]) -> Callable[..., Float[Array, "walke
     def columns(linear_map: LinearMap, position, displacement, gradient):
         each = block_virials(displacement * gradient, blocks)
         # products that the map itself computes, so that the compiled step reads the basis no more
-        inside = position @ linear_map.basis.T
-        pulled = (linear_map.scale * gradient) @ linear_map.basis.T
+        inside = linear_map.project(position)
+        pulled = linear_map.project(linear_map.scale * gradient)
         pulled += pulled @ linear_map.stretch  # since the rows of the basis are orthonormal
         core = linear_map.basis.shape[0] - jnp.sum(inside * pulled, axis=-1)
         return jnp.stack([*each, core, gradient @ linear_map.center], axis=-1)

@@ -12,7 +12,7 @@ from fastvi import LocalPosterior, VIConfig, estimate_llc, make_flat_objective
 from fastvi.api.arguments import settle
 from fastvi.fitting.optimizer import Horizon
 from fastvi.fitting.stages import build_family, programs_for
-from fastvi.target.data import Problem
+from fastvi.target.data import Problem, hold
 from fastvi.target.stream import CHUNK
 
 SIZE, NUM_DATA = 10_000, 2_000
@@ -25,7 +25,7 @@ def stage_rows():
     """Trace, lower and compile each stage by itself."""
     loss, center, data = tanh_network(SIZE, NUM_DATA)
     posterior = LocalPosterior(center, jnp.float32(NUM_DATA / math.log(NUM_DATA)), jnp.float32(1.0))
-    problem = Problem(posterior, data, NUM_DATA, BATCH)
+    problem = Problem(posterior, hold(data), BATCH)
     config = settle(VIConfig(), center.size, 1.0)
     objective = make_flat_objective(loss)
     programs = programs_for(objective, problem, config).compiled
@@ -50,7 +50,8 @@ def stage_rows():
     family, state, _ = compiled("launch", programs.launch, family, problem, start.core, key, keys)
     arguments = (family, problem, state, keys, jnp.asarray(0), horizon)
     state, _ = compiled("steps", programs.steps, *arguments, length=CHUNK)
-    compiled("finish", programs.finish, family, problem, state.params, keys)
+    evaluated = family, problem, state.params, keys, problem.data
+    compiled("finish", programs.finish, *evaluated, programs.nothing_seen(problem, CHAINS), 1.0)
     return rows
 
 

@@ -15,8 +15,7 @@ from bench.harness import Timing, record, score
 from bench.problems import BATCH, trained_tanh_network
 from fastvi import LocalPosterior, estimate_llc, make_flat_objective
 from fastvi.evaluation.llc import evaluation_draws
-from fastvi.target.data import Problem
-from fastvi.target.objective import full_data_loss
+from fastvi.target.data import Problem, hold
 
 SIZE = 10_000
 ASKED = 1 / 3  # of the peer's time
@@ -61,9 +60,8 @@ def make_judge(objective, problem):
     @jax.jit
     def log_densities(displacements):
         def one(v):
-            return posterior.log_density(
-                v, full_data_loss(objective, posterior.center + v, problem.data)
-            )
+            mean_loss = problem.data.mean(lambda b: objective.loss(posterior.center + v, b))
+            return posterior.log_density(v, mean_loss)
 
         return jax.lax.map(one, displacements)
 
@@ -79,7 +77,7 @@ def make_problem():
     loss, center, data = jax.block_until_ready(trained_tanh_network(SIZE))
     num_data = data[1].size
     posterior = LocalPosterior(center, jnp.float32(num_data / math.log(num_data)), jnp.float32(1.0))
-    return loss, make_flat_objective(loss), Problem(posterior, data, num_data, BATCH)
+    return loss, make_flat_objective(loss), Problem(posterior, hold(data), BATCH)
 
 
 def fit_fastvi(loss, problem, judge, chains) -> tuple[float, Score]:
@@ -87,7 +85,7 @@ def fit_fastvi(loss, problem, judge, chains) -> tuple[float, Score]:
     jax.clear_caches()
     began = time.perf_counter()
     options = {"method": "variational", "num_chains": chains, "progress": False, "throw": False}
-    result = estimate_llc(loss, problem.posterior.center, problem.data, **options)
+    result = estimate_llc(loss, problem.posterior.center, problem.data.examples, **options)
     elapsed = time.perf_counter() - began
     fit, count = result.fitted.fit, result.fitted.keys.size
     scores = []

@@ -15,7 +15,7 @@ from bench.harness import Timing, against, peak_megabytes, record, score
 from bench.problems import BATCH, INPUTS, WIDTHS, tanh_network
 from bench.selection import sizes
 from fastvi import LocalPosterior, estimate_llc, make_flat_objective
-from fastvi.target.data import Problem
+from fastvi.target.data import Problem, hold
 
 STEPS = 100
 CHAINS = 4
@@ -28,7 +28,7 @@ def problem_of(size):
     loss, center, data = tanh_network(size)
     num_data = data[1].size
     posterior = LocalPosterior(center, jnp.float32(num_data / math.log(num_data)), jnp.float32(1.0))
-    return make_flat_objective(loss), Problem(posterior, data, num_data, BATCH), loss
+    return make_flat_objective(loss), Problem(posterior, hold(data), BATCH), loss
 
 
 def least_megabytes(size, dim, problem, chains):
@@ -116,7 +116,7 @@ def test_scale(benchmark, dim):
     """Time and memory of a step where the gradient costs next to nothing, for the law in d."""
     steps = 3
     posterior = LocalPosterior(jnp.zeros(dim), jnp.float32(2000.0), jnp.float32(1.0))
-    problem = Problem(posterior, jnp.zeros((8, 1)), 8, 8)
+    problem = Problem(posterior, hold(jnp.zeros((8, 1))), 8)
     objective = make_flat_objective(lambda flat, batch: 0.5 * jnp.sum(flat**2))
     compiled, step = fastvi_program(objective, problem, chains=1, steps=steps, donate=True)
     factors = COMPONENTS * RANK * dim * 4
@@ -151,7 +151,7 @@ def test_work_per_second(benchmark):
         return estimate_llc(
             loss,
             center,
-            problem.data,
+            problem.data.examples,
             key=seed,
             steps=400,
             progress=False,

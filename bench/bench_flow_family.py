@@ -20,7 +20,7 @@ from fastvi.families import FAMILIES
 from fastvi.families.base import Geometry
 from fastvi.fitting.optimizer import Horizon
 from fastvi.fitting.step import init_state, run_steps
-from fastvi.target.data import Problem
+from fastvi.target.data import Problem, hold
 from fastvi.target.objective import make_flat_objective
 from fastvi.target.posterior import LocalPosterior
 
@@ -228,7 +228,7 @@ def stepper(family, options):
     geometry = Geometry(jnp.ones(STEP_DIM), core, jnp.asarray(STEP_CORE), jnp.ones(()), STEP_CORE)
     built = FAMILIES[family].create(config.family_settings, geometry)
     posterior = LocalPosterior(jnp.zeros(STEP_DIM), jnp.asarray(NBETA), jnp.ones(()))
-    whole = Problem(posterior, jnp.zeros((COUNT, 1)), COUNT, 256)
+    whole = Problem(posterior, hold(jnp.zeros((COUNT, 1))), 256)
     keys = jax.random.split(jax.random.key(0), 1)
     params = jax.vmap(lambda key: built.init(key, core, jnp.zeros(STEP_DIM)))(keys)
     state = jax.vmap(lambda one: init_state(built, one, config))(params)

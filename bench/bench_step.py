@@ -16,7 +16,7 @@ from fastvi import LocalPosterior, VIConfig, make_flat_objective
 from fastvi.fitting.optimizer import Horizon
 from fastvi.fitting.stages import build_family, programs_for
 from fastvi.fitting.step import init_state
-from fastvi.target.data import Problem
+from fastvi.target.data import Problem, hold
 
 STEPS = 200
 COMPONENTS, RANK = 8, 2
@@ -173,7 +173,7 @@ def lambda_hat_scan(objective, problem):
     whitener = mfa.make_whitener(None)
     step = mfa.build_elbo_step(
         objective=objective,
-        data=problem.data,
+        data=problem.data.examples,
         wstar_flat=posterior.center,
         n_data=problem.num_data,
         beta=float(posterior.nbeta) / problem.num_data,
@@ -238,7 +238,7 @@ def test_step(benchmark, size):
     loss, center, data = tanh_network(size)
     num_data = data[1].size
     posterior = LocalPosterior(center, jnp.float32(num_data / math.log(num_data)), jnp.float32(1.0))
-    problem = Problem(posterior, data, num_data, BATCH)
+    problem = Problem(posterior, hold(data), BATCH)
     objective = make_flat_objective(loss)
     methods = dict(METHODS)
     if "numpyro" in methods and size <= LARGEST_DENSE:

@@ -15,8 +15,9 @@ from fastvi.results.estimate import LLCEstimate
 from fastvi.results.flat import SamplerRunResult
 from fastvi.results.report.arviz import to_arviz
 from fastvi.results.report.page import write_report
-from fastvi.target.objective import FlatObjective, make_flat_objective, ravel_loss
+from fastvi.target.objective import FlatObjective, make_flat_objective
 from fastvi.target.posterior import LocalPosterior
+from fastvi.target.ravel import ravel_loss
 from fastvi.target.restrict import restrict
 
 __all__ = [

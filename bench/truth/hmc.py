@@ -19,8 +19,8 @@ import numpy as np
 
 from bench.truth.convergence import effective_sample_size, split_r_hat
 from bench.truth.problem import Problem
-from fastvi.target.objective import ravel_loss
 from fastvi.target.posterior import LocalPosterior
+from fastvi.target.ravel import ravel_loss
 
 SHORT = 32  # leapfrog steps of the longest trajectory before the first metric
 RELIABLE_R_HAT = 1.01

@@ -25,7 +25,9 @@ from fastvi.api.arguments import make_problem, settle
 from fastvi.fitting.run import run_fit
 from fastvi.fitting.stages import programs_for
 from fastvi.geometry.start import make_start
-from fastvi.target.objective import TreeObjective, ravel_loss
+from fastvi.target.data import hold
+from fastvi.target.losses import first_rows
+from fastvi.target.ravel import TreeObjective, ravel_loss
 
 TABLE = "price"
 DEFAULT = (
@@ -67,9 +69,7 @@ def fits(name: str) -> list[dict]:
     config = settle(
         VIConfig(steps=FIRST + SECOND, samples_per_step=2, eval_samples=128), center.size, 1.0
     )
-    problem = make_problem(
-        center, source.data, source.n_data, source.nbeta, source.gamma, config, "nbeta"
-    )
+    problem = make_problem(center, hold(source.data), source.nbeta, source.gamma, config, "nbeta")
     keys = jax.random.split(jax.random.key(0), CHAINS)
     long = run_fit(programs_for(objective, problem, config), problem, config, keys)
     short_config, second = config.replace(steps=FIRST), config.replace(steps=SECOND)
@@ -81,7 +81,7 @@ def fits(name: str) -> list[dict]:
     @jax.jit
     def prepare(problem, key, scale):
         rows = min(config.hessian_examples, problem.num_data)
-        subset = jax.tree_util.tree_map(lambda leaf: leaf[:rows], problem.data)
+        subset = hold(first_rows(problem.data.examples, rows))
         return make_start(smooth, problem.posterior, subset, problem.next_batch, second, key, scale)
 
     stages = programs_for(objective, problem, second)

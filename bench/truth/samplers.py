@@ -16,8 +16,9 @@ import numpy as np
 
 from bench.truth.hmc import Recipe, draw, start_tuning, target_of, tune
 from bench.truth.problem import Problem
-from fastvi.target.objective import full_data_loss, ravel_loss
+from fastvi.target.data import hold
 from fastvi.target.posterior import LocalPosterior
+from fastvi.target.ravel import ravel_loss
 from fastvi.target.work import LOSS
 
 CHAINS = 4
@@ -111,7 +112,7 @@ def _langevin(problem: Problem, batch: int, bins: int, per_bin: int, rmsprop: bo
 
     @jax.jit
     def run(data, steps, keys):
-        least = full_data_loss(objective, center, data)
+        least = hold(data).mean(lambda batch: objective.loss(center, batch))
         one = functools.partial(chain, data, least)
         return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(steps, keys)
 

@@ -20,9 +20,11 @@ import optax
 from bench.bench_step import numpyro_guide
 from bench.truth.problem import Problem
 from bench.truth.samplers import BATCH
+from fastvi.evaluation.llc import losses_at
 from fastvi.target.data import Problem as Minibatches
-from fastvi.target.objective import excess_loss, full_data_loss, ravel_loss
+from fastvi.target.data import hold, shared_mean
 from fastvi.target.posterior import LocalPosterior
+from fastvi.target.ravel import ravel_loss
 from fastvi.target.work import LOSS
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of Adam; the ELBO chooses
@@ -114,7 +116,7 @@ def blackjax_normal(task: Task, key):
         return blackjax.meanfield_vi(log_density, task.optimizer, num_samples=task.draws)
 
     center = task.problem.posterior.center
-    start = fit_on(task.problem.data).init(center)
+    start = fit_on(task.problem.data.examples).init(center)
     start = start._replace(mu=center, rho=jnp.full_like(center, math.log(task.scale)))
     key_steps, key_draws = jax.random.split(key)
     state = task.run(lambda state, batch, key: fit_on(batch).step(key, state)[0], start, key_steps)
@@ -220,14 +222,16 @@ def _compiled(problem: Problem, peer: Peer, steps: int, batch: int):
         draws, log_q = peer.run(
             Task(objective, minibatches, optimizer, steps, peer.step_draws, scale), key
         )
-        excess = jax.lax.map(lambda w: excess_loss(objective, w, center, minibatches.data), draws)
+        shared = (center, draws - center)
+        at_draws = functools.partial(losses_at, objective)
+        excess = shared_mean(at_draws, minibatches.data, shared).excess
         log_p = jax.vmap(posterior.log_density)(draws - center, reference + excess)
         values = posterior.learning_coefficient(excess)
         return jnp.mean(log_p - log_q), jnp.mean(values), jnp.std(values, ddof=1) / math.sqrt(DRAWS)
 
     @jax.jit
     def run(minibatches, rates, keys):
-        reference = full_data_loss(objective, center, minibatches.data)
+        reference = minibatches.data.mean(lambda batch: objective.loss(center, batch))
         return jax.vmap(functools.partial(one, minibatches, reference))(rates, keys)
 
-    return functools.partial(run, Minibatches(posterior, data, problem.n_data, batch))
+    return functools.partial(run, Minibatches(posterior, hold(data), batch))

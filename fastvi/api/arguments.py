@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError, DataError
-from fastvi._typing import Array, Batch, Float
+from fastvi._typing import Array, Float
 from fastvi.config import VIConfig
 from fastvi.evaluation.control_variate import pairs_for
 from fastvi.evaluation.stein import even_monomials
 from fastvi.fitting.schedule import few_dimensions_factor
 from fastvi.geometry.whitening import normalized_scale
-from fastvi.target.data import Problem
+from fastvi.target.data import AbstractData, Problem
 from fastvi.target.keys import described
 from fastvi.target.posterior import LocalPosterior
 
@@ -65,24 +65,20 @@ def check_dtype(config: VIConfig) -> Any:
 
 def make_problem(
     center: Float[Array, " dim"],
-    data: Batch,
-    num_data: int,
+    data: AbstractData,
     nbeta: Any,
     localization: Any,
     config: VIConfig,
     name: str,
 ) -> Problem:
-    """Assemble target and data in the dtype of the fit."""
-    dtype = center.dtype
-    config.check_against(center.size, num_data)
+    """Assemble target and data, whose floats are in the dtype of the fit."""
+    config.check_against(center.size, data.num_data)
     nbeta, gamma = positive_scalar(name, nbeta), nonnegative_scalar("localization", localization)
-    cast = jax.tree_util.tree_map(
-        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, data
+    posterior = LocalPosterior(
+        center, jnp.asarray(nbeta, center.dtype), jnp.asarray(gamma, center.dtype)
     )
-    posterior = LocalPosterior(center, jnp.asarray(nbeta, dtype), jnp.asarray(gamma, dtype))
-    return Problem(
-        posterior, cast, num_data, config.batch_size or min(DEFAULT_BATCH_SIZE, num_data)
-    )
+    batch_size = config.batch_size or min(DEFAULT_BATCH_SIZE, data.num_data)
+    return Problem(posterior, data, batch_size)
 
 
 def settle(config: VIConfig, dim: int, share: float) -> VIConfig:

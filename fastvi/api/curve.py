@@ -17,7 +17,7 @@ from fastvi.results.estimate import LLCEstimate
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
 from fastvi.target.keys import as_key
 from fastvi.target.modes import in_own_modes
-from fastvi.target.objective import TreeStructure
+from fastvi.target.ravel import TreeStructure
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,12 +39,12 @@ from fastvi.results.progress import reporting
 from fastvi.results.resume import FolderKeeper, identify
 from fastvi.results.work import RunWork, count_work, with_losses
 from fastvi.target.checks import LossLook
-from fastvi.target.data import Problem
+from fastvi.target.data import Problem, hold
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
 from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
 from fastvi.target.modes import in_own_modes
-from fastvi.target.objective import TreeObjective, ravel_loss
+from fastvi.target.ravel import TreeObjective, ravel_loss
 from fastvi.target.restrict import restrict
 from fastvi.target.stream import HostStream, uncorrected
 
@@ -180,10 +180,11 @@ def assemble(
     if is_stream(data):
         stream = HostStream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
         config = config.replace(method=uncorrected(config.method))
-        data, num_data = stream.window(0), stream.num_data
-        stream = stream if stream.num_rows < num_data else None
+        data = stream.window(0)
+        stream = stream if stream.num_rows < stream.num_data else None
     else:
-        data, num_data = check_data(data, dtype=dtype)
+        data = hold(check_data(data, dtype=dtype)[0])
+    num_data = data.num_data
     if nbeta is None:
         if num_data < 2:
             raise DataError(
@@ -191,7 +192,7 @@ def assemble(
             )
         nbeta = num_data / math.log(num_data)
     config = config.applied(center.size)
-    problem = make_problem(center, data, num_data, nbeta, localization, config, "nbeta")
+    problem = make_problem(center, data, nbeta, localization, config, "nbeta")
     budget = (config.budget or default_budget(num_data)) / num_data
     problem, look = look_at_target(objective, problem, stream, "loss_fn", budget_fge=budget)
     return Target(objective, problem, config, key, stream, look)
@@ -227,7 +228,7 @@ def run_estimate(
             problem.posterior,
             fit.start,
             float(fit.outcome.reference_loss),
-            stream.chunks if stream is not None else lambda: [(problem.data, problem.num_data)],
+            (stream or problem.data).pieces,
         )
     timings = {
         **fit.seconds,

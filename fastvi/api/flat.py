@@ -26,7 +26,7 @@ from fastvi.fitting.stages import programs_for
 from fastvi.observables.draws import FittedQ
 from fastvi.results.flat import SamplerRunResult
 from fastvi.results.work import RunWork, count_work
-from fastvi.target.data import Problem
+from fastvi.target.data import Problem, hold
 from fastvi.target.inputs import check_data
 from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
@@ -253,7 +253,8 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
             "for it."
         )
     center = flat_vector(target.wstar_flat, dtype)
-    data, num_data = check_data(target.data, check_count("n_data", target.n_data), dtype)
+    data = hold(check_data(target.data, check_count("n_data", target.n_data), dtype)[0])
+    num_data = data.num_data
     config = settle_evaluation(
         config.replace(method="variational").applied(center.size), center.size
     )
@@ -261,7 +262,7 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
         positive_scalar("beta", target.beta) * num_data,
         settle_localization(target.gamma, config),
     )
-    problem = make_problem(center, data, num_data, nbeta, gamma, config, "beta")
+    problem = make_problem(center, data, nbeta, gamma, config, "beta")
     config = config.filled
     budget = config.steps * config.step_draws * problem.batch_size / num_data
     problem, look = look_at_target(

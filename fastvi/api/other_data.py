@@ -1,21 +1,26 @@
 """What a fitted q says of other data, and of single examples."""
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from fastvi._compilation import PROGRAMS, quick_compilation
 from fastvi._errors import DataError
-from fastvi._typing import Array, Batch, Float, Given
+from fastvi._typing import Array, Batch, Float, Given, Keys
 from fastvi.api.resample import Fitted
 from fastvi.evaluation.errors import chain_error, pair_mean
-from fastvi.evaluation.llc import evaluation_draws, excess_at
+from fastvi.evaluation.llc import DataLosses, draws_at_once, evaluation_draws, losses_at
+from fastvi.families.base import AbstractFamily
 from fastvi.results.estimate import LLCEstimate
+from fastvi.target.data import Problem, hold, shared_mean
+from fastvi.target.fingerprint import shapes_of
 from fastvi.target.inputs import check_data
-from fastvi.target.look import weigh_other_data
+from fastvi.target.look import weigh
 from fastvi.target.modes import in_own_modes
-from fastvi.target.objective import excess_loss, full_data_loss
 
 
 class DataLLC(NamedTuple):
@@ -50,13 +55,12 @@ def llc_on(result: LLCEstimate, data: Given[Batch]) -> DataLLC:
         As many losses of the data as the evaluation had draws.
     """
     fitted = _fitted(result)
-    center = fitted.problem.posterior.center
-    data = weigh_other_data(fitted.objective, center, check_data(data)[0], "loss_fn")
-    excess, reference = _excess(fitted, data)
-    llc = float(fitted.problem.posterior.nbeta) * np.asarray(excess, float)
+    problem = _on_other_data(fitted, data)
+    losses = jax.device_get(_programs(fitted, problem).losses(*_arguments(fitted, problem)))
+    llc = float(problem.posterior.nbeta) * np.asarray(losses.excess, float)
     pairs, chains = pair_mean(llc, axis=1), llc.mean(axis=1)
     sem = chain_error(chains, pairs.std(axis=1, ddof=1) / np.sqrt(pairs.shape[1]))
-    return DataLLC(float(chains.mean()), sem, chains, float(reference))
+    return DataLLC(float(chains.mean()), sem, chains, float(losses.reference[0]))
 
 
 @in_own_modes
@@ -79,25 +83,8 @@ def example_losses(
             cannot be used.
     """
     fitted = _fitted(result)
-    objective, center = fitted.objective, fitted.problem.posterior.center
-    data = weigh_other_data(objective, center, check_data(data)[0], "loss_fn")
-
-    @jax.jit
-    def losses(displacement):
-        def one(example):
-            batch = jax.tree_util.tree_map(lambda leaf: leaf[None], example)
-            return objective.loss(center + displacement, batch)
-
-        found = objective.example_losses(center + displacement, data)
-        return jax.vmap(one)(data) if found is None else found
-
-    draws = jax.jit(functools.partial(_draws, fitted.fit.family, num_draws=_num_draws(fitted)))
-    return np.stack(
-        [
-            np.stack([np.asarray(losses(displacement)) for displacement in draws(params, key)])
-            for params, key in zip(_each_chain(fitted), fitted.keys, strict=True)
-        ]
-    )
+    problem = _on_other_data(fitted, data)
+    return np.asarray(_programs(fitted, problem).by_example(*_arguments(fitted, problem)))
 
 
 def _fitted(result: LLCEstimate) -> Fitted:
@@ -110,32 +97,70 @@ def _fitted(result: LLCEstimate) -> Fitted:
     return result.fitted
 
 
-def _excess(fitted: Fitted, data: Batch) -> tuple[Float[Array, "chains draws"], Array]:
-    family, center = fitted.fit.family, fitted.problem.posterior.center
-
-    @jax.jit
-    def run(params, keys, data):
-        def chain(inputs):
-            draws = evaluation_draws(family, *inputs, num_draws=_num_draws(fitted))
-            return excess_at(
-                draws, center, lambda w: excess_loss(fitted.objective, w, center, data)
-            )
-
-        return jax.lax.map(chain, (params, keys)), full_data_loss(fitted.objective, center, data)
-
-    return run(fitted.fit.params, fitted.keys, data)
+def _on_other_data(fitted: Fitted, data: Given[Batch]) -> Problem:
+    """Return the problem of the fit with other data, weighed where the loss is weighted."""
+    problem = dataclasses.replace(fitted.problem, data=hold(check_data(data)[0]))
+    return weigh(fitted.objective, problem, "loss_fn")
 
 
-def _draws(family, params, key, *, num_draws: int) -> Float[Array, "draws dim"]:
-    return evaluation_draws(family, params, key, num_draws).displacement
+class _Programs(NamedTuple):
+    """Compiled: `(family, problem, params, keys)` to `DataLosses`, and to the losses of examples."""
+
+    losses: Callable[..., DataLosses]
+    by_example: Callable[..., Float[Array, "chains draws examples"]]
 
 
-def _num_draws(fitted: Fitted) -> int:
-    return fitted.fit.outcome.evaluation.excess.shape[1]
+def _programs(fitted: Fitted, problem: Problem) -> _Programs:
+    num_draws = fitted.fit.outcome.evaluation.excess.shape[1]
+
+    def build(objective: Any) -> _Programs:
+        def at_draws(function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(family: AbstractFamily, problem: Problem, params: Any, keys: Keys) -> Any:
+                def chain(inputs):
+                    draws = evaluation_draws(family, *inputs, num_draws=num_draws)
+                    return function(problem, draws.displacement)
+
+                return jax.lax.map(chain, (params, keys))
+
+            return jax.jit(run, compiler_options=quick_compilation())
+
+        return _Programs(
+            at_draws(functools.partial(_losses, objective)),
+            at_draws(functools.partial(_by_example, objective)),
+        )
+
+    key = ("other data", num_draws, shapes_of(problem))
+    return PROGRAMS.find(fitted.loss, key, (fitted.objective,), build)
 
 
-def _each_chain(fitted: Fitted):
-    chains = fitted.keys.shape[0]
-    return [
-        jax.tree_util.tree_map(lambda leaf, i=i: leaf[i], fitted.fit.params) for i in range(chains)
-    ]
+def _losses(objective: Any, problem: Problem, displacement: Array) -> DataLosses:
+    shared, copies = (problem.posterior.center, displacement), draws_at_once(displacement.shape[0])
+    return shared_mean(functools.partial(losses_at, objective), problem.data, shared, copies)
+
+
+def _by_example(
+    objective: Any, problem: Problem, displacement: Float[Array, "draws dim"]
+) -> Float[Array, "draws examples"]:
+    def at(v: Array) -> Array:
+        point = problem.posterior.center + v
+
+        def of_batch(batch: Batch) -> Array:
+            found = objective.example_losses(point, batch)
+            return _one_by_one(objective, point, batch) if found is None else found
+
+        return problem.data.each(of_batch)
+
+    return jax.lax.map(at, displacement)
+
+
+def _one_by_one(objective: Any, point: Array, batch: Batch) -> Float[Array, " batch"]:
+    """Evaluate the mean loss of each example as a batch of one."""
+
+    def one(example: Batch) -> Array:
+        return objective.loss(point, jax.tree_util.tree_map(lambda leaf: leaf[None], example))
+
+    return jax.vmap(one)(batch)
+
+
+def _arguments(fitted: Fitted, problem: Problem) -> tuple[Any, ...]:
+    return fitted.fit.family, problem, fitted.fit.params, fitted.keys

@@ -35,7 +35,7 @@ from fastvi.sampling.walkers import Walkers
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss
 from fastvi.target.modes import in_own_modes
-from fastvi.target.objective import TreeObjective
+from fastvi.target.ravel import TreeObjective
 from fastvi.target.stream import uncorrected
 
 EFFECTIVE_SHARE = 0.5  # of the draws that must count for "auto" to reweight them
@@ -397,9 +397,8 @@ def _run_details(run: SamplerResult, settings: SamplerSettings) -> dict[str, Any
 
 def _narrow_dtype(fitted: Fitted) -> str | None:
     """Name the half-precision type of a parameter or of the loss, if there is one."""
-    loss = jax.eval_shape(
-        fitted.objective.loss, fitted.problem.posterior.center, fitted.problem.data
-    )
+    problem = fitted.problem
+    loss = jax.eval_shape(fitted.objective.loss, problem.posterior.center, problem.data.examples)
     dtypes = [
         loss.dtype,
         *(dtype for dtype in fitted.objective.structure.dtypes if dtype is not None),

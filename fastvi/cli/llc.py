@@ -5,9 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from fastvi.api.arguments import DEFAULT_BATCH_SIZE, check_dtype, settle_localization
+from fastvi.api.arguments import (
+    DEFAULT_BATCH_SIZE,
+    check_dtype,
+    make_problem,
+    settle_localization,
+)
 from fastvi.api.estimate import estimate_llc
 from fastvi.cli.target import Problem, Resolved, load, parse_settings, resolve
 from fastvi.config import VIConfig
@@ -16,11 +19,13 @@ from fastvi.results.claim import claimed
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.runs import Origin, check_packages, keep_and_tell
 from fastvi.results.terminal import warn
+from fastvi.target.data import hold
 from fastvi.target.identity import differing, digest_tree, observe_loss
 from fastvi.target.inputs import check_data, is_stream
 from fastvi.target.keys import as_key
-from fastvi.target.look import weigh_other_data
-from fastvi.target.objective import ravel_loss
+from fastvi.target.look import weigh
+from fastvi.target.losses import first_rows
+from fastvi.target.ravel import ravel_loss
 from fastvi.target.stream import HostStream
 
 
@@ -117,17 +122,17 @@ def observe_problem(problem: Problem, config: VIConfig) -> dict[str, Any]:
     """
     dtype = check_dtype(config)
     objective, center = ravel_loss(problem.loss_fn, problem.params, dtype)
-    if is_stream(problem.data):
-        stream = HostStream(problem.data, dtype, as_key(0), DEFAULT_BATCH_SIZE)
-        data, num_data = stream.window(0), stream.num_data
-    else:
-        data, num_data = check_data(problem.data, dtype=dtype)
-    weighed = weigh_other_data(objective, center, data, "loss_fn")
-    first = jax.tree_util.tree_map(lambda leaf: leaf[:DEFAULT_BATCH_SIZE], weighed)
+    data = (
+        HostStream(problem.data, dtype, as_key(0), DEFAULT_BATCH_SIZE).window(0)
+        if is_stream(problem.data)
+        else hold(check_data(problem.data, dtype=dtype)[0])
+    )
+    target = make_problem(center, data, 1.0, 1.0, config, "nbeta")
+    first = first_rows(weigh(objective, target, "loss_fn").data.examples, DEFAULT_BATCH_SIZE)
     return {
         "params": digest_tree(center),
-        "data": digest_tree(data),
-        "n_data": num_data,
+        "data": digest_tree(data.examples),
+        "n_data": data.num_data,
         **observe_loss(objective, center, first),
     }
 

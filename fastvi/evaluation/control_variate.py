@@ -13,7 +13,8 @@ from fastvi.evaluation.errors import pair_mean
 from fastvi.families.base import AbstractFamily, Draws, SecondMoment
 from fastvi.kernels import hutchinson
 from fastvi.target.data import Problem
-from fastvi.target.objective import FlatObjective, full_data_hvp
+from fastvi.target.hessian import data_hvp
+from fastvi.target.objective import FlatObjective
 
 RELATIVE_CUTOFF = 1e-6  # singular values of the columns below this share of the largest are dropped
 
@@ -115,7 +116,7 @@ def hessian_columns(
         `second_moment` has factor rows, at most the dimension) and each probe.
     """
     posterior = problem.posterior
-    hvp = full_data_hvp(objective, posterior.center, problem.data)
+    hvp = data_hvp(objective, posterior.center, problem.data)
     moment = family.second_moment(params)
     values = 0.5 * jax.lax.map(lambda direction: direction @ hvp(direction), draws.displacement)
     deviation = jnp.sqrt(moment.diagonal)

@@ -1,24 +1,38 @@
 """The local learning coefficient under a fitted q, with its Monte Carlo error."""
 
-import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fastvi._typing import Array, Float, Key, Scalar
+from fastvi._typing import Array, Batch, Float, Key, Scalar
 from fastvi.evaluation.control_variate import hessian_columns, regress, regress_one
 from fastvi.evaluation.errors import pair_mean
 from fastvi.evaluation.stein import even_monomials, stein_columns
 from fastvi.families.base import AbstractFamily, Draws
-from fastvi.target.data import Problem
-from fastvi.target.objective import FlatObjective, call_full_loss, excess_loss
+from fastvi.target.data import Problem, slice_size
+from fastvi.target.objective import FlatObjective, value_and_grad
 
 EVALUATION_BLOCK = (
     2**31 + 2**16
 )  # counters of a chain's key beyond those of its steps and its start
 PROBE_STREAM = 2**31
-EVALUATION_GROUP = 8  # draws whose full-data losses are evaluated together
+EVALUATION_GROUP = 8  # draws that share a pass over a slice of the data; 4 cost a tenth more time
+
+
+class DataLosses(NamedTuple):
+    """What the data say at w* and at draws of q.
+
+    Attributes:
+        excess: `L_n(w) - L_n(w*)` at each draw.
+        reference: `L_n(w*)`.
+        slope: Gradient of L_n at w*; None where the loss on all data is a function of the caller's.
+    """
+
+    excess: Float[Array, "*chains draws"]
+    reference: Float[Array, "*chains"]
+    slope: Float[Array, "*chains dim"] | None
 
 
 class Evaluation(NamedTuple):
@@ -47,14 +61,12 @@ def evaluate(
     params,
     objective: FlatObjective,
     problem: Problem,
-    excess_fn,
-    reference_loss: Scalar,
+    draws: Draws,
+    losses: DataLosses,
     key: Key,
     *,
-    num_draws: int,
     control_variate: str,
     trace_probes: int,
-    excess: Float[Array, " draws"] | None = None,
 ) -> Evaluation:
     """Estimate `nbeta (E_q[L_n] - L_n(w*))` on all data.
 
@@ -65,24 +77,19 @@ def evaluate(
         params: Its fitted parameters.
         objective: The loss.
         problem: Target and data.
-        excess_fn: `(w) -> L_n(w) - L_n(w*)`.
-        reference_loss: `L_n(w*)`.
-        key: Random key.
-        num_draws: Draws from q, rounded down to an even number (antithetic pairs).
+        draws: Draws from q, from `evaluation_draws`.
+        losses: What the data say at them.
+        key: Random key, of the probes.
         control_variate: "auto" (q's own curvature; free), "hvp" (Hessian at w*) or "none".
         trace_probes: Hutchinson probes of "hvp".
-        excess: What `excess_fn` gives at the draws, where it is known already.
 
     Cost:
-        `num_draws` full losses; "hvp" adds a Hessian-vector product for each draw, probe and factor
-        row.
+        "hvp" takes a Hessian-vector product for each draw, probe and factor row.
     """
-    posterior = problem.posterior
-    pairs = num_draws // 2
-    draws = evaluation_draws(family, params, key, num_draws)
-    excess = excess_at(draws, posterior.center, excess_fn) if excess is None else excess
+    posterior, excess = problem.posterior, losses.excess
+    pairs = excess.shape[0] // 2
     contribution = posterior.learning_coefficient(excess)
-    log_density = jax.vmap(posterior.log_density)(draws.displacement, reference_loss + excess)
+    log_density = jax.vmap(posterior.log_density)(draws.displacement, losses.reference + excess)
     if control_variate == "hvp":
         columns, expected, trace_variance = hessian_columns(
             family,
@@ -135,10 +142,42 @@ def evaluation_draws(family: AbstractFamily, params, key: Key, num_draws: int) -
     return family.sample(params, key, 2 * (num_draws // 2), antithetic=True, block=EVALUATION_BLOCK)
 
 
-def excess_at(draws: Draws, center: Float[Array, " dim"], excess_fn) -> Float[Array, " draws"]:
-    """Evaluate `excess_fn` at every draw, a group at a time."""
-    group = min(EVALUATION_GROUP, draws.displacement.shape[0])
-    return jax.lax.map(lambda v: excess_fn(center + v), draws.displacement, batch_size=group)
+def losses_at(
+    objective: FlatObjective,
+    center: Float[Array, " dim"],
+    displacement: Float[Array, "draws dim"],
+    batch: Batch,
+) -> DataLosses:
+    """Evaluate what a batch says at w* and at draws, a group of draws at a time.
+
+    The difference is taken on the batch itself, which keeps float32 accurate.
+
+    Cost:
+        A gradient, and a loss for each draw.
+    """
+    loss, slope = value_and_grad(objective, center, batch)
+    found = jax.lax.map(
+        lambda v: objective.loss(center + v, batch),
+        displacement,
+        batch_size=draws_at_once(displacement.shape[0]),
+    )
+    return DataLosses(found - loss, loss, slope)
+
+
+def draws_at_once(num_draws: int) -> int:
+    """Return how many draws share a pass, so that none are left over."""
+    return slice_size(num_draws, EVALUATION_GROUP)
+
+
+def full_losses_at(
+    loss_full: Callable[[Float[Array, " dim"]], Scalar],
+    center: Float[Array, " dim"],
+    displacement: Float[Array, "draws dim"],
+) -> DataLosses:
+    """Evaluate a caller's own loss on all data at w* and at draws."""
+    reference = loss_full(center)
+    excess = jax.lax.map(lambda v: loss_full(center + v) - reference, displacement)
+    return DataLosses(excess, reference, None)
 
 
 def quadratic_columns(family: AbstractFamily, params, draws: Draws, pairs: int):
@@ -152,12 +191,3 @@ def quadratic_columns(family: AbstractFamily, params, draws: Draws, pairs: int):
     unit = jnp.sqrt(jnp.maximum(spread - center**2, 1e-6 * spread))
     columns = stein_columns((draws.displacement - center) / unit, draws.score * unit, exponents)
     return columns, jnp.zeros(exponents.shape[0], columns.dtype)
-
-
-def make_excess_fn(objective: FlatObjective, problem: Problem, loss_full_flat=None):
-    """Return `w -> L_n(w) - L_n(w*)`, by the given full-data loss or chunk by chunk."""
-    center = problem.posterior.center
-    if loss_full_flat is None:
-        return lambda w: excess_loss(objective, w, center, problem.data)
-    whole = functools.partial(call_full_loss, loss_full_flat, data=problem.data)
-    return lambda w: whole(w) - whole(center)

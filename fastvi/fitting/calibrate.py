@@ -38,7 +38,7 @@ def calibrate_scale(
         draws = family.sample(shifted, key, CALIBRATION_DRAWS, antithetic=True, block=block)
         _, grad = evaluate_target(
             objective,
-            problem.posterior,
+            problem,
             draws.displacement,
             problem.next_batch(key, block + NOISE_BLOCKS),
         )

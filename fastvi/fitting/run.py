@@ -30,7 +30,7 @@ from fastvi.fitting.stages import Outcome, Programs, Stages, build_family, start
 from fastvi.fitting.step import State
 from fastvi.geometry.curvature import BLOCK
 from fastvi.geometry.start import Start, rank_limit
-from fastvi.target.data import Problem
+from fastvi.target.data import AbstractData, Problem
 from fastvi.target.modes import jax_setting
 from fastvi.target.stream import CHUNK, AbstractStream
 
@@ -145,8 +145,8 @@ def run_fit(
     _run_chunks(programs, problem, config, course, chain_keys, clock, chunk, options)
     report(Progress("evaluation", config.steps, config.steps, float("nan")))
     family, params, start = course.family, course.state.params, course.start
-    arguments = (family, problem, params, chain_keys)
-    outcome = clock.time("evaluation", lambda: _finish(programs, arguments, options.stream))
+    arguments, source = (family, problem, params, chain_keys), options.stream or problem.data
+    outcome = clock.time("evaluation", lambda: _finish(programs, arguments, source))
     traces: dict[str, Array] = {
         name: jnp.concatenate([part[name] for part in course.parts], axis=1)
         for name in course.parts[0]
@@ -248,9 +248,10 @@ def _launch(
         )
         ahead.compile("steps", lowered)
         if stream is None:
-            ahead.compile(
-                "finish", programs.finish.lower(family, problem, state.params, chain_keys)
-            )
+            common = family, problem, state.params, chain_keys, problem.data
+            nothing = programs.nothing_seen(problem, chain_keys.size)
+            share = jax.ShapeDtypeStruct((), problem.posterior.center.dtype)
+            ahead.compile("finish", programs.finish.lower(*common, nothing, share))
         ahead.wait(("launch", "steps") if stream else ("launch", "steps", "finish"))
     return programs.launch(*arguments)
 
@@ -335,24 +336,15 @@ def _look(course: Course, elbo: np.ndarray, config: VIConfig, dim: int, chunk: i
         course.phases = (warmup, course.done, min(config.steps, course.done + decay))
 
 
-def _finish(programs: Programs, arguments: tuple, stream: AbstractStream | None) -> Outcome:
-    """Evaluate q on all data, from the stream chunk by chunk if there is one."""
-    if stream is None:
-        return programs.finish(*arguments)
-    sums: Any = None
-    count = 0
-    for batch, size in stream.chunks():
-        here = jax.tree_util.tree_map(
-            lambda leaf, size=size: size * np.asarray(leaf, np.float64),
-            jax.device_get(programs.excess_on(*arguments, batch)),
-        )
-        sums = here if sums is None else jax.tree_util.tree_map(np.add, sums, here)
-        count += size
-    dtype = arguments[1].posterior.center.dtype
-    excess, at_center = jax.tree_util.tree_map(
-        lambda total: jnp.asarray(total / count, dtype), sums
-    )
-    return programs.conclude(*arguments, excess, *at_center)
+def _finish(programs: Programs, arguments: tuple, source: AbstractData | AbstractStream) -> Outcome:
+    """Evaluate q on all data, piece by piece."""
+    _, problem, _, keys = arguments
+    outcome, losses, count = None, programs.nothing_seen(problem, keys.size), 0
+    for piece in source.pieces():
+        count += piece.num_examples
+        share = jnp.asarray(piece.num_examples / count, problem.posterior.center.dtype)
+        outcome, losses = programs.finish(*arguments, piece, losses, share)
+    return outcome
 
 
 class Clock:

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from fastvi._typing import Array, Batch, Float, Scalar
-from fastvi.target.objective import FlatObjective, full_data_value_and_grad
+from fastvi.target.data import AbstractData, Data, shared_mean
+from fastvi.target.losses import take_examples
 
 CHAINS, SHARED = PartitionSpec("devices"), PartitionSpec()
 
@@ -47,37 +46,35 @@ def over_devices(stage: Callable[..., Any], of_chain: tuple[bool, ...]) -> Calla
     return run
 
 
-def data_parallel_value_and_grad(
-    objective: FlatObjective, w: Float[Array, " dim"], data: Batch
-) -> tuple[Scalar, Float[Array, " dim"]]:
-    """Evaluate the mean loss on all data and its gradient, each device on its share of the examples.
+def data_parallel_mean(
+    statistic: Callable[..., Any], data: AbstractData, shared: tuple[Any, ...], copies: int = 1
+) -> Any:
+    """Average over all examples as `shared_mean` does, each device on its share of them.
 
     Cost:
         The examples divided by the devices; what does not divide is done by all of them.
     """
-    size, devices = _length(data), jax.device_count()
+    size, devices = data.num_examples, jax.device_count()
     share = size // devices
     mesh = device_mesh(devices * share) if share else None
     if mesh is None:
-        return full_data_value_and_grad(objective, w, data)
+        return shared_mean(statistic, data, shared, copies)
     whole = mesh.size * (size // mesh.size)
     parts, rest = (
-        jax.tree_util.tree_map(lambda leaf, s=s: leaf[s], data)
-        for s in (slice(whole), slice(whole, None))
+        Data(take_examples(data.examples, rows), data.max_batch)
+        for rows in (slice(whole), slice(whole, None))
     )
 
-    def part_mean(w, part):
-        return jax.lax.pmean(full_data_value_and_grad(objective, w, part), "devices")
+    def part_mean(part: Data, shared):
+        return jax.lax.pmean(shared_mean(statistic, part, shared, copies), "devices")
 
     mean = jax.shard_map(
-        part_mean, mesh=mesh, in_specs=(SHARED, CHAINS), out_specs=SHARED, check_vma=False
-    )(w, parts)
+        part_mean, mesh=mesh, in_specs=(CHAINS, SHARED), out_specs=SHARED, check_vma=False
+    )(parts, shared)
     if whole == size:
         return mean
-    left = full_data_value_and_grad(objective, w, rest)
-    return jax.tree_util.tree_map(
-        lambda a, b: (whole * a + (size - whole) * b) / jnp.asarray(size, a.dtype), mean, left
-    )
+    left, portion = shared_mean(statistic, rest, shared, copies), whole / size
+    return jax.tree_util.tree_map(lambda a, b: portion * a + (1 - portion) * b, mean, left)
 
 
 def _length(tree: Any) -> int:

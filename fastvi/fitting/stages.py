@@ -13,23 +13,26 @@ import jax.numpy as jnp
 from fastvi._compilation import PROGRAMS, quick_compilation
 from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
 from fastvi.config import VIConfig
-from fastvi.evaluation.llc import Evaluation, evaluate, evaluation_draws, excess_at, make_excess_fn
+from fastvi.evaluation.llc import (
+    DataLosses,
+    Evaluation,
+    draws_at_once,
+    evaluate,
+    evaluation_draws,
+    full_losses_at,
+    losses_at,
+)
 from fastvi.families import FAMILIES
 from fastvi.families.backends import BACKENDS
 from fastvi.families.base import AbstractFamily, Geometry
 from fastvi.fitting.calibrate import calibrate_scale
 from fastvi.fitting.optimizer import Horizon, fixed_phases
-from fastvi.fitting.sharding import data_parallel_value_and_grad, over_devices
+from fastvi.fitting.sharding import data_parallel_mean, over_devices
 from fastvi.fitting.step import State, init_state, run_steps
 from fastvi.geometry.start import Start, make_start, rank_limit
-from fastvi.target.data import Problem
+from fastvi.target.data import AbstractData, Problem, shared_mean
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
-from fastvi.target.objective import (
-    FlatObjective,
-    call_full_loss,
-    excess_loss,
-    full_data_value_and_grad,
-)
+from fastvi.target.objective import FlatObjective, call_full_loss
 
 # Draws of all steps and chains times dim up to which a second of compilation outweighs a quarter of
 # the steps' time.
@@ -57,25 +60,22 @@ class Programs(NamedTuple):
             calibration)`.
         steps: `(family, problem, state, chain_keys, first_step, horizon, length) -> (State,
             traces)`; compiled, it consumes the state.
-        finish: `(family, problem, params, chain_keys) -> Outcome`.
+        finish: `(family, problem, params, chain_keys, piece, before, share) -> (Outcome,
+            DataLosses)`: what all pieces of the data up to this one say, which is a `share` of
+            them; `before` is what those before it said.
+        nothing_seen: `(problem, chains) -> DataLosses` before the first piece.
         relaunch: `(family, problem, params, key)` -> the same as `launch`, from the q of another
             fit.
-        excess_on: `(family, problem, params, chain_keys, batch)` -> mean loss of the batch at the
-            evaluation's draws above that at w*, and that at w* with its gradient.
-        conclude: `(family, problem, params, chain_keys, excess, reference_loss, slope) -> Outcome`.
-        excess_along: `(w*, displacements, batch)` -> mean loss of the batch at these above that at
+        excess_along: `(w*, displacements, piece)` -> mean loss of the piece at these above that at
             w*.
     """
 
     prepare: Callable[..., Start]
     launch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
     steps: Callable[..., tuple[State, dict[str, Float[Array, "chains steps"]]]]
-    finish: Callable[..., Outcome]
+    finish: Callable[..., tuple[Outcome, DataLosses]]
+    nothing_seen: Callable[..., DataLosses]
     relaunch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
-    excess_on: Callable[
-        ..., tuple[Float[Array, "chains draws"], tuple[Scalar, Float[Array, " dim"]]]
-    ]
-    conclude: Callable[..., Outcome]
     excess_along: Callable[..., Float[Array, " points"]]
 
 
@@ -130,12 +130,7 @@ def _build(
 ) -> Stages:
     def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
         key_subset, key_start = jax.random.split(key)
-        subset = problem.data
-        if problem.num_rows > config.hessian_examples:
-            index = jax.random.choice(
-                key_subset, problem.num_rows, (config.hessian_examples,), replace=False
-            )
-            subset = jax.tree_util.tree_map(lambda leaf: leaf[index], problem.data)
+        subset = problem.data.subset(key_subset, config.hessian_examples)
         return make_start(
             objective,
             problem.posterior,
@@ -167,72 +162,81 @@ def _build(
             family, objective, problem, config, state, keys, first_step, horizon, length
         )
 
-    def excess_along(center, points, batch):
-        return jax.lax.map(lambda v: excess_loss(objective, center + v, center, batch), points)
+    def excess_along(center, points, piece: AbstractData):
+        return shared_mean(functools.partial(losses_at, objective), piece, (center, points)).excess
 
-    finish, excess_on, conclude = _evaluation(objective, config, loss_full_flat)
-    return _compiled(
-        Programs(prepare, launch, steps, finish, relaunch, excess_on, conclude, excess_along),
-        config,
-        loss,
-    )
+    finish = _evaluation(objective, config, loss_full_flat)
+    nothing = functools.partial(nothing_seen, config=config, has_slope=loss_full_flat is None)
+    programs = Programs(prepare, launch, steps, finish, nothing, relaunch, excess_along)
+    return _compiled(programs, config, loss)
 
 
 def _evaluation(
     objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None
-) -> tuple[Callable, ...]:
-    """Return the stages after the last step.
+) -> Callable:
+    """Return the stage after the last step."""
 
-    On the problem's data, or on a stream's chunk by chunk.
-    """
-
-    def excess_on(family: AbstractFamily, problem: Problem, params, keys: Keys, batch):
-        center = problem.posterior.center
-
-        def one(inputs):
-            chain_params, chain_key = inputs
-            draws = evaluation_draws(family, chain_params, chain_key, config.evaluation_draws)
-            return excess_at(draws, center, lambda w: excess_loss(objective, w, center, batch))
-
-        return jax.lax.map(one, (params, keys)), full_data_value_and_grad(objective, center, batch)
+    def losses_on(data: AbstractData, center, displacement, spread: bool) -> DataLosses:
+        if loss_full_flat is not None:
+            full = functools.partial(call_full_loss, loss_full_flat, data=data.examples)
+            return full_losses_at(full, center, displacement)
+        mean = data_parallel_mean if spread else shared_mean
+        copies = draws_at_once(displacement.shape[0])
+        at_points = functools.partial(losses_at, objective)
+        return mean(at_points, data, (center, displacement), copies)
 
     def finish(
-        family: AbstractFamily, problem: Problem, params, keys: Keys, *, spread: bool = False
-    ) -> Outcome:
+        family: AbstractFamily,
+        problem: Problem,
+        params,
+        keys: Keys,
+        data: AbstractData,
+        before: DataLosses,
+        share,
+        *,
+        spread: bool = False,
+    ) -> tuple[Outcome, DataLosses]:
         center = problem.posterior.center
-        if loss_full_flat is not None:
-            reference_loss = call_full_loss(loss_full_flat, center, problem.data)
-            return conclude(family, problem, params, keys, None, reference_loss, None)
-        mean = data_parallel_value_and_grad if spread else full_data_value_and_grad
-        at_center = mean(objective, center, problem.data)
-        return conclude(family, problem, params, keys, None, *at_center)
-
-    def conclude(
-        family: AbstractFamily, problem: Problem, params, keys: Keys, excess, reference_loss, slope
-    ) -> Outcome:
-        excess_fn = make_excess_fn(objective, problem, loss_full_flat)
 
         def one(inputs):
-            chain_params, chain_key, chain_excess = inputs
+            chain_params, chain_key, chain_before = inputs
+            draws = evaluation_draws(family, chain_params, chain_key, config.evaluation_draws)
+            losses = jax.tree_util.tree_map(
+                lambda old, new: old + share * (new - old),
+                chain_before,
+                losses_on(data, center, draws.displacement, spread),
+            )
             evaluation = evaluate(
                 family,
                 chain_params,
                 objective,
                 problem,
-                excess_fn,
-                reference_loss,
+                draws,
+                losses,
                 chain_key,
-                num_draws=config.evaluation_draws,
                 control_variate=config.control_variate or "auto",
                 trace_probes=config.trace_probes,
-                excess=chain_excess,
             )
-            return evaluation, family.summary_arrays(chain_params)
+            return evaluation, losses, family.summary_arrays(chain_params)
 
-        evaluation, arrays = jax.lax.map(one, (params, keys, excess))
-        return Outcome(evaluation, reference_loss, slope, arrays)
+        evaluation, losses, arrays = jax.lax.map(one, (params, keys, before))
+        reference, slope = (
+            None if leaf is None else leaf[0] for leaf in (losses.reference, losses.slope)
+        )
+        return Outcome(evaluation, reference, slope, arrays), losses
 
-    return finish, excess_on, conclude
+    return finish
+
+
+def nothing_seen(problem: Problem, chains: int, config: VIConfig, has_slope: bool) -> DataLosses:
+    """Return what no data say, for `finish` to begin with."""
+    center = problem.posterior.center
+    pairs = config.evaluation_draws // 2
+    return DataLosses(
+        jnp.zeros((chains, 2 * pairs), center.dtype),
+        jnp.zeros(chains, center.dtype),
+        jnp.zeros((chains, center.size), center.dtype) if has_slope else None,
+    )
 
 
 def _compiled(plain: Programs, config: VIConfig, loss: Fingerprint) -> Stages:
@@ -244,9 +248,8 @@ def _compiled(plain: Programs, config: VIConfig, loss: Fingerprint) -> Stages:
         launch=jax.jit(plain.launch, compiler_options=once),
         steps=jit_steps(),
         finish=jax.jit(functools.partial(plain.finish, spread=True), compiler_options=once),
+        nothing_seen=plain.nothing_seen,
         relaunch=jax.jit(plain.relaunch, compiler_options=once),
-        excess_on=jax.jit(plain.excess_on, compiler_options=once),
-        conclude=jax.jit(plain.conclude, compiler_options=once),
         excess_along=jax.jit(plain.excess_along, compiler_options=once),
     )
     quick = compiled._replace(steps=jit_steps(compiler_options=once))
@@ -270,7 +273,8 @@ def _whole(
     state, traces = plain.steps(
         family, problem, state, keys, jnp.int32(0), horizon, length=config.steps
     )
-    outcome = plain.finish(family, problem, state.params, keys)
+    nothing = plain.nothing_seen(problem, keys.size)
+    outcome, _ = plain.finish(family, problem, state.params, keys, problem.data, nothing, 1.0)
     return family, state.params, start, outcome, traces, rounds
 
 

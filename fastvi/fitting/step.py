@@ -99,7 +99,7 @@ def run_steps(
         family = _at_step(settled_family, config, step)
         batch = problem.next_batch(key, (NOISE_BLOCKS + 1) * step + NOISE_BLOCKS)
         draws = family.transform(state.params, noise, mirror=groups < num_draws, cache=state.cache)
-        value, grad = evaluate_target(objective, problem.posterior, draws.displacement, batch)
+        value, grad = evaluate_target(objective, problem, draws.displacement, batch, keys.size)
         baseline = jnp.where(step == 0, jnp.mean(value - draws.log_prob), state.baseline)
         target = TargetValues(value, grad, baseline)
         ascent = family.ascent(state.params, draws, target, groups=groups)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._typing import Batch
 from fastvi.geometry.start import Start
+from fastvi.target.data import AbstractData
 from fastvi.target.posterior import LocalPosterior
 
 CURVATURE_ROUNDING = (
@@ -49,7 +49,7 @@ def look_down(
     posterior: LocalPosterior,
     start: Start,
     reference_loss: float,
-    pieces: Callable[[], Iterable[tuple[Batch, int]]],
+    pieces: Callable[[], Iterable[AbstractData]],
 ) -> Bottom:
     """Follow the direction of least curvature where that is negative, or zero without a localizer.
 
@@ -57,11 +57,11 @@ def look_down(
     all data.
 
     Args:
-        excess_along: `(center, points, batch) -> loss at the points above that at the center`.
+        excess_along: `(center, points, piece) -> loss at the points above that at the center`.
         posterior: The target.
         start: What is known of the curvature.
         reference_loss: L_n(w*).
-        pieces: Yields all data in pieces, each with its number of examples.
+        pieces: Yields all data in pieces.
 
     Cost:
         None as a rule; 8 losses on all data where the direction is followed.
@@ -136,13 +136,11 @@ def _line(posterior: LocalPosterior, start: Start) -> _Line | None:
 
 
 def _mean_excess(
-    excess_along, center, points: np.ndarray, pieces: Iterable[tuple[Batch, int]]
+    excess_along, center, points: np.ndarray, pieces: Iterable[AbstractData]
 ) -> np.ndarray:
     """Average over the pieces."""
-    total, count = np.zeros(len(points)), 0
-    for batch, size in pieces:
-        total += size * np.asarray(
-            jax.device_get(excess_along(center, jnp.asarray(points, center.dtype), batch)), float
-        )
-        count += size
+    total, count, displaced = np.zeros(len(points)), 0, jnp.asarray(points, center.dtype)
+    for piece in pieces:
+        here = np.asarray(jax.device_get(excess_along(center, displaced, piece)), float)
+        total, count = total + piece.num_examples * here, count + piece.num_examples
     return total / count

@@ -7,12 +7,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from fastvi._typing import Array, Batch, Float, Int, Key, Scalar
+from fastvi._typing import Array, Float, Int, Key, Scalar
 from fastvi.config import VIConfig
 from fastvi.geometry.curvature import BLOCK, Spectrum, block_krylov, dense_spectrum
 from fastvi.geometry.whitening import whitening_scale
 from fastvi.kernels import hutchinson
-from fastvi.target.objective import FlatObjective, hvp_operator
+from fastvi.target.data import AbstractData
+from fastvi.target.hessian import data_hvp
+from fastvi.target.objective import FlatObjective
 from fastvi.target.posterior import LocalPosterior
 
 MAX_RANK = 64  # rows of the core under curvature_rank="auto"
@@ -60,7 +62,7 @@ def rank_limit(config: VIConfig, dim: int, itemsize: int) -> int:
 def make_start(
     objective: FlatObjective,
     posterior: LocalPosterior,
-    curvature_batch: Batch,
+    subset: AbstractData,
     next_batch,
     config: VIConfig,
     key: Key,
@@ -73,11 +75,11 @@ def make_start(
     1)`: exact on a quadratic whose other eigenvalues are equal.
 
     Cost:
-        `num_hvp` Hessian-vector products on `curvature_batch`, and the whitening's own.
+        `num_hvp` Hessian-vector products on `subset`, and the whitening's own.
     """
     center, dtype, dim = posterior.center, posterior.center.dtype, posterior.center.size
     key_whiten, key_krylov, key_trace = jax.random.split(key, 3)
-    hvp = hvp_operator(objective, center, curvature_batch)
+    hvp = data_hvp(objective, center, subset, copies=dim if dim <= DENSE_DIM else BLOCK)
     if whitener_scale is None:
         scale = whitening_scale(
             config.whitening,

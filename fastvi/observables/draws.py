@@ -19,7 +19,7 @@ from fastvi._typing import Array, Float, Given, Key, PyTree
 from fastvi.families.base import AbstractFamily
 from fastvi.target.keys import as_key
 from fastvi.target.modes import in_own_modes
-from fastvi.target.objective import TreeObjective, TreeStructure
+from fastvi.target.ravel import TreeObjective, TreeStructure
 from fastvi.target.restrict import RestrictedLoss
 
 

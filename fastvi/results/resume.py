@@ -21,6 +21,7 @@ from fastvi.results import files
 from fastvi.results.schema import fits
 from fastvi.target.data import Problem
 from fastvi.target.identity import differing, digest_tree, observe_loss
+from fastvi.target.losses import first_rows
 from fastvi.target.objective import FlatObjective
 
 PROGRESS_FILE = "progress.npz"
@@ -171,13 +172,13 @@ def identify(
 ) -> dict:
     """Name all that the bits of a fit depend on: configuration, key, w*, data, loss, versions."""
     posterior = problem.posterior
-    first = jax.tree_util.tree_map(lambda leaf: leaf[: problem.batch_size], problem.data)
+    first = first_rows(problem.data.examples, problem.batch_size)
     return {
         **config.to_dict(),
         "early_stop": early_stop,
         "key": digest_tree(jax.random.key_data(keys)),
         "params": digest_tree(posterior.center),
-        "data": digest_tree(problem.data),
+        "data": digest_tree(problem.data.examples),
         "n_data": problem.num_data,
         "nbeta": float(posterior.nbeta),
         "localization": float(posterior.gamma),

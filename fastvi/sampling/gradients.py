@@ -14,7 +14,7 @@ from fastvi._typing import Array, Float, Int, Scalar
 from fastvi.families.moments import LinearMap
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.data import Problem
-from fastvi.target.objective import FlatObjective, full_data_value_and_grad, value_and_grad
+from fastvi.target.objective import FlatObjective, value_and_grad
 
 # How far, relatively, the size of a block may be from the wanted one to leave few examples over.
 # Half leaves up to twice as many over, double makes numbers of blocks less like those asked for.
@@ -31,15 +31,15 @@ class Blocks(NamedTuple):
 class Anchor(NamedTuple):
     """The loss about a fixed point: on all data, and on each block alone.
 
-    `excess` is L_n less L_n(w*), and `gradient` that of L_n, in model coordinates. `rows` lists the
-    examples of each block; `block_loss` and `block_gradient` are theirs.
+    `excess` is L_n - L_n(w*), and `gradient` that of L_n, in model coordinates. `rows` lists the
+    examples of each block; `block_excess`, less L_n(w*) too, and `block_gradient` are theirs.
     """
 
     displacement: Float[Array, " dim"]
     excess: Scalar
     gradient: Float[Array, " dim"]
     rows: Int[Array, "blocks block_size"]
-    block_loss: Float[Array, " blocks"]
+    block_excess: Float[Array, " blocks"]
     block_gradient: Float[Array, "blocks dim"]
 
 
@@ -61,7 +61,7 @@ def block_counts(num_data: int, dim: int, settings: SamplerSettings) -> tuple[in
 
 
 def block_size(num_data: int, count: int) -> int:
-    """Return the size of each of about `count` blocks: that which leaves the fewest examples over."""
+    """Return the size of each of about `count` blocks, which leaves the fewest examples over."""
     if count == 1:
         return num_data
     wanted = num_data / count
@@ -77,12 +77,31 @@ def split_data(num_data: int, count: int, seed: int = 0) -> Blocks:
     return Blocks(order[:covered].reshape(-1, size), order[covered:])
 
 
-def rows_value_and_grad(
-    objective: FlatObjective, problem: Problem, displacement, rows: Int[Array, " rows"]
+def excess_and_grad(
+    objective: FlatObjective,
+    problem: Problem,
+    displacement: Float[Array, " dim"],
+    reference_loss: Scalar | float = 0.0,
+    rows: Int[Array, " rows"] | None = None,
+    copies: int = 1,
 ) -> tuple[Scalar, Float[Array, " dim"]]:
-    """Evaluate the mean loss of some examples and its gradient."""
-    batch = jax.tree_util.tree_map(lambda leaf: leaf[rows], problem.data)
-    return value_and_grad(objective, problem.posterior.center + displacement, batch)
+    """Evaluate the mean loss above `reference_loss`, and its gradient.
+
+    Args:
+        objective: The loss.
+        problem: Target and data.
+        displacement: The point, less w*.
+        reference_loss: What is taken off each slice's mean, which keeps float32 accurate.
+        rows: The examples; all when left out.
+        copies: How many walkers a vmap runs side by side.
+    """
+    point = problem.posterior.center + displacement
+
+    def of_slice(batch):
+        loss, gradient = value_and_grad(objective, point, batch)
+        return loss - reference_loss, gradient
+
+    return problem.data.mean(of_slice, rows, copies)
 
 
 def make_anchor(
@@ -95,15 +114,13 @@ def make_anchor(
     """
     rows, rest = map(jnp.asarray, blocks)
     losses, gradients = jax.lax.map(
-        lambda block: rows_value_and_grad(objective, problem, displacement, block), rows
+        lambda block: excess_and_grad(objective, problem, displacement, reference_loss, block), rows
     )
-    # differences to the reference are averaged, since the loss itself would cost their digits
-    excess, gradient = jnp.mean(losses - reference_loss), jnp.mean(gradients, axis=0)
+    excess, gradient = jnp.mean(losses), jnp.mean(gradients, axis=0)
     if rest.size:
-        loss, slope = rows_value_and_grad(objective, problem, displacement, rest)
+        loss, slope = excess_and_grad(objective, problem, displacement, reference_loss, rest)
         share = rest.size / problem.num_data
-        excess += share * (loss - reference_loss - excess)
-        gradient += share * (slope - gradient)
+        excess, gradient = excess + share * (loss - excess), gradient + share * (slope - gradient)
     return Anchor(displacement, excess, gradient, rows, losses, gradients)
 
 
@@ -114,12 +131,22 @@ def estimate_value_and_grad(
     reference_loss: Scalar,
     displacement: Float[Array, " dim"],
     block: Int[Array, ""],
+    copies: int = 1,
 ) -> tuple[Scalar, Float[Array, " dim"], Scalar]:
-    """Estimate `L_n(w) - L_n(w*)` and the gradient of L_n from one block, or without an anchor evaluate both.
+    """Estimate `L_n(w) - L_n(w*)` and the gradient of L_n from one block.
 
-    Both are what the block says, less what it says at the anchor, plus what all data say there:
-    unbiased over the blocks (but for the few examples that are in none), exact where all examples
-    are alike.
+    Without an anchor both are evaluated on all data. With one, both are what the block says, less
+    what it says at the anchor, plus what all data say there. That is unbiased over the blocks, but
+    for the few examples that are in none, and exact where all examples are alike.
+
+    Args:
+        objective: The loss.
+        problem: Target and data.
+        anchor: Where the blocks are known; None for all data.
+        reference_loss: L_n(w*).
+        displacement: The point, less w*.
+        block: The block to estimate from.
+        copies: How many walkers a vmap runs side by side.
 
     Returns:
         The excess, the gradient, and the potential that this gradient is the exact gradient of as
@@ -128,12 +155,13 @@ def estimate_value_and_grad(
     References:
         Baker et al., Control variates for stochastic gradient MCMC (2019).
     """
+    rows = None if anchor is None else anchor.rows[block]
+    excess, gradient = excess_and_grad(
+        objective, problem, displacement, reference_loss, rows, copies
+    )
     if anchor is None:
-        point = problem.posterior.center + displacement
-        excess, gradient = full_data_value_and_grad(objective, point, problem.data, reference_loss)
         return excess, gradient, excess
-    loss, gradient = rows_value_and_grad(objective, problem, displacement, anchor.rows[block])
-    excess = anchor.excess + (loss - anchor.block_loss[block])
+    excess += anchor.excess - anchor.block_excess[block]
     tilt = anchor.gradient - anchor.block_gradient[block]
     surrogate = excess + tilt @ (displacement - anchor.displacement)
     return excess, gradient + tilt, surrogate

@@ -81,16 +81,17 @@ def make_evaluate(
     """Return `(position, block of each walker) -> Evaluation`."""
     posterior = problem.posterior
 
-    def one(displacement, block):
+    def one(displacement, block, copies):
         excess, slope, surrogate = estimate_value_and_grad(
-            objective, problem, anchor, reference_loss, displacement, block
+            objective, problem, anchor, reference_loss, displacement, block, copies
         )
         gradient = -posterior.log_density_grad(displacement, slope)
         return excess, -posterior.log_density(displacement, surrogate), gradient
 
     def evaluate(position, block) -> Evaluation:
         displacement = linear_map.displacement(position)
-        excess, potential, gradient = jax.vmap(one)(displacement, block)
+        walkers = jax.vmap(functools.partial(one, copies=block.size))
+        excess, potential, gradient = walkers(displacement, block)
         columns = columns_fn(linear_map, position, displacement, gradient)
         observed = Observed(excess, jnp.sum(displacement**2, axis=-1), columns)
         found = Evaluation(potential, linear_map.pull_back(gradient), observed)

@@ -1,72 +1,280 @@
-"""The target with its data, and what is read of both."""
+"""The examples, with every way in which they are read, and the target on them.
+
+Three verbs read examples: `minibatch` draws some, `subset` chooses some, `mean` averages over all.
+"""
+
+import abc
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 
-from fastvi._typing import Array, Batch, Float, Key
+from fastvi._typing import Array, Batch, Float, Int, Key
 from fastvi.kernels.noise import NOISE_BLOCKS, words
+from fastvi.target.losses import num_examples, take_examples
 from fastvi.target.objective import FlatObjective, value_and_grad
 from fastvi.target.posterior import LocalPosterior
 
+# Bytes of the examples of one forward-backward pass. 784 floats an example: 4,096 examples, which
+# 8 walkers share as 512 each. Activations come on top, for dense nets about as much again. Half of
+# it costs 5 % of the speed there on 2 CPU cores, twice as much saves nothing.
+PASS_BYTES = 2**24
+MOST_EXAMPLES = 4096  # of a pass: an example may be a number whose activations are thousands
 
-class Problem(eqx.Module):
-    """The target and the data that minibatches come from.
 
-    All of it or, of a stream, a window of uniform draws.
+def default_max_batch(examples: Batch) -> int:
+    """Return how many examples one pass may take: `PASS_BYTES` of them, at most `MOST_EXAMPLES`."""
+    leaves = jax.tree_util.tree_leaves(examples)
+    size = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in leaves)
+    return max(1, min(MOST_EXAMPLES, PASS_BYTES // max(size, 1)))
+
+
+class AbstractData(eqx.Module):
+    """Examples on the device: arrays with a common leading axis.
+
+    Attributes:
+        examples: The arrays.
+        max_batch: The most examples that one forward-backward pass takes, all copies of it
+            together.
+        num_data: The number of examples that the mean loss L_n is over.
     """
 
-    posterior: LocalPosterior
-    data: Batch
+    examples: eqx.AbstractVar[Batch]
+    max_batch: eqx.AbstractVar[int]
+    num_data: eqx.AbstractVar[int]
+
+    @property
+    def num_examples(self) -> int:
+        """Count the examples at hand."""
+        return num_examples(self.examples)
+
+    @abc.abstractmethod
+    def minibatch(self, key: Key, size: int, block: Array | int = 0) -> Batch:
+        """Draw examples uniformly, with replacement.
+
+        Args:
+            key: Random key.
+            size: Number of examples.
+            block: Counter of the key: other blocks give other examples.
+        """
+
+    def pieces(self) -> Iterator["AbstractData"]:
+        """Yield all data in pieces that are on the device: here in one."""
+        yield self
+
+    def fits_a_pass(self, copies: int = 1) -> bool:
+        """Say whether one pass takes all examples, with so many copies side by side."""
+        return self._slice_size(self.num_examples, copies) == self.num_examples
+
+    def subset(self, key: Key, size: int) -> "Data":
+        """Choose examples at random, without replacement; all of them where there are no more."""
+        if self.num_examples <= size:
+            return Data(self.examples, self.max_batch)
+        rows = jax.random.choice(key, self.num_examples, (size,), replace=False)
+        return Data(take_examples(self.examples, rows), self.max_batch)
+
+    def mean(
+        self,
+        statistic: Callable[[Batch], Any],
+        rows: Int[Array, " rows"] | None = None,
+        copies: int = 1,
+    ) -> Any:
+        """Average a statistic that is itself a mean over the examples of a batch.
+
+        The examples are read a slice at a time, and no copy of them is made.
+
+        Args:
+            statistic: `(batch) -> pytree of arrays`.
+            rows: The examples to average over; all when left out.
+            copies: How many evaluations of `statistic` run side by side: walkers, draws or
+                tangents that a vmap inside or outside of it adds. They share `max_batch`.
+
+        Cost:
+            One evaluation of the statistic for each example. Memory: that of `max_batch` examples.
+        """
+        count = self.num_examples if rows is None else rows.shape[0]
+        size = self._slice_size(count, copies)
+        if size == count:
+            return statistic(self._read(rows))
+        slices = count // size
+        total = _sum_over(lambda i: statistic(self._read(rows, i * size, size)), slices)
+        mean = jax.tree_util.tree_map(lambda leaf: leaf / slices, total)
+        covered = slices * size
+        if covered == count:
+            return mean
+        rest, share = statistic(self._read(rows, covered, count - covered)), covered / count
+        return jax.tree_util.tree_map(lambda a, b: a * share + b * (1 - share), mean, rest)
+
+    def each(self, statistic: Callable[[Batch], Array], copies: int = 1) -> Array:
+        """Evaluate a statistic that has a value for each example of a batch, a slice at a time.
+
+        Args:
+            statistic: `(batch) -> array` with the batch axis first.
+            copies: As in `mean`.
+        """
+        count, rows = self.num_examples, None
+        size = self._slice_size(count, copies)
+        if size == count:
+            return statistic(self.examples)
+        starts = jnp.arange(count // size) * size
+        found = jax.lax.map(lambda start: statistic(self._read(rows, start, size)), starts)
+        found, covered = found.reshape(-1, *found.shape[2:]), found.shape[0] * size
+        if covered == count:
+            return found
+        return jnp.concatenate([found, statistic(self._read(rows, covered, count - covered))])
+
+    def _slice_size(self, count: int, copies: int) -> int:
+        return slice_size(count, max(1, self.max_batch // copies))
+
+    def _read(self, rows: Array | None, start: Any = 0, length: int | None = None) -> Batch:
+        """Return a stretch of the examples, or of those in `rows`; all of them by default."""
+        if length is None:
+            return self.examples if rows is None else take_examples(self.examples, rows)
+        if rows is None:
+            return _slice(self.examples, start, length)
+        return take_examples(self.examples, _slice(rows, start, length))
+
+
+class Data(AbstractData):
+    """All examples."""
+
+    examples: Batch
+    max_batch: int = eqx.field(static=True)
+
+    @property
+    def num_data(self) -> int:
+        """Count the examples."""
+        return self.num_examples
+
+    def minibatch(self, key: Key, size: int, block: Array | int = 0) -> Batch:
+        """Draw examples with replacement, or return all of them where `size` is that large."""
+        if size >= self.num_examples:
+            return self.examples
+        # uneven by at most num_examples / 2^32, and a third of the work of randint
+        rows = words(key, size, block=block) % jnp.uint32(self.num_examples)
+        return take_examples(self.examples, rows.astype(jnp.int32))
+
+
+def hold(examples: Batch, max_batch: int | None = None) -> Data:
+    """Return the examples as data, with the default `max_batch` where none is given."""
+    return Data(examples, max_batch or default_max_batch(examples))
+
+
+class Window(AbstractData):
+    """Uniform draws from data that are not at hand, `num_data` examples."""
+
+    examples: Batch
+    max_batch: int = eqx.field(static=True)
     num_data: int = eqx.field(static=True)
+
+    def minibatch(self, key: Key, size: int, block: Array | int = 0) -> Batch:
+        """Take the next examples, from a place of the key's own on.
+
+        They are independent draws already, and reusing them would draw q towards the minimum of
+        the window's loss.
+        """
+        first = words(key, 1)[0] % jnp.uint32(self.num_examples)
+        # a fit counts NOISE_BLOCKS + 1 blocks a step, so this is the number of examples used before
+        used = jnp.asarray(block, jnp.uint32) // (NOISE_BLOCKS + 1) * size
+        rows = first + (used + jnp.arange(size, dtype=jnp.uint32)) % self.num_examples
+        return take_examples(self.examples, (rows % self.num_examples).astype(jnp.int32))
+
+
+def shared_mean(
+    statistic: Callable[..., Any], data: AbstractData, shared: tuple[Any, ...], copies: int = 1
+) -> Any:
+    """Average `statistic(*shared, batch)` over all examples."""
+    return data.mean(lambda batch: statistic(*shared, batch), copies=copies)
+
+
+def slice_size(count: int, most: int) -> int:
+    """Return the size of slices: at most `most`, and a divisor of `count` unless all are too small.
+
+    Even slices let a program hold the model once. A divisor below a quarter of `most` would make
+    passes too small to be fast, so a rest is left over instead.
+    """
+    if count <= most:
+        return count
+    sizes = (size for size in range(most, max(1, most // 4) - 1, -1) if count % size == 0)
+    return next(sizes, most)
+
+
+def _sum_over(term: Callable[[Int[Array, ""]], Any], length: int) -> Any:
+    """Return the sum of `term(0)` to `term(length - 1)`, tracing it once."""
+    closed, shapes = jax.make_jaxpr(term, return_shape=True)(jnp.int32(0))
+    leaves, structure = jax.tree_util.tree_flatten(shapes)
+
+    def add(totals, index):
+        terms = jaxpr_as_fun(closed)(index)
+        return [total + term for total, term in zip(totals, terms, strict=True)], None
+
+    zeros = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+    totals = jax.lax.scan(add, zeros, jnp.arange(length, dtype=jnp.int32))[0]
+    return jax.tree_util.tree_unflatten(structure, totals)
+
+
+def _slice(tree: Any, start: Any, length: int) -> Any:
+    return jax.tree_util.tree_map(
+        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length), tree
+    )
+
+
+class Problem(eqx.Module):
+    """The target, the data that its loss is of, and the size of minibatches."""
+
+    posterior: LocalPosterior
+    data: AbstractData
     batch_size: int = eqx.field(static=True)
 
     @property
-    def num_rows(self) -> int:
-        """Count the examples at hand."""
-        return jax.tree_util.tree_leaves(self.data)[0].shape[0]
+    def num_data(self) -> int:
+        """Count the examples that L_n is the mean over."""
+        return self.data.num_data
 
     @property
     def holds_all(self) -> bool:
         """Whether all data are at hand."""
-        return self.num_rows == self.num_data
+        return self.data.num_examples == self.num_data
 
     def next_batch(self, key: Key, block: Array | int = 0) -> Batch:
-        """Draw a minibatch with replacement, or return all data when the batch is that large.
-
-        A window is used up from a place of the key's own on: its examples are independent draws
-        already, and reusing them would draw q towards the minimum of the window's loss.
-        """
-        if self.batch_size >= self.num_data:
-            return self.data
-        if not self.holds_all:
-            first = words(key, 1)[0] % jnp.uint32(self.num_rows)
-            used = jnp.asarray(block, jnp.uint32) // (NOISE_BLOCKS + 1) * self.batch_size
-            index = (
-                first + (used + jnp.arange(self.batch_size, dtype=jnp.uint32)) % self.num_rows
-            ) % self.num_rows
-            return jax.tree_util.tree_map(lambda leaf: leaf[index.astype(jnp.int32)], self.data)
-        # uneven by at most num_data / 2^32, and a third of the work of randint
-        index = (words(key, self.batch_size, block=block) % jnp.uint32(self.num_data)).astype(
-            jnp.int32
-        )
-        return jax.tree_util.tree_map(lambda leaf: leaf[index], self.data)
+        """Draw a minibatch."""
+        return self.data.minibatch(key, self.batch_size, block)
 
 
 def evaluate_target(
     objective: FlatObjective,
-    posterior: LocalPosterior,
+    problem: Problem,
     displacement: Float[Array, "draws dim"],
     batch: Batch,
+    copies: int = 1,
 ) -> tuple[Float[Array, " draws"], Float[Array, "draws dim"]]:
-    """Evaluate log p and its gradient at every draw, on one batch."""
+    """Evaluate log p and its gradient at every draw, on one batch.
 
-    def one(v):
-        loss, grad = value_and_grad(objective, posterior.center + v, batch)
-        value, slope = posterior.log_density(v, loss), posterior.log_density_grad(v, grad)
-        return value.astype(v.dtype), slope.astype(v.dtype)  # the loss may know float64 alone
+    A batch of more examples than a pass takes is averaged over slices.
 
-    if displacement.shape[0] == 1:
-        value, grad = one(displacement[0])
-        return value[None], grad[None]
-    return jax.vmap(one)(displacement)
+    Args:
+        objective: The loss.
+        problem: Target and data.
+        displacement: The draws.
+        batch: The examples.
+        copies: How many such calls a vmap outside runs side by side.
+    """
+    posterior, draws = problem.posterior, displacement.shape[0]
+
+    def all_draws(batch):
+        def one(v):
+            return value_and_grad(objective, posterior.center + v, batch)
+
+        if draws == 1:
+            return jax.tree_util.tree_map(lambda leaf: leaf[None], one(displacement[0]))
+        return jax.vmap(one)(displacement)
+
+    loss, grad = Data(batch, problem.data.max_batch).mean(all_draws, copies=copies * draws)
+    value = jax.vmap(posterior.log_density)(displacement, loss)
+    slope = jax.vmap(posterior.log_density_grad)(displacement, grad)
+    dtype = displacement.dtype
+    return value.astype(dtype), slope.astype(dtype)  # the loss may know float64 alone

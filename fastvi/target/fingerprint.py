@@ -21,10 +21,10 @@ from fastvi.target.data import Problem
 from fastvi.target.objective import (
     CallableObjective,
     FlatObjective,
-    TreeObjective,
     call_full_loss,
     value_and_grad,
 )
+from fastvi.target.ravel import TreeObjective
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype)
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
@@ -42,11 +42,13 @@ class Fingerprint(NamedTuple):
         objects: What else is compared, and kept alive for that: callbacks and the like.
         is_traced: Whether values of an enclosing trace of jax are closed over; then nothing else is
             equal to it.
+        is_narrow: Whether a number of 16 bits or fewer is computed with.
     """
 
     digest: str
     objects: tuple[Hashable, ...]
     is_traced: bool
+    is_narrow: bool
 
 
 class Identity:
@@ -81,13 +83,15 @@ def fingerprint_loss(
         return value_and_grad(objective, w, batch), others, full
 
     batch = jax.eval_shape(problem.next_batch, jax.random.key(0))
-    data = jax.eval_shape(lambda: problem.data)
+    data = jax.eval_shape(lambda: problem.data.examples)
     center = problem.posterior.center
     reader = _Reader()
     reader.value(
         jax.make_jaxpr(everything)(jax.ShapeDtypeStruct(center.shape, center.dtype), batch, data)
     )
-    return Fingerprint(reader.digest.hexdigest(), tuple(reader.objects), reader.is_traced)
+    return Fingerprint(
+        reader.digest.hexdigest(), tuple(reader.objects), reader.is_traced, reader.is_narrow
+    )
 
 
 def shapes_of(problem: Problem) -> Hashable:
@@ -102,7 +106,7 @@ class _Reader:
     def __init__(self):
         self.digest = hashlib.blake2b(digest_size=20)
         self.objects: list[Hashable] = []
-        self.is_traced = False
+        self.is_traced = self.is_narrow = False
         self._functions: set[int] = set()
 
     def text(self, *parts: Any) -> None:
@@ -159,6 +163,7 @@ class _Reader:
         for equation in jaxpr.eqns:
             name = equation.primitive.name
             self.text(name, variables(equation.invars), variables(equation.outvars))
+            self.is_narrow |= any(map(_is_narrow, (*equation.invars, *equation.outvars)))
             for key, parameter in sorted(equation.params.items()):
                 if not name.startswith(WITH_RULES) or isinstance(parameter, ClosedJaxpr):
                     self.text(key)
@@ -186,6 +191,11 @@ class _Reader:
 def _is_array(value: Any) -> bool:
     # jax 0.7 holds constants of a program in a class of its own, which numpy reads
     return isinstance(value, (jax.Array, np.ndarray, np.generic)) or hasattr(value, "__array__")
+
+
+def _is_narrow(variable: Any) -> bool:
+    dtype = getattr(variable.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= 2
 
 
 def _has_equality(value: Any) -> bool:

@@ -5,8 +5,7 @@ Find the form of its loss, weigh its data, and check what both obey.
 
 import dataclasses
 import functools
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 
 from fastvi._compilation import PROGRAMS, quick_compilation
 from fastvi._errors import DataError
-from fastvi._typing import Array, Batch, Float, Given
+from fastvi._typing import Array, Float, Given
 from fastvi.target.checks import (
     LossLook,
     LossPrograms,
@@ -25,30 +24,29 @@ from fastvi.target.checks import (
     on_host,
     take_rows,
 )
-from fastvi.target.data import Problem
+from fastvi.target.data import AbstractData, Problem
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
-from fastvi.target.losses import LossForm, first_rows, num_examples, weigh_batch, weigh_data
-from fastvi.target.objective import (
-    EVALUATION_CHUNK,
-    FlatObjective,
-    TreeObjective,
-    call_full_loss,
-    check_loss,
-    value_and_grad,
+from fastvi.target.losses import (
+    LossForm,
+    find_mean_weight,
+    first_rows,
+    weigh_batch,
+    weight_statistics,
 )
+from fastvi.target.objective import FlatObjective, call_full_loss, value_and_grad
+from fastvi.target.ravel import TreeObjective
+from fastvi.target.signature import check_loss
 from fastvi.target.stream import AbstractStream
 from fastvi.target.work import LOSS
 
-NARROW = re.compile(r"\b(bf16|f16|f8_\w+|f4_\w+)\[")  # dtypes as jaxprs write them
 NARROW_EPS = 2.0**-7  # of bfloat16
 ACCELERATOR_EPS = 2.0**-10  # single-precision products are rounded so on GPUs and TPUs by default
-FULL_LOSS_EXAMPLES, FULL_LOSS_PARTS = (
-    2048,
-    8,
-)  # on which it is compared: all data up to there, else a sample in parts
-FULL_LOSS_MISMATCH = (
-    0.01  # of a change of the loss, between a full-data loss that is given and the objective's
-)
+# Examples on which a full-data loss is compared: all data up to there, else a sample in parts.
+FULL_LOSS_EXAMPLES, FULL_LOSS_PARTS = 2048, 8
+# Of a change of the loss, between a full-data loss that is given and the objective's. Twice as much
+# would let a loss of other data pass more often; half would refuse means in half precision.
+FULL_LOSS_MISMATCH = 0.01
+WEIGHING_COST = 2 * LOSS  # sample gradients for each example: at w* and at a point near it
 
 
 def look_at_target(
@@ -64,18 +62,14 @@ def look_at_target(
 
     Under a trace, of jit or of data that are mapped over, only shapes are looked at.
     """
-    form = check_loss(
-        objective, problem.posterior.center, first_rows(problem.data, problem.batch_size), name
-    )
+    is_weighted = _is_weighted(objective, problem, name)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(problem))
-    passes = 0.0
-    if form is LossForm.WEIGHTED:
-        if traced:
-            raise DataError(
-                f"{name} returns (losses, weights), whose mean weight must be known before jit or "
-                "vmap."
-            )
-        problem, passes = _weigh(objective, problem, stream, name), LOSS
+    if is_weighted and traced:
+        raise DataError(
+            f"{name} returns (losses, weights), whose mean weight must be known before jit or vmap."
+        )
+    if is_weighted:
+        problem = _weigh(objective, problem, name, stream)
     loss = fingerprint_loss(objective, problem)
     if traced or loss.is_traced:
         return problem, LossLook()
@@ -90,50 +84,56 @@ def look_at_target(
     look = look_at_loss(
         programs,
         center,
-        problem.data,
+        problem.data.examples,
         nbeta=float(posterior.nbeta),
         localization=float(posterior.gamma),
-        resolution=_resolution(objective, center, first_rows(problem.data, problem.batch_size)),
+        resolution=_resolution(loss, center.dtype),
         weight_eps=_weight_eps(objective, center),
         budget_fge=budget_fge,
         name=name,
     )
-    spent = look.sample_gradients + passes * problem.num_data
+    spent = look.sample_gradients + WEIGHING_COST * is_weighted * problem.num_data
     if loss_full_flat is not None:
         spent += _check_full_loss(programs, problem, loss_full_flat)
     return problem, look._replace(sample_gradients=spent)
 
 
-def weigh_other_data(objective: Any, center: Float[Array, " dim"], data: Batch, name: str) -> Batch:
-    """Return other data as the loss takes them, with their own mean weight where it is weighted."""
-    if check_loss(objective, center, data, name) is not LossForm.WEIGHTED:
-        return data
-    return _weigh_held(objective, center, data, name)
+def weigh(objective: Any, problem: Problem, name: str) -> Problem:
+    """Return the problem with its data weighed, where the loss is weighted."""
+    is_weighted = _is_weighted(objective, problem, name)
+    return _weigh(objective, problem, name, None) if is_weighted else problem
 
 
-def _weigh_held(objective: Any, center: Float[Array, " dim"], data: Batch, name: str) -> Batch:
-    return weigh_batch(
-        data, weigh_data(objective.outputs, center, _chunks(data), name), center.dtype
-    )
-
-
-def _weigh(objective: Any, problem: Problem, stream: Any, name: str) -> Problem:
-    """Attach the mean weight of an example to the data, found in one pass."""
+def _weigh(objective: Any, problem: Problem, name: str, stream: AbstractStream | None) -> Problem:
+    """Attach the mean weight of an example to the problem's data, found in one pass over all."""
     center = problem.posterior.center
+    blank = _with_weight(problem, 1.0)  # of the structure that the loss takes
+    loss = fingerprint_loss(objective, blank)
+    weigher = PROGRAMS.find(loss, ("weigh", shapes_of(blank)), (objective,), _weigher)
+    found = find_mean_weight(weigher, center, (stream or problem.data).pieces(), name)
     if stream is None:
-        return dataclasses.replace(problem, data=_weigh_held(objective, center, problem.data, name))
-    stream.mean_weight = weigh_data(objective.outputs, center, stream.chunks(), name)
+        return _with_weight(problem, found)
+    stream.mean_weight = found
     return dataclasses.replace(problem, data=stream.window(0))
 
 
-def _chunks(data: Batch) -> Iterator[tuple[Batch, int]]:
-    size = num_examples(data)
-    for start in range(0, size, EVALUATION_CHUNK):
-        stop = min(size, start + EVALUATION_CHUNK)
-        yield (
-            jax.tree_util.tree_map(lambda leaf, at=slice(start, stop): leaf[at], data),
-            stop - start,
-        )
+def _is_weighted(objective: Any, problem: Problem, name: str) -> bool:
+    rows = first_rows(problem.data.examples, problem.batch_size)
+    return check_loss(objective, problem.posterior.center, rows, name) is LossForm.WEIGHTED
+
+
+def _with_weight(problem: Problem, mean_weight: float) -> Problem:
+    examples = weigh_batch(problem.data.examples, mean_weight, problem.posterior.center.dtype)
+    return dataclasses.replace(problem, data=dataclasses.replace(problem.data, examples=examples))
+
+
+def _weigher(objective: Any) -> Callable[[Array, AbstractData], tuple[Array, Array]]:
+    """Return `(w, data) -> weight_statistics`, compiled."""
+
+    def of_data(w: Array, data: AbstractData) -> tuple[Array, Array]:
+        return data.mean(lambda batch: weight_statistics(objective.outputs(w, batch), w.dtype))
+
+    return jax.jit(of_data, compiler_options=quick_compilation())
 
 
 def _check_full_loss(
@@ -153,10 +153,12 @@ def _check_full_loss(
         posterior.center
         + displacement(posterior.center, float(posterior.nbeta), float(posterior.gamma)),
     )
-    given = [float(call_full_loss(loss_full_flat, point, problem.data)) for point in points]
+    given = [
+        float(call_full_loss(loss_full_flat, point, problem.data.examples)) for point in points
+    ]
     order = np.random.default_rng(0).permutation(size)[:FULL_LOSS_EXAMPLES]
     sample, parts = (
-        on_host(problem.data, order),
+        on_host(problem.data.examples, order),
         np.array_split(np.arange(order.size), min(FULL_LOSS_PARTS, size)),
     )
     changes = []
@@ -195,11 +197,11 @@ def _programs(objective: FlatObjective, problem: Problem, loss: Fingerprint) -> 
     return PROGRAMS.find(loss, ("look", shapes_of(problem)), (objective,), build)
 
 
-def _resolution(objective: FlatObjective, center: Float[Array, " dim"], batch: Batch) -> float:
+def _resolution(loss: Fingerprint, dtype: Any) -> float:
     """Return the relative spacing of the coarsest dtype in which the loss computes."""
-    if NARROW.search(str(jax.make_jaxpr(objective.loss)(center, batch))):
+    if loss.is_narrow:
         return NARROW_EPS
-    eps = float(jnp.finfo(center.dtype).eps)
+    eps = float(jnp.finfo(dtype).eps)
     return eps if jax.default_backend() == "cpu" or eps < 1e-10 else ACCELERATOR_EPS
 
 

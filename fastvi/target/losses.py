@@ -1,12 +1,11 @@
 """What a loss function may return, and the mean over the data that each form stands for.
 
-    scalar                 the mean over the examples of the batch
-    array                  one loss for each example, or each token of each example: batch axis
-    first (losses, weights)      the same with weights; masked tokens, padding and class weights
-    weigh 0 or little
+    scalar               the mean over the examples of the batch
+    array                one loss for each example, or each of its tokens, batch axis first
+    (losses, weights)    the same with weights: masked tokens, padding, class weights
 
 In the last form `L_n = sum(weights * losses) / sum(weights)` over ALL data. A batch divides by the
-mean weight of an example of all data, not by its own, so that every minibatch, chunk and block is
+mean weight of an example of all data, not by its own, so that every minibatch, slice and block is
 an unbiased estimate.
 """
 
@@ -21,8 +20,6 @@ import numpy as np
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float, Scalar
 
-AUXILIARY_FIX = "if the second value is auxiliary, return the loss alone: lambda params, batch: loss(params, batch)[0]"
-
 
 class LossForm(enum.Enum):
     """What a loss function returns."""
@@ -33,12 +30,10 @@ class LossForm(enum.Enum):
 
 
 class WeightedBatch(NamedTuple):
-    """Examples of a weighted loss.
+    """Examples of a weighted loss, each with the reciprocal of all data's mean weight.
 
-    Each carries the reciprocal of the mean weight of an example of all data.
-
-    As a leaf with the batch axis it is sliced, shuffled and streamed like the data, and other data
-    of the same shapes need no other program.
+    As a leaf with the batch axis the reciprocal is sliced, shuffled and streamed like the data, and
+    other data of the same shapes need no other program.
     """
 
     examples: Batch
@@ -53,6 +48,11 @@ def num_examples(batch: Batch) -> int:
 def first_rows(batch: Batch, count: int) -> Batch:
     """Return the first examples."""
     return jax.tree_util.tree_map(lambda leaf: leaf[:count], batch)
+
+
+def take_examples(batch: Batch, rows: Any) -> Batch:
+    """Return some examples: those in a slice, or with these numbers."""
+    return jax.tree_util.tree_map(lambda leaf: leaf[rows], batch)
 
 
 def raw_examples(batch: Batch) -> Batch:
@@ -88,168 +88,51 @@ def weigh_batch(batch: Batch, mean_weight: float, dtype: Any) -> WeightedBatch:
     return WeightedBatch(batch, jnp.full(num_examples(batch), 1 / mean_weight, dtype))
 
 
-def classify_loss(shapes: Any, sizes: tuple[int, int], name: str) -> LossForm:
-    """Say which form a loss function returns, from its abstract results on batches of two sizes.
-
-    Args:
-        shapes: What it returns on each of the two, as trees of shapes and dtypes.
-        sizes: Examples of the two batches.
-        name: Of the function, for the error.
-
-    Raises:
-        DataError: If it is none of the forms.
-    """
-    value, other = shapes
-    if _is_pair(value):
-        return _classify_pair(value, other, sizes, name)
-    if not _is_array(value):
-        raise _refusal(name, f"got {describe_value(value)}. Average over the batch with .mean().")
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise _refusal(name, f"got {describe_value(value)}. A loss is floating-point, in nats.")
-    if value.shape == () and value.dtype.itemsize < 4:
-        fix = "Take the mean in float32: losses.astype(jnp.float32).mean()."
-        raise _refusal(
-            name,
-            f"got {describe_value(value)}, too coarse for the differences that make up llc. {fix}",
-        )
-    if value.shape == ():
-        return LossForm.MEAN
-    if not _leads_with_batch((value, other), sizes):
-        sizes_text = " and ".join(
-            f"{describe_value(v)} for {s} examples" for v, s in zip(shapes, sizes, strict=True)
-        )
-        raise _refusal(
-            name,
-            f"got {sizes_text}, whose first axis is not that of the batch. Average it with "
-            ".mean().",
-        )
-    return LossForm.EXAMPLES
+def weight_statistics(outputs: Any, dtype: Any) -> tuple[Scalar, Scalar]:
+    """Return the mean weight of an example, and the share of weights that cannot be one."""
+    weights = jnp.asarray(outputs[1], dtype)
+    return jnp.mean(_per_example(weights, jnp.sum)), jnp.mean(~(weights >= 0), dtype=dtype)
 
 
-def _classify_pair(value: Any, other: Any, sizes: tuple[int, int], name: str) -> LossForm:
-    losses, weights = value
-    came = f"got a pair of {describe_value(value)}"
-    if _is_array(losses) and losses.shape == ():
-        kind = (
-            "scalars"
-            if _is_array(weights) and weights.shape == ()
-            else "a scalar and something else"
-        )
-        raise _refusal(
-            name,
-            f"{came}: a pair of {kind}, as of has_aux, is no (losses, weights); {AUXILIARY_FIX}.",
-        )
-    if not (_is_array(losses) and _is_array(weights) and losses.shape == weights.shape):
-        raise _refusal(
-            name, f"{came}; losses and weights need one shape, batch axis first; {AUXILIARY_FIX}."
-        )
-    pairs = zip(value, other, strict=True)
-    if not jnp.issubdtype(losses.dtype, jnp.floating) or not all(
-        _leads_with_batch(pair, sizes) for pair in pairs
-    ):
-        raise _refusal(
-            name,
-            f"{came} for {sizes[0]} examples; both need the batch axis first; {AUXILIARY_FIX}.",
-        )
-    if not (
-        jnp.issubdtype(weights.dtype, jnp.floating) or weights.dtype == bool or _is_integer(weights)
-    ):
-        raise _refusal(name, f"{came}; weights are numbers of at least 0.")
-    return LossForm.WEIGHTED
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2
-
-
-def _is_integer(value: Any) -> bool:
-    return jnp.issubdtype(value.dtype, jnp.integer)
-
-
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
-
-
-def _leads_with_batch(pair: Any, sizes: tuple[int, int]) -> bool:
-    return all(
-        _is_array(value) and value.shape[:1] == (size,) and value.shape[1:] == pair[0].shape[1:]
-        for value, size in zip(pair, sizes, strict=True)
-    )
-
-
-def _refusal(name: str, came: str) -> DataError:
-    return DataError(
-        f"{name} must return the mean loss of the batch as one floating-point scalar, an array "
-        "with one loss for each "
-        f"example (batch axis first), or (losses, weights) of one such shape; {came}"
-    )
-
-
-def describe_value(value: Any) -> str:
-    """Name the arrays that a function returned, by dtype and shape."""
-    leaves = jax.tree_util.tree_leaves(value)
-    return (
-        ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves if _is_array(leaf))
-        or "nothing"
-    )
-
-
-def weigh_data(
-    outputs: Callable[..., Any],
+def find_mean_weight(
+    weigh: Callable[[Float[Array, " dim"], Any], tuple[Scalar, Scalar]],
     center: Float[Array, " dim"],
-    batches: Iterable[tuple[Batch, int]],
+    pieces: Iterable[Any],
     name: str,
 ) -> float:
-    """Return the mean weight of an example over all data, by one pass in which XLA leaves out the losses.
+    """Return the mean weight of an example over all data, by one pass.
+
+    The first piece is read twice, at two points, where the weights must be the same.
 
     Args:
-        outputs: `(w, batch) -> (losses, weights)`.
+        weigh: `(w, piece) -> weight_statistics`, a mean over the piece, which XLA finds without
+            the losses.
         center: w*.
-        batches: All data in pieces, each with its number of examples.
-        name: Of the function, for errors.
+        pieces: All data in pieces.
+        name: Of the loss function, for errors.
 
     Raises:
         DataError: If a weight is negative or not finite, all are zero, or they depend on the
             parameters.
     """
-
-    @jax.jit
-    def weights(w: Array, batch: Batch) -> tuple[Array, Array]:
-        found = jnp.asarray(outputs(w, batch)[1], w.dtype)
-        return _per_example(found, jnp.sum), jnp.min(found, initial=jnp.inf)
-
-    total, count, least = 0.0, 0, np.inf
-    for batch, size in batches:
-        found, smallest = jax.device_get(weights(center, batch))
-        if count == 0 and not np.array_equal(
-            found, jax.device_get(weights(_nudged(center), batch))[0], True
-        ):
+    total, count, nudged = np.zeros(2), 0, center + 0.01 * (1 + jnp.abs(center))
+    for piece in pieces:
+        here = np.asarray(jax.device_get(weigh(center, piece)), float)
+        if count == 0 and not np.array_equal(here, jax.device_get(weigh(nudged, piece)), True):
             raise DataError(
                 f"the weights of {name} change with the parameters; they must depend on the data "
                 "alone."
             )
-        total, count, least = (
-            total + found.astype(np.float64).sum(),
-            count + size,
-            min(least, float(smallest)),
-        )
-    return _check_weights(float(total) / max(count, 1), least, name)
-
-
-def _nudged(center: Float[Array, " dim"]) -> Float[Array, " dim"]:
-    """Return a point near w*, at which weights of the data alone are the same."""
-    return center + 0.01 * (1 + jnp.abs(center))
-
-
-def _check_weights(mean_weight: float, least: float, name: str) -> float:
-    if not np.isfinite(mean_weight) or least < 0:
+        total, count = total + piece.num_examples * here, count + piece.num_examples
+    mean_weight, invalid = total / count
+    if invalid > 0 or not np.isfinite(mean_weight):
         raise DataError(
-            f"the weights of {name} must be finite and at least 0; the least is {least:g}, their "
-            f"mean {mean_weight:g}."
+            f"the weights of {name} must be finite and at least 0; {invalid:.2g} of them are not, "
+            f"and their mean is {mean_weight:g}."
         )
     if mean_weight == 0:
         raise DataError(
             f"the weights of {name} are all 0, so there is nothing to average. Is the mask "
             "inverted?"
         )
-    return mean_weight
+    return float(mean_weight)

@@ -11,7 +11,7 @@ import numpy as np
 from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Batch, Given, PyTree
 from fastvi.target.modes import in_own_modes
-from fastvi.target.objective import refuse_python_float
+from fastvi.target.ravel import refuse_python_float
 
 
 class Frozen:

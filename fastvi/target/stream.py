@@ -15,9 +15,9 @@ import numpy as np
 
 from fastvi._errors import DataError, UnavailableError
 from fastvi._typing import Batch
+from fastvi.target.data import AbstractData, Data, Window, default_max_batch
 from fastvi.target.inputs import as_held, kind_of, numeric, refuse_examples_in_a_list, refuse_sparse
-from fastvi.target.losses import weigh_batch
-from fastvi.target.objective import EVALUATION_CHUNK
+from fastvi.target.losses import num_examples, take_examples, weigh_batch
 
 CHUNK = 100  # steps of a fit between looks at its traces, at most; half of that at least
 WINDOW_BYTES = 128 * 2**20  # at least CHUNK minibatches, however large an example is
@@ -28,12 +28,12 @@ class AbstractStream(abc.ABC):
     """Data that do not fit into memory."""
 
     @abc.abstractmethod
-    def window(self, step: int) -> Batch:
+    def window(self, step: int) -> AbstractData:
         """Return uniform draws from the data for the steps from `step` on."""
 
     @abc.abstractmethod
-    def chunks(self) -> Iterator[tuple[Batch, int]]:
-        """Yield all data in pieces, each with its number of examples."""
+    def pieces(self) -> Iterator[AbstractData]:
+        """Yield all data in pieces that are on the device."""
 
 
 class HostStream(AbstractStream):
@@ -73,12 +73,13 @@ class HostStream(AbstractStream):
         bytes_each = sum(
             math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in self._leaves(self._example)
         )
+        self.max_batch = default_max_batch(self._example)
         most_bytes = WINDOW_BYTES if most_bytes is None else most_bytes
         self._steps = CHUNK * max(1, most_bytes // max(bytes_each, 1) // (batch_size * CHUNK))
         self.num_rows = min(self.num_data, self._steps * batch_size)
         self._held: tuple[int, Batch] | None = None
 
-    def window(self, step: int) -> Batch:
+    def window(self, step: int) -> AbstractData:
         """Return `num_rows` uniform draws from the data, other ones once they are used up.
 
         All data if they fit.
@@ -87,12 +88,15 @@ class HostStream(AbstractStream):
         if self._held is None or self._held[0] != number:
             self._held = None  # lets the old window go before the new one is made
             self._held = number, self._draw(number)
-        return self._weighed(self._held[1])
+        examples = self._weighed(self._held[1])
+        if self.num_rows == self.num_data:
+            return Data(examples, self.max_batch)
+        return Window(examples, self.max_batch, self.num_data)
 
     def _weighed(self, batch: Batch) -> Batch:
-        return (
-            batch if self.mean_weight is None else weigh_batch(batch, self.mean_weight, self._dtype)
-        )
+        if self.mean_weight is None:
+            return batch
+        return weigh_batch(batch, self.mean_weight, self._dtype)
 
     def _draw(self, number: int) -> Batch:
         if self.num_rows == self.num_data:
@@ -114,18 +118,22 @@ class HostStream(AbstractStream):
             seen += size
         return jax.tree_util.tree_map(jnp.asarray, rows)
 
-    def chunks(self) -> Iterator[tuple[Batch, int]]:
-        """Yield all data in pieces of `EVALUATION_CHUNK` examples and a rest."""
-        waiting, count = [], 0
+    def pieces(self) -> Iterator[AbstractData]:
+        """Yield all data in pieces of `max_batch` examples and a rest."""
+        size, waiting, count = self.max_batch, [], 0
         for batch in self._read():
             waiting.append(batch)
-            count += self._leaves(batch)[0].shape[0]
-            while count >= EVALUATION_CHUNK:
+            count += num_examples(batch)
+            while count >= size:
                 whole = _concatenate(waiting)
-                yield self._weighed(_rows(whole, 0, EVALUATION_CHUNK)), EVALUATION_CHUNK
-                waiting, count = [_rows(whole, EVALUATION_CHUNK, count)], count - EVALUATION_CHUNK
+                yield self._piece(take_examples(whole, slice(size)))
+                waiting, count = [take_examples(whole, slice(size, None))], count - size
         if count:
-            yield self._weighed(_concatenate(waiting)), count
+            yield self._piece(_concatenate(waiting))
+
+    def _piece(self, batch: Batch) -> Data:
+        held = jax.tree_util.tree_map(jnp.asarray, batch)
+        return Data(self._weighed(held), self.max_batch)
 
     def _survey(self) -> tuple[int, int, Batch]:
         """Read all data once.
@@ -144,7 +152,7 @@ class HostStream(AbstractStream):
                     "give batches of arrays."
                 )
             refuse_examples_in_a_list(batch)
-            empty = _rows(batch, 0, 0)
+            empty = take_examples(batch, slice(0))
             example = empty if example is None else example
             if _kind(empty) != _kind(example):
                 raise DataError(
@@ -217,10 +225,6 @@ def _fingerprint(leaves: list[np.ndarray]) -> int:
         for leaf in leaves
     ]
     return sum(map(zlib.crc32, np.concatenate([part.view(np.uint8) for part in rows], axis=1)))
-
-
-def _rows(batch: Batch, start: int, stop: int) -> Batch:
-    return jax.tree_util.tree_map(lambda leaf: leaf[start:stop], batch)
 
 
 def _concatenate(batches: list[Batch]) -> Batch:

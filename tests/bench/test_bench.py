@@ -8,7 +8,7 @@ import pytest
 from bench import bench_elbo, gate, harness, report
 from bench.problems import trained_tanh_network
 from fastvi import LocalPosterior, make_flat_objective
-from fastvi.target.data import Problem
+from fastvi.target.data import Problem, hold
 
 MACHINE = {
     "device": "cpu",
@@ -120,7 +120,7 @@ def test_the_judge_of_elbos_finds_log_z_where_q_is_the_posterior():
     dim, nbeta, gamma, curvature = 3, 100.0, 2.0, jnp.array([0.0, 1.0, 5.0])
     posterior = LocalPosterior(jnp.ones(dim), jnp.float32(nbeta), jnp.float32(gamma))
     objective = make_flat_objective(lambda w, batch: 0.25 + 0.5 * jnp.sum(curvature * (w - 1) ** 2))
-    judge = bench_elbo.make_judge(objective, Problem(posterior, jnp.zeros((4, 1)), 4, 2))
+    judge = bench_elbo.make_judge(objective, Problem(posterior, hold(jnp.zeros((4, 1))), 2))
     precision = nbeta * curvature + gamma
     draws = jax.random.normal(jax.random.key(0), (32, dim)) / jnp.sqrt(precision)
     log_q = jnp.sum(jax.scipy.stats.norm.logpdf(draws, 0, precision**-0.5), axis=1)

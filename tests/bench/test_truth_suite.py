@@ -17,7 +17,7 @@ from bench.truth.problems import PROBLEMS, select
 from bench.truth.quadratics import quadratic_answer
 from bench.truth.quadrature import even_loss_answer, sphere_answer
 from bench.truth.reference import load_reference, load_references
-from fastvi.target.objective import ravel_loss
+from fastvi.target.ravel import ravel_loss
 
 FAST = {problem.name: problem for problem in select("fast")}
 EXACT = [name for name, problem in FAST.items() if problem.exact is not None]

@@ -34,10 +34,11 @@ from fastvi.api.arguments import (
 from fastvi.cli.target import parse_settings
 from fastvi.families.backends import BACKENDS, NativeBackend
 from fastvi.fitting.optimizer import Horizon, fixed_phases, learning_rate
-from fastvi.fitting.stages import _evaluation, build_family
+from fastvi.fitting.stages import _evaluation, build_family, nothing_seen
 from fastvi.fitting.step import init_state, run_steps
 from fastvi.flows import build_realnvp
 from fastvi.geometry.start import make_start
+from fastvi.target.data import hold
 from fastvi.target.keys import as_key
 from fastvi.target.objective import make_flat_objective
 from tests.support.stand_ins import begun, finished
@@ -72,10 +73,9 @@ BASE = {
 
 
 def problem_of(config):
-    data = jax.tree_util.tree_map(jnp.asarray, DATA)
-    return make_problem(
-        jnp.zeros(DIM, jnp.dtype(config.dtype)), data, COUNT, 8.0, 1.0, config, "nbeta"
-    )
+    dtype = jnp.dtype(config.dtype)
+    data = hold(jax.tree_util.tree_map(lambda leaf: jnp.asarray(leaf, dtype), DATA))
+    return make_problem(jnp.zeros(DIM, dtype), data, 8.0, 1.0, config, "nbeta")
 
 
 def text_of(function):
@@ -122,19 +122,21 @@ def steps_of(config):
 
 def start_of(config):
     problem = problem_of(config)
-    rows = jax.tree_util.tree_map(lambda leaf: leaf[: config.hessian_examples], problem.data)
+    rows = problem.data.subset(jax.random.key(0), config.hessian_examples)
     arguments = OBJECTIVE, problem.posterior, rows, problem.next_batch, config
     return text_of(lambda keys: make_start(*arguments, keys[0], None).core)
 
 
 def finish_of(config):
-    finish = _evaluation(OBJECTIVE, config.filled, None)[0]
-    return text_of(lambda keys: finish(*_evaluated(config, keys)).evaluation.llc)
+    finish = _evaluation(OBJECTIVE, config.filled, None)
+    return text_of(lambda keys: finish(*_evaluated(config, keys))[0].evaluation.llc)
 
 
 def _evaluated(config, keys):
     family, params, _ = state_of(config, keys)
-    return family, problem_of(config), params, keys
+    problem = problem_of(config)
+    nothing = nothing_seen(problem, keys.size, config.filled, has_slope=True)
+    return family, problem, params, keys, problem.data, nothing, 1.0
 
 
 def schedule_of(config):

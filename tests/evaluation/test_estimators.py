@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 
 from fastvi.evaluation.control_variate import hessian_columns, regress
-from fastvi.evaluation.llc import EVALUATION_BLOCK, evaluate, make_excess_fn
+from fastvi.evaluation.llc import (
+    EVALUATION_BLOCK,
+    evaluate,
+    evaluation_draws,
+    full_losses_at,
+    losses_at,
+)
 from fastvi.families.mfa import MFA, MFAParams
-from fastvi.target.data import Problem
+from fastvi.target.data import Problem, hold
 from fastvi.target.objective import make_flat_objective
 from fastvi.target.posterior import LocalPosterior
 
@@ -143,7 +149,7 @@ def dense_hessian(seed=3):
 def problem_for(loss):
     center = jnp.asarray([1.0, -2.0, 0.5, 3.0])
     posterior = LocalPosterior(center, jnp.asarray(NBETA), jnp.asarray(GAMMA))
-    problem = Problem(posterior, jnp.zeros((3, 1)), num_data=3, batch_size=3)
+    problem = Problem(posterior, hold(jnp.zeros((3, 1))), batch_size=3)
     return make_flat_objective(lambda w, batch: loss(w - center) + 0 * jnp.mean(batch)), problem
 
 
@@ -159,12 +165,17 @@ def evaluate_polynomial(q, params, polynomial, control_variate, keys):
         return offset + slope @ v + 0.5 * v @ hessian @ v + quartic * jnp.sum(v**4)
 
     objective, problem = problem_for(loss)
-    excess_fn = make_excess_fn(objective, problem)
-    reference = objective.loss(problem.posterior.center, problem.data)
-    options = {"num_draws": NUM_DRAWS, "control_variate": control_variate, "trace_probes": 64}
+    options = {"control_variate": control_variate, "trace_probes": 64}
     return jax.vmap(
-        lambda key: evaluate(q, params, objective, problem, excess_fn, reference, key, **options)
+        lambda key: evaluate_at_draws(q, params, objective, problem, key, NUM_DRAWS, **options)
     )(keys)
+
+
+def evaluate_at_draws(q, params, objective, problem, key, num_draws, **options):
+    draws = evaluation_draws(q, params, key, num_draws)
+    center = problem.posterior.center
+    losses = losses_at(objective, center, draws.displacement, problem.data.examples)
+    return evaluate(q, params, objective, problem, draws, losses, key, **options)
 
 
 def evaluations(q, params, control_variate, hessian, slope=(0.0,) * DIM, offset=0.0, quartic=0.0):
@@ -345,9 +356,8 @@ def test_hvp_never_adds_variance(rows):
         return 5 * jnp.mean((tanh_net(w, batch[0]) - batch[1]) ** 2)
 
     objective = make_flat_objective(loss)
-    problem = Problem(
-        LocalPosterior(center, jnp.asarray(nbeta), jnp.ones(())), (x, y), num_data=60, batch_size=60
-    )
+    posterior = LocalPosterior(center, jnp.asarray(nbeta), jnp.ones(()))
+    problem = Problem(posterior, hold((x, y)), batch_size=60)
     jacobian = np.asarray(jax.jit(jax.jacobian(tanh_net))(center, x))
     values, vectors = np.linalg.eigh(10 * nbeta * jacobian.T @ jacobian / 60 + np.eye(19))
     core = (np.sqrt(values[1:] / values[0] - 1) * vectors[:, 1:]).T[-rows:]
@@ -362,13 +372,12 @@ def test_hvp_never_adds_variance(rows):
     params = MFAParams(
         jnp.zeros(1), jnp.zeros((0, 19)), jnp.zeros(19), jnp.asarray(core), jnp.zeros((1, 0, 19))
     )
-    excess_fn, reference = make_excess_fn(objective, problem), objective.loss(center, problem.data)
 
     @jax.jit
     @jax.vmap
     def run(key):
-        options = {"num_draws": 64, "control_variate": "hvp", "trace_probes": 16}
-        return evaluate(q, params, objective, problem, excess_fn, reference, key, **options)
+        options = {"control_variate": "hvp", "trace_probes": 16}
+        return evaluate_at_draws(q, params, objective, problem, key, 64, **options)
 
     keys = jax.random.split(jax.random.key(0), 200)
     hvp = run(keys)
@@ -380,8 +389,10 @@ def test_hvp_never_adds_variance(rows):
 
 def test_a_given_full_loss_is_paired():
     objective, problem = problem_for(lambda v: 0.5 * v @ v)
-    w = problem.posterior.center + jnp.asarray([1.0, 0.0, 2.0, 0.0])
-    np.testing.assert_allclose(make_excess_fn(objective, problem)(w), 2.5, rtol=1e-12)
-    given = make_excess_fn(objective, problem, lambda w: 10 * jnp.sum(w**2))
-    center = problem.posterior.center
-    np.testing.assert_allclose(given(w), 10 * (w @ w - center @ center), rtol=1e-12)
+    v, center = jnp.asarray([[1.0, 0.0, 2.0, 0.0]]), problem.posterior.center
+    own = losses_at(objective, center, v, problem.data.examples)
+    np.testing.assert_allclose(own.excess, [2.5], rtol=1e-12)
+    np.testing.assert_allclose(own.slope, jnp.zeros(4), atol=1e-12)
+    given, w = full_losses_at(lambda w: 10 * jnp.sum(w**2), center, v), center + v[0]
+    np.testing.assert_allclose(given.excess, [10 * (w @ w - center @ center)], rtol=1e-12)
+    np.testing.assert_allclose(given.reference, 10 * center @ center, rtol=1e-12)

@@ -17,7 +17,7 @@ import fastvi
 from fastvi._compilation import CLOCK, ProgramStore
 from fastvi.fitting.run import chunk_length
 from fastvi.fitting.stages import programs_for
-from fastvi.target.data import Problem
+from fastvi.target.data import Problem, hold
 from fastvi.target.fingerprint import fingerprint_loss
 from fastvi.target.posterior import LocalPosterior
 from fastvi.target.stream import CHUNK
@@ -219,7 +219,7 @@ def test_a_loss_may_close_over_values_of_an_enclosing_trace():
 
 def problem(size=4):
     posterior = LocalPosterior(jnp.zeros(size), jnp.float32(10), jnp.float32(1))
-    return Problem(posterior, ONES, 50, 8)
+    return Problem(posterior, hold(ONES), 8)
 
 
 def read(function, **options):

@@ -16,7 +16,7 @@ import jax, jax.numpy as jnp, numpy as np
 from fastvi import estimate_llc, make_flat_objective
 from fastvi.fitting import run as driver
 from fastvi.fitting import sharding
-from fastvi.target.objective import full_data_loss
+from fastvi.target.data import hold
 
 rng = np.random.default_rng(0)
 inputs = rng.normal(size=(501, 5))
@@ -33,7 +33,8 @@ driver._run_chunks = spy
 options = dict(key=0, num_chains=4, M=1, r=0, curvature_rank=0, dtype="float64")
 result = estimate_llc(loss, center, data, steps=60, progress=False, throw=False, method="variational", **options)
 at = center + 0.1
-both = jax.jit(lambda w: sharding.data_parallel_value_and_grad(make_flat_objective(loss), w, data))(at)
+objective, held = make_flat_objective(loss), hold(data, max_batch=50)
+both = jax.jit(lambda w: sharding.data_parallel_mean(objective.value_and_grad, held, (w,)))(at)
 print(json.dumps({
     "devices": jax.device_count(),
     "spread": len(states[0].baseline.sharding.device_set),
@@ -43,7 +44,7 @@ print(json.dumps({
     "parallel": float(both[0]),
     "gradient": np.asarray(both[1]).tolist(),
     "exact gradient": np.mean((inputs @ at - outputs)[:, None] * inputs, axis=0).tolist(),
-    "serial": float(full_data_loss(make_flat_objective(loss), at, data)),
+    "serial": float(held.mean(lambda batch: objective.loss(at, batch))),
     "exact": float(np.mean((np.float64(inputs) @ np.float64(at) - np.float64(outputs)) ** 2) / 2),
 }))
 """

@@ -14,11 +14,14 @@ from fastvi.geometry.whitening import (
     normalized_scale,
     whitening_scale,
 )
-from fastvi.target.objective import hvp_operator, make_flat_objective
+from fastvi.target.data import hold
+from fastvi.target.hessian import hvp_operator
+from fastvi.target.objective import make_flat_objective
 from fastvi.target.posterior import LocalPosterior
 
 pytestmark = pytest.mark.usefixtures("x64")
 RNG = np.random.default_rng(0)
+NO_DATA = hold(jnp.zeros(1))
 
 
 def symmetric(values, seed=0):
@@ -205,7 +208,7 @@ def start_covariance(start):
 def start_on(hessian, center, minimum, **options):
     @quick_jit
     def start(hessian, center, minimum):
-        arguments = quadratic(hessian, minimum), posterior_at(center), None, lambda key: None
+        arguments = quadratic(hessian, minimum), posterior_at(center), NO_DATA, lambda key: None
         return make_start(*arguments, VIConfig(**options), jax.random.key(5))
 
     return start(hessian, center, minimum), 30.0 * np.asarray(hessian) + 2.0 * np.eye(len(center))
@@ -308,7 +311,7 @@ def test_a_given_whitener_is_used():
     arguments = (
         objective,
         posterior,
-        None,
+        NO_DATA,
         lambda key: None,
         VIConfig(curvature_rank=2),
         jax.random.key(0),

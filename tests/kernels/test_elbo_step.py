@@ -18,6 +18,7 @@ from fastvi.fitting import step as loop
 from fastvi.fitting.stages import build_family
 from fastvi.kernels.elbo_step import reference
 from fastvi.kernels.woodbury import Noise
+from fastvi.target.data import hold
 from tests.support.stand_ins import begun
 
 DIM, NUM_DATA, BATCH, CHAINS, LENGTH, CHUNKS = 5, 12, 4, 2, 3, 2
@@ -84,7 +85,7 @@ def make(case):
     )
     sizes = (num,), (family.num_offsets, DIM), (DIM,), (case.core, DIM), (num, max(case.ranks), DIM)
     params = mfa.MFAParams(*(jnp.asarray(0.5 * rng.normal(size=(CHAINS, *size))) for size in sizes))
-    return config, family, loop.Problem(posterior, data, NUM_DATA, BATCH), params
+    return config, family, loop.Problem(posterior, hold(data), BATCH), params
 
 
 def implementation(case):
@@ -196,7 +197,7 @@ def schedule(step):
 def definition(case):
     """Run the same steps by the dense definition, one chain at a time."""
     config, family, problem, params = make(case)
-    setting, (inputs, outputs) = setting_of(case, config, family), problem.data
+    setting, (inputs, outputs) = setting_of(case, config, family), problem.data.examples
     center, results = problem.posterior.center, []
 
     @quick_jit

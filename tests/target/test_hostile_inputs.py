@@ -389,6 +389,6 @@ def test_a_stream_may_come_in_another_order():
     rows = np.arange(40.0).reshape(20, 2).astype(jnp.bfloat16)
     batches = Batches(lambda number: np.array_split(np.roll(rows, number, axis=0), number + 1))
     stream = HostStream(batches, np.float32, jax.random.key(0), 4)
-    found = np.concatenate([np.asarray(batch) for batch, _ in stream.chunks()])
+    found = np.concatenate([np.asarray(piece.examples) for piece in stream.pieces()])
     np.testing.assert_array_equal(np.sort(found[:, 0]), np.arange(0.0, 40, 2))
     assert found.dtype == np.float32

@@ -11,7 +11,7 @@ import pytest
 import fastvi
 import fastvi.api.estimate
 from fastvi._errors import DataError
-from fastvi.target.data import Problem
+from fastvi.target.data import Problem, hold
 from fastvi.target.look import look_at_target
 from fastvi.target.objective import make_flat_objective
 from fastvi.target.posterior import LocalPosterior
@@ -69,7 +69,7 @@ def look(loss, center=CENTER, data=DATA, count=COUNT, nbeta=50.0, gamma=1.0, bud
         center, jnp.asarray(nbeta, center.dtype), jnp.asarray(gamma, center.dtype)
     )
     return look_at_target(
-        objective, Problem(posterior, data, count, 64), None, "loss_fn", budget_fge=budget
+        objective, Problem(posterior, hold(data), 64), None, "loss_fn", budget_fge=budget
     )[1]
 
 

@@ -11,19 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvi._errors import DataError
-from fastvi.target import objective as module
+from fastvi.target.hessian import hvp_operator
 from fastvi.target.inputs import check_data
-from fastvi.target.objective import (
-    call_full_loss,
-    check_loss,
-    excess_loss,
-    full_data_hvp,
-    full_data_loss,
-    hvp_operator,
-    make_flat_objective,
-    ravel_loss,
-    value_and_grad,
-)
+from fastvi.target.objective import call_full_loss, make_flat_objective, value_and_grad
+from fastvi.target.ravel import ravel_loss
+from fastvi.target.signature import check_loss
 
 EXAMPLES = 12
 RNG = np.random.default_rng(0)
@@ -253,29 +245,6 @@ def test_objectives_compare_by_function_and_structure():
     assert make_flat_objective(loss) == make_flat_objective(loss)
     assert hash(make_flat_objective(loss)) == hash(make_flat_objective(loss))
     assert make_flat_objective(loss) != make_flat_objective(loss, loss)
-
-
-@pytest.mark.parametrize("examples", [3, 5, 10, 13, 1])
-def test_chunks_average_as_the_whole(examples, monkeypatch, x64):
-    monkeypatch.setattr(module, "EVALUATION_CHUNK", 5)
-    rng = np.random.default_rng(examples)
-    data = {
-        "x": jnp.asarray(rng.normal(size=(examples, 3))),
-        "y": jnp.asarray(rng.normal(size=examples)),
-    }
-    objective = make_flat_objective(lambda w, b: jnp.mean((jnp.tanh(b["x"] @ w) - b["y"]) ** 2))
-    w, reference, tangent = jnp.asarray(rng.normal(size=(3, 3)))
-    whole = objective.loss(w, data)
-    np.testing.assert_allclose(full_data_loss(objective, w, data), whole, rtol=1e-13)
-    np.testing.assert_allclose(
-        excess_loss(objective, w, reference, data),
-        whole - objective.loss(reference, data),
-        rtol=1e-11,
-    )
-    hessian = jax.hessian(objective.loss)(w, data)
-    np.testing.assert_allclose(
-        full_data_hvp(objective, w, data)(tangent), hessian @ tangent, rtol=1e-12
-    )
 
 
 @jax.custom_vjp

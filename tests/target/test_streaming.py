@@ -55,7 +55,7 @@ def test_a_stream_has_the_llc_of_its_data(monkeypatch):
     nbeta = COUNT / np.log(COUNT)
     precision = nbeta * X.T @ X / COUNT
     exact = 0.5 * np.trace(precision @ np.linalg.inv(precision + np.eye(DIM)))
-    assert streamed.fitted.problem.num_rows == 100 * BATCH < streamed.n_data == COUNT
+    assert streamed.fitted.problem.data.num_examples == 100 * BATCH < streamed.n_data == COUNT
     assert abs(streamed.llc - held.llc) < 4 * np.hypot(streamed.llc_sem, held.llc_sem)
     assert streamed.llc == pytest.approx(exact, rel=0.01)
     assert streamed.init_loss == pytest.approx(held.init_loss, rel=1e-5)
@@ -76,10 +76,12 @@ def test_a_stream_that_fits_is_held():
 def test_windows_are_uniform_draws():
     numbers = np.arange(COUNT, dtype=np.int32)
     source = stream(Batches(numbers, numbers))
-    first, second = (np.asarray(source.window(step)[0]) for step in (0, 100))
+    first, second = (np.asarray(source.window(step).examples[0]) for step in (0, 100))
     assert first.size == 100 * BATCH
     assert not np.array_equal(first, second)
-    assert np.array_equal(first, np.asarray(stream(Batches(numbers, numbers)).window(99)[0]))
+    assert np.array_equal(
+        first, np.asarray(stream(Batches(numbers, numbers)).window(99).examples[0])
+    )
     both = np.concatenate([first, second])
     expected = both.size / 10
     counts = np.histogram(both, bins=10, range=(0, COUNT))[0]
@@ -87,10 +89,10 @@ def test_windows_are_uniform_draws():
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 4 / np.sqrt(first.size)
 
 
-def test_chunks_are_all_the_data_in_order():
-    parts = list(stream().chunks())
-    assert [size for _, size in parts] == [4096] * 4 + [COUNT - 4 * 4096]
-    np.testing.assert_array_equal(np.concatenate([batch[1] for batch, _ in parts]), Y[ORDER])
+def test_pieces_are_all_the_data_in_order():
+    parts = list(stream().pieces())
+    assert [part.num_examples for part in parts] == [4096] * 4 + [COUNT - 4 * 4096]
+    np.testing.assert_array_equal(np.concatenate([part.examples[1] for part in parts]), Y[ORDER])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,249 @@
+"""Parameter pytrees as flat vectors: the only place that ravels or unravels a model."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._errors import DataError
+from fastvi._typing import Array, Float, Given, PyTree
+from fastvi.target.inputs import is_finite
+from fastvi.target.losses import example_losses, mean_loss, raw_examples
+from fastvi.target.modes import call_in_their_modes, in_own_modes
+from fastvi.target.objective import LossFn
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeStructure:
+    """How a parameter pytree lies in a flat vector.
+
+    Array leaves in order, everything else kept as it is.
+    """
+
+    treedef: Any
+    shapes: tuple[tuple[int, ...] | None, ...]
+    dtypes: tuple[Any, ...]
+    static_leaves: tuple[Hashable, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """Count the parameters."""
+        return sum(self.leaf_sizes)
+
+    @property
+    def leaf_sizes(self) -> tuple[int, ...]:
+        """Lengths of the array leaves' stretches of the flat vector, in order."""
+        return tuple(math.prod(shape) for shape in self.shapes if shape is not None)
+
+    def unravel(self, w: Float[Array, " dim"]) -> PyTree:
+        """Rebuild the pytree.
+
+        Half-precision leaves keep their dtype, the others take that of `w`.
+        """
+        return self._rebuilt(w, lambda dtype: dtype if dtype.itemsize == 2 else w.dtype)
+
+    def unravel_as_given(self, w: Float[Array, "*axes dim"]) -> PyTree:
+        """Rebuild the pytree in the dtypes that it came with.
+
+        Axes before the last lead every array.
+        """
+        return self._rebuilt(w, lambda dtype: dtype)
+
+    def _rebuilt(self, w: Float[Array, "*axes dim"], leaf_dtype: Callable[[Any], Any]) -> PyTree:
+        leaves, start, static = [], 0, iter(self.static_leaves)
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            if shape is None:
+                leaves.append(next(static))
+                continue
+            stop = start + math.prod(shape)
+            leaves.append(
+                w[..., start:stop].reshape(*w.shape[:-1], *shape).astype(leaf_dtype(dtype))
+            )
+            start = stop
+        return jax.tree_util.tree_unflatten(self.treedef, leaves)
+
+    def ravel(self, params: PyTree, dtype: Any) -> Float[Array, "*axes dim"]:
+        """Flatten what `unravel_as_given` rebuilds.
+
+        Raises:
+            DataError: If the structure differs, or a shape does not end in that of the parameter.
+        """
+        leaves, treedef = jax.tree_util.tree_flatten(params)
+        if treedef != self.treedef:
+            raise DataError(
+                f"w must have the structure of the parameters, {self.treedef}; got {treedef}."
+            )
+        parts, all_axes = [], set()
+        for leaf, shape in zip(leaves, self.shapes, strict=True):
+            if shape is None:
+                continue
+            axes = np.shape(leaf)[: np.ndim(leaf) - len(shape)]
+            if np.shape(leaf) != (*axes, *shape):
+                raise DataError(
+                    f"an array of w must have a shape that ends in {shape}; got {np.shape(leaf)}."
+                )
+            parts.append(jnp.asarray(leaf, dtype).reshape(*axes, math.prod(shape)))
+            all_axes.add(axes)
+        if len(all_axes) > 1:
+            raise DataError(
+                f"all arrays of w must have the same leading axes; got {sorted(all_axes)}."
+            )
+        return jnp.concatenate(parts, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeObjective:
+    """A `FlatObjective` around `loss_fn(params, batch)`.
+
+    Equal function and structure compare equal.
+    """
+
+    loss_fn: LossFn
+    structure: TreeStructure
+
+    def outputs(self, w, batch):
+        """Return what the function returns on the batch."""
+        return call_in_their_modes(self.loss_fn, self.structure.unravel(w), raw_examples(batch))
+
+    def loss(self, w, batch):
+        """Evaluate the mean loss of the batch."""
+        return mean_loss(self.outputs(w, batch), batch, w.dtype)
+
+    def example_losses(self, w, batch):
+        """Return the share of each example in the mean, None where the function returns the mean itself."""
+        return example_losses(self.outputs(w, batch), batch, w.dtype)
+
+    def grad(self, w, batch):
+        """Differentiate the loss with respect to `w`."""
+        return jax.grad(self.loss)(w, batch)
+
+    def value_and_grad(self, w, batch):
+        """Evaluate loss and gradient in one pass."""
+        return jax.value_and_grad(self.loss)(w, batch)
+
+
+@in_own_modes
+def ravel_loss(
+    loss_fn: Given[LossFn], params: PyTree, dtype: Any = jnp.float32
+) -> tuple[TreeObjective, Float[Array, " dim"]]:
+    """Flatten a loss on a parameter pytree.
+
+    Floating-point array leaves become coordinates of `w`. Callables, strings, Python ints and
+    bools, and Python floats inside an equinox module (activation functions and settings) are
+    carried along unchanged and not varied; any other Python float is refused.
+
+    Args:
+        loss_fn: `(params, batch) -> mean loss per example`, in nats.
+        params: Any pytree: a haiku or flax dict, an equinox module, an array.
+        dtype: Floating dtype of the flat vector.
+
+    Returns:
+        The flat objective and the flattened parameters.
+
+    Raises:
+        DataError: If a leaf is neither a floating array nor carried along, is not finite, or there
+            is none.
+    """
+    if not callable(loss_fn):
+        raise DataError(
+            f"loss_fn must be a function (params, batch) -> scalar; got {type(loss_fn).__name__}."
+        )
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    settings = _settings_of_modules(params)
+    arrays, shapes, dtypes, static = [], [], [], []
+    for path, leaf in paths:
+        name = "params" + jax.tree_util.keystr(path)
+        if _is_carried(leaf, name, path in settings):
+            static.append(leaf)
+            shapes.append(None)
+            dtypes.append(None)
+            continue
+        array = _float_leaf(leaf, name, dtype)
+        arrays.append(array.ravel())
+        shapes.append(tuple(leaf.shape))
+        dtypes.append(leaf.dtype)
+    if not sum(array.size for array in arrays):
+        found = f"{len(arrays)} empty arrays" if arrays else "no floating-point array"
+        raise DataError(
+            f"params holds {found}, so there is nothing to vary; pass the trained weights."
+        )
+    structure = TreeStructure(treedef, tuple(shapes), tuple(dtypes), tuple(static))
+    return TreeObjective(loss_fn, structure), jnp.concatenate(arrays)
+
+
+def _settings_of_modules(params: PyTree) -> set[Any]:
+    """Return the paths of what lies inside equinox modules, which hold settings beside their weights."""
+    outer = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_module)[0]
+    return {
+        (*path, *inner)
+        for path, node in outer
+        if _is_module(node)
+        for inner, _ in jax.tree_util.tree_flatten_with_path(node)[0]
+    }
+
+
+def _is_module(node: Any) -> bool:
+    return isinstance(node, eqx.Module)
+
+
+def _is_carried(leaf: Any, name: str, is_setting: bool) -> bool:
+    """Say whether a leaf is no parameter.
+
+    Whether a Python float is one, only a module that holds it says.
+    """
+    if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+        return False
+    if isinstance(leaf, (float, complex)) and not is_setting:
+        refuse_python_float(leaf, name)
+    if callable(leaf) or isinstance(leaf, (bool, int, float, complex, str, bytes)):
+        return True
+    raise DataError(
+        f"{name} is an object of type {type(leaf).__name__}; leaves must be floating-point "
+        "arrays, functions or "
+        "Python scalars. Close over it in loss_fn, or register its type as a pytree."
+    )
+
+
+def refuse_python_float(leaf: Any, name: str) -> None:
+    """Refuse a Python number that may be meant as a parameter or as a setting."""
+    raise DataError(
+        f"{name} is the Python {type(leaf).__name__} {leaf!r}, which may be a parameter or a "
+        "setting. Make it "
+        "jnp.asarray(...) to vary it, or close over it in loss_fn to keep it."
+    )
+
+
+def _float_leaf(leaf: Any, name: str, dtype: Any) -> Array:
+    """Return a leaf in the dtype of the flat vector."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise DataError(
+            f"{name} has dtype {leaf.dtype}; only floating-point parameters can be varied. Cast "
+            "it to float32 if it is "
+            "a weight; close over it in loss_fn if it is not."
+        )
+    if leaf.dtype.itemsize < 2:
+        raise DataError(
+            f"{name} has dtype {leaf.dtype}, too coarse for a posterior to be seen. Cast it to "
+            "float32."
+        )
+    if isinstance(leaf, jax.core.Tracer):
+        return leaf.astype(dtype)
+    if not is_finite(leaf):
+        raise DataError(
+            f"{name} holds NaN or infinity; the trained parameters must be finite. Did training "
+            "diverge?"
+        )
+    with np.errstate(over="ignore"):  # which is looked at next
+        cast = leaf.astype(dtype)
+    if not is_finite(cast):
+        raise DataError(
+            f'{name} holds numbers too large for {np.dtype(dtype)}. Use dtype="float64", or '
+            "rescale."
+        )
+    return jax.device_put(cast)

@@ -1,0 +1,175 @@
+"""What a loss returns, found by abstract evaluation and held to the forms that it may have."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fastvi._errors import DataError, ErrorNote
+from fastvi._typing import Array, Batch, Float, Given
+from fastvi.target.losses import LossForm, first_rows, num_examples
+from fastvi.target.objective import FlatObjective
+
+AUXILIARY_FIX = "if the second value is auxiliary, return the loss alone: lambda params, batch: loss(params, batch)[0]"
+
+
+def check_loss(
+    objective: Given[FlatObjective], w: Float[Array, " dim"], batch: Batch, name: str = "loss_fn"
+) -> LossForm:
+    """Find by abstract evaluation what form the loss returns, and that its gradient has the shape of `w`.
+
+    An error that the function itself raises passes through, with a note of what it was called on.
+
+    Raises:
+        DataError: If the loss returns none of the forms, or its gradient has another shape.
+    """
+    for method in ("loss", "grad"):
+        if not callable(getattr(objective, method, None)):
+            raise DataError(
+                f"{name} must have the methods loss(w, batch) and grad(w, batch); "
+                f"{type(objective).__name__} has no "
+                f"{method}. make_flat_objective(loss) makes one of a function."
+            )
+    length = num_examples(batch)
+    sizes = (length, max(1, length // 2))
+    outputs = getattr(objective, "outputs", objective.loss)
+    values = tuple(_abstract(outputs, w, first_rows(batch, size), name) for size in sizes)
+    form = classify_loss(values, sizes, name)
+    own_gradient = getattr(objective, "grad_fn", None) is not None
+    if form is not LossForm.MEAN and (
+        outputs is objective.loss or (own_gradient and form is LossForm.WEIGHTED)
+    ):
+        raise DataError(
+            f"{name} with a gradient of its own must return the mean loss as one scalar; got "
+            f"{describe_value(values[0])}. Leave the gradient out (autodiff), or return the mean."
+        )
+    if form is not LossForm.WEIGHTED:  # whose gradient is that of a sum over weighted examples
+        grad = _abstract(objective.grad, w, batch, f"the gradient of {name}")
+        if getattr(grad, "shape", None) != w.shape:
+            raise DataError(
+                f"the gradient of {name} must have shape {w.shape}; got "
+                f"{getattr(grad, 'shape', grad)}."
+            )
+    return form
+
+
+def _abstract(
+    function: Callable[..., Any], w: Float[Array, " dim"], batch: Batch, name: str
+) -> Any:
+    """Return the shapes that a person's function returns.
+
+    Whatever it raises gets a note and passes.
+    """
+    with ErrorNote(f"fastvi: raised by {name} on a batch of shapes {_shapes(batch)}."):
+        return jax.eval_shape(function, w, batch)
+
+
+def _shapes(batch: Batch) -> str:
+    return str(jax.tree_util.tree_map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", batch))
+
+
+def classify_loss(shapes: Any, sizes: tuple[int, int], name: str) -> LossForm:
+    """Say which form a loss function returns, from its abstract results on batches of two sizes.
+
+    Args:
+        shapes: What it returns on each of the two, as trees of shapes and dtypes.
+        sizes: Examples of the two batches.
+        name: Of the function, for the error.
+
+    Raises:
+        DataError: If it is none of the forms.
+    """
+    value, other = shapes
+    if _is_pair(value):
+        return _classify_pair(value, other, sizes, name)
+    if not _is_array(value):
+        raise _refusal(name, f"got {describe_value(value)}. Average over the batch with .mean().")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise _refusal(name, f"got {describe_value(value)}. A loss is floating-point, in nats.")
+    if value.shape == () and value.dtype.itemsize < 4:
+        fix = "Take the mean in float32: losses.astype(jnp.float32).mean()."
+        raise _refusal(
+            name,
+            f"got {describe_value(value)}, too coarse for the differences that make up llc. {fix}",
+        )
+    if value.shape == ():
+        return LossForm.MEAN
+    if not _leads_with_batch((value, other), sizes):
+        sizes_text = " and ".join(
+            f"{describe_value(v)} for {s} examples" for v, s in zip(shapes, sizes, strict=True)
+        )
+        raise _refusal(
+            name,
+            f"got {sizes_text}, whose first axis is not that of the batch. Average it with "
+            ".mean().",
+        )
+    return LossForm.EXAMPLES
+
+
+def _classify_pair(value: Any, other: Any, sizes: tuple[int, int], name: str) -> LossForm:
+    losses, weights = value
+    came = f"got a pair of {describe_value(value)}"
+    if _is_array(losses) and losses.shape == ():
+        kind = (
+            "scalars"
+            if _is_array(weights) and weights.shape == ()
+            else "a scalar and something else"
+        )
+        raise _refusal(
+            name,
+            f"{came}: a pair of {kind}, as of has_aux, is no (losses, weights); {AUXILIARY_FIX}.",
+        )
+    if not (_is_array(losses) and _is_array(weights) and losses.shape == weights.shape):
+        raise _refusal(
+            name, f"{came}; losses and weights need one shape, batch axis first; {AUXILIARY_FIX}."
+        )
+    pairs = zip(value, other, strict=True)
+    if not jnp.issubdtype(losses.dtype, jnp.floating) or not all(
+        _leads_with_batch(pair, sizes) for pair in pairs
+    ):
+        raise _refusal(
+            name,
+            f"{came} for {sizes[0]} examples; both need the batch axis first; {AUXILIARY_FIX}.",
+        )
+    if not (
+        jnp.issubdtype(weights.dtype, jnp.floating) or weights.dtype == bool or _is_integer(weights)
+    ):
+        raise _refusal(name, f"{came}; weights are numbers of at least 0.")
+    return LossForm.WEIGHTED
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2
+
+
+def _is_integer(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.integer)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _leads_with_batch(pair: Any, sizes: tuple[int, int]) -> bool:
+    return all(
+        _is_array(value) and value.shape[:1] == (size,) and value.shape[1:] == pair[0].shape[1:]
+        for value, size in zip(pair, sizes, strict=True)
+    )
+
+
+def _refusal(name: str, came: str) -> DataError:
+    return DataError(
+        f"{name} must return the mean loss of the batch as one floating-point scalar, an array "
+        "with one loss for each "
+        f"example (batch axis first), or (losses, weights) of one such shape; {came}"
+    )
+
+
+def describe_value(value: Any) -> str:
+    """Name the arrays that a function returned, by dtype and shape."""
+    leaves = jax.tree_util.tree_leaves(value)
+    return (
+        ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves if _is_array(leaf))
+        or "nothing"
+    )

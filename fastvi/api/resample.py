@@ -26,6 +26,7 @@ from fastvi.fitting.schedule import few_dimensions_factor
 from fastvi.observables.draws import FittedQ, fitted_q
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.findings import correction_findings
+from fastvi.results.parts import Correction
 from fastvi.results.progress import reporting
 from fastvi.sampling.programs import SamplerPrograms, sampler_programs
 from fastvi.sampling.run import LENGTH, RunSetup, SamplerResult, Unmet, begin, sample_posterior
@@ -159,12 +160,13 @@ def correct(
     if values is None or (too_rough and config.method == "auto"):
         with reporting(progress) as report:
             method, values = "sample", _sample(fitted, config, weights, report)
-    details = {"method": method, "khat": khat, **values.details}
-    work = {**result.work, "fge_correction": values.work}
-    work["total_fge"] = result.work["total_fge"] + values.work
-    seconds = time.perf_counter() - began
-    timings = {**result.timings, "correction": seconds, "total": result.timings["total"] + seconds}
-    timings["compile"] += CLOCK.seconds - compiled
+    details = Correction(**{"method": method, "khat": khat, **values.details})
+    seconds, before = time.perf_counter() - began, result.timings
+    timings = before._replace(
+        correction=seconds,
+        total=before.total + seconds,
+        compile=before.compile + CLOCK.seconds - compiled,
+    )
     corrected = dataclasses.replace(
         result,
         llc=values.llc,
@@ -173,7 +175,7 @@ def correct(
         llc_sem_per_chain=values.sem_per_chain,
         correction=details,
         walk_llc=values.walk,
-        work=work,
+        work=result.work.with_correction(values.work),
         timings=timings,
         config=recorded,
         fitted=fitted._replace(previous=values.previous or fitted.previous),
@@ -348,7 +350,7 @@ def _per_chain(
 
 def _unpaid(values: _Values, least_budget: float, settings: SamplerSettings) -> _Values:
     """Say of reweighted draws that they stand in for a run."""
-    unmet = [Unmet(LENGTH, 0, settings.min_bins * settings.bin_length)._asdict()]
+    unmet = (Unmet(LENGTH, 0, settings.min_bins * settings.bin_length),)
     details = {
         "method": "reweight",
         "settled": False,
@@ -377,7 +379,7 @@ def _run_details(run: SamplerResult, settings: SamplerSettings) -> dict[str, Any
     analysis = run.analysis
     return {
         "settled": not run.unmet,
-        "unmet": [unmet._asdict() for unmet in run.unmet],
+        "unmet": run.unmet,
         "least_budget": run.least_budget,
         "rhat": analysis.rhat,
         "rhat_radius": analysis.rhat_radius,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from fastvi._typing import Array, Int, Key, Scalar
 from fastvi.evaluation.errors import virial
 from fastvi.families.base import AbstractFamily
-from fastvi.kernels.noise import NOISE_BLOCKS
+from fastvi.kernels.noise import streams
 from fastvi.target.data import Problem, evaluate_target
 from fastvi.target.objective import FlatObjective
 
@@ -33,14 +33,14 @@ def calibrate_scale(
 
     def adjust(carry):
         shift, round_index, _ = carry
-        block = (NOISE_BLOCKS + 1) * round_index
+        block = streams.step_noise(round_index)
         shifted = family.widened(params, shift)
         draws = family.sample(shifted, key, CALIBRATION_DRAWS, antithetic=True, block=block)
         _, grad = evaluate_target(
             objective,
             problem,
             draws.displacement,
-            problem.next_batch(key, block + NOISE_BLOCKS),
+            problem.next_batch(key, streams.step_batch(round_index)),
         )
         reach = virial(draws.displacement, grad)
         wide = ~(reach <= WIDE)

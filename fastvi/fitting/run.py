@@ -26,10 +26,11 @@ from fastvi.fitting.schedule import (
     is_balanced,
     negligible_nats,
 )
-from fastvi.fitting.stages import Outcome, Programs, Stages, build_family, start_key
+from fastvi.fitting.stages import Outcome, Programs, Stages, build_family
 from fastvi.fitting.step import State
 from fastvi.geometry.curvature import BLOCK
 from fastvi.geometry.start import Start, rank_limit
+from fastvi.kernels.noise import streams
 from fastvi.target.data import AbstractData, Problem
 from fastvi.target.modes import jax_setting
 from fastvi.target.stream import CHUNK, AbstractStream
@@ -203,7 +204,7 @@ def _begin(
             config.steps,
         )
         converged = False
-    key = start_key()
+    key = streams.shared_key()
     if options.warm is not None:
         start = _known_before(options.warm.start)
         launched = programs.relaunch(options.warm.family, problem, options.warm.params, key)

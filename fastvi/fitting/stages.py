@@ -30,6 +30,7 @@ from fastvi.fitting.optimizer import Horizon, fixed_phases
 from fastvi.fitting.sharding import data_parallel_mean, over_devices
 from fastvi.fitting.step import State, init_state, run_steps
 from fastvi.geometry.start import Start, make_start, rank_limit
+from fastvi.kernels.noise import streams
 from fastvi.target.data import AbstractData, Problem, shared_mean
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.target.objective import FlatObjective, call_full_loss
@@ -129,7 +130,10 @@ def _build(
     objective: Any, config: VIConfig, loss_full_flat: Callable | None, loss: Fingerprint
 ) -> Stages:
     def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
-        key_subset, key_start = jax.random.split(key)
+        key_subset, key_start = (
+            streams.derive(key, purpose)
+            for purpose in (streams.Purpose.SUBSET, streams.Purpose.CURVATURE)
+        )
         subset = problem.data.subset(key_subset, config.hessian_examples)
         return make_start(
             objective,
@@ -147,7 +151,7 @@ def _build(
         A start that passes the virial check at once is changed more slowly.
         """
         flat = jnp.zeros_like(problem.posterior.center)
-        params = jax.vmap(lambda k: family.init(k, core, flat, _START_BLOCK))(keys)
+        params = jax.vmap(lambda k: family.init(k, core, flat))(keys)
         return relaunch(family, problem, params, key)
 
     def relaunch(family: AbstractFamily, problem: Problem, params, key: Key):
@@ -263,7 +267,7 @@ def _whole(
 
     The core has all the rows that it may have, since their number is not known.
     """
-    key, center = start_key(), problem.posterior.center
+    key, center = streams.shared_key(), problem.posterior.center
     start = plain.prepare(problem, key, whitener_scale)
     rank = rank_limit(config, center.size, center.dtype.itemsize)
     family, state, rounds = plain.launch(
@@ -276,15 +280,6 @@ def _whole(
     nothing = plain.nothing_seen(problem, keys.size)
     outcome, _ = plain.finish(family, problem, state.params, keys, problem.data, nothing, 1.0)
     return family, state.params, start, outcome, traces, rounds
-
-
-START_SEED = 0
-_START_BLOCK = 2**31  # counters of a chain's key beyond those of its steps; the evaluation's follow
-
-
-def start_key() -> Key:
-    """Return the key of what the chains share, the same for every fit."""
-    return jax.random.key(START_SEED)
 
 
 def build_family(config: VIConfig, start: Start, core_rows: int) -> AbstractFamily:

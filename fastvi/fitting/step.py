@@ -19,7 +19,7 @@ from fastvi.fitting.optimizer import (
     scale,
 )
 from fastvi.fitting.pruning import prune
-from fastvi.kernels.noise import NOISE_BLOCKS
+from fastvi.kernels.noise import streams
 from fastvi.target.data import Problem, evaluate_target
 from fastvi.target.objective import FlatObjective
 
@@ -93,11 +93,11 @@ def run_steps(
     optimizer = make_optimizer(config, rules)
 
     def randomness(key, step):
-        return family.draw_noise(key, groups, (NOISE_BLOCKS + 1) * step)
+        return family.draw_noise(key, groups, streams.step_noise(step))
 
     def one_chain(state: State, noise, key, step, rate, elapsed, refresh):
         family = _at_step(settled_family, config, step)
-        batch = problem.next_batch(key, (NOISE_BLOCKS + 1) * step + NOISE_BLOCKS)
+        batch = problem.next_batch(key, streams.step_batch(step))
         draws = family.transform(state.params, noise, mirror=groups < num_draws, cache=state.cache)
         value, grad = evaluate_target(objective, problem, draws.displacement, batch, keys.size)
         baseline = jnp.where(step == 0, jnp.mean(value - draws.log_prob), state.baseline)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fastvi._compilation import PROGRAMS, quick_compilation
 from fastvi._typing import Array, Float, Int, Scalar
-from fastvi.kernels.noise import normal, words
+from fastvi.kernels.noise import normal, streams, words
 from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_half_step
 from fastvi.sampling.gradients import (
     Anchor,
@@ -29,10 +29,6 @@ from fastvi.sampling.walkers import Walkers, move_walkers, place_walkers
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import fingerprint_loss, shapes_of
 from fastvi.target.objective import FlatObjective
-
-# Counter blocks of a walker's key from which it draws its blocks of data; the blocks of counters
-# below are those of its noise.
-DATA_STREAM = 2**31
 
 
 class Observed(NamedTuple):
@@ -138,11 +134,12 @@ def run_steps(
     dim, dtype = walkers.position.shape[1], walkers.position.dtype
 
     def draw_noise(index):
-        return jax.vmap(lambda key: normal(key, (dim,), dtype, block=index + 1))(walkers.keys)
+        block = streams.walker_noise(index)
+        return jax.vmap(lambda key: normal(key, (dim,), dtype, block=block))(walkers.keys)
 
     def draw_blocks(index):
-        at = jnp.uint32(DATA_STREAM) + (index // held).astype(jnp.uint32)
-        drawn = jax.vmap(lambda key: words(key, 1, block=at)[0])(walkers.keys)
+        block = streams.walker_data(index // held)
+        drawn = jax.vmap(lambda key: words(key, 1, block=block)[0])(walkers.keys)
         return (drawn % num_blocks).astype(jnp.int32)
 
     def one_step(number, carry):

@@ -6,25 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Int, Key, Keys
-from fastvi.evaluation.llc import EVALUATION_BLOCK
 from fastvi.families.base import AbstractFamily
 from fastvi.families.moments import LinearMap
-from fastvi.kernels.noise import normal
+from fastvi.kernels.noise import normal, streams
 from fastvi.sampling.tuning import StepSize, first_step_size, fresh_step_size
 from fastvi.target.data import Problem
 
 # Part of q's draws that must count when walkers are chosen among them. Half lets fewer draws become
 # more walkers; at 1, weights count for nothing.
 EFFECTIVE_SHARE = 0.5
-# Counters of a chain's key beyond those of its evaluation: they make the walkers' own keys.
-WALKER_BLOCK = 2**31 + 2**17
 
 
 class Walkers(NamedTuple):
     """Walkers side by side: their coordinates, where they are, and how they move.
 
-    `excess` is L_n(w) - L_n(w*) at each of them, as it was last estimated. A key's counter block 0
-    made the momentum of the start; step i takes its noise from block i + 1.
+    `excess` is L_n(w) - L_n(w*) at each of them, as it was last estimated.
     """
 
     linear_map: LinearMap
@@ -63,14 +59,17 @@ def place_walkers(
 
     def chain(inputs):
         chain_params, key, weights, energies = inputs
-        draws = family.sample(chain_params, key, num_draws, antithetic=True, block=EVALUATION_BLOCK)
-        choice = jax.random.fold_in(key, WALKER_BLOCK - 1)
+        draws = family.sample(
+            chain_params, key, num_draws, antithetic=True, block=streams.EVALUATION
+        )
+        choice = streams.derive(key, streams.Purpose.RESAMPLING)
         chosen = resample(choice, weights, num_walkers // chains)
         return linear_map.round(draws.displacement[chosen]), energies[chosen]
 
     position, energies = jax.lax.map(chain, (params, keys, log_weight, excess))
     position = position.reshape(num_walkers, -1)
-    walker_keys = jax.random.split(jax.random.fold_in(keys[0], WALKER_BLOCK), num_walkers)
+    shared = streams.derive(keys[0], streams.Purpose.WALKERS)
+    walker_keys = jax.random.split(shared, num_walkers)
     step_size = first_step_size(position.shape[1], position.dtype)
     momentum = _fresh_momentum(walker_keys, position)
     return Walkers(linear_map, position, momentum, energies.reshape(-1), step_size, walker_keys)
@@ -137,4 +136,5 @@ def _common_map(family: AbstractFamily, params: Any) -> LinearMap:
 
 
 def _fresh_momentum(keys: Keys, position: Float[Array, "walkers dim"]):
-    return jax.vmap(lambda key: normal(key, position.shape[1:], position.dtype))(keys)
+    shape, dtype = position.shape[1:], position.dtype
+    return jax.vmap(lambda key: normal(key, shape, dtype, block=streams.MOMENTUM))(keys)

@@ -91,15 +91,11 @@ def built(config):
 
 
 def family_of(config):
-    """What the family is made of, and how its parameters begin."""
-    families = []
-
-    def run(keys):
-        family, init = built(config)
-        families.append(str(jax.tree_util.tree_structure(family)))
-        return init(keys[0])
-
-    return text_of(run), families
+    """What the family is made of, its numbers, and how its parameters begin."""
+    family, _ = built(config)
+    leaves, structure = jax.tree_util.tree_flatten(family)
+    numbers = [np.asarray(leaf).tolist() for leaf in leaves]
+    return text_of(lambda keys: built(config)[1](keys[0])), str(structure), numbers
 
 
 def state_of(config, keys):

@@ -47,7 +47,7 @@ def test_nothing_is_compiled_twice():
     # neither do other data, nbeta or localization of the same shapes
     estimate(2, 0.1, nbeta=20.0, localization=3.0)
     assert CLOCK.programs == compiled
-    assert second.timings["compile"] < first.timings["compile"]
+    assert second.timings.compile < first.timings.compile
 
 
 # The same function, another state.

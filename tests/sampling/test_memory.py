@@ -6,7 +6,7 @@ import pytest
 
 from fastvi import LocalPosterior, make_flat_objective
 from fastvi.families.moments import LinearMap
-from fastvi.sampling.gradients import Blocks, make_anchor
+from fastvi.sampling.gradients import Blocks, make_anchor, split_data
 from fastvi.sampling.programs import Span, _build, blank_evaluation
 from fastvi.sampling.tuning import first_step_size
 from fastvi.sampling.walkers import Walkers
@@ -39,8 +39,7 @@ def round_of_walkers(num_blocks):
     keys = jax.random.split(jax.random.key(0), WALKERS)
     step_size = first_step_size(DIM, jnp.float32)
     walkers = Walkers(linear_map, many, many, many[:, 0], step_size, keys)
-    index = jnp.zeros((num_blocks, COUNT // num_blocks), jnp.int32)
-    blocks = Blocks(index, index[0, :0])
+    blocks = Blocks(*map(jnp.asarray, split_data(COUNT, num_blocks)))
     anchor = make_anchor(OBJECTIVE, problem, point, number, blocks) if num_blocks > 1 else None
     span = Span(jnp.int32(0), jnp.int32(0), jnp.int32(16))
     here = blank_evaluation(walkers, PROGRAMS.columns)
@@ -65,7 +64,6 @@ def test_each_program_holds_the_model_once(num_blocks):
     arguments = jax.eval_shape(lambda: round_of_walkers(num_blocks))
     assert PROGRAMS.advance.lower(*arguments).as_text().count("stablehlo.tanh") == 1
     problem, linear_map = arguments[0], arguments[2].linear_map
-    index = jax.ShapeDtypeStruct((num_blocks, COUNT // num_blocks), jnp.int32)
-    blocks = Blocks(index, jax.ShapeDtypeStruct((0,), jnp.int32))
+    blocks = split_data(COUNT, num_blocks)
     lowered = PROGRAMS.anchor.lower(problem, linear_map, linear_map.center, arguments[4], blocks)
     assert lowered.as_text().count("stablehlo.tanh") == 1

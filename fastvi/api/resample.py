@@ -39,11 +39,13 @@ from fastvi.target.modes import in_own_modes
 from fastvi.target.ravel import TreeObjective
 from fastvi.target.stream import uncorrected
 
-EFFECTIVE_SHARE = 0.5  # of the draws that must count for "auto" to reweight them
+# Part of the draws that must count for "auto" to reweight them. Half trusts fewer draws; 1 none.
+EFFECTIVE_SHARE = 0.5
+# Times that the weighted mean is linearised about its own result: each takes off the square of what
+# was left, so that two would do, and six give the same digits.
 RELINEARISATIONS = 3
-ROUNDING = (
-    1e-4  # of a weighted mean, whose log weights are differences of numbers of the size of the ELBO
-)
+# Relative rounding of a weighted mean: log weights are differences of numbers of the ELBO's size.
+ROUNDING = 1e-4
 
 
 class PreviousRun(NamedTuple):
@@ -239,10 +241,10 @@ def _choose(
 
 
 def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Values:
-    """Average under self-normalised weights, with the control variates of q on the linearised ratio.
+    """Average under self-normalised weights, with the control variates of q.
 
-    The ratio is linearised about its own result, else the noise of the weights times what the
-    control variates have taken off is left.
+    These act on the ratio of two averages, linearised about its own result: else the noise of the
+    weights times what the control variates have taken off would be left.
     """
     evaluation = fitted.fit.outcome.evaluation
     llc = float(fitted.problem.posterior.nbeta) * np.asarray(evaluation.excess, float)
@@ -318,9 +320,9 @@ def _sample(
         means,
         errors,
         run.llc,
-        run.work / num_data,
+        run.end.work / num_data,
         {**_run_details(run, settings), "narrow_dtype": _narrow_dtype(fitted)},
-        PreviousRun(run.walkers, center, number, not run.unmet),
+        PreviousRun(run.end.walkers, center, number, not run.unmet),
     )
 
 
@@ -390,10 +392,10 @@ def _run_details(run: SamplerResult, settings: SamplerSettings) -> dict[str, Any
         "walkers": run.llc.shape[0],
         "steps": run.llc.shape[1] * settings.bin_length,
         "burn_in": analysis.burn_in * settings.bin_length,
-        "data_blocks": run.fidelity.num_blocks,
-        "energy_error": run.fidelity.energy_error,
-        "step_size": run.step_size,
-        "returned": run.returned,
+        "data_blocks": run.end.fidelity.num_blocks,
+        "energy_error": run.end.fidelity.energy_error,
+        "step_size": float(run.end.walkers.step_size.step),
+        "returned": run.end.returned,
     }
 
 

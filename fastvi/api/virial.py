@@ -56,7 +56,7 @@ class VirialLLC:
 
     @property
     def is_consistent(self) -> bool:
-        """Whether the chains agree with each other and obey the virial identities of the posterior."""
+        """Whether the chains agree, and obey the virial identities of the posterior."""
         return abs(self.virial_z) < OFF_SIGMAS and self.rhat < MIXED
 
     def summary(self) -> str:
@@ -92,7 +92,7 @@ def virial_llc(
     init_loss: Given[float],
     discard: Given[int | None] = None,
 ) -> VirialLLC:
-    """Estimate the learning coefficient from a sampler's chains, with control variates of mean zero.
+    """Estimate the learning coefficient from a sampler's chains, with control variates.
 
     For each block of parameters `length - v . grad(-log p)` with v = w - w* has mean zero under the
     local posterior `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)`; so has the slope along the
@@ -268,9 +268,10 @@ def _discarded(discard: Given[int | None], llc: np.ndarray, radius2: np.ndarray)
 
 
 def _slope(force: np.ndarray, along: np.ndarray, burn: int) -> Float[np.ndarray, "chains draws"]:
-    """Return the slope along a mean, taken of the other half of the chains, of a single chain of the half of its time.
+    """Return the slope of -log p along the mean of the other half of the chains.
 
-    With the draw's own half in the mean, the slope along it would not have mean zero.
+    A single chain is halved in time. With the draw's own half in the mean, the slope along it would
+    not have mean zero.
     """
     chains, draws, _ = force.shape
     by_time = chains == 1

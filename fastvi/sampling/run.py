@@ -61,22 +61,29 @@ class Unmet(NamedTuple):
     bound: float
 
 
-class SamplerResult(NamedTuple):
-    """A finished run, which has settled where nothing is unmet.
+class Check(NamedTuple):
+    """A look at the averages of a run: what they say, and which criteria they do not meet.
 
-    `work` and `least_budget` are in sample gradients, all walkers together; `returned` counts the
-    steps that were taken back. `walkers` are where the run ended.
+    `analysis.llc` is NaN where a record is not finite.
     """
 
     analysis: Analysis
     llc: Float[np.ndarray, "walkers bins"]
-    fidelity: Fidelity
-    step_size: float
-    returned: float
-    work: float
+    unmet: tuple[Unmet, ...]
+
+
+class SamplerResult(NamedTuple):
+    """A finished run, which has settled where nothing is unmet.
+
+    `llc` are its records at the last fidelity, and `end` where it ended. `least_budget` is in sample
+    gradients, all walkers together.
+    """
+
+    analysis: Analysis
+    llc: Float[np.ndarray, "walkers bins"]
     unmet: tuple[Unmet, ...]
     least_budget: float
-    walkers: Walkers
+    end: "RunState"
 
 
 class Estimate(NamedTuple):
@@ -334,9 +341,9 @@ def _call(setup: RunSetup, state: RunState, start: int, stop: int) -> tuple[RunS
 
 
 def burn_in(setup: RunSetup, state: RunState) -> RunState:
-    """Run on noisier blocks than the error allows, where there are any and the budget pays for both.
+    """Run on noisier blocks than the error allows, where the budget pays for both.
 
-    It ends when llc has stopped moving much, or what is left is needed for the run that follows.
+    Burn-in ends when llc has stopped moving much, or what is left is needed for the run that follows.
     """
     settings, walkers = setup.settings, state.num_walkers
     rough = setup.max_blocks(state, settings.burn_in_noise * state.llc)
@@ -361,7 +368,7 @@ def burn_in(setup: RunSetup, state: RunState) -> RunState:
 
 
 def has_arrived(means: list[float], change: float) -> bool:
-    """Say whether the means of rounds have stopped moving, from one half to the other, or are lost."""
+    """Say whether the means of rounds have stopped moving between halves, or are not finite."""
     if not means or not math.isfinite(means[-1]):
         return bool(means)
     half = len(means) // 2
@@ -384,17 +391,6 @@ def _within_budget(setup: RunSetup, state: RunState, wanted: Fidelity) -> tuple[
     raise AssertionError("the least budget pays for the fewest walkers on the smallest blocks")
 
 
-class Check(NamedTuple):
-    """A look at the averages of a run: what they say, and which criteria they do not meet.
-
-    `analysis.llc` is NaN where a record is not finite.
-    """
-
-    analysis: Analysis
-    llc: Float[np.ndarray, "walkers bins"]
-    unmet: tuple[Unmet, ...]
-
-
 def average(setup: RunSetup, state: RunState, noise_unmet: tuple[Unmet, ...]) -> SamplerResult:
     """Gather records until they meet the criteria, at more exact fidelities where need be."""
     records: tuple[Record, ...] = ()
@@ -412,17 +408,7 @@ def average(setup: RunSetup, state: RunState, noise_unmet: tuple[Unmet, ...]) ->
         check = check._replace(unmet=(*noise_unmet, *check.unmet))
         if not check.unmet or setup.is_spent(state):
             break
-    return SamplerResult(
-        check.analysis,
-        check.llc,
-        state.fidelity,
-        float(state.walkers.step_size.step),
-        state.returned,
-        state.work,
-        check.unmet,
-        setup.least_budget(state),
-        state.walkers,
-    )
+    return SamplerResult(*check, setup.least_budget(state), state)
 
 
 def _gather(

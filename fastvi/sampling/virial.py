@@ -1,7 +1,7 @@
 """Virial columns: functions of a walker that have mean zero under the posterior.
 
-For any fixed matrix G, `tr G - (G v) . grad(-log p)` has mean zero, with v = w - w*. Averaged beside
-llc, they are its control variates.
+For any fixed matrix G, `tr G - (G v) . grad(-log p)` has mean zero, with v = w - w*. Averaged
+beside llc, such functions are its control variates.
 """
 
 from collections.abc import Callable

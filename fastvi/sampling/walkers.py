@@ -96,7 +96,7 @@ def move_walkers(
     linear_map = _common_map(family, params)
     displacement = walkers.linear_map.displacement(walkers.position)
     position = linear_map.round(displacement + (center - problem.posterior.center))
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(walkers.keys, shift)
+    keys = jax.vmap(lambda key: _moved_key(key, shift))(walkers.keys)
     step_size = fresh_step_size(walkers.step_size.step)
     return Walkers(
         linear_map, position, _fresh_momentum(keys, position), walkers.excess, step_size, keys
@@ -133,6 +133,10 @@ def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int
 def _common_map(family: AbstractFamily, params: Any) -> LinearMap:
     """Return the coordinates of the first chain's q, which all walkers share."""
     return family.linear_map(jax.tree_util.tree_map(lambda leaf: leaf[0], params))
+
+
+def _moved_key(key: Key, shift: Int[Array, ""]) -> Key:
+    return jax.random.fold_in(streams.derive(key, streams.Purpose.WALKERS), shift)
 
 
 def _fresh_momentum(keys: Keys, position: Float[Array, "walkers dim"]):

@@ -239,7 +239,7 @@ def run_estimate(
     if throw and _has(result, "non_finite"):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
     result = dataclasses.replace(
-        result, fitted=Fitted(fit, problem, objective, stages.loss, keys, warm and warm.walked)
+        result, fitted=Fitted(fit, problem, objective, stages.loss, keys, warm and warm.previous)
     )
     if plan.method == "variational" or _has(result, "non_finite", "improper_posterior"):
         return result

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Float
@@ -39,23 +40,32 @@ class LinearMap(eqx.Module):
     basis: Float[Array, "terms dim"]
     stretch: Float[Array, "terms terms"]
 
-    def displacement(self, x: Float[Array, " dim"]) -> Float[Array, " dim"]:
+    def displacement(self, x: Float[Array, "*points dim"]) -> Float[Array, "*points dim"]:
         """Map round coordinates to a displacement from the centre of the problem."""
         return self.center + self.scale * self._root(x)
 
-    def pull_back(self, gradient: Float[Array, " dim"]) -> Float[Array, " dim"]:
+    def pull_back(self, gradient: Float[Array, "*points dim"]) -> Float[Array, "*points dim"]:
         """Map a gradient with respect to the displacement to one in round coordinates."""
         return self._root(self.scale * gradient)
 
-    def round(self, displacement: Float[Array, " dim"]) -> Float[Array, " dim"]:
+    def round(self, displacement: Float[Array, "*points dim"]) -> Float[Array, "*points dim"]:
         """Invert `displacement`."""
         x = (displacement - self.center) / self.scale
         identity = jnp.eye(self.stretch.shape[0], dtype=self.stretch.dtype)
         inverse = jnp.linalg.inv(identity + self.stretch) - identity
-        return x + (inverse @ (self.basis @ x)) @ self.basis
+        return x + self.project(x) @ inverse @ self.basis
+
+    def project(self, x: Float[Array, "*points dim"]) -> Float[Array, "*points terms"]:
+        """Return the coordinates along the basis.
+
+        The basis is the left factor: with 80 terms and 8 points in 95,701 dimensions, XLA's product
+        takes 2.7 ms on one CPU core, and 6.5 ms as the right factor. The barrier keeps XLA from
+        turning the one into the other.
+        """
+        return jax.lax.optimization_barrier(self.basis @ x.T).T
 
     def _root(self, x):
-        return x + (self.stretch @ (self.basis @ x)) @ self.basis
+        return x + self.project(x) @ self.stretch @ self.basis  # stretch is symmetric
 
 
 def symmetric_root(covariance: Float[Array, "terms terms"]) -> Float[Array, "terms terms"]:

@@ -71,7 +71,7 @@ def test_blocks_and_minibatches_are_unbiased():
             lambda rows: objective.loss(w, jax.tree_util.tree_map(lambda leaf: leaf[rows], data))
         )
     )
-    for blocks in (split_data(COUNT, 4), np.arange(COUNT)[:, None]):
+    for blocks in (split_data(COUNT, 4).rows, np.arange(COUNT)[:, None]):
         found = losses(jnp.asarray(blocks))
         np.testing.assert_allclose(np.mean(found), dense_mean(CENTER + 0.3)[0], rtol=1e-12)
         assert np.std(found) > 0.1 * np.mean(found)

@@ -11,6 +11,12 @@ a key would be derived again and again, because XLA compiles the hash of each de
 | `START` and the next | the start of the family's parameters |
 | `EVALUATION` and the next | the draws of the final estimate |
 
+| blocks of a walker's key | what they hold |
+|---|---|
+| `MOMENTUM` | the momentum that it begins with |
+| i + 1 | the noise of step i |
+| 2^31 + j | its block of data, drawn for the j-th time |
+
 A derived key is the hash of one counter of block 0, beyond the `2^31` that the noise of step 0 may
 take.
 """
@@ -45,6 +51,19 @@ def step_batch(step: Array | int) -> Array | int:
 def step_of(block: Array) -> Array:
     """Return the step to which a block belongs."""
     return block // STEP_PERIOD
+
+
+MOMENTUM = 0
+
+
+def walker_noise(step: Array) -> Array:
+    """Return the block of a walker's noise in a step."""
+    return step + 1
+
+
+def walker_data(number: Array) -> Array:
+    """Return the block of the words by which a walker draws its block of data."""
+    return np.uint32(2**31) + number.astype(np.uint32)
 
 
 class Purpose(enum.IntEnum):

@@ -24,7 +24,7 @@ take.
 import enum
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from fastvi._typing import Array, Key
 
@@ -86,4 +86,4 @@ def derive(key: Key, purpose: Purpose) -> Key:
 
 def shared_key() -> Key:
     """Return the key of what all fits share, which no seed of a user gives."""
-    return jax.random.wrap_key_data(np.asarray(SHARED_WORDS, np.uint32), impl="threefry2x32")
+    return jax.random.wrap_key_data(jnp.asarray(SHARED_WORDS, jnp.uint32), impl="threefry2x32")

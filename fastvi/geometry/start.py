@@ -21,7 +21,7 @@ MAX_RANK = 64  # rows of the core under curvature_rank="auto"
 CORE_BYTES = 128 * 2**20  # memory budget of the core
 DENSE_DIM = 64  # up to here the whole Hessian is as cheap as a Krylov space
 OVERSAMPLING = 2 * BLOCK
-TRACE_PROBES = 8
+TRACE_PROBES = BLOCK  # they share a pass, as the blocks of the Krylov space do
 RELATIVE_FLOOR = (
     1e-6  # smallest precision relative to the mean one, where gamma is zero or nearly so
 )
@@ -100,24 +100,26 @@ def make_start(
 
     limit = rank_limit(config, dim, dtype.itemsize)
     probes = hutchinson.rademacher(key_trace, TRACE_PROBES, dim, dtype)
-    images = precision(probes)
-    mean = jnp.mean(jnp.sum(probes * images, -1)) / dim
-    floor = jnp.maximum(posterior.gamma * jnp.min(scale**2), RELATIVE_FLOOR * jnp.abs(mean))
-    floor = jnp.where(
-        floor > 0, floor, 1.0
-    )  # neither loss nor localizer says anything: any width will do
+
+    def floor_by(images):
+        mean = jnp.mean(jnp.sum(probes * images, -1)) / dim
+        floor = jnp.maximum(posterior.gamma * jnp.min(scale**2), RELATIVE_FLOOR * jnp.abs(mean))
+        # where neither loss nor localizer says anything, any width will do
+        return jnp.where(floor > 0, floor, 1.0)
+
+    def exhausted(values, computed, images):
+        return jnp.sum(values > 2 * floor_by(images)) <= computed - OVERSAMPLING
+
     if limit == 0:
         spectrum = Spectrum(jnp.zeros(0, dtype), jnp.zeros((0, dim), dtype), jnp.asarray(0))
+        images = precision(probes)
     elif dim <= DENSE_DIM:
         spectrum = dense_spectrum(precision, dim, dtype)
+        images = (probes @ spectrum.vectors.T * spectrum.values) @ spectrum.vectors
     else:
         size = -(-min(limit + OVERSAMPLING, dim - dim % BLOCK) // BLOCK) * BLOCK
-
-        def exhausted(values, computed):
-            return jnp.sum(values > 2 * floor) <= computed - OVERSAMPLING
-
-        spectrum = block_krylov(precision, key_krylov, dim, size, exhausted, dtype)
-    return _assemble(spectrum, probes, images, scale, floor, limit)
+        spectrum, images = block_krylov(precision, key_krylov, probes, size, exhausted)
+    return _assemble(spectrum, probes, images, scale, floor_by(images), limit)
 
 
 def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:

@@ -53,6 +53,11 @@ class CallableObjective:
     loss_fn: LossFn
     grad_fn: LossFn | None = None
 
+    @property
+    def has_own_gradient(self) -> bool:
+        """Say whether a function other than autodiff of the loss gives the gradient."""
+        return self.grad_fn is not None
+
     def outputs(self, w, batch):
         """Return what the function returns on the batch."""
         return call_in_their_modes(self.loss_fn, w, raw_examples(batch))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -106,6 +106,7 @@ class TreeObjective:
 
     loss_fn: LossFn
     structure: TreeStructure
+    has_own_gradient: ClassVar[bool] = False
 
     def outputs(self, w, batch):
         """Return what the function returns on the batch."""

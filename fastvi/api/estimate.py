@@ -98,7 +98,9 @@ def estimate_llc(
         params: Trained parameters w*, any pytree with floating-point arrays.
         data: Pytree of arrays with a common leading axis of examples; `batch` has the same
             structure. Or an object that gives such batches from host memory each time it is
-            iterated over: then the only methods are "variational" and "reweight".
+            iterated over: then the only methods are "variational" and "reweight". Or an iterator of
+            shuffled batches, which is read once: then nbeta must be given, the only method is
+            "variational", and the evaluation is on a sample, whose noise is part of `llc_sem`.
         key: An int seed or a jax random key.
         nbeta: n times the inverse temperature; n / log n when left out.
         localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates;

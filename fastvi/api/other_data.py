@@ -24,7 +24,10 @@ from fastvi.target.modes import in_own_modes
 
 
 class DataLLC(NamedTuple):
-    """nbeta (E_q[L(w)] - L(w*)) with L the mean loss of other data than q was fitted to, and its Monte Carlo error."""
+    """nbeta (E_q[L(w)] - L(w*)) with L the mean loss of other data than q was fitted to.
+
+    `llc_sem` is its Monte Carlo error.
+    """
 
     llc: float
     llc_sem: float
@@ -105,7 +108,7 @@ def _on_other_data(fitted: Fitted, data: Given[Batch]) -> Problem:
 
 
 class _Programs(NamedTuple):
-    """Compiled: `(family, problem, params, keys)` to `DataLosses`, and to the losses of examples."""
+    """Compiled: `(family, problem, params, keys)` to `DataLosses`, and to losses of examples."""
 
     losses: Callable[..., DataLosses]
     by_example: Callable[..., Float[Array, "chains draws examples"]]

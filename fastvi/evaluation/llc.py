@@ -215,7 +215,7 @@ def error_over_pieces(running_means: Sequence[float]) -> float:
 
 
 def quadratic_columns(family: AbstractFamily, params, draws: Draws, pairs: int):
-    """Return the family's own control variates or, in few dimensions, polynomials that reach further."""
+    """Return the family's own control variates; in few dimensions polynomials, which reach more."""
     exponents = even_monomials(draws.displacement.shape[1], pairs)
     if exponents.shape[0] == 0:
         return family.control_variates(params, draws)

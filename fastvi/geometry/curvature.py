@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Int, Key
 
-BLOCK = 8  # tangents that share one pass over the data
+# Tangents that share one pass over the data. Half of them take twice the passes; twice as many
+# find the spectrum's end later and take twice the memory.
+BLOCK = 8
 
 
 class Spectrum(NamedTuple):

@@ -17,14 +17,21 @@ from fastvi.target.hessian import data_hvp
 from fastvi.target.objective import FlatObjective
 from fastvi.target.posterior import LocalPosterior
 
-MAX_RANK = 64  # rows of the core under curvature_rank="auto"
-CORE_BYTES = 128 * 2**20  # memory budget of the core
-DENSE_DIM = 64  # up to here the whole Hessian is as cheap as a Krylov space
+# Rows of the core where the spectrum decides. Each takes a Hessian product and d numbers; half of
+# them leave more steep directions to the factors, which learn more slowly.
+MAX_RANK = 64
+# Bytes of the core: it bounds the rank beyond d = 5e5. Half of it halves the rank there.
+CORE_BYTES = 128 * 2**20
+# Dimension up to which all columns of the Hessian are as cheap as a Krylov space of MAX_RANK.
+DENSE_DIM = 64
+# Ritz values beyond those used, whose own errors would show: two blocks (Musco & Musco, 2015).
 OVERSAMPLING = 2 * BLOCK
-TRACE_PROBES = BLOCK  # they share a pass, as the blocks of the Krylov space do
-RELATIVE_FLOOR = (
-    1e-6  # smallest precision relative to the mean one, where gamma is zero or nearly so
-)
+# Probes of the trace: their error is sqrt(2 / 8) of the root mean square of what the core leaves.
+# They share a pass, as the blocks of the Krylov space do.
+TRACE_PROBES = BLOCK
+# Smallest precision relative to the mean one, where gamma is zero or nearly so: single precision
+# resolves no less.
+RELATIVE_FLOOR = 1e-6
 
 
 class Start(eqx.Module):
@@ -172,7 +179,10 @@ def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:
 
 
 def _lowest(spectrum: Spectrum, beyond, images, complement):
-    """Return the least curvature among the Ritz pairs and the probes of what they leave out, and its direction."""
+    """Return the least curvature that was met, and its direction.
+
+    It is that of a Ritz pair, or of a probe of what these leave out.
+    """
     squares = jnp.sum(beyond**2, axis=-1)
     is_seen = (complement > 0) & (squares > 0)
     quotients = jnp.where(

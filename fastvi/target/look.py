@@ -39,8 +39,8 @@ from fastvi.target.signature import Signature, check_loss
 from fastvi.target.stream import AbstractStream
 from fastvi.target.work import LOSS
 
-NARROW_EPS = 2.0**-7  # of bfloat16
-ACCELERATOR_EPS = 2.0**-10  # single-precision products are rounded so on GPUs and TPUs by default
+NARROW_EPS = 2.0**-7  # relative spacing of bfloat16, the coarsest dtype that a model computes in
+ACCELERATOR_EPS = 2.0**-10  # of products in single precision on GPUs and TPUs, by jax's default
 # Examples on which a full-data loss is compared: all data up to there, else a sample in parts.
 FULL_LOSS_EXAMPLES, FULL_LOSS_PARTS = 2048, 8
 # Of a change of the loss, between a full-data loss that is given and the objective's. Twice as much
@@ -148,7 +148,7 @@ def _weigher(objective: Any) -> Callable[[Array, AbstractData], tuple[Array, Arr
 def _check_full_loss(
     programs: LossPrograms, problem: Problem, loss_full_flat: Callable[..., Array]
 ) -> float:
-    """Compare the change of the full-data loss from w* to a point near it with that of the objective.
+    """Compare the full-data loss with the objective, by their change from w* to a point near it.
 
     Returns:
         The work, in sample gradients; that of `loss_full_flat` is not counted.

@@ -127,7 +127,7 @@ def call_full_loss(loss_full_flat: Given[LossFn], w: Float[Array, " dim"], data:
 
 
 def _takes(function: Given[LossFn], count: int) -> bool | None:
-    """Say whether a function can be called with so many arguments, None where it takes any number."""
+    """Say whether a function takes so many arguments, None where it takes any number."""
     try:
         signature = inspect.signature(function)
         signature.bind(*range(count))

@@ -13,7 +13,10 @@ from fastvi._typing import Array, Batch, Float, Given
 from fastvi.target.losses import LossForm, first_rows, num_examples
 from fastvi.target.objective import FlatObjective
 
-AUXILIARY_FIX = "if the second value is auxiliary, return the loss alone: lambda params, batch: loss(params, batch)[0]"
+AUXILIARY_FIX = (
+    "if the second value is auxiliary, return the loss alone: "
+    "lambda params, batch: loss(params, batch)[0]"
+)
 
 
 class Signature(NamedTuple):

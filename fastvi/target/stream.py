@@ -20,11 +20,13 @@ from fastvi.target.data import AbstractData, Data, Window, default_max_batch
 from fastvi.target.inputs import as_held, kind_of, numeric, refuse_examples_in_a_list, refuse_sparse
 from fastvi.target.losses import num_examples, take_examples, weigh_batch
 
-CHUNK = 100  # steps of a fit between looks at its traces, at most; half of that at least
+# Steps of a fit between looks at its traces, at most; half of that at least. Half of it looks, and
+# waits for the host, twice as often; twice as many stop later.
+CHUNK = 100
 # Bytes of a window of data that can be read again, at least CHUNK minibatches. Half of it takes
 # twice as many passes over the data, twice as much takes the memory.
 WINDOW_BYTES = 128 * 2**20
-STREAM_SEED = 0
+STREAM_SEED = 0  # tells draws of windows from other uses of the key's words
 # Pieces that data which are read once are evaluated on: the spread over them is the error of a
 # sample of the data. Half as many leave it uncertain by a quarter, twice as many by an eighth.
 SAMPLE_PIECES = 16
@@ -106,7 +108,7 @@ class AbstractStream(abc.ABC):
 
 
 class HostStream(AbstractStream):
-    """A re-iterable of host batches, each a pytree of arrays with a common leading axis of examples.
+    """A re-iterable of host batches: pytrees of arrays with a common leading axis of examples.
 
     A window holds uniform draws with replacement from all examples, whatever their order, as many
     as the steps use up before the next: their minibatches have the noise of minibatches from the
@@ -178,7 +180,7 @@ class HostStream(AbstractStream):
         return map(self._piece, _regrouped(self._read(), default_max_batch(self._example)))
 
     def _survey(self) -> tuple[int, int, Batch]:
-        """Read all data once: count and check them, sum them up, keep an empty batch of their kind."""
+        """Read all data once: count, check and sum them up, and keep an empty batch of theirs."""
         count, fingerprint, example = 0, 0, None
         for batch in self._checked(self._batches):
             example = take_examples(batch, slice(0)) if example is None else example
@@ -271,14 +273,14 @@ class OnePassStream(AbstractStream):
 
 
 def open_stream(batches: Any, dtype: Any, seed: Any, batch_size: int) -> AbstractStream:
-    """Return an iterator as data that are read once, another iterable as data that are read anew."""
+    """Return an iterator as data that are read once, another iterable as ones to read anew."""
     if isinstance(batches, Iterator):
         return OnePassStream(batches, dtype, batch_size)
     return HostStream(batches, dtype, seed, batch_size)
 
 
 def uncorrected(method: str | None, is_sample: bool) -> str:
-    """Return the method of an estimate from a stream: "variational" unless reweighting was asked for.
+    """Return the method of an estimate from a stream: "variational" where none was asked for.
 
     Args:
         method: The method that was asked for.

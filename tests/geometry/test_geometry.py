@@ -115,7 +115,11 @@ def test_krylov_survives_coordinates_of_exact_zeros():
 
 def test_krylov_stops_when_told():
     matrix, _ = symmetric([*np.linspace(100, 50, 4), *np.full(76, -3.0)])
-    seen = krylov(matrix, 5 * BLOCK, lambda values, size, images: jnp.sum(values > 10) <= size - 2 * BLOCK)
+
+    def exhausted(values, size, images):
+        return jnp.sum(values > 10) <= size - 2 * BLOCK
+
+    seen = krylov(matrix, 5 * BLOCK, exhausted)
     assert seen.size == 3 * BLOCK
     np.testing.assert_allclose(seen.values[:4], np.linspace(100, 50, 4), rtol=1e-9)
     # negative Ritz values are values, not padding

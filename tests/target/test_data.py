@@ -1,4 +1,4 @@
-"""The verbs of data: exact means whatever the slices, uniform minibatches, memory that is bounded."""
+"""The verbs of data: exact means whatever the slices, and uniform minibatches."""
 
 import jax
 import jax.numpy as jnp

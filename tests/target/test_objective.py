@@ -440,7 +440,7 @@ def test_bad_gradients_are_refused():
 
 
 def test_what_a_loss_computes_of_an_example_is_counted():
-    """A dense layer of 7, its sum of squares, and ten turns of a loop; nothing that weights alone make."""
+    """A dense layer of 7, its sum, and ten turns of a loop; nothing that weights alone make."""
 
     def loss(w, batch):
         hidden = batch @ jnp.tanh(w).reshape(3, 7)

@@ -194,8 +194,8 @@ class Batches:
 def loss_fn(w, batch):
     return 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
 
-result = fastvi.estimate_llc(loss_fn, jnp.eye(100)[0], Batches(), steps=200, num_chains=1, batch_size=64,
-                             eval_samples=16, early_stop=False, progress=False)
+options = dict(steps=200, num_chains=1, batch_size=64, eval_samples=16, early_stop=False)
+result = fastvi.estimate_llc(loss_fn, jnp.eye(100)[0], Batches(), progress=False, **options)
 print(result.n_data, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 

@@ -47,7 +47,7 @@ from fastvi.target.look import look_at_target
 from fastvi.target.modes import in_own_modes
 from fastvi.target.ravel import TreeObjective, ravel_loss
 from fastvi.target.restrict import restrict
-from fastvi.target.stream import HostStream, uncorrected
+from fastvi.target.stream import AbstractStream, open_stream, uncorrected
 
 SNAPSHOT_SCALES = 256  # entries of D^{1/2} in a snapshot
 DEFAULT_CHAINS, DEFAULT_LOCALIZATION = 4, 1.0  # chains of a fit that nothing corrects
@@ -98,7 +98,9 @@ def estimate_llc(
         params: Trained parameters w*, any pytree with floating-point arrays.
         data: Pytree of arrays with a common leading axis of examples; `batch` has the same
             structure. Or an object that gives such batches from host memory each time it is
-            iterated over: then the only methods are "variational" and "reweight".
+            iterated over: then the only methods are "variational" and "reweight". Or an iterator of
+            shuffled batches, which is read once: then nbeta must be given, the only method is
+            "variational", and the evaluation is on a sample, whose noise is part of `llc_sem`.
         key: An int seed or a jax random key.
         nbeta: n times the inverse temperature; n / log n when left out.
         localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates;
@@ -160,7 +162,7 @@ class Target(NamedTuple):
     problem: Problem
     config: VIConfig
     key: Key
-    stream: HostStream | None
+    stream: AbstractStream | None
     look: LossLook
 
 
@@ -179,10 +181,15 @@ def assemble(
     objective, center = ravel_loss(loss_fn, params, dtype)
     stream = None
     if is_stream(data):
-        stream = HostStream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
-        config = config.replace(method=uncorrected(config.method))
+        stream = open_stream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
+        config = config.replace(method=uncorrected(config.method, stream.is_sample))
+        if nbeta is None and stream.is_sample:
+            raise DataError(
+                "nbeta defaults to n / log n, and an iterator does not tell n: data can be read "
+                "only once. Pass nbeta, or an object whose __iter__ begins anew each time."
+            )
         data = stream.window(0)
-        stream = stream if stream.num_rows < stream.num_data else None
+        stream = None if stream.fits else stream
     else:
         data = hold(check_data(data, dtype=dtype)[0])
     num_data = data.num_data
@@ -219,6 +226,8 @@ def run_estimate(
     keys = jax.random.split(key, num_chains)
     keeper = None
     if resume_from is not None:
+        if stream is not None and stream.is_sample:
+            raise DataError("resume_from needs data that can be read again; got an iterator.")
         keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
     stages = programs_for(objective, problem, plan)
     with reporting(progress) as report:
@@ -303,7 +312,8 @@ def _estimate(
     traces["cumulative_fge"] = np.broadcast_to(
         work.fge_per_step * np.arange(1, steps + 1), traces["elbo"].shape
     )
-    llc_sem = chain_error(evaluation.llc, evaluation.llc_sem)
+    # chains share the sample that data which are read once are evaluated on
+    llc_sem = math.hypot(chain_error(evaluation.llc, evaluation.llc_sem), outcome.data_error)
     posterior = problem.posterior
     evidence = _evidence(fit, outcome, problem, config, traces, bottom, look)
     return LLCEstimate(

@@ -154,7 +154,7 @@ def correct(
         return result
     config = recorded.filled
     if not fitted.problem.holds_all:
-        uncorrected(config.method)
+        uncorrected(config.method, getattr(fitted.problem.data, "is_sample", False))
     began, compiled = time.perf_counter(), CLOCK.seconds
     method, weights, khat = _choose(fitted, config)
     values = _reweight(fitted, weights) if method == "reweight" else None

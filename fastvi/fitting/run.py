@@ -14,6 +14,7 @@ import numpy as np
 from fastvi._compilation import Ahead
 from fastvi._typing import Array, Keys
 from fastvi.config import VIConfig
+from fastvi.evaluation.llc import error_over_pieces
 from fastvi.families.base import AbstractFamily
 from fastvi.fitting.optimizer import Horizon, fixed_phases
 from fastvi.fitting.protocols import AbstractKeeper, Progress
@@ -338,14 +339,20 @@ def _look(course: Course, elbo: np.ndarray, config: VIConfig, dim: int, chunk: i
 
 
 def _finish(programs: Programs, arguments: tuple, source: AbstractData | AbstractStream) -> Outcome:
-    """Evaluate q on all data, piece by piece."""
+    """Evaluate q on all data, or a sample of them, piece by piece."""
     _, problem, _, keys = arguments
+    posterior, running = problem.posterior, []
     outcome, losses, count = None, programs.nothing_seen(problem, keys.size), 0
     for piece in source.pieces():
         count += piece.num_examples
-        share = jnp.asarray(piece.num_examples / count, problem.posterior.center.dtype)
+        share = jnp.asarray(piece.num_examples / count, posterior.center.dtype)
         outcome, losses = programs.finish(*arguments, piece, losses, share)
-    return outcome
+        running.append(float(jnp.mean(posterior.learning_coefficient(losses.excess))))
+    assert outcome is not None  # no source is empty
+    if isinstance(source, AbstractData) or not source.is_sample:
+        return outcome
+    of_weight = abs(running[-1]) * source.weight_error
+    return outcome._replace(data_error=math.hypot(error_over_pieces(running), of_weight))
 
 
 class Clock:

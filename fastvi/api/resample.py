@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._compilation import CLOCK
+from fastvi._compilation import CompileWatch
 from fastvi._errors import DataError, NonFiniteError
 from fastvi._typing import Array, Float, Given, Keys
 from fastvi.api.plan import default_budget
@@ -143,19 +143,20 @@ def correct(
     config = recorded.filled
     if not fitted.problem.holds_all:
         uncorrected(config.method)
-    began, compiled = time.perf_counter(), CLOCK.seconds
-    method, weights, khat = _choose(fitted, config)
-    values = _reweight(fitted, weights) if method == "reweight" else None
-    too_rough = values is not None and values.llc_sem > config.error * abs(values.llc)
-    if values is None or (too_rough and config.method == "auto"):
-        with reporting(progress) as report:
-            method, values = "sample", _sample(fitted, config, weights, report)
+    began = time.perf_counter()
+    with CompileWatch() as watch:
+        method, weights, khat = _choose(fitted, config)
+        values = _reweight(fitted, weights) if method == "reweight" else None
+        too_rough = values is not None and values.llc_sem > config.error * abs(values.llc)
+        if values is None or (too_rough and config.method == "auto"):
+            with reporting(progress) as report:
+                method, values = "sample", _sample(fitted, config, weights, report)
     details = {"method": method, "khat": khat, **values.details}
     work = {**result.work, "fge_correction": values.work}
     work["total_fge"] = result.work["total_fge"] + values.work
     seconds = time.perf_counter() - began
     timings = {**result.timings, "correction": seconds, "total": result.timings["total"] + seconds}
-    timings["compile"] += CLOCK.seconds - compiled
+    timings["compile"] += watch.seconds
     corrected = dataclasses.replace(
         result,
         llc=values.llc,

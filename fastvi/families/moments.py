@@ -39,23 +39,24 @@ class LinearMap(eqx.Module):
     basis: Float[Array, "terms dim"]
     stretch: Float[Array, "terms terms"]
 
-    def displacement(self, x: Float[Array, " dim"]) -> Float[Array, " dim"]:
+    def displacement(self, x: Float[Array, "*points dim"]) -> Float[Array, "*points dim"]:
         """Map round coordinates to a displacement from the centre of the problem."""
         return self.center + self.scale * self._root(x)
 
-    def pull_back(self, gradient: Float[Array, " dim"]) -> Float[Array, " dim"]:
+    def pull_back(self, gradient: Float[Array, "*points dim"]) -> Float[Array, "*points dim"]:
         """Map a gradient with respect to the displacement to one in round coordinates."""
         return self._root(self.scale * gradient)
 
-    def round(self, displacement: Float[Array, " dim"]) -> Float[Array, " dim"]:
+    def round(self, displacement: Float[Array, "*points dim"]) -> Float[Array, "*points dim"]:
         """Invert `displacement`."""
         x = (displacement - self.center) / self.scale
         identity = jnp.eye(self.stretch.shape[0], dtype=self.stretch.dtype)
         inverse = jnp.linalg.inv(identity + self.stretch) - identity
-        return x + (inverse @ (self.basis @ x)) @ self.basis
+        return x + (x @ self.basis.T) @ inverse @ self.basis
 
     def _root(self, x):
-        return x + (self.stretch @ (self.basis @ x)) @ self.basis
+        # stretch is symmetric; of many points these are two products of matrices
+        return x + (x @ self.basis.T) @ self.stretch @ self.basis
 
 
 def symmetric_root(covariance: Float[Array, "terms terms"]) -> Float[Array, "terms terms"]:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from fastvi.config import VIConfig
-from fastvi.fitting.calibrate import CALIBRATION_DRAWS
+from fastvi.fitting.calibrate import calibration_steps
 from fastvi.fitting.run import Fit
 from fastvi.geometry.whitening import DIAGONAL_PROBES, MOMENT_GRADIENTS
 from fastvi.target.checks import LossLook
@@ -64,7 +64,8 @@ def count_work(
         rows = min(fit.family.num_moment_terms, problem.posterior.center.size)
         evaluation_hvp = num_chains * (draws + rows + config.trace_probes)
     at_center = Work(losses=num_data) if fit.outcome.slope is None else Work(gradients=num_data)
-    minibatches = moment + CALIBRATION_DRAWS * _concrete(fit.calibration_rounds)
+    calibration = calibration_steps(num_chains, config.step_draws) * num_chains * config.step_draws
+    minibatches = moment + calibration * _concrete(fit.calibration_rounds)
     stages = {
         "look": Work(gradients=look.sample_gradients),
         "curvature": Work(

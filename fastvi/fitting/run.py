@@ -171,7 +171,7 @@ def run_fit(
         start=course.start,
         outcome=outcome,
         traces={
-            name: jnp.concatenate([part[name] for part in course.parts], axis=1)
+            name: jnp.asarray(np.concatenate([part[name] for part in course.parts], axis=1))
             for name in course.parts[0]
         },
         calibration_rounds=course.calibration_rounds,

@@ -82,7 +82,7 @@ def test_compile(benchmark):
     first = benchmark.pedantic(estimate, args=(0,), rounds=1)
     second = estimate(1)
     totals = [
-        _row(stage, center.size, "", result.timings["compile"], "")
+        _row(stage, center.size, "", result.timings.compile, "")
         for stage, result in (("first estimate", first), ("second estimate", second))
     ]
     jax.clear_caches()

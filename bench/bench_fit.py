@@ -159,7 +159,7 @@ def test_work_per_second(benchmark):
             method="variational",
         )
 
-    work = float(estimate().work["total_fge"])
+    work = float(estimate().work.total_fge)
     scan = gradient_scan(objective, problem)[1]
     per_scan = 200 * BATCH / problem.num_data
     calls = {"gradient": scan, "estimate": lambda: estimate().llc}

@@ -138,7 +138,7 @@ def test_bias(benchmark, name):
                 "khat": pareto_smooth(np.asarray(result.log_weights, float).ravel())[1],
                 "asked_khat": ASKED_KHAT,
                 "steps": result.traces["elbo"].shape[1],
-                "fge": result.work["total_fge"],
+                "fge": result.work.total_fge,
             }
             rows.append(row)
         return rows
@@ -189,7 +189,7 @@ def test_quadratic(benchmark, d_latent, backend, template):
         "error_percent": 100 * (result.llc / truth - 1),
         "asked_percent": ASKED_QUADRATIC,
         "steps": result.traces["elbo"].shape[1],
-        "fge": result.work["total_fge"],
+        "fge": result.work.total_fge,
         "seconds": benchmark.stats.stats.max,
     }
     record("flow_quadratic", [row])

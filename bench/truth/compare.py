@@ -206,8 +206,8 @@ def fastvi_rows(problem: Problem, seeds, budget: float) -> tuple[list[dict], lis
         for seed in seeds:
             began = time.perf_counter()
             result = problem.estimate(seed, **_in_sample_gradients(options, problem))
-            elapsed, fge = time.perf_counter() - began, result.work["total_fge"]
-            how = result.correction["method"] if result.correction else "variational"
+            elapsed, fge = time.perf_counter() - began, result.work.total_fge
+            how = result.correction.method if result.correction else "variational"
             print(
                 f"  {knob}, seed {seed}: {result.llc:.4g}, {fge:.0f} FGE, by {how}",
                 file=sys.stderr,

@@ -48,7 +48,6 @@ def run(problem: Problem, seed: int, reference: float | None) -> dict[str, Any]:
     """Estimate once; return a row of suite.csv."""
     began = time.perf_counter()
     result = problem.estimate(seed)
-    details = result.correction or {"method": "variational"}
     target = problem.theory if reference is None else reference
     assert target is not None, problem.name
     return {
@@ -61,9 +60,9 @@ def run(problem: Problem, seed: int, reference: float | None) -> dict[str, Any]:
         "sem": result.llc_sem,
         "llc_vi": result.llc_vi,
         "relative_error": result.llc / target - 1,
-        "fge": result.work["total_fge"],
+        "fge": result.work.total_fge,
         "seconds": time.perf_counter() - began,
-        "method": details["method"],
+        "method": result.correction.method if result.correction else "variational",
         "findings": " ".join(finding.name for finding in result.health),
     }
 

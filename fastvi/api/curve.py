@@ -44,7 +44,7 @@ class LLCCurve:
     @property
     def total_fge(self) -> np.ndarray:
         """The work at each checkpoint, in full-gradient equivalents."""
-        return np.array([estimate.work["total_fge"] for estimate in self.estimates])
+        return np.array([estimate.work.total_fge for estimate in self.estimates])
 
 
 @in_own_modes

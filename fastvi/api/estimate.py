@@ -40,9 +40,10 @@ from fastvi.geometry.minimum import Bottom, look_down, rounding_nats
 from fastvi.geometry.start import newton_decrement, rank_limit
 from fastvi.results.estimate import MOST_SCALES, LLCEstimate, kept_scales
 from fastvi.results.findings import Evidence, health_findings
+from fastvi.results.parts import ChainValues, Curvature, DrawValues, Timings
 from fastvi.results.progress import reporting
 from fastvi.results.resume import FolderKeeper, identify
-from fastvi.results.work import RunWork, count_work, with_losses
+from fastvi.results.work import RunWork, count_work
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem, hold
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
@@ -229,12 +230,8 @@ def run_estimate(
             float(fit.outcome.reference_loss),
             (stream or problem.data).pieces,
         )
-    timings = {
-        **fit.seconds,
-        "compile": watch.seconds,
-        "total": time.perf_counter() - began,
-    }
-    work = with_losses(count_work(fit, problem, plan, num_chains, look), bottom.losses)
+    timings = Timings(**fit.seconds, compile=watch.seconds, total=time.perf_counter() - began)
+    work = count_work(fit, problem, plan, num_chains, look, bottom.losses)
     result = _estimate(fit, problem, plan, work, timings, bottom, look)
     if throw and _has(result, "non_finite"):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
@@ -262,7 +259,7 @@ def _estimate(
     problem: Problem,
     config: VIConfig,
     work: RunWork,
-    timings: dict[str, float],
+    timings: Timings,
     bottom: Bottom,
     look: LossLook,
 ) -> LLCEstimate:
@@ -289,35 +286,25 @@ def _estimate(
         n_data=problem.num_data,
         dim=posterior.center.size,
         converged=fit.converged,
-        curvature={
-            "rank": int(start.rank),
-            "wanted_rank": int(start.wanted_rank),
-            "explained": float(start.explained),
-            "trace": float(start.trace),
-            "spectrum": np.asarray(start.spectrum, float)[: int(start.num_values)].tolist(),
-            "newton_decrement": evidence.newton_decrement,
-            "lowest": bottom.curvature + float(posterior.gamma),
-        },
-        evaluation={
-            name: np.asarray(getattr(evaluation, name), float).tolist()
-            for name in (
-                "elbo",
-                "llc",
-                "llc_mc",
-                "variance_reduction",
-                "trace_term",
-                "log_weight_sd",
-            )
-        },
-        work=work.as_dict(),
+        curvature=Curvature(
+            rank=int(start.rank),
+            wanted_rank=int(start.wanted_rank),
+            explained=float(start.explained),
+            trace=float(start.trace),
+            spectrum=np.asarray(start.spectrum, float)[: int(start.num_values)].tolist(),
+            newton_decrement=evidence.newton_decrement,
+            lowest=bottom.curvature + float(posterior.gamma),
+        ),
+        evaluation=ChainValues(
+            *(np.asarray(getattr(evaluation, name), float).tolist() for name in ChainValues._fields)
+        ),
+        work=work,
         timings=timings,
         traces=traces,
         log_weights=np.asarray(evaluation.log_weight),
-        draws={
-            "excess_loss": np.asarray(evaluation.excess),
-            "log_q": np.asarray(evaluation.log_prob),
-            "resp_entropy": np.asarray(evaluation.resp_entropy),
-        },
+        draws=DrawValues(
+            *map(np.asarray, (evaluation.excess, evaluation.log_prob, evaluation.resp_entropy))
+        ),
         family_arrays=_family_arrays(outcome.arrays),
         snapshots=_snapshots(fit.snapshots),
         health=health_findings(evidence),

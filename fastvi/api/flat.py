@@ -101,7 +101,7 @@ def fit(
             "adaptation": run.seconds["adaptation"],
             "sampling": run.seconds["sampling"] + run.seconds["evaluation"],
         },
-        "work": {"sampler_flavour": _StaticText(run.config.family), **run.work.as_dict()},
+        "work": {"sampler_flavour": _StaticText(run.config.family), **run.work._asdict()},
     }
 
 
@@ -192,7 +192,7 @@ def run_vi(
         },
         work={
             "sampler_flavour": run.config.family,
-            **run.work.as_dict(),
+            **run.work._asdict(),
             "lambda_hat_mean": float(jnp.mean(run.llc)),
             "lambda_hat_std": float(jnp.std(run.llc)),
             "Eq_Ln_mean": float(jnp.mean(run.extras["Eq_Ln"])),

@@ -23,6 +23,7 @@ from fastvi.fitting.schedule import few_dimensions_factor
 from fastvi.observables.draws import FittedQ, fitted_q
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.findings import correction_findings
+from fastvi.results.parts import Correction
 from fastvi.results.progress import reporting
 from fastvi.sampling.run import (
     LENGTH,
@@ -151,12 +152,13 @@ def correct(
         if values is None or (too_rough and config.method == "auto"):
             with reporting(progress) as report:
                 method, values = "sample", _sample(fitted, config, weights, report)
-    details = {"method": method, "khat": khat, **values.details}
-    work = {**result.work, "fge_correction": values.work}
-    work["total_fge"] = result.work["total_fge"] + values.work
-    seconds = time.perf_counter() - began
-    timings = {**result.timings, "correction": seconds, "total": result.timings["total"] + seconds}
-    timings["compile"] += watch.seconds
+    details = Correction(**{"method": method, "khat": khat, **values.details})
+    seconds, before = time.perf_counter() - began, result.timings
+    timings = before._replace(
+        correction=seconds,
+        total=before.total + seconds,
+        compile=before.compile + watch.seconds,
+    )
     corrected = dataclasses.replace(
         result,
         llc=values.llc,
@@ -165,7 +167,7 @@ def correct(
         llc_sem_per_chain=values.sem_per_chain,
         correction=details,
         walk_llc=values.walk,
-        work=work,
+        work=result.work.with_correction(values.work),
         timings=timings,
         config=recorded,
         fitted=fitted._replace(walked=values.walked or fitted.walked),
@@ -317,7 +319,7 @@ def _sample(
 
 def _unpaid(values: _Values, least_budget: float) -> _Values:
     """Say of reweighted draws that they stand in for a walk."""
-    unmet = [Unmet(LENGTH, 0, MIN_BINS * BIN_LENGTH)._asdict()]
+    unmet = (Unmet(LENGTH, 0, MIN_BINS * BIN_LENGTH),)
     details = {
         "method": "reweight",
         "settled": False,
@@ -347,7 +349,7 @@ def _walk_details(run: Sampled, num_data: int) -> dict[str, Any]:
     analysis = run.analysis
     return {
         "settled": not run.unmet,
-        "unmet": [unmet._asdict() for unmet in run.unmet],
+        "unmet": run.unmet,
         "least_budget": run.least_budget * num_data,
         "rhat": analysis.rhat,
         "rhat_radius": analysis.rhat_radius,

@@ -20,7 +20,7 @@ from fastvi.cli.runs import Compare, Report
 from fastvi.cli.sweep import Sweep
 from fastvi.demos import DEMOS
 from fastvi.demos.base import Say
-from fastvi.results.terminal import is_terminal, settle_streams, warn, write_text
+from fastvi.results.terminal import flush_streams, is_terminal, warn, write_text
 
 COMMANDS: Mapping[str, Any] = {
     "llc": Llc,
@@ -30,7 +30,10 @@ COMMANDS: Mapping[str, Any] = {
     "demo": DEMOS,
 }
 GROUP_HELP = {"demo": "Complete runs on a laptop: train, estimate, plot, write a folder."}
-DESCRIPTION = "Estimate the local learning coefficient of a trained model.\n\n`fastvi --version` shows the version."
+DESCRIPTION = (
+    "Estimate the local learning coefficient of a trained model.\n\n"
+    "`fastvi --version` shows the version."
+)
 
 UNTOLD_DEFAULTS = (None, False, (), dataclasses.MISSING)  # a help text has nothing to say of these
 FAILURE, INTERRUPTED = 2, 130
@@ -63,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _run(args)
     finally:
         sys.path[:] = path  # a target's folder is on it while its command runs
-        settle_streams()
+        flush_streams()
 
 
 def _run(args: Sequence[str]) -> int:

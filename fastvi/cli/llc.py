@@ -12,12 +12,12 @@ from fastvi.api.arguments import (
     make_problem,
 )
 from fastvi.api.estimate import estimate_llc
-from fastvi.cli.target import Problem, Resolved, load, parse_settings, resolve
+from fastvi.cli.target import ModelArguments, Resolved, load, parse_settings, resolve
 from fastvi.config import VIConfig
 from fastvi.demos.base import Say
 from fastvi.results.claim import claimed
 from fastvi.results.estimate import LLCEstimate
-from fastvi.results.runs import Origin, check_packages, keep_and_tell
+from fastvi.results.runs import Origin, check_packages, write_and_print
 from fastvi.results.terminal import warn
 from fastvi.target.data import hold
 from fastvi.target.identity import differing, digest_tree, observe_loss
@@ -82,7 +82,7 @@ class Llc:
             if resolved.before is not None:
                 _tell_changes(fingerprint, resolved.before.fingerprint)
             result = estimate_origin(problem, origin, config, progress=not self.quiet)
-            return keep_and_tell(
+            return write_and_print(
                 result, folder, origin, config, fingerprint, say=say, began=began, quiet=self.quiet
             )
 
@@ -98,7 +98,7 @@ class Llc:
 
 
 def estimate_origin(
-    problem: Problem, origin: Origin, config: VIConfig, *, progress: bool
+    problem: ModelArguments, origin: Origin, config: VIConfig, *, progress: bool
 ) -> LLCEstimate:
     """Estimate as an origin and a configuration say."""
     return estimate_llc(
@@ -112,7 +112,7 @@ def estimate_origin(
     )
 
 
-def observe_problem(problem: Problem, config: VIConfig) -> dict[str, Any]:
+def observe_problem(problem: ModelArguments, config: VIConfig) -> dict[str, Any]:
     """Say in a few numbers what a target computes.
 
     Parameters, data, and the loss at w* and near it.

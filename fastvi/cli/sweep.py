@@ -22,14 +22,20 @@ from fastvi.api.arguments import choose_localization
 from fastvi.cli.llc import estimate_origin, observe_problem
 from fastvi.cli.sweep_figure import draw_sweep
 from fastvi.cli.table import describe, format_table, write_csv
-from fastvi.cli.target import Problem, load, resolve
+from fastvi.cli.target import ModelArguments, load, resolve
 from fastvi.config import VIConfig
 from fastvi.config.sources import parse_yaml
 from fastvi.demos.base import Say
 from fastvi.results import files
 from fastvi.results.claim import ORIGIN_FILE, SWEEP, claimed
 from fastvi.results.estimate import LLCEstimate
-from fastvi.results.runs import Origin, check_packages, keep_run, read_record, read_settings
+from fastvi.results.runs import (
+    Origin,
+    check_packages,
+    read_record,
+    read_settings,
+    write_run_somewhere,
+)
 from fastvi.results.terminal import warn
 from fastvi.target.identity import differing
 
@@ -37,6 +43,7 @@ TABLE_FILE, FIGURE_FILE, PAGE_DPI = "table.csv", "sweep.png", 150
 RUN_OPTIONS = ("seed", "localization", "nbeta", "num_chains")
 ENTRIES = ("target", "out", "base", "grid", *RUN_OPTIONS)
 LOCALIZATION = ("localization", "gamma")  # two names of one thing
+COLUMNS = ("llc", "q alone", "elbo", "k-hat", "FGE", "s", "findings")  # what a table says of a run
 LONGEST_NAME = 150  # of a run's folder; file systems take 255
 VERSION = 1
 
@@ -116,7 +123,7 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What a sweep's file asks for."""
 
     target: str
@@ -141,7 +148,7 @@ class Outcome:
 def run_cell(
     cell: Cell,
     folder: Path,
-    problem: Problem,
+    problem: ModelArguments,
     observe: Callable[[str], dict[str, Any]],
     *,
     progress: bool,
@@ -166,13 +173,13 @@ def run_cell(
         began = time.perf_counter()
         with claimed(place, below_ours=True):
             result = estimate_origin(problem, cell.origin, cell.config, progress=progress)
-            kept = keep_run(result, place, cell.origin, cell.config, fingerprint)
+            kept = write_run_somewhere(result, place, cell.origin, cell.config, fingerprint)
     except FAILURES as error:
         is_broken = isinstance(error, NonFiniteError)
         said = f"{type(error).__name__}: {files.first_line(error)}"
         row = {
             **cell.shown,
-            **dict.fromkeys(describe_names(), "-"),
+            **dict.fromkeys(COLUMNS, "-"),
             "findings": "non_finite" if is_broken else said,
         }
         return Outcome(
@@ -200,11 +207,6 @@ def _outcome(cell: Cell, result: LLCEstimate, before: str, after: str = "") -> O
     )
 
 
-def describe_names() -> tuple[str, ...]:
-    """Name the columns of a run."""
-    return ("llc", "q alone", "elbo", "k-hat", "FGE", "s", "findings")
-
-
 def finished(
     folder: Path, cell: Cell, fingerprint: dict[str, Any]
 ) -> tuple[LLCEstimate | None, str]:
@@ -229,7 +231,7 @@ def finished(
         return None, f"run again because {str(error).split('. ')[0]}"
 
 
-def _begin(folder: Path, plan: Plan) -> None:
+def _begin(folder: Path, plan: SweepPlan) -> None:
     """Mark the folder as a sweep's, and withdraw the table and the figure of an earlier one."""
     for name in (TABLE_FILE, FIGURE_FILE):
         (folder / name).unlink(missing_ok=True)
@@ -263,7 +265,7 @@ def _write(outcomes: list[Outcome], folder: Path) -> tuple[list[Path], str | Non
     return written, None
 
 
-def read_plan(path: Path, *, trust: bool = False) -> Plan:
+def read_plan(path: Path, *, trust: bool = False) -> SweepPlan:
     """Read and check a sweep's file.
 
     Raises:
@@ -301,7 +303,7 @@ def read_plan(path: Path, *, trust: bool = False) -> Plan:
     )
     cells = [_cell(target, base, shared, values) for values in combinations]
     check_packages(cells[0].config)
-    return Plan(target, cells, Path(given["out"]) if "out" in given else None)
+    return SweepPlan(target, cells, Path(given["out"]) if "out" in given else None)
 
 
 def _read_grid(path: Path, given: Mapping[Any, Any]) -> dict[str, list[Any]]:

@@ -50,7 +50,7 @@ def draw_sweep(results: list[tuple[dict[str, Any], LLCEstimate]]) -> "Figure":
                 **style,
             )
             panels[1].plot(at, [result.elbo for result in kept], "o-", **style)
-            panels[2].plot(at, [result.work["total_fge"] for result in kept], "o-", **style)
+            panels[2].plot(at, [result.work.total_fge for result in kept], "o-", **style)
         for axes, title in zip(panels, ("llc ± sem", "ELBO, nats", "work, FGE"), strict=True):
             axes.set(title=title, xlabel=first)
             _label_axis(axes, positions, labels)

@@ -18,8 +18,8 @@ def describe(result: LLCEstimate) -> dict[str, str]:
         "q alone": with_error(result.llc_vi, result.llc_vi_sem),
         "elbo": f"{result.elbo:.2f}",
         "k-hat": f"{result.importance.khat:.2g}",
-        "FGE": f"{result.work['total_fge']:.0f}",
-        "s": f"{result.timings['total']:.0f}",
+        "FGE": f"{result.work.total_fge:.0f}",
+        "s": f"{result.timings.total:.0f}",
         "findings": " ".join(worst) or "-",
     }
 

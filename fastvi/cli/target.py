@@ -16,14 +16,14 @@ from fastvi.results.files import first_line
 from fastvi.results.runs import (
     CONFIG_FILE,
     Origin,
-    Record,
+    RunRecord,
     check_target,
     read_record,
     read_settings,
 )
 
 
-class Problem(NamedTuple):
+class ModelArguments(NamedTuple):
     """Arguments of `estimate_llc`."""
 
     loss_fn: Callable[..., Any]
@@ -35,7 +35,7 @@ class Resolved(NamedTuple):
     """A target, and where it came from a run folder what that remembers."""
 
     target: str
-    before: Record | None = None
+    before: RunRecord | None = None
     config: VIConfig | None = None
 
     @property
@@ -85,7 +85,7 @@ def _whereabouts(target: str) -> str:
     return spec.origin or ", ".join(spec.submodule_search_locations or ["a folder"])
 
 
-def load(target: str) -> Problem:
+def load(target: str) -> ModelArguments:
     """Import the module, from the current folder too, and call the function.
 
     The current folder comes last on the path: a file in it is no stand-in for a module of Python or
@@ -127,7 +127,7 @@ def load(target: str) -> Problem:
         raise DataError(
             f"TARGET {target!r} must return (loss_fn, params, data); got {type(found).__name__}."
         )
-    return Problem(*found)
+    return ModelArguments(*found)
 
 
 def _check_not_hidden(target: str, top: str) -> None:

@@ -31,7 +31,7 @@ from fastvi.config import rules as checks
 from fastvi.config import sources
 from fastvi.config.effects import fields_of_family, idle_fields, may_cover_all
 from fastvi.families import FAMILIES
-from fastvi.families.backends.base import FlowSettings
+from fastvi.families.backends.base import Architecture
 from fastvi.families.basis import Basis
 from fastvi.fitting.step_plan import FINAL_RATE
 
@@ -79,7 +79,7 @@ _USUAL = {
     "antithetic": True,
     "control_variate": "auto",
 }  # of fields that stay None: the counts of draws decide
-_FLOW_DEFAULTS: dict[str, Any] = asdict(FlowSettings())
+_FLOW_DEFAULTS: dict[str, Any] = asdict(Architecture())
 
 
 def _flow(name: str, value: Any, fix: str) -> "FlowConfig":
@@ -500,7 +500,7 @@ class VIConfig(_CheckedFields):
         filled, settings = self.filled, FAMILIES[self.family].Settings
         given = {item.name: getattr(filled, item.name) for item in fields(settings)}
         if "flow" in given:
-            given["flow"] = FlowSettings(**vars(filled.flow))
+            given["flow"] = Architecture(**vars(filled.flow))
         return settings(**given)
 
     def check_against(self, dim: int, n_data: int) -> None:

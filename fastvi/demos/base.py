@@ -13,7 +13,7 @@ from fastvi.api.estimate import estimate_llc
 from fastvi.config import VIConfig
 from fastvi.results.claim import claimed
 from fastvi.results.estimate import LLCEstimate
-from fastvi.results.runs import Origin, check_packages, keep_and_tell
+from fastvi.results.runs import Origin, check_packages, write_and_print
 
 Say = Callable[[str], None]
 
@@ -60,7 +60,7 @@ class AbstractDemo(abc.ABC):
         with claimed(self.out) as folder:
             result, more = self.produce(config, say)
             origin = Origin(None, self.seed, self.localization, None, self.num_chains)
-            status = keep_and_tell(result, folder, origin, say=say, began=began, more=more)
+            status = write_and_print(result, folder, origin, say=say, began=began, more=more)
         if status == 0:
             say(f"read again with fastvi.LLCEstimate.load({str(self.out)!r})")
         return status

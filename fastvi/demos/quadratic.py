@@ -75,7 +75,7 @@ def target() -> tuple[Callable[[Array, Batch], Scalar], Array, Batch]:
 def make_regression(
     seed: int, spectrum: Float[np.ndarray, " dim"], num_data: int
 ) -> tuple[Float[Array, " dim"], Batch]:
-    """Return w* and (inputs, targets) of which the squared error has the Hessian `R diag(spectrum) R^T`.
+    """Return w* and (inputs, targets) whose squared error has the Hessian `R diag(spectrum) R^T`.
 
     The inputs are `sqrt(n) Q diag(sqrt(spectrum)) R^T` with orthonormal columns in Q and a rotation
     R; the targets are met exactly at w*, so `L_n(w*) = 0`.

@@ -13,8 +13,8 @@ AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 def pair_mean(values: AnyArray, axis: int = 0) -> AnyArray:
     """Average each draw with its mirror image.
 
-    `AbstractFamily.sample` lays mirrored pairs out as [first half | mirrored half]. The two draws of
-    a pair depend on each other; the means of the pairs are independent.
+    `AbstractFamily.sample` lays mirrored pairs out as [first half | mirrored half]. The two draws
+    of a pair depend on each other; the means of the pairs are independent.
 
     Args:
         values: NumPy or jax array with an even number of draws along `axis`.

@@ -11,13 +11,11 @@ from fastvi.evaluation.control_variate import hessian_columns, regress, regress_
 from fastvi.evaluation.errors import pair_mean
 from fastvi.evaluation.stein import even_monomials, stein_columns
 from fastvi.families.base import AbstractFamily, Draws
+from fastvi.kernels.noise import streams
 from fastvi.target.data import Problem, slice_size
 from fastvi.target.objective import FlatObjective, value_and_grad
 
-EVALUATION_BLOCK = (
-    2**31 + 2**16
-)  # counters of a chain's key beyond those of its steps and its start
-PROBE_STREAM = 2**31
+EVALUATION_BLOCK = streams.EVALUATION
 EVALUATION_GROUP = 8  # draws that share a pass over a slice of the data; 4 cost a tenth more time
 
 
@@ -111,7 +109,7 @@ def evaluate(
             objective,
             problem,
             draws,
-            jax.random.fold_in(key, PROBE_STREAM),
+            streams.derive(key, streams.Purpose.PROBES),
             trace_probes,
         )
     elif control_variate == "auto":

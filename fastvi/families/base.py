@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Bool, Float, Int, Key, PyTree, Scalar
 from fastvi.families.moments import LinearMap, SecondMoment
-from fastvi.families.updates import Blocks, Outer, UpdateRules
+from fastvi.families.updates import UpdateRules
 from fastvi.kernels.order import upper_median
 
 __all__ = [
@@ -25,11 +25,9 @@ __all__ = [
     "AbstractFamily",
     "AbstractMoments",
     "AbstractUpdateRules",
-    "Blocks",
     "Draws",
     "Geometry",
     "LinearMap",
-    "Outer",
     "SecondMoment",
     "TargetValues",
     "UpdateRules",
@@ -272,13 +270,12 @@ class AbstractFamily(AbstractUpdateRules, AbstractMoments):
 
     @abc.abstractmethod
     def init(
-        self,
-        key: Key,
-        core: Float[Array, "core dim"],
-        log_scale: Float[Array, " dim"],
-        block: Array | int = 0,
+        self, key: Key, core: Float[Array, "core dim"], log_scale: Float[Array, " dim"]
     ) -> PyTree:
-        """Start at a precision core and a scale in whitened coordinates."""
+        """Start at a precision core and a scale in whitened coordinates.
+
+        `key` is a chain's. Noise comes from its counters of the start, `kernels.noise.streams`.
+        """
 
     @abc.abstractmethod
     def widened(self, params: PyTree, shift: Scalar) -> PyTree:

@@ -11,15 +11,15 @@ import numpy as np
 from fastvi._errors import ConfigError
 from fastvi._typing import Array, Float, Key, Scalar
 from fastvi.families.backends import AbstractBackend, find_backend
-from fastvi.families.backends.base import FlowSettings, standard_log_prob
+from fastvi.families.backends.base import Architecture
 from fastvi.families.base import AbstractFamily, Draws, Geometry, slow_start_factor
 from fastvi.families.basis import Basis
 from fastvi.families.lift import Lift, Lifted, LiftParams, core_root, make_frame
 from fastvi.families.moments import LinearMap, SecondMoment, symmetric_root
 from fastvi.families.updates import UpdateRules
-from fastvi.kernels.noise import normal
+from fastvi.flows.distributions import standard_log_prob
+from fastvi.kernels.noise import normal, streams
 
-FRAME_SEED, MOMENT_SEED = 1, 2
 # latent draws that stand for the latent distribution in moments; no loss is evaluated at them
 MOMENT_DRAWS = 4096
 SCALE_DRAWS = 256  # the same for traces
@@ -39,7 +39,7 @@ FULL_LATENT_DIM, AUTO_LATENT_DIM = 64, 8
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowFamilySettings:
+class FlowSettings:
     """What the flow family reads of the configuration, under the names of its fields.
 
     Attributes:
@@ -57,7 +57,7 @@ class FlowFamilySettings:
     """
 
     backend: str = "native"
-    flow: FlowSettings = FlowSettings()
+    flow: Architecture = Architecture()
     d_latent: str | int = "auto"
     latent_basis: str | Basis = "curvature"
     lift: str = "core"
@@ -116,7 +116,7 @@ class Flow(AbstractFamily):
         entropy_bonus: lambda_H in the objective E[ell] - (1 + lambda_H) E[log q].
     """
 
-    Settings: ClassVar = FlowFamilySettings
+    Settings: ClassVar = FlowSettings
     negligible_gain: ClassVar[float] = 0.05  # a flow goes on learning in gains that are a tenth
     scale: Float[Array, " dim"]
     unit: Scalar
@@ -129,7 +129,7 @@ class Flow(AbstractFamily):
     entropy_bonus: Scalar | float = 0.0
 
     @classmethod
-    def create(cls, settings: FlowFamilySettings, geometry: Geometry) -> "Flow":
+    def create(cls, settings: FlowSettings, geometry: Geometry) -> "Flow":
         """Build the family on the leading curvature directions; see `AbstractFamily.create`."""
         dtype, ends = geometry.scale.dtype, settings.entropy_bonus_steps is not None
         return cls(
@@ -145,7 +145,7 @@ class Flow(AbstractFamily):
         )
 
     @classmethod
-    def check(cls, settings: FlowFamilySettings, dim: int) -> None:
+    def check(cls, settings: FlowSettings, dim: int) -> None:
         """Refuse a flow that the backend does not have; see `AbstractFamily.check`."""
         latent, basis = settings.latent_dim(dim), settings.latent_basis
         if isinstance(basis, Basis) and basis.columns.shape != (dim, latent):
@@ -169,14 +169,14 @@ class Flow(AbstractFamily):
         """Slow the linear map down; see `AbstractFamily.with_slow_start`."""
         return dataclasses.replace(self, lr_factor=slow_start_factor(slow, self.scale.dtype))
 
-    def init(self, key, core, log_scale, block=0) -> FlowParams:
+    def init(self, key, core, log_scale) -> FlowParams:
         """Start at the given core and mean log scale, the flow near the identity."""
         dtype, dim = self.scale.dtype, self.scale.size
         shift = jnp.mean(log_scale)
         sigma = shift if self.sigma is None else jnp.log(self.sigma / self.unit)
         offsets = jnp.zeros((1 if self.free_mean else 0, dim), dtype)
         root = jnp.exp(shift) * core_root(self.lift.frame, core)
-        flow = self.backend.init(jax.random.fold_in(key, block))
+        flow = self.backend.init(streams.derive(key, streams.Purpose.FLOW_START))
         return FlowParams(
             LiftParams(offsets, sigma.astype(dtype), root.astype(dtype)),
             jax.tree_util.tree_map(lambda leaf: leaf.astype(dtype), flow),
@@ -265,7 +265,8 @@ class Flow(AbstractFamily):
 
     def _latent_draws(self, params: FlowParams, num: int) -> Float[Array, "draws latent"]:
         """Draw the flow's own coordinates, in mirrored pairs; the same noise in every call."""
-        noise = normal(jax.random.key(MOMENT_SEED), (num // 2, self.latent_dim), self.scale.dtype)
+        key = streams.derive(streams.shared_key(), streams.Purpose.MOMENTS)
+        noise = normal(key, (num // 2, self.latent_dim), self.scale.dtype)
         return self.backend.sample_and_log_prob(params.flow, jnp.concatenate([noise, -noise]))[0]
 
     def second_moment(self, params: FlowParams) -> SecondMoment:
@@ -370,18 +371,21 @@ class Flow(AbstractFamily):
         return super().summary_arrays(params) | {"latent_covariance": covariance}
 
 
-def _make_backend(settings: FlowFamilySettings, dim: int) -> AbstractBackend:
+def _make_backend(settings: FlowSettings, dim: int) -> AbstractBackend:
     return find_backend(settings.backend)(settings.latent_dim(dim), settings.flow)
 
 
-def _frame(settings: FlowFamilySettings, geometry: Geometry) -> Float[Array, "frame dim"]:
+def _frame(settings: FlowSettings, geometry: Geometry) -> Float[Array, "frame dim"]:
     """Return orthonormal rows that begin with the latent directions and hold the core's.
 
     Raises:
         ConfigError: If they leave no direction for the noise that the settings describe.
     """
     core, (dim,), dtype = geometry.core, geometry.scale.shape, geometry.scale.dtype
-    latent, key = settings.latent_dim(dim), jax.random.key(FRAME_SEED)
+    latent, key = (
+        settings.latent_dim(dim),
+        streams.derive(streams.shared_key(), streams.Purpose.FRAME),
+    )
     leading = jnp.zeros((0, dim), dtype)
     if isinstance(settings.latent_basis, Basis):
         leading = jnp.asarray(settings.latent_basis.columns.T, dtype) / geometry.scale

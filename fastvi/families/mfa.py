@@ -1,7 +1,6 @@
 """Mixture of factor analyzers with a shared precision core and free means."""
 
 import dataclasses
-import functools
 import math
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Key, Scalar
-from fastvi.families.base import AbstractFamily, Draws, Geometry, slow_start_factor
+from fastvi.families.base import AbstractFamily, Draws, Geometry, TargetValues, slow_start_factor
 from fastvi.families.moments import LinearMap, SecondMoment, symmetric_root
-from fastvi.families.updates import Blocks, Outer, UpdateRules
+from fastvi.families.updates import Blocks, UpdateRules
 from fastvi.kernels import mixture_grad, woodbury
-from fastvi.kernels.noise import normal, words
+from fastvi.kernels.noise import normal, streams, words
 from fastvi.kernels.triangular import inverse_root
 from fastvi.kernels.woodbury import Draw, Mixture, Noise
 
@@ -23,9 +22,9 @@ LOG_SCALE_BOUND = 20.0  # |log D^{1/2}| in whitened coordinates: exp(2 * 20) sta
 FACTOR_INIT = 0.1  # norm of a factor's rows at the start, in standard deviations
 # A factor's row has dim entries, so equal steps per entry would turn it by sqrt(dim) steps.
 CORE_RATE, FACTOR_RATE = 5.0, 2.0
-MAX_BLOCKS = (
-    2  # independent draws of a step up to which each moves the factors of its own component alone
-)
+# Independent draws of a step up to which each moves the factors of its own component alone. Above,
+# one pass over all factors costs no more than those of the drawn components.
+MAX_BLOCKS = 2
 DAMPING = 0.05  # entries of natural gradients are O(1) off the optimum
 
 
@@ -71,12 +70,10 @@ class MFASettings:
 
 
 class MFAParams(NamedTuple):
-    """Parameters in whitened coordinates u = (w - center) / scale.
+    """Parameters in whitened coordinates u = (w - center) / scale, or what belongs to each.
 
-    Also the shape of what belongs to each of them.
-
-    Arrays: logits (comp,), offsets (locs, dim), log_scale (dim,), core (core, dim), factors (comp,
-        rank, dim).
+    The parameters are arrays, of shape (comp,), (locs, dim), (dim,), (core, dim) and (comp, rank,
+    dim). A gradient is of the same shapes, but its `factors` are `Blocks` where few draws made it.
     """
 
     logits: Any
@@ -101,7 +98,7 @@ class Record(NamedTuple):
 
     noise: Noise
     drawn: Draw
-    small: woodbury.Grams
+    grams: woodbury.Grams
 
 
 class MFA(AbstractFamily):
@@ -185,16 +182,15 @@ class MFA(AbstractFamily):
         return {"center": 0, "shared": 1, "component": self.num_components}[self.means]
 
     def init(
-        self,
-        key: Key,
-        core: Float[Array, "core dim"],
-        log_scale: Float[Array, " dim"],
-        block: Array | int = 0,
+        self, key: Key, core: Float[Array, "core dim"], log_scale: Float[Array, " dim"]
     ) -> MFAParams:
-        """Start at the given core and scale, with equal weights and small factors shaped like P^{-1/2}."""
+        """Start at the given core and scale.
+
+        Weights are equal, and factors are small and shaped like P^{-1/2}.
+        """
         dim, rank, dtype = self.scale.size, max(self.ranks), self.scale.dtype
         rows = self.num_components * rank
-        noise = normal(key, (rows, dim + self.noise_size), dtype, block=block)
+        noise = normal(key, (rows, dim + self.noise_size), dtype, block=streams.START)
         eps, zeta = noise[:, :dim], noise[:, dim : dim + core.shape[0]]
         factors = woodbury.precision_root(core, eps, zeta).reshape(self.num_components, rank, dim)
         return MFAParams(
@@ -227,10 +223,11 @@ class MFA(AbstractFamily):
             return factors
         return factors * self._rank_mask(factors.dtype)[..., None]
 
-    def _mask_blocks(self, left, labels):
+    def _mask_rows(self, noise: Noise) -> Float[Array, "draws rank"]:
+        """Zero the entries of z whose columns the drawn component does not use."""
         if len(set(self.ranks)) == 1:
-            return left
-        return left * self._rank_mask(left.dtype)[labels][:, None]
+            return noise.z
+        return noise.z * self._rank_mask(noise.z.dtype)[noise.label]
 
     def _rank_mask(self, dtype):
         columns = np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]
@@ -267,15 +264,15 @@ class MFA(AbstractFamily):
     def transform(self, params: MFAParams, noise: Normals, *, mirror: bool, cache=None) -> Draws:
         """Turn normals to draws; see `AbstractFamily.transform`."""
         mixture = self.mixture(params)
-        small = woodbury.grams(mixture, cache)
+        grams = woodbury.grams(mixture, cache)
         sorted_noise = self._noise(mixture, noise)
-        drawn = _for_each(lambda one: woodbury.draw(mixture, small, one), sorted_noise)
+        drawn = _for_each(lambda one: woodbury.draw(mixture, grams, one), sorted_noise)
         if mirror:
             mirrored = sorted_noise._replace(
                 eps=-sorted_noise.eps, zeta=-sorted_noise.zeta, z=-sorted_noise.z
             )
             if self.num_offsets > 1:
-                reflected = _for_each(lambda one: woodbury.draw(mixture, small, one), mirrored)
+                reflected = _for_each(lambda one: woodbury.draw(mixture, grams, one), mirrored)
             else:
                 reflected = _reflect(drawn, mixture.offsets.sum(0))
             sorted_noise, drawn = (
@@ -286,67 +283,64 @@ class MFA(AbstractFamily):
             displacement=self.scale * drawn.displacement,
             log_prob=drawn.log_prob - jnp.sum(jnp.log(self.scale)),
             score=drawn.score / self.scale,
-            record=Record(sorted_noise, drawn, small),
+            record=Record(sorted_noise, drawn, grams),
         )
 
     def log_prob(self, params: MFAParams, displacement: Float[Array, " dim"]):
         """Evaluate log q; see `AbstractFamily.log_prob`."""
         mixture = self.mixture(params)
-        small = woodbury.grams(mixture)
-        return woodbury.log_prob(mixture, small, displacement / self.scale) - jnp.sum(
+        grams = woodbury.grams(mixture)
+        return woodbury.log_prob(mixture, grams, displacement / self.scale) - jnp.sum(
             jnp.log(self.scale)
         )
 
     def pullback(self, params, draws, target, *, groups) -> MFAParams:
         """Return the STL and Rao-Blackwellised gradient; see `AbstractDistribution.pullback`."""
-        mean = _mean_over_draws(self._pull_each(params, draws, target.gradient, "euclidean"))
-        logits = self._logit_gradient(params, draws, target, groups)
-        return self._restrict(params, MFAParams(logits, *mean[1:]))
+        return self._gradient(params, draws, target, groups, "euclidean", as_blocks=False)
 
     def ascent(self, params, draws, target, *, groups) -> MFAParams:
         """Return the natural direction, factors as blocks for the few labels drawn.
 
         See `AbstractUpdateRules.ascent`.
         """
-        noise = draws.record.noise
-        logits = self._logit_gradient(params, draws, target, groups)
-        if groups > MAX_BLOCKS:
-            mean = _mean_over_draws(self._pull_each(params, draws, target.gradient, "natural"))
-            return self._restrict(params, MFAParams(logits, *mean[1:]))
-        each = self._pull_each(params, draws, target.gradient, "natural", mixture_grad.directions)
-        labels, terms = noise.label[:groups], len(each) // groups
-        left = jnp.stack([noise.z[index::groups] for index in range(groups)]) / terms
-        right = jnp.stack([one.factors for one in each]).reshape(terms, groups, -1)
-        outer = Outer(self._mask_blocks(left, labels), jnp.swapaxes(right, 0, 1))
-        mean = _mean_over_draws([one._replace(factors=jnp.zeros(0)) for one in each])
-        restricted = self._restrict(params, MFAParams(logits, *mean[1:4], factors=None))
-        return restricted._replace(factors=Blocks(labels, outer))
+        few = groups <= MAX_BLOCKS
+        return self._gradient(params, draws, target, groups, "natural", as_blocks=few)
 
-    def _pull_each(
-        self, params, draws: Draws, log_density_grad, metric: str, pull=mixture_grad.pullback
-    ) -> Any:
-        """Pull every draw back.
+    def _gradient(
+        self,
+        params: MFAParams,
+        draws: Draws,
+        target: TargetValues,
+        groups: int,
+        metric: str,
+        *,
+        as_blocks: bool,
+    ) -> MFAParams:
+        """Average over the draws, and zero what masks and the bound on scales hold fixed."""
+        record, mixture = draws.record, self.mixture(params)
+        cotangents = self.scale * target.gradient - self.entropy_weight * record.drawn.score
 
-        Few as a list, whose terms fuse into the update, many as one stacked tree.
-        """
-        mixture, record = self.mixture(params), draws.record
-        cotangents = self.scale * log_density_grad - self.entropy_weight * record.drawn.score
-        if cotangents.shape[0] > 2 * MAX_BLOCKS:
-            one = functools.partial(pull, mixture, record.small, metric=metric)
-            return jax.vmap(one)(record.noise, record.drawn, cotangents)
-        each = []
-        for index in range(log_density_grad.shape[0]):
-            noise, drawn = _take((record.noise, record.drawn), index)
-            each.append(pull(mixture, record.small, noise, drawn, cotangents[index], metric=metric))
-        return each
+        def pull(noise, drawn, cotangent):
+            found = mixture_grad.pullback(
+                mixture, record.grams, noise, drawn, cotangent, metric=metric
+            )
+            return (found.offsets, found.log_scale, found.core), found.factor
 
-    def _restrict(self, params: MFAParams, gradient: MFAParams) -> MFAParams:
-        """Zero what masks and the bound on scales hold fixed."""
+        (offsets, log_scale, core), right = _over_draws(
+            pull, (record.noise, record.drawn, cotangents)
+        )
+        label, left = record.noise.label, self._mask_rows(record.noise)
+        if as_blocks:
+            factors = _as_blocks(label, left, right, groups)
+        else:
+            factors = _written_out(label, left, right, self.num_components)
         inside = jnp.abs(params.log_scale) <= LOG_SCALE_BOUND
-        return gradient._replace(
-            log_scale=jnp.where(inside, gradient.log_scale, 0.0),
-            core=gradient.core * self.core_mask[:, None],
-            factors=None if gradient.factors is None else self._mask(gradient.factors),
+        return MFAParams(
+            logits=self._logit_gradient(params, draws, target, groups),
+            offsets=offsets,
+            log_scale=jnp.where(inside, log_scale, 0.0),
+            core=core * self.core_mask[:, None],
+            factors=factors,
         )
 
     def _logit_gradient(self, params, draws, target, groups):
@@ -375,15 +369,7 @@ class MFA(AbstractFamily):
             params.log_scale + updates.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND
         )
         scale = jnp.exp(bounded)
-        if isinstance(updates.factors, Blocks):
-            labels = updates.factors.index
-            factors, products = mixture_grad.update_factors(
-                params.factors, labels, *updates.factors.values
-            )
-            cache = self._refreshed(cache, labels, products)
-        else:
-            factors = params.factors + updates.factors
-            cache = self.make_cache(params._replace(factors=factors))
+        factors, cache = self._moved_factors(params, cache, updates.factors)
         params = MFAParams(
             logits=params.logits + updates.logits,
             offsets=params.offsets + scale * updates.offsets,
@@ -393,14 +379,18 @@ class MFA(AbstractFamily):
         )
         return params, cache
 
-    def _refreshed(self, cache, labels, products):
-        """Replace A_m A_m^T of the components that moved."""
+    def _moved_factors(self, params: MFAParams, cache, update):
+        """Add an update to the factors; return the products A_m A_m^T with them."""
+        if not isinstance(update, Blocks):
+            factors = params.factors + update
+            return factors, self.make_cache(params._replace(factors=factors))
+        factors, products = mixture_grad.update_factors(params.factors, *update)
         if len(set(self.ranks)) > 1:
-            used = self._rank_mask(products.dtype)[labels]
+            used = self._rank_mask(products.dtype)[update.index]
             products = products * used[:, :, None] * used[:, None, :]
-        for label, product in zip(labels, products, strict=True):
+        for label, product in zip(update.index, products, strict=True):
             cache = cache.at[label].set(product, mode="promise_in_bounds")
-        return cache
+        return factors, cache
 
     def update_rules(self, params: MFAParams, groups: int) -> UpdateRules:
         """Turn rows of core and factors by equal angles whatever the dimension, and keep their directions.
@@ -435,11 +425,11 @@ class MFA(AbstractFamily):
     def second_moment(self, params: MFAParams) -> SecondMoment:
         """Return E_q[v v^T]; see `AbstractFamily.second_moment`."""
         mixture = self.mixture(params)
-        small = woodbury.grams(mixture)
+        grams = woodbury.grams(mixture)
         deviation = self.scale * jnp.exp(mixture.log_scale)
         weights = jnp.exp(mixture.log_weights)
         rank = mixture.factors.shape[1]
-        narrowed = small.core_half @ mixture.core
+        narrowed = grams.core_half @ mixture.core
         widened = mixture.factors.reshape(-1, self.scale.size)
         location_weights = (
             weights if self.num_offsets > 1 else jnp.ones(self.num_offsets, weights.dtype)
@@ -481,7 +471,7 @@ class MFA(AbstractFamily):
         the localizer's share. Their expectations follow from E[x_core x_core^T] = P^{-1} without
         cancellation in steep directions.
         """
-        mixture, small = self.mixture(params), draws.record.small
+        mixture, grams = self.mixture(params), draws.record.grams
         weights = jnp.exp(mixture.log_weights)
         if self.num_offsets > 1:
             center = weights @ mixture.offsets
@@ -495,9 +485,9 @@ class MFA(AbstractFamily):
         values = jnp.stack([jnp.sum(x**2, -1), jnp.sum(core_x**2, -1), radius2], axis=-1)
         moment = self.second_moment(params)
         num_core = mixture.core.shape[0]
-        inverse_trace = jnp.sum(small.core_half**2)
+        inverse_trace = jnp.sum(grams.core_half**2)
         wide = jnp.sum(weights[:, None] * jnp.sum(mixture.factors**2, -1))
-        wide_core = jnp.sum(weights[:, None] * jnp.sum(small.cross**2, 1))
+        wide_core = jnp.sum(weights[:, None] * jnp.sum(grams.cross**2, 1))
         spread = weights_apart @ jnp.sum(apart**2, -1)
         spread_core = weights_apart @ jnp.sum((apart @ mixture.core.T) ** 2, -1)
         expected = jnp.stack(
@@ -528,7 +518,7 @@ class MFA(AbstractFamily):
             else jnp.min(weights),
             "pi_max": jnp.max(weights),
             "pi_entropy": jnp.sum(jax.scipy.special.entr(weights)),
-            "cholesky_ridge": draws.record.small.ridged,
+            "cholesky_ridge": draws.record.grams.ridged,
             **effective,
         }
 
@@ -565,11 +555,35 @@ def _for_each(function, stacked):
     return jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *results)
 
 
-def _mean_over_draws(each):
-    """Average a list of trees, or one stacked tree."""
-    if isinstance(each, list):
-        return jax.tree_util.tree_map(lambda *leaves: sum(leaves) / len(leaves), *each)
-    return jax.tree_util.tree_map(lambda leaf: jnp.mean(leaf, axis=0), each)
+def _over_draws(function, stacked):
+    """Apply `function` to every draw; average its first result, and stack its second.
+
+    Few draws are written out, so that the terms of an average fuse into the update that reads them.
+    """
+    num = jax.tree_util.tree_leaves(stacked)[0].shape[0]
+    if num > 2 * MAX_BLOCKS:
+        averaged, kept = jax.vmap(function)(*stacked)
+        return jax.tree_util.tree_map(lambda leaf: jnp.mean(leaf, axis=0), averaged), kept
+    each = [function(*_take(stacked, index)) for index in range(num)]
+    averaged, kept = zip(*each, strict=True)
+    mean = jax.tree_util.tree_map(lambda *leaves: sum(leaves) / num, *averaged)
+    return mean, jnp.stack(kept)
+
+
+def _as_blocks(label, left, right, groups: int) -> Blocks:
+    """Gather the products of each independent draw and of its mirror images."""
+    terms = label.size // groups
+    left, right = (
+        jnp.swapaxes(side.reshape(terms, groups, -1), 0, 1) for side in (left / terms, right)
+    )
+    return Blocks(label[:groups], left, right)
+
+
+def _written_out(label, left, right, num_components: int) -> Float[Array, "comp rank dim"]:
+    """Average the products `left right^T`, each in the place of its component: one matrix product."""
+    drawn = jax.nn.one_hot(label, num_components, dtype=left.dtype) / label.size
+    wide = (drawn[:, :, None] * left[:, None, :]).reshape(label.size, -1)
+    return (wide.T @ right).reshape(num_components, left.shape[1], right.shape[1])
 
 
 def _take(stacked, index):

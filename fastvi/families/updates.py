@@ -8,14 +8,25 @@ import jax.numpy as jnp
 from fastvi._typing import Array, Float, Int, PyTree, Scalar
 
 
-class Outer(NamedTuple):
-    """Matrices of low rank, `sum_t left[b, t] right[b, t]^T` for block b.
+class Blocks(NamedTuple):
+    """A sparse gradient of low rank: nonzero only in the slices `index` of axis 0.
 
-    Their norms need no array of a matrix's size.
+    Slice b is the matrix `sum_t left[b, t] right[b, t]^T`, one for each independent draw. The true
+    gradient is the mean over those slices. Norms and steps need no array of a matrix's size.
     """
 
+    index: Int[Array, " blocks"]
     left: Float[Array, "blocks terms rank"]
     right: Float[Array, "blocks terms dim"]
+
+    @property
+    def dtype(self):
+        """Return the floating dtype."""
+        return self.left.dtype
+
+    def scaled(self, factor: Array | float) -> "Blocks":
+        """Multiply by a number, or by one for each row of each matrix, shape (blocks, 1, rank)."""
+        return self._replace(left=self.left * factor)
 
     def row_squares(self) -> Float[Array, "blocks rank"]:
         """Return the squared norm of every row."""
@@ -23,32 +34,9 @@ class Outer(NamedTuple):
         squares = jnp.einsum("btr,bsr,bts->br", self.left, self.left, inner)
         return jnp.maximum(squares, 0.0)  # where the terms cancel, rounding goes below zero
 
-
-class Blocks(NamedTuple):
-    """A sparse gradient: nonzero only in the slices `index` of axis 0.
-
-    `values` holds one slice for each independent draw. The true gradient is the mean over those
-    slices.
-    """
-
-    index: Int[Array, " blocks"]
-    values: Float[Array, "blocks ..."] | Outer
-
-    @property
-    def dtype(self):
-        """Return the floating dtype."""
-        return jax.tree_util.tree_leaves(self.values)[0].dtype
-
-    def scaled(self, factor: Array | float) -> "Blocks":
-        """Multiply by a number, or an `Outer` by one for each entry of its left vectors."""
-        if isinstance(self.values, Outer):
-            return self._replace(values=self.values._replace(left=self.values.left * factor))
-        return self._replace(values=self.values * factor)
-
     def square_norm(self) -> Scalar:
         """Sum the squares of all entries."""
-        squares = self.values.row_squares() if isinstance(self.values, Outer) else self.values**2
-        return jnp.sum(squares)
+        return jnp.sum(self.row_squares())
 
 
 class UpdateRules(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from fastvi._typing import Array, PyTree, Scalar
-from fastvi.families.base import Blocks, Outer, UpdateRules
+from fastvi.families.updates import Blocks, UpdateRules
 
 ADAM_B1 = 0.9
 ADAM_B2 = 0.99
@@ -177,13 +177,10 @@ def _step_blocks(gradient: Blocks, mean, square, unseen, shared, damping, gain):
     There is no first moment: averaging happens in the parameters, and an array as large as they are
     need not be moved.
     """
-    values, factors, gain = gradient.values, [], gain.astype(square.dtype)
-    if isinstance(values, Outer):
-        if not shared:
-            raise ValueError("blocks of low rank need second moments that their rows share.")
-        squares = values.row_squares()[..., None] / values.right.shape[-1]
-    else:
-        squares = _square(values, shared)
+    if not shared:
+        raise ValueError("blocks need second moments that their rows share.")
+    factors, gain = [], gain.astype(square.dtype)
+    squares = gradient.row_squares()[..., None] / gradient.right.shape[-1]
     for index, own in zip(gradient.index, squares, strict=True):
         left = _read(unseen, index) * (1 - gain)
         moment = _read(square, index)
@@ -191,9 +188,8 @@ def _step_blocks(gradient: Blocks, mean, square, unseen, shared, damping, gain):
         factors.append(1 / (jnp.sqrt(moment / (1 - left)) + damping))
         square = square.at[index].set(moment, mode="promise_in_bounds")
         unseen = unseen.at[index].set(left, mode="promise_in_bounds")
-    factor = jnp.stack(factors)
-    if isinstance(values, Outer):
-        factor = jnp.swapaxes(factor, -1, -2)  # a row's number scales an entry of every left vector
+    # a row's number scales an entry of every left vector
+    factor = jnp.swapaxes(jnp.stack(factors), -1, -2)
     return gradient.scaled(factor), mean, square, unseen
 
 

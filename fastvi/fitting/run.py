@@ -33,12 +33,12 @@ from fastvi.fitting.stages import (
     build_family,
     calibration_keys,
     fit_inside_a_trace,
-    start_key,
 )
 from fastvi.fitting.step import State
 from fastvi.fitting.step_plan import Phases, ScheduleSettings, fixed_phases, frozen, plan_steps
 from fastvi.geometry.curvature import BLOCK
 from fastvi.geometry.start import Start, rank_limit
+from fastvi.kernels.noise import streams
 from fastvi.target.data import AbstractData, Problem
 from fastvi.target.modes import jax_setting
 from fastvi.target.stream import CHUNK, AbstractStream
@@ -204,7 +204,7 @@ def _begin(
         start = _known_before(options.warm.start)
         family, params = options.warm.family, options.warm.params
     else:
-        start = programs.prepare(problem, start_key(), whitener_scale)
+        start = programs.prepare(problem, streams.shared_key(), whitener_scale)
         limit = rank_limit(
             settings.start, problem.posterior.center.size, problem.posterior.center.dtype.itemsize
         )

@@ -35,6 +35,7 @@ from fastvi.fitting.step_plan import (
     plan_steps,
 )
 from fastvi.geometry.start import Start, StartSettings, make_start, rank_limit
+from fastvi.kernels.noise import streams
 from fastvi.target.data import AbstractData, Problem, shared_mean
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.target.objective import FlatObjective, call_full_loss
@@ -42,9 +43,6 @@ from fastvi.target.objective import FlatObjective, call_full_loss
 # Draws of all steps and chains times dim up to which a second of compilation outweighs a quarter of
 # the steps' time. Half of it compiles longer for fits of a few seconds, double runs them slower.
 QUICK_WORK = 1e8
-START_SEED = 0
-_CALIBRATION = 1  # folded into the start's key
-_START_BLOCK = 2**31  # counters of a chain's key beyond those of its steps; the evaluation's follow
 
 
 class FitSettings(NamedTuple):
@@ -160,7 +158,10 @@ def _build(
     objective: Any, settings: FitSettings, loss_full_flat: Callable | None, loss: Fingerprint
 ) -> Stages:
     def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
-        key_subset, key_start = jax.random.split(key)
+        key_subset, key_start = (
+            streams.derive(key, purpose)
+            for purpose in (streams.Purpose.SUBSET, streams.Purpose.CURVATURE)
+        )
         subset = problem.data.subset(key_subset, settings.start.examples)
         return make_start(
             objective,
@@ -174,7 +175,7 @@ def _build(
 
     def draw_start(family: AbstractFamily, core, keys: Keys):
         flat = jnp.zeros_like(family.scale)
-        return jax.vmap(lambda key: family.init(key, core, flat, _START_BLOCK))(keys)
+        return jax.vmap(lambda key: family.init(key, core, flat))(keys)
 
     def launch(family: AbstractFamily, params, shift, slow):
         family = family.with_slow_start(slow)
@@ -296,7 +297,7 @@ def fit_inside_a_trace(
         family, params, start, outcome, traces, calibration_rounds.
     """
     plain, settings, center = stages.plain, stages.settings, problem.posterior.center
-    key = start_key()
+    key = streams.shared_key()
     start = plain.prepare(problem, key, whitener_scale)
     rank = rank_limit(settings.start, center.size, center.dtype.itemsize)
     family = build_family(choice, settings.start, start, rank)
@@ -333,14 +334,10 @@ def fit_inside_a_trace(
     }
 
 
-def start_key() -> Key:
-    """Return the key of what the chains share, the same for every fit."""
-    return jax.random.key(START_SEED)
-
-
 def calibration_keys(num_chains: int) -> Keys:
     """Return a key for each chain's calibration, none of those that the fit draws from."""
-    return jax.random.split(jax.random.fold_in(start_key(), _CALIBRATION), num_chains)
+    key = streams.derive(streams.shared_key(), streams.Purpose.CALIBRATION)
+    return jax.random.split(key, num_chains)
 
 
 def build_family(

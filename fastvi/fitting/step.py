@@ -12,7 +12,7 @@ from fastvi.families.base import AbstractFamily, Draws, TargetValues, num_groups
 from fastvi.fitting.optimizer import gradient_norm, make_optimizer, scale
 from fastvi.fitting.pruning import prune
 from fastvi.fitting.step_plan import StepPlan, StepRows
-from fastvi.kernels.noise import NOISE_BLOCKS
+from fastvi.kernels.noise import streams
 from fastvi.target.data import Problem, evaluate_target
 from fastvi.target.objective import FlatObjective
 
@@ -134,7 +134,7 @@ def _row(rows: StepRows, index) -> StepRows:
 
 
 def _noise(family, settings: StepSettings, key, step):
-    return family.draw_noise(key, settings.groups, (NOISE_BLOCKS + 1) * step)
+    return family.draw_noise(key, settings.groups, streams.step_noise(step))
 
 
 def _step(
@@ -144,7 +144,7 @@ def _step(
     if settings.anneals:
         family = family.annealed(row.temperature, row.entropy_bonus)
     rules = family.update_rules(state.params, settings.groups)
-    batch = problem.next_batch(key, (NOISE_BLOCKS + 1) * row.step + NOISE_BLOCKS)
+    batch = problem.next_batch(key, streams.step_batch(row.step))
     mirror = settings.groups < settings.num_draws
     draws = family.transform(state.params, noise, mirror=mirror, cache=state.cache)
     value, grad = evaluate(problem, draws.displacement, batch)

@@ -19,27 +19,24 @@ from fastvi.flows.elementwise import AbstractElementwise, BoundedAffine, Rationa
 from fastvi.flows.flow import Bijection, Flow
 from fastvi.flows.networks import ResNet
 from fastvi.flows.transforms import (
-    AbstractCoupling,
     AbstractTransform,
-    AffineCoupling,
     CompositeTransform,
+    Coupling,
     LinearTransform,
     LoftTransform,
     MaskedAutoregressive,
     Permutation,
-    SplineCoupling,
 )
 
 __all__ = [
     "AbstractBase",
-    "AbstractCoupling",
     "AbstractElementwise",
     "AbstractTransform",
-    "AffineCoupling",
     "Bijection",
     "BoundedAffine",
     "BuilderOptions",
     "CompositeTransform",
+    "Coupling",
     "DiagNormal",
     "Flow",
     "LinearTransform",
@@ -48,7 +45,6 @@ __all__ = [
     "Permutation",
     "RationalQuadratic",
     "ResNet",
-    "SplineCoupling",
     "StandardNormal",
     "analyze_mask_coverage",
     "assemble_bijection",

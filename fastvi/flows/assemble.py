@@ -11,9 +11,9 @@ from fastvi.flows.distributions import AbstractBase
 from fastvi.flows.flow import Bijection, Flow, Gate, Params
 from fastvi.flows.networks import Activation, ResNet
 from fastvi.flows.transforms import (
-    AbstractCoupling,
     AbstractTransform,
     CompositeTransform,
+    Coupling,
     Permutation,
 )
 
@@ -21,9 +21,9 @@ Block = tuple[AbstractTransform, Any]
 
 
 def make_alternating_mask(dim: int, parity: int) -> tuple[int, ...]:
-    """Return 1, 0, 1, 0 ...
+    """Return the mask 1, 0, 1, 0 ... for parity 0 and 0, 1, 0, 1 ... for parity 1.
 
-    for parity 0 and 0, 1, 0, 1 ... for parity 1; 1 marks features that pass.
+    1 marks features that pass.
 
     Raises:
         ConfigError: If `dim` is not positive or `parity` is not 0 or 1.
@@ -41,7 +41,7 @@ def analyze_mask_coverage(blocks: Sequence[AbstractTransform], dim: int) -> None
     """
     origin, moved = np.arange(dim), np.zeros(dim, int)
     for block in blocks:
-        if isinstance(block, AbstractCoupling):
+        if isinstance(block, Coupling):
             moved[origin[np.asarray(block.mask) == 0]] += 1
         elif isinstance(block, Permutation):
             origin = origin[np.asarray(block.perm)]
@@ -109,7 +109,7 @@ def assemble_bijection(
     if not pairs or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         raise ConfigError("blocks_and_params must hold at least one pair (transform, params).")
     transform = CompositeTransform(tuple(block for block, _ in pairs))
-    if validate and any(isinstance(block, AbstractCoupling) for block in transform.blocks):
+    if validate and any(isinstance(block, Coupling) for block in transform.blocks):
         analyze_mask_coverage(transform.blocks, transform.dim)
     params: Params = {"transform": [values for _, values in pairs]}
     if feature_extractor is not None:

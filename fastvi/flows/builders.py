@@ -2,10 +2,8 @@
 
 import dataclasses
 import difflib
-import functools
-import inspect
 from collections.abc import Callable
-from typing import Literal
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +23,17 @@ from fastvi.flows.elementwise import AbstractElementwise, BoundedAffine, Rationa
 from fastvi.flows.flow import Bijection, Flow, Gate, Params
 from fastvi.flows.networks import Activation
 from fastvi.flows.transforms import (
-    AffineCoupling,
+    Coupling,
     LinearTransform,
     LoftTransform,
     MaskedAutoregressive,
     Permutation,
-    SplineCoupling,
 )
+from fastvi.flows.transforms.masked_autoregressive import FastDirection
 
 Built = tuple[Flow | Bijection, Params]
 MakeLayer = Callable[[Key, int], Block]
+Map = TypeVar("Map", bound=AbstractElementwise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,45 +126,37 @@ def _check_gate(gate, context_dim):
         )
 
 
-def _takes_options(builder: Callable[..., Built]) -> Callable[..., Built]:
-    """Let `builder` take each field of `BuilderOptions` by name, and pass them to it as `options`."""
-    own = inspect.signature(builder)
-    fields = {field.name: field for field in dataclasses.fields(BuilderOptions)}
-    kind = inspect.Parameter.KEYWORD_ONLY
-    named = [
-        inspect.Parameter(name, kind, default=field.default, annotation=field.type)
-        for name, field in fields.items()
-    ]
+def _read_options(
+    given: dict[str, Any], elementwise: type[Map], *own: str
+) -> tuple[Map, BuilderOptions]:
+    """Sort options by name: the fields of a map of single numbers, and those of every builder.
 
-    @functools.wraps(builder)
-    def build(*args, **kwargs):
-        given = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
-        unknown = [name for name in kwargs if name not in own.parameters]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], [*fields, *own.parameters], 1)
+    Args:
+        given: The options.
+        elementwise: Class of the map.
+        *own: Other names that the builder takes, for the hint of an error.
+
+    Raises:
+        ConfigError: If a name belongs to neither, or an option is at odds with another.
+    """
+    shape, shared = (
+        [field.name for field in dataclasses.fields(kind)] for kind in (elementwise, BuilderOptions)
+    )
+    for name in given:
+        if name not in (*shape, *shared):
+            near = difflib.get_close_matches(name, [*own, *shape, *shared], 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{builder.__name__} has no option {unknown[0]!r}.{hint}")
-        if "context_extractor_n_layers" in given and not given.get("context_extractor_hidden_dim"):
-            raise ConfigError(
-                "context_extractor_n_layers needs the network: give context_extractor_hidden_dim."
-            )
-        return builder(*args, **kwargs, options=BuilderOptions(**given))
-
-    listed = [parameter for parameter in own.parameters.values() if parameter.name != "options"]
-    setattr(build, "__signature__", own.replace(parameters=[*listed, *named]))  # noqa: B010 (no such attribute to pyright)
-    return build
+            raise ConfigError(f"This builder has no option {name!r}.{hint}")
+    if "context_extractor_n_layers" in given and not given.get("context_extractor_hidden_dim"):
+        raise ConfigError(
+            "context_extractor_n_layers needs the network: give context_extractor_hidden_dim."
+        )
+    found = elementwise(**{name: given[name] for name in shape if name in given})
+    return found, BuilderOptions(**{name: given[name] for name in shared if name in given})
 
 
-@_takes_options
 def build_realnvp(
-    key: Key,
-    dim: int,
-    num_layers: int,
-    hidden_dim: int,
-    n_hidden_layers: int,
-    *,
-    max_log_scale: float = 5.0,
-    options: BuilderOptions,
+    key: Key, dim: int, num_layers: int, hidden_dim: int, n_hidden_layers: int, **options: Any
 ) -> Built:
     """Build a flow of affine couplings with alternating masks (Dinh et al., 2017).
 
@@ -175,8 +166,7 @@ def build_realnvp(
         num_layers: Couplings.
         hidden_dim: Width of their networks.
         n_hidden_layers: Residual blocks of their networks.
-        max_log_scale: Bound on the log of a scale.
-        options: The fields of `BuilderOptions`, each given by its name.
+        **options: Fields of `BoundedAffine` and of `BuilderOptions`, each by its name.
 
     Returns:
         The flow, or the bijection if `return_transform_only`, and its parameters, those of the
@@ -185,37 +175,12 @@ def build_realnvp(
     Raises:
         ConfigError: If an option is unknown, out of range or at odds with another.
     """
-
-    def make_layer(layer_key, parity):
-        mask = make_alternating_mask(dim, parity)
-        return AffineCoupling.create(
-            layer_key,
-            dim,
-            mask,
-            hidden_dim,
-            n_hidden_layers,
-            max_log_scale=max_log_scale,
-            **options.network,
-        )
-
-    return _build(key, dim, num_layers, make_layer, options, reversal_alternates=dim % 2 == 0)
+    affine, shared = _read_options(options, BoundedAffine)
+    return _build_couplings(key, dim, num_layers, hidden_dim, n_hidden_layers, affine, shared)
 
 
-@_takes_options
 def build_spline_realnvp(
-    key: Key,
-    dim: int,
-    num_layers: int,
-    hidden_dim: int,
-    n_hidden_layers: int,
-    *,
-    num_bins: int = 8,
-    tail_bound: float = 5.0,
-    min_bin_width: float = 1e-2,
-    min_bin_height: float = 1e-2,
-    min_derivative: float = 1e-2,
-    max_derivative: float = 10.0,
-    options: BuilderOptions,
+    key: Key, dim: int, num_layers: int, hidden_dim: int, n_hidden_layers: int, **options: Any
 ) -> Built:
     """Build a flow of spline couplings with alternating masks (Durkan et al., 2019).
 
@@ -225,13 +190,8 @@ def build_spline_realnvp(
         num_layers: Couplings.
         hidden_dim: Width of their networks.
         n_hidden_layers: Residual blocks of their networks.
-        num_bins: Bins of a spline.
-        tail_bound: The splines act on [-tail_bound, tail_bound], the identity outside.
-        min_bin_width: Least width of a bin, as a fraction of the interval.
-        min_bin_height: Least height of a bin, as a fraction of the interval.
-        min_derivative: Least derivative at a knot.
-        max_derivative: Greatest derivative at a knot.
-        options: The fields of `BuilderOptions`, each given by its name.
+        **options: Fields of `RationalQuadratic`, such as `num_bins`, and of `BuilderOptions`, each
+            by its name.
 
     Returns:
         The flow, or the bijection if `return_transform_only`, and its parameters, those of the
@@ -240,25 +200,10 @@ def build_spline_realnvp(
     Raises:
         ConfigError: If an option is unknown, out of range or at odds with another.
     """
-    spline = {
-        "num_bins": num_bins,
-        "tail_bound": tail_bound,
-        "min_bin_width": min_bin_width,
-        "min_bin_height": min_bin_height,
-        "min_derivative": min_derivative,
-        "max_derivative": max_derivative,
-    }
-
-    def make_layer(layer_key, parity):
-        mask = make_alternating_mask(dim, parity)
-        return SplineCoupling.create(
-            layer_key, dim, mask, hidden_dim, n_hidden_layers, **spline, **options.network
-        )
-
-    return _build(key, dim, num_layers, make_layer, options, reversal_alternates=dim % 2 == 0)
+    spline, shared = _read_options(options, RationalQuadratic)
+    return _build_couplings(key, dim, num_layers, hidden_dim, n_hidden_layers, spline, shared)
 
 
-@_takes_options
 def build_maf(
     key: Key,
     dim: int,
@@ -266,11 +211,10 @@ def build_maf(
     hidden_dim: int,
     n_hidden_layers: int,
     *,
-    elementwise: AbstractElementwise | None = None,
-    fast: Literal["inverse", "forward"] = "inverse",
-    options: BuilderOptions,
+    fast: FastDirection = "inverse",
+    **options: Any,
 ) -> Built:
-    """Build a flow of masked autoregressive layers that alternate in the order of features.
+    """Build a flow of masked affine autoregressive layers that alternate in the order of features.
 
     Args:
         key: Random key of the networks.
@@ -278,11 +222,10 @@ def build_maf(
         num_layers: Layers.
         hidden_dim: Width of their networks, best at least `dim`.
         n_hidden_layers: Residual blocks of their networks.
-        elementwise: The map of a feature; None: `BoundedAffine()`.
         fast: "inverse" for densities in one pass of the networks (Papamakarios et al., 2017),
             "forward" for samples with their densities (Kingma et al., Inverse Autoregressive Flow,
             2016); the other direction takes `dim`.
-        options: The fields of `BuilderOptions`, each given by its name.
+        **options: Fields of `BoundedAffine` and of `BuilderOptions`, each by its name.
 
     Returns:
         The flow, or the bijection if `return_transform_only`, and its parameters, those of the
@@ -291,8 +234,52 @@ def build_maf(
     Raises:
         ConfigError: If an option is unknown, out of range or at odds with another.
     """
-    elementwise = BoundedAffine() if elementwise is None else elementwise
+    affine, shared = _read_options(options, BoundedAffine, "fast")
+    return _build_autoregressive(
+        key, dim, num_layers, hidden_dim, n_hidden_layers, affine, fast, shared
+    )
 
+
+def build_spline_maf(
+    key: Key,
+    dim: int,
+    num_layers: int,
+    hidden_dim: int,
+    n_hidden_layers: int,
+    *,
+    fast: FastDirection = "inverse",
+    **options: Any,
+) -> Built:
+    """Build a flow of autoregressive splines (Durkan et al., 2019).
+
+    Arguments are those of `build_maf`; `options` are the fields of `RationalQuadratic` and of
+    `BuilderOptions`.
+    """
+    spline, shared = _read_options(options, RationalQuadratic, "fast")
+    return _build_autoregressive(
+        key, dim, num_layers, hidden_dim, n_hidden_layers, spline, fast, shared
+    )
+
+
+def _build_couplings(key, dim, num_layers, hidden_dim, n_hidden_layers, elementwise, options):
+    def make_layer(layer_key, parity):
+        mask = make_alternating_mask(dim, parity)
+        return Coupling.create(
+            layer_key,
+            dim,
+            mask,
+            hidden_dim,
+            n_hidden_layers,
+            elementwise=elementwise,
+            **options.network,
+        )
+
+    return _build(key, dim, num_layers, make_layer, options, reversal_alternates=dim % 2 == 0)
+
+
+def _build_autoregressive(
+    key, dim, num_layers, hidden_dim, n_hidden_layers, elementwise, fast, options
+):
     def make_layer(layer_key, parity):
         return MaskedAutoregressive.create(
             layer_key,
@@ -306,34 +293,6 @@ def build_maf(
         )
 
     return _build(key, dim, num_layers, make_layer, options, reversal_alternates=True)
-
-
-def build_spline_maf(
-    key: Key,
-    dim: int,
-    num_layers: int,
-    hidden_dim: int,
-    n_hidden_layers: int,
-    *,
-    num_bins: int = 8,
-    tail_bound: float = 5.0,
-    min_bin_width: float = 1e-2,
-    min_bin_height: float = 1e-2,
-    min_derivative: float = 1e-2,
-    max_derivative: float = 10.0,
-    **options: Any,
-) -> Built:
-    """Build a flow of autoregressive splines (Durkan et al., 2019).
-
-    Arguments of the spline are those of `build_spline_realnvp`; `options` are `fast` and those of
-    `build_maf`.
-    """
-    spline = RationalQuadratic(
-        num_bins, tail_bound, min_bin_width, min_bin_height, min_derivative, max_derivative
-    )
-    return build_maf(
-        key, dim, num_layers, hidden_dim, n_hidden_layers, elementwise=spline, **options
-    )
 
 
 def _build(

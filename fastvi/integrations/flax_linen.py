@@ -1,28 +1,28 @@
 """A flax linen module as `fastvi.estimate_llc` takes it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fastvi._errors import DataError
 from fastvi._optional import import_optional
-from fastvi._typing import Array, Batch, PyTree, Scalar
-
-Loss = Callable[[Array, Array], Scalar]
+from fastvi._typing import PyTree
+from fastvi.integrations.outputs import OutputLoss, ParamsLoss, loss_of_params
 
 
 def linen_loss(
-    module: Any, variables: Mapping[str, Any], loss: Loss, **apply_options: Any
-) -> tuple[Callable[[PyTree, Batch], Any], PyTree]:
+    module: Any, variables: Mapping[str, Any], loss: OutputLoss, **apply_options: Any
+) -> tuple[ParamsLoss, PyTree]:
     """Make a loss of a module's "params"; its other collections stay as they are.
 
     Args:
         module: A `flax.linen.Module`.
         variables: What `init` returned, trained.
-        loss: `(outputs, targets) -> mean loss per example`, in nats.
+        loss: `(outputs, targets)` to the mean loss, to one loss for each example, or to (losses,
+            weights), in nats.
         **apply_options: Passed to `apply`, such as `train=False`.
 
     Returns:
-        `(params, (inputs, targets)) -> mean loss per example`, and the parameters.
+        The loss of `(params, (inputs, targets))`, and the parameters.
 
     Raises:
         DataError: If this is no module, or the variables hold no "params".
@@ -38,8 +38,7 @@ def linen_loss(
         raise DataError(f'variables must hold the collection "params"; got {sorted(variables)}.')
     fixed = {name: collection for name, collection in variables.items() if name != "params"}
 
-    def loss_fn(params: PyTree, batch: Batch) -> Any:
-        inputs, targets = batch
-        return loss(module.apply({"params": params, **fixed}, inputs, **apply_options), targets)
+    def apply(params: PyTree, inputs: Any) -> Any:
+        return module.apply({"params": params, **fixed}, inputs, **apply_options)
 
-    return loss_fn, variables["params"]
+    return loss_of_params(apply, loss), variables["params"]

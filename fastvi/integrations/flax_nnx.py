@@ -1,15 +1,13 @@
 """A flax nnx model as `fastvi.estimate_llc` takes it."""
 
-from collections.abc import Callable
 from typing import Any
 
 from fastvi._optional import import_optional
-from fastvi._typing import Array, Batch, PyTree, Scalar
+from fastvi._typing import PyTree
+from fastvi.integrations.outputs import OutputLoss, ParamsLoss, loss_of_params
 
-Loss = Callable[[Array, Array], Scalar]
 
-
-def nnx_loss(model: Any, loss: Loss) -> tuple[Callable[[PyTree, Batch], Any], PyTree]:
+def nnx_loss(model: Any, loss: OutputLoss) -> tuple[ParamsLoss, PyTree]:
     """Make a loss of a model's `nnx.Param` variables; all others stay as they are.
 
     Put the model into evaluation mode first (`model.eval()`), where dropout or batch statistics
@@ -17,10 +15,11 @@ def nnx_loss(model: Any, loss: Loss) -> tuple[Callable[[PyTree, Batch], Any], Py
 
     Args:
         model: An `nnx.Module`, called on inputs.
-        loss: `(outputs, targets) -> mean loss per example`, in nats.
+        loss: `(outputs, targets)` to the mean loss, to one loss for each example, or to (losses,
+            weights), in nats.
 
     Returns:
-        `(params, (inputs, targets)) -> mean loss per example`, and the parameters.
+        The loss of `(params, (inputs, targets))`, and the parameters.
 
     Raises:
         MissingExtraError: If flax is not installed.
@@ -28,8 +27,7 @@ def nnx_loss(model: Any, loss: Loss) -> tuple[Callable[[PyTree, Batch], Any], Py
     nnx = import_optional("flax.nnx", extra="flax", distribution="flax", purpose="nnx_loss")
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def loss_fn(params: PyTree, batch: Batch) -> Any:
-        inputs, targets = batch
-        return loss(nnx.merge(graph, params, rest)(inputs), targets)
+    def apply(params: PyTree, inputs: Any) -> Any:
+        return nnx.merge(graph, params, rest)(inputs)
 
-    return loss_fn, params
+    return loss_of_params(apply, loss), params

@@ -6,26 +6,26 @@ from typing import Any
 
 from fastvi._errors import DataError
 from fastvi._optional import import_optional
-from fastvi._typing import Array, Batch, PyTree, Scalar
-
-Loss = Callable[[Array, Array], Scalar]
+from fastvi._typing import PyTree
+from fastvi.integrations.outputs import OutputLoss, ParamsLoss, loss_of_params
 
 
 def haiku_loss(
-    transformed: Any, loss: Loss, *, state: PyTree = None, rng: Any = None
-) -> Callable[[PyTree, Batch], Any]:
+    transformed: Any, loss: OutputLoss, *, state: PyTree = None, rng: Any = None
+) -> ParamsLoss:
     """Make a loss of the parameters that `init` returned.
 
     Args:
         transformed: What `hk.transform` or `hk.transform_with_state` returned, also within
             `hk.without_apply_rng`.
-        loss: `(outputs, targets) -> mean loss per example`, in nats.
+        loss: `(outputs, targets)` to the mean loss, to one loss for each example, or to (losses,
+            weights), in nats.
         state: The state of a function transformed with state; it is read and not updated.
         rng: Key of a function that draws; the same at every call, so that the loss is a function of
             the parameters.
 
     Returns:
-        `(params, (inputs, targets)) -> mean loss per example`.
+        The loss of `(params, (inputs, targets))`.
 
     Raises:
         DataError: If the function takes no state or key and is given one, or is none.
@@ -54,15 +54,17 @@ def haiku_loss(
             "out."
         )
 
-    def loss_fn(params: PyTree, batch: Batch) -> Any:
-        inputs, targets = batch
+    def outputs_of(params: PyTree, inputs: Any) -> Any:
         outputs = apply(params, *before, inputs)
-        return loss(outputs[0] if with_state else outputs, targets)
+        return outputs[0] if with_state else outputs
 
-    return loss_fn
+    return loss_of_params(outputs_of, loss)
 
 
 def _takes_key(apply: Callable[..., Any], place: int) -> bool:
-    """Say whether an apply function takes a key there, as all do but those of `hk.without_apply_rng`."""
+    """Say whether an apply function takes a key at a place.
+
+    All do but those of `hk.without_apply_rng`.
+    """
     names = list(inspect.signature(apply).parameters)
     return names[place : place + 1] == ["rng"]

@@ -1,15 +1,13 @@
 """A torch module as `fastvi.estimate_llc` takes it, run by JAX through torchax."""
 
-from collections.abc import Callable
 from typing import Any
 
 from fastvi._optional import import_optional
-from fastvi._typing import Array, Batch, PyTree, Scalar
+from fastvi._typing import PyTree
+from fastvi.integrations.outputs import OutputLoss, ParamsLoss, loss_of_params
 
-Loss = Callable[[Array, Array], Scalar]
 
-
-def torch_loss(module: Any, loss: Loss) -> tuple[Callable[[PyTree, Batch], Any], PyTree]:
+def torch_loss(module: Any, loss: OutputLoss) -> tuple[ParamsLoss, PyTree]:
     """Make a loss of a module's parameters; its buffers stay as they are.
 
     Put the module into evaluation mode first (`module.eval()`), where dropout or batch statistics
@@ -17,10 +15,11 @@ def torch_loss(module: Any, loss: Loss) -> tuple[Callable[[PyTree, Batch], Any],
 
     Args:
         module: A `torch.nn.Module`, called on the inputs of a batch.
-        loss: `(outputs, targets) -> mean loss per example`, in nats, on jax arrays.
+        loss: `(outputs, targets)` to the mean loss, to one loss for each example, or to (losses,
+            weights), in nats, on jax arrays.
 
     Returns:
-        `(params, (inputs, targets)) -> mean loss per example`, and the parameters by name.
+        The loss of `(params, (inputs, targets))`, and the parameters by name.
 
     Raises:
         MissingExtraError: If torchax is not installed.
@@ -32,8 +31,5 @@ def torch_loss(module: Any, loss: Loss) -> tuple[Callable[[PyTree, Batch], Any],
     names = {name for name, _ in module.named_parameters()}
     fixed = {name: state for name, state in states.items() if name not in names}
 
-    def loss_fn(params: PyTree, batch: Batch) -> Any:
-        inputs, targets = batch
-        return loss(apply({**params, **fixed}, (inputs,)), targets)
-
+    loss_fn = loss_of_params(lambda params, inputs: apply({**params, **fixed}, (inputs,)), loss)
     return loss_fn, {name: states[name] for name in names}

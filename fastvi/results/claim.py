@@ -1,4 +1,7 @@
-"""Hold a folder for results before the work that fills it, so that the number has a place when it comes."""
+"""Hold a folder for results before the work that fills it.
+
+The number then has a place when it comes.
+"""
 
 import contextlib
 import errno
@@ -26,11 +29,11 @@ BUSY = (
 def claimed(
     folder: str | os.PathLike[str], kind: str = RUN, *, below_ours: bool = False
 ) -> Iterator[Path]:
-    """Make a folder, prove that it can be written and is nobody else's, and hold it while the block runs.
+    """Make a folder that can be written and is free, and hold it while the block runs.
 
-    Nobody else's is a folder that is new or empty, or whose run.json is of this kind. What was made
-    is removed again where the block leaves it empty. On Windows, and on file systems without locks,
-    two processes are not told apart.
+    A folder is free if it is new or empty, or if its run.json is of this kind. Folders that were
+    made are removed again if the block leaves them empty. On Windows, and on file systems without
+    locks, two processes are not told apart.
 
     Args:
         folder: The folder.

@@ -17,7 +17,9 @@ from fastvi.config import VIConfig
 from fastvi.evaluation.importance import Importance, assess_importance
 from fastvi.observables.draws import FittedQ
 from fastvi.results.findings import Finding
+from fastvi.results.parts import ChainValues, Correction, Curvature, DrawValues, Timings
 from fastvi.results.saved import read_estimate, write_estimate
+from fastvi.results.work import RunWork
 
 SUMMARY_WIDTH = 80
 NO_FINDINGS = "none: no check was triggered, which does not prove that llc is right"
@@ -44,17 +46,13 @@ class LLCEstimate:
         n_data: Number of examples.
         dim: Number of parameters.
         converged: Whether the stopping rule was met before the cap on steps; None without the rule.
-        curvature: What is known of the spectrum at w*: rank, wanted_rank, explained, trace,
-            spectrum, lowest (the least curvature of n beta L_n + localizer that was met, for a unit
-            of displacement) and newton_decrement.
-        evaluation: Per chain, of q alone: elbo, llc, llc_mc, variance_reduction, trace_term,
-            log_weight_sd.
-        work: Raw counts and total_fge, in full-gradient equivalents.
-        timings: Seconds in compile, adaptation, sampling, evaluation, total.
+        curvature: What is known of the spectrum at w*.
+        evaluation: What each chain's q says by itself.
+        work: Counts of calls, and full-gradient equivalents by stage.
+        timings: Seconds by stage.
         traces: Arrays of shape (chains, steps).
         log_weights: log p(w) - log q(w) at the evaluation's draws, shape (chains, draws).
-        draws: The evaluation's draws: excess_loss L_n(w) - L_n(w*), log_q and resp_entropy, each of
-            shape (chains, draws).
+        draws: The draws that q was evaluated at.
         family_arrays: What the fitted q looks like, each with a first axis of chains: pi, D_sqrt
             (sorted, at most `MOST_SCALES` quantiles of it), factor_norm2 (component, rank).
         snapshots: With `tensorboard=True` the family's arrays after every `eval_every` steps, each
@@ -63,11 +61,7 @@ class LLCEstimate:
         config: The configuration that ran, with nothing left open that had an effect.
         llc_vi: The variational value, under q: `llc` where nothing corrects it.
         llc_vi_sem: Its standard error, under q.
-        correction: How `llc` was corrected: method, khat, in_memory (of reweighted draws) and, of a
-            run of walkers, settled, unmet (criterion, value, bound of each that was not met),
-            least_budget (FGE of the shortest exact run), rhat, rhat_radius, drift_z, virial_z,
-            variance_reduction, systematic, walkers, steps, burn_in, data_blocks, energy_error,
-            step_size, returned, narrow_dtype. None for a variational value.
+        correction: How `llc` was found where it is the posterior's own; None for that of q.
         walk_llc: nbeta (L_n(w) - L_n(w*)), means over bins of four steps, shape (walkers, bins).
         fitted: What `fastvi.correct` goes on from, and `q` draws from; not saved.
     """
@@ -83,19 +77,19 @@ class LLCEstimate:
     n_data: int
     dim: int
     converged: bool | None
-    curvature: dict[str, Any]
-    evaluation: dict[str, list[float]]
-    work: dict[str, Any]
-    timings: dict[str, float]
+    curvature: Curvature
+    evaluation: ChainValues
+    work: RunWork
+    timings: Timings
     traces: dict[str, np.ndarray] = dataclasses.field(repr=False)
     log_weights: np.ndarray = dataclasses.field(repr=False)
+    draws: DrawValues = dataclasses.field(repr=False)
     health: tuple[Finding, ...]
     config: VIConfig
     llc_vi: float
     llc_vi_sem: float
-    correction: dict[str, Any] | None = None
+    correction: Correction | None = None
     walk_llc: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)), repr=False)
-    draws: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     family_arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     snapshots: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     fitted: Any = dataclasses.field(default=None, repr=False, compare=False)
@@ -104,7 +98,7 @@ class LLCEstimate:
         """Return the estimate in words, for a terminal."""
         chains = "  ".join(f"{value:.4g}" for value in self.llc_per_chain)
         fits, steps = next(iter(self.traces.values())).shape
-        is_walk = self.correction is not None and self.correction["method"] == "sample"
+        is_walk = self.correction is not None and self.correction.method == "sample"
         stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[
             self.converged
         ]
@@ -119,19 +113,19 @@ class LLCEstimate:
             f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} effective of "
             f"{self.log_weights.size} draws",
             *self._without_control_variate,
-            f"core           rank {self.curvature['rank']} of {self.dim:,}, explains "
-            f"{100 * self.curvature['explained']:.3g} % of the precision's trace at w*",
+            f"core           rank {self.curvature.rank} of {self.dim:,}, explains "
+            f"{100 * self.curvature.explained:.3g} % of the precision's trace at w*",
             f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} "
             f"({stop}){self._clipping}",
-            f"work           {self.work['total_fge']:.0f} FGE: curvature "
-            f"{self.work['fge_curvature']:.0f}, "
-            f"fit {self.work['fge_fit']:.0f}, evaluation {self.work['fge_evaluation']:.0f}"
-            + (f", correction {self.work['fge_correction']:.0f}" if self.correction else ""),
-            f"time           {self.timings['total']:.1f} s: fit "
-            f"{self.timings['adaptation'] + self.timings['sampling']:.1f} s, evaluation "
-            f"{self.timings['evaluation']:.1f} s"
-            + (f", correction {self.timings['correction']:.1f} s" if self.correction else "")
-            + f"; about {self.timings['compile']:.1f} s of it compiling",
+            f"work           {self.work.total_fge:.0f} FGE: curvature "
+            f"{self.work.fge_curvature:.0f}, "
+            f"fit {self.work.fge_fit:.0f}, evaluation {self.work.fge_evaluation:.0f}"
+            + (f", correction {self.work.fge_correction:.0f}" if self.correction else ""),
+            f"time           {self.timings.total:.1f} s: fit "
+            f"{self.timings.adaptation + self.timings.sampling:.1f} s, evaluation "
+            f"{self.timings.evaluation:.1f} s"
+            + (f", correction {self.timings.correction:.1f} s" if self.correction else "")
+            + f"; about {self.timings.compile:.1f} s of it compiling",
         ]
         findings = [str(finding) for finding in self.health] or [NO_FINDINGS]
         wrap = TextWrapper(width=SUMMARY_WIDTH, initial_indent="  ", subsequent_indent="    ")
@@ -153,11 +147,14 @@ class LLCEstimate:
 
     @property
     def distance(self) -> float:
-        """How far q's llc may be from the posterior's, to first order in log p - log q at the draws of q."""
-        if "excess_loss" not in self.draws or not np.all(np.isfinite(self.log_weights)):
+        """First-order estimate of how far the LLC of q is from that of the posterior.
+
+        It is the covariance, over draws of q, of the excess loss and log p - log q.
+        """
+        if not self.log_weights.size or not np.all(np.isfinite(self.log_weights)):
             return float("nan")
         excess, weights = (
-            np.asarray(self.draws["excess_loss"], float),
+            np.asarray(self.draws.excess_loss, float),
             np.asarray(self.log_weights, float),
         )
         apart = (excess - excess.mean(axis=1, keepdims=True)) * (
@@ -167,7 +164,7 @@ class LLCEstimate:
 
     @property
     def llc_text(self) -> str:
-        """`llc` with its error, and no more digits than both the error and q's distance from the posterior allow."""
+        """`llc` with its error, and no more digits than the error and `distance` allow."""
         return with_error(self.llc, self.llc_sem, 0.0 if self.correction else self.distance)
 
     @property
@@ -182,11 +179,11 @@ class LLCEstimate:
                 "about "
                 f"{self.distance:.1g} by its weights{other}"
             )
-        if self.correction["method"] == "reweight":
+        if self.correction.method == "reweight":
             return f"Monte Carlo of the weighted draws{spread}"
         return (
             f"spread and autocorrelation of {self.walk_llc.shape[0]} walkers, with "
-            f"{self.correction.get('systematic', 0.0):.1g} for finite steps and noisy gradients"
+            f"{self.correction.systematic or 0.0:.1g} for finite steps and noisy gradients"
         )
 
     @property
@@ -213,8 +210,10 @@ class LLCEstimate:
     @property
     def walk_burn_in(self) -> int:
         """Records of `walk_llc` that the corrected value leaves out."""
-        details, length = self.correction or {}, self.walk_llc.shape[-1]
-        return int(details.get("burn_in", 0) * length // max(details.get("steps", length), 1))
+        if self.correction is None or not self.correction.steps:
+            return 0
+        share = (self.correction.burn_in or 0) / self.correction.steps
+        return int(share * self.walk_llc.shape[-1])
 
     @property
     def provenance(self) -> str:
@@ -223,7 +222,8 @@ class LLCEstimate:
             return "uncorrected variational estimate"
         methods = {"reweight": "reweighted draws of q", "sample": "Langevin dynamics from q"}
         short = " after a short fit" if self.converged is None else ""
-        return f"{methods[self.correction['method']]}; q alone{short} {with_error(self.llc_vi, self.llc_vi_sem)}"
+        alone = f"q alone{short} {with_error(self.llc_vi, self.llc_vi_sem)}"
+        return f"{methods[self.correction.method]}; {alone}"
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write result.json and traces.npz into a folder, which is made if need be.
@@ -269,7 +269,12 @@ def _folded(line: str) -> str:
 
 
 def kept_scales(deviations: np.ndarray, most: int = MOST_SCALES) -> np.ndarray:
-    """Sort each chain's D^{1/2}, shape (chains, dim), and keep at most `most` evenly spaced quantiles."""
+    """Sort each chain's D^{1/2} and keep at most `most` evenly spaced quantiles.
+
+    Args:
+        deviations: D^{1/2}, shape (chains, dim).
+        most: Largest number of quantiles.
+    """
     ordered = np.sort(deviations, axis=1)
     if ordered.shape[1] <= most:
         return ordered

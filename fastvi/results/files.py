@@ -174,9 +174,9 @@ def digest_bytes(content: bytes) -> str:
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Make a folder inside `folder` for files that are not finished, under a name that nobody else can have.
+    """Make a folder inside `folder` for files that are not finished, under a unique name.
 
-    It is on the same file system, so that `publish` can move what is in it, and gone afterwards.
+    It is on the same file system, so that `publish` can move its files, and is removed afterwards.
     """
     remove_abandoned(folder)
     staging = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))

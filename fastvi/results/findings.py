@@ -8,7 +8,7 @@ import numpy as np
 
 from fastvi.evaluation.importance import USABLE, Importance
 from fastvi.geometry.minimum import ROUNDING_UNITS, Bottom
-from fastvi.sampling.run import DRIFT, ERROR, GRADIENT_NOISE, LENGTH, RHAT_RADIUS
+from fastvi.sampling.run import DRIFT, ERROR, GRADIENT_NOISE, LENGTH, RHAT_RADIUS, Unmet
 
 SEVERITIES = ("error", "warning", "note")
 VIRIAL_TOLERANCE = 0.1
@@ -149,7 +149,7 @@ def _non_finite_value(result: Any) -> Finding | None:
     return Finding(
         "error",
         "non_finite",
-        f"NaN or infinity appeared in the correction (method {result.correction['method']}).",
+        f"NaN or infinity appeared in the correction (method {result.correction.method}).",
         "The loss or its gradient overflows where the posterior reaches beyond q, or steps were "
         "too long.",
         "Check that loss and gradient are finite a few standard deviations around w*; raise "
@@ -171,53 +171,50 @@ def _negative_llc(result: Any) -> Finding | None:
 
 def _importance_unreliable(result: Any) -> Finding | None:
     details = result.correction
-    if details["method"] != "reweight" or details["khat"] < USABLE:
+    if details.method != "reweight" or details.khat < USABLE:
         return None
     return Finding(
         "warning",
         "importance_unreliable",
-        f"The importance weights have k-hat {details['khat']:.2g}, above {USABLE}.",
+        f"The importance weights have k-hat {details.khat:.2g}, above {USABLE}.",
         "q misses part of the posterior, so a few draws carry the estimate.",
-        SAMPLE if details["in_memory"] else FIT_BETTER,
+        SAMPLE if details.in_memory else FIT_BETTER,
     )
 
 
 def _walk_unsettled(result: Any) -> Finding | None:
     details = result.correction
-    if details.get("settled", True) or not math.isfinite(result.llc):
+    if details.settled or not math.isfinite(result.llc):
         return None
-    if details["method"] == "reweight":
+    if details.method == "reweight":
         return Finding(
             "warning",
             "walk_unsettled",
-            f"A budget of {result.config.budget:.4g} sample gradients pays for no walk: llc is that "
-            "of reweighted draws of q.",
-            f"The shortest walk takes {details['least_budget']:.0f}.",
-            f"Raise budget to {math.ceil(details['least_budget'])} or more.",
+            f"A budget of {result.config.budget:.4g} sample gradients pays for no walk: llc is "
+            "that of reweighted draws of q.",
+            f"The shortest walk takes {details.least_budget:.0f}.",
+            f"Raise budget to {math.ceil(details.least_budget)} or more.",
         )
-    unmet = {entry["criterion"]: entry for entry in details["unmet"]}
-    said = [
-        f"{entry['criterion']} {entry['value']:.3g} ({entry['bound']:.3g} is asked)"
-        for entry in unmet.values()
-    ]
+    unmet = {one.criterion: one for one in details.unmet}
+    said = [f"{one.criterion} {one.value:.3g} ({one.bound:.3g} is asked)" for one in unmet.values()]
     cause, next_step = _why_unsettled(unmet, result)
     return Finding(
         "warning",
         "walk_unsettled",
-        f"Sampling came to the end of its budget after {details['steps']} steps of "
-        f"{details['walkers']} walkers with "
+        f"Sampling came to the end of its budget after {details.steps} steps of "
+        f"{details.walkers} walkers with "
         f"{' and '.join(said)}.",
         cause,
         next_step,
     )
 
 
-def _why_unsettled(unmet: dict[str, Any], result: Any) -> tuple[str, str]:
+def _why_unsettled(unmet: dict[str, Unmet], result: Any) -> tuple[str, str]:
     """Return cause and next step for the criteria that failed.
 
     Only what moves one of them is advised.
     """
-    narrow = result.correction["narrow_dtype"]
+    narrow = result.correction.narrow_dtype
     if any(finding.name == "improper_posterior" for finding in result.health):
         return "The posterior is improper: walkers have nowhere to settle.", "Set localization > 0."
     if narrow is not None and set(unmet) - {LENGTH, GRADIENT_NOISE}:
@@ -230,10 +227,10 @@ def _why_unsettled(unmet: dict[str, Any], result: Any) -> tuple[str, str]:
     if set(unmet) <= {LENGTH, GRADIENT_NOISE}:
         return (
             f"A budget of {budget:.4g} sample gradients pays for no longer or more exact walk.",
-            f"Raise budget to {result.correction['least_budget']:.0f} or more.",
+            f"Raise budget to {result.correction.least_budget:.0f} or more.",
         )
     if set(unmet) == {ERROR}:
-        ratio = unmet[ERROR]["value"] / unmet[ERROR]["bound"]
+        ratio = unmet[ERROR].value / unmet[ERROR].bound
         return (
             "The walkers agree; their records are too few for the error that was asked for.",
             f"Raise budget to about {budget * ratio**2:.1g}, or error to what is enough.",

@@ -1,4 +1,7 @@
-"""Keep the progress of a fit in a folder, and go on from there to the bits of a fit that was never interrupted."""
+"""Keep the progress of a fit in a folder, and go on from there.
+
+A fit that was interrupted ends at the same bits as one that was not.
+"""
 
 import json
 import os
@@ -17,6 +20,7 @@ from fastvi._version import __version__
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import AbstractKeeper
 from fastvi.fitting.run import Course
+from fastvi.fitting.step_plan import Phases
 from fastvi.results import files
 from fastvi.results.schema import fits
 from fastvi.target.data import Problem
@@ -91,7 +95,7 @@ class FolderKeeper(AbstractKeeper):
             {name: trace[:, at] for name, trace in traces.items()}
             for at in _slices(kept["lengths"])
         ]
-        course.phases = (*kept["phases"][:2], int(kept["phases"][2]))
+        course.phases = Phases(*kept["phases"][:2], int(kept["phases"][2]))
         course.done, course.flat_looks, course.converged = (
             kept["done"],
             kept["flat_looks"],
@@ -99,9 +103,11 @@ class FolderKeeper(AbstractKeeper):
         )
 
     def save(self, course: Course) -> None:
-        """Keep the course, but one before the last only if the latest was kept long enough ago for what it cost.
+        """Save a checkpoint.
 
-        A folder that cannot be written is told once, and the fit goes on without a new checkpoint.
+        Checkpoints before the end are skipped so that saving takes at most `SAVING_SHARE` of the
+        run. The last one is always written. If the folder cannot be written, the first failure
+        warns, and the fit goes on without a new checkpoint.
         """
         began = time.monotonic()
         if began < self._due and course.done < course.phases[2]:

@@ -91,7 +91,7 @@ def check_target(target: Any) -> str:
     return target
 
 
-class Record(NamedTuple):
+class RunRecord(NamedTuple):
     """What a run folder remembers.
 
     `fingerprint` is what the target computed, None where nobody looked.
@@ -102,7 +102,11 @@ class Record(NamedTuple):
 
 
 def check_packages(config: VIConfig | None = None) -> None:
-    """Raise MissingExtraError unless a run folder, with the events that a configuration asks for, can be written."""
+    """Raise MissingExtraError unless the packages that write a run folder are installed.
+
+    Args:
+        config: Asks for events or not; none are asked for when left out.
+    """
     import_matplotlib()
     import_optional("yaml", extra="cli", distribution="PyYAML", purpose=f"writing {CONFIG_FILE}")
     if config is not None and config.tensorboard:
@@ -170,7 +174,7 @@ def _replace_events(new: Path, place: Path) -> None:
         os.replace(new, place)
 
 
-class Kept(NamedTuple):
+class WrittenRun(NamedTuple):
     """Where a run was written, None where it could not be.
 
     And what went wrong, None where nothing did.
@@ -180,34 +184,36 @@ class Kept(NamedTuple):
     trouble: str | None
 
 
-def keep_run(
+def write_run_somewhere(
     result: LLCEstimate,
     folder: Path,
     origin: Origin,
     settings: Any = None,
     fingerprint: dict[str, Any] | None = None,
-) -> Kept:
+) -> WrittenRun:
     """Write a run folder, or where that fails one in the place for temporary files.
 
     The work is done by now.
     """
     try:
-        return Kept(write_run(result, folder, origin, settings, fingerprint), None)
+        return WrittenRun(write_run(result, folder, origin, settings, fingerprint), None)
     except OSError as error:
         trouble = f"the run could not be written to {folder} ({files.first_line(error)})"
     try:
         refuge = Path(tempfile.mkdtemp(prefix="fastvi-"))
         write_run(result, refuge, origin, settings, fingerprint)
     except OSError as error:
-        return Kept(
+        return WrittenRun(
             None,
             f"{trouble}, nor to a temporary folder ({files.first_line(error)}): what is printed "
             "is all.",
         )
-    return Kept(refuge, f"{trouble}. It is in {refuge} instead: move it before it is cleaned away.")
+    return WrittenRun(
+        refuge, f"{trouble}. It is in {refuge} instead: move it before it is cleaned away."
+    )
 
 
-def keep_and_tell(
+def write_and_print(
     result: LLCEstimate,
     folder: Path,
     origin: Origin,
@@ -235,9 +241,9 @@ def keep_and_tell(
     Returns:
         The exit status: 1 where the folder could not be written.
     """
-    kept = Kept(None, None)
+    kept = WrittenRun(None, None)
     try:
-        kept = keep_run(result, folder, origin, settings, fingerprint)
+        kept = write_run_somewhere(result, folder, origin, settings, fingerprint)
     finally:  # an error of another kind, in a figure for example, does not take the number with it
         if quiet:
             say(f"llc {result.llc_text}  {kept.folder or '-'}")
@@ -261,7 +267,7 @@ def read_origin(folder: str | os.PathLike[str]) -> Origin:
     return read_record(folder).origin
 
 
-def read_record(folder: str | os.PathLike[str]) -> Record:
+def read_record(folder: str | os.PathLike[str]) -> RunRecord:
     """Read and check what a run folder remembers, and that its files are those of the run.
 
     Raises:
@@ -293,7 +299,7 @@ def read_record(folder: str | os.PathLike[str]) -> Record:
             raise files.damaged(
                 folder / name, f"is not the file of the run that {ORIGIN_FILE} tells of", WAY_OUT
             )
-    return Record(origin, fingerprint)
+    return RunRecord(origin, fingerprint)
 
 
 def read_settings(folder: Path) -> VIConfig:

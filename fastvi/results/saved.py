@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from fastvi._errors import ConfigError
 from fastvi.config import VIConfig
 from fastvi.results import files
 from fastvi.results.findings import SEVERITIES, Finding
-from fastvi.results.schema import COUNT, NONNEGATIVE, POSITIVE, Rule, fits, wrong_field
+from fastvi.results.parts import DrawValues
+from fastvi.results.schema import COUNT, NONNEGATIVE, POSITIVE, Rule, build, wrong_field
 
 RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
 FORMAT, VERSION = "fastvi estimate", 1
@@ -25,20 +26,10 @@ ARRAY_GROUPS = {
     "snapshots": "snapshot_",
 }
 SINGLE_ARRAYS = ("log_weights", "walk_llc")
+ELSEWHERE = ("config", "fitted", *SINGLE_ARRAYS, *ARRAY_GROUPS)  # than among the plain values
 NON_FINITE = ("nan", "inf", "-inf")
 WAY_OUT = "Restore both files of the estimate from a copy, or run it again."
 
-NEEDED = {  # by what summaries, pages and events read
-    "curvature": ("rank", "explained", "spectrum"),
-    "evaluation": ("elbo", "llc", "llc_mc", "variance_reduction"),
-    "work": ("total_fge", "fge_curvature", "fge_fit", "fge_evaluation", "n_cholesky_ridge"),
-    "timings": ("compile", "adaptation", "sampling", "evaluation", "total"),
-}
-NEEDED_OF_A_CORRECTION = {
-    "correction": ("method", "khat"),
-    "work": ("fge_correction",),
-    "timings": ("correction",),
-}
 RULES = {
     "nbeta": POSITIVE,
     "localization": NONNEGATIVE,
@@ -46,12 +37,6 @@ RULES = {
     "dim": COUNT,
     "llc_per_chain": Rule("a list of numbers, one or more", lambda value: len(value) > 0),
     "timings": Rule("seconds by name", lambda value: all(map(NONNEGATIVE.holds, value.values()))),
-    "work": Rule(
-        "numbers by name", lambda value: all(fits(item, float | str) for item in value.values())
-    ),
-    "curvature": Rule(
-        "what is known of the spectrum", lambda value: fits(value.get("spectrum"), list[float])
-    ),
     "health": Rule("findings", lambda value: all(item["severity"] in SEVERITIES for item in value)),
     "correction": Rule(
         "a reweighted or sampled average",
@@ -66,8 +51,9 @@ def write_estimate(result: Any, folder: Path) -> None:
     del values["fitted"]
     arrays: dict[str, Any] = {name: np.asarray(values.pop(name)) for name in SINGLE_ARRAYS}
     for group, prefix in ARRAY_GROUPS.items():
-        arrays |= {prefix + name: np.asarray(array) for name, array in values.pop(group).items()}
-    values["health"] = [dataclasses.asdict(finding) for finding in result.health]
+        found = values.pop(group)
+        found = found._asdict() if isinstance(found, DrawValues) else found
+        arrays |= {prefix + name: np.asarray(array) for name, array in found.items()}
     values["config"] = result.config.to_dict()
     header = dict(zip(HEADER, (FORMAT, VERSION, files.digest_arrays(arrays)), strict=True))
     with files.staged(folder) as staging:
@@ -99,25 +85,15 @@ def read_estimate(cls: Any, folder: Path) -> dict[str, Any]:
         }
     _check_values(cls, place, values)
     _check_arrays(folder / TRACES_FILE, arrays, values)
-    values["health"] = tuple(Finding(**finding) for finding in values["health"])
-    for name in ("llc_per_chain", "llc_sem_per_chain"):
-        values[name] = np.asarray(values[name], dtype=float)
-    return values
+    hints = get_type_hints(cls)
+    kept = {name: values[name] for name in ELSEWHERE if name in values}
+    built = {name: build(value, hints[name]) for name, value in values.items() if name not in kept}
+    return {**built, **kept, "draws": DrawValues(**values["draws"])}
 
 
 def _check_values(cls: Any, place: Path, values: dict[str, Any]) -> None:
     """Check what lies in result.json, and make the configuration."""
-    elsewhere = ("config", "fitted", *SINGLE_ARRAYS, *ARRAY_GROUPS)
-    wrong = wrong_field(cls, values, RULES, elsewhere)
-    needed = NEEDED if values.get("correction") is None else _merged(NEEDED, NEEDED_OF_A_CORRECTION)
-    if wrong is None:
-        lacking = [
-            f"{name}.{entry}"
-            for name, given in needed.items()
-            for entry in given
-            if entry not in values[name]
-        ]
-        wrong = f"lacks {lacking[0]!r}" if lacking else None
+    wrong = wrong_field(cls, values, RULES, ELSEWHERE)
     config = values.get("config")
     if wrong is None and not isinstance(config, dict):
         wrong = "lacks 'config', the settings of the fit"
@@ -135,7 +111,8 @@ def _check_values(cls: Any, place: Path, values: dict[str, Any]) -> None:
 def _check_arrays(place: Path, arrays: Mapping[str, np.ndarray], values: dict[str, Any]) -> None:
     """Check names and shapes of the arrays against each other and against result.json."""
     prefixes = tuple(ARRAY_GROUPS.values())
-    lacking = [name for name in (*SINGLE_ARRAYS, "trace_elbo") if name not in arrays]
+    draws = [f"draw_{name}" for name in DrawValues._fields]
+    lacking = [name for name in (*SINGLE_ARRAYS, "trace_elbo", *draws) if name not in arrays]
     unknown = [
         name for name in arrays if name not in SINGLE_ARRAYS and not name.startswith(prefixes)
     ]
@@ -154,7 +131,7 @@ def _check_arrays(place: Path, arrays: Mapping[str, np.ndarray], values: dict[st
             chains,
             arrays["log_weights"].shape[-1] if arrays["log_weights"].ndim else 0,
         ),
-        **{f"draw_{name}": arrays["log_weights"].shape for name in values["draws"]},
+        **dict.fromkeys(draws, arrays["log_weights"].shape),
     }
     wrong = [name for name, shape in shapes.items() if arrays[name].shape != shape or 0 in shape]
     wrong += [] if arrays["walk_llc"].ndim == 2 else ["walk_llc"]
@@ -169,15 +146,15 @@ def _check_arrays(place: Path, arrays: Mapping[str, np.ndarray], values: dict[st
         )
 
 
-def _merged(first: Mapping[str, tuple], second: Mapping[str, tuple]) -> dict[str, tuple]:
-    return {name: (*first.get(name, ()), *second.get(name, ())) for name in {**first, **second}}
-
-
 def _plain(value: Any) -> Any:
     """Turn arrays and numpy scalars into lists and numbers.
 
     JSON has no NaN, so those become strings.
     """
+    if isinstance(value, Finding):
+        value = dataclasses.asdict(value)
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

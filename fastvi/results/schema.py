@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 PLAIN = {bool: bool, str: str, type(None): type(None), dict: dict, list: list}
+SHOWN = 60  # letters of a value that an error quotes
 
 
 class Rule(NamedTuple):
@@ -31,7 +32,7 @@ def is_number(value: Any) -> bool:
 def fits(value: Any, hint: Any) -> bool:
     """Say whether a value of JSON is what an annotation promises.
 
-    Arrays are lists of numbers there.
+    Arrays are lists of numbers there, dataclasses and named tuples are objects.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -50,11 +51,20 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(fits(item, arguments[1]) for item in value.values())
-    return (
-        dataclasses.is_dataclass(hint)
-        and isinstance(value, dict)
-        and wrong_field(hint, value) is None
-    )
+    return _is_record(hint) and isinstance(value, dict) and wrong_field(hint, value) is None
+
+
+def build(value: Any, hint: Any) -> Any:
+    """Turn a value of JSON that fits an annotation into what the annotation names."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return build(value, next(argument for argument in arguments if fits(value, argument)))
+    if origin is tuple:
+        return tuple(build(item, arguments[0]) for item in value)
+    if _is_record(hint):
+        hints = get_type_hints(hint)
+        return hint(**{name: build(item, hints[name]) for name, item in value.items()})
+    return np.asarray(value, float) if hint is np.ndarray else value
 
 
 def wrong_field(
@@ -62,32 +72,46 @@ def wrong_field(
     values: Mapping[str, Any],
     rules: Mapping[str, Rule] | None = None,
     elsewhere: Collection[str] = (),
+    prefix: str = "",
 ) -> str | None:
-    """Say what keeps values from being the fields of a dataclass; None where nothing does.
+    """Say what keeps values from being the fields of a class; None where nothing does.
 
     Args:
-        cls: The dataclass.
+        cls: A dataclass or a named tuple.
         values: Its fields, as JSON has them.
         rules: What some fields must be beyond their types.
         elsewhere: Fields that are not among the values, or that somebody else checks.
+        prefix: Names of the fields that the values lie in, each with a point.
     """
-    hints = get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls) if field.name not in elsewhere]
-    missing = [name for name in names if name not in values]
-    unknown = [name for name in values if name not in names and name not in elsewhere]
-    if missing or unknown:
-        return (
-            f"lacks {missing[0]!r}" if missing else f"holds {unknown[0]!r}, which is no field of it"
-        )
-    for name in names:
-        if not fits(values[name], hints[name]):
-            return f"has {name} = {_shown(values[name])}, which is of the wrong type"
-        rule = (rules or {}).get(name)
-        if rule is not None and not rule.holds(values[name]):
-            return f"has {name} = {_shown(values[name])}, which is not {rule.words}"
-    return None
+    hints = {name: hint for name, hint in get_type_hints(cls).items() if name not in elsewhere}
+    for name in hints:
+        if name not in values:
+            return f"lacks {prefix + name!r}"
+    for name in values:
+        if name not in hints and name not in elsewhere:
+            return f"holds {prefix + name!r}, which is no field of it"
+    return next(
+        (
+            wrong
+            for name, hint in hints.items()
+            if (wrong := _wrong_value(prefix + name, values[name], hint, (rules or {}).get(name)))
+        ),
+        None,
+    )
 
 
-def _shown(value: Any) -> str:
+def _wrong_value(name: str, value: Any, hint: Any, rule: Rule | None) -> str | None:
+    """Say what is wrong with one field: its type, its rule, or a field within it."""
+    record = next((one for one in (hint, *get_args(hint)) if _is_record(one)), None)
+    is_inner = record is not None and isinstance(value, dict)
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    said = f"has {name} = {text if len(text) <= SHOWN else text[: SHOWN - 3] + '...'}, which is "
+    if not is_inner and not fits(value, hint):
+        return f"{said}of the wrong type"
+    if rule is not None and not rule.holds(value):
+        return f"{said}not {rule.words}"
+    return wrong_field(record, value, prefix=f"{name}.") if is_inner else None
+
+
+def _is_record(hint: Any) -> bool:
+    return isinstance(hint, type) and (dataclasses.is_dataclass(hint) or hasattr(hint, "_fields"))

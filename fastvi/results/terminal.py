@@ -9,8 +9,9 @@ import sys
 from typing import TextIO
 
 SPELLED = {
-    "±": "+-", "…": "...", "·": "-", "−": "-", "–": "-", "—": "-", "×": "x", "λ": "lambda", "β": "beta",
-    "γ": "gamma", "σ": "sigma", "²": "^2", "√": "sqrt", "≤": "<=", "≥": ">=", "≈": "~", "→": "->", "\u00a0": " ",
+    "±": "+-", "…": "...", "·": "-", "−": "-", "–": "-", "—": "-", "×": "x", "\u00a0": " ",
+    "λ": "lambda", "β": "beta", "γ": "gamma", "σ": "sigma",
+    "²": "^2", "√": "sqrt", "≤": "<=", "≥": ">=", "≈": "~", "→": "->",
 }  # fmt: skip
 
 
@@ -58,8 +59,11 @@ def warn(line: str) -> None:
     write_text(sys.stderr, f"{line}\n")
 
 
-def settle_streams() -> None:
-    """Flush stdout and stderr, and lead what one cannot take nowhere, else Python fails when the process ends."""
+def flush_streams() -> None:
+    """Flush stdout and stderr, and connect to the null device each that cannot be written.
+
+    Python flushes them once more when the process ends, and would fail then.
+    """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and write_text(stream, "") is not None:
             with contextlib.suppress(

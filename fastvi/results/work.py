@@ -1,6 +1,5 @@
 """The work of a finished fit: counts of calls, and the price of each stage."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 from fastvi.config import VIConfig
@@ -12,47 +11,58 @@ from fastvi.target.data import Problem
 from fastvi.target.work import Work
 
 
-class Counts(NamedTuple):
-    """Calls of all chains, whatever the number of examples of each.
+class RunWork(NamedTuple):
+    """Calls and FGE of all chains; Python numbers unless the run was traced.
 
     Attributes:
         n_full_loss: Losses on all data.
         n_minibatch_grads: Minibatch gradients of the fit.
         n_hvp: Hessian-vector products.
         n_cholesky_ridge: Factorisations during the fit that only a ridge made possible.
+        fge_look: Checks of the loss before anything is compiled for long.
+        fge_curvature: Curvature at w*, whitening, calibration, and the way down from a saddle.
+        fge_fit: All steps of the fit.
+        fge_evaluation: Losses under q, and L_n(w*).
+        fge_per_step: One step of one chain.
+        total_fge: All stages.
+        fge_correction: Sampling of the posterior itself.
     """
 
-    n_full_loss: Any
-    n_minibatch_grads: Any
-    n_hvp: Any
-    n_cholesky_ridge: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class RunWork:
-    """The counts of a run and the work of its stages; `fge_per_step` is that of one chain."""
-
-    counts: Counts
-    stages: dict[str, Work]
+    n_full_loss: int
+    n_minibatch_grads: int
+    n_hvp: int
+    n_cholesky_ridge: int
+    fge_look: float
+    fge_curvature: float
+    fge_fit: float
+    fge_evaluation: float
     fge_per_step: float
-    num_data: int
+    total_fge: float
+    fge_correction: float = 0.0
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return counts and FGE; Python numbers unless the run was traced."""
-        fge = {f"fge_{name}": work.fge(self.num_data) for name, work in self.stages.items()}
-        total = sum(fge.values())
-        return {
-            **self.counts._asdict(),
-            **fge,
-            "fge_per_step": self.fge_per_step,
-            "total_fge": total,
-        }
+    def with_correction(self, fge: float) -> "RunWork":
+        """Add the work of sampling the posterior."""
+        return self._replace(fge_correction=fge, total_fge=self.total_fge + fge)
 
 
 def count_work(
-    fit: Fit, problem: Problem, config: VIConfig, num_chains: int, look: LossLook = LossLook()
+    fit: Fit,
+    problem: Problem,
+    config: VIConfig,
+    num_chains: int,
+    look: LossLook = LossLook(),
+    descent_losses: int = 0,
 ) -> RunWork:
-    """Count the work of a finished fit over all chains."""
+    """Count the work of a finished fit over all chains.
+
+    Args:
+        fit: The fit.
+        problem: Target and data.
+        config: The configuration that ran.
+        num_chains: Number of chains.
+        look: The checks of the loss.
+        descent_losses: Losses on all data that followed the least curvature at w*.
+    """
     config, num_data = config.filled, problem.num_data
     steps, draws = fit.traces["elbo"].shape[1], config.evaluation_draws
     gradients = steps * config.step_draws * num_chains
@@ -63,35 +73,32 @@ def count_work(
     if config.control_variate == "hvp":
         rows = min(fit.family.num_moment_terms, problem.posterior.center.size)
         evaluation_hvp = num_chains * (draws + rows + config.trace_probes)
-    at_center = Work(losses=num_data) if fit.outcome.slope is None else Work(gradients=num_data)
+    at_center = Work(losses=1) if fit.outcome.slope is None else Work(gradients=1)
     calibration = calibration_steps(num_chains, config.step_draws) * num_chains * config.step_draws
     minibatches = moment + calibration * _concrete(fit.calibration_rounds)
-    stages = {
-        "look": Work(gradients=look.sample_gradients),
-        "curvature": Work(
-            gradients=problem.batch_size * minibatches,
-            hessian_products=min(num_data, config.hessian_examples) * start_hvp,
-        ),
-        "fit": Work(gradients=problem.batch_size * gradients),
-        "evaluation": at_center
-        + Work(losses=num_data * num_chains * draws, hessian_products=num_data * evaluation_hvp),
-    }
+    curvature = Work(
+        gradients=problem.batch_size * minibatches,
+        losses=num_data * descent_losses,
+        hessian_products=min(num_data, config.hessian_examples) * start_hvp,
+    )
+    # of evaluations on all data, one is a full-gradient equivalent times its price
+    evaluation = at_center + Work(losses=num_chains * draws, hessian_products=evaluation_hvp)
     ridges = fit.traces.get("cholesky_ridge")
-    counts = Counts(
-        n_full_loss=num_chains * draws,
+    stages = {
+        "fge_look": Work(gradients=look.sample_gradients).fge(num_data),
+        "fge_curvature": curvature.fge(num_data),
+        "fge_fit": Work(gradients=problem.batch_size * gradients).fge(num_data),
+        "fge_evaluation": evaluation.sample_gradients,
+    }
+    return RunWork(
+        n_full_loss=num_chains * draws + descent_losses,
         n_minibatch_grads=gradients,
         n_hvp=start_hvp + evaluation_hvp,
         n_cholesky_ridge=0 if ridges is None else _concrete(ridges.sum()),
+        **stages,
+        fge_per_step=Work(gradients=problem.batch_size * config.step_draws).fge(num_data),
+        total_fge=sum(stages.values()),
     )
-    per_step = Work(gradients=problem.batch_size * config.step_draws).fge(num_data)
-    return RunWork(counts, stages, per_step, num_data)
-
-
-def with_losses(work: RunWork, losses: int) -> RunWork:
-    """Add losses on all data that looked at the curvature at w*."""
-    counts = work.counts._replace(n_full_loss=work.counts.n_full_loss + losses)
-    curvature = work.stages["curvature"] + Work(losses=losses * work.num_data)
-    return dataclasses.replace(work, counts=counts, stages={**work.stages, "curvature": curvature})
 
 
 def _concrete(value: Any) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
 from fastvi._typing import Array, Batch, Float, Int, Key
-from fastvi.kernels.noise import NOISE_BLOCKS, words
+from fastvi.kernels.noise import streams, words
 from fastvi.target.losses import num_examples, take_examples
 from fastvi.target.objective import FlatObjective, value_and_grad
 from fastvi.target.posterior import LocalPosterior
@@ -178,8 +178,8 @@ class Window(AbstractData):
         the window's loss.
         """
         first = words(key, 1)[0] % jnp.uint32(self.num_examples)
-        # a fit counts NOISE_BLOCKS + 1 blocks a step, so this is the number of examples used before
-        used = jnp.asarray(block, jnp.uint32) // (NOISE_BLOCKS + 1) * size
+        # the number of examples that the steps before used
+        used = streams.step_of(jnp.asarray(block, jnp.uint32)) * size
         rows = first + (used + jnp.arange(size, dtype=jnp.uint32)) % self.num_examples
         return take_examples(self.examples, (rows % self.num_examples).astype(jnp.int32))
 

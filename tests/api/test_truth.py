@@ -23,7 +23,7 @@ def no_data(count=COUNT):
 def tell(name, result, *more):
     """Show what was measured, under `pytest -s`."""
     words = f"llc {result.llc:.4f} +- {result.llc_sem:.4f}, elbo {result.elbo:.3f}"
-    work = f"{result.traces['elbo'].shape[1]} steps, {result.work['total_fge']:.0f} FGE"
+    work = f"{result.traces['elbo'].shape[1]} steps, {result.work.total_fge:.0f} FGE"
     findings = [finding.name for finding in result.health]
     say(f"{name}: {words}, {work}, {findings}", *more)
 
@@ -113,7 +113,7 @@ def test_least_squares_on_minibatches(regression):
     assert result.llc == pytest.approx(llc, rel=0.01)
     assert result.elbo == pytest.approx(log_z, abs=0.5)
     assert result.init_loss == pytest.approx(loss, rel=1e-4)
-    assert result.work["total_fge"] < 1300
+    assert result.work.total_fge < 1300
     assert result.converged
 
 
@@ -133,9 +133,9 @@ def test_few_steep_directions_among_flat_ones():
         quadratic_llc(curvatures, NBETA, gamma),
         quadratic_log_z(curvatures, NBETA, gamma, dim),
     )
-    tell("20 of 2000", result, "truth", llc, log_z, "rank", result.curvature["rank"])
+    tell("20 of 2000", result, "truth", llc, log_z, "rank", result.curvature.rank)
     assert result.llc == pytest.approx(llc, rel=0.02)
-    assert result.curvature["rank"] == steep
+    assert result.curvature.rank == steep
 
 
 # Singular losses.
@@ -203,7 +203,7 @@ def test_singular_llc_follows_the_virial(degrees, gamma):
     tell(f"monomial {degrees}", result, "by the virial", stationary)
     assert result.llc_sem < 0.025 * result.llc  # the spread of the fits
     assert result.llc == pytest.approx(stationary, abs=max(0.025 * stationary, 4 * result.llc_sem))
-    assert min(result.evaluation["variance_reduction"]) > 100
+    assert min(result.evaluation.variance_reduction) > 100
 
 
 # Slow: the seeds' family, honest errors, and the order of families on a real network.

@@ -156,7 +156,7 @@ def test_plot_panels(quadratic):
         "virial",
         "leading",
     ]
-    without = dataclasses.replace(result, curvature={**result.curvature, "spectrum": []})
+    without = dataclasses.replace(result, curvature=result.curvature._replace(spectrum=[]))
     assert plot_traces(without).axes[3].get_title(loc="left") == "learning rate"
 
 

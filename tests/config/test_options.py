@@ -99,10 +99,11 @@ def built(config):
 
 
 def family_of(config):
-    """What the family is made of, and how its parameters begin."""
-    family, init = built(config)
-    values = [np.asarray(leaf).tolist() for leaf in jax.tree_util.tree_leaves(family)]
-    return text_of(lambda keys: init(keys[0])), str(jax.tree_util.tree_structure(family)), values
+    """What the family is made of, its numbers, and how its parameters begin."""
+    family, _ = built(config)
+    leaves, structure = jax.tree_util.tree_flatten(family)
+    numbers = [np.asarray(leaf).tolist() for leaf in leaves]
+    return text_of(lambda keys: built(config)[1](keys[0])), str(structure), numbers
 
 
 def state_of(config, keys):

@@ -46,7 +46,7 @@ def test_nothing_is_compiled_twice():
         estimate(2, 0.1, nbeta=20.0, localization=3.0)
     assert watch.programs == 0
     assert second.llc != first.llc
-    assert second.timings["compile"] < first.timings["compile"]
+    assert second.timings.compile < first.timings.compile
 
 
 # The same function, another state.

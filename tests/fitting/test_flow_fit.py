@@ -16,11 +16,12 @@ from conftest import enable_x64
 import fastvi
 from fastvi._errors import ConfigError
 from fastvi._optional import MissingExtraError
-from fastvi.config import FlowConfig, VIConfig
+from fastvi.config import VIConfig
 from fastvi.families import BACKENDS, FAMILIES, AbstractBackend, register_backend
-from fastvi.families.backends.base import standard_log_prob
+from fastvi.families.backends.base import Architecture
 from fastvi.families.backends.nux import NuxBackend
 from fastvi.families.flow import MOMENT_DRAWS
+from fastvi.flows.distributions import standard_log_prob
 from fastvi.target.objective import make_flat_objective
 
 COUNT, DIM, STEPS = 1000, 4, 40
@@ -163,10 +164,10 @@ BUILT_IN += [("nux", "realnvp"), ("nux", "spline_coupling")]
 def test_backend_laws(name, template):
     skip_without(name)
     with enable_x64(True):
-        config = FlowConfig(template=template, depth=2, hidden=(8,), bins=4, init_scale=1.0)
+        config = Architecture(template=template, depth=2, hidden=(8,), bins=4, init_scale=1.0)
         backend = BACKENDS[name](2, config)
         identity = BACKENDS[name](
-            2, FlowConfig(template=template, depth=2, hidden=(8,), bins=4, init_scale=0.0)
+            2, Architecture(template=template, depth=2, hidden=(8,), bins=4, init_scale=0.0)
         )
         noise = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))
 
@@ -230,9 +231,9 @@ def test_registered_backend():
 def test_nux_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nux", None)
     with pytest.raises(MissingExtraError, match=r"github\.com/Information-Fusion-Lab-Umass/NuX"):
-        NuxBackend(2, FlowConfig()).init(jax.random.key(0))
+        NuxBackend(2, Architecture()).init(jax.random.key(0))
     with pytest.raises(ConfigError, match="template"):
-        NuxBackend(2, FlowConfig(template="maf"))
+        NuxBackend(2, Architecture(template="maf"))
 
 
 # Posteriors that are known.

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from fastvi.families.base import Blocks, Outer, UpdateRules
+from fastvi.families.updates import Blocks, UpdateRules
 from fastvi.fitting.optimizer import (
     ADAM_B1,
     ADAM_B2,
@@ -102,46 +102,56 @@ def test_shared_rows_keep_their_direction():
     np.testing.assert_allclose(scaled["a"], first["a"] / (np.abs(first["a"]) + DAMPING), rtol=1e-5)
 
 
-@pytest.mark.parametrize("shared", [(), ("b",)])
-def test_blocks_touch_their_own_moments_only(shared):
-    transform = scale_by_moments(rules(shared, blocked=("b",)))
-    state = transform.init(PARAMS)
-    square, left = np.zeros((3, 1 if shared else 5)), np.ones(3)
-    rng = np.random.default_rng(5)
-    for labels in ([0], [2], [0], [0, 2], [2, 2]):
-        values = rng.normal(size=(len(labels), 5)).astype(np.float32)
-        gradient = {"a": jnp.ones(4), "b": Blocks(jnp.asarray(labels), jnp.asarray(values))}
-        scaled, state = transform.update(gradient, state, elapsed=START)
+MATRICES = {"a": jnp.zeros(4), "b": jnp.zeros((3, 2, 5))}
+
+
+def blocks(labels, seed=5, terms=3):
+    rng = np.random.default_rng(seed)
+    sizes = (len(labels), terms, 2), (len(labels), terms, 5)
+    return Blocks(
+        jnp.asarray(labels), *(jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes)
+    )
+
+
+def written_out(gradient):
+    return np.einsum("btr,btd->brd", gradient.left, gradient.right)
+
+
+def test_blocks_touch_their_own_moments_only():
+    transform = scale_by_moments(rules(("b",), blocked=("b",)))
+    state = transform.init(MATRICES)
+    square, left = np.zeros((3, 2, 1)), np.ones(3)
+    for seed, labels in enumerate(([0], [2], [0], [0, 2], [2, 2])):
+        gradient = blocks(labels, seed)
+        scaled, state = transform.update({"a": jnp.ones(4), "b": gradient}, state, elapsed=START)
         expected = []
-        for label, value in zip(labels, values, strict=True):
-            new = np.mean(value**2, keepdims=True) if shared else value**2
+        for label, value in zip(labels, written_out(gradient), strict=True):
+            new = np.mean(value**2, axis=-1, keepdims=True)
             square[label] += (1 - ADAM_B2) * (new - square[label])
             left[label] *= ADAM_B2
             expected.append(value / (np.sqrt(square[label] / (1 - left[label])) + DAMPING))
         np.testing.assert_array_equal(scaled["b"].index, labels)
-        np.testing.assert_allclose(scaled["b"].values, expected, rtol=1e-4)
+        np.testing.assert_allclose(written_out(scaled["b"]), expected, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(state.square["b"], square, rtol=1e-4)
     assert np.all(state.square["b"][1] == 0)
 
 
-def test_blocks_of_low_rank_step_like_the_matrices_they_stand_for():
-    transform = scale_by_moments(rules(("b",), blocked=("b",)))
-    params = {"a": jnp.zeros(4), "b": jnp.zeros((3, 2, 5))}
-    rng = np.random.default_rng(6)
-    left, right = (jnp.asarray(rng.normal(size=(2, 3, size)), jnp.float32) for size in (2, 5))
-    outer = Outer(left, right)
-    matrices = jnp.einsum("btr,btd->brd", left, right)
-    products, written = (
-        {"a": jnp.ones(4), "b": Blocks(jnp.asarray([2, 0]), b)} for b in (outer, matrices)
+def test_blocks_need_moments_that_rows_share():
+    transform = scale_by_moments(rules((), blocked=("b",)))
+    gradient, state = {"a": jnp.ones(4), "b": blocks([1])}, transform.init(MATRICES)
+    with pytest.raises(ValueError, match="share"):
+        transform.update(gradient, state, elapsed=START)
+
+
+def test_the_norm_of_blocks_is_that_of_the_matrices_they_stand_for():
+    gradient = blocks([2, 0])
+    matrices = written_out(gradient)
+    expected = np.sqrt(4 + np.sum(matrices**2))
+    found = gradient_norm({"a": jnp.ones(4), "b": gradient})
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        written_out(scale(gradient, 3.0)), 3 * matrices, rtol=1e-5, atol=1e-6
     )
-    np.testing.assert_allclose(gradient_norm(products), gradient_norm(written), rtol=1e-6)
-    stepped, state = transform.update(scale(products, 3.0), transform.init(params), elapsed=START)
-    expected, expected_state = transform.update(
-        scale(written, 3.0), transform.init(params), elapsed=START
-    )
-    actual = jnp.einsum("btr,btd->brd", *stepped["b"].values)
-    np.testing.assert_allclose(actual, expected["b"].values, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(state.square["b"], expected_state.square["b"], rtol=1e-5)
 
 
 def clipped(transform, vectors):
@@ -187,18 +197,17 @@ def test_the_bound_grows_with_the_root_of_time():
     np.testing.assert_allclose(bound_after(steps), 6.0, rtol=1e-3)
 
 
-def test_the_norm_counts_blocks_but_not_their_index():
-    gradient = {"a": jnp.full(4, 1.0), "b": Blocks(jnp.asarray([2]), jnp.full((1, 5), 2.0))}
-    np.testing.assert_allclose(gradient_norm(gradient), np.sqrt(4 + 20), rtol=1e-6)
+def test_clipping_scales_blocks_but_not_their_index():
+    gradient = {"a": jnp.full(4, 1.0), "b": blocks([2])}
     transform = clip_by_typical_norm(1.0)
-    _, state = transform.update(gradient, transform.init(PARAMS))
-    large = jax.tree_util.tree_map(
-        lambda leaf: leaf if leaf.dtype == jnp.int32 else 10 * leaf, gradient
-    )
+    _, state = transform.update(gradient, transform.init(MATRICES))
+    large = scale(gradient, 10.0)
     result, _ = transform.update(large, state)
     assert result["b"].index.dtype == gradient["b"].index.dtype
     np.testing.assert_array_equal(result["b"].index, [2])
-    np.testing.assert_allclose(result["b"].values, 2.0, rtol=1e-5)
+    np.testing.assert_allclose(
+        written_out(result["b"]), written_out(gradient["b"]), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(result["a"], 1.0, rtol=1e-5)
 
 
@@ -323,7 +332,8 @@ def test_decay_length():
 
 def test_rows_whose_terms_cancel_have_no_negative_square():
     right = jax.random.normal(jax.random.key(0), (1, 1, 1000))
-    outer = Outer(
+    outer = Blocks(
+        jnp.asarray([0]),
         jnp.asarray([[[1.0, 0.3], [-1.0, -0.3]]]),
         jnp.concatenate([right, right * (1 + 1e-6)], axis=1),
     )

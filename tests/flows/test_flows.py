@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +34,12 @@ def gate(context):
 
 
 TRANSFORMS = {
-    "affine": lambda key, c: flows.AffineCoupling.create(key, DIM, MASK, 8, 1, context_dim=c),
-    "spline": lambda key, c: flows.SplineCoupling.create(
-        key, DIM, MASK, 8, 1, num_bins=4, context_dim=c
+    "affine": lambda key, c: flows.Coupling.create(key, DIM, MASK, 8, 1, context_dim=c),
+    "spline": lambda key, c: flows.Coupling.create(
+        key, DIM, MASK, 8, 1, elementwise=flows.RationalQuadratic(4), context_dim=c
     ),
-    "two bins": lambda key, c: flows.SplineCoupling.create(
-        key, DIM, MASK, 8, 1, num_bins=2, context_dim=c
+    "two bins": lambda key, c: flows.Coupling.create(
+        key, DIM, MASK, 8, 1, elementwise=flows.RationalQuadratic(2), context_dim=c
     ),
     "linear": lambda key, c: flows.LinearTransform.create(key, DIM, context_dim=c, hidden_dim=8),
     "permutation": lambda key, c: flows.Permutation.create(key, [2, 0, 1]),
@@ -167,12 +166,32 @@ def test_builders_have_the_defaults_of_the_specification():
         "context_feature_dim": None,
         "return_transform_only": False,
     }
-    for builder in (flows.build_realnvp, flows.build_spline_realnvp):
-        found = {name: each.default for name, each in inspect.signature(builder).parameters.items()}
-        assert {name: found[name] for name in expected} == expected
-    assert inspect.signature(flows.build_realnvp).parameters["max_log_scale"].default == 5.0
-    spline = inspect.signature(flows.build_spline_realnvp).parameters
-    assert (spline["num_bins"].default, spline["tail_bound"].default) == (8, 5.0)
+    found = vars(flows.BuilderOptions())
+    assert {name: found[name] for name in expected} == expected
+    assert flows.BoundedAffine().max_log_scale == 5.0
+    spline = flows.RationalQuadratic()
+    assert (spline.num_bins, spline.tail_bound) == (8, 5.0)
+    given_by_name = {k: v for k, v in expected.items() if k != "context_extractor_n_layers"}
+    for build in (flows.build_realnvp, flows.build_spline_realnvp):
+        (plain, params), (given, same) = (
+            build(jax.random.key(0), 3, 2, 8, 1, **options) for options in ({}, given_by_name)
+        )
+        assert plain == given
+        jax.tree_util.tree_map(np.testing.assert_array_equal, params, same)
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (flows.build_realnvp, {"max_log_scale": 1.5}),
+        (flows.build_spline_realnvp, {"num_bins": 3, "tail_bound": 2.0, "min_derivative": 0.1}),
+        (flows.build_spline_maf, {"num_bins": 3, "max_derivative": 4.0}),
+    ],
+)
+def test_options_of_the_map_reach_every_layer(build, options):
+    flow, _ = build(jax.random.key(0), 3, 2, 8, 1, use_loft=False, **options)
+    for block in flow.transform.blocks:
+        assert {name: getattr(block.elementwise, name) for name in options} == options
 
 
 def test_parameters_have_the_documented_structure():
@@ -230,8 +249,8 @@ def test_blocks_in_a_loop_give_what_they_give_one_by_one(dim, x64):
 
 
 def test_affine_coupling_is_its_formula(x64):
-    layer, params = flows.AffineCoupling.create(
-        jax.random.key(0), 2, (1, 0), 4, 0, max_log_scale=2.0
+    layer, params = flows.Coupling.create(
+        jax.random.key(0), 2, (1, 0), 4, 0, elementwise=flows.BoundedAffine(2.0)
     )
     params["mlp"]["dense_out"] = {"kernel": jnp.zeros((4, 2)), "bias": jnp.asarray([0.3, 0.7])}
     y, log_det = layer.forward(params, jnp.asarray([1.5, -2.0]))
@@ -469,7 +488,7 @@ CONDITIONAL, CONDITIONAL_PARAMS = flows.build_realnvp(jax.random.key(0), 3, 2, 8
             "context_dim",
         ),
         (
-            lambda: flows.AffineCoupling.create(jax.random.key(0), 3, (1, 0), 8, 1),
+            lambda: flows.Coupling.create(jax.random.key(0), 3, (1, 0), 8, 1),
             ConfigError,
             "dim=3",
         ),

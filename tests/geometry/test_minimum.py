@@ -108,9 +108,9 @@ def test_an_estimate_looks_at_all_data():
     off = w + np.eye(DIM)[2] * math.sqrt(2 / hessian[2, 2])
     beside = fastvi.estimate_llc(logistic, jnp.asarray(off, jnp.float32), data, **options)
     assert "not_a_minimum" not in [finding.name for finding in at.health]
-    assert at.curvature["newton_decrement"] < 1e-3
+    assert at.curvature.newton_decrement < 1e-3
     assert "not_a_minimum" in [finding.name for finding in beside.health]
-    assert beside.curvature["newton_decrement"] == pytest.approx(1.0, rel=0.15)
+    assert beside.curvature.newton_decrement == pytest.approx(1.0, rel=0.15)
 
 
 NO_DATA = hold(jnp.zeros(1))
@@ -192,9 +192,9 @@ def test_a_saddle_is_still_one_after_a_correction():
         return (0.5 * jnp.sum(w[:3] ** 2) + 0.02 * ((w[3] ** 2 - 1) ** 2 - 1)) * jnp.mean(batch[0])
 
     result = fastvi.estimate_llc(saddle, jnp.zeros(4), DATA, **OPTIONS)
-    assert result.correction["method"] == "reweight"
+    assert result.correction.method == "reweight"
     assert "saddle" in names(result)["negative_curvature"].observed
-    assert result.curvature["lowest"] == pytest.approx(-0.08 * result.nbeta + 1, rel=1e-3)
+    assert result.curvature.lowest == pytest.approx(-0.08 * result.nbeta + 1, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from fastvi.fitting import optimizer
 from fastvi.fitting import step as loop
 from fastvi.fitting.stages import build_family
 from fastvi.fitting.step_plan import FINAL_RATE, Phases, plan_steps
-from fastvi.kernels.elbo_step import reference
 from fastvi.kernels.woodbury import Noise
 from fastvi.target.data import hold
+from tests.support import elbo_step as reference
 from tests.support.stand_ins import begun
 
 DIM, NUM_DATA, BATCH, CHAINS, LENGTH, CHUNKS = 5, 12, 4, 2, 3, 2

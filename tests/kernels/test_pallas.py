@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 
 from fastvi._errors import ConfigError
 from fastvi.kernels import OPS, woodbury
-from fastvi.kernels.woodbury import cases, reference, xla
+from fastvi.kernels.woodbury import reference, xla
+from tests.support import woodbury_cases as cases
 from tests.support.density_draws import assert_close, draws
 
 if importlib.util.find_spec("jax.experimental.pallas.triton") is None:

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from fastvi._errors import ConfigError
 from fastvi.kernels import OPS, _triton, woodbury
-from fastvi.kernels.woodbury import cases
 from tests.support import triton_interpreter
+from tests.support import woodbury_cases as cases
 from tests.support.density_draws import assert_close, draws
 
 if importlib.util.find_spec("triton") is None:

@@ -1,4 +1,7 @@
-"""Draws of a fitted q and their density, against scipy's normals and the normalising constant of a quadratic."""
+"""Draws of a fitted q and their density.
+
+Against scipy's normals and the normalising constant of a quadratic.
+"""
 
 import dataclasses
 import math
@@ -64,7 +67,7 @@ def result():
 
 
 def normals(*shifts):
-    """A q of one component with a core and a factor, its parameters at each shift, means, and covariance.
+    """A q of one component, its parameters at each shift, means, and covariance.
 
     The last two by docs/math.md "Family".
     """
@@ -118,7 +121,7 @@ def test_draws_have_the_moments_and_the_density_of_a_mixture_over_chains():
 
 
 def laplace_flow():
-    """A q by a flow that is off the identity on two of three directions, and the precision that it started from."""
+    """A q by a flow off the identity on two of three directions, and the precision of its start."""
     scale, core = np.array([1.0, 0.5, 2.0]), np.array([[1.0, -2.0, 0.5]])
     flow = {"depth": 2, "hidden": [4], "init_scale": 0.3}
     config = VIConfig.create({"family": "flow", "d_latent": 2, "flow": flow})

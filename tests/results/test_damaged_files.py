@@ -16,6 +16,7 @@ import pytest
 
 import fastvi
 from fastvi import ConfigError, DataError, LLCEstimate, VIConfig
+from fastvi.results.parts import DrawValues
 from fastvi.results.runs import Origin, read_origin, read_record, read_settings, write_run
 
 ORIGIN = Origin("some_module:target", 3, 2.0, None, 1)
@@ -226,7 +227,7 @@ RESULT = {
     "float for a count": (put("dim", 4.0), "has dim = 4.0, which is of the wrong type"),
     "negative count": (put("n_data", -1), "has n_data = -1, which is not an integer >= 1"),
     "nan nbeta": (put("nbeta", NAN), "has nbeta = nan, which is not a finite number > 0"),
-    "nan seconds": (put("timings", "total", NAN), "has timings = "),
+    "nan seconds": (put("timings", "total", NAN), "has timings = {"),
     "bad constant": (
         put("llc", {"non_finite": "maybe"}),
         "has 'maybe' where nan, inf or -inf is wanted",
@@ -245,10 +246,15 @@ RESULT = {
         put("correction", {"method": "magic"}),
         "which is not a reweighted or sampled average",
     ),
-    "correction without work": (
+    "correction without its numbers": (
         put("correction", {"method": "sample", "khat": 0.1}),
-        "lacks 'work.fge_correction'",
+        "lacks 'correction.in_memory'",
     ),
+    "text within a part": (
+        put("curvature", "rank", "two"),
+        "has curvature.rank = 'two', which is of the wrong type",
+    ),
+    "extra entry": (put("work", "flops", 1.0), "holds 'work.flops', which is no field of it"),
     "config of text": (put("config", "M=1"), "lacks 'config'"),
     "config field": (put("config", "M", 0), "M must be an integer >= 1"),
     "config extra": (put("config", "N", 1), "N must be a field of VIConfig"),
@@ -445,7 +451,7 @@ def same(one, other):
         },
         {
             "log_weights": np.array([[1.0, np.nan, -np.inf, 1e-300]]),
-            "draws": {},
+            "draws": DrawValues(*(np.full((1, 4), x) for x in (1e-300, np.inf, np.nan))),
             "init_loss": 5e-324,
         },
     ],

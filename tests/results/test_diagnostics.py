@@ -17,10 +17,12 @@ from fastvi import LLCEstimate, estimate_llc, to_arviz, write_report
 from fastvi.evaluation.importance import Importance, assess_importance
 from fastvi.geometry.minimum import Bottom
 from fastvi.results.findings import Evidence, correction_findings, health_findings
+from fastvi.results.parts import ChainValues, Correction
 from fastvi.results.report.panels import PANELS
 from fastvi.results.report.plots import plot_panels
 from fastvi.results.report.tensorboard import Events, LiveEvents, reduce_traces, write_events
 from fastvi.results.runs import Origin, write_run
+from fastvi.sampling.run import Unmet
 
 DATA = (jnp.zeros((20, 1)),)
 TAGS = {
@@ -89,16 +91,10 @@ def result(live_folder):
 def corrected(result):
     """The same result as if two walkers had followed the fit."""
     walk = np.abs(np.random.default_rng(0).normal(size=(4, 30))) + 1.0
-    details = {
-        "method": "sample",
-        "khat": 1.0,
-        "burn_in": 60,
-        "steps": 300,
-        "rhat": 1.01,
-        "variance_reduction": 2.0,
-    }
-    work = {**result.work, "fge_correction": 300.0, "total_fge": result.work["total_fge"] + 300.0}
-    timings = {**result.timings, "correction": 1.0}
+    details = Correction(
+        "sample", khat=1.0, burn_in=60, steps=300, rhat=1.01, variance_reduction=2.0
+    )
+    work, timings = result.work.with_correction(300.0), result.timings._replace(correction=1.0)
     return dataclasses.replace(
         result, llc=1.8, walk_llc=walk, correction=details, work=work, timings=timings
     )
@@ -115,15 +111,11 @@ def test_arviz_has_the_draws_of_q(result):
     container = to_arviz(result)
     posterior, stats = group(container, "posterior"), group(container, "sample_stats")
     assert posterior["llc"].dims == ("chain", "draw")
-    np.testing.assert_allclose(
-        posterior["llc"].mean("draw"), result.evaluation["llc_mc"], rtol=1e-5
-    )
+    np.testing.assert_allclose(posterior["llc"].mean("draw"), result.evaluation.llc_mc, rtol=1e-5)
     np.testing.assert_allclose(
         posterior["L"], result.init_loss + posterior["llc"].to_numpy() / result.nbeta, rtol=1e-6
     )
-    np.testing.assert_allclose(
-        stats["log_weight"].mean("draw"), result.evaluation["elbo"], rtol=1e-5
-    )
+    np.testing.assert_allclose(stats["log_weight"].mean("draw"), result.evaluation.elbo, rtol=1e-5)
     np.testing.assert_allclose(
         stats["log_p"] - stats["log_q"], stats["log_weight"], rtol=1e-6, atol=1e-6
     )
@@ -161,10 +153,10 @@ def test_arviz_of_a_corrected_run_has_the_walkers(corrected):
     np.testing.assert_array_equal(posterior["llc"], corrected.walk_llc[:, 6:])
     assert posterior.attrs["llc"] == 1.8
     work = group(container, "sample_stats")["cumulative_fge"].to_numpy()
-    assert 4 * work[0, -1] == pytest.approx(corrected.work["total_fge"])
+    assert 4 * work[0, -1] == pytest.approx(corrected.work.total_fge)
     np.testing.assert_allclose(
         group(container, "variational")["llc"].mean("draw"),
-        corrected.evaluation["llc_mc"],
+        corrected.evaluation.llc_mc,
         rtol=1e-5,
     )
 
@@ -206,7 +198,7 @@ def test_tensorboard_has_every_tag(result, written):
     per_chain = [read_events(written / f"chain_{chain}") for chain in range(2)]
     for chain, events in enumerate(per_chain):
         assert events.Scalars("vi/llc_vi")[0].value == pytest.approx(
-            result.evaluation["llc"][chain], rel=1e-6
+            result.evaluation.llc[chain], rel=1e-6
         )
         values = [event.value for event in events.Scalars("vi/radius2_q50")]
         medians = np.median(result.traces["radius2"][chain].reshape(5, 40), axis=1)
@@ -282,7 +274,7 @@ def test_events_of_a_flow_fit(tmp_path):
     values = [event.value for event in mean.Scalars("vi/latent_logdet_mean")]
     np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-6)
     assert [image.step for image in mean.Images("vi/D_sqrt")] == [1, 3, 5]
-    np.testing.assert_array_equal(found.draws["resp_entropy"], 0.0)
+    np.testing.assert_array_equal(found.draws.resp_entropy, 0.0)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -327,7 +319,7 @@ def test_a_default_run_is_written_in_under_2_seconds(result, tmp_path):
     """5,000 steps and 4 chains; processor time, because other tests share the machine."""
     rng = np.random.default_rng(0)
     traces = {name: rng.uniform(1, 2, size=(4, 5000)) for name in result.traces}
-    evaluation = {name: values * 2 for name, values in result.evaluation.items()}
+    evaluation = ChainValues(*(values * 2 for values in result.evaluation))
     long = dataclasses.replace(
         result,
         traces=traces,
@@ -394,6 +386,8 @@ def test_saved_results_keep_draws_and_the_shape_of_q(result, tmp_path):
     again = LLCEstimate.load(result.save(tmp_path))
     for name in ("draws", "family_arrays", "snapshots"):
         kept, was = getattr(again, name), getattr(result, name)
+        if name == "draws":
+            kept, was = kept._asdict(), was._asdict()
         assert set(kept) == set(was)
         for key in was:
             np.testing.assert_array_equal(kept[key], was[key])
@@ -469,9 +463,7 @@ def test_only_findings_of_the_problem_outlive_a_correction():
         "far_from_posterior",
     }
     values = {"llc": -1.0, "llc_sem": 0.1, "llc_vi": -1.0, "llc_vi_sem": 0.1}
-    result = SimpleNamespace(
-        health=found, correction={"method": "sample", "khat": 2.0, "settled": True}, **values
-    )
+    result = SimpleNamespace(health=found, correction=Correction("sample", 2.0), **values)
     kept = [finding.name for finding in correction_findings(result)]
     assert kept == ["negative_llc", "negative_curvature", "not_a_minimum"]
 
@@ -513,18 +505,16 @@ def test_a_stream_is_not_advised_to_sample():
     ],
 )
 def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says, advises):
-    details = {
-        "method": "sample",
-        "khat": 2.0,
-        "settled": False,
-        "unmet": [
-            dict(zip(("criterion", "value", "bound"), entry, strict=True)) for entry in unmet
-        ],
-        "least_budget": 70.0,
-        "narrow_dtype": narrow,
-        "steps": 64,
-        "walkers": 8,
-    }
+    details = Correction(
+        "sample",
+        khat=2.0,
+        settled=False,
+        unmet=tuple(Unmet(*entry) for entry in unmet),
+        least_budget=70.0,
+        narrow_dtype=narrow,
+        steps=64,
+        walkers=8,
+    )
     config = fastvi.VIConfig(budget=1000.0)
     values = {"llc": 2.0, "llc_sem": 0.1, "llc_vi": 2.0, "llc_vi_sem": 0.1}
     (finding,) = correction_findings(

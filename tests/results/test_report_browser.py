@@ -29,7 +29,7 @@ FLAGS += [
 
 
 def visit(page, folder):
-    """Return the page's DOM, the lines of its console and the addresses that it asked for, not the browser itself."""
+    """Return the DOM, the console's lines and the addresses that the page itself asked for."""
     log = folder / "net.json"
     command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}"]
     done = subprocess.run(

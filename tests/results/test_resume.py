@@ -136,7 +136,7 @@ def test_other_data_or_loss_are_refused(whole, tmp_path_factory):
 
 
 def test_a_loss_that_differs_only_away_from_the_minimum_is_refused(tmp_path):
-    """Where L(w*) and its gradient are zero, as of a model that interpolates, the loss there says nothing."""
+    """At L(w*) = 0 with no gradient, as a model that interpolates has, the loss says nothing."""
     options = {
         "steps": 100,
         "method": "variational",

@@ -40,7 +40,8 @@ SCALE = 1.0
 
 def target():
     Path("loaded").touch()
-    return lambda w, batch: SCALE * 0.5 * jnp.sum(w**2) * jnp.mean(batch[0]), jnp.zeros(3), (jnp.ones((20, 1)),)
+    loss = lambda w, batch: SCALE * 0.5 * jnp.sum(w**2) * jnp.mean(batch[0])
+    return loss, jnp.zeros(3), (jnp.ones((20, 1)),)
 
 
 def leaves():
@@ -88,7 +89,7 @@ def place(tmp_path, monkeypatch):
     drawing = type("Drawing", (), {"savefig": lambda self, path, dpi: path.write_bytes(b"PNG")})()
     monkeypatch.setattr(runs, "plot_traces", lambda result: drawing)
     monkeypatch.setattr(sweep_module, "draw_sweep", lambda results: drawing)
-    monkeypatch.setattr(LLCEstimate, "report", lambda self, path: path.write_text("page") and path)
+    monkeypatch.setattr(runs, "write_report", lambda result, path: path.write_text("page") and path)
     yield tmp_path / "here"
     sys.modules.pop("folder_model", None)
 

@@ -199,18 +199,18 @@ def quartic():
 @pytest.mark.as_users_compile
 def test_sampling_finds_the_posterior_s_llc(quartic):
     truth = quartic_truth(30.0)
-    assert quartic.correction["method"] == "sample"
+    assert quartic.correction.method == "sample"
     assert quartic.llc == pytest.approx(truth, rel=0.02)
     assert abs(quartic.llc - truth) < 4 * quartic.llc_sem
     assert quartic.llc_vi != quartic.llc
-    assert quartic.correction["variance_reduction"] > 10
+    assert quartic.correction.variance_reduction > 10
     assert quartic.llc_per_chain.shape == quartic.llc_sem_per_chain.shape == (8,)
     pooled = np.sqrt(np.mean(quartic.llc_sem_per_chain**2) / 8)
     assert 0.3 < pooled / quartic.llc_sem < 1.5
-    assert quartic.work["total_fge"] == pytest.approx(
+    assert quartic.work.total_fge == pytest.approx(
         sum(
             value
-            for name, value in quartic.work.items()
+            for name, value in quartic.work._asdict().items()
             if name.startswith("fge_") and name != "fge_per_step"
         )
     )
@@ -225,7 +225,7 @@ def test_reweighting_finds_it_too():
         progress=False,
         method="reweight",
     )
-    assert result.correction["method"] == "reweight"
+    assert result.correction.method == "reweight"
     assert result.llc == pytest.approx(quartic_truth(30.0), rel=0.03)
     assert abs(result.llc - quartic_truth(30.0)) < 4 * result.llc_sem
 
@@ -235,9 +235,7 @@ def test_walkers_go_on_from_where_they_are(quartic):
     truth = quartic_truth(30.0)
     assert abs(again.llc - truth) < 4 * again.llc_sem
     assert again.llc != quartic.llc
-    assert again.work["total_fge"] == pytest.approx(
-        quartic.work["total_fge"] + again.work["fge_correction"]
-    )
+    assert again.work.total_fge == pytest.approx(quartic.work.total_fge + again.work.fge_correction)
 
 
 @pytest.mark.parametrize(("error", "go_on"), [(0.02, True), (0.1, False)])
@@ -251,7 +249,7 @@ def test_only_walkers_that_go_on_count_as_agreed(quartic, monkeypatch, error, go
             super().__init__(*args, has_moved_in=has_moved_in, **options)
 
     monkeypatch.setattr(module, "Sampler", Spy)
-    assert quartic.correction["settled"]
+    assert quartic.correction.settled
     fastvi.correct(quartic, "sample", progress=False, error=error)
     assert seen == [go_on]
 
@@ -310,21 +308,19 @@ def test_no_run_exceeds_its_budget(noisy, budget):
     passes = budget * noisy.n_data
     result = fastvi.correct(noisy, "sample", progress=False, budget=passes, error=0.002)
     details = result.correction
-    assert result.work["fge_correction"] <= budget
-    assert not details["settled"]
+    assert result.work.fge_correction <= budget
+    assert not details.settled
     finding = next(finding for finding in result.health if finding.name == "walk_unsettled")
     assert all(
-        entry["criterion"] in finding.observed
-        for entry in details["unmet"]
-        if details["method"] == "sample"
+        entry.criterion in finding.observed for entry in details.unmet if details.method == "sample"
     )
     if budget < 1:
-        assert (details["method"], result.work["fge_correction"]) == ("reweight", 0)
-        assert f"budget to {math.ceil(details['least_budget'])} or more" in finding.next_step
+        assert (details.method, result.work.fge_correction) == ("reweight", 0)
+        assert f"budget to {math.ceil(details.least_budget)} or more" in finding.next_step
     else:
-        assert details["method"] == "sample"
-        assert details["walkers"] % 8 == 0
-        assert details["steps"] >= 48
+        assert details.method == "sample"
+        assert details.walkers % 8 == 0
+        assert details.steps >= 48
 
 
 def test_walkers_that_meet_nan_are_told(noisy, monkeypatch):

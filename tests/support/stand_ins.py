@@ -5,6 +5,8 @@ import numpy as np
 
 from fastvi import LLCEstimate, VIConfig
 from fastvi.geometry.start import Start
+from fastvi.results.parts import ChainValues, Curvature, DrawValues, Timings
+from fastvi.results.work import RunWork
 
 
 def begun(scale, core, rank):
@@ -33,12 +35,17 @@ def finished(dim, config=None, **fields):
         1.0,
     )
     arrays = dict.fromkeys(("llc_per_chain", "llc_sem_per_chain", "log_weights"), np.zeros(0))
-    tables = dict.fromkeys(("curvature", "evaluation", "work", "timings", "traces"), {})
     rest = {
+        "curvature": Curvature(0, 0, 0.0, 0.0, [], 0.0, 0.0),
+        "evaluation": ChainValues([], [], [], [], [], []),
+        "work": RunWork(0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        "timings": Timings(0.0, 0.0, 0.0, 0.0, 0.0),
+        "traces": {},
+        "draws": DrawValues(*(np.zeros(0),) * 3),
         "n_data": 1,
         "dim": dim,
         "converged": None,
         "health": (),
         "config": config or VIConfig(),
     }
-    return LLCEstimate(**{**numbers, **arrays, **tables, **rest, **fields})
+    return LLCEstimate(**{**numbers, **arrays, **rest, **fields})

@@ -25,8 +25,9 @@ from triton.compiler import ASTSource
 from fastvi.kernels import _triton
 from fastvi.kernels.mixture_grad import triton as gradient
 from fastvi.kernels.mixture_grad import triton_kernels as gradient_kernels
-from fastvi.kernels.woodbury import cases, triton_kernels, xla
 from fastvi.kernels.woodbury import triton as density
+from fastvi.kernels.woodbury import triton_kernels, xla
+from tests.support import woodbury_cases as cases
 
 SIZES = {
     "dim": 1_000_000,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastvi import LocalPosterior, make_flat_objective
-from fastvi.kernels.noise import NOISE_BLOCKS
+from fastvi.kernels.noise import streams
 from fastvi.target.data import (
     MOST_EXAMPLES,
     PASS_BYTES,
@@ -140,7 +140,7 @@ def test_minibatches_are_uniform_draws_with_replacement():
 def test_a_window_is_used_up_before_it_repeats():
     window = Window(jnp.arange(12), 100, num_data=1000)
     key = jax.random.key(3)
-    blocks = [(NOISE_BLOCKS + 1) * step + NOISE_BLOCKS for step in range(3)]
+    blocks = [streams.step_batch(step) for step in range(3)]
     drawn = np.concatenate([np.asarray(window.minibatch(key, 4, block)) for block in blocks])
     assert sorted(drawn.tolist()) == list(range(12))
 

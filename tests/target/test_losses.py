@@ -105,7 +105,7 @@ def test_estimate_of_a_weighted_loss_meets_its_closed_form():
     assert result.init_loss == pytest.approx(dense_mean(CENTER)[0], rel=1e-5)
     assert result.n_data == COUNT
     losses = fastvi.example_losses(result, DATA)
-    excess = result.draws["excess_loss"] + result.init_loss
+    excess = result.draws.excess_loss + result.init_loss
     np.testing.assert_allclose(
         losses.mean(axis=2), excess, rtol=1e-3
     )  # of the same draws, in float32

@@ -106,7 +106,7 @@ def test_data_restricted(result):
     # w* is no minimum of the part: its slope has no mean under q, which is centred at w*
     assert estimate.llc == pytest.approx(exact(range(6), X[::2]), abs=4 * estimate.llc_sem + 0.02)
     assert fastvi.llc_on(result, (X, Y)).llc == pytest.approx(
-        np.mean(result.evaluation["llc_mc"]), rel=1e-9
+        np.mean(result.evaluation.llc_mc), rel=1e-9
     )
 
 
@@ -116,7 +116,7 @@ def test_losses_of_single_examples(result):
     assert traces.shape == (2, 64, COUNT)
     reference = 0.5 * (X.astype(float) @ W - Y) ** 2
     llc = NBETA * (traces - reference).mean(axis=(1, 2))
-    np.testing.assert_allclose(llc, result.evaluation["llc_mc"], rtol=1e-9)
+    np.testing.assert_allclose(llc, result.evaluation.llc_mc, rtol=1e-9)
 
 
 def test_loaded_estimates_hold_no_draws(result, tmp_path):
@@ -142,15 +142,14 @@ def test_curve_over_checkpoints():
     np.testing.assert_allclose(curve.llc, llc, rtol=0.02)
     cold = fastvi.llc_curve(loss, checkpoints[:2], (inputs,), **OPTIONS, warm_start=False)
     spent = [
-        one.work["total_fge"] - one.work["fge_look"]
-        for one in (curve.estimates[0], *cold.estimates)
+        one.work.total_fge - one.work.fge_look for one in (curve.estimates[0], *cold.estimates)
     ]
     assert spent[0] == spent[1] == pytest.approx(spent[2])
     assert np.all(curve.total_fge[1:] < cold.total_fge[1])
     short = fastvi.llc_curve(loss, checkpoints[:2], (inputs,), **OPTIONS, warm_steps=50)
     assert short.total_fge[0] == curve.total_fge[0]
     assert short.estimates[1].traces["elbo"].shape[1] == 50
-    assert curve.estimates[1].work["n_hvp"] == 0
+    assert curve.estimates[1].work.n_hvp == 0
     assert [estimate.fitted is None for estimate in curve.estimates] == [True, True, True, False]
     with pytest.raises(fastvi.ConfigError, match="got warm_start=False"):
         fastvi.llc_curve(loss, checkpoints, (inputs,), **OPTIONS, warm_start=False, warm_steps=5)

@@ -59,7 +59,7 @@ def test_a_stream_has_the_llc_of_its_data(monkeypatch):
     assert abs(streamed.llc - held.llc) < 4 * np.hypot(streamed.llc_sem, held.llc_sem)
     assert streamed.llc == pytest.approx(exact, rel=0.01)
     assert streamed.init_loss == pytest.approx(held.init_loss, rel=1e-5)
-    assert streamed.work["total_fge"] == pytest.approx(held.work["total_fge"], rel=0.2)
+    assert streamed.work.total_fge == pytest.approx(held.work.total_fge, rel=0.2)
     with pytest.raises(fastvi.UnavailableError, match="in memory"):
         fastvi.correct(streamed, "sample", progress=False)
 

@@ -3,8 +3,6 @@
 import abc
 import dataclasses
 
-import jax.numpy as jnp
-
 from fastvi._errors import ConfigError
 from fastvi._typing import Array, Float, Key, PyTree
 
@@ -12,7 +10,7 @@ SPLINE_BOUND = 6.0  # standard deviations of the base that splines reach
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowSettings:
+class Architecture:
     """Architecture of a normalizing flow.
 
     Attributes:
@@ -51,7 +49,7 @@ class AbstractBackend(abc.ABC):
     """
 
     dim: int
-    settings: FlowSettings
+    settings: Architecture
 
     @abc.abstractmethod
     def init(self, key: Key) -> PyTree[Array]:
@@ -86,8 +84,3 @@ class AbstractBackend(abc.ABC):
     def width(self) -> int:
         """Return the width of the first hidden layer."""
         return self.settings.hidden[0]
-
-
-def standard_log_prob(z: Float[Array, "*batch latent"]) -> Float[Array, "*batch"]:
-    """Return the log density of N(0, I)."""
-    return -0.5 * jnp.sum(z**2, axis=-1) - 0.5 * z.shape[-1] * jnp.log(2 * jnp.pi).astype(z.dtype)

@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 import re
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError
 from fastvi._optional import import_optional
-from fastvi.families.backends.base import SPLINE_BOUND, AbstractBackend, standard_log_prob
+from fastvi.families.backends.base import SPLINE_BOUND, AbstractBackend
+from fastvi.flows.distributions import standard_log_prob
 
 LAST_LAYER = re.compile(r"\.(?:conditioner|masked_autoregressive_mlp)\.layers\[(\d+)\]")
 
@@ -59,9 +60,10 @@ class FlowJAXBackend(AbstractBackend):
 
     @functools.cached_property
     def _static(self):
-        # A thread of its own has no trace of jax in progress: arrays in it are concrete.
-        with ThreadPoolExecutor(1) as pool:
-            static = pool.submit(lambda: _partition(self._build(jax.random.key(0)))[1]).result()
+        # A trace may be in progress, and what is kept for other traces must be concrete. Under
+        # `jax.ensure_compile_time_eval` both branches of FlowJAX's runtime checks would run.
+        with jax.core.eval_context():
+            static = _partition(self._build(jax.random.key(0)))[1]
         return jax.tree_util.tree_map(
             lambda leaf: np.asarray(leaf) if eqx.is_array(leaf) else leaf, static
         )

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from fastvi._errors import ConfigError
 from fastvi._optional import MissingExtraError
-from fastvi.families.backends.base import AbstractBackend, standard_log_prob
+from fastvi.families.backends.base import AbstractBackend
+from fastvi.flows.distributions import standard_log_prob
 
 INIT_EXAMPLES = 256  # NuX initialises by data: its layers see standard normals
 HOW_TO_GET = (

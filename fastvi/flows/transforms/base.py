@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from fastvi._errors import ConfigError
 from fastvi._typing import Any, Array, Float, Given, Key
 from fastvi.flows._columns import (
     Condition,
@@ -70,6 +71,11 @@ class AbstractTransform(eqx.Module):
     ) -> tuple[Float[Array, "dim size"], Float[Array, " size"]]:
         """Map columns back."""
 
+    def check_context_dim(self, context_dim: int) -> None:
+        """Raise ConfigError unless a context's size is that of the object, or 0."""
+        if context_dim not in (0, self.context_dim or 0):
+            raise ConfigError(f"context_dim must be {self.context_dim or 0}, not {context_dim}.")
+
     @property
     def order(self) -> Order:
         """Return the order in which `push` and `pull` want the features."""
@@ -119,6 +125,20 @@ class AbstractTransform(eqx.Module):
             DataError: If a shape or dtype does not fit.
         """
         return _on_batch(self, params, jnp.asarray(y), context, g_value, "pull")
+
+
+class AbstractFixed(AbstractTransform):
+    """A transform that learns nothing and ignores any context."""
+
+    @property
+    def context_dim(self) -> None:
+        """Ignore any context."""
+        return
+
+    def init_params(self, key: Key | None = None, context_dim: int = 0) -> dict[str, Any]:
+        """Return {}."""
+        del key, context_dim
+        return {}
 
 
 @functools.partial(jax.jit, static_argnames="move")

@@ -51,8 +51,7 @@ class CompositeTransform(AbstractTransform):
 
     def init_params(self, key: Key, context_dim: int = 0) -> list[Any]:
         """Return a list with the parameters of each block, all identities."""
-        if context_dim not in (0, self.context_dim or 0):
-            raise ConfigError(f"context_dim must be {self.context_dim or 0}, not {context_dim}.")
+        self.check_context_dim(context_dim)
         keys = jax.random.split(key, len(self.blocks))
         return [
             block.init_params(block_key) for block, block_key in zip(self.blocks, keys, strict=True)

@@ -14,8 +14,9 @@ from fastvi.flows.transforms.base import AbstractTransform
 
 
 class LinearTransform(AbstractTransform):
-    """y = L (U + diag(s)) x with L unit lower and U strictly upper triangular and s = softplus(raw_diag + network).
+    """y = L (U + diag(s)) x with s = softplus(raw_diag + network).
 
+    L is unit lower and U strictly upper triangular.
     A gate g takes L to I + g (L - I), U to g U and s to 1 + g (s - 1).
 
     Attributes:
@@ -41,9 +42,8 @@ class LinearTransform(AbstractTransform):
         return None if self.conditioner is None else self.conditioner.in_dim
 
     def init_params(self, key: Key | None = None, context_dim: int = 0) -> dict[str, Any]:
-        """Return {"lower", "upper", "raw_diag"} of the identity, and "mlp" if the map is conditional."""
-        if context_dim not in (0, self.context_dim or 0):
-            raise ConfigError(f"context_dim must be {self.context_dim or 0}, not {context_dim}.")
+        """Return {"lower", "upper", "raw_diag"} of the identity, and "mlp" with a network."""
+        self.check_context_dim(context_dim)
         dtype = jnp.result_type(float)
         params: dict[str, Any] = {
             name: jnp.zeros((self.dim, self.dim), dtype) for name in ("lower", "upper")
@@ -75,7 +75,10 @@ class LinearTransform(AbstractTransform):
         return x, -jnp.sum(jnp.log(diagonal), axis=0)
 
     def _factors(self, params, condition):
-        """Return strict triangles (dim, dim), the gated diagonal (dim, 1 or size) and the gate (1 or size,)."""
+        """Return strict triangles, the gated diagonal and the gate.
+
+        The triangles are of shape (dim, dim), the diagonal (dim, 1 or size), the gate (1 or size,).
+        """
         raw = params["raw_diag"][:, None]
         if self.conditioner is not None:
             network, inputs = params["mlp"], condition.context
@@ -125,7 +128,10 @@ class LinearTransform(AbstractTransform):
 
 
 def _substitute(strict, diagonal, gate, y, *, reverse):
-    """Solve (diag(diagonal) + gate strict) x = y row by row, with a diagonal and a gate for each column."""
+    """Solve (diag(diagonal) + gate strict) x = y row by row.
+
+    Each column has a diagonal and a gate of its own.
+    """
 
     def step(x, i):
         row = (y[i] - gate * (strict[i] @ x)) / diagonal[i]

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 
 from fastvi._errors import ConfigError
 from fastvi._typing import Any, Key
-from fastvi.flows.transforms.base import AbstractTransform
+from fastvi.flows.transforms.base import AbstractFixed
 
 _NEWTON_STEPS = 20  # float64's accuracy where log |x - tau| is below 40; a gate below 1 needs fewer
 
 
-class LoftTransform(AbstractTransform):
+class LoftTransform(AbstractFixed):
     """y = sign(x) (min(|x|, tau) + log(1 + max(|x| - tau, 0))).
 
     The identity up to tau, logarithmic beyond.
@@ -27,16 +27,6 @@ class LoftTransform(AbstractTransform):
     def __check_init__(self):
         if self.dim < 1 or self.tau <= 0:
             raise ConfigError(f"dim and tau must be positive, not {self.dim} and {self.tau}.")
-
-    @property
-    def context_dim(self) -> None:
-        """Ignore any context."""
-        return
-
-    def init_params(self, key: Key | None = None, context_dim: int = 0) -> dict[str, Any]:
-        """Return {}: nothing is learnt. The map is the identity on |x| <= tau."""
-        del key, context_dim
-        return {}
 
     def push(self, params, columns, condition):
         """Compress the tails."""

@@ -1,7 +1,4 @@
-"""Masked autoregressive layers (Papamakarios et al., Masked Autoregressive Flow, 2017.
-
-Durkan et al., 2019).
-"""
+"""Masked autoregressive layers: each feature is moved by a map of those before it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,20 +7,21 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fastvi._errors import ConfigError
 from fastvi._typing import Any, Array, Float, Key
 from fastvi.flows._columns import Order
 from fastvi.flows.elementwise import AbstractElementwise, BoundedAffine
 from fastvi.flows.networks import ResNet
-from fastvi.flows.transforms.base import AbstractTransform
+from fastvi.flows.transforms.conditioned import AbstractConditioned
 
 FastDirection = Literal["inverse", "forward"]
 
 
-class MaskedAutoregressive(AbstractTransform):
-    """Feature i is moved by a map whose parameters are a masked network's of features before i and the context.
+class MaskedAutoregressive(AbstractConditioned):
+    """Feature i is moved by a map whose parameters a masked network gives.
+
+    The network sees features before i and the context.
 
     In the fast direction all parameters come from one pass of the network; the other takes `dim`
     passes in turn.
@@ -36,6 +34,10 @@ class MaskedAutoregressive(AbstractTransform):
         fast: "inverse": one pass for `inverse`, hence for densities; "forward": one pass for
             `forward`, for samples.
         reverse: Count the features from the last.
+
+    References:
+        Papamakarios et al., Masked Autoregressive Flow (2017); Durkan et al., Neural Spline Flows
+        (2019).
     """
 
     dim: int = eqx.field(static=True)
@@ -47,17 +49,23 @@ class MaskedAutoregressive(AbstractTransform):
     def __check_init__(self):
         if self.fast not in ("inverse", "forward"):
             raise ConfigError(f'fast must be "inverse" or "forward", not {self.fast!r}.')
-        net, outputs = self.conditioner, self.dim * self.elementwise.num_params
-        if self.dim < 1 or net.autoregressive != self.dim or net.out_dim != outputs:
-            raise ConfigError(
-                f"The conditioner must have autoregressive={self.dim} and {outputs} outputs; "
-                f"it has {net.autoregressive} and {net.out_dim}."
-            )
+        if self.dim < 1:
+            raise ConfigError(f"dim must be positive, not {self.dim}.")
 
     @property
-    def context_dim(self) -> int:
-        """Count the inputs of the network that are not features."""
-        return self.conditioner.in_dim - self.dim
+    def num_seen(self) -> int:
+        """Count the features."""
+        return self.dim
+
+    @property
+    def num_moved(self) -> int:
+        """Count the features."""
+        return self.dim
+
+    @property
+    def num_ordered(self) -> int:
+        """Count the features."""
+        return self.dim
 
     @property
     def order(self) -> Order:
@@ -67,16 +75,6 @@ class MaskedAutoregressive(AbstractTransform):
     def core(self) -> "MaskedAutoregressive":
         """Return the layer that counts from the first feature."""
         return dataclasses.replace(self, reverse=False)
-
-    def init_params(self, key: Key, context_dim: int = 0) -> dict[str, Any]:
-        """Return {"mlp": network} whose output is that of the identity whatever its input."""
-        if context_dim not in (0, self.context_dim):
-            raise ConfigError(
-                f"context_dim must be {self.context_dim}, that of the conditioner, not "
-                f"{context_dim}."
-            )
-        bias = np.repeat(self.elementwise.identity(), self.dim)
-        return {"mlp": self.conditioner.init_params(key, out_bias=bias)}
 
     def push(self, params, columns, condition):
         """Map forward."""
@@ -90,14 +88,8 @@ class MaskedAutoregressive(AbstractTransform):
             return self._in_turn(params["mlp"], columns, condition)
         return self._at_once(params["mlp"], columns, condition)
 
-    def _hidden(self, params, columns, context):
-        seen = self.elementwise.seen(columns)
-        inputs = (seen,) if context is None else (seen, context)
-        return self.conditioner.hidden(params, *inputs)
-
     def _at_once(self, params, columns, condition):
-        raw = self.conditioner.output(params, self._hidden(params, columns, condition.context))
-        raw = raw.reshape(self.elementwise.num_params, *columns.shape)
+        raw = self.raw(params, columns, condition.context)
         moved, log_slopes = self.elementwise.forward(raw, columns, condition.gate)
         return moved, jnp.sum(log_slopes, axis=0)
 
@@ -109,7 +101,7 @@ class MaskedAutoregressive(AbstractTransform):
 
         def step(carry, i):
             found, log_det = carry
-            hidden = self._hidden(params, found, condition.context)
+            hidden = self.hidden(params, found, condition.context)
             raw = self.conditioner.output_of(params, hidden, i)[:, None]
             row, log_slope = self.elementwise.inverse(raw, columns[i][None], condition.gate)
             return (found.at[i].set(row[0]), log_det + log_slope[0]), None

@@ -7,7 +7,7 @@ import numpy as np
 from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Any, Key
 from fastvi.flows._columns import Condition, Order, inverse_order, rows_in_order
-from fastvi.flows.transforms.base import AbstractTransform
+from fastvi.flows.transforms.base import AbstractFixed
 
 
 def _as_order(perm: Any) -> Order:
@@ -17,7 +17,7 @@ def _as_order(perm: Any) -> Order:
     return tuple(int(i) for i in array)
 
 
-class Permutation(AbstractTransform):
+class Permutation(AbstractFixed):
     """y_i = x_perm[i].
 
     Attributes:
@@ -30,16 +30,6 @@ class Permutation(AbstractTransform):
     def dim(self) -> int:
         """Count the features."""
         return len(self.perm)
-
-    @property
-    def context_dim(self) -> None:
-        """Ignore any context."""
-        return
-
-    def init_params(self, key: Key | None = None, context_dim: int = 0) -> dict[str, Any]:
-        """Return {}: nothing is learnt."""
-        del key, context_dim
-        return {}
 
     def push(self, params, columns, condition):
         """Permute the rows."""

@@ -3,9 +3,10 @@
 from fastvi._errors import ConfigError
 from fastvi._typing import Array, Float, Int
 from fastvi.kernels._dispatch import Op, plain, triton
+from fastvi.kernels.mixture_grad.types import Gradient
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
-__all__ = ["METRICS", "OP", "directions", "pullback", "update_factors"]
+__all__ = ["METRICS", "OP", "pullback", "update_factors"]
 
 OP = Op("mixture_grad", plain("mixture_grad") | triton("mixture_grad"))
 METRICS = ("euclidean", "natural")
@@ -13,23 +14,23 @@ METRICS = ("euclidean", "natural")
 
 def pullback(
     mixture: Mixture,
-    small: Grams,
+    grams: Grams,
     noise: Noise,
     drawn: Draw,
     cotangent: Float[Array, " dim"],
     *,
     metric: str = "euclidean",
     implementation: str | None = None,
-) -> Mixture:
+) -> Gradient:
     """Pull `cotangent` (with respect to the displacement) back along the sampling path.
 
     With `cotangent = d log p/du - score` this is the sticking-the-landing gradient of the ELBO. The
-    gradient of `log_weights` is not pathwise and comes back as zero; rows of components that were
-    not drawn are zero.
+    gradient of `log_weights` is not pathwise and is not here. Rows of means that were not drawn are
+    zero.
 
     Args:
         mixture: The mixture.
-        small: Its small matrices.
+        grams: Its small matrices.
         noise: The noise of the draw.
         drawn: The draw.
         cotangent: Derivative of a function of the displacement, in whitened coordinates.
@@ -40,44 +41,20 @@ def pullback(
             turn the steep directions. It costs no extra solve.
         implementation: A name in `OP.implementations`; None for the platform's own.
 
-    Returns:
-        The gradient in the shape of the mixture.
-
     Cost:
-        O((core + rank) dim) and the write of the rank-1 terms, which fuse into an elementwise
-        consumer.
+        O((core + rank) dim) and the write of the core's rank-1 terms, which fuse into an
+        elementwise consumer.
+
+    Raises:
+        ConfigError: If the metric or the implementation is unknown.
 
     References:
         Roeder, Wu & Duvenaud, Sticking the Landing (2017).
     """
-    _check(metric)
+    if metric not in METRICS:
+        raise ConfigError(f"metric must be one of {METRICS}; got {metric!r}.")
     return OP.call(
-        "pullback", implementation, mixture, small, noise, drawn, cotangent, metric=metric
-    )
-
-
-def directions(
-    mixture: Mixture,
-    small: Grams,
-    noise: Noise,
-    drawn: Draw,
-    cotangent: Float[Array, " dim"],
-    *,
-    metric: str = "euclidean",
-    implementation: str | None = None,
-) -> Mixture:
-    """Do as `pullback`, but leave the gradient of the factors as a product.
-
-    It is `z factors^T` for the drawn component and zero for the others; `factors` in what is
-    returned has shape (dim,). Norms and updates of the product need no other array of the factors'
-    size.
-
-    Cost:
-        O((core + rank) dim).
-    """
-    _check(metric)
-    return OP.call(
-        "directions", implementation, mixture, small, noise, drawn, cotangent, metric=metric
+        "pullback", implementation, mixture, grams, noise, drawn, cotangent, metric=metric
     )
 
 
@@ -89,17 +66,12 @@ def update_factors(
     *,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "comp rank dim"], Float[Array, "blocks rank rank"]]:
-    """Add `sum_t left[b, t] right[b, t]^T` to the factor of component `labels[b]`, in place where the array is free.
+    """Add `sum_t left[b, t] right[b, t]^T` to the factor of component `labels[b]`.
 
-    A label may come twice. The second result is `A A^T` of the components that moved, as they are
-    at the end.
+    It is in place where the array is free. A label may come twice. The second result is `A A^T` of
+    the components that moved, as they are at the end.
 
     Cost:
         One read and one write of the factors that move.
     """
     return OP.call("update_factors", implementation, factors, labels, left, right)
-
-
-def _check(metric: str) -> None:
-    if metric not in METRICS:
-        raise ConfigError(f"metric must be one of {METRICS}; got {metric!r}.")

@@ -6,34 +6,28 @@ Autodiff through the dense sampling map, metrics as dense products.
 import jax
 import jax.numpy as jnp
 
+from fastvi.kernels.mixture_grad.types import Gradient
 from fastvi.kernels.woodbury import reference
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
 
-def directions(
-    mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str
-) -> Mixture:
-    """Return the gradient with that of the factors in front of z.
-
-    The derivative by a shift of x.
-    """
-    shifted = jnp.exp(mixture.log_scale) * cotangent
-    if metric == "natural":
-        precision = (
-            jnp.eye(mixture.log_scale.size, dtype=cotangent.dtype) + mixture.core.T @ mixture.core
-        )
-        shifted = jnp.linalg.solve(precision, shifted)
-    return pullback(mixture, small, noise, drawn, cotangent, metric)._replace(factors=shifted)
-
-
 def pullback(
-    mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str
-) -> Mixture:
-    """Differentiate `cotangent . displacement` by autodiff."""
+    mixture: Mixture, grams: Grams, noise: Noise, drawn: Draw, cotangent, metric: str
+) -> Gradient:
+    """Differentiate by autodiff; the factor's side of the product is the derivative by x."""
     del drawn
+    grad = dense(mixture, grams, noise, cotangent, metric)
+    factor = jnp.exp(mixture.log_scale) * cotangent
+    if metric == "natural":
+        factor = jnp.linalg.solve(_precision(mixture), factor)
+    return Gradient(grad.offsets, grad.log_scale, grad.core, factor)
+
+
+def dense(mixture: Mixture, grams: Grams, noise: Noise, cotangent, metric: str) -> Mixture:
+    """Differentiate `cotangent . displacement` by autodiff, factors included."""
 
     def paired(parameters: Mixture):
-        return cotangent @ reference.draw(parameters, small, noise).displacement
+        return cotangent @ reference.draw(parameters, grams, noise).displacement
 
     grad = jax.grad(paired)(mixture)
     return grad if metric == "euclidean" else natural(mixture, grad)
@@ -41,9 +35,7 @@ def pullback(
 
 def natural(mixture: Mixture, grad: Mixture) -> Mixture:
     """Multiply a Euclidean gradient by the metric of `api.pullback`."""
-    precision = (
-        jnp.eye(mixture.log_scale.size, dtype=grad.log_scale.dtype) + mixture.core.T @ mixture.core
-    )
+    precision = _precision(mixture)
     covariance = jnp.linalg.inv(precision)
     return grad._replace(
         offsets=grad.offsets * jnp.exp(mixture.log_scale) @ covariance,
@@ -51,6 +43,11 @@ def natural(mixture: Mixture, grad: Mixture) -> Mixture:
         core=grad.core @ precision,
         factors=grad.factors @ covariance,
     )
+
+
+def _precision(mixture: Mixture):
+    """Return P = I + B^T B."""
+    return jnp.eye(mixture.core.shape[1], dtype=mixture.core.dtype) + mixture.core.T @ mixture.core
 
 
 def update_factors(factors, labels, left, right):

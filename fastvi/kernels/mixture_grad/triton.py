@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from fastvi.kernels import _triton
 from fastvi.kernels.mixture_grad import triton_kernels, xla
 
-directions, pullback = xla.directions, xla.pullback
+pullback = xla.pullback
 
 
 def update_factors(factors, labels, left, right):

@@ -9,27 +9,19 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fastvi.kernels.mixture_grad.types import Gradient
 from fastvi.kernels.woodbury import xla as woodbury
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
 
 def pullback(
-    mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str
-) -> Mixture:
+    mixture: Mixture, grams: Grams, noise: Noise, drawn: Draw, cotangent, metric: str
+) -> Gradient:
     """Pull a cotangent of the displacement back to all parameters."""
-    gradient = directions(mixture, small, noise, drawn, cotangent, metric)
-    label = jnp.arange(mixture.log_weights.size) == noise.label
-    return gradient._replace(factors=(label[:, None] * noise.z)[..., None] * gradient.factors)
-
-
-def directions(
-    mixture: Mixture, small: Grams, noise: Noise, drawn: Draw, cotangent, metric: str
-) -> Mixture:
-    """Do the same but for the factors, of whose rank-1 gradient the long side is returned."""
     num_components, num_offsets = mixture.log_weights.size, mixture.offsets.shape[0]
     scale = jnp.exp(mixture.log_scale)
     h_x = scale * cotangent
-    core_l = woodbury.solve(small.core_half, mixture.core @ h_x)  # B l = C_B^{-1} B h_x
+    core_l = woodbury.solve(grams.core_half, mixture.core @ h_x)  # B l = C_B^{-1} B h_x
     l_x = h_x - core_l @ mixture.core
     if metric == "natural":
         y = drawn.x_core + drawn.core_x @ mixture.core  # P x_core
@@ -46,18 +38,20 @@ def directions(
         if num_offsets > 1
         else jnp.ones(num_offsets, bool)
     )
-    return Mixture(
-        log_weights=jnp.zeros_like(mixture.log_weights),
+    return Gradient(
         offsets=rows[:, None] * offset,
         log_scale=h_x * drawn.x + moved,
         core=shift[:, None] * core_left - core_l[:, None] * core_right,
-        factors=factor_right,
+        factor=factor_right,
     )
 
 
 @jax.custom_batching.custom_vmap
 def update_factors(factors, labels, left, right):
-    """Add the products one after another, each fused into its update in place, then read the blocks that moved."""
+    """Add the products one after another, then read the blocks that moved.
+
+    Each product is fused into its update in place.
+    """
     return _update(factors, labels, left, right)
 
 

@@ -60,8 +60,8 @@ def _has_walk(result: LLCEstimate) -> bool:
 
 
 def _draws_of_q(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return llc and L of the evaluation's draws, and their statistics, mirrored draws side by side."""
-    found = {**result.draws, "log_weight": result.log_weights}
+    """Return LLC and loss of q's draws, and their statistics, mirrored draws side by side."""
+    found = {**result.draws._asdict(), "log_weight": result.log_weights}
     found = {name: _side_by_side(np.asarray(array, float)) for name, array in found.items()}
     excess, log_q, log_weight = (found[name] for name in ("excess_loss", "log_q", "log_weight"))
     fitted = np.asarray(result.traces["cumulative_fge"], float)[:, -1:]
@@ -91,10 +91,10 @@ def _walk(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
     """Return the walkers after their burn-in, and the work that each record took."""
     burn, (walkers, length) = result.walk_burn_in, result.walk_llc.shape
     llc = np.asarray(result.walk_llc, float)[:, burn:]
-    before = result.work["total_fge"] - result.work["fge_correction"]
+    before = result.work.total_fge - result.work.fge_correction
     work = (
         before / walkers
-        + result.work["fge_correction"] / walkers * np.arange(burn + 1, length + 1) / length
+        + result.work.fge_correction / walkers * np.arange(burn + 1, length + 1) / length
     )
     return (
         {"llc": llc, "L": result.init_loss + llc / result.nbeta},
@@ -122,11 +122,11 @@ def _attributes(result: LLCEstimate) -> dict[str, Any]:
         "llc_sem": result.llc_sem,
         "llc_vi": result.llc_vi,
         "elbo": result.elbo,
-        "method": "variational" if result.correction is None else result.correction["method"],
+        "method": "variational" if result.correction is None else result.correction.method,
         "khat": khat,
         "khat_word": word,
         "effective_draws": effective,
-        "total_fge": float(result.work["total_fge"]),
+        "total_fge": float(result.work.total_fge),
         "converged": str(result.converged),
         "findings": " ".join(finding.name for finding in result.health),
         "config": json.dumps(result.config.to_dict()),

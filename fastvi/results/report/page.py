@@ -125,14 +125,16 @@ def _numbers(result: LLCEstimate) -> dict[str, str]:
         "llc": result.llc_text,
         "llc of q alone": with_error(result.llc_vi, result.llc_vi_sem),
         "elbo": f"{result.elbo:.4f} nats",
-        "k-hat": f"{khat:.3g} ({word}); {effective:.3g} effective of {result.log_weights.size} draws of q",
+        "k-hat": f"{khat:.3g} ({word}); {effective:.3g} effective of "
+        f"{result.log_weights.size} draws of q",
         "loss at w*": f"{result.init_loss:.6g} nats",
-        "work": f"{result.work['total_fge']:.0f} full-gradient equivalents",
-        "time": f"{result.timings['total']:.1f} s, of which {result.timings['compile']:.1f} s compiling",
-        "factorisations that took a ridge": str(result.work["n_cholesky_ridge"]),
+        "work": f"{result.work.total_fge:.0f} full-gradient equivalents",
+        "time": f"{result.timings.total:.1f} s, of which {result.timings.compile:.1f} s compiling",
+        "factorisations that took a ridge": str(result.work.n_cholesky_ridge),
     }
+    details = {} if result.correction is None else result.correction._asdict()
     return numbers | {
-        f"correction: {name}": _text(value) for name, value in (result.correction or {}).items()
+        f"correction: {name}": _text(value) for name, value in details.items() if value is not None
     }
 
 

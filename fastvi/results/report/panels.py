@@ -68,7 +68,7 @@ def batch_llc(result: LLCEstimate) -> np.ndarray:
 
 def spectrum_of(result: LLCEstimate) -> np.ndarray:
     """Return the eigenvalues that a logarithmic axis can show."""
-    values = np.asarray(result.curvature["spectrum"], float)
+    values = np.asarray(result.curvature.spectrum, float)
     return values[np.isfinite(values) & (values > 0)]
 
 
@@ -144,7 +144,10 @@ def draw_radius(axes: "Axes", result: LLCEstimate) -> None:
 
 
 def _label_plainly(axes: "Axes") -> None:
-    """Label a logarithmic axis of few decades by numbers, which are read, and drawn, sooner than powers of ten."""
+    """Label a logarithmic axis of few decades by plain numbers.
+
+    They are read, and drawn, sooner than powers of ten.
+    """
     from matplotlib.ticker import LogLocator
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -154,7 +157,7 @@ def _label_plainly(axes: "Axes") -> None:
 
 def draw_spectrum(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the leading eigenvalues of the precision at w*, those in the core filled."""
-    values, rank = spectrum_of(result), int(result.curvature["rank"])
+    values, rank = spectrum_of(result), int(result.curvature.rank)
     index = np.arange(1, values.size + 1)
     blue, white = CHAIN_COLORS[0], "white"
     axes.plot(
@@ -211,7 +214,7 @@ def draw_weights(axes: "Axes", result: LLCEstimate) -> None:
 
 
 def draw_scree(axes: "Axes", result: LLCEstimate) -> None:
-    """Draw what each factor row adds to the variance, row by row of the first chain's components."""
+    """Draw the variance that each factor row adds, for each component of the first chain."""
     norms = np.asarray(result.family_arrays["factor_norm2"], float)[0]
     weights = np.asarray(result.family_arrays["pi"], float)[0]
     ordered = -np.sort(-norms, axis=1)
@@ -296,7 +299,7 @@ def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the walkers of the correction, and the value that they end at."""
     from matplotlib.ticker import MaxNLocator
 
-    details, values = result.correction or {}, np.asarray(result.walk_llc, float)
+    details, values = result.correction, np.asarray(result.walk_llc, float)
     means = draw_chains(axes, values)
     burn = result.walk_burn_in
     axes.axvspan(0, burn, color=FAINT, alpha=0.12, linewidth=0, label="burn-in")
@@ -315,9 +318,11 @@ def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
         means[:, burn:] if means.shape[1] > burn else means,
         include=(result.llc,),
     )
-    title = f"walkers:  R-hat {details.get('rhat', float('nan')):.3f}, variance reduced "
-    title += f"{details.get('variance_reduction', float('nan')):.2g} times"
-    axes.set(title=title, ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$", xlabel="bin of steps")
+    said = "" if details is None else f"R-hat {details.rhat:.3f}, variance reduced "
+    said += "" if details is None else f"{details.variance_reduction:.2g} times"
+    axes.set(
+        title=f"walkers:  {said}", ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$", xlabel="bin of steps"
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper right")
 

@@ -100,13 +100,13 @@ def _write_estimate(events: "Events", result: LLCEstimate, every: int, last: int
             step, _images(dataclasses.replace(early, traces=upto), (*SHAPES, "radius2_trace"))
         )
     events.write_scalars("mean", last, _final_mean(result))
-    for chain in range(len(result.evaluation["llc"])):
+    for chain in range(len(result.evaluation.llc)):
         events.write_scalars(f"chain_{chain}", last, _final_of_chain(result, chain))
     events.write_images(last, _images(result, IMAGES))
 
 
 def _moments(result: LLCEstimate) -> dict[int, LLCEstimate]:
-    """Return the result as it would stand with the family's arrays after each step that they are known for."""
+    """Return, by step, the result with the family's arrays as they were after that step."""
     arrays = dict(result.snapshots)
     steps = arrays.pop("step", np.zeros(0, int)).tolist()
     taken = {
@@ -251,7 +251,10 @@ class LiveEvents:
 
 
 def reduce_traces(traces: Mapping[str, Any], every: int, first_step: int = 0) -> Windows:
-    """Reduce traces to windows of `every` steps, the last perhaps shorter, and add quantiles of radius2 over each."""
+    """Reduce traces to windows of `every` steps, and add quantiles of radius2 over each.
+
+    The last window may be shorter.
+    """
     arrays = {name: np.asarray(trace, float) for name, trace in traces.items()}
     length = next(iter(arrays.values())).shape[1]
     starts = np.arange(0, length, every)
@@ -295,7 +298,7 @@ def _final_mean(result: LLCEstimate) -> dict[str, float]:
     The headline as llc_mean and lambda_hat_mean, q's own beside it.
     """
     mean = {
-        name: float(np.mean(result.evaluation[name]))
+        name: float(np.mean(getattr(result.evaluation, name)))
         for name in ("llc", "llc_mc", "variance_reduction")
     }
     return {
@@ -315,10 +318,10 @@ def _final_mean(result: LLCEstimate) -> dict[str, float]:
 
 
 def _final_of_chain(result: LLCEstimate, chain: int) -> dict[str, float]:
-    evaluation = {name: values[chain] for name, values in result.evaluation.items()}
+    llc, values = result.evaluation.llc[chain], result.evaluation
     return {
-        "llc_vi": evaluation["llc"],
-        "Eq_Ln_mc": result.init_loss + evaluation["llc_mc"] / result.nbeta,
-        "Eq_Ln_cv": result.init_loss + evaluation["llc"] / result.nbeta,
-        "variance_reduction": evaluation["variance_reduction"],
+        "llc_vi": llc,
+        "Eq_Ln_mc": result.init_loss + values.llc_mc[chain] / result.nbeta,
+        "Eq_Ln_cv": result.init_loss + llc / result.nbeta,
+        "variance_reduction": values.variance_reduction[chain],
     }

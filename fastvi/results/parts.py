@@ -1,0 +1,124 @@
+"""The parts of an estimate: the one place of the names that summaries, pages and files read."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fastvi.sampling.run import Unmet
+
+
+class Curvature(NamedTuple):
+    """What is known of the spectrum of n beta L_n + localizer at w*.
+
+    Attributes:
+        rank: Rows of the core.
+        wanted_rank: Directions that stand out from the rest of the spectrum.
+        explained: Share of the trace that the core explains.
+        trace: Trace of the precision, estimated by probes.
+        spectrum: Leading eigenvalues, whitened if a whitening is on.
+        newton_decrement: Nats of log posterior that a Newton step from w* would gain.
+        lowest: Least curvature that was met, for a unit of displacement.
+    """
+
+    rank: int
+    wanted_rank: int
+    explained: float
+    trace: float
+    spectrum: list[float]
+    newton_decrement: float
+    lowest: float
+
+
+class ChainValues(NamedTuple):
+    """What each chain's q says by itself, one number for each chain.
+
+    Attributes:
+        elbo: ELBO on all data, in nats.
+        llc: LLC under q, with control variates.
+        llc_mc: The same without control variates.
+        variance_reduction: Variance of `llc_mc` over that of `llc`.
+        trace_term: What the control variates contribute, coefficients times expectations.
+        log_weight_sd: Standard deviation of log p - log q over draws of q, in nats.
+    """
+
+    elbo: list[float]
+    llc: list[float]
+    llc_mc: list[float]
+    variance_reduction: list[float]
+    trace_term: list[float]
+    log_weight_sd: list[float]
+
+
+class Timings(NamedTuple):
+    """Seconds of each stage; `compile` is a part of the others."""
+
+    compile: float
+    adaptation: float
+    sampling: float
+    evaluation: float
+    total: float
+    correction: float = 0.0
+
+
+class DrawValues(NamedTuple):
+    """The draws that q was evaluated at, arrays of shape (chains, draws).
+
+    Attributes:
+        excess_loss: L_n(w) - L_n(w*), in nats.
+        log_q: Log density of q.
+        resp_entropy: Entropy of which component the draw belongs to.
+    """
+
+    excess_loss: np.ndarray
+    log_q: np.ndarray
+    resp_entropy: np.ndarray
+
+
+class Correction(NamedTuple):
+    """How the posterior's own value was found; a field that its method lacks is None.
+
+    Attributes:
+        method: "reweight" or "sample".
+        khat: Shape of the tail of the importance weights of q's draws.
+        in_memory: Whether all data were at hand, so that sampling was possible.
+        effective_draws: Draws that the weights leave.
+        settled: Whether the walkers met all criteria.
+        unmet: Criterion, value and bound of each that was not met.
+        least_budget: Sample gradients of the shortest exact run.
+        rhat: Split R-hat of llc.
+        rhat_radius: Split R-hat of |w - w*|^2.
+        drift_z: Change from the first half to the second, in standard errors.
+        virial_z: How far the posterior's virial identity is off, in standard errors.
+        variance_reduction: By the virial control variates.
+        systematic: Part of `llc_sem` that stands for finite steps and noisy gradients.
+        walkers: Number of walkers.
+        steps: Steps of each.
+        burn_in: Steps that the averages leave out.
+        data_blocks: Parts that the data were split into; 1 where gradients were those of all data.
+        energy_error: Mean square, per effective dimension, that the step size was held at, nats^2.
+        step_size: Step of the dynamics in the coordinates of q.
+        returned: Share of the steps that were taken back.
+        narrow_dtype: Half-precision type of a parameter or of the loss.
+    """
+
+    method: str
+    khat: float
+    in_memory: bool = True
+    effective_draws: float | None = None
+    settled: bool = True
+    unmet: tuple[Unmet, ...] = ()
+    least_budget: float | None = None
+    rhat: float | None = None
+    rhat_radius: float | None = None
+    drift_z: float | None = None
+    virial_z: float | None = None
+    variance_reduction: float | None = None
+    systematic: float | None = None
+    walkers: int | None = None
+    steps: int | None = None
+    burn_in: int | None = None
+    data_blocks: int | None = None
+    energy_error: float | None = None
+    step_size: float | None = None
+    returned: float | None = None
+    narrow_dtype: str | None = None

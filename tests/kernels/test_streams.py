@@ -1,0 +1,52 @@
+"""No two purposes share a counter of a key."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastvi.kernels.noise import normal, streams
+
+
+def blocks_of_steps(steps):
+    return {
+        int(block): (name, step)
+        for step in steps
+        for name, first, count in (
+            ("noise", streams.step_noise(step), streams.NOISE_BLOCKS),
+            ("batch", streams.step_batch(step), 1),
+        )
+        for block in range(first, first + count)
+    }
+
+
+def test_blocks_of_a_chain_are_disjoint():
+    steps = [*range(50), streams.MAX_STEPS - 1]
+    used = blocks_of_steps(steps)
+    assert len(used) == len(steps) * (streams.NOISE_BLOCKS + 1)
+    assert max(used) < streams.START
+    assert streams.START + streams.NOISE_BLOCKS <= streams.EVALUATION
+    assert streams.EVALUATION + streams.NOISE_BLOCKS <= 2**32
+
+
+@pytest.mark.parametrize("step", [0, 1, 7, streams.MAX_STEPS - 1])
+def test_a_block_knows_its_step(step):
+    for block in (streams.step_noise(step), streams.step_noise(step) + 1, streams.step_batch(step)):
+        assert streams.step_of(jnp.uint32(block)) == step
+
+
+def test_derived_keys_differ_from_each_other_and_from_every_seed():
+    key = jax.random.key(3)
+    made = [streams.derive(key, purpose) for purpose in streams.Purpose]
+    data = {tuple(jax.random.key_data(one).tolist()) for one in [key, *made]}
+    assert len(data) == 1 + len(streams.Purpose)
+    shared = jax.random.key_data(streams.shared_key())
+    # `jax.random.key(seed)` has the words (seed >> 32, seed)
+    assert shared[0] != 0
+    assert jax.random.key_data(jax.random.key(2**32 - 1))[0] == 0
+
+
+def test_shared_key_is_the_same_under_every_default_generator():
+    before = normal(streams.shared_key(), (4,))
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(normal(streams.shared_key(), (4,)), before)

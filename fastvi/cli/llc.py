@@ -8,8 +8,8 @@ from typing import Any
 from fastvi.api.arguments import (
     DEFAULT_BATCH_SIZE,
     check_dtype,
+    choose_localization,
     make_problem,
-    settle_localization,
 )
 from fastvi.api.estimate import estimate_llc
 from fastvi.cli.target import ModelArguments, Resolved, load, parse_settings, resolve
@@ -91,7 +91,7 @@ class Llc:
         return Origin(
             target=resolved.target,
             seed=base.seed if self.seed is None else self.seed,
-            localization=settle_localization(self.localization, config, base.localization),
+            localization=choose_localization(self.localization, config, base.localization),
             nbeta=base.nbeta if self.nbeta is None else self.nbeta,
             num_chains=base.num_chains if self.num_chains is None else self.num_chains,
         )

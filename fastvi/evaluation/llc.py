@@ -36,6 +36,20 @@ class DataLosses(NamedTuple):
     slope: Float[Array, "*chains dim"] | None
 
 
+class EvaluationSettings(NamedTuple):
+    """What an evaluation is made for.
+
+    Attributes:
+        num_draws: Draws of q, an even number: mirrored pairs.
+        control_variate: "auto" (q's own curvature), "hvp" (the Hessian at w*) or "none".
+        trace_probes: Hutchinson probes of "hvp".
+    """
+
+    num_draws: int = 64
+    control_variate: str = "auto"
+    trace_probes: int = 16
+
+
 class Evaluation(NamedTuple):
     """What one chain's q says; `llc` is corrected by the control variates, `llc_mc` is not.
 

@@ -3,12 +3,13 @@
 Coordinates, core and scale from the curvature at w*, then a check of the scale by virial.
 """
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Int, Key, Scalar
-from fastvi.config import VIConfig
 from fastvi.geometry.curvature import BLOCK, Spectrum, block_krylov, dense_spectrum
 from fastvi.geometry.whitening import whitening_scale
 from fastvi.kernels import hutchinson
@@ -32,6 +33,22 @@ TRACE_PROBES = BLOCK
 # Smallest precision relative to the mean one, where gamma is zero or nearly so: single precision
 # resolves no less.
 RELATIVE_FLOOR = 1e-6
+
+
+class StartSettings(NamedTuple):
+    """What a start is made for.
+
+    Attributes:
+        rank: Rows of the precision core; None: as many as the spectrum asks for.
+        examples: Most examples that the Hessian at w* is averaged over.
+        whitening: "none", "rmsprop", "adam" or "hvp_diag".
+        whitening_decay: Decay of the moving averages of "rmsprop" and "adam".
+    """
+
+    rank: int | None = None
+    examples: int = 4096
+    whitening: str = "none"
+    whitening_decay: float = 0.99
 
 
 class Start(eqx.Module):
@@ -59,10 +76,10 @@ class Start(eqx.Module):
     lowest_direction: Float[Array, " dim"]
 
 
-def rank_limit(config: VIConfig, dim: int, itemsize: int) -> int:
+def rank_limit(settings: StartSettings, dim: int, itemsize: int) -> int:
     """Return how many rows the core may have."""
-    if config.curvature_rank != "auto":
-        return int(config.curvature_rank)
+    if settings.rank is not None:
+        return settings.rank
     return max(0, min(MAX_RANK, dim - 1, CORE_BYTES // (itemsize * dim)))
 
 
@@ -71,7 +88,7 @@ def make_start(
     posterior: LocalPosterior,
     subset: AbstractData,
     next_batch,
-    config: VIConfig,
+    settings: StartSettings,
     key: Key,
     whitener_scale: Float[Array, " dim"] | None = None,
 ) -> Start:
@@ -89,13 +106,13 @@ def make_start(
     hvp = data_hvp(objective, center, subset, copies=dim if dim <= DENSE_DIM else BLOCK)
     if whitener_scale is None:
         scale = whitening_scale(
-            config.whitening,
+            settings.whitening,
             key_whiten,
             objective,
             posterior,
             next_batch,
             hvp,
-            config.filled.whitening_decay,
+            settings.whitening_decay,
         )
     else:
         scale = whitener_scale
@@ -105,7 +122,7 @@ def make_start(
             posterior.nbeta * jax.vmap(hvp)(scale * block) + posterior.gamma * scale * block
         )
 
-    limit = rank_limit(config, dim, dtype.itemsize)
+    limit = rank_limit(settings, dim, dtype.itemsize)
     probes = hutchinson.rademacher(key_trace, TRACE_PROBES, dim, dtype)
 
     def floor_by(images):

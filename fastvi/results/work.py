@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from fastvi.config import VIConfig
 from fastvi.evaluation.llc import draws_at_once
-from fastvi.fitting.calibrate import CALIBRATION_DRAWS
+from fastvi.fitting.calibrate import calibration_steps
 from fastvi.fitting.run import Fit
 from fastvi.geometry.whitening import DIAGONAL_PROBES, MOMENT_GRADIENTS
 from fastvi.target.checks import LossLook
@@ -79,7 +79,8 @@ def count_work(
     own = Work(losses=draws + 1)
     if fit.outcome.slope is not None:
         own = Work(losses=draws + groups - 1, gradients=1)
-    minibatches = moment + CALIBRATION_DRAWS * _concrete(fit.calibration_rounds)
+    calibration = calibration_steps(num_chains, config.step_draws) * num_chains * config.step_draws
+    minibatches = moment + calibration * _concrete(fit.calibration_rounds)
     curvature = Work(
         gradients=problem.batch_size * minibatches,
         losses=num_data * descent_losses,

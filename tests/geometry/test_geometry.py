@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from conftest import enable_x64, quick_jit
 
-from fastvi.config import VIConfig
 from fastvi.geometry.curvature import BLOCK, block_krylov, dense_spectrum
-from fastvi.geometry.start import make_start, newton_decrement
+from fastvi.geometry.start import StartSettings, make_start, newton_decrement
 from fastvi.geometry.whitening import (
     DIAGONAL_PROBES,
     MOMENT_GRADIENTS,
@@ -216,7 +215,7 @@ def start_on(hessian, center, minimum, **options):
     @quick_jit
     def start(hessian, center, minimum):
         arguments = quadratic(hessian, minimum), posterior_at(center), NO_DATA, lambda key: None
-        return make_start(*arguments, VIConfig(**options), jax.random.key(5))
+        return make_start(*arguments, StartSettings(**options), jax.random.key(5))
 
     return start(hessian, center, minimum), 30.0 * np.asarray(hessian) + 2.0 * np.eye(len(center))
 
@@ -320,7 +319,7 @@ def test_a_given_whitener_is_used():
         posterior,
         NO_DATA,
         lambda key: None,
-        VIConfig(curvature_rank=2),
+        StartSettings(rank=2),
         jax.random.key(0),
     )
     start = make_start(*arguments, whitener_scale=scale)

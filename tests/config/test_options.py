@@ -40,7 +40,7 @@ from fastvi.api.plan import (
 )
 from fastvi.cli.target import parse_settings
 from fastvi.families.backends import BACKENDS, NativeBackend
-from fastvi.families.backends.base import FlowSettings
+from fastvi.families.backends.base import Architecture
 from fastvi.fitting.stages import _evaluation, build_family, nothing_seen
 from fastvi.fitting.step import init_state, run_steps
 from fastvi.fitting.step_plan import fixed_phases, plan_steps
@@ -446,7 +446,7 @@ def test_a_file_for_both_families_is_read_for_the_one_it_names(family, nothing_i
         assert (settings.M, settings.prune_threshold) == (2, 1e-3)
     else:
         assert (settings.d_latent, settings.backend, settings.sigma_perp) == (2, "native", 1e-3)
-        assert settings.flow == FlowSettings(template="maf", depth=4, hidden=(8, 8))
+        assert settings.flow == Architecture(template="maf", depth=4, hidden=(8, 8))
     other: dict = {"lift": "core"} if family == "mfa" else {"alpha_temperature": 2.0}
     with pytest.raises(
         ConfigError, match=r"^(lift|alpha_temperature) must be left out with family"

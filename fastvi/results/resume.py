@@ -24,7 +24,7 @@ from fastvi.results import files
 from fastvi.results.schema import fits
 from fastvi.target.data import Problem
 from fastvi.target.identity import differing, digest_tree, observe_loss
-from fastvi.target.losses import first_rows
+from fastvi.target.losses import take_examples
 from fastvi.target.objective import FlatObjective
 
 PROGRESS_FILE = "progress.npz"
@@ -173,7 +173,7 @@ def identify(
 ) -> dict:
     """Name all that the bits of a fit depend on: configuration, key, w*, data, loss, versions."""
     posterior = problem.posterior
-    first = first_rows(problem.data.examples, problem.batch_size)
+    first = take_examples(problem.data.examples, slice(problem.batch_size))
     return {
         **config.to_dict(),
         "early_stop": early_stop,

@@ -5,20 +5,21 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bench.harness import record
 from bench.problems import BATCH, tanh_network
 from fastvi import LocalPosterior, VIConfig, estimate_llc, make_flat_objective
-from fastvi.api.arguments import settle
-from fastvi.fitting.optimizer import Horizon
+from fastvi.api.plan import family_choice, fit_schedule, fit_settings, with_draws
 from fastvi.fitting.stages import build_family, programs_for
+from fastvi.fitting.step_plan import fixed_phases, plan_steps
 from fastvi.target.data import Problem, hold
 from fastvi.target.stream import CHUNK
 
 SIZE, NUM_DATA = 10_000, 2_000
 CHAINS = 4  # default of estimate_llc
 STEPS = 2 * CHUNK  # the programs are those of a fit of any length
-ASKED = {"first estimate": 6.0, "second estimate": 0.0}  # seconds
+ASKED = {"first estimate": 4.0, "second estimate": 0.0}  # seconds
 
 
 def stage_rows():
@@ -26,16 +27,17 @@ def stage_rows():
     loss, center, data = tanh_network(SIZE, NUM_DATA)
     posterior = LocalPosterior(center, jnp.float32(NUM_DATA / math.log(NUM_DATA)), jnp.float32(1.0))
     problem = Problem(posterior, hold(data), BATCH)
-    config = settle(VIConfig(), center.size, 1.0)
+    config = with_draws(VIConfig(), center.size, 1.0)
+    settings, schedule = fit_settings(config), fit_schedule(config)
     objective = make_flat_objective(loss)
-    programs = programs_for(objective, problem, config).compiled
+    programs = programs_for(objective, problem, settings).compiled
     key, keys = jax.random.key(0), jax.random.split(jax.random.key(1), CHAINS)
-    horizon = Horizon(*(jnp.asarray(x, jnp.float32) for x in (10, 10, CHUNK)))
+    plan = plan_steps(schedule, fixed_phases(schedule), 0, CHUNK, CHUNK, np.float32)
     rows = []
 
-    def compiled(stage, function, *args, **static):
+    def compiled(stage, function, *args):
         began = time.perf_counter()
-        lowered = function.lower(*args, **static)
+        lowered = function.lower(*args)
         middle = time.perf_counter()
         program = lowered.compile()
         end = time.perf_counter()
@@ -46,12 +48,14 @@ def stage_rows():
 
     start = compiled("prepare", programs.prepare, problem, key, None)
     rank = start.core.shape[0]
-    family = build_family(config, start, rank)
-    family, state, _ = compiled("launch", programs.launch, family, problem, start.core, key, keys)
-    arguments = (family, problem, state, keys, jnp.asarray(0), horizon)
-    state, _ = compiled("steps", programs.steps, *arguments, length=CHUNK)
-    evaluated = family, problem, state.params, keys, problem.data
-    compiled("finish", programs.finish, *evaluated, programs.nothing_seen(problem, CHAINS), 1.0)
+    family = build_family(family_choice(config), settings.start, start, rank)
+    params = compiled("draw_start", programs.draw_start, family, start.core, keys)
+    launched = family, params, np.float32(0), np.bool_(False)
+    family, state = compiled("launch", programs.launch, *launched)
+    state, _ = compiled("steps", programs.steps, family, problem, state, keys, plan)
+    nothing = programs.nothing_seen(problem, CHAINS)
+    common = family, problem, state.params, keys, problem.data, nothing
+    compiled("finish", programs.finish, *common, jnp.float32(1))
     return rows
 
 

@@ -18,8 +18,8 @@ from fastvi.config import VIConfig
 from fastvi.evaluation.importance import pareto_smooth
 from fastvi.families import FAMILIES
 from fastvi.families.base import Geometry
-from fastvi.fitting.optimizer import Horizon
-from fastvi.fitting.step import init_state, run_steps
+from fastvi.fitting.step import StepSettings, init_state, run_steps
+from fastvi.fitting.step_plan import Phases, ScheduleSettings, plan_steps
 from fastvi.target.data import Problem, hold
 from fastvi.target.objective import make_flat_objective
 from fastvi.target.posterior import LocalPosterior
@@ -222,6 +222,7 @@ def test_seeds(benchmark, name):
 def stepper(family, options):
     """Return a compiled run of `STEPS` steps on half the squared norm, and its memory."""
     config = VIConfig(family=family, samples_per_step=2, **options)
+    settings = StepSettings(num_draws=2)
     objective = make_flat_objective(lambda w, batch: 0.5 * jnp.mean(w**2))
     rng = np.random.default_rng(0)
     core = jnp.asarray(rng.normal(size=(STEP_CORE, STEP_DIM)) / 100, jnp.float32)
@@ -231,11 +232,9 @@ def stepper(family, options):
     whole = Problem(posterior, hold(jnp.zeros((COUNT, 1))), 256)
     keys = jax.random.split(jax.random.key(0), 1)
     params = jax.vmap(lambda key: built.init(key, core, jnp.zeros(STEP_DIM)))(keys)
-    state = jax.vmap(lambda one: init_state(built, one, config))(params)
-    horizon = Horizon(*map(jnp.float32, (1, 100, 200)))
-    run = jax.jit(
-        lambda f, s: run_steps(f, objective, whole, config, s, keys, jnp.int32(0), horizon, STEPS)
-    )
+    state = jax.vmap(lambda one: init_state(built, one, settings))(params)
+    plan = plan_steps(ScheduleSettings(), Phases(1, 100, 200), 0, STEPS, STEPS, np.float32)
+    run = jax.jit(lambda f, s: run_steps(f, objective, whole, settings, s, keys, plan))
     compiled = run.lower(built, state).compile()
     return lambda: compiled(built, state), compiled.memory_analysis().temp_size_in_bytes
 

@@ -7,15 +7,17 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bench.harness import bytes_accessed, compared, in_turn, peak_megabytes, record, score
 from bench.problems import BATCH, tanh_network
 from bench.selection import sizes
 from fastvi import LocalPosterior, VIConfig, make_flat_objective
-from fastvi.fitting.optimizer import Horizon
+from fastvi.api.plan import family_choice, fit_schedule, fit_settings
 from fastvi.fitting.stages import build_family, programs_for
 from fastvi.fitting.step import init_state
+from fastvi.fitting.step_plan import Phases, plan_steps
 from fastvi.target.data import Problem, hold
 
 STEPS = 200
@@ -65,25 +67,27 @@ def fastvi_scan(objective, problem):
 def fastvi_program(objective, problem, *, chains, steps, rank=RANK, donate=False):
     """Compile steps of several chains; unless it is donated, each call begins at the same state."""
     config = VIConfig(M=COMPONENTS, r=rank, curvature_rank=0, steps=steps, samples_per_step=1)
-    programs = programs_for(objective, problem, config).compiled
+    settings, schedule = fit_settings(config), fit_schedule(config)
+    programs = programs_for(objective, problem, settings).compiled
     keys = jax.random.split(jax.random.key(1), chains)
     flat = jnp.zeros_like(problem.posterior.center)
     family = build_family(
-        config,
+        family_choice(config),
+        settings.start,
         types.SimpleNamespace(
             scale=flat + 0.01, rank=0, rest=jnp.ones(()), core=jnp.zeros((0, flat.size))
         ),
         0,
     )
     params = family.init(jax.random.key(0), jnp.zeros((0, flat.size)), flat)
-    first = init_state(family, params, config)
+    first = init_state(family, params, settings.step)
     state = jax.tree_util.tree_map(
         lambda leaf: jnp.broadcast_to(leaf, (chains, *leaf.shape)), first
     )
-    horizon = Horizon(*(jnp.asarray(x, jnp.float32) for x in (10, 10, steps)))
+    plan = plan_steps(schedule, Phases(10, 10, steps), 0, steps, steps, np.float32)
 
     def run(state, family, problem, keys):
-        return programs.steps(family, problem, state, keys, jnp.asarray(0), horizon, length=steps)
+        return programs.steps(family, problem, state, keys, plan)
 
     rest = (family, problem, keys)
     compiled = jax.jit(run, donate_argnums=0 if donate else ()).lower(state, *rest).compile()

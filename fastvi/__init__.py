@@ -1,7 +1,7 @@
 """Fast variational inference on the local posterior of a trained model, and its local learning coefficient."""
 
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
-from fastvi._version import __version__
+from fastvi._version import __version__ as __version__
 from fastvi.api.curve import LLCCurve, llc_curve
 from fastvi.api.estimate import estimate_llc
 from fastvi.api.flat import fit, run_vi
@@ -36,7 +36,6 @@ __all__ = [
     "UnavailableError",
     "VIConfig",
     "VirialLLC",
-    "__version__",
     "correct",
     "estimate_llc",
     "example_losses",

@@ -10,7 +10,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -18,10 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import monitoring
 
+BACKEND_EVENT = "/jax/core/compile/backend_compile_duration"
+WAIT_EVENT = "/fastvi/compile/wait_duration"  # for programs that compile in other threads
 COMPILE_EVENTS = (
     "/jax/core/compile/jaxpr_trace_duration",
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
-    "/jax/core/compile/backend_compile_duration",
+    BACKEND_EVENT,
+    WAIT_EVENT,
 )
 QUICK_OPTIONS: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}
 WORKERS = 2
@@ -33,44 +36,48 @@ MOST_SETS = 16
 Programs = TypeVar("Programs")
 
 
-class CompileClock:
-    """Running totals since import of fastvi.
+class CompileWatch:
+    """What compilation costs within a `with` block.
 
-    Programs compiled, and seconds that callers waited for them.
+    Attributes:
+        seconds: What the thread of the block traces, compiles and waits for.
+        programs: Programs that any thread compiles.
     """
 
     def __init__(self):
-        self.seconds = 0.0
-        self.programs = 0
-        self._ahead = threading.local()
-        self._lock = threading.Lock()  # programs compile in several threads at once
+        self.seconds, self.programs = 0.0, 0
+        self._thread, self._lock = threading.get_ident(), threading.Lock()
 
-    def listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        """Add one event.
+    def listen(self, event: str, duration_secs: float) -> None:
+        """Add one event of jax's monitoring."""
+        with self._lock:  # programs compile in several threads at once
+            is_here = threading.get_ident() == self._thread
+            self.seconds += duration_secs if is_here and event in COMPILE_EVENTS else 0.0
+            self.programs += event == BACKEND_EVENT
 
-        The seconds of one that runs ahead are counted when somebody waits for it.
-        """
-        del kwargs
-        if event in COMPILE_EVENTS:
-            with self._lock:
-                self.seconds += 0.0 if getattr(self._ahead, "here", False) else duration_secs
-                self.programs += event == COMPILE_EVENTS[-1]
+    def __enter__(self) -> "CompileWatch":
+        """Begin to listen."""
+        _listen_to_jax()
+        _WATCHES.append(self)
+        return self
 
-    def run_ahead(self, call: Any) -> Any:
-        """Call in a thread of the pool."""
-        self._ahead.here = True
-        return call()
-
-    def wait(self, future: Future) -> None:
-        """Wait for a call that runs ahead."""
-        began = time.perf_counter()
-        future.result()
-        with self._lock:
-            self.seconds += time.perf_counter() - began
+    def __exit__(self, *exception: object) -> None:
+        """Listen no more."""
+        _WATCHES.remove(self)
 
 
-CLOCK = CompileClock()
-monitoring.register_event_duration_secs_listener(CLOCK.listen)
+_WATCHES: list[CompileWatch] = []
+
+
+@functools.cache
+def _listen_to_jax() -> None:
+    """Pass events on to those who watch: jax 0.7 takes listeners and gives none back."""
+
+    def tell(event: str, duration_secs: float, **_: Any) -> None:
+        for watch in tuple(_WATCHES):
+            watch.listen(event, duration_secs)
+
+    monitoring.register_event_duration_secs_listener(tell)
 
 
 @functools.cache
@@ -234,16 +241,18 @@ class Ahead:
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="fastvi-compile")
-        self._futures: dict[str, Future] = {}
+        self._futures: list[Future] = []
 
-    def compile(self, name: str, lowered: Any) -> None:
+    def compile(self, lowered: Any) -> None:
         """Start on one program."""
-        self._futures[name] = self._pool.submit(CLOCK.run_ahead, lowered.compile)
+        self._futures.append(self._pool.submit(lowered.compile))
 
-    def wait(self, names: Iterable[str]) -> None:
-        """Wait until these are compiled."""
-        for name in names:
-            CLOCK.wait(self._futures[name])
+    def wait(self) -> None:
+        """Wait until all are compiled."""
+        began = time.perf_counter()
+        for future in self._futures:
+            future.result()
+        monitoring.record_event_duration_secs(WAIT_EVENT, time.perf_counter() - began)
 
     def __enter__(self) -> "Ahead":
         """Return itself."""

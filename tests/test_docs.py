@@ -226,7 +226,7 @@ def test_math_page_has_the_sections_that_comments_name():
         "Start",
         "Stopping",
         "Estimate",
-        "Correction",
+        "Sampling",
         "Work",
     ]
     for path in (ROOT / "fastvi").rglob("*.py"):

@@ -21,7 +21,8 @@ from bench import harness
 from bench.truth.problems import PROBLEMS
 from bench.truth.reference import load_reference
 from fastvi import VIConfig
-from fastvi.api.arguments import make_problem, settle
+from fastvi.api.arguments import make_problem
+from fastvi.api.plan import family_choice, fit_schedule, fit_settings, with_draws
 from fastvi.fitting.run import run_fit
 from fastvi.fitting.stages import programs_for
 from fastvi.geometry.start import make_start
@@ -66,31 +67,35 @@ def fits(name: str) -> list[dict]:
     """Fit both lanes; return rows of price.csv."""
     source = PROBLEMS[name]()
     objective, center = ravel_loss(source.loss_fn, source.params, jnp.float32)
-    config = settle(
+    config = with_draws(
         VIConfig(steps=FIRST + SECOND, samples_per_step=2, eval_samples=128), center.size, 1.0
     )
     problem = make_problem(center, hold(source.data), source.nbeta, source.gamma, config, "nbeta")
     keys = jax.random.split(jax.random.key(0), CHAINS)
-    long = run_fit(programs_for(objective, problem, config), problem, config, keys)
-    short_config, second = config.replace(steps=FIRST), config.replace(steps=SECOND)
-    short = run_fit(programs_for(objective, problem, short_config), problem, short_config, keys)
+    settings, choice = fit_settings(config), family_choice(config)
+    stages = programs_for(objective, problem, settings)
+
+    def fit(stages, steps):
+        return run_fit(stages, problem, choice, fit_schedule(config.replace(steps=steps)), keys)
+
+    long, short = fit(stages, FIRST + SECOND), fit(stages, FIRST)
     params = jax.tree_util.tree_map(lambda leaf: leaf[0], short.params)
     draws = short.family.sample(params, jax.random.key(1), SHIFTS, antithetic=True, block=0)
     smooth = ShiftedLoss(objective, draws.displacement)
 
     @jax.jit
     def prepare(problem, key, scale):
-        rows = min(config.hessian_examples, problem.num_data)
+        rows = min(settings.start.examples, problem.num_data)
         subset = hold(first_rows(problem.data.examples, rows))
-        return make_start(smooth, problem.posterior, subset, problem.next_batch, second, key, scale)
+        arguments = smooth, problem.posterior, subset, problem.next_batch, settings.start
+        return make_start(*arguments, key, scale)
 
-    stages = programs_for(objective, problem, second)
     forms = {
         form: getattr(stages, form)._replace(prepare=prepare) for form in ("quick", "compiled")
     }
-    averaged = run_fit(stages._replace(**forms), problem, second, keys)
+    averaged = fit(stages._replace(**forms), SECOND)
     per_step = 2 * problem.batch_size / source.n_data * CHAINS
-    hvp = 2 * min(config.hessian_examples, source.n_data) / source.n_data
+    hvp = 2 * min(settings.start.examples, source.n_data) / source.n_data
     extra = float(averaged.start.num_hvp) * hvp * SHIFTS
     return [
         _row(name, "at w*", long, (FIRST + SECOND) * per_step),

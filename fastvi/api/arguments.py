@@ -11,26 +11,15 @@ import numpy as np
 
 from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Array, Float
+from fastvi.api.plan import DEFAULT_BATCH_SIZE
 from fastvi.config import VIConfig
-from fastvi.evaluation.control_variate import pairs_for
-from fastvi.evaluation.stein import even_monomials
-from fastvi.fitting.schedule import few_dimensions_factor
 from fastvi.geometry.whitening import normalized_scale
 from fastvi.target.data import AbstractData, Problem
 from fastvi.target.keys import described
 from fastvi.target.posterior import LocalPosterior
 
-DEFAULT_BATCH_SIZE = 256
-FLOW_STEP_DRAWS, FLOW_EVALUATION_DRAWS = (
-    (8, 128),
-    (64, 512),
-)  # a flow on some, on all dimensions; at least
-FAMILY_COLUMNS = 3  # control variates of each family's own, `AbstractFamily.control_variates`
-MOST_STEP_GRADIENTS = 24  # full gradients of a step of one chain that draws beyond two may take
-MAX_STEP_FACTOR, MAX_EVALUATION_FACTOR = 128, 32  # in few dimensions
 
-
-def settle_localization(given: Any, config: VIConfig, default: float | None = None) -> Any:
+def choose_localization(given: Any, config: VIConfig, default: float | None = None) -> Any:
     """Return the strength of the localizer.
 
     As given, else `gamma` of the configuration, else the default.
@@ -79,50 +68,6 @@ def make_problem(
     )
     batch_size = config.batch_size or min(DEFAULT_BATCH_SIZE, data.num_data)
     return Problem(posterior, data, batch_size)
-
-
-def settle(config: VIConfig, dim: int, share: float) -> VIConfig:
-    """Fill in the draws of a step and of the evaluation as `estimate_llc` takes them.
-
-    More in few dimensions.
-
-    The gradient of a flow that bends has noise even where it fits as well as it can, unlike that of
-    a Gaussian. A minibatch of this share of the data bounds the draws, but for one or two
-    dimensions, whose tails take them.
-    """
-    step, evaluation = config.samples_per_step, config.eval_samples
-    draws = 2 * few_dimensions_factor(dim, MAX_STEP_FACTOR)
-    if dim > 2:
-        draws = max(2, min(draws, 2 * int(MOST_STEP_GRADIENTS / share / 2)))
-    more = config.evaluation_draws * few_dimensions_factor(dim, MAX_EVALUATION_FACTOR)
-    if config.family == "flow":
-        whole = config.family_settings.latent_dim(dim) == dim
-        draws, more = max(draws, FLOW_STEP_DRAWS[whole]), max(more, FLOW_EVALUATION_DRAWS[whole])
-    return config.replace(
-        samples_per_step=draws if step is None else step,
-        eval_samples=more if evaluation is None else evaluation,
-    )
-
-
-def settle_evaluation(config: VIConfig, dim: int) -> VIConfig:
-    """Leave the control variate out where the draws are too few to find its coefficients.
-
-    Raises:
-        ConfigError: If it was asked for.
-    """
-    wanted, pairs = config.control_variate or "auto", config.evaluation_draws // 2
-    if wanted == "none":
-        return config
-    columns = 1 if wanted == "hvp" else even_monomials(dim, pairs).shape[0] or FAMILY_COLUMNS
-    if pairs >= pairs_for(columns):
-        return config.replace(control_variate=wanted)
-    if config.control_variate is None:
-        return config.replace(control_variate="none")
-    raise ConfigError(
-        f"control_variate={wanted!r} must have {2 * pairs_for(columns)} draws or more to find its "
-        "coefficients from; "
-        f'got eval_samples={config.eval_samples}: give more, or control_variate="none".'
-    )
 
 
 def check_count(name: str, value: Any) -> int:

@@ -10,26 +10,31 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fastvi._compilation import CLOCK
+from fastvi._compilation import CompileWatch
 from fastvi._errors import DataError, NonFiniteError
 from fastvi._typing import Batch, Given, Key, PyTree
 from fastvi.api.arguments import (
-    DEFAULT_BATCH_SIZE,
     check_count,
     check_dtype,
+    choose_localization,
     make_problem,
-    settle,
-    settle_evaluation,
-    settle_localization,
 )
-from fastvi.api.plan import default_budget
+from fastvi.api.plan import (
+    DEFAULT_BATCH_SIZE,
+    default_budget,
+    family_choice,
+    fit_schedule,
+    fit_settings,
+    plan_estimate,
+    start_settings,
+)
 from fastvi.api.resample import Fitted, correct
 from fastvi.config import VIConfig
 from fastvi.evaluation.errors import chain_error
 from fastvi.evaluation.importance import assess_importance
 from fastvi.fitting.protocols import Progress
 from fastvi.fitting.run import Fit, Options, Snapshot, run_fit
-from fastvi.fitting.schedule import elbo_trend, few_dimensions_factor
+from fastvi.fitting.schedule import elbo_trend
 from fastvi.fitting.stages import Outcome, programs_for
 from fastvi.geometry.minimum import Bottom, look_down, rounding_nats
 from fastvi.geometry.start import newton_decrement, rank_limit
@@ -47,20 +52,10 @@ from fastvi.target.look import look_at_target
 from fastvi.target.modes import in_own_modes
 from fastvi.target.ravel import TreeObjective, ravel_loss
 from fastvi.target.restrict import restrict
-from fastvi.target.stream import HostStream, uncorrected
+from fastvi.target.stream import AbstractStream, open_stream, uncorrected
 
 SNAPSHOT_SCALES = 256  # entries of D^{1/2} in a snapshot
-DEFAULT_CHAINS, DEFAULT_LOCALIZATION = 4, 1.0  # chains of a fit that nothing corrects
-WHOLE_DATA = (
-    2 * DEFAULT_BATCH_SIZE
-)  # examples that a fit in few dimensions takes whole at each step
-PREPARATION = {
-    "steps": 200,
-    "batch_size": 64,
-    "samples_per_step": 1,
-    "eval_samples": 32,
-    "curvature_examples": 512,
-}
+DEFAULT_LOCALIZATION = 1.0  # half of it lets walkers spread by sqrt(2) in flat directions
 
 
 @in_own_modes
@@ -98,7 +93,9 @@ def estimate_llc(
         params: Trained parameters w*, any pytree with floating-point arrays.
         data: Pytree of arrays with a common leading axis of examples; `batch` has the same
             structure. Or an object that gives such batches from host memory each time it is
-            iterated over: then the only methods are "variational" and "reweight".
+            iterated over: then the only methods are "variational" and "reweight". Or an iterator of
+            shuffled batches, which is read once: then nbeta must be given, the only method is
+            "variational", and the evaluation is on a sample, whose noise is part of `llc_sem`.
         key: An int seed or a jax random key.
         nbeta: n times the inverse temperature; n / log n when left out.
         localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates;
@@ -160,7 +157,7 @@ class Target(NamedTuple):
     problem: Problem
     config: VIConfig
     key: Key
-    stream: HostStream | None
+    stream: AbstractStream | None
     look: LossLook
 
 
@@ -175,14 +172,19 @@ def assemble(
 ) -> Target:
     """Check loss, parameters and data, and put them together."""
     dtype = check_dtype(config)
-    localization = settle_localization(localization, config, DEFAULT_LOCALIZATION)
+    localization = choose_localization(localization, config, DEFAULT_LOCALIZATION)
     objective, center = ravel_loss(loss_fn, params, dtype)
     stream = None
     if is_stream(data):
-        stream = HostStream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
-        config = config.replace(method=uncorrected(config.method))
+        stream = open_stream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
+        config = config.replace(method=uncorrected(config.method, stream.is_sample))
+        if nbeta is None and stream.is_sample:
+            raise DataError(
+                "nbeta defaults to n / log n, and an iterator does not tell n: data can be read "
+                "only once. Pass nbeta, or an object whose __iter__ begins anew each time."
+            )
         data = stream.window(0)
-        stream = stream if stream.num_rows < stream.num_data else None
+        stream = None if stream.fits else stream
     else:
         data = hold(check_data(data, dtype=dtype)[0])
     num_data = data.num_data
@@ -209,21 +211,27 @@ def run_estimate(
     warm: Fitted | None = None,
 ) -> LLCEstimate:
     """Fit, evaluate and correct, from the curvature at w* or from the q of another fit."""
-    began, compiled = time.perf_counter(), CLOCK.seconds
+    began = time.perf_counter()
     if num_chains is not None:
         check_count("num_chains", num_chains)
     objective, problem, settings, key, stream, look = target
-    plan, num_chains = _plan(settings, problem, num_chains)
+    plan, num_chains = plan_estimate(settings, problem, num_chains)
     early_stop = bool(plan.early_stop)
     problem = dataclasses.replace(problem, batch_size=plan.batch_size)
     keys = jax.random.split(key, num_chains)
     keeper = None
     if resume_from is not None:
+        if stream is not None and stream.is_sample:
+            raise DataError("resume_from needs data that can be read again; got an iterator.")
         keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
-    stages = programs_for(objective, problem, plan)
-    with reporting(progress) as report:
-        options = Options(early_stop, report, warm and warm.fit, keeper, stream)
-        fit = run_fit(stages, problem, plan, keys, options=options)
+    stages = programs_for(objective, problem, fit_settings(plan))
+    with CompileWatch() as watch, reporting(progress) as report:
+        options = Options(
+            early_stop, report, warm and warm.fit, keeper, stream, keeps_snapshots=plan.tensorboard
+        )
+        fit = run_fit(
+            stages, problem, family_choice(plan), fit_schedule(plan), keys, options=options
+        )
         bottom = look_down(
             stages.compiled.excess_along,
             problem.posterior,
@@ -231,9 +239,7 @@ def run_estimate(
             float(fit.outcome.reference_loss),
             (stream or problem.data).pieces,
         )
-    timings = Timings(
-        **fit.seconds, compile=CLOCK.seconds - compiled, total=time.perf_counter() - began
-    )
+    timings = Timings(**fit.seconds, compile=watch.seconds, total=time.perf_counter() - began)
     work = count_work(fit, problem, plan, num_chains, look, bottom.losses)
     result = _estimate(fit, problem, plan, work, timings, bottom, look)
     if throw and _has(result, "non_finite"):
@@ -257,35 +263,6 @@ def _has(result: LLCEstimate, *names: str) -> bool:
     return any(finding.name in names for finding in result.health)
 
 
-def _plan(config: VIConfig, problem: Problem, num_chains: int | None) -> tuple[VIConfig, int]:
-    """Return the configuration of the fit with nothing left open, and its chains.
-
-    A fit that only prepares a walk is one short chain on little data, where the configuration
-    leaves that open: what it leaves undone costs the walkers a few steps.
-    """
-    dim, changes = problem.posterior.center.size, {"batch_size": problem.batch_size}
-    prepares = config.method not in ("variational", "reweight") and not config.early_stop
-    if few_dimensions_factor(dim, 2) > 1 and problem.holds_all and problem.num_data <= WHOLE_DATA:
-        changes["batch_size"] = (
-            problem.num_data
-        )  # the noise of minibatches would cost more draws than they save
-    if prepares:
-        batch = min(PREPARATION["batch_size"], problem.num_data)
-        changes = {**PREPARATION, "batch_size": batch, "samples_per_step": config.step_draws}
-    changes |= {
-        "early_stop": not prepares and config.early_stop is not False,
-        "method": config.method or "auto",
-        "curvature_examples": changes.get("curvature_examples", config.hessian_examples),
-        "r": min(config.filled.r, dim),
-    }
-    plan = config.replace(
-        **{name: value for name, value in changes.items() if getattr(config, name) is None}
-    )
-    share = (plan.batch_size or problem.num_data) / problem.num_data
-    plan = settle_evaluation(settle(plan, dim, min(share, 1.0)), dim).recorded
-    return plan, num_chains or (1 if prepares else DEFAULT_CHAINS)
-
-
 def _estimate(
     fit: Fit,
     problem: Problem,
@@ -303,7 +280,8 @@ def _estimate(
     traces["cumulative_fge"] = np.broadcast_to(
         work.fge_per_step * np.arange(1, steps + 1), traces["elbo"].shape
     )
-    llc_sem = chain_error(evaluation.llc, evaluation.llc_sem)
+    # chains share the sample that data which are read once are evaluated on
+    llc_sem = math.hypot(chain_error(evaluation.llc, evaluation.llc_sem), outcome.data_error)
     posterior = problem.posterior
     evidence = _evidence(fit, outcome, problem, config, traces, bottom, look)
     return LLCEstimate(
@@ -369,7 +347,9 @@ def _evidence(
         converged=fit.converged,
         rank=int(start.rank),
         wanted_rank=int(start.wanted_rank),
-        rank_limit=rank_limit(config, posterior.center.size, posterior.center.dtype.itemsize),
+        rank_limit=rank_limit(
+            start_settings(config), posterior.center.size, posterior.center.dtype.itemsize
+        ),
         newton_decrement=float(jax.jit(newton_decrement)(start, posterior, fit.outcome.slope)),
         importance=assess_importance(np.asarray(evaluation.log_weight)),
         radius2=traces["radius2"],

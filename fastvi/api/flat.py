@@ -13,13 +13,13 @@ from fastvi._typing import Array, Batch, Float, Given, Keys
 from fastvi.api.arguments import (
     check_count,
     check_dtype,
+    choose_localization,
     flat_vector,
     make_problem,
     positive_scalar,
-    settle_evaluation,
-    settle_localization,
     whitener_scale,
 )
+from fastvi.api.plan import family_choice, fit_schedule, fit_settings, with_control_variate
 from fastvi.config import VIConfig
 from fastvi.fitting.run import Fit, run_fit
 from fastvi.fitting.stages import programs_for
@@ -145,7 +145,7 @@ def run_vi(
         DataError: If the data cannot be used.
     """
     settings = VIConfig.create(config)
-    for name, value in (("beta", beta), ("gamma", settle_localization(gamma, settings))):
+    for name, value in (("beta", beta), ("gamma", choose_localization(gamma, settings))):
         if value is None:
             raise ConfigError(
                 f"{name} must be given to run_vi; got None. Use beta=1/log(n) and gamma=1 to "
@@ -255,12 +255,12 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     center = flat_vector(target.wstar_flat, dtype)
     data = hold(check_data(target.data, check_count("n_data", target.n_data), dtype)[0])
     num_data = data.num_data
-    config = settle_evaluation(
+    config = with_control_variate(
         config.replace(method="variational").applied(center.size), center.size
     )
     nbeta, gamma = (
         positive_scalar("beta", target.beta) * num_data,
-        settle_localization(target.gamma, config),
+        choose_localization(target.gamma, config),
     )
     problem = make_problem(center, data, nbeta, gamma, config, "beta")
     config = config.filled
@@ -274,9 +274,10 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
         loss_full_flat=target.loss_full_flat,
     )
     finished = run_fit(
-        programs_for(target.objective, problem, config, target.loss_full_flat),
+        programs_for(target.objective, problem, fit_settings(config), target.loss_full_flat),
         problem,
-        config,
+        family_choice(config),
+        fit_schedule(config),
         chain_keys,
         whitener_scale=whitener_scale(target.whitener, center),
     )

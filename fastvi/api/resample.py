@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._compilation import CLOCK
+from fastvi._compilation import CompileWatch
 from fastvi._errors import DataError, NonFiniteError
 from fastvi._typing import Array, Float, Given, Keys
 from fastvi.api.plan import default_budget
@@ -154,20 +154,21 @@ def correct(
         return result
     config = recorded.filled
     if not fitted.problem.holds_all:
-        uncorrected(config.method)
-    began, compiled = time.perf_counter(), CLOCK.seconds
-    method, weights, khat = _choose(fitted, config)
-    values = _reweight(fitted, weights) if method == "reweight" else None
-    too_rough = values is not None and values.llc_sem > config.error * abs(values.llc)
-    if values is None or (too_rough and config.method == "auto"):
-        with reporting(progress) as report:
-            method, values = "sample", _sample(fitted, config, weights, report)
+        uncorrected(config.method, getattr(fitted.problem.data, "is_sample", False))
+    began = time.perf_counter()
+    with CompileWatch() as watch:
+        method, weights, khat = _choose(fitted, config)
+        values = _reweight(fitted, weights) if method == "reweight" else None
+        too_rough = values is not None and values.llc_sem > config.error * abs(values.llc)
+        if values is None or (too_rough and config.method == "auto"):
+            with reporting(progress) as report:
+                method, values = "sample", _sample(fitted, config, weights, report)
     details = Correction(**{"method": method, "khat": khat, **values.details})
     seconds, before = time.perf_counter() - began, result.timings
     timings = before._replace(
         correction=seconds,
         total=before.total + seconds,
-        compile=before.compile + CLOCK.seconds - compiled,
+        compile=before.compile + watch.seconds,
     )
     corrected = dataclasses.replace(
         result,

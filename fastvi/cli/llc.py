@@ -8,8 +8,8 @@ from typing import Any
 from fastvi.api.arguments import (
     DEFAULT_BATCH_SIZE,
     check_dtype,
+    choose_localization,
     make_problem,
-    settle_localization,
 )
 from fastvi.api.estimate import estimate_llc
 from fastvi.cli.target import ModelArguments, Resolved, load, parse_settings, resolve
@@ -26,7 +26,7 @@ from fastvi.target.keys import as_key
 from fastvi.target.look import weigh
 from fastvi.target.losses import first_rows
 from fastvi.target.ravel import ravel_loss
-from fastvi.target.stream import HostStream
+from fastvi.target.stream import open_stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Llc:
         return Origin(
             target=resolved.target,
             seed=base.seed if self.seed is None else self.seed,
-            localization=settle_localization(self.localization, config, base.localization),
+            localization=choose_localization(self.localization, config, base.localization),
             nbeta=base.nbeta if self.nbeta is None else self.nbeta,
             num_chains=base.num_chains if self.num_chains is None else self.num_chains,
         )
@@ -123,7 +123,7 @@ def observe_problem(problem: ModelArguments, config: VIConfig) -> dict[str, Any]
     dtype = check_dtype(config)
     objective, center = ravel_loss(problem.loss_fn, problem.params, dtype)
     data = (
-        HostStream(problem.data, dtype, as_key(0), DEFAULT_BATCH_SIZE).window(0)
+        open_stream(problem.data, dtype, as_key(0), DEFAULT_BATCH_SIZE).window(0)
         if is_stream(problem.data)
         else hold(check_data(problem.data, dtype=dtype)[0])
     )

@@ -18,7 +18,7 @@ import jax
 
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
 from fastvi._optional import import_optional
-from fastvi.api.arguments import settle_localization
+from fastvi.api.arguments import choose_localization
 from fastvi.cli.llc import estimate_origin, observe_problem
 from fastvi.cli.sweep_figure import draw_sweep
 from fastvi.cli.table import describe, format_table, write_csv
@@ -43,7 +43,8 @@ TABLE_FILE, FIGURE_FILE, PAGE_DPI = "table.csv", "sweep.png", 150
 RUN_OPTIONS = ("seed", "localization", "nbeta", "num_chains")
 ENTRIES = ("target", "out", "base", "grid", *RUN_OPTIONS)
 LOCALIZATION = ("localization", "gamma")  # two names of one thing
-COLUMNS = ("llc", "q alone", "elbo", "k-hat", "FGE", "s", "findings")  # what a table says of a run
+# Columns of a run, as `describe` fills them; a run that failed has dashes.
+COLUMNS = ("llc", "q alone", "elbo", "k-hat", "FGE", "s", "findings")
 LONGEST_NAME = 150  # of a run's folder; file systems take 255
 VERSION = 1
 
@@ -355,7 +356,7 @@ def _cell(target: str, base: VIConfig, shared: dict[str, Any], values: dict[str,
         origin=Origin(
             target=target,
             seed=options.get("seed", 0),
-            localization=settle_localization(options.get("localization"), config, 1.0),
+            localization=choose_localization(options.get("localization"), config, 1.0),
             nbeta=options.get("nbeta"),
             num_chains=options.get("num_chains"),
         ),

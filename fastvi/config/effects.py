@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from fastvi.families import FAMILIES
+from fastvi.geometry.start import StartSettings, rank_limit
 
 
 def fields_of_family(name: str) -> tuple[str, ...]:
@@ -96,10 +97,9 @@ def _of_the_flow(filled: Any, dim: int | None) -> dict[str, Idle]:
 
 def may_cover_all(config: Any, dim: int) -> bool:
     """Say whether the flow and the core beside it may leave no direction for the noise beyond them."""
-    from fastvi.geometry.start import rank_limit
-
     filled, latent = config.filled, config.family_settings.latent_dim(dim)
-    core = 0 if filled.lift == "injective" else rank_limit(filled, dim, itemsize=4)
+    rank = None if config.curvature_rank == "auto" else config.curvature_rank
+    core = 0 if filled.lift == "injective" else rank_limit(StartSettings(rank), dim, itemsize=4)
     own = (
         latent if filled.latent_basis != "curvature" else 0
     )  # along the curvature, the core's rows come first

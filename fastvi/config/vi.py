@@ -7,7 +7,6 @@ likely fix.
 """
 
 import difflib
-import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -34,6 +33,7 @@ from fastvi.config.effects import fields_of_family, idle_fields, may_cover_all
 from fastvi.families import FAMILIES
 from fastvi.families.backends.base import Architecture
 from fastvi.families.basis import Basis
+from fastvi.fitting.step_plan import FINAL_RATE
 
 __all__ = ["FlowConfig", "VIConfig"]
 
@@ -55,8 +55,6 @@ _ALIASES |= {
 }
 _DEFAULT_EVALUATION_DRAWS = 64
 _DEFAULT_CURVATURE_EXAMPLES = 4096
-# last learning rate relative to the peak; measured, docs/configuration.md "The end of the schedule"
-FINAL_RATE = 0.01
 # What a field that is None, not given, takes: a plan, a family or another field may put something
 # else in its place.
 _DEFAULTS: dict[str, Any] = {
@@ -300,7 +298,7 @@ class VIConfig(_CheckedFields):
     lr: Annotated[float, checks.positive] = 1e-2
     lr_schedule: Literal["none", "cosine", "linear_decay"] = "cosine"
     lr_warmup_frac: Annotated[float, checks.fraction] = 0.05
-    lr_end_fraction: Annotated[float | None, checks.share] = None
+    lr_end_fraction: Annotated[Open[float], checks.share] = _OPEN
     clip_global_norm: Annotated[float | None, checks.positive] = 5.0
     samples_per_step: Annotated[int | None, checks.integer] = None
     antithetic: bool | None = None
@@ -529,23 +527,6 @@ class VIConfig(_CheckedFields):
     def prunes(self) -> bool:
         """Whether components are pruned during the fit."""
         return self.mixture_cap is not None or self.prune_threshold is not None
-
-    @property
-    def anneals(self) -> bool:
-        """Whether the temperature or the entropy bonus changes during the fit."""
-        return self.settled_after > 0
-
-    @property
-    def settled_after(self) -> int:
-        """Count the steps after which temperature and entropy bonus stay as they are."""
-        filled = self.filled
-        heated = (
-            math.ceil(filled.alpha_temperature_frac * filled.steps)
-            if filled.alpha_temperature != 1
-            else 0
-        )
-        ends = self.entropy_bonus > 0 and self.entropy_bonus_steps is not None
-        return max(heated, min(self.entropy_bonus_steps or 0, filled.steps) if ends else 0)
 
 
 @lru_cache(maxsize=256)

@@ -1,60 +1,30 @@
 """Shrink an overwide start until the loss agrees with it."""
 
-import jax
-import jax.numpy as jnp
+from typing import Any
 
-from fastvi._typing import Array, Int, Key, Scalar
-from fastvi.evaluation.errors import virial
-from fastvi.families.base import AbstractFamily
-from fastvi.kernels.noise import streams
-from fastvi.target.data import Problem, evaluate_target
-from fastvi.target.objective import FlatObjective
-
-CALIBRATION_DRAWS = (
-    32  # the virial of a Gaussian in d dimensions then has a standard deviation of sqrt(1 / (8 d))
-)
-MAX_ROUNDS = 16
+# Draws of a measurement: the virial of a Gaussian in d dimensions then has a standard deviation of
+# sqrt(1 / (16 d)). Half as many shrink small starts by chance, twice as many cost twice as much.
+CALIBRATION_DRAWS = 32
+MAX_ROUNDS = 16  # each divides the scale by at most e: 7 orders of magnitude
 WIDE = 1.5  # virial above which q reaches into steeper loss than its own curvature claims
 
 
-def calibrate_scale(
-    family: AbstractFamily, params, objective: FlatObjective, problem: Problem, key: Key
-) -> tuple[Scalar, Int[Array, ""]]:
-    """Shrink q as a whole while its virial exceeds `WIDE`.
+def calibration_steps(num_chains: int, num_draws: int) -> int:
+    """Return the steps whose draws measure the virial in a round."""
+    return -(-CALIBRATION_DRAWS // (num_chains * num_draws))
 
-    The virial `E_q[v . (nbeta grad L + gamma v)] / dim` is 1 at the best scale; where the loss is
+
+def narrowing(virial: Any, xp: Any) -> Any:
+    """Return by how much the logarithm of q's scale falls, given q's virial; 0 where q fits.
+
+    The virial `E_q[v . (nbeta grad L + gamma v)] / dim` is 1 at the best scale. Where the loss is
     homogeneous of degree D it grows as scale^D, so each round divides the scale by virial^(1/4), at
-    most e. A quadratic start is left as it is.
+    most e. A quadratic start is left as it is. A virial that is not finite is as wide as can be.
 
-    Returns:
-        The shift for `widened`, and the number of rounds, each of `CALIBRATION_DRAWS` minibatch
-        gradients.
+    Args:
+        virial: The mean over draws.
+        xp: `numpy`, or `jax.numpy` for a value that is traced.
     """
-
-    def adjust(carry):
-        shift, round_index, _ = carry
-        block = streams.step_noise(round_index)
-        shifted = family.widened(params, shift)
-        draws = family.sample(shifted, key, CALIBRATION_DRAWS, antithetic=True, block=block)
-        _, grad = evaluate_target(
-            objective,
-            problem,
-            draws.displacement,
-            problem.next_batch(key, streams.step_batch(round_index)),
-        )
-        reach = virial(draws.displacement, grad)
-        wide = ~(reach <= WIDE)
-        step = jnp.clip(0.25 * jnp.log(jnp.where(wide, reach, 1.0)), 0.05, 1.0)
-        return (
-            shift - jnp.where(wide, jnp.where(jnp.isnan(step), 1.0, step), 0.0),
-            round_index + 1,
-            wide,
-        )
-
-    def unsettled(carry):
-        _, round_index, wide = carry
-        return wide & (round_index < MAX_ROUNDS)
-
-    start = (jnp.zeros((), family.scale.dtype), jnp.asarray(0), jnp.asarray(True))
-    shift, rounds, _ = jax.lax.while_loop(unsettled, adjust, start)
-    return shift, rounds
+    wide = ~(virial <= WIDE)
+    step = xp.clip(0.25 * xp.log(xp.where(wide, virial, 1.0)), 0.05, 1.0)
+    return xp.where(wide, xp.where(xp.isnan(step), 1.0, step), 0.0)

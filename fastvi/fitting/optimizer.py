@@ -1,4 +1,4 @@
-"""Adam on natural coordinates, a guard against outliers, and the learning-rate schedule."""
+"""Adam on natural coordinates, and a guard against outliers."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fastvi._typing import Array, Float, Int, PyTree, Scalar
-from fastvi.config.vi import FINAL_RATE, VIConfig
+from fastvi._typing import Array, PyTree, Scalar
 from fastvi.families.updates import Blocks, UpdateRules
 
 ADAM_B1 = 0.9
@@ -198,54 +197,14 @@ def _read(whole, index):
     return whole.at[index].get(mode="promise_in_bounds")
 
 
-def make_optimizer(config: VIConfig, rules: UpdateRules) -> optax.GradientTransformationExtraArgs:
-    """Return the gradient transformation of a fit; the caller multiplies by the learning rate."""
-    guard = (
-        optax.identity()
-        if config.clip_global_norm is None
-        else clip_by_typical_norm(config.clip_global_norm)
-    )
+def make_optimizer(
+    max_ratio: float | None, rules: UpdateRules
+) -> optax.GradientTransformationExtraArgs:
+    """Return the gradient transformation of a fit; the caller multiplies by the learning rate.
+
+    Args:
+        max_ratio: Longest gradient relative to the typical norm; None: no bound.
+        rules: How each parameter is treated.
+    """
+    guard = optax.identity() if max_ratio is None else clip_by_typical_norm(max_ratio)
     return optax.chain(optax.with_extra_args_support(guard), scale_by_moments(rules))
-
-
-class Horizon(NamedTuple):
-    """The phases of a fit in steps.
-
-    Warm-up, then the peak rate, then decay from `decay_start` to `end`.
-    """
-
-    warmup: Scalar
-    decay_start: Scalar
-    end: Scalar
-
-
-def fixed_phases(config: VIConfig) -> tuple[float, float, int]:
-    """Return the `Horizon` of a fit that runs all its steps: warm-up, then decay."""
-    steps = config.filled.steps
-    warmup = config.lr_warmup_frac * steps
-    return warmup, warmup, steps
-
-
-def elapsed_decay(horizon: Horizon, step: Int[Array, "*steps"] | int) -> Float[Array, "*steps"]:
-    """Return the share of the decay phase that lies behind, from 0 to 1."""
-    return jnp.clip(
-        (step - horizon.decay_start) / jnp.maximum(horizon.end - horizon.decay_start, 1), 0.0, 1.0
-    )
-
-
-def learning_rate(
-    config: VIConfig, horizon: Horizon, step: Int[Array, "*steps"] | int
-) -> Float[Array, "*steps"]:
-    """Evaluate the schedule.
-
-    It reaches `lr_end_fraction` times the peak at the end of the horizon.
-    """
-    warm = jnp.minimum(1.0, (step + 1) / jnp.maximum(horizon.warmup, 1))
-    elapsed, last = elapsed_decay(horizon, step), config.lr_end_fraction or FINAL_RATE
-    if config.lr_schedule == "cosine":
-        decay = optax.schedules.cosine_decay_schedule(1.0, 1, alpha=last)(elapsed)
-    elif config.lr_schedule == "linear_decay":
-        decay = optax.schedules.linear_schedule(1.0, last, 1)(elapsed)
-    else:
-        decay = 1.0
-    return config.lr * warm * decay

@@ -3,25 +3,24 @@
 import jax
 import jax.numpy as jnp
 
-from fastvi._typing import Array, Bool, Float, PyTree
-from fastvi.config import VIConfig
+from fastvi._typing import Array, Bool, Float, Int, PyTree, Scalar
 from fastvi.families.base import AbstractFamily
 from fastvi.fitting.optimizer import MomentState
 
 
 def kept_components(
-    weights: Float[Array, " comp"], threshold: float | None, cap: int | None
+    weights: Float[Array, " comp"], least_weight: Scalar | float, most: Int[Array, ""] | int
 ) -> Bool[Array, " comp"]:
-    """Choose the most components whose renormalised weights all reach `threshold`, at most `cap`, at least one.
+    """Choose as many components as renormalised weights allow that all reach `least_weight`.
 
-    The lightest goes first and the others share its weight, so that equal weights below the
-    threshold do not all go.
+    At most `most` stay, and one always does. The lightest goes first and the others share its
+    weight, so that equal weights below the bound do not all go.
     """
     order = jnp.argsort(-weights, stable=True)
     ordered = weights[order]
     share = ordered / jnp.cumsum(ordered)  # of the lightest, if it and the heavier ones are kept
     rank = jnp.arange(weights.size)
-    keep = (share >= (threshold or 0.0)) & (ordered > 0) & (rank < (cap or weights.size))
+    keep = (share >= least_weight) & (ordered > 0) & (rank < most)
     return jnp.zeros_like(keep).at[order].set(keep | (rank == 0))
 
 
@@ -30,7 +29,8 @@ def prune(
     params: PyTree,
     opt_state: PyTree,
     per_component: PyTree,
-    config: VIConfig,
+    least_weight: Scalar | float,
+    most: Int[Array, ""] | int,
 ) -> tuple[PyTree, PyTree]:
     """Take the weight of light components, and forget their moments.
 
@@ -41,19 +41,24 @@ def prune(
         params: Its parameters.
         opt_state: The optimiser's state.
         per_component: Which parameters have a first axis of components, `UpdateRules`.
-        config: The configuration.
+        least_weight: Weight below which a component goes.
+        most: Most components that stay.
 
     Returns:
         The parameters and the optimiser's state.
     """
     weights = jnp.exp(family.log_weights(params))
-    keep = kept_components(weights, config.filled.prune_threshold, config.mixture_cap)
-    is_moments = lambda node: isinstance(node, MomentState)  # noqa: E731
-    return family.pruned(params, keep), jax.tree_util.tree_map(
-        lambda node: _forget(node, keep, per_component) if is_moments(node) else node,
+    keep = kept_components(weights, least_weight, most)
+    forgotten = jax.tree_util.tree_map(
+        lambda node: _forget(node, keep, per_component) if _is_moments(node) else node,
         opt_state,
-        is_leaf=is_moments,
+        is_leaf=_is_moments,
     )
+    return family.pruned(params, keep), forgotten
+
+
+def _is_moments(node) -> bool:
+    return isinstance(node, MomentState)
 
 
 def _forget(moments: MomentState, keep: Bool[Array, " comp"], per_component) -> MomentState:

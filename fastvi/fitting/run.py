@@ -1,9 +1,10 @@
 """Run the stages of a fit: chunk by chunk with a stopping rule, or as one traceable program."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,9 @@ import numpy as np
 
 from fastvi._compilation import Ahead
 from fastvi._typing import Array, Keys
-from fastvi.config import VIConfig
+from fastvi.evaluation.llc import error_over_pieces
 from fastvi.families.base import AbstractFamily
-from fastvi.fitting.optimizer import Horizon, fixed_phases
+from fastvi.fitting.calibrate import MAX_ROUNDS, calibration_steps, narrowing
 from fastvi.fitting.protocols import AbstractKeeper, Progress
 from fastvi.fitting.schedule import (
     DECAY_FRACTION,
@@ -26,8 +27,17 @@ from fastvi.fitting.schedule import (
     is_balanced,
     negligible_nats,
 )
-from fastvi.fitting.stages import Outcome, Programs, Stages, build_family
+from fastvi.fitting.stages import (
+    FamilyChoice,
+    Outcome,
+    Programs,
+    Stages,
+    build_family,
+    calibration_keys,
+    fit_inside_a_trace,
+)
 from fastvi.fitting.step import State
+from fastvi.fitting.step_plan import Phases, ScheduleSettings, fixed_phases, frozen, plan_steps
 from fastvi.geometry.curvature import BLOCK
 from fastvi.geometry.start import Start, rank_limit
 from fastvi.kernels.noise import streams
@@ -75,7 +85,7 @@ class Course:
     state: State
     start: Start
     calibration_rounds: Any
-    phases: tuple[float, float, int]
+    phases: Phases
     parts: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
     snapshots: list[Snapshot] = dataclasses.field(default_factory=list)
     done: int = 0
@@ -92,6 +102,7 @@ class Options(NamedTuple):
         warm: Another fit to begin at, of a problem with the same number of parameters.
         keeper: Where progress is kept.
         stream: Where windows of data and the evaluation's data come from.
+        keeps_snapshots: Whether the shape of q is kept at each record.
     """
 
     early_stop: bool = False
@@ -99,12 +110,14 @@ class Options(NamedTuple):
     warm: Fit | None = None
     keeper: AbstractKeeper | None = None
     stream: AbstractStream | None = None
+    keeps_snapshots: bool = False
 
 
 def run_fit(
     stages: Stages,
     problem: Problem,
-    config: VIConfig,
+    choice: FamilyChoice,
+    schedule: ScheduleSettings,
     chain_keys: Keys,
     *,
     whitener_scale: Array | None = None,
@@ -118,7 +131,8 @@ def run_fit(
     Args:
         stages: The stages.
         problem: Target and data.
-        config: The configuration.
+        choice: The family.
+        schedule: The steps.
         chain_keys: One key for each chain.
         whitener_scale: S^{-1} from outside, in place of the configured whitening.
         options: What needs concrete values.
@@ -127,100 +141,83 @@ def run_fit(
         The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are
         zero.
     """
-    config = config.filled
+    clock = Clock()
     leaves = jax.tree_util.tree_leaves((problem, chain_keys, whitener_scale))
     if stages.loss.is_traced or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return Fit(*stages.whole(problem, chain_keys, whitener_scale), Clock().seconds, None)
-    draws = config.steps * config.step_draws * chain_keys.size
-    clock, programs = Clock(), stages.for_work(draws, problem.posterior.center.size)
+        whole = jax.jit(
+            lambda *arguments: fit_inside_a_trace(stages, choice, schedule, *arguments)
+        )(problem, chain_keys, whitener_scale)
+        return Fit(**whole, seconds=clock.seconds, converged=None)
+    draws = schedule.steps * stages.settings.step.num_draws * chain_keys.size
+    programs = stages.for_work(draws, problem.posterior.center.size)
     report = options.report or _silent
-    report(Progress("curvature", 0, config.steps, float("nan")))
-    chunk = chunk_length(config.steps) if any(options) else config.steps
-    piece = _piece_length(config, chunk)
-    course = clock.time(
-        "adaptation",
-        lambda: _begin(programs, problem, config, chain_keys, whitener_scale, options, piece),
-    )
+    report(Progress("curvature", 0, schedule.steps, float("nan")))
+    with clock.stage("adaptation"):
+        course = _begin(
+            stages, programs, problem, choice, schedule, chain_keys, whitener_scale, options
+        )
+        jax.block_until_ready(course.state)
     if options.keeper is not None:
         options.keeper.restore(course)
-    _run_chunks(programs, problem, config, course, chain_keys, clock, chunk, options)
-    report(Progress("evaluation", config.steps, config.steps, float("nan")))
-    family, params, start = course.family, course.state.params, course.start
-    arguments, source = (family, problem, params, chain_keys), options.stream or problem.data
-    outcome = clock.time("evaluation", lambda: _finish(programs, arguments, source))
-    traces: dict[str, Array] = {
-        name: jnp.concatenate([part[name] for part in course.parts], axis=1)
-        for name in course.parts[0]
-    }
-    rounds, warm = course.calibration_rounds, options.warm is not None
+    _run_chunks(programs, problem, schedule, course, chain_keys, clock, options)
+    report(Progress("evaluation", schedule.steps, schedule.steps, float("nan")))
+    arguments, source = (
+        (course.family, problem, course.state.params, chain_keys),
+        options.stream or problem.data,
+    )
+    with clock.stage("evaluation"):
+        outcome = jax.block_until_ready(_finish(programs, arguments, source))
     return Fit(
-        family,
-        params,
-        start,
-        outcome,
-        traces,
-        rounds,
-        clock.seconds,
-        course.converged,
-        warm,
-        course.snapshots,
+        family=course.family,
+        params=course.state.params,
+        start=course.start,
+        outcome=outcome,
+        traces={
+            name: jnp.asarray(np.concatenate([part[name] for part in course.parts], axis=1))
+            for name in course.parts[0]
+        },
+        calibration_rounds=course.calibration_rounds,
+        seconds=clock.seconds,
+        converged=course.converged,
+        warm=options.warm is not None,
+        snapshots=course.snapshots,
     )
-
-
-def chunk_length(steps: int) -> int:
-    """Return the length of chunks, of which one program makes all steps, with the fewest steps beyond the last."""
-    return (
-        steps
-        if steps <= CHUNK
-        else min(range(CHUNK, CHUNK // 2 - 1, -1), key=lambda length: -steps % length)
-    )
-
-
-def _piece_length(config: VIConfig, chunk: int) -> int:
-    """Return the length of what one call of the program runs.
-
-    A chunk, or what divides it and the way to a snapshot.
-
-    Chunks are the same with snapshots or without, and with them where the stopping rule looks.
-    """
-    return math.gcd(chunk, config.eval_every) if config.tensorboard else chunk
 
 
 def _begin(
+    stages: Stages,
     programs: Programs,
     problem: Problem,
-    config: VIConfig,
+    choice: FamilyChoice,
+    schedule: ScheduleSettings,
     keys: Keys,
     whitener_scale: Array | None,
     options: Options,
-    chunk: int,
 ) -> Course:
     """Start from the curvature at w*, or from another fit's q moved to w*."""
-    phases, converged = fixed_phases(config), None
+    phases, settings = fixed_phases(schedule), stages.settings
     if options.early_stop:
-        phases = (
-            min(phases[0], MAX_ADAPTIVE_WARMUP),
-            config.steps / (1 + DECAY_FRACTION),
-            config.steps,
+        phases = Phases(
+            min(phases.warmup, MAX_ADAPTIVE_WARMUP),
+            schedule.steps / (1 + DECAY_FRACTION),
+            schedule.steps,
         )
-        converged = False
-    key = streams.shared_key()
     if options.warm is not None:
         start = _known_before(options.warm.start)
-        launched = programs.relaunch(options.warm.family, problem, options.warm.params, key)
+        family, params = options.warm.family, options.warm.params
     else:
-        start = programs.prepare(problem, key, whitener_scale)
+        start = programs.prepare(problem, streams.shared_key(), whitener_scale)
         limit = rank_limit(
-            config, problem.posterior.center.size, problem.posterior.center.dtype.itemsize
+            settings.start, problem.posterior.center.size, problem.posterior.center.dtype.itemsize
         )
         rank = min(limit, -(-int(start.rank) // BLOCK) * BLOCK)
-        launched = _launch(
-            programs,
-            (build_family(config, start, rank), problem, start.core[:rank], key, keys),
-            chunk,
-            options.stream,
-        )
-    family, state, rounds = launched
+        family = build_family(choice, settings.start, start, rank)
+        params = programs.draw_start(family, start.core[:rank], keys)
+        _compile_ahead(programs, family, problem, params, keys, schedule, options.stream)
+    family, state, rounds = _calibrate(
+        programs, family, problem, params, schedule, settings.step.num_draws, keys.size
+    )
+    converged = False if options.early_stop else None
     return Course(family, state, start, rounds, phases, converged=converged)
 
 
@@ -230,41 +227,68 @@ def _known_before(start: Start) -> Start:
     return dataclasses.replace(start, num_values=none, num_hvp=none, lowest=unknown)
 
 
-def _launch(
-    programs: Programs, arguments: tuple, chunk: int, stream: AbstractStream | None
-) -> tuple[AbstractFamily, State, Array]:
-    """Run the launch, with the programs of the later stages compiling beside it."""
-    _, problem, _, _, chain_keys = arguments
+def _compile_ahead(
+    programs: Programs,
+    family: AbstractFamily,
+    problem: Problem,
+    params: Any,
+    keys: Keys,
+    schedule: ScheduleSettings,
+    stream: AbstractStream | None,
+) -> None:
+    """Compile the later stages side by side."""
     if jax_setting("jax_disable_jit"):  # then nothing is to be compiled
-        return programs.launch(*arguments)
+        return
+    dtype = problem.posterior.center.dtype
     with Ahead() as ahead:
-        traced = programs.launch.trace(*arguments)
-        ahead.compile("launch", traced.lower())
-        family, state, _ = traced.out_info
-        scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
-        step = jax.ShapeDtypeStruct((), jnp.int32)
-        horizon = Horizon(scalar, scalar, scalar)
-        lowered = programs.steps.lower(
-            family, problem, state, chain_keys, step, horizon, length=chunk
-        )
-        ahead.compile("steps", lowered)
+        traced = programs.launch.trace(family, params, dtype.type(0), np.bool_(False))
+        state = traced.out_info[1]
+        plan = plan_steps(schedule, fixed_phases(schedule), 0, CHUNK, CHUNK, dtype)
+        ahead.compile(programs.steps.lower(family, problem, state, keys, plan))
+        ahead.compile(traced.lower())
         if stream is None:
-            common = family, problem, state.params, chain_keys, problem.data
-            nothing = programs.nothing_seen(problem, chain_keys.size)
-            share = jax.ShapeDtypeStruct((), problem.posterior.center.dtype)
-            ahead.compile("finish", programs.finish.lower(*common, nothing, share))
-        ahead.wait(("launch", "steps") if stream else ("launch", "steps", "finish"))
-    return programs.launch(*arguments)
+            nothing = programs.nothing_seen(problem, keys.size)
+            common = family, problem, params, keys, problem.data, nothing
+            ahead.compile(programs.finish.lower(*common, jax.ShapeDtypeStruct((), dtype)))
+        ahead.wait()
+
+
+def _calibrate(
+    programs: Programs,
+    family: AbstractFamily,
+    problem: Problem,
+    params: Any,
+    schedule: ScheduleSettings,
+    num_draws: int,
+    num_chains: int,
+) -> tuple[AbstractFamily, State, int]:
+    """Narrow the start until its virial agrees with the loss, by steps that change nothing.
+
+    A start that agrees at once is changed more slowly.
+
+    Returns:
+        The family, the states of the chains, and the rounds that it took.
+    """
+    dtype, keys = problem.posterior.center.dtype, calibration_keys(num_chains)
+    length = calibration_steps(num_chains, num_draws)
+    shift, rounds, narrows = 0.0, 0, True
+    while narrows and rounds < MAX_ROUNDS:
+        _, state = programs.launch(family, params, dtype.type(shift), np.bool_(False))
+        plan = plan_steps(schedule, fixed_phases(schedule), rounds * length, length, CHUNK, dtype)
+        _, traces = programs.steps(family, problem, state, keys, frozen(plan))
+        less = float(narrowing(np.mean(np.asarray(traces["virial"])[:, :length]), np))
+        shift, rounds, narrows = shift - less, rounds + 1, less > 0
+    family, state = programs.launch(family, params, dtype.type(shift), np.bool_(rounds == 1))
+    return family, state, rounds
 
 
 def _run_chunks(
     programs: Programs,
     problem: Problem,
-    config: VIConfig,
+    schedule: ScheduleSettings,
     course: Course,
     keys: Keys,
     clock: "Clock",
-    chunk: int,
     options: Options,
 ) -> None:
     """Run the steps.
@@ -272,49 +296,45 @@ def _run_chunks(
     With `early_stop`, at the peak rate until the ELBO is flat, then through the decay.
     """
     report = options.report or _silent
-    while course.done < course.phases[2]:
+    while course.done < course.phases.end:
         if options.stream is not None and course.done:
             problem = dataclasses.replace(problem, data=options.stream.window(course.done))
-        length = min(chunk, course.phases[2] - course.done)
-        horizon = Horizon(*(jnp.asarray(step, jnp.float32) for step in course.phases))
-        arguments = problem, keys, horizon, course.done + length, _piece_length(config, chunk)
-        part = clock.time(
-            "sampling", lambda arguments=arguments: _advance(programs, config, course, *arguments)
-        )
+        end = min(course.done + CHUNK, course.phases.end)
+        with clock.stage("sampling"):
+            part = _advance(programs, schedule, course, problem, keys, end, options)
         course.parts.append(part)
         elbo = np.concatenate([part["elbo"] for part in course.parts], axis=1)
-        report(
-            Progress("fit", course.done, course.phases[2], float(np.mean(elbo[:, -length:])), part)
-        )
+        latest = float(np.mean(elbo[:, -part["elbo"].shape[1] :]))
+        report(Progress("fit", course.done, course.phases.end, latest, part))
         if not np.all(np.isfinite(elbo[:, -1])):
             break
         if options.early_stop and not course.converged:
-            _look(course, elbo, config, problem.posterior.center.size, chunk)
+            _check_convergence(course, elbo, schedule, problem.posterior.center.size)
         if options.keeper is not None:
             options.keeper.save(course)
 
 
 def _advance(
     programs: Programs,
-    config: VIConfig,
+    schedule: ScheduleSettings,
     course: Course,
     problem: Problem,
     keys: Keys,
-    horizon: Horizon,
     end: int,
-    piece: int,
+    options: Options,
 ) -> dict[str, np.ndarray]:
-    """Run the steps up to `end` in pieces, with a snapshot of q after each where TensorBoard will ask."""
-    pieces = []
+    """Run the steps up to `end`, with a stop at each record where snapshots of q are kept."""
+    pieces, every, dtype = [], schedule.record_every, problem.posterior.center.dtype
     while course.done < end:
-        length = min(piece, end - course.done)
-        arguments = course.family, problem, course.state, keys, jnp.int32(course.done), horizon
-        course.state, traces = programs.steps(*arguments, length=piece)
+        stop = min(end, (course.done // every + 1) * every) if options.keeps_snapshots else end
+        length = stop - course.done
+        plan = plan_steps(schedule, course.phases, course.done, length, CHUNK, dtype)
+        course.state, traces = programs.steps(course.family, problem, course.state, keys, plan)
         pieces.append({name: np.asarray(trace)[:, :length] for name, trace in traces.items()})
-        course.done += length
-        if config.tensorboard and course.done % config.eval_every == 0:
+        course.done = stop
+        if options.keeps_snapshots and stop % every == 0:
             arrays = jax.device_get(_described(course.family, course.state.params))
-            course.snapshots.append(Snapshot(course.done - 1, arrays))
+            course.snapshots.append(Snapshot(stop - 1, arrays))
     return {name: np.concatenate([part[name] for part in pieces], axis=1) for name in pieces[0]}
 
 
@@ -323,43 +343,51 @@ def _described(family: AbstractFamily, params: Any) -> dict[str, Array]:
     return jax.vmap(family.summary_arrays)(params)
 
 
-def _look(course: Course, elbo: np.ndarray, config: VIConfig, dim: int, chunk: int) -> None:
+def _check_convergence(
+    course: Course, elbo: np.ndarray, schedule: ScheduleSettings, dim: int
+) -> None:
     """Begin the decay where the ELBO was flat at looks in a row."""
-    warmup, decay_start, _ = course.phases
-    if not max(MIN_WINDOW, config.settled_after) <= course.done < decay_start:
+    if not max(MIN_WINDOW, schedule.anneal_until) <= course.done < course.phases.decay_start:
         return
     negligible = negligible_nats(course.family.negligible_gain, dim)
-    settled = elbo_trend(elbo).is_flat(negligible) and is_balanced(course.parts[-1]["virial"])
-    course.flat_looks = course.flat_looks + 1 if settled else 0
+    is_flat = elbo_trend(elbo).is_flat(negligible) and is_balanced(course.parts[-1]["virial"])
+    course.flat_looks = course.flat_looks + 1 if is_flat else 0
     if course.flat_looks == FLAT_LOOKS:
         course.converged = True
-        decay = -(-decay_length(course.done, dim) // chunk) * chunk
-        course.phases = (warmup, course.done, min(config.steps, course.done + decay))
+        decay = -(-decay_length(course.done, dim) // CHUNK) * CHUNK
+        end = min(schedule.steps, course.done + decay)
+        course.phases = Phases(course.phases.warmup, course.done, end)
 
 
 def _finish(programs: Programs, arguments: tuple, source: AbstractData | AbstractStream) -> Outcome:
-    """Evaluate q on all data, piece by piece."""
+    """Evaluate q on all data, or a sample of them, piece by piece."""
     _, problem, _, keys = arguments
+    posterior, running = problem.posterior, []
     outcome, losses, count = None, programs.nothing_seen(problem, keys.size), 0
     for piece in source.pieces():
         count += piece.num_examples
-        share = jnp.asarray(piece.num_examples / count, problem.posterior.center.dtype)
+        share = jnp.asarray(piece.num_examples / count, posterior.center.dtype)
         outcome, losses = programs.finish(*arguments, piece, losses, share)
-    return outcome
+        running.append(float(jnp.mean(posterior.learning_coefficient(losses.excess))))
+    assert outcome is not None  # no source is empty
+    if isinstance(source, AbstractData) or not source.is_sample:
+        return outcome
+    of_weight = abs(running[-1]) * source.weight_error
+    return outcome._replace(data_error=math.hypot(error_over_pieces(running), of_weight))
 
 
 class Clock:
-    """Sum the seconds of each stage, waiting for results."""
+    """Sum the seconds of each stage."""
 
     def __init__(self):
         self.seconds = {"adaptation": 0.0, "sampling": 0.0, "evaluation": 0.0}
 
-    def time(self, stage: str, call: Callable[[], Any]) -> Any:
-        """Run a stage."""
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add what a block takes, which waits for its results."""
         began = time.perf_counter()
-        result = jax.block_until_ready(call())
-        self.seconds[stage] += time.perf_counter() - began
-        return result
+        yield
+        self.seconds[name] += time.perf_counter() - began
 
 
 def _silent(progress: Progress) -> None:

@@ -3,7 +3,6 @@
 Each runs its share of them, and nothing passes between devices in a step.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,26 +23,20 @@ def device_mesh(count: int) -> Mesh | None:
     return Mesh(np.asarray(devices[:used]), ("devices",)) if used > 1 else None
 
 
-def over_devices(stage: Callable[..., Any], of_chain: tuple[bool, ...]) -> Callable[..., Any]:
-    """Spread a stage whose arguments and results are stacked over chains.
+def over_devices(stage: Callable[[Any, Any], Any], shared: Any, stacked: Any) -> Any:
+    """Call a stage, whose results are stacked over chains, spread over the devices.
 
     Args:
-        stage: Takes as many positional arguments as `of_chain` has entries; all that it returns is
-            stacked.
-        of_chain: Which arguments are stacked over chains; the others are shared.
+        stage: `(shared, stacked) -> results`.
+        shared: Arguments of all chains.
+        stacked: Arguments with a first axis of chains.
     """
-
-    def run(*args, **static):
-        mesh = device_mesh(_length(args[of_chain.index(True)]))
-        body = functools.partial(stage, **static)
-        if mesh is None:
-            return body(*args)
-        specs = tuple(CHAINS if stacked else SHARED for stacked in of_chain)
-        return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=CHAINS, check_vma=False)(
-            *args
-        )
-
-    return run
+    mesh = device_mesh(_length(stacked))
+    if mesh is None:
+        return stage(shared, stacked)
+    return jax.shard_map(
+        stage, mesh=mesh, in_specs=(SHARED, CHAINS), out_specs=CHAINS, check_vma=False
+    )(shared, stacked)
 
 
 def data_parallel_mean(

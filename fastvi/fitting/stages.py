@@ -1,6 +1,6 @@
-"""The compiled stages of a fit.
+"""The compiled stages of a fit: prepare, launch, steps, finish.
 
-Prepare, launch, steps, finish. One set for each loss, configuration and shapes.
+One set for each loss, settings and shapes.
 """
 
 import functools
@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._compilation import PROGRAMS, quick_compilation
-from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
-from fastvi.config import VIConfig
+from fastvi._typing import Array, Float, Key, Keys, PyTree, Scalar
 from fastvi.evaluation.llc import (
     DataLosses,
     Evaluation,
+    EvaluationSettings,
     draws_at_once,
     evaluate,
     evaluation_draws,
@@ -23,33 +23,61 @@ from fastvi.evaluation.llc import (
     losses_at,
 )
 from fastvi.families import FAMILIES
-from fastvi.families.backends import BACKENDS
 from fastvi.families.base import AbstractFamily, Geometry
-from fastvi.fitting.calibrate import calibrate_scale
-from fastvi.fitting.optimizer import Horizon, fixed_phases
+from fastvi.fitting.calibrate import MAX_ROUNDS, calibration_steps, narrowing
 from fastvi.fitting.sharding import data_parallel_mean, over_devices
-from fastvi.fitting.step import State, init_state, run_steps
-from fastvi.geometry.start import Start, make_start, rank_limit
+from fastvi.fitting.step import State, StepSettings, init_state, run_steps
+from fastvi.fitting.step_plan import (
+    ScheduleSettings,
+    StepPlan,
+    fixed_phases,
+    frozen,
+    plan_steps,
+)
+from fastvi.geometry.start import Start, StartSettings, make_start, rank_limit
 from fastvi.kernels.noise import streams
 from fastvi.target.data import AbstractData, Problem, shared_mean
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.target.objective import FlatObjective, call_full_loss
 
 # Draws of all steps and chains times dim up to which a second of compilation outweighs a quarter of
-# the steps' time.
+# the steps' time. Half of it compiles longer for fits of a few seconds, double runs them slower.
 QUICK_WORK = 1e8
+
+
+class FitSettings(NamedTuple):
+    """What the programs of a fit are made for, beside the family that they are called with.
+
+    Attributes:
+        start: What the start reads.
+        step: What the steps read.
+        evaluation: What the evaluation reads.
+    """
+
+    start: StartSettings
+    step: StepSettings
+    evaluation: EvaluationSettings
+
+
+class FamilyChoice(NamedTuple):
+    """The name of a family, and its `Settings`."""
+
+    name: str
+    settings: Any
 
 
 class Outcome(NamedTuple):
     """What the last stage returns: for each chain, and on all data at w* the loss and its gradient.
 
-    `slope` is None where the loss on all data is a function of the caller's.
+    `slope` is None where the loss on all data is a function of the caller's. `data_error` is what
+    the sample adds to the error of llc where the data were a sample.
     """
 
     evaluation: Evaluation
     reference_loss: Scalar
     slope: Float[Array, " dim"] | None
     arrays: dict[str, Array]
+    data_error: float = 0.0
 
 
 class Programs(NamedTuple):
@@ -57,26 +85,25 @@ class Programs(NamedTuple):
 
     Attributes:
         prepare: `(problem, key, whitener_scale) -> Start`.
-        launch: `(family, problem, core, key, chain_keys) -> (family, State, rounds of
-            calibration)`.
-        steps: `(family, problem, state, chain_keys, first_step, horizon, length) -> (State,
-            traces)`; compiled, it consumes the state.
+        draw_start: `(family, core, chain_keys) -> params` of every chain.
+        launch: `(family, params, shift, slow) -> (family, State)`: q scaled by exp(shift), which
+            learns slowly where `slow`.
+        steps: `(family, problem, state, chain_keys, plan) -> (State, traces)`; compiled, it
+            consumes the state.
         finish: `(family, problem, params, chain_keys, piece, before, share) -> (Outcome,
             DataLosses)`: what all pieces of the data up to this one say, which is a `share` of
             them; `before` is what those before it said.
         nothing_seen: `(problem, chains) -> DataLosses` before the first piece.
-        relaunch: `(family, problem, params, key)` -> the same as `launch`, from the q of another
-            fit.
         excess_along: `(w*, displacements, piece)` -> mean loss of the piece at these above that at
             w*.
     """
 
     prepare: Callable[..., Start]
-    launch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
-    steps: Callable[..., tuple[State, dict[str, Float[Array, "chains steps"]]]]
+    draw_start: Callable[..., PyTree]
+    launch: Callable[..., tuple[AbstractFamily, State]]
+    steps: Callable[..., tuple[State, dict[str, Float[Array, "chains rows"]]]]
     finish: Callable[..., tuple[Outcome, DataLosses]]
     nothing_seen: Callable[..., DataLosses]
-    relaunch: Callable[..., tuple[AbstractFamily, State, Int[Array, ""]]]
     excess_along: Callable[..., Float[Array, " points"]]
 
 
@@ -86,97 +113,99 @@ class Stages(NamedTuple):
     Attributes:
         quick: Compiled sooner, run slower.
         compiled: Compiled for speed.
-        whole: `(problem, chain_keys, whitener_scale)` -> family, params, Start, Outcome, traces,
-            rounds: a fit of fixed length as one program, for use inside a trace.
-        loss: What the loss computes; where it closes over values of an enclosing trace only `whole`
-            can be used.
+        plain: Not compiled, for use inside a trace.
+        settings: What they are made for.
+        loss: What the loss computes; where it closes over values of an enclosing trace only
+            `plain` can be used.
     """
 
     quick: Programs
     compiled: Programs
-    whole: Callable[..., tuple[AbstractFamily, Any, Start, Outcome, dict[str, Array], Scalar]]
+    plain: Programs
+    settings: FitSettings
     loss: Fingerprint
 
     def for_work(self, draws: int, dim: int) -> Programs:
-        """Return the compiled stages, with steps that compile sooner and run slower where they make few draws."""
+        """Return the compiled stages.
+
+        Where the steps make few draws, theirs compile sooner and run slower.
+        """
         return self.quick if draws * dim <= QUICK_WORK else self.compiled
 
 
 def programs_for(
     objective: FlatObjective,
     problem: Problem,
-    config: VIConfig,
+    settings: FitSettings,
     loss_full_flat: Callable | None = None,
 ) -> Stages:
     """Return the stages.
 
-    Functions that compute the same share them, compiled, for one configuration and shapes.
+    Functions that compute the same share them, compiled, for one set of settings and shapes.
 
     The stages call the functions as long as somebody else holds them: what is not compiled by then
     cannot be.
     """
-    loss, config = fingerprint_loss(objective, problem, loss_full_flat), config.filled
+    loss = fingerprint_loss(objective, problem, loss_full_flat)
     if loss.is_traced:
-        return _build(objective, config, loss_full_flat, loss)
-    # a family or a backend that is registered anew under an old name is another one
-    key = ("fit", config, shapes_of(problem), FAMILIES[config.family], BACKENDS.get(config.backend))
+        return _build(objective, settings, loss_full_flat, loss)
+    key = ("fit", settings, shapes_of(problem))
     functions = (objective, loss_full_flat)
     return PROGRAMS.find(
-        loss, key, functions, lambda objective, full: _build(objective, config, full, loss)
+        loss, key, functions, lambda objective, full: _build(objective, settings, full, loss)
     )
 
 
 def _build(
-    objective: Any, config: VIConfig, loss_full_flat: Callable | None, loss: Fingerprint
+    objective: Any, settings: FitSettings, loss_full_flat: Callable | None, loss: Fingerprint
 ) -> Stages:
     def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
         key_subset, key_start = (
             streams.derive(key, purpose)
             for purpose in (streams.Purpose.SUBSET, streams.Purpose.CURVATURE)
         )
-        subset = problem.data.subset(key_subset, config.hessian_examples)
+        subset = problem.data.subset(key_subset, settings.start.examples)
         return make_start(
             objective,
             problem.posterior,
             subset,
             problem.next_batch,
-            config,
+            settings.start,
             key_start,
             whitener_scale,
         )
 
-    def launch(family: AbstractFamily, problem: Problem, core, key: Key, keys: Keys):
-        """Initialise the chains.
+    def draw_start(family: AbstractFamily, core, keys: Keys):
+        flat = jnp.zeros_like(family.scale)
+        return jax.vmap(lambda key: family.init(key, core, flat))(keys)
 
-        A start that passes the virial check at once is changed more slowly.
-        """
-        flat = jnp.zeros_like(problem.posterior.center)
-        params = jax.vmap(lambda k: family.init(k, core, flat))(keys)
-        return relaunch(family, problem, params, key)
-
-    def relaunch(family: AbstractFamily, problem: Problem, params, key: Key):
-        first = jax.tree_util.tree_map(lambda leaf: leaf[0], params)
-        shift, rounds = calibrate_scale(family, first, objective, problem, key)
+    def launch(family: AbstractFamily, params, shift, slow):
+        family = family.with_slow_start(slow)
         params = jax.vmap(lambda one: family.widened(one, shift))(params)
-        family = family.with_slow_start(rounds == 1)
-        return family, jax.vmap(lambda one: init_state(family, one, config))(params), rounds
+        return family, jax.vmap(lambda one: init_state(family, one, settings.step))(params)
 
-    def steps(family, problem, state, keys, first_step, horizon: Horizon, *, length: int):
-        return run_steps(
-            family, objective, problem, config, state, keys, first_step, horizon, length
-        )
+    def steps(family, problem, state, keys, plan: StepPlan):
+        def stage(shared, stacked):
+            (family, problem, plan), (state, keys) = shared, stacked
+            return run_steps(family, objective, problem, settings.step, state, keys, plan)
+
+        return over_devices(stage, (family, problem, plan), (state, keys))
 
     def excess_along(center, points, piece: AbstractData):
         return shared_mean(functools.partial(losses_at, objective), piece, (center, points)).excess
 
-    finish = _evaluation(objective, config, loss_full_flat)
-    nothing = functools.partial(nothing_seen, config=config, has_slope=loss_full_flat is None)
-    programs = Programs(prepare, launch, steps, finish, nothing, relaunch, excess_along)
-    return _compiled(programs, config, loss)
+    nothing = functools.partial(
+        nothing_seen,
+        num_draws=settings.evaluation.num_draws,
+        has_slope=loss_full_flat is None,
+    )
+    finish = _evaluation(objective, settings.evaluation, loss_full_flat)
+    plain = Programs(prepare, draw_start, launch, steps, finish, nothing, excess_along)
+    return _compiled(plain, settings, loss)
 
 
 def _evaluation(
-    objective: FlatObjective, config: VIConfig, loss_full_flat: Callable | None
+    objective: FlatObjective, settings: EvaluationSettings, loss_full_flat: Callable | None
 ) -> Callable:
     """Return the stage after the last step."""
 
@@ -185,7 +214,7 @@ def _evaluation(
             full = functools.partial(call_full_loss, loss_full_flat, data=data.examples)
             return full_losses_at(full, center, displacement)
         mean = data_parallel_mean if spread else shared_mean
-        copies = draws_at_once(displacement.shape[0])
+        copies = 1 + draws_at_once(displacement.shape[0])
         at_points = functools.partial(losses_at, objective)
         return mean(at_points, data, (center, displacement), copies)
 
@@ -204,7 +233,7 @@ def _evaluation(
 
         def one(inputs):
             chain_params, chain_key, chain_before = inputs
-            draws = evaluation_draws(family, chain_params, chain_key, config.evaluation_draws)
+            draws = evaluation_draws(family, chain_params, chain_key, settings.num_draws)
             losses = jax.tree_util.tree_map(
                 lambda old, new: old + share * (new - old),
                 chain_before,
@@ -218,77 +247,108 @@ def _evaluation(
                 draws,
                 losses,
                 chain_key,
-                control_variate=config.control_variate or "auto",
-                trace_probes=config.trace_probes,
+                control_variate=settings.control_variate,
+                trace_probes=settings.trace_probes,
             )
             return evaluation, losses, family.summary_arrays(chain_params)
 
         evaluation, losses, arrays = jax.lax.map(one, (params, keys, before))
-        reference, slope = (
-            None if leaf is None else leaf[0] for leaf in (losses.reference, losses.slope)
-        )
-        return Outcome(evaluation, reference, slope, arrays), losses
+        slope = None if losses.slope is None else losses.slope[0]
+        return Outcome(evaluation, losses.reference[0], slope, arrays), losses
 
     return finish
 
 
-def nothing_seen(problem: Problem, chains: int, config: VIConfig, has_slope: bool) -> DataLosses:
+def nothing_seen(problem: Problem, chains: int, num_draws: int, has_slope: bool) -> DataLosses:
     """Return what no data say, for `finish` to begin with."""
     center = problem.posterior.center
-    pairs = config.evaluation_draws // 2
     return DataLosses(
-        jnp.zeros((chains, 2 * pairs), center.dtype),
+        jnp.zeros((chains, num_draws), center.dtype),
         jnp.zeros(chains, center.dtype),
         jnp.zeros((chains, center.size), center.dtype) if has_slope else None,
     )
 
 
-def _compiled(plain: Programs, config: VIConfig, loss: Fingerprint) -> Stages:
+def _compiled(plain: Programs, settings: FitSettings, loss: Fingerprint) -> Stages:
     once = quick_compilation()
-    steps = over_devices(plain.steps, (False, False, True, True, False, False))
-    jit_steps = functools.partial(jax.jit, steps, static_argnames=("length",), donate_argnums=(2,))
-    compiled = Programs(
-        prepare=jax.jit(plain.prepare, compiler_options=once),
-        launch=jax.jit(plain.launch, compiler_options=once),
-        steps=jit_steps(),
-        finish=jax.jit(functools.partial(plain.finish, spread=True), compiler_options=once),
+    quickly = functools.partial(jax.jit, compiler_options=once)
+    jit_steps = functools.partial(jax.jit, plain.steps, donate_argnames=("state",))
+    quick = Programs(*map(quickly, plain))._replace(
+        steps=jit_steps(compiler_options=once),
         nothing_seen=plain.nothing_seen,
-        relaunch=jax.jit(plain.relaunch, compiler_options=once),
-        excess_along=jax.jit(plain.excess_along, compiler_options=once),
+        finish=quickly(functools.partial(plain.finish, spread=True)),
     )
-    quick = compiled._replace(steps=jit_steps(compiler_options=once))
-    return Stages(quick, compiled, jax.jit(functools.partial(_whole, plain, config)), loss)
+    return Stages(quick, quick._replace(steps=jit_steps()), plain, settings, loss)
 
 
-def _whole(
-    plain: Programs, config: VIConfig, problem: Problem, keys: Keys, whitener_scale: Array | None
-) -> tuple:
-    """Run all stages.
+def fit_inside_a_trace(
+    stages: Stages,
+    choice: FamilyChoice,
+    schedule: ScheduleSettings,
+    problem: Problem,
+    keys: Keys,
+    whitener_scale: Array | None,
+) -> dict[str, Any]:
+    """Run all stages, with as many steps as the schedule has, as one program.
 
     The core has all the rows that it may have, since their number is not known.
+
+    Returns:
+        family, params, start, outcome, traces, calibration_rounds.
     """
-    key, center = streams.shared_key(), problem.posterior.center
+    plain, settings, center = stages.plain, stages.settings, problem.posterior.center
+    key = streams.shared_key()
     start = plain.prepare(problem, key, whitener_scale)
-    rank = rank_limit(config, center.size, center.dtype.itemsize)
-    family, state, rounds = plain.launch(
-        build_family(config, start, rank), problem, start.core[:rank], key, keys
+    rank = rank_limit(settings.start, center.size, center.dtype.itemsize)
+    family = build_family(choice, settings.start, start, rank)
+    params = plain.draw_start(family, start.core[:rank], keys)
+
+    length, phases = calibration_steps(keys.size, settings.step.num_draws), fixed_phases(schedule)
+    probe = frozen(plan_steps(schedule, phases, 0, length, length, center.dtype))
+    begin = (jnp.zeros((), center.dtype), jnp.int32(0), jnp.asarray(True))
+
+    def adjust(carry):
+        shift, rounds, _ = carry
+        state = plain.launch(family, params, shift, jnp.asarray(False))[1]
+        rows = probe.rows._replace(step=probe.rows.step + rounds * length)
+        measured = probe._replace(rows=rows)
+        traces = plain.steps(family, problem, state, calibration_keys(keys.size), measured)[1]
+        less = narrowing(jnp.mean(traces["virial"]), jnp).astype(shift.dtype)
+        return shift - less, rounds + 1, less > 0
+
+    shift, rounds, _ = jax.lax.while_loop(
+        lambda carry: carry[2] & (carry[1] < MAX_ROUNDS), adjust, begin
     )
-    horizon = Horizon(*(jnp.asarray(step, jnp.float32) for step in fixed_phases(config)))
-    state, traces = plain.steps(
-        family, problem, state, keys, jnp.int32(0), horizon, length=config.steps
-    )
+    family, state = plain.launch(family, params, shift, rounds == 1)
+    plan = plan_steps(schedule, phases, 0, schedule.steps, schedule.steps, center.dtype)
+    state, traces = plain.steps(family, problem, state, keys, plan)
     nothing = plain.nothing_seen(problem, keys.size)
     outcome, _ = plain.finish(family, problem, state.params, keys, problem.data, nothing, 1.0)
-    return family, state.params, start, outcome, traces, rounds
+    return {
+        "family": family,
+        "params": state.params,
+        "start": start,
+        "outcome": outcome,
+        "traces": traces,
+        "calibration_rounds": rounds,
+    }
 
 
-def build_family(config: VIConfig, start: Start, core_rows: int) -> AbstractFamily:
-    """Instantiate the configured family with `core_rows` rows of core (a padding of the rows in use)."""
+def calibration_keys(num_chains: int) -> Keys:
+    """Return a key for each chain's calibration, none of those that the fit draws from."""
+    key = streams.derive(streams.shared_key(), streams.Purpose.CALIBRATION)
+    return jax.random.split(key, num_chains)
+
+
+def build_family(
+    choice: FamilyChoice, settings: StartSettings, start: Start, core_rows: int
+) -> AbstractFamily:
+    """Instantiate the family with `core_rows` rows of core, a padding of the rows in use."""
     geometry = Geometry(
         scale=start.scale,
         core=start.core[:core_rows],
         rank=start.rank,
         unit=1 / jnp.sqrt(start.rest),
-        noise_size=rank_limit(config, start.scale.size, start.scale.dtype.itemsize),
+        noise_size=rank_limit(settings, start.scale.size, start.scale.dtype.itemsize),
     )
-    return FAMILIES[config.family].create(config.family_settings, geometry)
+    return FAMILIES[choice.name].create(choice.settings, geometry)

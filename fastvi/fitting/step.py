@@ -1,29 +1,47 @@
-"""The one driver of every family: a scan over steps with the chains vmapped inside."""
+"""The one driver of every family: a loop over steps with the chains vmapped inside."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fastvi._typing import Array, Float, Int, Keys, PyTree, Scalar
-from fastvi.config import VIConfig
+from fastvi._typing import Array, Float, Keys, PyTree, Scalar
 from fastvi.evaluation.errors import virial
 from fastvi.families.base import AbstractFamily, Draws, TargetValues, num_groups
-from fastvi.fitting.annealing import annealed
-from fastvi.fitting.optimizer import (
-    Horizon,
-    elapsed_decay,
-    gradient_norm,
-    learning_rate,
-    make_optimizer,
-    scale,
-)
+from fastvi.fitting.optimizer import gradient_norm, make_optimizer, scale
 from fastvi.fitting.pruning import prune
+from fastvi.fitting.step_plan import StepPlan, StepRows
 from fastvi.kernels.noise import streams
 from fastvi.target.data import Problem, evaluate_target
 from fastvi.target.objective import FlatObjective
 
+# Share of the past in the running baseline of the objective: a memory of 20 steps. At half the
+# memory it follows the noise of single draws, at double it lags behind the first steps' rise.
 BASELINE_DECAY = 0.95
+
+
+class StepSettings(NamedTuple):
+    """What the program of the steps is made for.
+
+    Attributes:
+        num_draws: Draws of q a step.
+        mirrors: Whether they come in mirrored pairs where their number is even.
+        max_ratio: Longest gradient relative to the typical norm; None: no bound.
+        anneals: Whether temperature or entropy bonus change.
+        prunes: Whether light components are pruned.
+    """
+
+    num_draws: int = 1
+    mirrors: bool = True
+    max_ratio: float | None = 5.0
+    anneals: bool = False
+    prunes: bool = False
+
+    @property
+    def groups(self) -> int:
+        """The independent draws of a step."""
+        return num_groups(self.num_draws, self.mirrors)
 
 
 class State(NamedTuple):
@@ -36,118 +54,125 @@ class State(NamedTuple):
     slow: dict[str, Scalar]
 
 
-def init_state(family: AbstractFamily, params: PyTree, config: VIConfig) -> State:
+def init_state(family: AbstractFamily, params: PyTree, settings: StepSettings) -> State:
     """Return the state before the first step."""
     dtype = jax.tree_util.tree_leaves(params)[0].dtype
-    rules = family.update_rules(params, draw_groups(config))
+    rules = family.update_rules(params, settings.groups)
     return State(
         params=params,
-        opt_state=make_optimizer(config, rules).init(params),
+        opt_state=make_optimizer(settings.max_ratio, rules).init(params),
         baseline=jnp.zeros((), dtype),
         cache=family.make_cache(params),
         slow=family.slow_statistics(params),
     )
 
 
-def draw_groups(config: VIConfig) -> int:
-    """Count the independent draws of a step."""
-    return num_groups(config.step_draws, config.mirrors)
-
-
 def run_steps(
     family: AbstractFamily,
     objective: FlatObjective,
     problem: Problem,
-    config: VIConfig,
+    settings: StepSettings,
     state: State,
     keys: Keys,
-    first_step: Int[Array, ""],
-    horizon: Horizon,
-    length: int,
-) -> tuple[State, dict[str, Float[Array, "chains steps"]]]:
-    """Run `length` steps on every chain.
+    plan: StepPlan,
+) -> tuple[State, dict[str, Float[Array, "chains rows"]]]:
+    """Run the steps of a plan on every chain.
 
-    Randomness depends on the chain's key and the step's index alone, so chunks of any length
-    compose. Steps beyond the horizon's end leave the parameters as they are, so that chunks of one
-    length make any number of steps.
+    Randomness depends on the chain's key and the step's index alone, so calls of any length
+    compose. A step whose rate is zero leaves the parameters as they are.
 
     Args:
         family: The family.
         objective: The loss.
         problem: Target and data, shared by the chains.
-        config: The configuration.
+        settings: What the program is made for.
         state: States stacked over chains.
         keys: One key for each chain.
-        first_step: Index of the first step.
-        horizon: The schedule.
-        length: Number of steps.
+        plan: The numbers of the steps.
 
     Returns:
-        The new state and the traces.
+        The new state, and the traces of all rows, of which the first `plan.length` were run.
 
     Cost:
-        `config.step_draws` minibatch gradients for each step and chain.
+        `settings.num_draws` minibatch gradients for each step and chain.
     """
-    settled_family, num_draws, groups = family, config.step_draws, draw_groups(config)
-    rules = family.update_rules(state.params, groups)
-    optimizer = make_optimizer(config, rules)
+    rows = jax.tree_util.tree_map(jnp.asarray, plan.rows)
+    # traced once, though the loop's traces are sized by tracing a step before it
+    copies = keys.size
+    evaluate = jax.jit(
+        lambda problem, displacement, batch: evaluate_target(
+            objective, problem, displacement, batch, copies
+        ),
+        inline=True,
+    )
+    one_chain = functools.partial(_step, family, evaluate, problem, settings, plan)
 
-    def randomness(key, step):
-        return family.draw_noise(key, groups, streams.step_noise(step))
+    def step(state, ahead, row):
+        return jax.vmap(one_chain, in_axes=(0, 0, 0, None))(state, ahead, keys, row)
 
-    def one_chain(state: State, noise, key, step, rate, elapsed, refresh):
-        family = _at_step(settled_family, config, step)
-        batch = problem.next_batch(key, streams.step_batch(step))
-        draws = family.transform(state.params, noise, mirror=groups < num_draws, cache=state.cache)
-        value, grad = evaluate_target(objective, problem, draws.displacement, batch, keys.size)
-        baseline = jnp.where(step == 0, jnp.mean(value - draws.log_prob), state.baseline)
-        target = TargetValues(value, grad, baseline)
-        ascent = family.ascent(state.params, draws, target, groups=groups)
-        updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=elapsed)
-        updates = _scaled(updates, rules.rates, rate)
-        params, cache = family.apply_updates(state.params, state.cache, updates)
-        if config.prunes:
-            due = ((step + 1) % config.eval_every == 0) & (rate > 0)
-            params, opt_state = jax.lax.cond(
-                due,
-                lambda p, o: prune(family, p, o, rules.per_component, config),
-                lambda p, o: (p, o),
-                params,
-                opt_state,
-            )
-        slow = jax.lax.cond(
-            refresh, lambda p: family.slow_statistics(p), lambda _: state.slow, params
-        )
-        baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * _objective_value(
-            family, value, draws
-        )
-        trace = {**_statistics(draws, value, grad), "grad_norm": gradient_norm(ascent)}
-        trace |= {**family.step_statistics(params, draws), **slow}
-        return (State(params, opt_state, baseline, cache, slow), randomness(key, step + 1)), trace
-
-    names = []
-
-    def body(carry, planned):
-        state, ahead = carry
-        carry, trace = jax.vmap(one_chain, in_axes=(0, 0, 0, None, None, None, None))(
-            state, ahead, keys, *planned
-        )
-        names[:] = trace
-        # one array for all scalars: XLA would write each by a loop of its own
-        return carry, jnp.stack(list(trace.values()))
-
-    steps = first_step + jnp.arange(length)
-    rates = jnp.where(steps < horizon.end, learning_rate(config, horizon, steps), 0.0)
-    plan = (steps, rates, elapsed_decay(horizon, steps), steps % config.eval_every == 0)
     # noise is drawn one step ahead: as part of the carry it is computed once, not again by each of
     # its readers
-    ahead = jax.vmap(randomness, in_axes=(0, None))(keys, first_step)
-    (state, _), stacked = jax.lax.scan(body, (state, ahead), plan)
-    traces = dict(zip(names, jnp.moveaxis(stacked, 0, 2), strict=True))
-    return state, {
-        **traces,
-        "lr": jnp.broadcast_to(rates, (keys.size, length)).astype(stacked.dtype),
-    }
+    ahead = jax.vmap(lambda key: _noise(family, settings, key, rows.step[0]))(keys)
+    names = list(jax.eval_shape(step, state, ahead, _row(rows, 0))[2])
+
+    def advance(index, carry):
+        state, ahead, traces = carry
+        state, ahead, trace = step(state, ahead, _row(rows, index))
+        # one array for all scalars: XLA would write each by a loop of its own
+        scalars = jnp.stack([trace[name] for name in names])
+        return state, ahead, jax.lax.dynamic_update_index_in_dim(traces, scalars, index, 0)
+
+    dtype = jax.tree_util.tree_leaves(state.params)[0].dtype
+    blank = jnp.zeros((rows.step.size, len(names), keys.size), dtype)
+    state, _, traces = jax.lax.fori_loop(0, plan.length, advance, (state, ahead, blank))
+    rates = jnp.broadcast_to(rows.rate, (keys.size, rows.step.size)).astype(dtype)
+    return state, {**dict(zip(names, jnp.moveaxis(traces, 0, 2), strict=True)), "lr": rates}
+
+
+def _row(rows: StepRows, index) -> StepRows:
+    return jax.tree_util.tree_map(lambda column: column[index], rows)
+
+
+def _noise(family, settings: StepSettings, key, step):
+    return family.draw_noise(key, settings.groups, streams.step_noise(step))
+
+
+def _step(
+    family, evaluate, problem: Problem, settings: StepSettings, plan, state: State, noise, key, row
+):
+    """Make one step of one chain; return its state, the noise of the next step and the scalars."""
+    if settings.anneals:
+        family = family.annealed(row.temperature, row.entropy_bonus)
+    rules = family.update_rules(state.params, settings.groups)
+    batch = problem.next_batch(key, streams.step_batch(row.step))
+    mirror = settings.groups < settings.num_draws
+    draws = family.transform(state.params, noise, mirror=mirror, cache=state.cache)
+    value, grad = evaluate(problem, draws.displacement, batch)
+    baseline = jnp.where(row.step == 0, jnp.mean(value - draws.log_prob), state.baseline)
+    target = TargetValues(value, grad, baseline)
+    ascent = family.ascent(state.params, draws, target, groups=settings.groups)
+    optimizer = make_optimizer(settings.max_ratio, rules)
+    updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=row.elapsed)
+    updates = _scaled(updates, rules.rates, row.rate)
+    params, cache = family.apply_updates(state.params, state.cache, updates)
+    if settings.prunes:
+        bounds = rules.per_component, plan.least_weight, plan.most_components
+        params, opt_state = jax.lax.cond(
+            row.prunes,
+            lambda p, o: prune(family, p, o, *bounds),
+            lambda p, o: (p, o),
+            params,
+            opt_state,
+        )
+    slow = jax.lax.cond(
+        row.records, lambda p: family.slow_statistics(p), lambda _: state.slow, params
+    )
+    objective_value = jnp.mean(value - family.entropy_weight * draws.log_prob)
+    baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * objective_value
+    trace = {**_statistics(draws, value, grad), "grad_norm": gradient_norm(ascent)}
+    trace |= {**family.step_statistics(params, draws), **slow}
+    ahead = _noise(family, settings, key, row.step + 1)
+    return State(params, opt_state, baseline, cache, slow), ahead, trace
 
 
 def _statistics(draws: Draws, value, grad) -> dict[str, Scalar]:
@@ -168,11 +193,3 @@ def _scaled(updates, factors, rate):
         return scale(update, jnp.asarray(rate * factor).astype(update.dtype))
 
     return jax.tree_util.tree_map(one, factors, updates)
-
-
-def _objective_value(family, value, draws):
-    return jnp.mean(value - family.entropy_weight * draws.log_prob)
-
-
-def _at_step(family, config: VIConfig, step):
-    return family.annealed(*annealed(config, step)) if config.anneals else family

@@ -20,6 +20,7 @@ from fastvi._version import __version__
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import AbstractKeeper
 from fastvi.fitting.run import Course
+from fastvi.fitting.step_plan import Phases
 from fastvi.results import files
 from fastvi.results.schema import fits
 from fastvi.target.data import Problem
@@ -29,7 +30,8 @@ from fastvi.target.objective import FlatObjective
 
 PROGRESS_FILE = "progress.npz"
 FORMAT, VERSION = "fastvi progress", 1
-SAVING_SHARE = 0.05  # of the time that may go into saving
+# Share of a fit's time that may go into saving. At half an interruption loses twice the steps.
+SAVING_SHARE = 0.05
 WAY_OUT = "Delete it, and the fit begins anew."
 META = {
     "identity": dict[str, Any],
@@ -94,7 +96,7 @@ class FolderKeeper(AbstractKeeper):
             {name: trace[:, at] for name, trace in traces.items()}
             for at in _slices(kept["lengths"])
         ]
-        course.phases = (*kept["phases"][:2], int(kept["phases"][2]))
+        course.phases = Phases(*kept["phases"][:2], int(kept["phases"][2]))
         course.done, course.flat_looks, course.converged = (
             kept["done"],
             kept["flat_looks"],

@@ -1,6 +1,6 @@
-import builtins
 import json
 import pickle
+import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -445,14 +445,7 @@ def test_yaml_files_that_cannot_be_read(text, fix, tmp_path):
 
 
 def test_yaml_without_pyyaml_names_the_extra(monkeypatch, tmp_path):
-    real_import = builtins.__import__
-
-    def without_yaml(name, *args, **kwargs):
-        if name == "yaml":
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_yaml)
+    monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ImportError, match=r'pip install "fastvi\[cli\]"'):
         VIConfig().to_yaml(tmp_path / "vi.yaml")
 

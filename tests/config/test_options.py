@@ -26,16 +26,24 @@ import fastvi.api.estimate
 import fastvi.api.flat
 from fastvi import ConfigError, DataError, FlowConfig, UnavailableError, VIConfig
 from fastvi.api.arguments import (
+    choose_localization,
     make_problem,
     nonnegative_scalar,
     positive_scalar,
-    settle_localization,
+)
+from fastvi.api.plan import (
+    family_choice,
+    fit_schedule,
+    fit_settings,
+    plan_estimate,
+    start_settings,
 )
 from fastvi.cli.target import parse_settings
 from fastvi.families.backends import BACKENDS, NativeBackend
-from fastvi.fitting.optimizer import Horizon, fixed_phases, learning_rate
+from fastvi.families.backends.base import FlowSettings
 from fastvi.fitting.stages import _evaluation, build_family, nothing_seen
 from fastvi.fitting.step import init_state, run_steps
+from fastvi.fitting.step_plan import fixed_phases, plan_steps
 from fastvi.flows import build_realnvp
 from fastvi.geometry.start import make_start
 from fastvi.target.data import hold
@@ -86,7 +94,7 @@ def built(config):
     rows = (
         0 if config.family == "flow" else 1
     )  # a flow on all but one direction, for the noise there
-    family = build_family(config, START, rows)
+    family = build_family(family_choice(config), start_settings(config), START, rows)
     return family, lambda key: family.init(key, START.core[:rows], jnp.zeros(DIM))
 
 
@@ -101,47 +109,56 @@ def family_of(config):
 def state_of(config, keys):
     family, init = built(config)
     params = jax.vmap(init)(keys)
-    return family, params, jax.vmap(lambda one: init_state(family, one, config))(params)
+    return (
+        family,
+        params,
+        jax.vmap(lambda one: init_state(family, one, fit_settings(config).step))(params),
+    )
 
 
 def steps_of(config):
     def run(keys):
         family, _, state = state_of(config, keys)
-        horizon = Horizon(*map(jnp.float32, fixed_phases(config)))
-        steps = jnp.int32(0)
-        return run_steps(
-            family, OBJECTIVE, problem_of(config), config, state, keys, steps, horizon, 2
-        )[1]
+        settings, plan = fit_settings(config).step, planned(config)
+        return run_steps(family, OBJECTIVE, problem_of(config), settings, state, keys, plan)[1]
 
     return text_of(run)
 
 
 def start_of(config):
     problem = problem_of(config)
-    rows = problem.data.subset(jax.random.key(0), config.hessian_examples)
-    arguments = OBJECTIVE, problem.posterior, rows, problem.next_batch, config
+    settings = fit_settings(config).start
+    rows = problem.data.subset(jax.random.key(0), settings.examples)
+    arguments = OBJECTIVE, problem.posterior, rows, problem.next_batch, settings
     return text_of(lambda keys: make_start(*arguments, keys[0], None).core)
 
 
 def finish_of(config):
-    finish = _evaluation(OBJECTIVE, config.filled, None)
+    finish = _evaluation(OBJECTIVE, fit_settings(config).evaluation, None)
     return text_of(lambda keys: finish(*_evaluated(config, keys))[0].evaluation.llc)
 
 
 def _evaluated(config, keys):
     family, params, _ = state_of(config, keys)
     problem = problem_of(config)
-    nothing = nothing_seen(problem, keys.size, config.filled, has_slope=True)
+    nothing = nothing_seen(
+        problem, keys.size, fit_settings(config).evaluation.num_draws, has_slope=True
+    )
     return family, problem, params, keys, problem.data, nothing, 1.0
 
 
+def planned(config):
+    schedule = fit_schedule(config)
+    return plan_steps(schedule, fixed_phases(schedule), 0, 4, 9, np.float32)
+
+
 def schedule_of(config):
-    horizon = Horizon(*map(jnp.float32, fixed_phases(config)))
-    return np.asarray(learning_rate(config, horizon, jnp.arange(5))).tolist()
+    """Return the numbers that the program of the steps reads."""
+    return str(planned(config))
 
 
 def plan_of(config):
-    return fastvi.api.estimate._plan(config.applied(DIM), problem_of(config), None)
+    return plan_estimate(config.applied(DIM), problem_of(config), None)
 
 
 def settings_of(config):
@@ -165,13 +182,13 @@ FIELDS = {
     "means": ("component", {}, family_of, REFUSED),
     "curvature_rank": (1, {}, start_of, start_of),
     "curvature_examples": (4, {}, start_of, start_of),
-    "mixture_cap": (1, {}, steps_of, REFUSED),
-    "prune_threshold": (1e-3, {}, steps_of, REFUSED),
+    "mixture_cap": (1, {}, schedule_of, REFUSED),
+    "prune_threshold": (1e-3, {}, schedule_of, REFUSED),
     "alpha_dirichlet_prior": (2.0, {}, family_of, REFUSED),
     "entropy_bonus": (0.5, {}, family_of, family_of),
-    "entropy_bonus_steps": (2, {"entropy_bonus": 0.5}, steps_of, steps_of),
+    "entropy_bonus_steps": (2, {"entropy_bonus": 0.5}, schedule_of, schedule_of),
     "alpha_temperature": (2.0, {}, family_of, REFUSED),
-    "alpha_temperature_frac": (0.5, {"alpha_temperature": 2.0}, steps_of, REFUSED),
+    "alpha_temperature_frac": (0.5, {"alpha_temperature": 2.0}, schedule_of, REFUSED),
     "steps": (5000, {}, plan_of, plan_of),
     "batch_size": (4, {}, steps_of, steps_of),
     "lr": (0.5, {}, schedule_of, schedule_of),
@@ -182,7 +199,7 @@ FIELDS = {
     "samples_per_step": (4, {}, steps_of, steps_of),
     "antithetic": (False, {"samples_per_step": 4}, steps_of, steps_of),
     "early_stop": (True, {}, plan_of, plan_of),
-    "eval_every": (7, {}, steps_of, steps_of),
+    "eval_every": (7, {}, schedule_of, schedule_of),
     "eval_samples": (64, {}, plan_of, plan_of),
     "control_variate": ("none", {"eval_samples": 32}, finish_of, finish_of),
     "trace_probes": (3, {"control_variate": "hvp", "eval_samples": 32}, finish_of, finish_of),
@@ -377,9 +394,9 @@ PLANS = {
 @pytest.mark.parametrize(("options", "expected"), PLANS.values(), ids=PLANS)
 def test_the_plan_leaves_nothing_open_and_plans_itself(options, expected):
     config = VIConfig.create(options)
-    plan, chains = fastvi.api.estimate._plan(config.applied(DIM), problem_of(config), None)
+    plan, chains = plan_estimate(config.applied(DIM), problem_of(config), None)
     assert {name: getattr(plan, name) for name in expected} == expected
-    again, chains_again = fastvi.api.estimate._plan(plan.applied(DIM), problem_of(plan), None)
+    again, chains_again = plan_estimate(plan.applied(DIM), problem_of(plan), None)
     assert (again, chains_again) == (plan, chains)
     assert VIConfig.create(plan.to_dict()) == plan
 
@@ -415,7 +432,7 @@ flow: {template: maf, depth: 4, hidden: [8, 8], bins: 8, init_scale: 1e-2}
 @pytest.mark.parametrize("family", ["mfa", "flow"])
 def test_a_file_for_both_families_is_read_for_the_one_it_names(family, nothing_is_fitted):
     entries = yaml.safe_load(SEEDS_FORM) | {"family": family, "backend": "native"}
-    _, problem, config, *_ = nothing_is_fitted(
+    _, problem, choice, *_ = nothing_is_fitted(
         fastvi.estimate_llc,
         loss_fn=loss,
         params=jnp.zeros(DIM),
@@ -424,13 +441,12 @@ def test_a_file_for_both_families_is_read_for_the_one_it_names(family, nothing_i
         progress=False,
     )
     assert float(problem.posterior.gamma) == pytest.approx(1e-3)
-    assert (config.M, config.prune_threshold) == ((2, 1e-3) if family == "mfa" else (None, None))
-    read = (None, None, None) if family == "mfa" else (2, "native", 1e-3)
-    assert (config.d_latent, config.backend, config.sigma_perp) == read
-    read = FlowConfig(
-        template="maf", depth=4, hidden=(8, 8), init_scale=1e-2
-    )  # without bins, which maf has not
-    assert config.flow == (read if family == "flow" else FlowConfig())
+    settings = choice.settings
+    if family == "mfa":
+        assert (settings.M, settings.prune_threshold) == (2, 1e-3)
+    else:
+        assert (settings.d_latent, settings.backend, settings.sigma_perp) == (2, "native", 1e-3)
+        assert settings.flow == FlowSettings(template="maf", depth=4, hidden=(8, 8))
     other: dict = {"lift": "core"} if family == "mfa" else {"alpha_temperature": 2.0}
     with pytest.raises(
         ConfigError, match=r"^(lift|alpha_temperature) must be left out with family"
@@ -514,7 +530,7 @@ def test_flat_entry_points_refuse_what_they_do_not_do(entries, words):
 
 def seen_by_estimate(reached):
     """Numbers that name the problem, the keys and the options of a fit."""
-    _, problem, _, keys, *rest = reached
+    _, problem, _, _, keys, *rest = reached
     posterior = problem.posterior
     return [
         np.asarray(jax.random.key_data(keys)).tolist(),
@@ -697,7 +713,7 @@ def test_a_traced_number_out_of_range_is_nan():
 
     @jax.jit
     def seen(beta, gamma):
-        localization = settle_localization(gamma, config)
+        localization = choose_localization(gamma, config)
         return positive_scalar("beta", beta), nonnegative_scalar("gamma", gamma), localization
 
     for beta, gamma, expected in (

@@ -7,11 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from fastvi import VIConfig, estimate_llc
+from fastvi import estimate_llc
 from fastvi.families.base import TargetValues
-from fastvi.fitting.annealing import annealed
 from fastvi.fitting.pruning import kept_components, prune
-from fastvi.fitting.step import init_state
+from fastvi.fitting.step import StepSettings, init_state
+from fastvi.fitting.step_plan import MOST_COMPONENTS, ScheduleSettings, annealing
 from fastvi.kernels import triangular
 from tests.support.mixtures import assert_tree_close, make
 
@@ -56,7 +56,7 @@ BOWL_LLC = 0.5 * sum(3.0 * h / (3.0 * h + 1) for h in range(1, 5))
     ],
 )
 def test_the_lightest_components_go_first(weights, threshold, cap, kept):
-    keep = kept_components(jnp.asarray(weights), threshold, cap)
+    keep = kept_components(jnp.asarray(weights), threshold or 0.0, cap or MOST_COMPONENTS)
     np.testing.assert_array_equal(keep, np.asarray(kept, bool))
 
 
@@ -65,8 +65,7 @@ def test_the_lightest_components_go_first(weights, threshold, cap, kept):
 def test_a_pruned_mixture_is_that_of_the_others(means):
     family, params = make(means, ranks=(2, 2, 2), prunes=True)
     params = params._replace(logits=jnp.log(jnp.asarray([0.6, 0.1, 0.3])))
-    config = VIConfig(M=3, prune_threshold=0.2)
-    pruned = jax.jit(lambda p: prune(family, p, (), None, config)[0])(params)
+    pruned = jax.jit(lambda p: prune(family, p, (), None, 0.2, MOST_COMPONENTS)[0])(params)
     np.testing.assert_allclose(jnp.exp(family.log_weights(pruned)), [2 / 3, 0, 1 / 3], rtol=1e-12)
     rest, _ = make(means, ranks=(2, 2), prunes=True)
     kept = params._replace(
@@ -97,13 +96,12 @@ def test_no_draw_has_the_label_of_a_pruned_component():
 
 
 def test_a_pruned_component_is_forgotten_by_the_optimiser():
-    config = VIConfig(M=3, r=2, mixture_cap=2)
     family, params = make("component", ranks=(2, 2, 2), prunes=True)
-    state = jax.jit(lambda p: init_state(family, p, config))(params)
+    state = jax.jit(lambda p: init_state(family, p, StepSettings(prunes=True)))(params)
     marked = jax.tree_util.tree_map(lambda leaf: jnp.full_like(leaf, 7.0), state.opt_state)
     params = params._replace(logits=jnp.log(jnp.asarray([0.5, 0.2, 0.3])))
     per_component = family.update_rules(params, 1).per_component
-    _, cleared = prune(family, params, marked, per_component, config)
+    _, cleared = prune(family, params, marked, per_component, 0.0, 2)
     moments, before = cleared[1], marked[1]
     for got, was, initial in (
         (moments.mean.logits, before.mean.logits, 0.0),
@@ -167,20 +165,19 @@ def test_a_dirichlet_prior_keeps_the_weights_apart_from_zero():
 
 
 def test_temperature_and_bonus_end_when_told():
-    config = VIConfig(
+    schedule = ScheduleSettings(
         steps=100,
-        alpha_temperature=2.0,
-        alpha_temperature_frac=0.4,
+        temperature=2.0,
+        temperature_fraction=0.4,
         entropy_bonus=0.5,
         entropy_bonus_steps=30,
     )
-    assert (config.anneals, config.settled_after) == (True, 40)
-    found = [annealed(config, jnp.asarray(step)) for step in (0, 10, 29, 30, 40, 99)]
-    temperatures, bonuses = zip(*found, strict=True)
+    assert schedule.anneal_until == 40
+    temperatures, bonuses = annealing(schedule, np.array([0, 10, 29, 30, 40, 99]))
     np.testing.assert_allclose(temperatures, [2, 1.75, 1.275, 1.25, 1, 1])
     np.testing.assert_allclose(bonuses, [0.5, 0.5, 0.5, 0, 0, 0])
-    assert not VIConfig(alpha_temperature=2.0, entropy_bonus=0.5).anneals
-    assert not VIConfig(alpha_temperature_frac=0.5, entropy_bonus_steps=3).anneals
+    assert ScheduleSettings(temperature=2.0, entropy_bonus=0.5).anneal_until == 0
+    assert ScheduleSettings(temperature_fraction=0.5, entropy_bonus_steps=3).anneal_until == 0
 
 
 @pytest.mark.usefixtures("x64")

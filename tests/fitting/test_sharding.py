@@ -26,8 +26,8 @@ loss = lambda w, batch: 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
 center = jnp.asarray(np.linalg.lstsq(inputs, outputs)[0])
 states = []
 original = driver._run_chunks
-def spy(programs, problem, config, course, *rest):
-    original(programs, problem, config, course, *rest)
+def spy(programs, problem, schedule, course, *rest):
+    original(programs, problem, schedule, course, *rest)
     states.append(course.state)
 driver._run_chunks = spy
 options = dict(key=0, num_chains=4, M=1, r=0, curvature_rank=0, dtype="float64")

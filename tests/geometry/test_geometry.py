@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from conftest import enable_x64, quick_jit
 
-from fastvi.config import VIConfig
 from fastvi.geometry.curvature import BLOCK, block_krylov, dense_spectrum
-from fastvi.geometry.start import make_start, newton_decrement
+from fastvi.geometry.start import StartSettings, make_start, newton_decrement
 from fastvi.geometry.whitening import (
     DIAGONAL_PROBES,
     MOMENT_GRADIENTS,
@@ -45,18 +44,21 @@ def quadratic(hessian, minimum):
 # The spectrum.
 
 
-def never(values, size):
+def never(values, size, images):
     return jnp.asarray(False)
 
 
 def krylov(matrix, max_size, exhausted=never):
     def spectrum(matrix):
-        key = jax.random.key(1)
-        return block_krylov(
-            lambda block: block @ matrix, key, len(matrix), max_size, exhausted, jnp.float64
+        probes = jnp.arange(BLOCK * len(matrix), dtype=jnp.float64).reshape(BLOCK, -1)
+        found, images = block_krylov(
+            lambda block: block @ matrix, jax.random.key(1), probes, max_size, exhausted
         )
+        return found, images - probes @ matrix
 
-    return quick_jit(spectrum)(matrix)
+    found, difference = quick_jit(spectrum)(matrix)
+    np.testing.assert_allclose(difference, 0.0, atol=1e-9)  # the probes' images are theirs
+    return found
 
 
 def test_dense_spectrum_is_eigh():
@@ -112,7 +114,11 @@ def test_krylov_survives_coordinates_of_exact_zeros():
 
 def test_krylov_stops_when_told():
     matrix, _ = symmetric([*np.linspace(100, 50, 4), *np.full(76, -3.0)])
-    seen = krylov(matrix, 5 * BLOCK, lambda values, size: jnp.sum(values > 10) <= size - 2 * BLOCK)
+
+    def exhausted(values, size, images):
+        return jnp.sum(values > 10) <= size - 2 * BLOCK
+
+    seen = krylov(matrix, 5 * BLOCK, exhausted)
     assert seen.size == 3 * BLOCK
     np.testing.assert_allclose(seen.values[:4], np.linspace(100, 50, 4), rtol=1e-9)
     # negative Ritz values are values, not padding
@@ -209,7 +215,7 @@ def start_on(hessian, center, minimum, **options):
     @quick_jit
     def start(hessian, center, minimum):
         arguments = quadratic(hessian, minimum), posterior_at(center), NO_DATA, lambda key: None
-        return make_start(*arguments, VIConfig(**options), jax.random.key(5))
+        return make_start(*arguments, StartSettings(**options), jax.random.key(5))
 
     return start(hessian, center, minimum), 30.0 * np.asarray(hessian) + 2.0 * np.eye(len(center))
 
@@ -313,7 +319,7 @@ def test_a_given_whitener_is_used():
         posterior,
         NO_DATA,
         lambda key: None,
-        VIConfig(curvature_rank=2),
+        StartSettings(rank=2),
         jax.random.key(0),
     )
     start = make_start(*arguments, whitener_scale=scale)

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 import fastvi
-from fastvi.config import VIConfig
 from fastvi.geometry.minimum import look_down
-from fastvi.geometry.start import make_start, newton_decrement
+from fastvi.geometry.start import StartSettings, make_start, newton_decrement
 from fastvi.results.findings import LEAST_GAIN
 from fastvi.target.data import hold
 from fastvi.target.objective import make_flat_objective
@@ -53,13 +52,13 @@ def problem(seed, count, loss):
 
 
 def decrement_program(loss):
-    """The subset has one shape, so that its program, the larger one, is the same for all sizes of the data."""
+    """The subset has one shape: its program, the larger one, serves data of all sizes."""
     objective = make_flat_objective(loss)
 
     @jax.jit
     def start_at(posterior, subset):
         return make_start(
-            objective, posterior, subset, lambda key: None, VIConfig(), jax.random.key(0)
+            objective, posterior, subset, lambda key: None, StartSettings(), jax.random.key(0)
         )
 
     @jax.jit
@@ -124,7 +123,7 @@ def looks(loss):
 
     def start_at(posterior):
         return make_start(
-            objective, posterior, NO_DATA, lambda key: None, VIConfig(), jax.random.key(0)
+            objective, posterior, NO_DATA, lambda key: None, StartSettings(), jax.random.key(0)
         )
 
     def excess_along(center, points, batch):

@@ -12,10 +12,12 @@ from conftest import also_as_users_compile, quick_jit
 from jax.extend.random import threefry_2x32
 
 from fastvi import LocalPosterior, VIConfig, make_flat_objective
+from fastvi.api.plan import family_choice, fit_schedule, fit_settings, start_settings
 from fastvi.families import mfa
 from fastvi.fitting import optimizer
 from fastvi.fitting import step as loop
 from fastvi.fitting.stages import build_family
+from fastvi.fitting.step_plan import FINAL_RATE, Phases, plan_steps
 from fastvi.kernels.woodbury import Noise
 from fastvi.target.data import hold
 from tests.support import elbo_step as reference
@@ -77,7 +79,8 @@ def make(case):
     unused = min(case.core, 1)  # rows of padding
     start = begun(scale, core, case.core - unused)
     family = dataclasses.replace(
-        build_family(config, start, case.core), lr_factor=jnp.asarray(TRUST)
+        build_family(family_choice(config), start_settings(config), start, case.core),
+        lr_factor=jnp.asarray(TRUST),
     )
     data = jnp.asarray(rng.normal(size=(NUM_DATA, DIM))), jnp.asarray(rng.normal(size=NUM_DATA))
     posterior = LocalPosterior(
@@ -91,25 +94,24 @@ def make(case):
 def implementation(case):
     """Run chunks of steps with the chains under vmap."""
     config, family, problem, params = make(case)
-    objective, horizon = (
-        make_flat_objective(loss),
-        optimizer.Horizon(*map(jnp.float64, (WARMUP, DECAY_START, END))),
-    )
+    objective, settings = make_flat_objective(loss), fit_settings(config).step
 
     @quick_jit
-    def chunk(state, keys, first):
-        return loop.run_steps(
-            family, objective, problem, config, state, keys, first, horizon, LENGTH
-        )
+    def chunk(state, keys, plan):
+        return loop.run_steps(family, objective, problem, settings, state, keys, plan)
 
-    state, traces = (
-        quick_jit(jax.vmap(lambda one: loop.init_state(family, one, config)))(params),
-        [],
-    )
+    state = quick_jit(jax.vmap(lambda one: loop.init_state(family, one, settings)))(params)
+    traces, keys = [], jax.random.split(jax.random.key(3), CHAINS)
     for index in range(CHUNKS):
-        state, trace = chunk(
-            state, jax.random.split(jax.random.key(3), CHAINS), jnp.asarray(index * LENGTH)
+        plan = plan_steps(
+            fit_schedule(config),
+            Phases(WARMUP, DECAY_START, END),
+            index * LENGTH,
+            LENGTH,
+            LENGTH,
+            np.float64,
         )
+        state, trace = chunk(state, keys, plan)
         traces.append(trace)
     return state.params._asdict(), {
         name: np.concatenate([t[name] for t in traces], axis=1) for name in traces[0]
@@ -188,7 +190,7 @@ def setting_of(case, config, family):
 def schedule(step):
     """Return learning rate and elapsed share of the decay: warm-up, then a cosine."""
     elapsed = np.clip((step - DECAY_START) / (END - DECAY_START), 0, 1)
-    least = optimizer.FINAL_RATE
+    least = FINAL_RATE
     return LR * min(1, (step + 1) / WARMUP) * (
         least + (1 - least) * (1 + np.cos(np.pi * elapsed)) / 2
     ), elapsed

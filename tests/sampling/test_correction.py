@@ -15,7 +15,7 @@ import scipy.integrate
 import scipy.stats
 
 import fastvi
-from fastvi.api.arguments import settle
+from fastvi.api.plan import with_draws
 from fastvi.evaluation.importance import fit_pareto, pareto_smooth
 from fastvi.families.moments import LinearMap
 from fastvi.sampling import run
@@ -366,11 +366,11 @@ def test_each_criterion_is_named_with_its_bound():
 def test_draws_of_a_step_are_bounded_by_what_they_cost():
     """In few dimensions, but for one or two."""
     draws = [
-        settle(fastvi.VIConfig(), dim, share).samples_per_step
+        with_draws(fastvi.VIConfig(), dim, share).samples_per_step
         for dim, share in ((6, 1.0), (6, 0.1), (2, 1.0))
     ]
     assert draws == [24, 50, 256]
-    assert settle(fastvi.VIConfig(samples_per_step=100), 6, 1.0).samples_per_step == 100
+    assert with_draws(fastvi.VIConfig(samples_per_step=100), 6, 1.0).samples_per_step == 100
 
 
 def test_a_corrected_estimate_is_saved_and_read(quartic, tmp_path):

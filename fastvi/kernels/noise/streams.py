@@ -24,7 +24,7 @@ take.
 import enum
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from fastvi._typing import Array, Key
 
@@ -63,7 +63,7 @@ def walker_noise(step: Array) -> Array:
 
 def walker_data(number: Array) -> Array:
     """Return the block of the words by which a walker draws its block of data."""
-    return np.uint32(2**31) + number.astype(np.uint32)
+    return jnp.uint32(2**31) + number.astype(jnp.uint32)
 
 
 class Purpose(enum.IntEnum):
@@ -77,6 +77,7 @@ class Purpose(enum.IntEnum):
     CURVATURE = 2**31 + 5
     FRAME = 2**31 + 6
     MOMENTS = 2**31 + 7
+    CALIBRATION = 2**31 + 8
 
 
 def derive(key: Key, purpose: Purpose) -> Key:
@@ -86,4 +87,4 @@ def derive(key: Key, purpose: Purpose) -> Key:
 
 def shared_key() -> Key:
     """Return the key of what all fits share, which no seed of a user gives."""
-    return jax.random.wrap_key_data(np.asarray(SHARED_WORDS, np.uint32), impl="threefry2x32")
+    return jax.random.wrap_key_data(jnp.asarray(SHARED_WORDS, jnp.uint32), impl="threefry2x32")

@@ -286,7 +286,9 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     cumulative = jnp.broadcast_to(work.fge_per_step * steps, finished.traces["elbo"].shape)
     return _Run(
         llc=finished.outcome.evaluation.llc,
-        traces={**finished.traces, "cumulative_fge": cumulative},
+        traces=jax.tree_util.tree_map(
+            jnp.asarray, {**finished.traces, "cumulative_fge": cumulative}
+        ),
         extras=_extras(finished, problem),
         seconds=finished.seconds,
         work=work,

@@ -106,7 +106,7 @@ def test_every_field_is_in_the_table():
 @pytest.mark.parametrize("base", BASES)
 def test_tolerances_budgets_and_lengths_compile_nothing(base):
     estimate(base)
-    estimate(base, key=1)  # what only a second call compiles: another length of the host's arrays
+    estimate(base, key=1)  # what only a second call compiles
     compiled = {}
     for field, (beside, value) in NOTHING.items():
         if beside == base:
@@ -138,4 +138,5 @@ def made_of(config):
         lambda key: family.init(key, jnp.zeros((0, DIM), config.dtype), center), jax.random.key(0)
     )
     structures = jax.tree_util.tree_structure((family, problem, params))
-    return settings, str(structures), [leaf.shape for leaf in jax.tree_util.tree_leaves(params)]
+    leaves = jax.tree_util.tree_leaves(params)
+    return settings, str(structures), [(leaf.shape, leaf.dtype) for leaf in leaves]

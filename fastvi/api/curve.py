@@ -1,7 +1,7 @@
 """The learning coefficient along training: each fit begins at the q of the checkpoint before."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -107,6 +107,11 @@ def llc_curve(
     first = VIConfig.create(config, **overrides)
     first.check_asked(overrides)
     later = _later(first, warm_start, warm_steps)
+    if isinstance(data, Iterator):
+        raise DataError(
+            "llc_curve reads the data anew at every checkpoint; got an iterator, which can be read "
+            "only once. Pass an object whose __iter__ begins anew each time."
+        )
     data = data if is_stream(data) else check_data(data, dtype=jnp.dtype(first.dtype))[0]
     remaining, estimates, structure, before = iter(checkpoints), [], None, None
     while True:

@@ -52,7 +52,7 @@ from fastvi.target.look import look_at_target
 from fastvi.target.modes import in_own_modes
 from fastvi.target.ravel import TreeObjective, ravel_loss
 from fastvi.target.restrict import restrict
-from fastvi.target.stream import HostStream, uncorrected
+from fastvi.target.stream import AbstractStream, open_stream, uncorrected
 
 SNAPSHOT_SCALES = 256  # entries of D^{1/2} in a snapshot
 DEFAULT_LOCALIZATION = 1.0  # half of it lets walkers spread by sqrt(2) in flat directions
@@ -93,7 +93,9 @@ def estimate_llc(
         params: Trained parameters w*, any pytree with floating-point arrays.
         data: Pytree of arrays with a common leading axis of examples; `batch` has the same
             structure. Or an object that gives such batches from host memory each time it is
-            iterated over: then the only methods are "variational" and "reweight".
+            iterated over: then the only methods are "variational" and "reweight". Or an iterator of
+            shuffled batches, which is read once: then nbeta must be given, the only method is
+            "variational", and the evaluation is on a sample, whose noise is part of `llc_sem`.
         key: An int seed or a jax random key.
         nbeta: n times the inverse temperature; n / log n when left out.
         localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates;
@@ -155,7 +157,7 @@ class Target(NamedTuple):
     problem: Problem
     config: VIConfig
     key: Key
-    stream: HostStream | None
+    stream: AbstractStream | None
     look: LossLook
 
 
@@ -174,10 +176,15 @@ def assemble(
     objective, center = ravel_loss(loss_fn, params, dtype)
     stream = None
     if is_stream(data):
-        stream = HostStream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
-        config = config.replace(method=uncorrected(config.method))
+        stream = open_stream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
+        config = config.replace(method=uncorrected(config.method, stream.is_sample))
+        if nbeta is None and stream.is_sample:
+            raise DataError(
+                "nbeta defaults to n / log n, and an iterator does not tell n: data can be read "
+                "only once. Pass nbeta, or an object whose __iter__ begins anew each time."
+            )
         data = stream.window(0)
-        stream = stream if stream.num_rows < stream.num_data else None
+        stream = None if stream.fits else stream
     else:
         data = hold(check_data(data, dtype=dtype)[0])
     num_data = data.num_data
@@ -214,6 +221,8 @@ def run_estimate(
     keys = jax.random.split(key, num_chains)
     keeper = None
     if resume_from is not None:
+        if stream is not None and stream.is_sample:
+            raise DataError("resume_from needs data that can be read again; got an iterator.")
         keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
     stages = programs_for(objective, problem, fit_settings(plan))
     with CompileWatch() as watch, reporting(progress) as report:
@@ -236,7 +245,7 @@ def run_estimate(
     if throw and _has(result, "non_finite"):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
     result = dataclasses.replace(
-        result, fitted=Fitted(fit, problem, objective, stages.loss, keys, warm and warm.walked)
+        result, fitted=Fitted(fit, problem, objective, stages.loss, keys, warm and warm.previous)
     )
     if plan.method == "variational" or _has(result, "non_finite", "improper_posterior"):
         return result
@@ -271,7 +280,8 @@ def _estimate(
     traces["cumulative_fge"] = np.broadcast_to(
         work.fge_per_step * np.arange(1, steps + 1), traces["elbo"].shape
     )
-    llc_sem = chain_error(evaluation.llc, evaluation.llc_sem)
+    # chains share the sample that data which are read once are evaluated on
+    llc_sem = math.hypot(chain_error(evaluation.llc, evaluation.llc_sem), outcome.data_error)
     posterior = problem.posterior
     evidence = _evidence(fit, outcome, problem, config, traces, bottom, look)
     return LLCEstimate(

@@ -16,7 +16,7 @@ from fastvi.evaluation.errors import chain_error, pair_mean
 from fastvi.evaluation.llc import DataLosses, draws_at_once, evaluation_draws, losses_at
 from fastvi.families.base import AbstractFamily
 from fastvi.results.estimate import LLCEstimate
-from fastvi.target.data import Problem, hold, shared_mean
+from fastvi.target.data import Data, Problem, shared_mean
 from fastvi.target.fingerprint import shapes_of
 from fastvi.target.inputs import check_data
 from fastvi.target.look import weigh
@@ -24,7 +24,10 @@ from fastvi.target.modes import in_own_modes
 
 
 class DataLLC(NamedTuple):
-    """nbeta (E_q[L(w)] - L(w*)) with L the mean loss of other data than q was fitted to, and its Monte Carlo error."""
+    """nbeta (E_q[L(w)] - L(w*)) with L the mean loss of other data than q was fitted to.
+
+    `llc_sem` is its Monte Carlo error.
+    """
 
     llc: float
     llc_sem: float
@@ -99,12 +102,13 @@ def _fitted(result: LLCEstimate) -> Fitted:
 
 def _on_other_data(fitted: Fitted, data: Given[Batch]) -> Problem:
     """Return the problem of the fit with other data, weighed where the loss is weighted."""
-    problem = dataclasses.replace(fitted.problem, data=hold(check_data(data)[0]))
+    held = Data(check_data(data)[0], fitted.problem.data.max_batch)
+    problem = dataclasses.replace(fitted.problem, data=held)
     return weigh(fitted.objective, problem, "loss_fn")
 
 
 class _Programs(NamedTuple):
-    """Compiled: `(family, problem, params, keys)` to `DataLosses`, and to the losses of examples."""
+    """Compiled: `(family, problem, params, keys)` to `DataLosses`, and to losses of examples."""
 
     losses: Callable[..., DataLosses]
     by_example: Callable[..., Float[Array, "chains draws examples"]]
@@ -134,7 +138,8 @@ def _programs(fitted: Fitted, problem: Problem) -> _Programs:
 
 
 def _losses(objective: Any, problem: Problem, displacement: Array) -> DataLosses:
-    shared, copies = (problem.posterior.center, displacement), draws_at_once(displacement.shape[0])
+    shared = (problem.posterior.center, displacement)
+    copies = 1 + draws_at_once(displacement.shape[0])
     return shared_mean(functools.partial(losses_at, objective), problem.data, shared, copies)
 
 

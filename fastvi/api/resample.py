@@ -1,4 +1,7 @@
-"""`correct`: from the variational value of a finished fit to the posterior's own."""
+"""`correct`: from the variational value of a finished fit to the posterior's own.
+
+It reweights the draws of q, or samples the posterior with walkers that start at them.
+"""
 
 import dataclasses
 import time
@@ -25,45 +28,53 @@ from fastvi.results.estimate import LLCEstimate
 from fastvi.results.findings import correction_findings
 from fastvi.results.parts import Correction
 from fastvi.results.progress import reporting
-from fastvi.sampling.run import (
-    LENGTH,
-    MIN_BINS,
-    USUAL_ERROR,
-    Sampled,
-    Sampler,
-    Unmet,
-    sample_posterior,
-)
-from fastvi.sampling.walkers import BIN_LENGTH, Walk, WalkPrograms, parameter_blocks, walk_programs
+from fastvi.sampling.programs import SamplerPrograms, sampler_programs
+from fastvi.sampling.run import LENGTH, RunSetup, SamplerResult, Unmet, begin, sample_posterior
+from fastvi.sampling.settings import SamplerSettings
+from fastvi.sampling.tuning import USUAL_ERROR
+from fastvi.sampling.walkers import Walkers
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss
 from fastvi.target.modes import in_own_modes
 from fastvi.target.ravel import TreeObjective
 from fastvi.target.stream import uncorrected
 
-EFFECTIVE_SHARE = 0.5  # of the draws that must count for "auto" to reweight them
+# Part of the draws that must count for "auto" to reweight them. Half trusts fewer draws; 1 none.
+EFFECTIVE_SHARE = 0.5
+# Times that the weighted mean is linearised about its own result: each takes off the square of what
+# was left, so that two would do, and six give the same digits.
 RELINEARISATIONS = 3
-ROUNDING = (
-    1e-4  # of a weighted mean, whose log weights are differences of numbers of the size of the ELBO
-)
-WALKERS = 8  # at least; a multiple of the chains
-MOST_IN_FEW_DIMENSIONS = 64  # times as many there: they are cheap, and arms of the posterior narrow
+# Relative rounding of a weighted mean: log weights are differences of numbers of the ELBO's size.
+ROUNDING = 1e-4
 
 
-class Walked(NamedTuple):
-    """Where walkers have come to, about which w*, after how many corrections, and whether they agreed."""
+class PreviousRun(NamedTuple):
+    """An earlier run of the sampler on this target.
 
-    walk: Walk
+    Attributes:
+        walkers: Where it ended.
+        center: The w* that its walkers were about.
+        number: How many runs have used these walkers.
+        is_settled: Whether its criteria were met.
+    """
+
+    walkers: Walkers
     center: Float[Array, " dim"]
-    corrections: int
-    settled: bool
+    number: int
+    is_settled: bool
 
 
 class Fitted(NamedTuple):
-    """What a correction goes on from: a fit, and walkers that are already on their way.
+    """Live state needed to go on from a fit.
 
-    `is_masked` says that the caller passed all parameters and a mask, not a restricted loss; `loss`
-    what the objective computed at the fit.
+    Attributes:
+        fit: The fit.
+        problem: The target with its data.
+        objective: The loss.
+        loss: What the loss computed at the fit.
+        keys: Keys of the chains.
+        previous: The last run of the sampler, if any.
+        is_masked: Whether the caller passed all parameters and a mask, not a restricted loss.
     """
 
     fit: Fit
@@ -71,7 +82,7 @@ class Fitted(NamedTuple):
     objective: TreeObjective
     loss: Fingerprint
     keys: Keys
-    walked: Walked | None = None
+    previous: PreviousRun | None = None
     is_masked: bool = False
 
     @property
@@ -143,7 +154,7 @@ def correct(
         return result
     config = recorded.filled
     if not fitted.problem.holds_all:
-        uncorrected(config.method)
+        uncorrected(config.method, getattr(fitted.problem.data, "is_sample", False))
     began = time.perf_counter()
     with CompileWatch() as watch:
         method, weights, khat = _choose(fitted, config)
@@ -170,7 +181,7 @@ def correct(
         work=result.work.with_correction(values.work),
         timings=timings,
         config=recorded,
-        fitted=fitted._replace(walked=values.walked or fitted.walked),
+        fitted=fitted._replace(previous=values.previous or fitted.previous),
     )
     corrected = dataclasses.replace(corrected, health=correction_findings(corrected))
     broken = [finding for finding in corrected.health if finding.name == "non_finite"]
@@ -207,7 +218,7 @@ class _Values(NamedTuple):
     walk: Float[np.ndarray, "walkers bins"]
     work: float
     details: dict[str, Any]
-    walked: Walked | None = None
+    previous: PreviousRun | None = None
 
 
 def _choose(
@@ -231,10 +242,10 @@ def _choose(
 
 
 def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Values:
-    """Average under self-normalised weights, with the control variates of q on the linearised ratio.
+    """Average under self-normalised weights, with the control variates of q.
 
-    The ratio is linearised about its own result, else the noise of the weights times what the
-    control variates have taken off is left.
+    These act on the ratio of two averages, linearised about its own result: else the noise of the
+    weights times what the control variates have taken off would be left.
     """
     evaluation = fitted.fit.outcome.evaluation
     llc = float(fitted.problem.posterior.nbeta) * np.asarray(evaluation.excess, float)
@@ -270,56 +281,79 @@ def _sample(
     report: Callable[[Progress], None] | None,
 ) -> _Values:
     """Run the walkers; reweight where the budget pays for no step of theirs."""
-    chains, dim = fitted.keys.size, fitted.problem.posterior.center.size
-    most = MOST_IN_FEW_DIMENSIONS * min(1.0, (USUAL_ERROR / config.error) ** 2)
-    per_chain = -(-WALKERS * few_dimensions_factor(dim, max(1, round(most))) // chains)
-    num_data, before = fitted.problem.num_data, fitted.walked
-    budget = config.budget / num_data  # in full-gradient equivalents, as the walk counts
+    chains, num_data, settings = fitted.keys.size, fitted.problem.num_data, SamplerSettings()
+    per_chain = _walkers_per_chain(fitted, config.error, settings)
+    previous = fitted.previous
+    if previous is not None and previous.walkers.position.shape[0] != chains * per_chain:
+        previous = None  # another number of walkers: these start at q
 
     def tell(done: float, llc: float) -> None:
         if report is not None:
-            report(Progress("correction", int(done), int(budget), llc))
+            work, budget = (int(spent / num_data) for spent in (done, config.budget))
+            report(Progress("correction", work, budget, llc))
 
     fitted.check_unchanged()
-    programs = walk_programs(
-        fitted.objective, fitted.problem, parameter_blocks(fitted.objective.structure.leaf_sizes)
-    )
-    if before is not None and before.walk.walkers.x.shape[0] != chains * per_chain:
-        before = None  # another number of walkers: these start at q
-    sampler = Sampler(
+    programs = sampler_programs(fitted.objective, fitted.problem, settings)
+    setup = RunSetup(
         programs,
         fitted.problem,
-        _set_out(programs, fitted, before, chains * per_chain),
         fitted.fit.outcome.reference_loss,
-        budget,
+        settings,
+        config.error,
+        config.budget,
+        tell,
         chains=chains,
-        fewest=chains * -(-WALKERS // chains),
-        has_moved_in=before is not None and before.settled,
+        fewest=chains * -(-settings.walkers // chains),
+        agreed_before=previous is not None and previous.is_settled,
     )
-    if not sampler.pays:
-        return _unpaid(_reweight(fitted, weights), sampler.least_budget * num_data)
-    run = sample_posterior(sampler, relative_error=config.error, report=tell)
-    analysis, corrections = run.analysis, 1 if before is None else before.corrections + 1
-    shares = (chains, -1) if chains > 1 else (-1, WALKERS)
-    means, errors = (
-        values.reshape(shares) for values in (analysis.per_walker, analysis.per_walker_sem)
-    )
-    means, errors = (means, errors) if chains > 1 else (means.T, errors.T)
+    walkers = _start_walkers(programs, fitted, previous, chains * per_chain)
+    start = begin(setup, walkers)
+    if not setup.pays(start):
+        least = setup.least_budget(start)
+        return _unpaid(_reweight(fitted, weights), least, settings)
+    run = sample_posterior(setup, walkers)
+    means, errors = _per_chain(run, chains, settings.walkers)
+    number = 1 if previous is None else previous.number + 1
+    center = fitted.problem.posterior.center
     return _Values(
-        analysis.llc,
-        analysis.llc_sem,
-        means.mean(axis=1),
-        np.sqrt(np.sum(errors**2, axis=1)) / errors.shape[1],
+        run.analysis.llc,
+        run.analysis.llc_sem,
+        means,
+        errors,
         run.llc,
-        run.work,
-        {**_walk_details(run, num_data), "narrow_dtype": _narrow_dtype(fitted)},
-        Walked(sampler.walk, fitted.problem.posterior.center, corrections, not run.unmet),
+        run.end.work / num_data,
+        {**_run_details(run, settings), "narrow_dtype": _narrow_dtype(fitted)},
+        PreviousRun(run.end.walkers, center, number, not run.unmet),
     )
 
 
-def _unpaid(values: _Values, least_budget: float) -> _Values:
-    """Say of reweighted draws that they stand in for a walk."""
-    unmet = (Unmet(LENGTH, 0, MIN_BINS * BIN_LENGTH),)
+def _walkers_per_chain(fitted: Fitted, error: float, settings: SamplerSettings) -> int:
+    """Return how many walkers start at the draws of each chain.
+
+    More start in few dimensions, and fewer of these where the error may be larger than usual.
+    """
+    share = min(1.0, (USUAL_ERROR / error) ** 2)
+    most = max(1, round(settings.walkers_in_few_dimensions * share))
+    factor = few_dimensions_factor(fitted.problem.posterior.center.size, most)
+    return -(-settings.walkers * factor // fitted.keys.size)
+
+
+def _per_chain(
+    run: SamplerResult, chains: int, groups: int
+) -> tuple[Float[np.ndarray, " parts"], Float[np.ndarray, " parts"]]:
+    """Return mean and error of the walkers of each chain, or of groups where there is one chain."""
+    found = (run.analysis.per_walker, run.analysis.per_walker_sem)
+    # one row for each chain; a single chain's walkers are dealt out to the groups
+    means, errors = (
+        values.reshape(chains, -1) if chains > 1 else values.reshape(-1, groups).T
+        for values in found
+    )
+    return means.mean(axis=1), np.sqrt(np.sum(errors**2, axis=1)) / errors.shape[1]
+
+
+def _unpaid(values: _Values, least_budget: float, settings: SamplerSettings) -> _Values:
+    """Say of reweighted draws that they stand in for a run."""
+    unmet = (Unmet(LENGTH, 0, settings.min_bins * settings.bin_length),)
     details = {
         "method": "reweight",
         "settled": False,
@@ -329,28 +363,27 @@ def _unpaid(values: _Values, least_budget: float) -> _Values:
     return values._replace(details={**values.details, **details, "narrow_dtype": None})
 
 
-def _set_out(
-    programs: WalkPrograms, fitted: Fitted, before: Walked | None, num_walkers: int
-) -> Walk:
-    """Place walkers at draws of q, or take over those of a correction before."""
-    common, evaluation = (
-        (fitted.fit.family, fitted.problem, fitted.fit.params),
-        fitted.fit.outcome.evaluation,
-    )
-    if before is not None:
-        return programs.move(*common, before.walk, before.center, jnp.int32(before.corrections))
-    return programs.start(
+def _start_walkers(
+    programs: SamplerPrograms, fitted: Fitted, previous: PreviousRun | None, num_walkers: int
+) -> Walkers:
+    """Place walkers at draws of q, or take over those of the previous run."""
+    common = (fitted.fit.family, fitted.problem, fitted.fit.params)
+    if previous is not None:
+        shift = jnp.int32(previous.number)
+        return programs.move(*common, previous.walkers, previous.center, shift)
+    evaluation = fitted.fit.outcome.evaluation
+    return programs.place(
         *common, fitted.keys, evaluation.log_weight, evaluation.excess, num_walkers=num_walkers
     )
 
 
-def _walk_details(run: Sampled, num_data: int) -> dict[str, Any]:
+def _run_details(run: SamplerResult, settings: SamplerSettings) -> dict[str, Any]:
     """Return what a result keeps of a run."""
     analysis = run.analysis
     return {
         "settled": not run.unmet,
         "unmet": run.unmet,
-        "least_budget": run.least_budget * num_data,
+        "least_budget": run.least_budget,
         "rhat": analysis.rhat,
         "rhat_radius": analysis.rhat_radius,
         "drift_z": analysis.drift_z,
@@ -358,12 +391,12 @@ def _walk_details(run: Sampled, num_data: int) -> dict[str, Any]:
         "variance_reduction": analysis.variance_reduction,
         "systematic": analysis.systematic,
         "walkers": run.llc.shape[0],
-        "steps": run.llc.shape[1] * BIN_LENGTH,
-        "burn_in": analysis.burn_in * BIN_LENGTH,
-        "data_blocks": run.level.num_blocks,
-        "energy_error": run.level.energy_error,
-        "step_size": run.step_size,
-        "returned": run.returned,
+        "steps": run.llc.shape[1] * settings.bin_length,
+        "burn_in": analysis.burn_in * settings.bin_length,
+        "data_blocks": run.end.fidelity.num_blocks,
+        "energy_error": run.end.fidelity.energy_error,
+        "step_size": float(run.end.walkers.step_size.step),
+        "returned": run.end.returned,
     }
 
 

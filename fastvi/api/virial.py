@@ -14,7 +14,8 @@ from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Float, Given, PyTree
 from fastvi.api.arguments import nonnegative_scalar, positive_scalar
 from fastvi.sampling.averages import analyse, burn_in, furthest_off, split_rhat, standard_error
-from fastvi.sampling.walkers import block_virials, parameter_blocks
+from fastvi.sampling.settings import SamplerSettings
+from fastvi.sampling.virial import block_virials, parameter_blocks
 
 LEAST_DRAWS = 4  # of each chain
 OFF_SIGMAS = 4.0
@@ -55,7 +56,7 @@ class VirialLLC:
 
     @property
     def is_consistent(self) -> bool:
-        """Whether the chains agree with each other and obey the virial identities of the posterior."""
+        """Whether the chains agree, and obey the virial identities of the posterior."""
         return abs(self.virial_z) < OFF_SIGMAS and self.rhat < MIXED
 
     def summary(self) -> str:
@@ -91,7 +92,7 @@ def virial_llc(
     init_loss: Given[float],
     discard: Given[int | None] = None,
 ) -> VirialLLC:
-    """Estimate the learning coefficient from a sampler's chains, with control variates of mean zero.
+    """Estimate the learning coefficient from a sampler's chains, with control variates.
 
     For each block of parameters `length - v . grad(-log p)` with v = w - w* has mean zero under the
     local posterior `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)`; so has the slope along the
@@ -133,11 +134,12 @@ def virial_llc(
     displacement = points - at
     force = nbeta * slopes + localization * displacement
     sizes = tuple(int(np.size(leaf)) for leaf in jax.tree_util.tree_leaves(center) if np.size(leaf))
-    own = block_virials(displacement * force, parameter_blocks(sizes))
+    blocks = parameter_blocks(sizes, SamplerSettings().max_columns)
+    each = block_virials(displacement * force, blocks)
     radius2 = np.sum(displacement**2, axis=-1)
     llc = nbeta * (energies - _number("init_loss", init_loss))
     burn = _discarded(discard, llc, radius2)
-    columns = np.stack([*own, _slope(force, displacement, burn)], axis=-1)
+    columns = np.stack([*each, _slope(force, displacement, burn)], axis=-1)
     found = analyse(llc, columns, radius2, discard=burn)
     # the direction in which a slope that should be zero would show best
     steepest = _slope(force, force / np.maximum(force[:, burn:].var(axis=(0, 1)), TINY), burn)
@@ -266,9 +268,10 @@ def _discarded(discard: Given[int | None], llc: np.ndarray, radius2: np.ndarray)
 
 
 def _slope(force: np.ndarray, along: np.ndarray, burn: int) -> Float[np.ndarray, "chains draws"]:
-    """Return the slope along a mean, taken of the other half of the chains, of a single chain of the half of its time.
+    """Return the slope of -log p along the mean of the other half of the chains.
 
-    With the draw's own half in the mean, the slope along it would not have mean zero.
+    A single chain is halved in time. With the draw's own half in the mean, the slope along it would
+    not have mean zero.
     """
     chains, draws, _ = force.shape
     by_time = chains == 1

@@ -35,8 +35,12 @@ DESCRIPTION = (
     "`fastvi --version` shows the version."
 )
 
-UNTOLD_DEFAULTS = (None, False, (), dataclasses.MISSING)  # a help text has nothing to say of these
-FAILURE, INTERRUPTED = 2, 130
+# Defaults that a help text does not tell: the option's own description says what happens then.
+UNTOLD_DEFAULTS = (None, False, (), dataclasses.MISSING)
+FAILURE, INTERRUPTED = (
+    2,
+    130,
+)  # exit statuses; a shell gives the second to a process ended by Ctrl-C
 EXPECTED_ERRORS = (
     ConfigError,
     DataError,
@@ -78,9 +82,8 @@ def _run(args: Sequence[str]) -> int:
         command = _parse(args)
         try:
             status = command.run(printer)
-        except (
-            SystemExit
-        ) as stop:  # of a loss that somebody's module defines: an estimate did not come of it
+        # the model's own code may call sys.exit, which is not the exit of this command
+        except SystemExit as stop:
             raise DataError(
                 f"the model called sys.exit({stop.code!r}) before there was an estimate."
             ) from stop

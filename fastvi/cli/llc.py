@@ -26,7 +26,7 @@ from fastvi.target.keys import as_key
 from fastvi.target.look import weigh
 from fastvi.target.losses import first_rows
 from fastvi.target.ravel import ravel_loss
-from fastvi.target.stream import HostStream
+from fastvi.target.stream import open_stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def observe_problem(problem: ModelArguments, config: VIConfig) -> dict[str, Any]
     dtype = check_dtype(config)
     objective, center = ravel_loss(problem.loss_fn, problem.params, dtype)
     data = (
-        HostStream(problem.data, dtype, as_key(0), DEFAULT_BATCH_SIZE).window(0)
+        open_stream(problem.data, dtype, as_key(0), DEFAULT_BATCH_SIZE).window(0)
         if is_stream(problem.data)
         else hold(check_data(problem.data, dtype=dtype)[0])
     )

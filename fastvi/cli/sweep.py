@@ -43,7 +43,8 @@ TABLE_FILE, FIGURE_FILE, PAGE_DPI = "table.csv", "sweep.png", 150
 RUN_OPTIONS = ("seed", "localization", "nbeta", "num_chains")
 ENTRIES = ("target", "out", "base", "grid", *RUN_OPTIONS)
 LOCALIZATION = ("localization", "gamma")  # two names of one thing
-COLUMNS = ("llc", "q alone", "elbo", "k-hat", "FGE", "s", "findings")  # what a table says of a run
+# Columns of a run, as `describe` fills them; a run that failed has dashes.
+COLUMNS = ("llc", "q alone", "elbo", "k-hat", "FGE", "s", "findings")
 LONGEST_NAME = 150  # of a run's folder; file systems take 255
 VERSION = 1
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastvi.results.estimate import LLCEstimate
-from fastvi.results.report.style import STYLE, chain_color, import_matplotlib
+from fastvi.results.report.style import chain_color, styled_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,17 +23,13 @@ def draw_sweep(results: list[tuple[dict[str, Any], LLCEstimate]]) -> "Figure":
     Args:
         results: The place of each run in the grid, and its estimate.
     """
-    matplotlib = import_matplotlib()
-    from matplotlib.figure import Figure
-
     first = next(iter(results[0][0]))
     positions, labels = _positions([values[first] for values, _ in results])
     lines: dict[str, list[int]] = {}
     for place, (values, _) in enumerate(results):
         others = ", ".join(f"{name} {value}" for name, value in values.items() if name != first)
         lines.setdefault(others or "llc", []).append(place)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12, 4), facecolor="white", layout="constrained")
+    with styled_figure((12, 4), layout="constrained") as figure:
         panels = figure.subplots(1, 3)
         for color, (label, places) in enumerate(lines.items()):
             at = _beside(positions, color - 0.5 * (len(lines) - 1))[places]

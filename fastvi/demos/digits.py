@@ -16,6 +16,7 @@ from fastvi.config import VIConfig
 from fastvi.demos.base import AbstractDemo, Say, check
 from fastvi.results.estimate import LLCEstimate
 
+# scikit-learn's digits: 8 x 8 pixels, of 0 to 16
 PIXELS, CLASSES, BRIGHTEST = 64, 10, 16
 
 

@@ -16,7 +16,9 @@ from fastvi.target.data import Problem
 from fastvi.target.hessian import data_hvp
 from fastvi.target.objective import FlatObjective
 
-RELATIVE_CUTOFF = 1e-6  # singular values of the columns below this share of the largest are dropped
+# Singular values of the columns below this share of the largest are dropped: rounding of float32
+# columns is 1e-7 of the largest. Ten times less would fit noise, ten times more drops weak columns.
+RELATIVE_CUTOFF = 1e-6
 
 
 def pairs_for(columns: int) -> int:
@@ -55,7 +57,7 @@ def regress(values: Float[Array, " units"], columns: Float[Array, "units columns
 
 
 def _coefficients(values, columns):
-    """Least squares with an intercept, insensitive to the scale of the columns and to collinear ones."""
+    """Fit by least squares with an intercept, whatever the columns' scales and collinearity."""
     centred = columns - jnp.mean(columns, axis=0)
     spread = jnp.sqrt(jnp.mean(centred**2, axis=0))
     spread = jnp.where(spread > 0, spread, 1.0)
@@ -68,7 +70,7 @@ def _coefficients(values, columns):
 def regress_one(
     values: Float[Array, " units"], column: Float[Array, " units"], expectation_variance: Scalar
 ) -> Regression:
-    """Correct the mean of independent `values` by one column whose expectation has a variance of its own.
+    """Correct the mean of independent `values` by one column whose expectation is uncertain.
 
     A unit's coefficient comes from all the others, which keeps the mean unbiased. It is smaller by
     what makes up for the variance of the expectation, and by what chance alone explains (Stein): a
@@ -135,7 +137,10 @@ def hessian_columns(
 
 
 def _trace_beyond(basis: Float[Array, "terms dim"], operator, probes: Float[Array, "probes dim"]):
-    """Return the trace of a symmetric operator off the span of orthonormal rows, by probes, and its variance."""
+    """Return the trace of a symmetric operator off the span of orthonormal rows, and its variance.
+
+    Both are found by probes.
+    """
     if basis.shape[0] >= basis.shape[1]:
         return jnp.zeros((), probes.dtype), jnp.zeros((), probes.dtype)
 
@@ -157,7 +162,10 @@ def _trace_beyond(basis: Float[Array, "terms dim"], operator, probes: Float[Arra
 def _expected_form(
     moment: SecondMoment, gram: Float[Array, "terms terms"]
 ) -> tuple[Scalar, Scalar]:
-    """Return E[c^T gram c] over the low-rank part of a second moment, and the variance of what draws say of it."""
+    """Return E[c^T gram c] over the low-rank part of a second moment, and its variance.
+
+    The variance is of the part that draws say.
+    """
     exact = jnp.sum(moment.weights * jnp.diagonal(gram))
     pairs = moment.coefficients.shape[0] // 2
     if pairs == 0:

@@ -6,8 +6,10 @@ import numpy as np
 
 from fastvi._typing import Float
 
+# Bounds of k-hat: below the first the variance of the weights is finite, below the second the
+# error falls with the number of draws at a useful rate (Vehtari et al., 2024).
 GOOD, USABLE = 0.5, 0.7
-MIN_TAIL = 5
+MIN_TAIL = 5  # draws: a fit of two parameters to fewer says nothing (Vehtari et al., 2024)
 # weights that differ by less have no tail: float32 log densities of 100 nats are rounded by 1e-5
 ALIKE = 1e-4
 
@@ -76,7 +78,9 @@ def pareto_smooth(
 
 
 def fit_pareto(excess: Float[np.ndarray, " tail"]) -> tuple[float, float]:
-    """Fit shape and scale of a generalised Pareto distribution to ascending values, some of them perhaps tied at zero.
+    """Fit shape and scale of a generalised Pareto distribution to ascending values.
+
+    Some of them may be tied at zero.
 
     References:
         Zhang & Stephens (2009); the weak prior on the shape is that of Vehtari et al. (2024).

@@ -37,8 +37,8 @@ __all__ = [
 
 
 # Factor on learning rates where the start agrees with the loss at once. At 1 the noise of
-# minibatches leads away from such a start; at half of it, a start that is a little off takes twice
-# as many steps.
+# minibatches leads away from such a start; the smaller it is, the more steps a start takes that is
+# a little off.
 SLOW_START_RATE = 0.25
 
 
@@ -217,7 +217,6 @@ class AbstractUpdateRules(AbstractDistribution):
 
     def make_cache(self, params: PyTree) -> PyTree:
         """Return what `transform` can take over from step to step; nothing for most families."""
-        del params
         return ()
 
     def apply_updates(
@@ -227,14 +226,14 @@ class AbstractUpdateRules(AbstractDistribution):
 
         Return the parameters and their cache.
         """
-        return jax.tree_util.tree_map(jnp.add, params, updates), cache
+        params = jax.tree_util.tree_map(jnp.add, params, updates)
+        return params, self.make_cache(params)
 
     def update_rules(self, params: PyTree, groups: int) -> UpdateRules:
         """Say how to treat each parameter where a step has `groups` independent draws.
 
         Plain Adam where a family does not say otherwise.
         """
-        del groups
         return UpdateRules.plain(params)
 
 
@@ -251,7 +250,7 @@ class AbstractFamily(AbstractUpdateRules, AbstractMoments):
 
     Settings: ClassVar[type]
     # Nats of ELBO over the window of the stopping rule below which more steps would not change llc.
-    # Half of it runs steps that no estimate shows, twice of it stops fits a tenth of a nat early.
+    # A smaller gain runs more steps, a larger one stops sooner.
     negligible_gain: ClassVar[float] = 0.5
 
     @classmethod
@@ -266,7 +265,6 @@ class AbstractFamily(AbstractUpdateRules, AbstractMoments):
         Raises:
             ConfigError: If there is such a setting.
         """
-        del settings, dim
 
     @abc.abstractmethod
     def init(
@@ -290,7 +288,6 @@ class AbstractFamily(AbstractUpdateRules, AbstractMoments):
         It is true where the start agrees with the loss. Minibatch noise can then only make worse
         what was computed from all data at once.
         """
-        del slow
         return self
 
     def annealed(self, temperature: Scalar, entropy_bonus: Scalar) -> "AbstractFamily":
@@ -298,17 +295,14 @@ class AbstractFamily(AbstractUpdateRules, AbstractMoments):
 
         A family without mixture weights has no use for the temperature.
         """
-        del temperature
         return dataclasses.replace(self, entropy_bonus=entropy_bonus)
 
     def log_weights(self, params: PyTree) -> Float[Array, " comp"]:
         """Evaluate the log weights of the mixture's components; one component of weight 1 here."""
-        del params
         return jnp.zeros(1, self.scale.dtype)
 
     def pruned(self, params: PyTree, keep: Bool[Array, " comp"]) -> PyTree:
         """Return the parameters with no weight left for the components that are not kept."""
-        del keep
         return params
 
     def resp_entropy(self, draws: Draws) -> Float[Array, " draws"]:
@@ -317,7 +311,6 @@ class AbstractFamily(AbstractUpdateRules, AbstractMoments):
 
     def step_statistics(self, params: PyTree, draws: Draws) -> dict[str, Scalar]:
         """Return cheap scalars to trace at every step."""
-        del params, draws
         one, zero = jnp.ones((), self.scale.dtype), jnp.zeros((), self.scale.dtype)
         return {
             "resp_entropy": zero,

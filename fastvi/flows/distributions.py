@@ -72,13 +72,11 @@ class StandardNormal(AbstractBase):
 
     def from_noise(self, params, noise):
         """Return the noise."""
-        del params
         check_features("noise", noise, self.dim)
         return noise
 
     def log_prob(self, params, x):
         """Return -|x|^2 / 2 - dim log(2 pi) / 2."""
-        del params
         check_features("x", x, self.dim)
         return standard_log_prob(x)
 
@@ -124,7 +122,10 @@ class DiagNormal(AbstractBase):
 
 
 def draw_noise(key: Key, shape: tuple[int, ...], dtype: Any = None) -> Float[Array, "..."]:
-    """Draw what `jax.random.normal` draws, for typed and raw keys, by the fused generator where it applies."""
+    """Draw what `jax.random.normal` draws, for typed and raw keys.
+
+    The fused generator draws it where it applies.
+    """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return noise.normal(key, shape, jnp.result_type(float) if dtype is None else dtype)

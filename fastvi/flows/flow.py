@@ -178,7 +178,9 @@ class Flow(eqx.Module):
         noise: Given[Float[Array, "*batch dim"]],
         context: Given[Float[Array, "..."] | None] = None,
     ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
-        """Turn standard normals of the caller's choice, such as mirrored pairs, to samples with log densities.
+        """Turn standard normals of the caller's choice to samples with log densities.
+
+        Mirrored pairs are such a choice.
 
         Args:
             params: Parameters.

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Int, Key
 
-BLOCK = 8  # tangents that share one pass over the data
+# Tangents that share one pass over the data. Half of them take twice the passes; twice as many
+# find the spectrum's end later and take twice the memory.
+BLOCK = 8
 
 
 class Spectrum(NamedTuple):
@@ -22,33 +24,35 @@ class Spectrum(NamedTuple):
 def block_krylov(
     apply: Callable[[Float[Array, "block dim"]], Float[Array, "block dim"]],
     key: Key,
-    dim: int,
+    probes: Float[Array, "block dim"],
     max_size: int,
-    exhausted: Callable[[Float[Array, " krylov"], Int[Array, ""]], Array],
-    dtype=jnp.float32,
-) -> Spectrum:
+    exhausted: Callable[
+        [Float[Array, " krylov"], Int[Array, ""], Float[Array, "block dim"]], Array
+    ],
+) -> tuple[Spectrum, Float[Array, "block dim"]]:
     """Compute Ritz pairs from a randomised block Krylov space with full reorthogonalisation.
+
+    The operator is first applied to probes, in the same loop, so that a program holds it once.
 
     Args:
         apply: The operator on a block of `BLOCK` row vectors.
         key: Random key of the first block.
-        dim: Dimension of the operator.
+        probes: `BLOCK` vectors that stay outside of the space.
         max_size: Largest dimension of the space, a multiple of `BLOCK`.
-        exhausted: Told the Ritz values (descending, padded with -inf) and their number, whether to
-            stop.
-        dtype: Floating dtype.
+        exhausted: Told the Ritz values (descending, padded with -inf), their number and the images
+            of the probes, whether to stop.
 
     Returns:
-        The Ritz pairs.
+        The Ritz pairs, and the images of the probes.
 
     Cost:
-        At most `max_size` operator products and O(max_size^2 dim) operations.
+        At most `max_size + BLOCK` operator products and O(max_size^2 dim) operations.
 
     References:
         Musco & Musco, Randomized Block Krylov Methods (2015).
     """
-    first = _orthonormal_rows(jax.random.normal(key, (BLOCK, dim), dtype))
-    empty = jnp.zeros((max_size, dim), dtype)
+    first = _orthonormal_rows(jax.random.normal(key, probes.shape, probes.dtype))
+    empty = jnp.zeros((max_size, probes.shape[1]), probes.dtype)
 
     def project(basis, images, size):
         small = basis @ images.T
@@ -62,25 +66,29 @@ def block_krylov(
         return jnp.where(used, values[::-1], -jnp.inf), rotation[:, ::-1]
 
     def extend(carry):
-        size, block, basis, images, _ = carry
-        image = apply(block)
-        basis = jax.lax.dynamic_update_slice_in_dim(basis, block, size, 0)
-        images = jax.lax.dynamic_update_slice_in_dim(images, image, size, 0)
+        size, block, basis, images, of_probes, _ = carry
+        image, is_probing = apply(block), size < 0
+        row = jnp.maximum(size, 0)  # the first block overwrites what the probes leave there
+        basis = jax.lax.dynamic_update_slice_in_dim(basis, block, row, 0)
+        images = jax.lax.dynamic_update_slice_in_dim(images, image, row, 0)
         following = image
         for _ in range(2):  # twice is enough (Kahan, Parlett)
             following = _orthonormal_rows(following - (following @ basis.T) @ basis)
+        following = jnp.where(is_probing, first, following)
+        of_probes = jnp.where(is_probing, image, of_probes)
         size = size + BLOCK
-        return size, following, basis, images, exhausted(project(basis, images, size)[0], size)
+        done = ~is_probing & exhausted(project(basis, images, size)[0], size, of_probes)
+        return size, following, basis, images, of_probes, done
 
     def unfinished(carry):
-        size, _, _, _, done = carry
+        size, *_, done = carry
         return (size < max_size) & ~done
 
-    start = (jnp.asarray(0), first, empty, empty, jnp.asarray(False))
-    size, _, basis, images, _ = jax.lax.while_loop(unfinished, extend, start)
+    start = (jnp.asarray(-BLOCK), probes, empty, empty, probes, jnp.asarray(False))
+    size, _, basis, images, of_probes, _ = jax.lax.while_loop(unfinished, extend, start)
     values, rotation = project(basis, images, size)
     used = jnp.arange(max_size) < size
-    return Spectrum(values, jnp.where(used[:, None], rotation.T @ basis, 0.0), size)
+    return Spectrum(values, jnp.where(used[:, None], rotation.T @ basis, 0.0), size), of_probes
 
 
 def _orthonormal_rows(block):

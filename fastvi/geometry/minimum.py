@@ -1,4 +1,7 @@
-"""Is w* a minimum, and does anything bound the posterior? The direction of least curvature, followed on all data."""
+"""Is w* a minimum, and does anything bound the posterior?
+
+The direction of least curvature is followed on all data.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -12,17 +15,22 @@ from fastvi.geometry.start import Start
 from fastvi.target.data import AbstractData
 from fastvi.target.posterior import LocalPosterior
 
-CURVATURE_ROUNDING = (
-    1e-5  # of the largest curvature: smaller ones are zero as far as single precision can tell
-)
-HELD = 0.1  # of the localization: a loss that curves down by less than this hardly moves llc
-NEAR = (
-    1.0,
-    0.3,
-)  # distances along a direction that curves down, where the localizer or curvature is worth a nat
-FAR = (10.0, 100.0)  # distances along a level one, in sizes of w*, or 1 if that is smaller
-ROUNDING_UNITS = 8  # units in the last place that a difference of mean losses may be off
-LEAST_CHANGE = 0.05  # nats that count as a rise or a fall
+# Of the largest curvature: smaller ones are zero as far as single precision can tell. At half,
+# rounding of a flat direction would be followed as a descent.
+CURVATURE_ROUNDING = 1e-5
+# Of the localization: a loss that curves down by less than this changes the width of the posterior
+# along it by 5 % at most.
+HELD = 0.1
+# Distances along a direction that curves down, in units at which it is worth a nat; the shorter one
+# finds a descent that has turned by then.
+NEAR = (1.0, 0.3)
+# Distances along a level direction, in root mean squares of w*, or 1 if that is smaller: a loss
+# that stays level there bounds no posterior that anybody wants.
+FAR = (10.0, 100.0)
+# Units in the last place that a difference of mean losses may be off. Half of them take more
+# roundings for a fall; twice as many hide falls that are twice as deep.
+ROUNDING_UNITS = 8
+LEAST_CHANGE = 0.05  # nats that count as a rise or a fall: 5 % of what an llc of 1 weighs
 
 
 class Bottom(NamedTuple):
@@ -86,7 +94,7 @@ def look_down(
 
 
 def rounding_nats(posterior: LocalPosterior, reference_loss: float) -> float:
-    """Return how many nats of n beta L_n its dtype may round away in a difference of losses near w*."""
+    """Return the nats of n beta L_n that its dtype may round away in a difference near w*."""
     unit = float(np.finfo(posterior.center.dtype).eps) * abs(float(reference_loss))
     return ROUNDING_UNITS * float(posterior.nbeta) * unit
 

@@ -18,14 +18,21 @@ from fastvi.target.hessian import data_hvp
 from fastvi.target.objective import FlatObjective
 from fastvi.target.posterior import LocalPosterior
 
-MAX_RANK = 64  # rows of the core under curvature_rank="auto"
-CORE_BYTES = 128 * 2**20  # memory budget of the core
-DENSE_DIM = 64  # up to here the whole Hessian is as cheap as a Krylov space
+# Rows of the core where the spectrum decides. Each takes a Hessian product and d numbers; half of
+# them leave more steep directions to the factors, which learn more slowly.
+MAX_RANK = 64
+# Bytes of the core: it bounds the rank beyond d = 5e5. Half of it halves the rank there.
+CORE_BYTES = 128 * 2**20
+# Dimension up to which all columns of the Hessian are as cheap as a Krylov space of MAX_RANK.
+DENSE_DIM = 64
+# Ritz values beyond those used, whose own errors would show: two blocks (Musco & Musco, 2015).
 OVERSAMPLING = 2 * BLOCK
-TRACE_PROBES = 8
-RELATIVE_FLOOR = (
-    1e-6  # smallest precision relative to the mean one, where gamma is zero or nearly so
-)
+# Probes of the trace: their error is sqrt(2 / 8) of the root mean square of what the core leaves.
+# They share a pass, as the blocks of the Krylov space do.
+TRACE_PROBES = BLOCK
+# Smallest precision relative to the mean one, where gamma is zero or nearly so: single precision
+# resolves no less.
+RELATIVE_FLOOR = 1e-6
 
 
 class StartSettings(NamedTuple):
@@ -117,24 +124,26 @@ def make_start(
 
     limit = rank_limit(settings, dim, dtype.itemsize)
     probes = hutchinson.rademacher(key_trace, TRACE_PROBES, dim, dtype)
-    images = precision(probes)
-    mean = jnp.mean(jnp.sum(probes * images, -1)) / dim
-    floor = jnp.maximum(posterior.gamma * jnp.min(scale**2), RELATIVE_FLOOR * jnp.abs(mean))
-    floor = jnp.where(
-        floor > 0, floor, 1.0
-    )  # neither loss nor localizer says anything: any width will do
+
+    def floor_by(images):
+        mean = jnp.mean(jnp.sum(probes * images, -1)) / dim
+        floor = jnp.maximum(posterior.gamma * jnp.min(scale**2), RELATIVE_FLOOR * jnp.abs(mean))
+        # where neither loss nor localizer says anything, any width will do
+        return jnp.where(floor > 0, floor, 1.0)
+
+    def exhausted(values, computed, images):
+        return jnp.sum(values > 2 * floor_by(images)) <= computed - OVERSAMPLING
+
     if limit == 0:
         spectrum = Spectrum(jnp.zeros(0, dtype), jnp.zeros((0, dim), dtype), jnp.asarray(0))
+        images = precision(probes)
     elif dim <= DENSE_DIM:
         spectrum = dense_spectrum(precision, dim, dtype)
+        images = (probes @ spectrum.vectors.T * spectrum.values) @ spectrum.vectors
     else:
         size = -(-min(limit + OVERSAMPLING, dim - dim % BLOCK) // BLOCK) * BLOCK
-
-        def exhausted(values, computed):
-            return jnp.sum(values > 2 * floor) <= computed - OVERSAMPLING
-
-        spectrum = block_krylov(precision, key_krylov, dim, size, exhausted, dtype)
-    return _assemble(spectrum, probes, images, scale, floor, limit)
+        spectrum, images = block_krylov(precision, key_krylov, probes, size, exhausted)
+    return _assemble(spectrum, probes, images, scale, floor_by(images), limit)
 
 
 def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:
@@ -187,7 +196,10 @@ def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:
 
 
 def _lowest(spectrum: Spectrum, beyond, images, complement):
-    """Return the least curvature among the Ritz pairs and the probes of what they leave out, and its direction."""
+    """Return the least curvature that was met, and its direction.
+
+    It is that of a Ritz pair, or of a probe of what these leave out.
+    """
     squares = jnp.sum(beyond**2, axis=-1)
     is_seen = (complement > 0) & (squares > 0)
     quotients = jnp.where(

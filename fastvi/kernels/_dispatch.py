@@ -72,7 +72,10 @@ class Op(NamedTuple):
         return self.defaults.get(platform, "xla")
 
     def call(self, function: str, implementation: str | None, *args: Any, **options: Any) -> Any:
-        """Run a function of the named implementation, or of the default of the platform that the program runs on."""
+        """Run a function of the named implementation.
+
+        Without a name it is the default of the platform that the program runs on.
+        """
         if implementation is not None:
             return getattr(self.select(implementation), function)(*args, **options)
         branches = {

@@ -12,7 +12,7 @@ OPS = {module.OP.name: module.OP for module in (woodbury, mixture_grad, hutchins
 
 
 def show(file: io.TextIOBase | None = None) -> None:
-    """Print, for this machine, which implementation of each kernel runs, and what keeps the others from it.
+    """Print which implementation of each kernel runs on this machine, and why no other does.
 
     Args:
         file: Where to write; the terminal when left out.
@@ -29,6 +29,9 @@ def show(file: io.TextIOBase | None = None) -> None:
             elif name == "reference":
                 verdict = "runs where asked for: the definition, dense, for tests"
             else:
-                verdict = f"runs where asked for: no recorded benchmark puts it before {op.default(platform)}"
+                verdict = (
+                    "runs where asked for: no recorded benchmark puts it before "
+                    f"{op.default(platform)}"
+                )
             lines.append(f"{op.name:<14}{name:<11}{verdict}")
     (file or sys.stdout).write("\n".join(lines) + "\n")

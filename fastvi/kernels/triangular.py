@@ -16,7 +16,10 @@ RIDGE = 5e-5  # relative, of the second attempt
 
 
 class InverseRoot(NamedTuple):
-    """Lower triangular X with `X^T X = (I + gram)^{-1}`, and 1 where it took a ridge to find it, else 0."""
+    """Lower triangular X with `X^T X = (I + gram)^{-1}`.
+
+    `ridged` is 1 where it took a ridge to find it, else 0.
+    """
 
     root: Float[Array, "*batch n n"]
     ridged: Float[Array, "*batch"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -20,7 +21,9 @@ import numpy as np
 from fastvi._errors import DataError
 
 PARTIAL = ".fastvi-partial-"  # begins the names of folders for files that are not finished
-ABANDONED = 3600.0  # seconds after which such a folder is what a killed process left
+# Seconds after which such a folder is what a killed process left. The longest write takes minutes;
+# a larger number leaves its bytes on the disk for longer.
+ABANDONED = 3600.0
 
 # What zipfile, its decompressors and numpy raise on bytes that are no archive of arrays.
 _UNREADABLE = (
@@ -129,27 +132,17 @@ def read_arrays(path: Path, fix: str) -> dict[str, np.ndarray]:
     Raises:
         DataError: If it is missing, damaged, or holds anything but arrays of numbers and text.
     """
-    with contextlib.closing(_open_binary(path, fix)) as file:
-        try:
-            with np.lib.npyio.NpzFile(file, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-        except _UNREADABLE as error:
-            raise damaged(
-                path, f"is no archive of arrays, or not all of it ({first_line(error)})", fix
-            ) from error
+    content = io.BytesIO(read_bytes(path, fix))
+    try:
+        with np.lib.npyio.NpzFile(content, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except _UNREADABLE as error:
+        wrong = f"is no archive of arrays, or not all of it ({first_line(error)})"
+        raise damaged(path, wrong, fix) from error
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiubU":
             raise damaged(path, f"holds {name!r}, which is no array of numbers", fix)
     return arrays
-
-
-def _open_binary(path: Path, fix: str) -> Any:
-    if not path.is_file():
-        read_bytes(path, fix)  # which words what is wrong
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise damaged(path, f"cannot be read ({first_line(error)})", fix) from error
 
 
 def digest_arrays(arrays: Mapping[str, Any]) -> str:

@@ -3,14 +3,17 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TextIO
 
 from fastvi._typing import Given
 from fastvi.fitting.protocols import Progress
 from fastvi.results.terminal import is_terminal, write_text
 
-MIN_SECONDS = 0.2  # between redraws
+# Seconds between redraws of a terminal's line. Half writes twice as often; 1 s looks stuck.
+MIN_SECONDS = 0.2
+# Seconds between lines of a log, which keeps them all.
+LOG_SECONDS = 10.0
 
 
 class StatusLine:
@@ -29,7 +32,7 @@ class StatusLine:
     def __call__(self, progress: Progress) -> None:
         """Redraw if the stage changed or enough time went by."""
         now = time.monotonic()
-        pause = MIN_SECONDS if self.interactive else 10.0
+        pause = MIN_SECONDS if self.interactive else LOG_SECONDS
         if progress.stage == self.stage and now - self.shown < pause:
             return
         self.stage, self.shown = progress.stage, now
@@ -59,16 +62,13 @@ class StatusLine:
             self.stream, self.interactive = None, False
 
 
-@contextlib.contextmanager
 def reporting(
     progress: Given[bool | Callable[[Progress], None]],
-) -> Iterator[Callable[[Progress], None] | None]:
-    """Give what a stage of work reports to.
+) -> contextlib.AbstractContextManager[Callable[[Progress], None] | None]:
+    """Return the context that yields what a stage reports to.
 
-    A status line, ended however the stage ends, a caller's function, None.
+    True gives a status line, which ends however the stage ends. A function is the caller's own.
     """
     if progress is True:
-        with StatusLine() as line:
-            yield line
-    else:
-        yield progress if callable(progress) else None
+        return StatusLine()
+    return contextlib.nullcontext(progress if callable(progress) else None)

@@ -30,7 +30,8 @@ from fastvi.target.objective import FlatObjective
 
 PROGRESS_FILE = "progress.npz"
 FORMAT, VERSION = "fastvi progress", 1
-SAVING_SHARE = 0.05  # of the time that may go into saving
+# Share of a fit's time that may go into saving. At half an interruption loses twice the steps.
+SAVING_SHARE = 0.05
 WAY_OUT = "Delete it, and the fit begins anew."
 META = {
     "identity": dict[str, Any],

@@ -17,7 +17,8 @@ from fastvi.results import files
 from fastvi.results.claim import ORIGIN_FILE, RUN
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.report.page import write_report
-from fastvi.results.report.plots import import_matplotlib, plot_traces
+from fastvi.results.report.plots import plot_traces
+from fastvi.results.report.style import import_matplotlib
 from fastvi.results.report.tensorboard import write_events
 from fastvi.results.saved import RESULT_FILE, TRACES_FILE
 from fastvi.results.terminal import warn

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from fastvi.config import VIConfig
+from fastvi.evaluation.llc import draws_at_once
 from fastvi.fitting.calibrate import calibration_steps
 from fastvi.fitting.run import Fit
 from fastvi.geometry.whitening import DIAGONAL_PROBES, MOMENT_GRADIENTS
@@ -73,7 +74,11 @@ def count_work(
     if config.control_variate == "hvp":
         rows = min(fit.family.num_moment_terms, problem.posterior.center.size)
         evaluation_hvp = num_chains * (draws + rows + config.trace_probes)
-    at_center = Work(losses=1) if fit.outcome.slope is None else Work(gradients=1)
+    # of each chain: every group of draws has w* beside it, the first one with the gradient there
+    groups = draws // draws_at_once(draws)
+    own = Work(losses=draws + 1)
+    if fit.outcome.slope is not None:
+        own = Work(losses=draws + groups - 1, gradients=1)
     calibration = calibration_steps(num_chains, config.step_draws) * num_chains * config.step_draws
     minibatches = moment + calibration * _concrete(fit.calibration_rounds)
     curvature = Work(
@@ -82,7 +87,7 @@ def count_work(
         hessian_products=min(num_data, config.hessian_examples) * start_hvp,
     )
     # of evaluations on all data, one is a full-gradient equivalent times its price
-    evaluation = at_center + Work(losses=num_chains * draws, hessian_products=evaluation_hvp)
+    evaluation = Work(num_chains * own.gradients, num_chains * own.losses, evaluation_hvp)
     ridges = fit.traces.get("cholesky_ridge")
     stages = {
         "fge_look": Work(gradients=look.sample_gradients).fge(num_data),

@@ -7,12 +7,19 @@ import numpy as np
 from fastvi._typing import Float
 from fastvi.evaluation.errors import chain_error
 
-POINTS_PER_COLUMN = 5  # records that a regression coefficient takes
-LEAST_BURN_IN = 5  # at least this part of a run is discarded
+# Records for each regression coefficient. With half, coefficients are noise; with double, short
+# runs go without columns.
+POINTS_PER_COLUMN = 5
+# One part in so many of a run is discarded, at least: draws of q are no draws of the posterior.
+LEAST_BURN_IN = 5
+# Correlation at which the sum over lags ends. Half of it adds noise, double leaves a tail out.
 NEGLIGIBLE_CORRELATION = 0.05
-ROUNDING = 2e-5  # of a mean in single precision
-SURPRISE, CERTAIN = 2.0, 4.0  # standard errors
-# part of what the virial columns take off llc that may be left: they see bias to first order
+# Relative error of a mean in single precision.
+ROUNDING = 2e-5
+# Standard errors from which what the columns take off llc is a surprise, and from which it is
+# certain: the first adds to the error, the second drops the columns where they raise llc.
+SURPRISE, CERTAIN = 2.0, 4.0
+# Part of what the columns take off llc that may be left, since they see bias to first order.
 DOUBT = 0.3
 
 
@@ -20,11 +27,22 @@ DOUBT = 0.3
 class Analysis:
     """What a run says: the mean after burn-in, its error, and whether to believe it.
 
-    `added` is what the virial columns take off llc. Where it is positive, the dynamics have added
-    it: noisy gradients and finite steps heat. Where it is negative beyond doubt, the walkers have
-    not yet spread along wide directions; llc, which hardly feels these, is then read without the
-    columns. `systematic` is the part of `llc_sem` that stands for either. `virial_z` is of the
-    column that is furthest off, see `furthest_off`.
+    Attributes:
+        llc: Mean of nbeta (L_n - L_n(w*)) with the virial columns as control variates.
+        llc_sem: Its standard error, `systematic` included.
+        added: What the columns take off llc. Where it is positive, the dynamics have added it, by
+            noisy gradients and finite steps. Where it is negative beyond doubt, the walkers have
+            not yet spread along wide directions. llc hardly feels these, and is then read without
+            the columns.
+        systematic: The part of `llc_sem` that stands for what the columns leave.
+        rhat: Split R-hat of llc.
+        rhat_radius: Split R-hat of |w - w*|^2.
+        virial_z: Mean of the column that is furthest off, in its standard errors.
+        drift_z: Change from one half to the other, in its standard errors.
+        variance_reduction: Variance of a record without columns over that with them.
+        burn_in: Bins discarded.
+        per_walker: llc of each walker.
+        per_walker_sem: Their standard errors.
     """
 
     llc: float
@@ -94,10 +112,10 @@ def analyse(
 
 
 def furthest_off(columns: Float[np.ndarray, "walkers bins columns"]) -> float:
-    """Return the mean, in its standard errors, of the column or of their sum that is furthest from zero.
+    """Return the mean of a column in its standard errors, of the column that is furthest off.
 
-    Each has mean zero under the posterior. One by one, since a wrong center shifts two of them by
-    opposite amounts.
+    Each column has mean zero under the posterior, and so has their sum, which counts as one more.
+    They are looked at one by one, since a wrong center shifts two of them by opposite amounts.
     """
     sum_of_all = columns.sum(axis=-1, keepdims=True)
     each = np.moveaxis(np.concatenate([columns, sum_of_all], axis=-1), -1, 0)
@@ -111,7 +129,9 @@ def _in_errors(mean: float, error: float) -> float:
 
 
 def burn_in(llc: np.ndarray) -> int:
-    """Return the truncation that minimises the squared error of the mean (MSER), at most half of the run.
+    """Return the bins to discard: the truncation that minimises the squared error of the mean.
+
+    This is the marginal standard error rule (MSER), over truncations of at most half of the run.
 
     References:
         White, An Effective Truncation Heuristic for Bias Reduction in Simulation Output (1997).
@@ -169,7 +189,10 @@ def standard_error(values: Float[np.ndarray, "walkers bins"]) -> float:
 
 
 def drift(values: Float[np.ndarray, "walkers bins"]) -> float:
-    """Return the change of the mean from the first half to the second, in its standard errors over walkers."""
+    """Return the change of the mean from the first half to the second, in its standard errors.
+
+    The errors are those over walkers.
+    """
     half = values.shape[1] // 2
     if half == 0 or values.shape[0] < 2:
         return 0.0

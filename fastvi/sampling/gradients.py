@@ -1,4 +1,8 @@
-"""Gradients on blocks of the data, corrected by what the same blocks say at an anchor."""
+"""Estimates of the gradient of L_n: from all data, or from blocks of the data with an anchor.
+
+The *anchor* is a fixed point at which the gradient of every block is known. A gradient on one block
+is corrected by what the same block says at the anchor, which takes most of its noise off.
+"""
 
 from typing import NamedTuple
 
@@ -7,67 +11,70 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Int, Scalar
+from fastvi.families.moments import LinearMap
+from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.data import Problem
 from fastvi.target.objective import FlatObjective, value_and_grad
 
-MAX_BLOCKS = 64
-MIN_BLOCK = 16  # examples
-TABLE_FLOATS = 2**27  # bound on what the anchor keeps: a gradient for each block
-TOLERANCE = (
-    0.25  # how far the size of a block may be from the wanted one to leave few examples over
-)
+# How far, relatively, the size of a block may be from the wanted one to leave few examples over.
+# Half leaves up to twice as many over, double makes numbers of blocks less like those asked for.
+TOLERANCE = 0.25
+
+
+class Blocks(NamedTuple):
+    """A split of the data into blocks of one size: their examples, and those that are in none."""
+
+    rows: Int[Array | np.ndarray, "blocks block_size"]
+    rest: Int[Array | np.ndarray, " rest"]
 
 
 class Anchor(NamedTuple):
     """The loss about a fixed point: on all data, and on each block alone.
 
-    `excess` is L - L_n(w*) and `gradient` that of L, in model coordinates; `block_*` have a leading
-    axis of blocks. `index` lists the examples of each block. One block means all data, and then
-    nothing of this is used.
+    `excess` is L_n - L_n(w*), and `gradient` that of L_n, in model coordinates. `rows` lists the
+    examples of each block; `block_excess`, less L_n(w*) too, and `block_gradient` are theirs.
     """
 
     displacement: Float[Array, " dim"]
     excess: Scalar
     gradient: Float[Array, " dim"]
-    index: Int[Array, "blocks block_size"]
-    block_loss: Float[Array, " blocks"]
+    rows: Int[Array, "blocks block_size"]
+    block_excess: Float[Array, " blocks"]
     block_gradient: Float[Array, "blocks dim"]
 
 
-def block_counts(num_data: int, dim: int) -> tuple[int, ...]:
+def block_counts(num_data: int, dim: int, settings: SamplerSettings) -> tuple[int, ...]:
     """Return the numbers of blocks to choose from, most first.
 
-    Powers of two down to all data at once.
+    They are powers of two times less than `settings.max_blocks`, down to all data at once.
     """
-    counts, count = [], MAX_BLOCKS
-    while count > 1:
-        if count * MIN_BLOCK <= num_data and count * dim <= TABLE_FLOATS:
-            counts.append(count)
-        count //= 2
-    return (*counts, 1)
+    halvings = range(settings.max_blocks.bit_length() - 1)
+    counts = [settings.max_blocks >> halving for halving in halvings]
+    return (
+        *(
+            count
+            for count in counts
+            if count * settings.min_block <= num_data and count * dim <= settings.table_floats
+        ),
+        1,
+    )
 
 
 def block_size(num_data: int, count: int) -> int:
-    """Return the size of each of about `count` blocks."""
+    """Return the size of each of about `count` blocks, which leaves the fewest examples over."""
     if count == 1:
         return num_data
     wanted = num_data / count
     sizes = range(max(1, int((1 - TOLERANCE) * wanted)), int((1 + TOLERANCE) * wanted) + 1)
-    return min(sizes, key=lambda s: (num_data % s, abs(s - wanted)))
+    return min(sizes, key=lambda size: (num_data % size, abs(size - wanted)))
 
 
-def split_data(num_data: int, count: int, seed: int = 0) -> Int[np.ndarray, "blocks block_size"]:
-    """Split a random permutation of the examples into blocks of one size, near `count` of them.
-
-    The size within `TOLERANCE` that leaves the fewest examples over is taken; what is left over is
-    in no block.
-    """
-    if count == 1:
-        return np.arange(num_data, dtype=np.int32)[None]
+def split_data(num_data: int, count: int, seed: int = 0) -> Blocks:
+    """Split a random permutation of the examples into blocks of one size, near `count` of them."""
     size = block_size(num_data, count)
-    blocks = num_data // size
-    order = np.random.default_rng(seed).permutation(num_data)[: blocks * size]
-    return order.reshape(blocks, size).astype(np.int32)
+    order = np.random.default_rng(seed).permutation(num_data).astype(np.int32)
+    covered = num_data - num_data % size
+    return Blocks(order[:covered].reshape(-1, size), order[covered:])
 
 
 def excess_and_grad(
@@ -75,7 +82,7 @@ def excess_and_grad(
     problem: Problem,
     displacement: Float[Array, " dim"],
     reference_loss: Scalar | float = 0.0,
-    rows: Int[Array, " block_size"] | None = None,
+    rows: Int[Array, " rows"] | None = None,
     copies: int = 1,
 ) -> tuple[Scalar, Float[Array, " dim"]]:
     """Evaluate the mean loss above `reference_loss`, and its gradient.
@@ -98,27 +105,29 @@ def excess_and_grad(
 
 
 def make_anchor(
-    objective: FlatObjective, problem: Problem, displacement, reference_loss, index
+    objective: FlatObjective, problem: Problem, displacement, reference_loss, blocks: Blocks
 ) -> Anchor:
-    """Evaluate the loss at the anchor, on all data and block by block.
+    """Evaluate the loss at the anchor block by block, and so on all data.
 
     Cost:
-        Two gradients on all data; none where there is one block.
+        One gradient on all data; `blocks * dim` numbers.
     """
-    if index.shape[0] == 1:
-        zero = jnp.zeros_like(displacement)
-        return Anchor(displacement, zero[0], zero, index[:, :0], zero[:1], zero[None])
-    excess, gradient = excess_and_grad(objective, problem, displacement, reference_loss)
+    rows, rest = map(jnp.asarray, blocks)
     losses, gradients = jax.lax.map(
-        lambda rows: excess_and_grad(objective, problem, displacement, rows=rows), index
+        lambda block: excess_and_grad(objective, problem, displacement, reference_loss, block), rows
     )
-    return Anchor(displacement, excess, gradient, index, losses, gradients)
+    excess, gradient = jnp.mean(losses), jnp.mean(gradients, axis=0)
+    if rest.size:
+        loss, slope = excess_and_grad(objective, problem, displacement, reference_loss, rest)
+        share = rest.size / problem.num_data
+        excess, gradient = excess + share * (loss - excess), gradient + share * (slope - gradient)
+    return Anchor(displacement, excess, gradient, rows, losses, gradients)
 
 
-def anchored_value_and_grad(
+def estimate_value_and_grad(
     objective: FlatObjective,
     problem: Problem,
-    anchor: Anchor,
+    anchor: Anchor | None,
     reference_loss: Scalar,
     displacement: Float[Array, " dim"],
     block: Int[Array, ""],
@@ -126,50 +135,54 @@ def anchored_value_and_grad(
 ) -> tuple[Scalar, Float[Array, " dim"], Scalar]:
     """Estimate `L_n(w) - L_n(w*)` and the gradient of L_n from one block.
 
-    Both are what the block says, less what it says at the anchor, plus what all data say there:
-    unbiased over the blocks (but for the few examples that are in none), exact where all examples
-    are alike.
+    Without an anchor both are evaluated on all data. With one, both are what the block says, less
+    what it says at the anchor, plus what all data say there. That is unbiased over the blocks, but
+    for the few examples that are in none, and exact where all examples are alike.
+
+    Args:
+        objective: The loss.
+        problem: Target and data.
+        anchor: Where the blocks are known; None for all data.
+        reference_loss: L_n(w*).
+        displacement: The point, less w*.
+        block: The block to estimate from.
+        copies: How many walkers a vmap runs side by side.
 
     Returns:
         The excess, the gradient, and the potential that this gradient is the exact gradient of as
         long as the block stays.
+
+    References:
+        Baker et al., Control variates for stochastic gradient MCMC (2019).
     """
-    if anchor.block_loss.shape[0] == 1:
-        excess, gradient = excess_and_grad(
-            objective, problem, displacement, reference_loss, copies=copies
-        )
-        return excess, gradient, excess
-    loss, gradient = excess_and_grad(
-        objective, problem, displacement, rows=anchor.index[block], copies=copies
+    rows = None if anchor is None else anchor.rows[block]
+    excess, gradient = excess_and_grad(
+        objective, problem, displacement, reference_loss, rows, copies
     )
-    excess = anchor.excess + (loss - anchor.block_loss[block])
+    if anchor is None:
+        return excess, gradient, excess
+    excess += anchor.excess - anchor.block_excess[block]
     tilt = anchor.gradient - anchor.block_gradient[block]
     surrogate = excess + tilt @ (displacement - anchor.displacement)
     return excess, gradient + tilt, surrogate
 
 
 def gradient_noise(
-    objective: FlatObjective,
-    problem: Problem,
-    anchor: Anchor,
-    displacements: Float[Array, "points dim"],
-    pull_back,
+    linear_map: LinearMap,
+    nbeta: Scalar,
+    at_anchor: Float[Array, "blocks dim"],
+    at_point: Float[Array, "blocks dim"],
 ) -> Scalar:
-    """Return the variance over blocks of `pull_back` of the anchored gradient of nbeta L, summed over coordinates.
+    """Return the variance over blocks of the anchored gradient of nbeta L, summed over directions.
 
-    Averaged over the points; for `count` times fewer blocks it is about `count` times smaller.
+    It is taken in round coordinates. For `count` times fewer blocks it is about `count` times
+    smaller.
 
-    Cost:
-        A gradient on all data for each point.
+    Args:
+        linear_map: The round coordinates.
+        nbeta: n times the inverse temperature.
+        at_anchor: Block gradients of L at the anchor.
+        at_point: Block gradients of L at the point where the noise is asked for.
     """
-
-    def one(displacement):
-        def deviation(inputs):
-            rows, at_anchor = inputs
-            gradient = excess_and_grad(objective, problem, displacement, rows=rows)[1]
-            return pull_back(problem.posterior.nbeta * (gradient - at_anchor))
-
-        deviations = jax.lax.map(deviation, (anchor.index, anchor.block_gradient))
-        return jnp.sum(jnp.var(deviations, axis=0, ddof=1))
-
-    return jnp.mean(jax.lax.map(one, displacements))
+    forces = linear_map.pull_back(nbeta * (at_point - at_anchor))
+    return jnp.sum(jnp.var(forces, axis=0, ddof=1))

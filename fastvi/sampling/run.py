@@ -1,5 +1,10 @@
-"""From a fitted q to the posterior's own number: underdamped Langevin dynamics from draws of q."""
+"""A run of the sampler: from walkers at draws of q to the posterior's own llc.
 
+A run is a fold: every function below takes a `RunState` and returns the next one, and nothing is
+changed in place. `RunSetup` is what the whole run shares.
+"""
+
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,47 +15,42 @@ import numpy as np
 
 from fastvi._typing import Float, Scalar
 from fastvi.sampling.averages import Analysis, analyse
-from fastvi.sampling.dynamics import Record, heat, start_tuning
-from fastvi.sampling.gradients import block_counts, block_size, split_data
-from fastvi.sampling.walkers import BIN_LENGTH, ROUND, Walk, WalkPrograms
+from fastvi.sampling.costs import noise_cost, run_cost, step_cost
+from fastvi.sampling.dynamics import Evaluation
+from fastvi.sampling.gradients import Anchor, block_counts, split_data
+from fastvi.sampling.programs import Record, SamplerPrograms, Span, blank_evaluation
+from fastvi.sampling.settings import SamplerSettings
+from fastvi.sampling.tuning import (
+    LESS_NOISE,
+    USUAL_ERROR,
+    Fidelity,
+    effective_dimensions,
+    max_blocks_within,
+    noise_bias,
+    plan_energy_error,
+    plan_friction_time,
+    plan_walkers,
+    refine,
+    step_size_after,
+)
+from fastvi.sampling.walkers import Walkers, keep_walkers
 from fastvi.target.data import Problem
 
-MIN_BINS = 8
-FRICTION_TIME, WIDEST = (
-    2.0,
-    8.0,
-)  # for a posterior as wide as q; for a wider one up to so many times as long
-RHAT_SETTLED, RHAT_RADIUS_SETTLED, DRIFT_SIGMAS = 1.1, 1.2, 2.5
-USUAL_ERROR = 0.02  # relative error that these numbers, and the number of walkers, are made for
-NOISE_POINTS = 4  # walkers at which the noise of the gradients is measured
-BURN_IN_NOISE = 0.6  # share of llc that this noise may add while walkers move in from q
-BURN_IN_CHANGE = 0.1  # of llc from one half of a run to the next, at which they have moved in
-MAX_BURN_IN = 20  # rounds
-ENERGY_ERROR = 5e-4  # of the first steps, in nats^2 per effective dimension
-PRECISE_ENERGY_ERROR = 2e-4  # at the usual relative error; the bias grows as the cube root
-LEAST_DIMENSIONS = 0.1  # effective dimensions, at least, of each dimension
-REFINEMENTS = 3  # how many times the dynamics are made more exact
-FEWER_BLOCKS, LESS_ENERGY_ERROR = 4, 8
-NOISE_SHARE = (
-    1.0  # of relative_error that noise of the gradients may add to llc, before control variates
-)
-NOISE_SLACK = 1.5  # on what a new measurement of the noise allows
-REFINE_AT = 0.75  # systematic error over the wanted one
-NUMBERS_PER_FGE = (
-    2e5  # coordinates that walkers may move for each FGE of the budget: ten minutes at d = 1e5
-)
-CHECK_GROWTH = 1.15  # of a run between looks at its averages
-LEAST_ROUNDS = 3  # that a budget has to pay for, with as many walkers as it can
-ANCHOR_COST = 2  # full gradients: on all data at once, and block by block
+# Bounds of a settled run: split R-hat of llc, that of |w - w*|^2 (whose wide directions llc hardly
+# feels), and the change from one half to the other in standard errors. At half the distance from
+# where chains agree (1, 1, 0), runs go on about four times as long; at double, they end that soon.
+RHAT_BOUND, RADIUS_RHAT_BOUND, DRIFT_BOUND = 1.1, 1.2, 2.5
+# Growth of a run between looks at its averages. Closer looks cost the host more than they save.
+CHECK_GROWTH = 1.15
+# Systematic error over the wanted one at which the dynamics are refined. Half refines runs that
+# meet their error; double leaves the systematic part above it.
+REFINE_AT = 0.75
+# On what a new measurement of the noise allows: measurements differ by some 20 % by themselves.
+NOISE_SLACK = 1.5
+# Rounds that a budget has to pay for, with as many walkers as it can: the fewest that are averaged.
+LEAST_ROUNDS = 3
 ERROR, RHAT, RHAT_RADIUS = "relative error", "R-hat of llc", "R-hat of |w - w*|^2"
 DRIFT, LENGTH, GRADIENT_NOISE = "drift in standard errors", "steps", "gradient noise over llc"
-
-
-class Level(NamedTuple):
-    """How exact the dynamics are."""
-
-    num_blocks: int
-    energy_error: float
 
 
 class Unmet(NamedTuple):
@@ -61,358 +61,430 @@ class Unmet(NamedTuple):
     bound: float
 
 
-class Sampled(NamedTuple):
-    """A finished run.
+class Check(NamedTuple):
+    """A look at the averages of a run: what they say, and which criteria they do not meet.
 
-    `work` is in full-data gradients, all walkers together. Settled where nothing is unmet.
+    `analysis.llc` is NaN where a record is not finite.
     """
 
     analysis: Analysis
     llc: Float[np.ndarray, "walkers bins"]
-    level: Level
-    step_size: float
-    returned: float
-    work: float
+    unmet: tuple[Unmet, ...]
+
+
+class SamplerResult(NamedTuple):
+    """A finished run, which has settled where nothing is unmet.
+
+    `llc` are its records at the last fidelity, and `end` where it ended. `least_budget` is in sample
+    gradients, all walkers together.
+    """
+
+    analysis: Analysis
+    llc: Float[np.ndarray, "walkers bins"]
     unmet: tuple[Unmet, ...]
     least_budget: float
+    end: "RunState"
 
 
-class Sampler:
-    """The walkers of one run, with what they have spent: never more than the budget."""
+class Estimate(NamedTuple):
+    """The gradient estimate in use, and what it has told the walkers where they are.
 
-    def __init__(
-        self,
-        programs: WalkPrograms,
-        problem: Problem,
-        walk: Walk,
-        reference_loss: Scalar,
-        budget: float,
-        *,
-        chains: int = 1,
-        fewest: int = 1,
-        has_moved_in: bool = False,
-    ):
-        self.has_moved_in, self.chains, self.fewest = has_moved_in, chains, fewest
-        self.programs, self.problem, self.walk = programs, problem, walk
-        self.reference_loss, self.budget = reference_loss, budget
-        self.counts = block_counts(problem.num_data, problem.posterior.center.size)
-        self.work, self.steps, self.returned = 0.0, 0, 0.0
-        self.level, self.anchor, self.exact_blocks = Level(0, ENERGY_ERROR), None, self.counts[0]
-        self.block_noise, self.allowed_heat = 0.0, 0.0
-        self.llc = float(problem.posterior.learning_coefficient(jnp.mean(walk.walkers.excess)))
+    Without an anchor it is all data at once.
+    """
+
+    fidelity: Fidelity
+    anchor: Anchor | None
+    here: Evaluation
+
+
+class RunState(NamedTuple):
+    """A run between two rounds.
+
+    Attributes:
+        walkers: Where they are.
+        llc: The latest value of llc, by which bias is judged.
+        estimate: The gradient estimate; None until a fidelity has been chosen.
+        block_noise: Variance of the gradient for each block of data that it leaves out.
+        allowed_bias: What noise may add to llc.
+        exact_blocks: Blocks that the noise allows at the wanted error, once it is known.
+        width: Root mean square of the positions, 1 before the first step.
+        work: Sample gradients spent.
+        steps: Steps made.
+        returned: Steps taken back, all walkers together.
+        refinements: Times that the dynamics were made more exact.
+        noise_checked: Rounds after which the noise was last measured.
+    """
+
+    walkers: Walkers
+    llc: float
+    estimate: Estimate | None = None
+    block_noise: float = 0.0
+    allowed_bias: float = 0.0
+    exact_blocks: int | None = None
+    width: float = 1.0
+    work: float = 0.0
+    steps: int = 0
+    returned: float = 0.0
+    refinements: int = 0
+    noise_checked: int = 1
 
     @property
     def num_walkers(self) -> int:
         """Count the walkers."""
-        return self.walk.walkers.x.shape[0]
+        return self.walkers.position.shape[0]
 
     @property
-    def noise_cost(self) -> int:
-        """Full gradients that a measurement of the noise takes."""
-        return ANCHOR_COST + min(NOISE_POINTS, self.num_walkers) if len(self.counts) > 1 else 0
+    def fidelity(self) -> Fidelity:
+        """Return the fidelity in use."""
+        assert self.estimate is not None, "a fidelity is chosen before the first round"
+        return self.estimate.fidelity
 
-    def walk_cost(
-        self, num_blocks: int, walkers: int | None = None, rounds: int = LEAST_ROUNDS
-    ) -> float:
-        """Full gradients that it takes to begin with blocks and run some rounds."""
-        count = self.num_walkers if walkers is None else walkers
-        share = block_size(self.problem.num_data, num_blocks) / self.problem.num_data
-        return (ANCHOR_COST if num_blocks > 1 else 0) + count * share * (1 + rounds * ROUND)
+
+@dataclasses.dataclass(frozen=True)
+class RunSetup:
+    """What a run shares from beginning to end.
+
+    Attributes:
+        programs: The compiled stages.
+        problem: The target with its data.
+        reference_loss: L_n(w*).
+        settings: The sampler's.
+        error: Standard error that is wanted, relative to llc.
+        budget: Sample gradients that the run never exceeds.
+        report: Receives the work so far and llc.
+        chains: Fits that the walkers began at; a multiple of them stays.
+        fewest: Walkers, at least.
+        agreed_before: Whether walkers come from a settled run on the same posterior.
+    """
+
+    programs: SamplerPrograms
+    problem: Problem
+    reference_loss: Scalar
+    settings: SamplerSettings
+    error: float
+    budget: float
+    report: Callable[[float, float], None]
+    chains: int = 1
+    fewest: int = 1
+    agreed_before: bool = False
 
     @property
-    def cost(self) -> float:
-        """Full gradients of a step of all walkers."""
-        blocks = self.level.num_blocks
-        return (
-            self.num_walkers * block_size(self.problem.num_data, blocks) / self.problem.num_data
-            if blocks
-            else 0.0
-        )
+    def num_data(self) -> int:
+        """Count the examples."""
+        return self.problem.num_data
 
     @property
-    def pays(self) -> bool:
-        """Whether the budget pays for any walk, on blocks as noisy as they may be."""
-        return self.can_pay(self.noise_cost + self.walk_cost(self.counts[0], self.fewest))
+    def counts(self) -> tuple[int, ...]:
+        """Return the numbers of blocks to choose from, most first."""
+        return block_counts(self.num_data, self.problem.posterior.center.size, self.settings)
 
-    @property
-    def least_budget(self) -> float:
-        """Full gradients of the shortest run by the fewest walkers.
+    def noise_cost(self, state: RunState) -> float:
+        """Price a measurement of the noise."""
+        points = min(self.settings.noise_points, state.num_walkers)
+        return noise_cost(self.num_data, self.counts, points)
 
-        On the smallest blocks, until the noise is known.
+    def run_cost(self, num_blocks: int, walkers: int, rounds: int = LEAST_ROUNDS) -> float:
+        """Price a run of some rounds that begins with blocks."""
+        steps = rounds * self.settings.round_length
+        return run_cost(self.num_data, num_blocks, walkers, steps)
 
-        Where the numbers that walkers move are what counts, the FGE that allow as many.
-        """
-        numbers = LEAST_ROUNDS * ROUND * self.walk.walkers.x.size / NUMBERS_PER_FGE
-        return max(self.noise_cost + self.walk_cost(self.exact_blocks, self.fewest), numbers)
+    def round_cost(self, state: RunState) -> float:
+        """Price another round."""
+        blocks = state.fidelity.num_blocks
+        step = step_cost(self.num_data, blocks, state.num_walkers)
+        return self.settings.round_length * step
 
-    def can_pay(self, cost: float) -> bool:
+    def can_pay(self, state: RunState, cost: float) -> bool:
         """Whether what is left of the budget covers a cost."""
-        return self.work + cost <= self.budget
+        return state.work + cost <= self.budget
 
-    def measure_noise(self) -> None:
-        """Measure the noise of gradients on the smallest blocks, per block of data left out."""
-        if len(self.counts) == 1:
-            return
-        index = split_data(self.problem.num_data, self.counts[0])
-        points = self.walk.walkers.x[: min(NOISE_POINTS, self.num_walkers)]
-        value = self.programs.noise(
-            self.problem, self.walk.linear_map, points, self.reference_loss, index
-        )
-        self.work += self.noise_cost
-        self.block_noise = float(value) / (index.shape[0] - 1)
+    def is_spent(self, state: RunState) -> bool:
+        """Whether another round would exceed the budget, or the numbers that walkers may move."""
+        moved = (state.steps + self.settings.round_length) * state.walkers.position.size
+        most = self.settings.coordinates_per_fge * self.budget / self.num_data
+        return moved > most or not self.can_pay(state, self.round_cost(state))
 
-    def within_budget(self, level: Level) -> Level:
-        """Let go of walkers, then take smaller blocks than noise allows, until the budget pays for a short run."""
-        for count in sorted(count for count in self.counts if count >= level.num_blocks):
-            fixed = self.walk_cost(count, 0)
-            payable = int(
-                (self.budget - self.work - fixed) / (self.walk_cost(count, 1) - fixed) + 1e-9
-            )
-            if payable >= self.fewest:
-                self._keep(min(self.num_walkers, payable - payable % self.fewest))
-                return level._replace(num_blocks=count)
-        raise AssertionError("the least budget pays for the fewest walkers on the smallest blocks")
+    def pays(self, state: RunState) -> bool:
+        """Whether the budget pays for any run, on blocks as noisy as they may be."""
+        return self.noise_cost(state) + self.run_cost(self.counts[0], self.fewest) <= self.budget
 
-    def _keep(self, number: int) -> None:
-        """Go on with fewer walkers, as many from each chain."""
-        if number == self.num_walkers:
-            return
+    def least_budget(self, state: RunState) -> float:
+        """Return the sample gradients of the shortest run by the fewest walkers.
 
-        def first(leaf):
-            parts = leaf.reshape(self.chains, -1, *leaf.shape[1:])[:, : number // self.chains]
-            return parts.reshape(number, *leaf.shape[1:])
-
-        kept = jax.tree_util.tree_map(first, self.walk.walkers)
-        self.walk = self.walk._replace(walkers=kept, keys=first(self.walk.keys))
-
-    def affordable(self, llc: float) -> int:
-        """Return the most blocks with which noise adds no more than this to llc.
-
-        Noise of variance V held for HOLD steps heats a direction by `HOLD * step * V * friction
-        time / 2`, and half of that is llc.
+        It is on the smallest blocks, until the noise is known. Where the numbers that walkers move
+        are what counts, it is the budget that allows as many.
         """
-        return next((count for count in self.counts if self.heat(count) <= abs(llc)), 1)
+        blocks = state.exact_blocks or self.counts[0]
+        moved = LEAST_ROUNDS * self.settings.round_length * state.walkers.position.size
+        allows = moved / self.settings.coordinates_per_fge * self.num_data
+        return max(self.noise_cost(state) + self.run_cost(blocks, self.fewest), allows)
 
-    def enter(self, level: Level) -> None:
-        """Go on by another number of blocks or energy error."""
-        if level.num_blocks != self.level.num_blocks:
-            index = split_data(self.problem.num_data, level.num_blocks)
-            first = jnp.int32(self.steps)
-            self.anchor, self.walk = self.programs.enter(
-                self.problem, self.walk, self.reference_loss, index, first
-            )
-            self.work += self.walk_cost(level.num_blocks, rounds=0)
-        if level.energy_error != self.level.energy_error:
-            fresh = start_tuning(self.walk.walkers.x.shape[1], self.walk.tuning.step.dtype)
-            factor = (level.energy_error / self.level.energy_error) ** (1 / 6)
-            self.walk = self.walk._replace(
-                tuning=fresh._replace(step=factor * self.walk.tuning.step)
-            )
-        self.level = level
+    def bias(self, state: RunState, friction_time: float | None = None) -> float:
+        """Return what noise adds to llc, for each block of data that a gradient leaves out."""
+        time = self.settings.friction_time if friction_time is None else friction_time
+        return noise_bias(state.block_noise, float(state.walkers.step_size.step), time)
 
-    def advance(self) -> Record:
-        """Run one round."""
-        self.walk, record = self.programs.advance(
-            self.problem,
-            self.anchor,
-            self.walk,
-            self.reference_loss,
-            jnp.float32(self.level.energy_error * self.effective_dimensions),
-            jnp.float32(self.friction_time),
-            jnp.int32(self.steps),
-        )
-        record = jax.tree_util.tree_map(
-            lambda leaf: np.asarray(leaf, float), jax.device_get(record)
-        )
-        self.steps += ROUND
-        self.work += ROUND * self.cost
-        self.returned += float(record.returned.sum())
-        return record
-
-    @property
-    def friction_time(self) -> float:
-        """Time after which momentum is forgotten.
-
-        What it takes to cross the posterior as wide as it has been seen, or as much less as the
-        noise asks for.
-        """
-        x = self.walk.walkers.x
-        width = math.sqrt(float(jnp.mean(x**2))) if self.steps else 1.0
-        cool = self.allowed_heat / max(self._heat(1.0) * (self.level.num_blocks - 1), 1e-30)
-        return FRICTION_TIME * max(1.0, min(width, WIDEST, cool / FRICTION_TIME))
-
-    def heat(self, num_blocks: int) -> float:
-        """Return what gradient noise of so many blocks adds to llc."""
-        return self._heat(FRICTION_TIME) * (num_blocks - 1)
-
-    def _heat(self, friction_time: float) -> float:
-        """Return what gradient noise adds to llc, for each block of data but one."""
-        return heat(self.block_noise, float(self.walk.tuning.step), friction_time)
-
-    @property
-    def effective_dimensions(self) -> float:
-        """Twice the llc, which is what a quadratic loss has in as many dimensions, within bounds."""
-        dim = self.problem.posterior.center.size
-        return float(np.clip(2 * self.llc, LEAST_DIMENSIONS * dim, dim))
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether another round would exceed the budget."""
-        numbers = (self.steps + ROUND) * self.walk.walkers.x.size
-        return not self.can_pay(ROUND * self.cost) or numbers > NUMBERS_PER_FGE * self.budget
+    def max_blocks(self, state: RunState, bias: float) -> int:
+        """Return the most blocks with which noise adds no more than `bias` to llc."""
+        return max_blocks_within(bias, self.bias(state), self.counts)
 
 
-def sample_posterior(
-    sampler: Sampler, *, relative_error: float, report: Callable[[float, float], None]
-) -> Sampled:
+def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     """Run the walkers until the error of llc is small and they agree, or the budget is spent.
 
-    Gradients come from blocks of the data as small as their noise allows: it may add
-    `BURN_IN_NOISE` to llc while the walkers move in from q, and `relative_error` afterwards. What
-    the virial columns take off llc measures what noise and step size have added to it; where that
-    is too much, blocks are made larger and steps shorter.
+    Gradients come from blocks of the data as small as their noise allows. Noise may add
+    `burn_in_noise` to llc while the walkers burn in, and `noise_share` of the wanted error
+    afterwards. What the virial columns take off llc measures what noise and step size have added to
+    it. Where that is too much, blocks are made larger and steps shorter.
 
-    The budget must pay for a walk: `sampler.pays`.
+    The budget must pay for a run: `setup.pays(begin(setup, walkers))`.
     """
-    sampler.measure_noise()
-    precise = min(ENERGY_ERROR, PRECISE_ENERGY_ERROR * (relative_error / USUAL_ERROR) ** 3)
-    share = NOISE_SHARE * relative_error
-    rough, wanted = (sampler.affordable(s * sampler.llc) for s in (BURN_IN_NOISE, share))
-    after = sampler.noise_cost + sampler.walk_cost(wanted)
-    if wanted < rough and sampler.can_pay(after + sampler.walk_cost(rough, rounds=1)):
-        sampler.allowed_heat = BURN_IN_NOISE * abs(sampler.llc)
-        sampler.llc = _move_in(sampler, Level(rough, ENERGY_ERROR), after, report)
-        sampler.measure_noise()
-    sampler.allowed_heat = share * abs(sampler.llc)
-    level = Level(sampler.affordable(sampler.allowed_heat), precise)
-    sampler.exact_blocks = level.num_blocks
-    paid = sampler.within_budget(level)
-    sampler.enter(paid)
-    noise = sampler.heat(paid.num_blocks) / max(abs(sampler.llc), 1e-300)
-    unmet = () if paid == level else (Unmet(GRADIENT_NOISE, noise, share),)
-    return _produce(sampler, relative_error, unmet, report)
+    settings, share = setup.settings, setup.settings.noise_share * setup.error
+    state = burn_in(setup, measure_noise(setup, begin(setup, walkers)))
+    state = state._replace(allowed_bias=share * abs(state.llc))
+    blocks = setup.max_blocks(state, state.allowed_bias)
+    wanted = Fidelity(blocks, plan_energy_error(setup.error, settings))
+    state = state._replace(exact_blocks=blocks)
+    paid, number = _within_budget(setup, state, wanted)
+    state = state._replace(walkers=keep_walkers(state.walkers, number, setup.chains))
+    state = switch_fidelity(setup, state, paid)
+    noise = setup.bias(state) * (paid.num_blocks - 1) / max(abs(state.llc), 1e-300)
+    return average(setup, state, () if paid == wanted else (Unmet(GRADIENT_NOISE, noise, share),))
 
 
-def _move_in(sampler: Sampler, level: Level, reserve: float, report) -> float:
-    """Run until llc has stopped moving much, or what is left is the reserve; return it."""
-    sampler.enter(level)
-    means: list[float] = []
-    while (
-        len(means) < MAX_BURN_IN
-        and not sampler.is_spent
-        and sampler.can_pay(ROUND * sampler.cost + reserve)
-    ):
-        means.append(float(sampler.advance().llc.mean()))
-        report(sampler.work, means[-1])
-        if not math.isfinite(means[-1]):
-            break
-        half = len(means) // 2
-        if half and abs(np.mean(means[:half]) - np.mean(means[half:])) < BURN_IN_CHANGE * abs(
-            means[-1]
-        ):
-            break
-    return means[-1] if means else sampler.llc
+def begin(setup: RunSetup, walkers: Walkers) -> RunState:
+    """Return the run before its first round, by what llc is at the walkers."""
+    excess = jnp.mean(walkers.excess)
+    return RunState(walkers, float(setup.problem.posterior.learning_coefficient(excess)))
 
 
-def _produce(sampler: Sampler, relative_error: float, unmet: tuple[Unmet, ...], report) -> Sampled:
-    """Gather records until they settle, at more exact levels where need be."""
-    records: list[Record] = []
-    refinements, looked, measured = 0, 0, 1
-    missed, llc = None, np.zeros((sampler.num_walkers, 0))
-    analysis = Analysis.broken(sampler.num_walkers)
-    while missed is None or (missed and not sampler.is_spent):
-        records.append(sampler.advance())
-        if len(records) < CHECK_GROWTH * looked and not sampler.is_spent:
-            continue
-        looked = len(records)
-        llc, virial, radius2 = (
-            np.concatenate([getattr(r, name) for r in records], axis=1)
-            for name in ("llc", "virial", "radius2")
-        )
-        if not all(np.all(np.isfinite(part)) for part in (llc, virial, radius2)):
-            analysis, missed = (
-                Analysis.broken(sampler.num_walkers),
-                (Unmet(ERROR, math.nan, relative_error),),
-            )
-            break
-        analysis = analyse(llc, virial, radius2)
-        report(sampler.work, analysis.llc)
-        sampler.llc, wanted = analysis.llc, relative_error * abs(analysis.llc)
-        heated = analysis.added > 0 and analysis.systematic > REFINE_AT * wanted
-        if heated and refinements < REFINEMENTS and not sampler.is_spent:
-            finer = _finer(sampler, analysis.added)
-            if sampler.can_pay(sampler.walk_cost(finer.num_blocks)):
-                refinements += 1
-                sampler.enter(finer)
-                records, looked, missed = [], 0, None
-                continue
-        if sampler.level.num_blocks > 1 and looked >= 2 * measured:
-            measured = looked
-            blocks = _blocks_by_noise_here(sampler)
-            if blocks < sampler.level.num_blocks:
-                sampler.enter(sampler.level._replace(num_blocks=blocks))
-                records, looked, measured, missed = [], 0, 1, None
-                continue
-        missed = (
-            *unmet,
-            *unmet_by(analysis, relative_error, _patience(sampler, relative_error), llc.shape[1]),
-        )
-    step = float(sampler.walk.tuning.step)
-    returned = sampler.returned * sampler.num_walkers * BIN_LENGTH
-    return Sampled(
-        analysis,
-        llc,
-        sampler.level,
-        step,
-        returned,
-        sampler.work,
-        tuple(missed or ()),
-        sampler.least_budget,
+def measure_noise(setup: RunSetup, state: RunState) -> RunState:
+    """Measure the noise of gradients on the smallest blocks, for each block of data left out."""
+    if len(setup.counts) == 1:
+        return state
+    blocks, linear_map = split_data(setup.num_data, setup.counts[0]), state.walkers.linear_map
+    points = state.walkers.position[: setup.settings.noise_points]
+
+    def gradients(position):
+        return setup.programs.anchor(
+            setup.problem, linear_map, position, setup.reference_loss, blocks
+        ).block_gradient
+
+    at_anchor, nbeta = gradients(jnp.zeros_like(points[0])), setup.problem.posterior.nbeta
+    noise = [
+        float(setup.programs.noise(linear_map, nbeta, at_anchor, gradients(point)))
+        for point in points
+    ]
+    return state._replace(
+        block_noise=float(np.mean(noise)) / (blocks.rows.shape[0] - 1),
+        work=state.work + setup.noise_cost(state),
     )
 
 
-def _patience(sampler: Sampler, relative_error: float) -> float:
-    """Return by how much more walkers may differ that agreed before, where a larger error is asked for."""
-    return max(1.0, relative_error / USUAL_ERROR) if sampler.has_moved_in else 1.0
+def switch_fidelity(setup: RunSetup, state: RunState, fidelity: Fidelity) -> RunState:
+    """Go on by another number of blocks or energy error."""
+    estimate, walkers = state.estimate, state.walkers
+    # the first step size is that of the energy error of a burn-in
+    before = Fidelity(0, setup.settings.energy_error) if estimate is None else estimate.fidelity
+    if fidelity.energy_error != before.energy_error:
+        change = fidelity.energy_error / before.energy_error
+        walkers = walkers._replace(step_size=step_size_after(change, walkers.step_size))
+    if estimate is not None and fidelity.num_blocks == before.num_blocks:
+        estimate = estimate._replace(fidelity=fidelity)
+        return state._replace(walkers=walkers, estimate=estimate)
+    anchor = None
+    if fidelity.num_blocks > 1:
+        blocks, center = split_data(setup.num_data, fidelity.num_blocks), walkers.position.mean(0)
+        anchor = setup.programs.anchor(
+            setup.problem, walkers.linear_map, center, setup.reference_loss, blocks
+        )
+    blank = blank_evaluation(walkers, setup.programs.columns)
+    state = state._replace(walkers=walkers, estimate=Estimate(fidelity, anchor, blank))
+    state, _ = _call(setup, state, -1, 0)
+    spent = setup.run_cost(fidelity.num_blocks, state.num_walkers, rounds=0)
+    return state._replace(work=state.work + spent)
+
+
+def advance(setup: RunSetup, state: RunState) -> tuple[RunState, Record]:
+    """Run one round."""
+    length = setup.settings.round_length
+    state, record = _call(setup, state, 0, length)
+    record = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, float), jax.device_get(record))
+    moved = state.num_walkers * setup.settings.bin_length
+    return state._replace(
+        width=float(record.width),
+        work=state.work + setup.round_cost(state),
+        steps=state.steps + length,
+        returned=state.returned + float(record.returned.sum()) * moved,
+    ), record
+
+
+def _call(setup: RunSetup, state: RunState, start: int, stop: int) -> tuple[RunState, Record]:
+    """Call the compiled program that moves walkers."""
+    assert state.estimate is not None, "a fidelity is chosen before the first round"
+    fidelity, anchor, here = state.estimate
+    per_time = setup.bias(state, 1.0) * (fidelity.num_blocks - 1)
+    time = plan_friction_time(state.width, state.allowed_bias, per_time, setup.settings)
+    dimensions = effective_dimensions(state.llc, setup.problem.posterior.center.size)
+    walkers, here, record = setup.programs.advance(
+        setup.problem,
+        anchor,
+        state.walkers,
+        here,
+        setup.reference_loss,
+        jnp.float32(fidelity.energy_error * dimensions),
+        jnp.float32(time),
+        Span(jnp.int32(state.steps), jnp.int32(start), jnp.int32(stop)),
+    )
+    estimate = Estimate(fidelity, anchor, here)
+    return state._replace(walkers=walkers, estimate=estimate), record
+
+
+def burn_in(setup: RunSetup, state: RunState) -> RunState:
+    """Run on noisier blocks than the error allows, where the budget pays for both.
+
+    Burn-in ends when llc has stopped moving much, or what is left is needed for the run that follows.
+    """
+    settings, walkers = setup.settings, state.num_walkers
+    rough = setup.max_blocks(state, settings.burn_in_noise * state.llc)
+    wanted = setup.max_blocks(state, settings.noise_share * setup.error * state.llc)
+    reserve = setup.noise_cost(state) + setup.run_cost(wanted, walkers)
+    first = setup.run_cost(rough, walkers, rounds=1)
+    if wanted >= rough or not setup.can_pay(state, reserve + first):
+        return state
+    state = state._replace(allowed_bias=settings.burn_in_noise * abs(state.llc))
+    state = switch_fidelity(setup, state, Fidelity(rough, settings.energy_error))
+    means: list[float] = []
+    while (
+        len(means) < settings.max_burn_in
+        and not setup.is_spent(state)
+        and setup.can_pay(state, setup.round_cost(state) + reserve)
+        and not has_arrived(means, settings.burn_in_change)
+    ):
+        state, record = advance(setup, state)
+        means.append(float(record.llc.mean()))
+        setup.report(state.work, means[-1])
+    return measure_noise(setup, state._replace(llc=means[-1] if means else state.llc))
+
+
+def has_arrived(means: list[float], change: float) -> bool:
+    """Say whether the means of rounds have stopped moving between halves, or are not finite."""
+    if not means or not math.isfinite(means[-1]):
+        return bool(means)
+    half = len(means) // 2
+    moved = abs(np.mean(means[:half]) - np.mean(means[half:])) if half else math.inf
+    return bool(moved < change * abs(means[-1]))
+
+
+def _within_budget(setup: RunSetup, state: RunState, wanted: Fidelity) -> tuple[Fidelity, int]:
+    """Return a fidelity and a number of walkers that the budget pays for.
+
+    Walkers are let go first; then blocks become smaller than noise allows.
+    """
+    left = setup.budget - state.work
+    for count in sorted(count for count in setup.counts if count >= wanted.num_blocks):
+        fixed = setup.run_cost(count, 0)
+        each = setup.run_cost(count, 1) - fixed
+        number = plan_walkers(left, fixed, each, state.num_walkers, setup.fewest)
+        if number:
+            return wanted._replace(num_blocks=count), number
+    raise AssertionError("the least budget pays for the fewest walkers on the smallest blocks")
+
+
+def average(setup: RunSetup, state: RunState, noise_unmet: tuple[Unmet, ...]) -> SamplerResult:
+    """Gather records until they meet the criteria, at more exact fidelities where need be."""
+    records: tuple[Record, ...] = ()
+    while True:
+        state, records = _gather(setup, state, records)
+        check = check_records(setup, records)
+        if not math.isfinite(check.analysis.llc):
+            break
+        setup.report(state.work, check.analysis.llc)
+        state = state._replace(llc=check.analysis.llc)
+        state, fidelity = _choose_fidelity(setup, state, len(records), check.analysis)
+        if fidelity != state.fidelity:
+            state, records = switch_fidelity(setup, state, fidelity), ()
+            continue
+        check = check._replace(unmet=(*noise_unmet, *check.unmet))
+        if not check.unmet or setup.is_spent(state):
+            break
+    return SamplerResult(*check, setup.least_budget(state), state)
+
+
+def _gather(
+    setup: RunSetup, state: RunState, records: tuple[Record, ...]
+) -> tuple[RunState, tuple[Record, ...]]:
+    """Run rounds until the records have grown by `CHECK_GROWTH`, or the budget is spent."""
+    checked = len(records)
+    while True:
+        state, record = advance(setup, state)
+        records = (*records, record)
+        if len(records) >= CHECK_GROWTH * checked or setup.is_spent(state):
+            return state, records
+
+
+def check_records(setup: RunSetup, records: tuple[Record, ...]) -> Check:
+    """Average records, and compare them with the criteria."""
+    llc, virial, radius2 = (
+        np.concatenate([getattr(record, name) for record in records], axis=1)
+        for name in ("llc", "virial", "radius2")
+    )
+    if not all(np.all(np.isfinite(part)) for part in (llc, virial, radius2)):
+        broken = Analysis.broken(llc.shape[0])
+        return Check(broken, llc, (Unmet(ERROR, math.nan, setup.error),))
+    analysis = analyse(llc, virial, radius2)
+    # walkers that agreed before may differ by more, where a larger error is asked for
+    patience = max(1.0, setup.error / USUAL_ERROR) if setup.agreed_before else 1.0
+    return Check(
+        analysis, llc, unmet_by(analysis, setup.error, patience, llc.shape[1], setup.settings)
+    )
 
 
 def unmet_by(
-    analysis: Analysis, relative_error: float, patience: float, bins: int
+    analysis: Analysis,
+    relative_error: float,
+    patience: float,
+    bins: int,
+    settings: SamplerSettings,
 ) -> tuple[Unmet, ...]:
     """Return which criteria of a settled run the averages do not meet."""
     error = analysis.llc_sem / max(abs(analysis.llc), 1e-300)
     bounds = (
         Unmet(ERROR, error, relative_error),
-        Unmet(RHAT, analysis.rhat, 1 + patience * (RHAT_SETTLED - 1)),
-        Unmet(RHAT_RADIUS, analysis.rhat_radius, 1 + patience * (RHAT_RADIUS_SETTLED - 1)),
-        Unmet(DRIFT, abs(analysis.drift_z), DRIFT_SIGMAS),
+        Unmet(RHAT, analysis.rhat, 1 + patience * (RHAT_BOUND - 1)),
+        Unmet(RHAT_RADIUS, analysis.rhat_radius, 1 + patience * (RADIUS_RHAT_BOUND - 1)),
+        Unmet(DRIFT, abs(analysis.drift_z), DRIFT_BOUND),
     )
     missed = tuple(bound for bound in bounds if not bound.value <= bound.bound)
-    short = bins < MIN_BINS
-    return (*missed, Unmet(LENGTH, bins * BIN_LENGTH, MIN_BINS * BIN_LENGTH)) if short else missed
+    if bins >= settings.min_bins:
+        return missed
+    lengths = (count * settings.bin_length for count in (bins, settings.min_bins))
+    return (*missed, Unmet(LENGTH, *lengths))
 
 
-def _blocks_by_noise_here(sampler: Sampler) -> int:
-    """Measure the noise anew.
-
-    Return fewer blocks where it is larger than where the walkers came from.
-    """
-    now = sampler.level.num_blocks
-    if not sampler.can_pay(sampler.noise_cost + ROUND * sampler.cost):
-        return now
-    sampler.measure_noise()
-    if sampler.affordable(NOISE_SLACK * sampler.allowed_heat) >= now:
-        return now
-    blocks = sampler.affordable(sampler.allowed_heat)
-    return blocks if sampler.can_pay(sampler.walk_cost(blocks)) else now
-
-
-def _finer(sampler: Sampler, added: float) -> Level:
-    """Return the next level.
-
-    Larger blocks where noise can be to blame for what was added, and shorter steps.
-    """
-    level = sampler.level
-    sampler.allowed_heat = min(sampler.allowed_heat, added / FEWER_BLOCKS)
-    blocks = sampler.affordable(sampler.allowed_heat)
-    return Level(min(level.num_blocks, blocks), level.energy_error / LESS_ENERGY_ERROR)
+def _choose_fidelity(
+    setup: RunSetup, state: RunState, rounds: int, analysis: Analysis
+) -> tuple[RunState, Fidelity]:
+    """Return the fidelity to go on with: a more exact one where averages or noise ask for it."""
+    fidelity, systematic = state.fidelity, analysis.systematic
+    is_biased = analysis.added > 0 and systematic > REFINE_AT * setup.error * abs(analysis.llc)
+    may_refine = state.refinements < setup.settings.max_refinements
+    if is_biased and may_refine and not setup.is_spent(state):
+        allowed = min(state.allowed_bias, analysis.added / LESS_NOISE)
+        state = state._replace(allowed_bias=allowed)
+        finer = refine(fidelity, setup.max_blocks(state, allowed))
+        if setup.can_pay(state, setup.run_cost(finer.num_blocks, state.num_walkers)):
+            return state._replace(refinements=state.refinements + 1), finer
+    # the noise is measured anew whenever the run has doubled, since the walkers have moved
+    if fidelity.num_blocks == 1 or rounds < 2 * state.noise_checked:
+        return state, fidelity
+    state = state._replace(noise_checked=rounds)
+    if not setup.can_pay(state, setup.noise_cost(state) + setup.round_cost(state)):
+        return state, fidelity
+    state = measure_noise(setup, state)
+    if setup.max_blocks(state, NOISE_SLACK * state.allowed_bias) >= fidelity.num_blocks:
+        return state, fidelity
+    blocks = setup.max_blocks(state, state.allowed_bias)
+    if not setup.can_pay(state, setup.run_cost(blocks, state.num_walkers)):
+        return state, fidelity
+    return state._replace(noise_checked=1), fidelity._replace(num_blocks=blocks)

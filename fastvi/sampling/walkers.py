@@ -1,51 +1,37 @@
-"""Walkers from draws of q.
+"""Walkers: where they start, how they pass from one posterior to another, and which ones stay."""
 
-Where they start, what they are measured by, and their compiled stages.
-"""
-
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fastvi._compilation import PROGRAMS, quick_compilation
-from fastvi._typing import Array, Float, Int, Key, Keys, Scalar
-from fastvi.evaluation.llc import EVALUATION_BLOCK
-from fastvi.families.base import AbstractFamily, LinearMap
-from fastvi.sampling.dynamics import (
-    Record,
-    Tuning,
-    Walker,
-    make_potential,
-    refresh,
-    run_steps,
-    start_tuning,
-)
-from fastvi.sampling.gradients import Anchor, gradient_noise, make_anchor
+from fastvi._typing import Array, Float, Int, Key, Keys
+from fastvi.families.base import AbstractFamily
+from fastvi.families.moments import LinearMap
+from fastvi.kernels.noise import normal, streams
+from fastvi.sampling.tuning import StepSize, first_step_size, fresh_step_size
 from fastvi.target.data import Problem
-from fastvi.target.fingerprint import fingerprint_loss, shapes_of
-from fastvi.target.objective import FlatObjective
 
-BINS, BIN_LENGTH = 4, 4  # records of a round, and the steps averaged in each
-ROUND = BINS * BIN_LENGTH
-EFFECTIVE_SHARE = 0.5  # part of q's draws that must count when walkers are chosen among them
-MAX_COLUMNS = 12  # parameter blocks with a virial column of their own
-WALK_BLOCK = 2**31 + 2**17  # counters of a chain's key beyond those of its evaluation
+# Part of q's draws that must count when walkers are chosen among them. Half lets fewer draws become
+# more walkers; at 1, weights count for nothing.
+EFFECTIVE_SHARE = 0.5
 
 
-class Walk(NamedTuple):
-    """Where the walkers are, and how they move."""
+class Walkers(NamedTuple):
+    """Walkers side by side: their coordinates, where they are, and how they move.
+
+    `excess` is L_n(w) - L_n(w*) at each of them, as it was last estimated.
+    """
 
     linear_map: LinearMap
-    walkers: Walker
-    tuning: Tuning
+    position: Float[Array, "walkers dim"]
+    momentum: Float[Array, "walkers dim"]
+    excess: Float[Array, " walkers"]
+    step_size: StepSize
     keys: Keys
 
 
-def start_walk(
+def place_walkers(
     family: AbstractFamily,
     problem: Problem,
     params: Any,
@@ -53,78 +39,86 @@ def start_walk(
     log_weight: Float[Array, "chains draws"],
     excess: Float[Array, "chains draws"],
     num_walkers: int,
-) -> Walk:
-    """Place walkers at the evaluation's draws from the q of every chain, the likelier ones under the posterior.
+) -> Walkers:
+    """Place walkers at draws from the q of every chain, chosen by their weight under the posterior.
+
+    Args:
+        family: That of q.
+        problem: The target.
+        params: Parameters of q, with a leading axis of chains.
+        keys: Keys of the chains, whose evaluation made the draws.
+        log_weight: Log importance weights of these draws.
+        excess: L_n(w) - L_n(w*) at these draws.
+        num_walkers: A multiple of the chains.
 
     Cost:
-        None: the draws have been evaluated.
+        No gradient: the draws have been evaluated.
     """
     chains, num_draws = log_weight.shape
-    per_chain = num_walkers // chains
     linear_map = _common_map(family, params)
 
     def chain(inputs):
         chain_params, key, weights, energies = inputs
-        draws = family.sample(chain_params, key, num_draws, antithetic=True, block=EVALUATION_BLOCK)
-        chosen = resample(jax.random.fold_in(key, WALK_BLOCK - 1), weights, per_chain)
-        return jax.vmap(linear_map.round)(draws.displacement[chosen]), energies[chosen]
+        draws = family.sample(
+            chain_params, key, num_draws, antithetic=True, block=streams.EVALUATION
+        )
+        choice = streams.derive(key, streams.Purpose.RESAMPLING)
+        chosen = resample(choice, weights, num_walkers // chains)
+        return linear_map.round(draws.displacement[chosen]), energies[chosen]
 
-    x, energies = jax.lax.map(chain, (params, keys, log_weight, excess))
-    x, energies = x.reshape(num_walkers, -1), energies.reshape(-1)
-    walk_keys = jax.random.split(jax.random.fold_in(keys[0], WALK_BLOCK), num_walkers)
-    return _set_off(linear_map, x, energies, walk_keys)
+    position, energies = jax.lax.map(chain, (params, keys, log_weight, excess))
+    position = position.reshape(num_walkers, -1)
+    shared = streams.derive(keys[0], streams.Purpose.WALKERS)
+    walker_keys = jax.random.split(shared, num_walkers)
+    step_size = first_step_size(position.shape[1], position.dtype)
+    momentum = _fresh_momentum(walker_keys, position)
+    return Walkers(linear_map, position, momentum, energies.reshape(-1), step_size, walker_keys)
 
 
-def move_walk(
+def move_walkers(
     family: AbstractFamily,
     problem: Problem,
     params: Any,
-    walk: Walk,
+    walkers: Walkers,
     center: Float[Array, " dim"],
     shift: Int[Array, ""],
-) -> Walk:
-    """Take walkers over to another posterior.
-
-    To the coordinates of its q, at the points where they are.
+) -> Walkers:
+    """Take walkers over to another posterior: to the coordinates of its q, where they are.
 
     Args:
         family: That of the new q.
         problem: The new target.
-        params: The new q's, with a leading axis of chains.
-        walk: The walkers.
+        params: Parameters of the new q, with a leading axis of chains.
+        walkers: The walkers.
         center: The w* that they were about.
         shift: Distinguishes their keys from the old ones.
     """
     linear_map = _common_map(family, params)
-    moved = jax.vmap(walk.linear_map.displacement)(walk.walkers.x) + (
-        center - problem.posterior.center
+    displacement = walkers.linear_map.displacement(walkers.position)
+    position = linear_map.round(displacement + (center - problem.posterior.center))
+    keys = jax.vmap(lambda key: _moved_key(key, shift))(walkers.keys)
+    step_size = fresh_step_size(walkers.step_size.step)
+    return Walkers(
+        linear_map, position, _fresh_momentum(keys, position), walkers.excess, step_size, keys
     )
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(walk.keys, shift)
-    set_off = _set_off(linear_map, jax.vmap(linear_map.round)(moved), walk.walkers.excess, keys)
-    return set_off._replace(tuning=set_off.tuning._replace(step=walk.tuning.step))
 
 
-def _common_map(family: AbstractFamily, params: Any) -> LinearMap:
-    """Return the coordinates of the first chain's q, which all walkers share."""
-    return family.linear_map(jax.tree_util.tree_map(lambda leaf: leaf[0], params))
+def keep_walkers(walkers: Walkers, number: int, chains: int) -> Walkers:
+    """Keep so many walkers, as many from each chain."""
 
+    def first(leaf):
+        parts = leaf.reshape(chains, -1, *leaf.shape[1:])[:, : number // chains]
+        return parts.reshape(number, *leaf.shape[1:])
 
-def _set_off(
-    linear_map: LinearMap, x: Float[Array, "walkers dim"], excess: Float[Array, " walkers"], keys
-) -> Walk:
-    """Give walkers at these points a momentum.
-
-    Their gradients are unknown until they enter a level.
-    """
-    momentum = jax.vmap(
-        lambda key: jax.random.normal(jax.random.fold_in(key, WALK_BLOCK), x.shape[1:], x.dtype)
-    )(keys)
-    walkers = Walker(x, momentum, jnp.zeros_like(x), jnp.zeros_like(excess), excess)
-    return Walk(linear_map, walkers, start_tuning(x.shape[1], x.dtype), keys)
+    names = ("position", "momentum", "excess", "keys")
+    return walkers._replace(**{name: first(getattr(walkers, name)) for name in names})
 
 
 def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int[Array, " num"]:
-    """Choose `num` candidates by importance weights, flattened until a good part of the candidates counts."""
+    """Choose `num` candidates by importance weights.
+
+    Log weights are halved until `EFFECTIVE_SHARE` of the candidates count.
+    """
     log_weight = jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf)
     log_weight = log_weight - jnp.max(log_weight)
     powers = jnp.append(2.0 ** -jnp.arange(10), 0.0).astype(log_weight.dtype)
@@ -132,124 +126,19 @@ def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int
     weights = jax.nn.softmax(flattened, axis=-1)
     effective = 1 / jnp.sum(weights**2, axis=-1)
     enough = effective >= EFFECTIVE_SHARE * log_weight.size
-    level = jnp.argmax(enough.at[-1].set(True))
-    return jax.random.categorical(key, flattened[level], shape=(num,))
+    chosen = flattened[jnp.argmax(enough.at[-1].set(True))]  # equal weights always do
+    return jax.random.categorical(key, chosen, shape=(num,))
 
 
-def virial_columns(blocks: tuple[int, ...]) -> Callable[..., Float[Array, " columns"]]:
-    """Return functions of mean zero under the posterior.
-
-    `tr G - (G v) . grad(-log p)` for a few fixed G.
-
-    G is the identity on each parameter block, and the projection on the span of q's low-rank
-    directions; one more column is the slope along q's mean.
-
-    Args:
-        blocks: Lengths of the blocks, in order.
-    """
-
-    def columns(linear_map: LinearMap, displacement, gradient, x, pulled):
-        own = block_virials(displacement * gradient, blocks)
-        along = linear_map.basis.shape[0] - (linear_map.basis @ x) @ (linear_map.basis @ pulled)
-        return jnp.stack([*own, along, linear_map.center @ gradient])
-
-    return columns
+def _common_map(family: AbstractFamily, params: Any) -> LinearMap:
+    """Return the coordinates of the first chain's q, which all walkers share."""
+    return family.linear_map(jax.tree_util.tree_map(lambda leaf: leaf[0], params))
 
 
-def block_virials(work, blocks: tuple[int, ...]) -> list:
-    """Return `length - sum of v * grad(-log p)` of each block, for v * grad(-log p) of shape (..., dim)."""
-    ends = np.cumsum(blocks)
-    return [
-        length - work[..., end - length : end].sum(axis=-1)
-        for length, end in zip(blocks, ends, strict=True)
-    ]
+def _moved_key(key: Key, shift: Int[Array, ""]) -> Key:
+    return jax.random.fold_in(streams.derive(key, streams.Purpose.WALKERS), shift)
 
 
-def parameter_blocks(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Merge neighbouring leaves until at most `MAX_COLUMNS` are left."""
-    merged = list(sizes)
-    while len(merged) > MAX_COLUMNS:
-        pairs = [a + b for a, b in zip(merged, merged[1:], strict=False)]
-        at = int(np.argmin(pairs))
-        merged[at : at + 2] = [pairs[at]]
-    return tuple(merged)
-
-
-class WalkPrograms(NamedTuple):
-    """Compiled stages of a walk.
-
-    Attributes:
-        start: `(family, problem, params, keys, log_weight, excess, num_walkers) -> Walk`.
-        move: `(family, problem, params, walk, center, shift) -> Walk`.
-        noise: `(problem, linear_map, x of some walkers, reference_loss, index) -> noise of the
-            gradients`.
-        enter: `(problem, walk, reference_loss, index, first) -> (Anchor, Walk)`: from now on by
-            these blocks.
-        advance: `(problem, anchor, walk, reference_loss, energy_error, friction_time, first) ->
-            (Walk, Record)`.
-    """
-
-    start: Callable[..., Walk]
-    move: Callable[..., Walk]
-    noise: Callable[..., Scalar]
-    enter: Callable[..., tuple[Anchor, Walk]]
-    advance: Callable[..., tuple[Walk, Record]]
-
-
-def walk_programs(
-    objective: FlatObjective, problem: Problem, blocks: tuple[int, ...]
-) -> WalkPrograms:
-    """Return the stages.
-
-    Objectives that compute the same share them, compiled, for the same shapes and blocks.
-    """
-    key = ("walk", blocks, shapes_of(problem))
-    return PROGRAMS.find(
-        fingerprint_loss(objective, problem), key, (objective,), lambda one: _build(one, blocks)
-    )
-
-
-def _build(objective: Any, blocks: tuple[int, ...]) -> WalkPrograms:
-    column_fn, jit = (
-        virial_columns(blocks),
-        functools.partial(jax.jit, compiler_options=quick_compilation()),
-    )
-
-    def potential(problem, walk: Walk, reference_loss):
-        copies = walk.walkers.x.shape[0]
-        return make_potential(objective, problem, walk.linear_map, reference_loss, copies)
-
-    def noise(problem, linear_map, x, reference_loss, index):
-        anchor = make_anchor(objective, problem, linear_map.center, reference_loss, index)
-        return gradient_noise(
-            objective, problem, anchor, jax.vmap(linear_map.displacement)(x), linear_map.pull_back
-        )
-
-    def enter(problem, walk: Walk, reference_loss, index, first):
-        center = walk.linear_map.displacement(jnp.mean(walk.walkers.x, axis=0))
-        anchor = make_anchor(objective, problem, center, reference_loss, index)
-        evaluate = potential(problem, walk, reference_loss)
-        return anchor, walk._replace(
-            walkers=refresh(evaluate, anchor, walk.walkers, walk.keys, first)
-        )
-
-    def advance(problem, anchor, walk: Walk, reference_loss, energy_error, friction_time, first):
-        walkers, tuning, record = run_steps(
-            potential(problem, walk, reference_loss),
-            walk.linear_map,
-            anchor,
-            walk.walkers,
-            walk.tuning,
-            walk.keys,
-            first,
-            functools.partial(column_fn, walk.linear_map),
-            friction_time=friction_time,
-            energy_error=energy_error,
-            bins=BINS,
-            bin_length=BIN_LENGTH,
-        )
-        llc = problem.posterior.learning_coefficient(record.llc)
-        return walk._replace(walkers=walkers, tuning=tuning), record._replace(llc=llc)
-
-    start = jit(start_walk, static_argnames=("num_walkers",))
-    return WalkPrograms(start, jit(move_walk), jit(noise), jit(enter), jit(advance))
+def _fresh_momentum(keys: Keys, position: Float[Array, "walkers dim"]):
+    shape, dtype = position.shape[1:], position.dtype
+    return jax.vmap(lambda key: normal(key, shape, dtype, block=streams.MOMENTUM))(keys)

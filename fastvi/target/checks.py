@@ -20,23 +20,25 @@ from fastvi._typing import Array, Batch, Float
 from fastvi.target.losses import num_examples
 from fastvi.target.work import LOSS, Work
 
-MOST_EXAMPLES = 4096  # sample gradients that the look may take at the most
-MOST_FGE = 2.0
-BUDGET_SHARE = 0.05  # of the sample gradients that the estimate may take
-HALF_ROWS = (
-    32  # examples of each of the two batches: twice as many double the cost, see more of rare rows
-)
-RANKED_ROWS, RANKED_BYTES = 4096, 2**26  # examples among which the unlike ones are chosen, at most
-ROUNDING_UNITS = 256  # units in the last place by which sums in another order may differ
-# of a change of the loss by which its gradient may disagree, beyond what the rule's own error says
+# The look takes at most so many sample gradients, full gradients, and parts of the budget. Half of
+# any leaves the last checks out on data as small as that; twice as many are never used.
+MOST_EXAMPLES, MOST_FGE, BUDGET_SHARE = 4096, 2.0, 0.05
+# Examples of each of the two batches: twice as many double the cost and see more of rare rows.
+HALF_ROWS = 32
+# Examples, and their bytes, among which the unlike ones are chosen. Half miss kinds of rows that
+# are twice as frequent; twice as many double the copy to the host.
+RANKED_ROWS, RANKED_BYTES = 4096, 2**26
+# Units in the last place by which sums in another order may differ: random rounding of 2^16 terms,
+# at half of 2^14. At twice, a dependence on the order that is twice as strong passes.
+ROUNDING_UNITS = 256
+# Of a change of the loss by which its gradient may disagree, beyond the error that Simpson's rule
+# shows. A wrong sign or a factor of two is off by 0.5 or more. At twice, a factor of 1.4 passes.
 MISMATCH = 0.2
-SHARE_OF_WEIGHTS = (
-    0.3  # of the root mean square of w*: a displacement beyond leaves the model's neighbourhood
-)
-SHRINKS, SHRINK = (
-    3,
-    0.1,
-)  # how often, by how much the displacement is made smaller where the loss overflows
+# Of the root mean square of w*: a displacement beyond it leaves the neighbourhood of the model. At
+# half a gradient is checked closer to w*, where rounding hides more of the change.
+SHARE_OF_WEIGHTS = 0.3
+# How often, and by how much, the displacement is made smaller where the loss overflows.
+SHRINKS, SHRINK = 3, 0.1
 DISPLACEMENT_SEED = 0
 
 
@@ -217,7 +219,7 @@ def take_rows(sample: Batch, rows: Any) -> Batch:
 def displacement(
     center: Float[Array, " dim"], nbeta: float, localization: float
 ) -> Float[Array, " dim"]:
-    """Return a random step of the size of the posterior where the curvature of the loss is of order one."""
+    """Return a random step as long as the posterior is wide where the loss curves by about one."""
     width = 1 / np.sqrt(nbeta + localization)
     values = np.asarray(jax.device_get(center), np.float64)
     typical = np.sqrt(np.mean(values**2))
@@ -338,7 +340,7 @@ def _check_gradient(
     tolerance: float,
     name: str,
 ) -> None:
-    """Compare the change of the loss with the integral of its gradient along the way (Simpson's rule)."""
+    """Compare the change of the loss with its gradient's integral on the way, by Simpson's rule."""
     if not meter.affords(batch):
         return
     middle = meter.value_and_grad(center + 0.5 * step, batch)
@@ -369,8 +371,9 @@ def _check_gradient(
 def _weight_rounding(
     meter: _Meter, center: Array, step: Array, batch: Batch, nbeta: float, eps: Any
 ) -> float:
-    """Return nbeta/2 E[r' H r] for the rounding errors r of w, uniform over a unit in the last place.
+    """Return nbeta/2 E[r' H r] for the rounding errors r of w.
 
+    The errors are uniform over a unit in the last place.
     `r' H r` is read off gradients at `w* +- c r`, with c such that the points lie as far as the
     displaced one.
     """

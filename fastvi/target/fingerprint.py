@@ -28,10 +28,8 @@ from fastvi.target.ravel import TreeObjective
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype)
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
-WITH_RULES = (
-    "custom_jvp_call",
-    "custom_vjp_call",
-)  # operations with derivative rules, which a gradient has applied
+# Operations with derivative rules of their own, which a gradient has applied.
+WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
 
 
 class Fingerprint(NamedTuple):
@@ -95,7 +93,7 @@ def fingerprint_loss(
 
 
 def shapes_of(problem: Problem) -> Hashable:
-    """Return structure, shapes and dtypes of a problem, on which programs depend beside the loss."""
+    """Return structure, shapes and dtypes of a problem: programs depend on them and the loss."""
     leaves, treedef = jax.tree_util.tree_flatten(problem)
     return treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 

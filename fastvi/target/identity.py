@@ -15,9 +15,11 @@ import numpy as np
 from fastvi._typing import Array, Batch, Float, PyTree
 from fastvi.target.objective import FlatObjective
 
-POINTS = 3
-DISPLACEMENT = 0.1  # of the root mean square of w*, or of 1 where w* is 0
-TOLERANCE = 1e-5  # relative: other devices and versions round otherwise
+POINTS = 3  # near w*: one could miss a change in some of the weights
+# Of the root mean square of w*, or of 1 where w* is 0. At half a change shows half as much.
+DISPLACEMENT = 0.1
+# Relative. Other devices and versions round otherwise, by some 1e-6 of a mean loss in float32.
+TOLERANCE = 1e-5
 AT, NEAR, SLOPES, STEEPNESS = (
     "loss at w*",
     "loss near w*",

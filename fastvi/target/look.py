@@ -24,7 +24,7 @@ from fastvi.target.checks import (
     on_host,
     take_rows,
 )
-from fastvi.target.data import AbstractData, Problem
+from fastvi.target.data import AbstractData, Problem, default_max_batch
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.target.losses import (
     LossForm,
@@ -35,12 +35,12 @@ from fastvi.target.losses import (
 )
 from fastvi.target.objective import FlatObjective, call_full_loss, value_and_grad
 from fastvi.target.ravel import TreeObjective
-from fastvi.target.signature import check_loss
+from fastvi.target.signature import Signature, check_loss
 from fastvi.target.stream import AbstractStream
 from fastvi.target.work import LOSS
 
-NARROW_EPS = 2.0**-7  # of bfloat16
-ACCELERATOR_EPS = 2.0**-10  # single-precision products are rounded so on GPUs and TPUs by default
+NARROW_EPS = 2.0**-7  # relative spacing of bfloat16, the coarsest dtype that a model computes in
+ACCELERATOR_EPS = 2.0**-10  # of products in single precision on GPUs and TPUs, by jax's default
 # Examples on which a full-data loss is compared: all data up to there, else a sample in parts.
 FULL_LOSS_EXAMPLES, FULL_LOSS_PARTS = 2048, 8
 # Of a change of the loss, between a full-data loss that is given and the objective's. Twice as much
@@ -56,13 +56,22 @@ def look_at_target(
     name: str,
     *,
     budget_fge: float,
+    max_batch: int | None = None,
     loss_full_flat: Callable[..., Array] | None = None,
 ) -> tuple[Problem, LossLook]:
-    """Return the problem, its data weighed where the loss is weighted, and what was seen.
+    """Return the problem with its data as the loss takes them, and what was seen.
+
+    Data are weighed where the loss is weighted, and learn how many examples a pass takes:
+    `max_batch`, or what the size of an example and all that the loss computes of it allow.
 
     Under a trace, of jit or of data that are mapped over, only shapes are looked at.
     """
-    is_weighted = _is_weighted(objective, problem, name)
+    signature = _signature(objective, problem, name)
+    examples, is_weighted = problem.data.examples, signature.form is LossForm.WEIGHTED
+    most = max_batch or default_max_batch(examples, signature.bytes_per_example)
+    problem = dataclasses.replace(problem, data=dataclasses.replace(problem.data, max_batch=most))
+    if stream is not None:
+        stream.max_batch = most
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(problem))
     if is_weighted and traced:
         raise DataError(
@@ -100,7 +109,7 @@ def look_at_target(
 
 def weigh(objective: Any, problem: Problem, name: str) -> Problem:
     """Return the problem with its data weighed, where the loss is weighted."""
-    is_weighted = _is_weighted(objective, problem, name)
+    is_weighted = _signature(objective, problem, name).form is LossForm.WEIGHTED
     return _weigh(objective, problem, name, None) if is_weighted else problem
 
 
@@ -110,16 +119,16 @@ def _weigh(objective: Any, problem: Problem, name: str, stream: AbstractStream |
     blank = _with_weight(problem, 1.0)  # of the structure that the loss takes
     loss = fingerprint_loss(objective, blank)
     weigher = PROGRAMS.find(loss, ("weigh", shapes_of(blank)), (objective,), _weigher)
-    found = find_mean_weight(weigher, center, (stream or problem.data).pieces(), name)
     if stream is None:
-        return _with_weight(problem, found)
-    stream.mean_weight = found
+        return _with_weight(problem, find_mean_weight(weigher, center, [problem.data], name)[0])
+    stream.mean_weight, error = find_mean_weight(weigher, center, stream.known_pieces(), name)
+    stream.weight_error = error if stream.is_sample else 0.0
     return dataclasses.replace(problem, data=stream.window(0))
 
 
-def _is_weighted(objective: Any, problem: Problem, name: str) -> bool:
+def _signature(objective: Any, problem: Problem, name: str) -> Signature:
     rows = first_rows(problem.data.examples, problem.batch_size)
-    return check_loss(objective, problem.posterior.center, rows, name) is LossForm.WEIGHTED
+    return check_loss(objective, problem.posterior.center, rows, name)
 
 
 def _with_weight(problem: Problem, mean_weight: float) -> Problem:
@@ -139,7 +148,7 @@ def _weigher(objective: Any) -> Callable[[Array, AbstractData], tuple[Array, Arr
 def _check_full_loss(
     programs: LossPrograms, problem: Problem, loss_full_flat: Callable[..., Array]
 ) -> float:
-    """Compare the change of the full-data loss from w* to a point near it with that of the objective.
+    """Compare the full-data loss with the objective, by their change from w* to a point near it.
 
     Returns:
         The work, in sample gradients; that of `loss_full_flat` is not counted.

@@ -99,8 +99,8 @@ def find_mean_weight(
     center: Float[Array, " dim"],
     pieces: Iterable[Any],
     name: str,
-) -> float:
-    """Return the mean weight of an example over all data, by one pass.
+) -> tuple[float, float]:
+    """Return the mean weight of an example over the pieces, and its relative error as a sample's.
 
     The first piece is read twice, at two points, where the weights must be the same.
 
@@ -115,16 +115,17 @@ def find_mean_weight(
         DataError: If a weight is negative or not finite, all are zero, or they depend on the
             parameters.
     """
-    total, count, nudged = np.zeros(2), 0, center + 0.01 * (1 + jnp.abs(center))
+    found, sizes, nudged = [], [], center + 0.01 * (1 + jnp.abs(center))
     for piece in pieces:
         here = np.asarray(jax.device_get(weigh(center, piece)), float)
-        if count == 0 and not np.array_equal(here, jax.device_get(weigh(nudged, piece)), True):
+        if not found and not np.array_equal(here, jax.device_get(weigh(nudged, piece)), True):
             raise DataError(
                 f"the weights of {name} change with the parameters; they must depend on the data "
                 "alone."
             )
-        total, count = total + piece.num_examples * here, count + piece.num_examples
-    mean_weight, invalid = total / count
+        found.append(here)
+        sizes.append(piece.num_examples)
+    mean_weight, invalid = np.average(found, axis=0, weights=sizes)
     if invalid > 0 or not np.isfinite(mean_weight):
         raise DataError(
             f"the weights of {name} must be finite and at least 0; {invalid:.2g} of them are not, "
@@ -135,4 +136,5 @@ def find_mean_weight(
             f"the weights of {name} are all 0, so there is nothing to average. Is the mask "
             "inverted?"
         )
-    return float(mean_weight)
+    spread = np.std(found, axis=0, ddof=1)[0] if len(found) > 1 else 0.0
+    return float(mean_weight), float(spread / np.sqrt(len(found)) / mean_weight)

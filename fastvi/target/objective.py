@@ -53,6 +53,11 @@ class CallableObjective:
     loss_fn: LossFn
     grad_fn: LossFn | None = None
 
+    @property
+    def has_own_gradient(self) -> bool:
+        """Say whether a function other than autodiff of the loss gives the gradient."""
+        return self.grad_fn is not None
+
     def outputs(self, w, batch):
         """Return what the function returns on the batch."""
         return call_in_their_modes(self.loss_fn, w, raw_examples(batch))
@@ -122,7 +127,7 @@ def call_full_loss(loss_full_flat: Given[LossFn], w: Float[Array, " dim"], data:
 
 
 def _takes(function: Given[LossFn], count: int) -> bool | None:
-    """Say whether a function can be called with so many arguments, None where it takes any number."""
+    """Say whether a function takes so many arguments, None where it takes any number."""
     try:
         signature = inspect.signature(function)
         signature.bind(*range(count))

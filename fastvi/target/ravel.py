@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -106,6 +106,7 @@ class TreeObjective:
 
     loss_fn: LossFn
     structure: TreeStructure
+    has_own_gradient: ClassVar[bool] = False
 
     def outputs(self, w, batch):
         """Return what the function returns on the batch."""
@@ -116,7 +117,7 @@ class TreeObjective:
         return mean_loss(self.outputs(w, batch), batch, w.dtype)
 
     def example_losses(self, w, batch):
-        """Return the share of each example in the mean, None where the function returns the mean itself."""
+        """Return each example's share in the mean, None where the function returns the mean."""
         return example_losses(self.outputs(w, batch), batch, w.dtype)
 
     def grad(self, w, batch):
@@ -178,7 +179,7 @@ def ravel_loss(
 
 
 def _settings_of_modules(params: PyTree) -> set[Any]:
-    """Return the paths of what lies inside equinox modules, which hold settings beside their weights."""
+    """Return the paths inside equinox modules, which hold settings beside their weights."""
     outer = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_module)[0]
     return {
         (*path, *inner)

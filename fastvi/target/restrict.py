@@ -99,7 +99,7 @@ def restrict(
     params: PyTree,
     param_mask: Given[PyTree | Callable[[str], bool]],
 ) -> tuple[RestrictedLoss, tuple[jax.Array, ...]]:
-    """Make a loss a function of some of its parameters, for their weight-restricted learning coefficient.
+    """Make a loss a function of some parameters, for their weight-restricted learning coefficient.
 
     The others, and the localizer of the others, drop out of the posterior.
 

@@ -1,23 +1,41 @@
 """What a loss returns, found by abstract evaluation and held to the forms that it may have."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
 
 from fastvi._errors import DataError, ErrorNote
 from fastvi._typing import Array, Batch, Float, Given
 from fastvi.target.losses import LossForm, first_rows, num_examples
 from fastvi.target.objective import FlatObjective
 
-AUXILIARY_FIX = "if the second value is auxiliary, return the loss alone: lambda params, batch: loss(params, batch)[0]"
+AUXILIARY_FIX = (
+    "if the second value is auxiliary, return the loss alone: "
+    "lambda params, batch: loss(params, batch)[0]"
+)
+
+
+class Signature(NamedTuple):
+    """What abstract evaluation says of a loss.
+
+    Attributes:
+        form: What it returns.
+        bytes_per_example: All that a forward pass computes for one example: about what a
+            forward-backward pass keeps of it.
+    """
+
+    form: LossForm
+    bytes_per_example: float
 
 
 def check_loss(
     objective: Given[FlatObjective], w: Float[Array, " dim"], batch: Batch, name: str = "loss_fn"
-) -> LossForm:
-    """Find by abstract evaluation what form the loss returns, and that its gradient has the shape of `w`.
+) -> Signature:
+    """Find what the loss returns and computes, and that its gradient has the shape of `w`.
 
     An error that the function itself raises passes through, with a note of what it was called on.
 
@@ -34,7 +52,8 @@ def check_loss(
     length = num_examples(batch)
     sizes = (length, max(1, length // 2))
     outputs = getattr(objective, "outputs", objective.loss)
-    values = tuple(_abstract(outputs, w, first_rows(batch, size), name) for size in sizes)
+    traced = [_trace(outputs, w, first_rows(batch, size), name) for size in sizes]
+    values = tuple(shapes for _, shapes in traced)
     form = classify_loss(values, sizes, name)
     own_gradient = getattr(objective, "grad_fn", None) is not None
     if form is not LossForm.MEAN and (
@@ -45,24 +64,44 @@ def check_loss(
             f"{describe_value(values[0])}. Leave the gradient out (autodiff), or return the mean."
         )
     if form is not LossForm.WEIGHTED:  # whose gradient is that of a sum over weighted examples
-        grad = _abstract(objective.grad, w, batch, f"the gradient of {name}")
+        grad = _trace(objective.grad, w, batch, f"the gradient of {name}")[1]
         if getattr(grad, "shape", None) != w.shape:
             raise DataError(
                 f"the gradient of {name} must have shape {w.shape}; got "
                 f"{getattr(grad, 'shape', grad)}."
             )
-    return form
+    most, least = (_computed_bytes(jaxpr.jaxpr) for jaxpr, _ in traced)
+    # what grows with the batch; of one example alone nothing can be told apart, so all counts
+    grown = (most - least) / (sizes[0] - sizes[1]) if sizes[0] > sizes[1] else most
+    return Signature(form, max(grown, 0.0))
 
 
-def _abstract(
+def _trace(
     function: Callable[..., Any], w: Float[Array, " dim"], batch: Batch, name: str
-) -> Any:
-    """Return the shapes that a person's function returns.
+) -> tuple[Any, Any]:
+    """Trace a person's function; return its jaxpr and the shapes that it returns.
 
     Whatever it raises gets a note and passes.
     """
     with ErrorNote(f"fastvi: raised by {name} on a batch of shapes {_shapes(batch)}."):
-        return jax.eval_shape(function, w, batch)
+        return jax.make_jaxpr(function, return_shape=True)(w, batch)
+
+
+def _computed_bytes(jaxpr: Any) -> float:
+    """Count the bytes of all that a program computes, loops as often as they run."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        inner = [getattr(sub, "jaxpr", sub) for sub in jaxprs_in_params(equation.params)]
+        if inner:
+            repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+            total += repeats * max(map(_computed_bytes, inner))
+        else:
+            total += sum(_bytes(variable.aval) for variable in equation.outvars)
+    return total
+
+
+def _bytes(value: Any) -> float:
+    return math.prod(value.shape) * getattr(value.dtype, "itemsize", 4)
 
 
 def _shapes(batch: Batch) -> str:

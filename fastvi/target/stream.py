@@ -1,9 +1,10 @@
-"""Data that do not fit into memory.
+"""Data that do not fit into memory: batches on the host, read again and again or only once.
 
-A re-iterable of host batches, read in windows for the fit, in chunks for sums.
+Both kinds give windows of uniform draws to the fit, and pieces to whoever averages over the data.
 """
 
 import abc
+import itertools
 import math
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,13 +20,39 @@ from fastvi.target.data import AbstractData, Data, Window, default_max_batch
 from fastvi.target.inputs import as_held, kind_of, numeric, refuse_examples_in_a_list, refuse_sparse
 from fastvi.target.losses import num_examples, take_examples, weigh_batch
 
-CHUNK = 100  # steps of a fit between looks at its traces, at most; half of that at least
-WINDOW_BYTES = 128 * 2**20  # at least CHUNK minibatches, however large an example is
-STREAM_SEED = 0
+# Steps of a fit between looks at its traces, at most; half of that at least. Half of it looks, and
+# waits for the host, twice as often; twice as many stop later.
+CHUNK = 100
+# Bytes of a window of data that can be read again, at least CHUNK minibatches. Half of it takes
+# twice as many passes over the data, twice as much takes the memory.
+WINDOW_BYTES = 128 * 2**20
+STREAM_SEED = 0  # tells draws of windows from other uses of the key's words
+# Pieces that data which are read once are evaluated on: the spread over them is the error of a
+# sample of the data. Half as many leave it uncertain by a quarter, twice as many by an eighth.
+SAMPLE_PIECES = 16
 
 
 class AbstractStream(abc.ABC):
-    """Data that do not fit into memory."""
+    """Data that do not fit into memory.
+
+    Attributes:
+        num_data: The number of examples that L_n is averaged over.
+        max_batch: The most examples of one forward-backward pass.
+        mean_weight: Of an example, of a weighted loss: windows and pieces then carry it.
+        weight_error: Relative error of `mean_weight`, where it was found on a sample.
+        is_sample: Whether the pieces are a sample of the data, and not all of them.
+        fits: Whether a window holds all data.
+    """
+
+    num_data: int
+    max_batch: int
+    mean_weight: float | None = None
+    weight_error: float = 0.0
+    is_sample: bool = False
+    fits: bool
+
+    def __init__(self, batches: Iterable[Any], dtype: Any):
+        self._batches, self._dtype = batches, np.dtype(dtype)
 
     @abc.abstractmethod
     def window(self, step: int) -> AbstractData:
@@ -33,11 +60,55 @@ class AbstractStream(abc.ABC):
 
     @abc.abstractmethod
     def pieces(self) -> Iterator[AbstractData]:
-        """Yield all data in pieces that are on the device."""
+        """Yield all data, or a sample of them, in pieces that are on the device."""
+
+    def known_pieces(self) -> Iterator[AbstractData]:
+        """Yield pieces to learn from before the fit begins."""
+        return self.pieces()
+
+    def _piece(self, batch: Batch) -> Data:
+        return Data(self._held(batch), self.max_batch)
+
+    def _held(self, batch: Batch) -> Batch:
+        """Move a batch to the device, with the mean weight where the loss is weighted."""
+        held = jax.tree_util.tree_map(jnp.asarray, batch)
+        if self.mean_weight is None:
+            return held
+        return weigh_batch(held, self.mean_weight, self._dtype)
+
+    def _checked(self, batches: Iterable[Any]) -> Iterator[Batch]:
+        """Cast batches of one kind; refuse what is none."""
+        count, first = 0, None
+        for given in batches:
+            refuse_sparse(given)
+            batch = jax.tree_util.tree_map_with_path(self._cast, given)
+            leaves = jax.tree_util.tree_leaves(batch)
+            lengths = {leaf.shape[:1] for leaf in leaves}
+            if len(lengths) != 1 or lengths == {()}:
+                raise DataError(self._uneven(batch, count))
+            refuse_examples_in_a_list(batch)
+            first = batch if first is None else first
+            if _kind(batch) != _kind(first):
+                raise DataError(
+                    f"batches differ: {_kind(first)} first, {_kind(batch)} after {count} examples."
+                )
+            count += num_examples(batch)
+            yield batch
+
+    def _uneven(self, batch: Batch, count: int) -> str:
+        return (
+            "all arrays of a batch need the same leading axis (examples); after "
+            f"{count} examples {kind_of(self._batches)} gave {_kind(batch, 0)}. Make it give "
+            "batches of arrays."
+        )
+
+    def _cast(self, path: Any, leaf: Any) -> np.ndarray:
+        name = "batch" + jax.tree_util.keystr(path)
+        return np.asarray(as_held(numeric(leaf, name), name, self._dtype))
 
 
 class HostStream(AbstractStream):
-    """A re-iterable of host batches, each a pytree of arrays with a common leading axis of examples.
+    """A re-iterable of host batches: pytrees of arrays with a common leading axis of examples.
 
     A window holds uniform draws with replacement from all examples, whatever their order, as many
     as the steps use up before the next: their minibatches have the noise of minibatches from the
@@ -45,13 +116,8 @@ class HostStream(AbstractStream):
     order, is refused.
 
     Attributes:
-        num_data: Number of examples.
         num_rows: Examples of a window.
-        mean_weight: Mean weight of an example, of a weighted loss: windows and chunks then carry
-            it.
     """
-
-    mean_weight: float | None = None
 
     def __init__(
         self,
@@ -61,23 +127,19 @@ class HostStream(AbstractStream):
         batch_size: int,
         most_bytes: int | None = None,
     ):
-        if isinstance(batches, Iterator):
-            raise DataError(
-                f"data is a {type(batches).__name__}, which can be read only once; pass an object "
-                "whose __iter__ "
-                "begins anew each time, such as a torch DataLoader or a class of your own."
-            )
-        self._batches, self._dtype = batches, np.dtype(dtype)
+        super().__init__(batches, dtype)
         self._seed = [int(word) for word in np.ravel(np.asarray(jax.random.key_data(seed)))]
         self.num_data, self._fingerprint, self._example = self._survey()
-        bytes_each = sum(
-            math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in self._leaves(self._example)
-        )
         self.max_batch = default_max_batch(self._example)
+        bytes_each = sum(
+            math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
+            for leaf in jax.tree_util.tree_leaves(self._example)
+        )
         most_bytes = WINDOW_BYTES if most_bytes is None else most_bytes
         self._steps = CHUNK * max(1, most_bytes // max(bytes_each, 1) // (batch_size * CHUNK))
         self.num_rows = min(self.num_data, self._steps * batch_size)
-        self._held: tuple[int, Batch] | None = None
+        self.fits = self.num_rows == self.num_data
+        self._window: tuple[int, Batch] | None = None
 
     def window(self, step: int) -> AbstractData:
         """Return `num_rows` uniform draws from the data, other ones once they are used up.
@@ -85,82 +147,45 @@ class HostStream(AbstractStream):
         All data if they fit.
         """
         number = step // self._steps
-        if self._held is None or self._held[0] != number:
-            self._held = None  # lets the old window go before the new one is made
-            self._held = number, self._draw(number)
-        examples = self._weighed(self._held[1])
-        if self.num_rows == self.num_data:
+        if self._window is None or self._window[0] != number:
+            self._window = None  # lets the old window go before the new one is made
+            self._window = number, jax.tree_util.tree_map(jnp.asarray, self._draw(number))
+        examples = self._held(self._window[1])
+        if self.fits:
             return Data(examples, self.max_batch)
         return Window(examples, self.max_batch, self.num_data)
 
-    def _weighed(self, batch: Batch) -> Batch:
-        if self.mean_weight is None:
-            return batch
-        return weigh_batch(batch, self.mean_weight, self._dtype)
-
     def _draw(self, number: int) -> Batch:
-        if self.num_rows == self.num_data:
+        if self.fits:
             wanted = np.arange(self.num_data)
         else:
             seed = [STREAM_SEED, *self._seed, number]
             wanted = np.random.default_rng(seed).integers(self.num_data, size=self.num_rows)
         order = np.argsort(wanted, kind="stable")
-        ordered = wanted[order]
+        ordered, seen = wanted[order], 0
         rows = jax.tree_util.tree_map(
             lambda leaf: np.empty((self.num_rows, *leaf.shape[1:]), leaf.dtype), self._example
         )
-        seen = 0
+        targets = jax.tree_util.tree_leaves(rows)
         for batch in self._read():
-            size = self._leaves(batch)[0].shape[0]
+            size = num_examples(batch)
             first, last = np.searchsorted(ordered, (seen, seen + size))
-            for target, source in zip(self._leaves(rows), self._leaves(batch), strict=True):
+            for target, source in zip(targets, jax.tree_util.tree_leaves(batch), strict=True):
                 target[order[first:last]] = source[ordered[first:last] - seen]
             seen += size
-        return jax.tree_util.tree_map(jnp.asarray, rows)
+        return rows
 
     def pieces(self) -> Iterator[AbstractData]:
-        """Yield all data in pieces of `max_batch` examples and a rest."""
-        size, waiting, count = self.max_batch, [], 0
-        for batch in self._read():
-            waiting.append(batch)
-            count += num_examples(batch)
-            while count >= size:
-                whole = _concatenate(waiting)
-                yield self._piece(take_examples(whole, slice(size)))
-                waiting, count = [take_examples(whole, slice(size, None))], count - size
-        if count:
-            yield self._piece(_concatenate(waiting))
-
-    def _piece(self, batch: Batch) -> Data:
-        held = jax.tree_util.tree_map(jnp.asarray, batch)
-        return Data(self._weighed(held), self.max_batch)
+        """Yield all data in pieces of one size, some `PASS_BYTES`, and a rest."""
+        return map(self._piece, _regrouped(self._read(), default_max_batch(self._example)))
 
     def _survey(self) -> tuple[int, int, Batch]:
-        """Read all data once.
-
-        Count, check and sum them up, and return one empty batch of their kind.
-        """
+        """Read all data once: count, check and sum them up, and keep an empty batch of theirs."""
         count, fingerprint, example = 0, 0, None
-        for batch in self._cast_batches():
-            leaves = self._leaves(batch)
-            if not leaves or any(
-                leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves
-            ):
-                raise DataError(
-                    "all arrays of a batch need the same leading axis (examples); after "
-                    f"{count} examples {kind_of(self._batches)} gave {_kind(batch, 0)}. Make it "
-                    "give batches of arrays."
-                )
-            refuse_examples_in_a_list(batch)
-            empty = take_examples(batch, slice(0))
-            example = empty if example is None else example
-            if _kind(empty) != _kind(example):
-                raise DataError(
-                    f"batches differ: {_kind(example)} first, {_kind(empty)} after {count} "
-                    "examples."
-                )
-            count += leaves[0].shape[0]
-            fingerprint += _fingerprint(leaves)
+        for batch in self._checked(self._batches):
+            example = take_examples(batch, slice(0)) if example is None else example
+            count += num_examples(batch)
+            fingerprint += _fingerprint(batch)
         if count == 0:
             raise DataError("data has no examples: the iterable of batches was empty.")
         return count, fingerprint, example
@@ -168,10 +193,9 @@ class HostStream(AbstractStream):
     def _read(self) -> Iterator[Batch]:
         """Read all data once more; refuse what differs from the first time."""
         count, fingerprint = 0, 0
-        for batch in self._cast_batches():
-            leaves = self._leaves(batch)
-            count += leaves[0].shape[0]
-            fingerprint += _fingerprint(leaves)
+        for batch in self._checked(self._batches):
+            count += num_examples(batch)
+            fingerprint += _fingerprint(batch)
             yield batch
         if count != self.num_data:
             raise DataError(
@@ -185,31 +209,96 @@ class HostStream(AbstractStream):
                 "may change."
             )
 
-    def _cast_batches(self) -> Iterator[Batch]:
-        for batch in self._batches:
-            refuse_sparse(batch)
-            yield jax.tree_util.tree_map_with_path(self._cast, batch)
 
-    def _cast(self, path: Any, leaf: Any) -> np.ndarray:
-        name = "batch" + jax.tree_util.keystr(path)
-        return np.asarray(as_held(numeric(leaf, name), name, self._dtype))
+class OnePassStream(AbstractStream):
+    """An iterator of host batches, each read once, whose order says nothing of the examples.
 
-    @staticmethod
-    def _leaves(tree: Batch) -> list[np.ndarray]:
-        return jax.tree_util.tree_leaves(tree)
+    A window holds the next examples, as many as the steps use up. The pieces hold as many again, a
+    sample of the data. An iterator that ends within the first window is held as it is.
+    """
+
+    def __init__(self, batches: Iterator[Any], dtype: Any, batch_size: int):
+        super().__init__(batches, dtype)
+        size = -(-CHUNK * batch_size // SAMPLE_PIECES)
+        self._parts = _regrouped(self._checked(batches), size)
+        first = list(itertools.islice(self._parts, SAMPLE_PIECES))
+        if not first:
+            raise DataError("data has no examples: the iterator of batches was empty.")
+        self._step, self._window = 0, _concatenate(first)
+        self.num_data = self._cursor = num_examples(self._window)
+        self.is_sample = self.num_data == SAMPLE_PIECES * size
+        self.fits = not self.is_sample
+        self.max_batch = default_max_batch(self._window)
+
+    def next(self, cursor: int) -> tuple[Batch, int]:
+        """Return the examples after the first `cursor` ones, and the cursor behind them.
+
+        Raises:
+            DataError: If they have been read before, or there are no more.
+        """
+        if cursor != self._cursor:
+            raise DataError(
+                f"data is a {kind_of(self._batches)}, which can be read only once. Pass an object "
+                "whose __iter__ begins anew each time, such as a torch DataLoader."
+            )
+        batch = next(self._parts, None)
+        if batch is None:
+            raise DataError(
+                f"the iterator of batches ended after {cursor} examples, and more are wanted. Take "
+                "fewer steps or a smaller batch_size, or pass data that can be read again."
+            )
+        self._cursor += num_examples(batch)
+        return batch, self._cursor
+
+    def window(self, step: int) -> AbstractData:
+        """Return examples for the steps from `step` on, which may not go back."""
+        if step != self._step:
+            if step < self._step:
+                self.next(0)  # which says that they are gone
+            self._window = _concatenate([self.next(self._cursor)[0] for _ in range(SAMPLE_PIECES)])
+            self._step = step
+        examples = self._held(self._window)
+        if self.fits:
+            return Data(examples, self.max_batch)
+        return Window(examples, self.max_batch, self.num_data, is_sample=True)
+
+    def pieces(self) -> Iterator[AbstractData]:
+        """Yield the next examples, as many as a window has."""
+        return (self._piece(self.next(self._cursor)[0]) for _ in range(SAMPLE_PIECES))
+
+    def known_pieces(self) -> Iterator[AbstractData]:
+        """Yield the window in pieces: nothing is read."""
+        size = -(-num_examples(self._window) // SAMPLE_PIECES)
+        return map(self._piece, _regrouped([self._window], size))
 
 
-def uncorrected(method: str | None) -> str:
-    """Return the method of an estimate from a stream: "variational" unless reweighting was asked for.
+def open_stream(batches: Any, dtype: Any, seed: Any, batch_size: int) -> AbstractStream:
+    """Return an iterator as data that are read once, another iterable as ones to read anew."""
+    if isinstance(batches, Iterator):
+        return OnePassStream(batches, dtype, batch_size)
+    return HostStream(batches, dtype, seed, batch_size)
+
+
+def uncorrected(method: str | None, is_sample: bool) -> str:
+    """Return the method of an estimate from a stream: "variational" where none was asked for.
+
+    Args:
+        method: The method that was asked for.
+        is_sample: Whether the data are read once, so that L_n is known on a sample alone.
 
     Raises:
         UnavailableError: If it is one that needs the gradient on all data, or much of it, at every
-            step.
+            step, or L_n itself where only a sample of it is known.
     """
     if method in ("auto", "sample"):
         raise UnavailableError(
             f"method={method!r} needs the data in memory, and they are streamed. Use "
             '"reweight" or "variational".'
+        )
+    if method == "reweight" and is_sample:
+        raise UnavailableError(
+            'method="reweight" needs L_n on all data at each draw, and an iterator gives a sample. '
+            'Use "variational", or data that can be read again.'
         )
     return method or "variational"
 
@@ -218,13 +307,27 @@ def _kind(batch: Batch, axes: int = 1) -> str:
     return str(jax.tree_util.tree_map(lambda leaf: f"{leaf.dtype}{list(leaf.shape[axes:])}", batch))
 
 
-def _fingerprint(leaves: list[np.ndarray]) -> int:
+def _fingerprint(batch: Batch) -> int:
     """Sum a checksum of each example, which no other order or division into batches changes."""
     rows = [
         np.ascontiguousarray(leaf).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
-        for leaf in leaves
+        for leaf in jax.tree_util.tree_leaves(batch)
     ]
     return sum(map(zlib.crc32, np.concatenate([part.view(np.uint8) for part in rows], axis=1)))
+
+
+def _regrouped(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
+    """Yield the same examples in batches of one size and a rest."""
+    waiting, count = [], 0
+    for batch in batches:
+        waiting.append(batch)
+        count += num_examples(batch)
+        while count >= size:
+            whole = _concatenate(waiting)
+            yield take_examples(whole, slice(size))
+            waiting, count = [take_examples(whole, slice(size, None))], count - size
+    if count:
+        yield _concatenate(waiting)
 
 
 def _concatenate(batches: list[Batch]) -> Batch:

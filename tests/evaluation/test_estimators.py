@@ -8,6 +8,7 @@ import pytest
 from fastvi.evaluation.control_variate import hessian_columns, regress
 from fastvi.evaluation.llc import (
     EVALUATION_BLOCK,
+    error_over_pieces,
     evaluate,
     evaluation_draws,
     full_losses_at,
@@ -396,3 +397,10 @@ def test_a_given_full_loss_is_paired():
     given, w = full_losses_at(lambda w: 10 * jnp.sum(w**2), center, v), center + v[0]
     np.testing.assert_allclose(given.excess, [10 * (w @ w - center @ center)], rtol=1e-12)
     np.testing.assert_allclose(given.reference, 10 * center @ center, rtol=1e-12)
+
+
+def test_the_error_over_pieces_is_that_of_their_means():
+    pieces = np.random.default_rng(2).normal(size=16)
+    running = np.cumsum(pieces) / np.arange(1, 17)
+    expected = np.std(pieces, ddof=1) / 4
+    assert error_over_pieces(running.tolist()) == pytest.approx(expected, rel=1e-12)

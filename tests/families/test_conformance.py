@@ -222,7 +222,7 @@ def test_widening_scales_the_start_about_the_center(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_what_a_loop_asks_of_a_family(name):
-    """Annealing sets the bonus, pruning all but one component leaves it all weight, traces agree."""
+    """Annealing sets the bonus, the component that pruning leaves has all weight, traces agree."""
     family, params = member(name)
     warm = family.annealed(jnp.asarray(1.5), jnp.asarray(0.75))
     np.testing.assert_allclose(warm.entropy_weight, 1.75)

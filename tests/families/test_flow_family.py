@@ -1,4 +1,7 @@
-"""The flow family's laws against autodiff of its sampling map, dense linear algebra, quadrature and many draws."""
+"""The flow family's laws.
+
+Against autodiff of its sampling map, dense linear algebra, quadrature and many draws.
+"""
 
 import dataclasses
 
@@ -148,7 +151,7 @@ def _step(family, params, updates, length):
 
 
 def _sigma_moves(family):
-    return family.learn_sigma and family.lift.num_beyond > 0
+    return family.learn_sigma and family.lift.complement_dim > 0
 
 
 @pytest.fixture(scope="module")

@@ -44,18 +44,21 @@ def quadratic(hessian, minimum):
 # The spectrum.
 
 
-def never(values, size):
+def never(values, size, images):
     return jnp.asarray(False)
 
 
 def krylov(matrix, max_size, exhausted=never):
     def spectrum(matrix):
-        key = jax.random.key(1)
-        return block_krylov(
-            lambda block: block @ matrix, key, len(matrix), max_size, exhausted, jnp.float64
+        probes = jnp.arange(BLOCK * len(matrix), dtype=jnp.float64).reshape(BLOCK, -1)
+        found, images = block_krylov(
+            lambda block: block @ matrix, jax.random.key(1), probes, max_size, exhausted
         )
+        return found, images - probes @ matrix
 
-    return quick_jit(spectrum)(matrix)
+    found, difference = quick_jit(spectrum)(matrix)
+    np.testing.assert_allclose(difference, 0.0, atol=1e-9)  # the probes' images are theirs
+    return found
 
 
 def test_dense_spectrum_is_eigh():
@@ -111,7 +114,11 @@ def test_krylov_survives_coordinates_of_exact_zeros():
 
 def test_krylov_stops_when_told():
     matrix, _ = symmetric([*np.linspace(100, 50, 4), *np.full(76, -3.0)])
-    seen = krylov(matrix, 5 * BLOCK, lambda values, size: jnp.sum(values > 10) <= size - 2 * BLOCK)
+
+    def exhausted(values, size, images):
+        return jnp.sum(values > 10) <= size - 2 * BLOCK
+
+    seen = krylov(matrix, 5 * BLOCK, exhausted)
     assert seen.size == 3 * BLOCK
     np.testing.assert_allclose(seen.values[:4], np.linspace(100, 50, 4), rtol=1e-9)
     # negative Ritz values are values, not padding

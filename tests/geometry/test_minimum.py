@@ -52,7 +52,7 @@ def problem(seed, count, loss):
 
 
 def decrement_program(loss):
-    """The subset has one shape, so that its program, the larger one, is the same for all sizes of the data."""
+    """The subset has one shape: its program, the larger one, serves data of all sizes."""
     objective = make_flat_objective(loss)
 
     @jax.jit

@@ -1,4 +1,7 @@
-"""Each adapter gives the loss of the same network written by hand on a raw pytree, and an llc within its error."""
+"""Each adapter gives the loss of the same network written by hand on a raw pytree.
+
+Its llc is within the error.
+"""
 
 import functools
 import sys

@@ -444,11 +444,11 @@ def test_a_run_folders_code_runs_only_where_it_is_trusted(place, estimated):
         ("broken_getattr:f", "failed: ValueError: f (broken_getattr.py:2 in __getattr__)"),
         (
             "folder_model:leaves",
-            "failed: SystemExit: it called sys.exit(0) (folder_model.py:16 in leaves)",
+            "failed: SystemExit: it called sys.exit(0) (folder_model.py:17 in leaves)",
         ),
         (
             "folder_model:deep",
-            "LookupError: no weights (folder_model.py:24 in leaves_below < folder_model.py:20 in "
+            "LookupError: no weights (folder_model.py:25 in leaves_below < folder_model.py:21 in "
             "deep)",
         ),
         ("folder_model:loss_leaves", "the model called sys.exit(0) before there was an estimate"),

@@ -17,10 +17,14 @@ import scipy.stats
 import fastvi
 from fastvi.api.plan import with_draws
 from fastvi.evaluation.importance import fit_pareto, pareto_smooth
-from fastvi.families.base import LinearMap
+from fastvi.families.moments import LinearMap
+from fastvi.sampling import run
 from fastvi.sampling.averages import analyse, burn_in, drift, split_rhat, standard_error
+from fastvi.sampling.programs import sampler_programs
 from fastvi.sampling.run import unmet_by
-from fastvi.sampling.walkers import parameter_blocks, resample, virial_columns, walk_programs
+from fastvi.sampling.settings import SamplerSettings
+from fastvi.sampling.virial import parameter_blocks, virial_columns
+from fastvi.sampling.walkers import resample
 from tests.support.mixtures import MEANS, dense, make
 
 COUNT = 1000
@@ -65,21 +69,20 @@ def test_virial_columns_have_mean_zero_under_the_posterior():
         jnp.asarray(mean), jnp.asarray(rng.uniform(0.5, 2, 5)), jnp.asarray(basis), jnp.eye(2) * 0.3
     )
 
-    def columns(v):
-        gradient = precision @ (v - mean)
-        return virial_columns((2, 3))(
-            linear_map, v, gradient, linear_map.round(v), linear_map.pull_back(gradient)
-        )
-
-    values = np.asarray(jax.vmap(columns)(jnp.asarray(draws)))
+    v = jnp.asarray(draws)
+    gradient = (v - mean) @ precision
+    values = np.asarray(virial_columns((2, 3))(linear_map, linear_map.round(v), v, gradient))
+    x, pulled = linear_map.round(v), linear_map.pull_back(gradient)
+    core = 2 - jnp.sum((x @ basis.T) * (pulled @ basis.T), axis=-1)
+    np.testing.assert_allclose(values[:, 2], core, rtol=1e-9)
     assert values.shape[1] == 4
     assert np.all(np.abs(values.mean(0)) < 4 * values.std(0) / 200)
     assert np.all(values.std(0) > 0.1)
 
 
 def test_parameter_blocks_merge_neighbours():
-    assert parameter_blocks((5, 3)) == (5, 3)
-    merged = parameter_blocks(tuple(range(1, 31)))
+    assert parameter_blocks((5, 3), 12) == (5, 3)
+    merged = parameter_blocks(tuple(range(1, 31)), 12)
     assert len(merged) == 12
     assert sum(merged) == sum(range(1, 31))
 
@@ -242,13 +245,13 @@ def test_walkers_go_on_from_where_they_are(quartic):
 def test_only_walkers_that_go_on_count_as_agreed(quartic, monkeypatch, error, go_on):
     """A larger error takes fewer walkers, which start at q again."""
     module, seen = sys.modules["fastvi.api.resample"], []
+    original = module.sample_posterior
 
-    class Spy(module.Sampler):
-        def __init__(self, *args, has_moved_in, **options):
-            seen.append(has_moved_in)
-            super().__init__(*args, has_moved_in=has_moved_in, **options)
+    def spy(setup, walkers):
+        seen.append(setup.agreed_before)
+        return original(setup, walkers)
 
-    monkeypatch.setattr(module, "Sampler", Spy)
+    monkeypatch.setattr(module, "sample_posterior", spy)
     assert quartic.correction.settled
     fastvi.correct(quartic, "sample", progress=False, error=error)
     assert seen == [go_on]
@@ -266,20 +269,18 @@ def test_walkers_move_to_another_posterior():
     )
     options |= {"method": "variational", "num_chains": 1, "steps": 200, "early_stop": False}
     second = fastvi.estimate_llc(lambda w, batch: w @ w, jnp.full(40, 0.3), no_data(), **options)
-    moved = second.fitted._replace(walked=first.fitted.walked)
-    programs = walk_programs(moved.objective, moved.problem, (40,))
-    walk = programs.move(
-        moved.fit.family,
-        moved.problem,
-        moved.fit.params,
-        moved.walked.walk,
-        moved.walked.center,
+    before, fitted = first.fitted.previous, second.fitted
+    programs = sampler_programs(fitted.objective, fitted.problem, SamplerSettings())
+    walkers = programs.move(
+        fitted.fit.family,
+        fitted.problem,
+        fitted.fit.params,
+        before.walkers,
+        before.center,
         jnp.int32(1),
     )
-    old = jax.vmap(first.fitted.walked.walk.linear_map.displacement)(
-        first.fitted.walked.walk.walkers.x
-    )
-    new = jax.vmap(walk.linear_map.displacement)(walk.walkers.x) + 0.3
+    old = before.walkers.linear_map.displacement(before.walkers.position)
+    new = walkers.linear_map.displacement(walkers.position) + 0.3
     np.testing.assert_allclose(new, old, rtol=0, atol=1e-12)
 
 
@@ -324,14 +325,13 @@ def test_no_run_exceeds_its_budget(noisy, budget):
 
 
 def test_walkers_that_meet_nan_are_told(noisy, monkeypatch):
-    module = sys.modules["fastvi.api.resample"]
+    original = run.advance
 
-    class Broken(module.Sampler):
-        def advance(self):
-            record = super().advance()
-            return record._replace(virial=np.full_like(record.virial, np.nan))
+    def broken(setup, state):
+        state, record = original(setup, state)
+        return state, record._replace(virial=np.full_like(record.virial, np.nan))
 
-    monkeypatch.setattr(module, "Sampler", Broken)
+    monkeypatch.setattr(run, "advance", broken)
     options = {"progress": False, "budget": 300 * noisy.n_data, "error": 0.002}
     with pytest.raises(fastvi.NonFiniteError, match="in the correction"):
         fastvi.correct(noisy, "sample", **options)
@@ -343,20 +343,22 @@ def test_walkers_that_meet_nan_are_told(noisy, monkeypatch):
 def test_each_criterion_is_named_with_its_bound():
     rng = np.random.default_rng(0)
     settled = analyse(5 + 0.01 * rng.normal(size=(8, 40)), rng.normal(size=(8, 40, 1)))
-    assert unmet_by(settled, 0.02, 1.0, 40) == ()
-    assert [unmet.criterion for unmet in unmet_by(settled, 1e-5, 1.0, 4)] == [
+    settings = SamplerSettings()
+    assert unmet_by(settled, 0.02, 1.0, 40, settings) == ()
+    assert [unmet.criterion for unmet in unmet_by(settled, 1e-5, 1.0, 4, settings)] == [
         "relative error",
         "steps",
     ]
     apart = dataclasses.replace(settled, rhat=1.3, rhat_radius=1.15, drift_z=-4.0)
     found = {
-        unmet.criterion: (unmet.value, unmet.bound) for unmet in unmet_by(apart, 0.02, 1.0, 40)
+        unmet.criterion: (unmet.value, unmet.bound)
+        for unmet in unmet_by(apart, 0.02, 1.0, 40, settings)
     }
     assert found == {
         "R-hat of llc": (1.3, pytest.approx(1.1)),
         "drift in standard errors": (4.0, 2.5),
     }
-    assert [unmet.criterion for unmet in unmet_by(apart, 0.02, 4.0, 40)] == [
+    assert [unmet.criterion for unmet in unmet_by(apart, 0.02, 4.0, 40, settings)] == [
         "drift in standard errors"
     ]
 

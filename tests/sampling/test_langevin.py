@@ -9,23 +9,19 @@ from conftest import quick_jit
 import fastvi
 from fastvi.api.arguments import make_problem
 from fastvi.config import VIConfig
-from fastvi.families.base import LinearMap
-from fastvi.sampling.dynamics import (
-    HOLD,
-    Walker,
-    heat,
-    make_potential,
-    refresh,
-    run_steps,
-    start_tuning,
-)
+from fastvi.families.moments import LinearMap
 from fastvi.sampling.gradients import (
-    anchored_value_and_grad,
+    Blocks,
     block_counts,
+    estimate_value_and_grad,
     gradient_noise,
     make_anchor,
     split_data,
 )
+from fastvi.sampling.programs import Span, blank_evaluation, make_evaluate, run_steps
+from fastvi.sampling.settings import SamplerSettings
+from fastvi.sampling.tuning import HOLD, first_step_size, noise_bias
+from fastvi.sampling.walkers import Walkers
 from fastvi.target.data import hold
 from fastvi.target.ravel import ravel_loss
 
@@ -45,6 +41,10 @@ def regression(noise):
     )
     problem = make_problem(center, hold(data), NBETA, GAMMA, VIConfig(batch_size=32), "nbeta")
     return objective, problem, X, X.T @ X / COUNT
+
+
+def one_column(linear_map, position, displacement, gradient):
+    return jnp.sum(displacement * gradient, axis=-1, keepdims=True)
 
 
 def identity_map():
@@ -71,47 +71,43 @@ def dynamics(
 ):
     """Return the mean over the later half of the rounds of llc, of |v|^2, and the step size."""
     reference = objective.loss(problem.posterior.center, problem.data.examples)
-    index = jnp.asarray(split_data(COUNT, num_blocks))
-    evaluate = make_potential(objective, problem, linear_map, reference)
+    blocks = split_data(COUNT, num_blocks)
     keys = jax.random.split(jax.random.key(1), walkers)
     x, momentum = jax.random.normal(jax.random.key(2), (2, walkers, DIM))
-    blank = jnp.zeros(walkers)
+    step_size = first_step_size(DIM, jnp.float32)
+    state = Walkers(linear_map, x, momentum, jnp.zeros(walkers), step_size, keys)
+    here = blank_evaluation(state, 1)
+    anchor = None
+    if num_blocks > 1:
+        anchor = quick_jit(
+            lambda: make_anchor(objective, problem, linear_map.center, reference, blocks)
+        )()
 
     @quick_jit
-    def begin():
-        anchor = make_anchor(objective, problem, linear_map.center, reference, index)
-        walker = Walker(x, momentum, jnp.zeros_like(x), blank, blank)
-        return anchor, refresh(evaluate, anchor, walker, keys, jnp.int32(0))
-
-    anchor, state = begin()
-
-    @quick_jit
-    def one_round(state, tuning, first):
+    def one_round(anchor, state, here, start, first):
         return run_steps(
-            evaluate,
-            linear_map,
-            anchor,
+            make_evaluate(objective, problem, linear_map, anchor, reference, one_column),
             state,
-            tuning,
-            keys,
-            first,
-            lambda v, gradient, x, pulled: jnp.stack([v @ gradient]),
+            here,
+            Span(first, start, jnp.int32(64)),
+            num_blocks=blocks.rows.shape[0],
             friction_time=jnp.float32(friction_time),
             energy_error=jnp.float32(energy_error),
             bins=4,
             bin_length=16,
         )
 
-    tuning, records = start_tuning(DIM, jnp.float32), []
+    records = []
     for number in range(rounds):
-        state, tuning, record = one_round(state, tuning, jnp.int32(64 * number))
+        start = jnp.int32(0 if number else -1)
+        state, here, record = one_round(anchor, state, here, start, jnp.int32(64 * number))
         records.append(jax.device_get(record))
     later = records[rounds // 2 :]
     return (
         np.mean([problem.posterior.learning_coefficient(jnp.asarray(r.llc)).mean() for r in later]),
         np.mean([r.radius2.mean() for r in later]),
         np.mean([r.energy_error.mean() for r in later]),
-        float(tuning.step),
+        float(state.step_size.step),
     )
 
 
@@ -150,37 +146,48 @@ def test_noise_heats_as_foretold():
 
     objective, center = ravel_loss(loss, jnp.zeros(DIM), jnp.float32)
     problem = make_problem(center, hold((signs,)), 4.0, 1.0, VIConfig(batch_size=32), "nbeta")
-    index = jnp.asarray(split_data(COUNT, 8))
+    blocks = split_data(COUNT, 8)
     reference = objective.loss(center, problem.data.examples)
-    anchor = make_anchor(objective, problem, jnp.zeros(DIM), reference, index)
+    anchor = make_anchor(objective, problem, jnp.zeros(DIM), reference, blocks)
     scale = 1 / np.sqrt(5.0)
     linear_map = round_map(np.full(DIM, 1 / 5.0))
     points = scale * jax.random.normal(jax.random.key(0), (400, DIM))
-    ratio = (index.shape[0] - 1) / index.shape[
-        0
-    ]  # a block drawn among few has less variance than the estimate of it
-    noise = ratio * float(gradient_noise(objective, problem, anchor, points, linear_map.pull_back))
+    # a block drawn among few has less variance than the estimate of it
+    ratio = (blocks.rows.shape[0] - 1) / blocks.rows.shape[0]
+    noise = ratio * mean_noise(objective, problem, anchor, points, linear_map, blocks)
     cold = dynamics(objective, problem, linear_map, 1, rounds=60, energy_error=0.01)
     hot = dynamics(objective, problem, linear_map, 8, rounds=60, energy_error=0.01)
-    heated = 0.5 * 5.0 * (hot[1] - cold[1])
+    bias = 0.5 * 5.0 * (hot[1] - cold[1])
     assert HOLD == 2
-    assert heat(noise, hot[3], 2.0) > 0.05
-    assert heated == pytest.approx(heat(noise, hot[3], 2.0), rel=0.25)
+    assert noise_bias(noise, hot[3], 2.0) > 0.05
+    assert bias == pytest.approx(noise_bias(noise, hot[3], 2.0), rel=0.25)
+
+
+def mean_noise(objective, problem, anchor, points, linear_map, blocks):
+    """Average the noise of gradients on the blocks over points in model coordinates."""
+
+    @quick_jit
+    def noise(point):
+        at_point = make_anchor(objective, problem, point, 0.0, blocks).block_gradient
+        nbeta = problem.posterior.nbeta
+        return gradient_noise(linear_map, nbeta, anchor.block_gradient, at_point)
+
+    return float(np.mean([noise(point) for point in points]))
 
 
 def test_anchored_gradients_are_unbiased_and_belong_to_their_potential():
     objective, problem, _, _ = regression(noise=0.5)
-    index = jnp.asarray(split_data(COUNT, 8))
-    assert sorted(np.asarray(index).ravel().tolist()) == list(range(COUNT))
+    blocks = split_data(COUNT, 8)
+    assert sorted(np.asarray(blocks.rows).ravel().tolist()) == list(range(COUNT))
     reference = objective.loss(problem.posterior.center, problem.data.examples)
     v, at = jnp.asarray([0.3, -0.2, 0.1, 0.7]), jnp.full(DIM, 0.1)
-    anchor = make_anchor(objective, problem, at, reference, index)
+    anchor = make_anchor(objective, problem, at, reference, blocks)
 
     def on_block(v, block):
-        return anchored_value_and_grad(objective, problem, anchor, reference, v, block)
+        return estimate_value_and_grad(objective, problem, anchor, reference, v, block)
 
-    blocks = jnp.arange(8)
-    excess, gradient, _ = quick_jit(jax.vmap(on_block, in_axes=(None, 0)))(v, blocks)
+    all_blocks = jnp.arange(8)
+    excess, gradient, _ = quick_jit(jax.vmap(on_block, in_axes=(None, 0)))(v, all_blocks)
     exact = objective.value_and_grad(problem.posterior.center + v, problem.data.examples)
     assert np.mean(excess) == pytest.approx(float(exact[0] - reference), rel=1e-5)
     np.testing.assert_allclose(np.mean(gradient, axis=0), exact[1], rtol=1e-5, atol=1e-6)
@@ -191,30 +198,45 @@ def test_anchored_gradients_are_unbiased_and_belong_to_their_potential():
     np.testing.assert_allclose(at_anchor, anchor.gradient, rtol=1e-5, atol=1e-6)
 
 
+def test_the_anchor_knows_all_data_where_blocks_leave_examples_over():
+    objective, problem, _, _ = regression(noise=0.5)
+    order = np.random.default_rng(0).permutation(COUNT).astype(np.int32)
+    blocks = Blocks(order[:231].reshape(7, 33), order[231:])
+    reference = objective.loss(problem.posterior.center, problem.data.examples)
+    at = jnp.full(DIM, 0.1)
+    anchor = make_anchor(objective, problem, at, reference, blocks)
+    point = problem.posterior.center + at
+    exact = objective.value_and_grad(point, problem.data.examples)
+    assert float(anchor.excess) == pytest.approx(float(exact[0] - reference), rel=1e-4)
+    np.testing.assert_allclose(anchor.gradient, exact[1], rtol=1e-4, atol=1e-6)
+
+
 def test_noise_of_the_gradients_is_that_of_the_blocks():
     objective, problem, X, _ = regression(noise=0.5)
-    index = np.asarray(split_data(COUNT, 8))
-    reference = objective.loss(problem.posterior.center, problem.data.examples)
-    anchor = make_anchor(objective, problem, jnp.zeros(DIM), reference, jnp.asarray(index))
+    blocks = split_data(COUNT, 8)
+    anchor = make_anchor(objective, problem, jnp.zeros(DIM), 0.0, blocks)
     points = np.random.default_rng(3).normal(size=(3, DIM)).astype(np.float32)
     linear_map = round_map([0.5, 1.0, 2.0, 4.0])
-    found = gradient_noise(objective, problem, anchor, jnp.asarray(points), linear_map.pull_back)
-    hessians = np.stack([X[rows].T @ X[rows] / len(rows) for rows in index])
+    found = mean_noise(objective, problem, anchor, jnp.asarray(points), linear_map, blocks)
+    hessians = np.stack([X[rows].T @ X[rows] / len(rows) for rows in blocks.rows])
     forces = NBETA * np.einsum("bij,pj->pbi", hessians, points) * np.sqrt([0.5, 1.0, 2.0, 4.0])
-    assert float(found) == pytest.approx(
+    assert found == pytest.approx(
         np.mean(np.sum(np.var(forces, axis=1, ddof=1), axis=-1)), rel=1e-3
     )
 
 
 def test_blocks_have_one_size_and_little_is_left_over():
+    settings = SamplerSettings()
     for count in (100, 997, 1797, 4096):
-        for blocks in block_counts(count, 10):
-            index = np.asarray(split_data(count, blocks))
-            assert len(np.unique(index)) == index.size
-            assert count - index.size <= 0.02 * count
-            assert 0.7 < index.shape[0] / blocks < 1.4
-    assert block_counts(10, 5) == (1,)
-    assert block_counts(10_000, 2**27) == (1,)
+        for blocks in block_counts(count, 10, settings):
+            rows, rest = split_data(count, blocks)
+            assert sorted([*rows.ravel(), *rest]) == list(range(count))
+            assert rest.size <= 0.02 * count
+            assert 0.7 < rows.shape[0] / blocks < 1.4
+    assert block_counts(10, 5, settings) == (1,)
+    assert block_counts(10_000, 2**27, settings) == (1,)
+    assert block_counts(10_000, 5, SamplerSettings(max_blocks=8)) == (8, 4, 2, 1)
+    assert block_counts(100, 5, SamplerSettings(min_block=50)) == (2, 1)
 
 
 def test_a_change_of_block_takes_no_step_back():
@@ -231,30 +253,28 @@ def test_a_change_of_block_takes_no_step_back():
     linear_map = LinearMap(
         center, jnp.ones(dim), jnp.zeros((1, dim)).at[0, 0].set(1.0), jnp.zeros((1, 1))
     )
-    anchor = make_anchor(objective, problem, center, jnp.zeros(()), jnp.arange(32).reshape(2, 16))
-    evaluate = make_potential(objective, problem, linear_map, jnp.zeros(()))
+    blocks = Blocks(jnp.arange(32).reshape(2, 16), jnp.zeros(0, jnp.int32))
+    anchor = make_anchor(objective, problem, center, jnp.zeros(()), blocks)
     keys = jax.random.split(jax.random.key(1), walkers)
     x, momentum = jax.random.normal(jax.random.key(2), (2, walkers, dim))
-    state = Walker(x, momentum, jnp.zeros_like(x), jnp.zeros(walkers), jnp.zeros(walkers))
+    step_size = first_step_size(dim, jnp.float32)
+    state = Walkers(linear_map, x, momentum, jnp.zeros(walkers), step_size, keys)
 
     @quick_jit
-    def returned(anchor, state, keys):
+    def returned(anchor, state):
         return run_steps(
-            evaluate,
-            linear_map,
-            anchor,
-            refresh(evaluate, anchor, state, keys, jnp.int32(0)),
-            start_tuning(dim, jnp.float32),
-            keys,
-            jnp.int32(0),
-            lambda v, gradient, x, pulled: jnp.stack([v @ gradient]),
+            make_evaluate(objective, problem, linear_map, anchor, jnp.zeros(()), one_column),
+            state,
+            blank_evaluation(state, 1),
+            Span(jnp.int32(0), jnp.int32(-1), jnp.int32(16)),
+            num_blocks=2,
             friction_time=jnp.float32(2.0),
             energy_error=jnp.float32(10.0),
             bins=1,
             bin_length=16,
         )[2].returned
 
-    np.testing.assert_array_equal(returned(anchor, state, keys), 0.0)
+    np.testing.assert_array_equal(returned(anchor, state), 0.0)
 
 
 def test_walkers_far_outside_come_back():

@@ -1,14 +1,15 @@
-"""The memory of a round of walkers, from the compiler: nothing runs, and no data are made."""
+"""The programs of a run, from the compiler: nothing runs, and no data are made."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from fastvi import LocalPosterior, make_flat_objective
-from fastvi.families.base import LinearMap
-from fastvi.sampling.dynamics import Walker, start_tuning
-from fastvi.sampling.gradients import make_anchor
-from fastvi.sampling.walkers import Walk, _build
+from fastvi.families.moments import LinearMap
+from fastvi.sampling.gradients import Blocks, make_anchor, split_data
+from fastvi.sampling.programs import Span, _build, blank_evaluation
+from fastvi.sampling.tuning import first_step_size
+from fastvi.sampling.walkers import Walkers
 from fastvi.target.data import Problem, hold
 
 COUNT, INPUTS, HIDDEN, CLASSES, WALKERS = 60_000, 784, 64, 10, 8
@@ -35,12 +36,17 @@ def round_of_walkers(num_blocks):
     problem = Problem(LocalPosterior(point, number, number), data, 64)
     linear_map = LinearMap(point, point, point[None], jnp.zeros((1, 1)))
     many = jnp.zeros((WALKERS, DIM))
-    walkers = Walker(many, many, many, many[:, 0], many[:, 0])
     keys = jax.random.split(jax.random.key(0), WALKERS)
-    walk = Walk(linear_map, walkers, start_tuning(DIM, jnp.float32), keys)
-    blocks = jnp.zeros((num_blocks, COUNT // num_blocks), jnp.int32)
-    anchor = make_anchor(OBJECTIVE, problem, point, number, blocks)
-    return problem, anchor, walk, number, number, number, jnp.int32(0)
+    step_size = first_step_size(DIM, jnp.float32)
+    walkers = Walkers(linear_map, many, many, many[:, 0], step_size, keys)
+    blocks = Blocks(*map(jnp.asarray, split_data(COUNT, num_blocks)))
+    anchor = make_anchor(OBJECTIVE, problem, point, number, blocks) if num_blocks > 1 else None
+    span = Span(jnp.int32(0), jnp.int32(0), jnp.int32(16))
+    here = blank_evaluation(walkers, PROGRAMS.columns)
+    return problem, anchor, walkers, here, number, number, number, span
+
+
+PROGRAMS = _build(OBJECTIVE, (DIM,), 4, 4)
 
 
 @pytest.mark.usefixtures("fully_optimised")
@@ -48,6 +54,16 @@ def round_of_walkers(num_blocks):
 def test_temporaries_of_a_round_are_bounded(num_blocks):
     """At most 64 MiB, and no copy of the 180 MiB of data, however large the blocks."""
     arguments = jax.eval_shape(lambda: round_of_walkers(num_blocks))
-    advance = _build(OBJECTIVE, (DIM,)).advance
-    memory = advance.lower(*arguments).compile().memory_analysis()
+    memory = PROGRAMS.advance.lower(*arguments).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= 64 * MEBIBYTE
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 64])
+def test_each_program_holds_the_model_once(num_blocks):
+    """The net has one layer of tanh, and so has a program."""
+    arguments = jax.eval_shape(lambda: round_of_walkers(num_blocks))
+    assert PROGRAMS.advance.lower(*arguments).as_text().count("stablehlo.tanh") == 1
+    problem, linear_map = arguments[0], arguments[2].linear_map
+    blocks = split_data(COUNT, num_blocks)
+    lowered = PROGRAMS.anchor.lower(problem, linear_map, linear_map.center, arguments[4], blocks)
+    assert lowered.as_text().count("stablehlo.tanh") == 1

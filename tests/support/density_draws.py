@@ -1,4 +1,4 @@
-"""Draws and log densities of any implementation of the woodbury kernel, and how they are compared."""
+"""Draws and log densities of any implementation of the woodbury kernel, and a comparison."""
 
 import functools
 

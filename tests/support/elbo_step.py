@@ -170,7 +170,10 @@ def _mixture(setting: Setting, params: Arrays) -> Mixture:
 
 
 def _differentiate(setting: Setting, mixture: Mixture, log_density, group: Sequence[Noise]):
-    """Differentiate the mean of log p - weight log q along the path, the parameters inside log q held."""
+    """Differentiate the mean of log p - weight log q along the path.
+
+    The parameters inside log q are held.
+    """
     held, small = jax.lax.stop_gradient(mixture), woodbury.grams(mixture)
 
     def objective(moving: Mixture):
@@ -216,7 +219,10 @@ def _logits(setting: Setting, mixture: Mixture, terms, baseline):
 
 
 def _clipping(setting: Setting, chain: Chain, norm):
-    """Return the factor that bounds the norm by a growing multiple of the typical one, and the new typical square."""
+    """Return the factor that bounds the norm, and the new typical square.
+
+    The bound is a growing multiple of the typical norm.
+    """
     decay = setting.typical_decay
     growth = jnp.sqrt(jnp.maximum(1.0, chain.count / setting.truncation))
     bound = setting.max_ratio * growth * jnp.sqrt(chain.typical / (1 - decay**chain.count))
@@ -249,7 +255,10 @@ def _move(setting: Setting, chain: Chain, gradient: Arrays, rate, elapsed) -> Ch
 
 
 def _move_block(setting: Setting, chain: Chain, label, block, rate, elapsed) -> Chain:
-    """Move the factor of one component by its own second moment, which is as old as its last draw."""
+    """Move the factor of one component by its own second moment.
+
+    That is as old as the component's last draw.
+    """
     gain = (1 - setting.decays[1]) * (1 - elapsed) ** 2
     old = chain.square["factors"][label]
     square = old + gain * (jnp.mean(block**2, axis=-1, keepdims=True) - old)

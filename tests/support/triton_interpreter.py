@@ -13,7 +13,7 @@ ONE_AT_A_TIME = (
 
 
 class Storage:
-    """As much of a torch tensor and its storage as the interpreter asks for, around a NumPy array."""
+    """A NumPy array with as much of a torch tensor and its storage as the interpreter asks for."""
 
     def __init__(self, array):
         self.array, self.dtype = array, array.dtype

@@ -1,4 +1,4 @@
-"""Every mistake at the door is a ValueError of this package that names the field and says what came."""
+"""A mistake at the door is a ValueError of this package that names the field and what came."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""The verbs of data: exact means whatever the slices, uniform minibatches, memory that is bounded."""
+"""The verbs of data: exact means whatever the slices, and uniform minibatches."""
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,7 @@ def test_minibatches_are_uniform_draws_with_replacement():
 
 
 def test_a_window_is_used_up_before_it_repeats():
-    window = Window(jnp.arange(12), 100, num_data=1000)
+    window = Window(jnp.arange(12), 100, population=1000)
     key = jax.random.key(3)
     blocks = [streams.step_batch(step) for step in range(3)]
     drawn = np.concatenate([np.asarray(window.minibatch(key, 4, block)) for block in blocks])

@@ -5,6 +5,7 @@ Refused with the rule and the fix before anything compiles, or read right.
 
 import array
 import collections
+import itertools
 import pathlib
 import types
 
@@ -170,7 +171,7 @@ CASES = {
     "a range": (of(range(5)), DataError, "got range.*np.arange"),
     "the path of a file": (of("data.npz"), DataError, "got str. Load the file"),
     "a pathlib path": (of(pathlib.Path("data.npz")), DataError, "as numpy reads pathlib"),
-    "a generator": (of(X for _ in range(3)), DataError, "read only once"),
+    "an endless generator": (of(itertools.repeat(X)), DataError, "read only once"),
     "a generator among arrays": (of((X, (row for row in X))), DataError, r"data\[1\].*generator"),
     "a data set by index": (of(Examples()), DataError, "Examples.*numpy"),
     "numbers that iterate": (

@@ -437,3 +437,15 @@ def test_bad_gradients_are_refused():
             make_flat_objective(lambda w, b: jnp.sum(w), lambda w, b: w[:2]), jnp.ones(3), batch
         )
     check_loss(make_flat_objective(lambda w, b: jnp.sum(w)), jnp.ones(3), batch)
+
+
+def test_what_a_loss_computes_of_an_example_is_counted():
+    """A dense layer of 7, its sum, and ten turns of a loop; nothing that weights alone make."""
+
+    def loss(w, batch):
+        hidden = batch @ jnp.tanh(w).reshape(3, 7)
+        return jnp.mean(jnp.sum(jax.lax.scan(lambda h, _: (2 * h, None), hidden, None, 10)[0], -1))
+
+    batch, floats = jnp.zeros((6, 3)), 7 + 10 * 7 + 1
+    found = check_loss(make_flat_objective(loss), jnp.zeros(21), batch)
+    assert found.bytes_per_example == floats * batch.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Some of the weights, other data, and the curve over training, on quadratic losses whose llc is known."""
+"""Some of the weights, other data, the curve over training: losses whose llc is known."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +92,7 @@ def test_masks_that_do_not_fit(mask, message):
 
 @pytest.fixture(scope="module")
 def result():
-    """A fit in float64, where the losses of the same draws by another program are the same numbers."""
+    """A fit in float64, where losses of the same draws by another program are the same numbers."""
     with enable_x64(True):
         return fastvi.estimate_llc(loss_fn, PARAMS, (X, Y), dtype="float64", **OPTIONS)
 

@@ -1,5 +1,6 @@
 """Data read in batches from the host give the llc of data in memory."""
 
+import itertools
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 
 import fastvi
 from fastvi.target import stream as streaming
-from fastvi.target.stream import HostStream
+from fastvi.target.stream import HostStream, OnePassStream
 
 COUNT, DIM, BATCH = 20_000, 5, 64
 OPTIONS = {
@@ -98,7 +99,7 @@ def test_pieces_are_all_the_data_in_order():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (iter(Batches()), "read only once"),
+        (itertools.repeat((X, Y)), "Pass nbeta"),
         (Batches(X[:0], Y[:0]), "no examples"),
         (Batches(np.where(X > 3, np.nan, X), Y), "NaN or infinity"),
     ],
@@ -112,6 +113,70 @@ def test_streams_that_cannot_be_used(data, message):
 def test_walkers_need_the_data(method):
     with pytest.raises(fastvi.UnavailableError, match="in memory"):
         fastvi.estimate_llc(loss_fn, W, Batches(), method=method, progress=False)
+
+
+def drawn_batches(*arrays, size=300, seed=5):
+    """An endless generator of uniform draws."""
+    rng = np.random.default_rng(seed)
+    while True:
+        rows = rng.integers(COUNT, size=size)
+        yield tuple(array[rows] for array in arrays)
+
+
+ONE_PASS = {**OPTIONS, "nbeta": 300.0, "steps": 400, "num_chains": 2}
+
+
+def exact_llc(nbeta, weights=None):
+    hessian = np.average(X[:, :, None] * X[:, None], axis=0, weights=weights)
+    return 0.5 * np.trace(nbeta * hessian @ np.linalg.inv(nbeta * hessian + np.eye(DIM)))
+
+
+def test_data_that_are_read_once_have_their_llc():
+    result = fastvi.estimate_llc(loss_fn, W, drawn_batches(X, Y), **ONE_PASS)
+    assert result.n_data == 100 * BATCH
+    assert abs(result.llc - exact_llc(300.0)) < 3 * result.llc_sem < 0.2
+    assert result.fitted.fit.outcome.data_error > 0
+    with pytest.raises(fastvi.UnavailableError, match="a sample"):
+        fastvi.correct(result, "reweight", progress=False)
+
+
+def test_a_weighted_loss_of_data_that_are_read_once():
+    """The mean weight is that of the first window, and its error a part of the error."""
+    weights = np.where(rng_of_weights.uniform(size=COUNT) < 0.2, 4.0, 0.5).astype(np.float32)
+    minimum = np.linalg.solve((X * weights[:, None]).T @ X, (X * weights[:, None]).T @ Y)
+
+    def weighted(w, batch):
+        return 0.5 * (batch[0] @ w - batch[1]) ** 2, batch[2]
+
+    source = drawn_batches(X, Y, weights)
+    result = fastvi.estimate_llc(weighted, minimum.astype(np.float32), source, **ONE_PASS)
+    assert abs(result.llc - exact_llc(300.0, weights)) < 3 * result.llc_sem < 0.3
+    relative = np.std(weights) / np.mean(weights) / np.sqrt(100 * BATCH)
+    assert result.fitted.fit.outcome.data_error > 0.5 * relative * result.llc
+
+
+rng_of_weights = np.random.default_rng(8)
+
+
+def test_an_iterator_that_ends_soon_is_held():
+    held = fastvi.estimate_llc(loss_fn, W, (X[:5000], Y[:5000]), **ONE_PASS)
+    batches = iter(Batches(X[:5000], Y[:5000]))
+    result = fastvi.estimate_llc(loss_fn, W, batches, **ONE_PASS)
+    assert (result.llc, result.llc_sem, result.n_data) == (held.llc, held.llc_sem, 5000)
+
+
+def test_what_an_iterator_cannot_do():
+    with pytest.raises(fastvi.DataError, match="ended after"):
+        fastvi.estimate_llc(loss_fn, W, iter(Batches()), **ONE_PASS)
+    with pytest.raises(fastvi.DataError, match="read again"):
+        fastvi.estimate_llc(loss_fn, W, drawn_batches(X, Y), **ONE_PASS, resume_from="nowhere")
+    with pytest.raises(fastvi.DataError, match="only once"):
+        fastvi.llc_curve(loss_fn, [W], drawn_batches(X, Y), **ONE_PASS)
+    source = OnePassStream(drawn_batches(X, Y), np.float32, BATCH)
+    first, cursor = source.next(source.num_data)
+    assert cursor == source.num_data + first[1].size
+    with pytest.raises(fastvi.DataError, match="only once"):
+        source.next(source.num_data)
 
 
 MEMORY = """
@@ -129,8 +194,8 @@ class Batches:
 def loss_fn(w, batch):
     return 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
 
-result = fastvi.estimate_llc(loss_fn, jnp.eye(100)[0], Batches(), steps=200, num_chains=1, batch_size=64,
-                             eval_samples=16, early_stop=False, progress=False)
+options = dict(steps=200, num_chains=1, batch_size=64, eval_samples=16, early_stop=False)
+result = fastvi.estimate_llc(loss_fn, jnp.eye(100)[0], Batches(), progress=False, **options)
 print(result.n_data, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 

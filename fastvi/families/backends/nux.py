@@ -1,4 +1,4 @@
-"""Flows of NuX 2.0.0, whose objects are called `flow(x, params=, inverse=, rng_key=) -> (z, log-likelihood)`."""
+"""Flows of NuX 2.0.0, by calls `flow(x, params=, inverse=, rng_key=) -> (z, log-likelihood)`."""
 
 import dataclasses
 import importlib
@@ -48,10 +48,9 @@ class NuxBackend(AbstractBackend):
         flow(jax.random.normal(key, (INIT_EXAMPLES, self.dim)), rng_key=key, is_training=False)
 
         def scaled(path, leaf):
-            is_scale = jax.tree_util.keystr(path).endswith("['scale']")
-            return (
-                leaf / 0.01 * self.settings.init_scale if is_scale else leaf
-            )  # NuX draws it at 0.01
+            if not jax.tree_util.keystr(path).endswith("['scale']"):
+                return leaf
+            return leaf / 0.01 * self.settings.init_scale  # NuX draws it at 0.01
 
         return jax.tree_util.tree_map_with_path(scaled, flow.get_params())
 
@@ -71,11 +70,8 @@ class NuxBackend(AbstractBackend):
         )
 
     def _build(self) -> Any:
-        nux, widths, settings = (
-            _import_nux(),
-            {"working_dim": self.width, "hidden_dim": self.width},
-            self.settings,
-        )
+        nux, settings = _import_nux(), self.settings
+        widths = {"working_dim": self.width, "hidden_dim": self.width}
         layers = {
             "n_layers": settings.depth,
             "n_resnet_layers": len(settings.hidden),

@@ -9,11 +9,11 @@ from fastvi._typing import Array, Float
 
 
 class AbstractElementwise(eqx.Module):
-    """An increasing map of the real line, applied to every entry of an array with parameters of its own.
+    """An increasing map of the real line, applied to every entry of an array.
 
-    Laws: `inverse` undoes `forward`; the second value is the log of the derivative; with raw
-        parameters equal to
-    `identity()`, or a gate of 0, the map is the identity.
+    Each entry has parameters of its own. Laws: `inverse` undoes `forward`; the second value is the
+    log of the derivative; with raw parameters equal to `identity()`, or a gate of 0, the map is the
+    identity.
     """
 
     @property

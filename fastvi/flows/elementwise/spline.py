@@ -1,4 +1,8 @@
-"""Monotone rational-quadratic splines with identity tails (Durkan et al., Neural Spline Flows, 2019)."""
+"""Monotone rational-quadratic splines with identity tails.
+
+References:
+    Durkan et al., Neural Spline Flows (2019).
+"""
 
 import functools
 from typing import NamedTuple
@@ -140,7 +144,7 @@ def _spline_fwd(spline, backward, raw, x):
 
 
 def _spline_bwd(spline, backward, kept, cotangents):
-    """Pull back to x and to the arrays of the bin, then from these to all raw parameters in one pass.
+    """Pull back to x and to the arrays of the bin, then to all raw parameters in one pass.
 
     The rule that JAX derives from the loop over bins is 10 times as slow.
     """
@@ -178,10 +182,11 @@ _spline.defvjp(_spline_fwd, _spline_bwd)
 
 
 def _stored(arrays):
-    """Return the arrays as they are, by a product with the identity that XLA fuses neither in nor through.
+    """Return the arrays as they are, by a product with the identity matrix.
 
-    Without it XLA evaluates each array anew for each of the bins; an optimization_barrier is gone
-    before fusion on CPU.
+    XLA fuses a product neither into what comes before nor into what follows. Without it XLA
+    evaluates each array anew for each of the bins. An optimization_barrier is gone before fusion on
+    CPU.
     """
     stack = jnp.stack(arrays)
     flat = jnp.matmul(
@@ -206,11 +211,9 @@ def _curve(spline, backward, left, bottom, width, height, raw_start, raw_end, x)
 
 
 def _evaluate(slope, xi, rest, start, end):
-    """Return (y - bottom) / height and log dy/dx at xi = 1 - rest, Durkan et al.
+    """Return (y - bottom) / height and log dy/dx at xi = 1 - rest.
 
-    (2019), equations 4 and 5.
-
-    Every term of the denominator is positive.
+    These are equations 4 and 5 of Durkan et al. (2019). Every term of the denominator is positive.
     """
     denominator = slope * (xi * xi + rest * rest) + (start + end) * xi * rest
     ratio = slope / denominator
@@ -221,12 +224,10 @@ def _evaluate(slope, xi, rest, start, end):
 
 
 def _solve(slope, v, start, end):
-    """Return xi and 1 - xi where (y - bottom) / height is v, Durkan et al.
+    """Return xi and 1 - xi where (y - bottom) / height is v.
 
-    (2019), equations 6 to 8.
-
-    The discriminant is a sum of positive terms, 4 slope^2 v (1 - v) + e^2 with e = start (1 - v) -
-    end v.
+    These are equations 6 to 8 of Durkan et al. (2019). The discriminant is a sum of positive terms,
+    4 slope^2 v (1 - v) + e^2 with e = start (1 - v) - end v.
     """
     e = start * (1 - v) - end * v
     q = 4 * slope * slope * jnp.maximum(v * (1 - v), 0)

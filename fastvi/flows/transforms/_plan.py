@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(blocks: Sequence[AbstractTransform], params: Sequence[Any]) -> Plan:
-    """Find the orders of rows between blocks, and runs of blocks with equal structure and shapes."""
+    """Find the orders of rows between blocks, and runs of equal structure and shapes."""
     dim = blocks[0].dim
     places, orders = _orders(blocks, dim)
     cores = [blocks[place].core() for place in places]
@@ -64,7 +64,10 @@ def make_plan(blocks: Sequence[AbstractTransform], params: Sequence[Any]) -> Pla
 
 
 def _orders(blocks, dim):
-    """Return the indices of blocks other than permutations, and the order of rows before each and at the end."""
+    """Return the indices of blocks other than permutations, and the orders of rows.
+
+    There is an order before each of these blocks, and one at the end.
+    """
     layout, places, orders = np.arange(dim), [], []
 
     def arrange(wanted):

@@ -82,7 +82,7 @@ class AbstractTransform(eqx.Module):
         return tuple(range(self.dim))
 
     def core(self) -> "AbstractTransform":
-        """Return the transform that takes its features in their natural order and acts as `push` does."""
+        """Return the transform that acts as `push` does on features in natural order."""
         return self
 
     def forward(
@@ -137,7 +137,6 @@ class AbstractFixed(AbstractTransform):
 
     def init_params(self, key: Key | None = None, context_dim: int = 0) -> dict[str, Any]:
         """Return {}."""
-        del key, context_dim
         return {}
 
 

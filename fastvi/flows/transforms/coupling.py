@@ -132,5 +132,5 @@ class Coupling(AbstractConditioned):
         network = ResNet(
             passed + context_dim, hidden_dim, outputs, n_hidden_layers, activation, res_scale
         )
-        coupling = cls(mask, network, elementwise)
+        coupling = cls(mask=mask, conditioner=network, elementwise=elementwise)
         return coupling, coupling.init_params(key)

@@ -1,4 +1,8 @@
-"""Logarithmic tails (Andrade, Stable Training of Normalizing Flows for High-Dimensional VI, 2024)."""
+"""Logarithmic tails.
+
+References:
+    Andrade, Stable Training of Normalizing Flows for High-Dimensional VI (2024).
+"""
 
 import equinox as eqx
 import jax
@@ -74,5 +78,4 @@ class LoftTransform(AbstractFixed):
         cls, key: Key | None, dim: int, tau: float = 1000.0
     ) -> tuple["LoftTransform", dict[str, Any]]:
         """Return the transform and its parameters, {}."""
-        del key
         return cls(dim, tau), {}

@@ -152,5 +152,7 @@ class MaskedAutoregressive(AbstractConditioned):
             res_scale,
             autoregressive=dim,
         )
-        layer = cls(dim, network, elementwise, fast, reverse)
+        layer = cls(
+            dim=dim, conditioner=network, elementwise=elementwise, fast=fast, reverse=reverse
+        )
         return layer, layer.init_params(key)

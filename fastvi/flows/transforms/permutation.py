@@ -46,7 +46,6 @@ class Permutation(AbstractFixed):
     @classmethod
     def create(cls, key: Key | None, perm: Any) -> tuple["Permutation", dict[str, Any]]:
         """Return the permutation and its parameters, {}."""
-        del key
         return cls(perm), {}
 
 

@@ -15,7 +15,6 @@ def pullback(
     mixture: Mixture, grams: Grams, noise: Noise, drawn: Draw, cotangent, metric: str
 ) -> Gradient:
     """Differentiate by autodiff; the factor's side of the product is the derivative by x."""
-    del drawn
     grad = dense(mixture, grams, noise, cotangent, metric)
     factor = jnp.exp(mixture.log_scale) * cotangent
     if metric == "natural":

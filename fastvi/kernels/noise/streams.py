@@ -11,6 +11,12 @@ a key would be derived again and again, because XLA compiles the hash of each de
 | `START` and the next | the start of the family's parameters |
 | `EVALUATION` and the next | the draws of the final estimate |
 
+| blocks of a walker's key | what they hold |
+|---|---|
+| `MOMENTUM` | the momentum that it begins with |
+| i + 1 | the noise of step i |
+| 2^31 + j | its block of data, drawn for the j-th time |
+
 A derived key is the hash of one counter of block 0, beyond the `2^31` that the noise of step 0 may
 take.
 """
@@ -18,7 +24,7 @@ take.
 import enum
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from fastvi._typing import Array, Key
 
@@ -47,6 +53,19 @@ def step_of(block: Array) -> Array:
     return block // STEP_PERIOD
 
 
+MOMENTUM = 0
+
+
+def walker_noise(step: Array) -> Array:
+    """Return the block of a walker's noise in a step."""
+    return step + 1
+
+
+def walker_data(number: Array) -> Array:
+    """Return the block of the words by which a walker draws its block of data."""
+    return jnp.uint32(2**31) + number.astype(jnp.uint32)
+
+
 class Purpose(enum.IntEnum):
     """What a derived key is for."""
 
@@ -68,4 +87,4 @@ def derive(key: Key, purpose: Purpose) -> Key:
 
 def shared_key() -> Key:
     """Return the key of what all fits share, which no seed of a user gives."""
-    return jax.random.wrap_key_data(np.asarray(SHARED_WORDS, np.uint32), impl="threefry2x32")
+    return jax.random.wrap_key_data(jnp.asarray(SHARED_WORDS, jnp.uint32), impl="threefry2x32")

@@ -58,7 +58,10 @@ def _block_key(key: Key, block: Array | int) -> Key:
 
 
 def _threefry_words(key: Key) -> tuple[Array, Array] | None:
-    """Return the two words of a typed threefry2x32 key, None where jax.random's counters are others."""
+    """Return the two words of a typed threefry2x32 key.
+
+    None stands for a key whose counters jax.random uses in another way.
+    """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
         return None
     if str(jax.random.key_impl(key)) not in ("threefry2x32", "fry"):

@@ -58,13 +58,13 @@ def precision_root(
 
 
 def draw(
-    mixture: Mixture, small: Grams, noise: Noise, *, implementation: str | None = None
+    mixture: Mixture, grams: Grams, noise: Noise, *, implementation: str | None = None
 ) -> Draw:
     """Transform noise to a draw and evaluate log density, responsibilities and score there.
 
     Args:
         mixture: The mixture.
-        small: `grams(mixture)`.
+        grams: `grams(mixture)`.
         noise: The variables to transform.
         implementation: A name in `OP.implementations`; None for the platform's own.
 
@@ -74,12 +74,12 @@ def draw(
     Cost:
         O((core + comp rank) dim).
     """
-    return OP.call("draw", implementation, mixture, small, noise)
+    return OP.call("draw", implementation, mixture, grams, noise)
 
 
 def log_prob(
     mixture: Mixture,
-    small: Grams,
+    grams: Grams,
     displacement: Float[Array, " dim"],
     *,
     implementation: str | None = None,
@@ -89,4 +89,4 @@ def log_prob(
     Cost:
         O((core + comp rank) dim).
     """
-    return OP.call("log_prob", implementation, mixture, small, displacement)
+    return OP.call("log_prob", implementation, mixture, grams, displacement)

@@ -50,7 +50,6 @@ def factor_grams(factors):
 
 def grams(mixture: Mixture, factor_products=None) -> Grams:
     """Compute the small matrices by their definitions."""
-    del factor_products
     cross = jnp.einsum("kd,mrd->mkr", mixture.core, mixture.factors)
     factor = factor_grams(mixture.factors) + jnp.einsum("mkr,mks->mrs", cross, cross)
     identity = jnp.eye(mixture.factors.shape[1], dtype=mixture.log_scale.dtype)
@@ -67,13 +66,12 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
     )
 
 
-def log_prob(mixture: Mixture, small: Grams, displacement):
+def log_prob(mixture: Mixture, grams: Grams, displacement):
     """Evaluate the log density by dense solves."""
-    del small
     return logsumexp(component_log_probs(mixture, displacement))
 
 
-def draw(mixture: Mixture, small: Grams, noise: Noise) -> Draw:
+def draw(mixture: Mixture, grams: Grams, noise: Noise) -> Draw:
     """Draw by a dense solve; the score is the autodiff gradient of `log_prob`."""
     y = noise.eps + mixture.core.T @ noise.zeta
     x_core = jnp.linalg.solve(_precision_core(mixture), y)
@@ -87,5 +85,5 @@ def draw(mixture: Mixture, small: Grams, noise: Noise) -> Draw:
         displacement=displacement,
         log_prob=logsumexp(logits),
         responsibilities=jax.nn.softmax(logits),
-        score=jax.grad(lambda point: log_prob(mixture, small, point))(displacement),
+        score=jax.grad(lambda point: log_prob(mixture, grams, point))(displacement),
     )

@@ -35,7 +35,7 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
 def factor_grams(factors):
     """Compute A_m A_m^T.
 
-    By pairs of rows for small ranks, else over chunks of dim that stay in cache.
+    By pairs of rows for grams ranks, else over chunks of dim that stay in cache.
     """
     return _products(
         lambda start, size: jax.lax.dynamic_slice_in_dim(factors, start, size, 2),
@@ -45,7 +45,10 @@ def factor_grams(factors):
 
 
 def component_gram(factors, index):
-    """Compute A_m A_m^T of the factor at an index, one number for each axis but the last two, without a copy of it."""
+    """Compute A_m A_m^T of the factor at an index, without a copy of the factor.
+
+    The index has one number for each axis but the last two.
+    """
     rank, dim = factors.shape[-2:]
 
     def part(start, size):
@@ -95,18 +98,18 @@ def precision_root(core, eps, zeta):
     return eps - ((eps @ core.T - zeta) @ half.T @ half) @ core
 
 
-def draw(mixture: Mixture, small: Grams, noise: Noise) -> Draw:
+def draw(mixture: Mixture, grams: Grams, noise: Noise) -> Draw:
     """Draw, then evaluate density and score with the products that drawing left behind.
 
     `x_core = eps - B^T C_B^{-1} (B eps - zeta)` equals `P^{-1} (eps + B^T zeta)` and loses no
     digits to cancellation in steep directions.
     """
     core, scale = mixture.core, jnp.exp(mixture.log_scale)
-    correction = solve(small.core_half, core @ noise.eps - noise.zeta)
+    correction = solve(grams.core_half, core @ noise.eps - noise.zeta)
     x_core = noise.eps - correction @ core
     core_x = noise.zeta + correction
     x = x_core + noise.z @ mixture.factors[noise.label]
-    core_full = core_x + small.cross[noise.label] @ noise.z
+    core_full = core_x + grams.cross[noise.label] @ noise.z
     num_offsets = mixture.offsets.shape[0]
     offset = (
         mixture.offsets[noise.label if num_offsets > 1 else slice(None)].reshape(-1, x.size).sum(0)
@@ -115,9 +118,9 @@ def draw(mixture: Mixture, small: Grams, noise: Noise) -> Draw:
     if num_offsets > 1:
         x_all = x + (offset - mixture.offsets) / scale
         core_all = core_full + ((offset - mixture.offsets) / scale) @ core.T
-        density = _density_separate(mixture, small, x_all, core_all)
+        density = _density_separate(mixture, grams, x_all, core_all)
     else:
-        density = _density_shared(mixture, small, x, core_full)
+        density = _density_shared(mixture, grams, x, core_full)
     return Draw(
         x=x,
         x_core=x_core,
@@ -129,14 +132,14 @@ def draw(mixture: Mixture, small: Grams, noise: Noise) -> Draw:
     )
 
 
-def log_prob(mixture: Mixture, small: Grams, displacement):
+def log_prob(mixture: Mixture, grams: Grams, displacement):
     """Evaluate the log density at a given displacement."""
     scale = jnp.exp(mixture.log_scale)
     if mixture.offsets.shape[0] > 1:
         x_all = (displacement - mixture.offsets) / scale
-        return _density_separate(mixture, small, x_all, x_all @ mixture.core.T).log_prob
+        return _density_separate(mixture, grams, x_all, x_all @ mixture.core.T).log_prob
     x = (displacement - mixture.offsets.sum(0)) / scale
-    return _density_shared(mixture, small, x, mixture.core @ x).log_prob
+    return _density_shared(mixture, grams, x, mixture.core @ x).log_prob
 
 
 class Density(NamedTuple):
@@ -147,55 +150,58 @@ class Density(NamedTuple):
     score: Float[Array, " dim"]
 
 
-def _density_shared(mixture: Mixture, small: Grams, x, core_x) -> Density:
+def _density_shared(mixture: Mixture, grams: Grams, x, core_x) -> Density:
     """Evaluate the density where all components share their mean."""
     num_components, rank, dim = mixture.factors.shape
     flat = mixture.factors.reshape(num_components * rank, dim)
     projected = (flat @ x).reshape(num_components, rank)
     # a sum, not a dot: that of jax 0.7 on CPUs loses a few 1e-4 of a million squares
     square = jnp.sum(x**2)
-    log_prob, weights, solved = shared_log_prob(mixture, small, core_x, projected, square)
+    log_prob, weights, solved = shared_log_prob(mixture, grams, core_x, projected, square)
     weighted = weights[:, None] * solved
     residual = x - weighted.reshape(-1) @ flat
-    core_residual = core_x - jnp.einsum("mkr,mr->k", small.cross, weighted)
+    core_residual = core_x - jnp.einsum("mkr,mr->k", grams.cross, weighted)
     return Density(log_prob, weights, -(residual + core_residual @ mixture.core))
 
 
-def shared_log_prob(mixture: Mixture, small: Grams, core_x, projected, square):
-    """Return log density, weights and C_m^{-1} (A_m P x) where all means agree, given B x, A_m x and |x|^2."""
-    full = projected + jnp.einsum("mkr,k->mr", small.cross, core_x)
-    solved = solve(small.factor_half, full)
+def shared_log_prob(mixture: Mixture, grams: Grams, core_x, projected, square):
+    """Return log density, weights and C_m^{-1} (A_m P x) where all means agree.
+
+    Given are B x, A_m x and |x|^2.
+    """
+    full = projected + jnp.einsum("mkr,k->mr", grams.cross, core_x)
+    solved = solve(grams.factor_half, full)
     return (
-        *_combine(mixture, small, square + core_x @ core_x, -jnp.sum(full * solved, axis=-1)),
+        *_combine(mixture, grams, square + core_x @ core_x, -jnp.sum(full * solved, axis=-1)),
         solved,
     )
 
 
-def _density_separate(mixture: Mixture, small: Grams, x_all, core_all) -> Density:
+def _density_separate(mixture: Mixture, grams: Grams, x_all, core_all) -> Density:
     """Do the same where each component has its own mean.
 
     X_all (comp, dim), core_all (comp, core).
     """
     projected = jnp.einsum("mrd,md->mr", mixture.factors, x_all) + jnp.einsum(
-        "mkr,mk->mr", small.cross, core_all
+        "mkr,mk->mr", grams.cross, core_all
     )
-    solved = solve(small.factor_half, projected)
+    solved = solve(grams.factor_half, projected)
     own = jnp.sum(x_all**2, -1) + jnp.sum(core_all**2, -1) - jnp.sum(projected * solved, -1)
-    log_prob, weights = _combine(mixture, small, jnp.zeros((), own.dtype), own)
+    log_prob, weights = _combine(mixture, grams, jnp.zeros((), own.dtype), own)
     weighted = weights[:, None] * solved
     residual = weights @ x_all - jnp.einsum("mr,mrd->d", weighted, mixture.factors)
-    core_residual = weights @ core_all - jnp.einsum("mkr,mr->k", small.cross, weighted)
+    core_residual = weights @ core_all - jnp.einsum("mkr,mr->k", grams.cross, weighted)
     return Density(log_prob, weights, -(residual + core_residual @ mixture.core))
 
 
-def _combine(mixture: Mixture, small: Grams, common, own):
+def _combine(mixture: Mixture, grams: Grams, common, own):
     """Mix components whose quadratic forms are `common + own`.
 
-    Terms that all share are of size dim and stay out of the softmax, which would lose its digits to
-    them.
+    The common terms grow with dim. Adding them before the softmax would cancel significant digits,
+    so only differences enter it.
     """
-    relative = mixture.log_weights - 0.5 * (own - _log_det(small.factor_half))
-    shared = common + 2 * jnp.sum(mixture.log_scale) + _log_det(small.core_half)
+    relative = mixture.log_weights - 0.5 * (own - _log_det(grams.factor_half))
+    shared = common + 2 * jnp.sum(mixture.log_scale) + _log_det(grams.core_half)
     constant = mixture.log_scale.size * jnp.log(2 * jnp.pi).astype(relative.dtype)
     return logsumexp(relative) - 0.5 * (shared + constant), jax.nn.softmax(relative)
 

@@ -12,21 +12,20 @@ from fastvi.results.report.style import (
     DASHED,
     FAINT,
     INK,
-    STYLE,
     chain_color,
     draw_chains,
-    import_matplotlib,
     set_limits,
+    styled_figure,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PANEL_SIZE = (6.4, 3.7)
-MOST_BARS = 64  # of a bar chart
-NARROW_RANGE = (
-    1000  # largest over smallest, below which a logarithmic axis is labelled by plain numbers
-)
+MOST_BARS = 64  # of a chain: with four chains a bar is then two pixels of the page wide
+# Largest over smallest value below which a logarithmic axis has plain numbers. Above three decades
+# 1, 2, 5 of each no longer fit.
+NARROW_RANGE = 1000
 
 
 class Panel(NamedTuple):
@@ -39,16 +38,10 @@ class Panel(NamedTuple):
 
 def render(name: str, result: LLCEstimate, dpi: int) -> bytes:
     """Draw one panel as a PNG image."""
-    matplotlib = import_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=PANEL_SIZE, facecolor="white")
-        FigureCanvasAgg(figure)
+    stream = io.BytesIO()
+    with styled_figure(PANEL_SIZE) as figure:
         PANELS[name].draw(figure.subplots(), result)
         figure.subplots_adjust(left=0.12, right=0.97, top=0.9, bottom=0.15)
-        stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=dpi)
     return stream.getvalue()
 

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.report.panels import (
     PANELS,
-    batch_llc,
     draw_elbo,
     draw_learning_rate,
     draw_llc,
@@ -13,12 +12,10 @@ from fastvi.results.report.panels import (
     draw_virial,
     spectrum_of,
 )
-from fastvi.results.report.style import FAINT, INK, STYLE, import_matplotlib, window_of
+from fastvi.results.report.style import FAINT, INK, styled_figure, window_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["batch_llc", "import_matplotlib", "plot_panels", "plot_traces"]
 
 
 def plot_traces(result: LLCEstimate) -> "Figure":
@@ -38,11 +35,7 @@ def plot_traces(result: LLCEstimate) -> "Figure":
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    matplotlib = import_matplotlib()
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 7.4), facecolor="white")
+    with styled_figure((11, 7.4)) as figure:
         ((elbo, llc), (virial, last)) = figure.subplots(2, 2)
         draw_elbo(elbo, result)
         draw_llc(llc, result)
@@ -87,13 +80,9 @@ def plot_panels(result: LLCEstimate, *names: str) -> "Figure":
         KeyError: If there is no such panel.
         MissingExtraError: If matplotlib is not installed.
     """
-    matplotlib = import_matplotlib()
-    from matplotlib.figure import Figure
-
     chosen = [name for name in names or PANELS if PANELS[name].applies(result)]
     rows = -(-len(chosen) // 2)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.7 * rows), facecolor="white", layout="constrained")
+    with styled_figure((11, 3.7 * rows), layout="constrained") as figure:
         for axes, name in zip(figure.subplots(rows, 2, squeeze=False).flat, chosen, strict=False):
             PANELS[name].draw(axes, result)
         for axes in figure.axes[len(chosen) :]:

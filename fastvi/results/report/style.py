@@ -1,5 +1,7 @@
 """How figures look, and the drawing of several chains that panels share."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -8,13 +10,15 @@ from fastvi._optional import import_optional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette without yellow: told apart in most kinds of colour blindness.
 CHAIN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, FAINT = "#222222", "#777777"
 DASHED = (0, (4, 3))
-RAW_ALPHA = 0.18
-NUM_WINDOWS = 25  # a run is about this many windows of the running mean long
+RAW_ALPHA = 0.18  # opacity of single steps, behind the mean that is read
+# Windows of the running mean in a run: half hides a turn near the end, double shows noise.
+NUM_WINDOWS = 25
 STYLE = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
@@ -43,6 +47,24 @@ def import_matplotlib() -> Any:
     return import_optional(
         "matplotlib", extra="plots", distribution="matplotlib", purpose="plotting"
     )
+
+
+@contextlib.contextmanager
+def styled_figure(size: tuple[float, float], **options: Any) -> "Iterator[Figure]":
+    """Make a figure that no window manager knows of, to draw on inside the block.
+
+    Args:
+        size: Width and height in inches.
+        **options: Further arguments of matplotlib's `Figure`.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    matplotlib = import_matplotlib()
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        yield Figure(figsize=size, facecolor="white", **options)
 
 
 def chain_color(chain: int) -> str:

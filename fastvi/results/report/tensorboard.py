@@ -18,11 +18,8 @@ from fastvi.results.flat import SamplerRunResult
 from fastvi.results.report.panels import IMAGES, PANELS, render
 
 PREFIX = "vi/"
-STATES = (
-    "cumulative_fge",
-    "lr",
-    "effective_M",
-)  # recorded as they stand; other traces by their mean over the window
+# Traces that are recorded as they stand at a window's end; others by their mean over it.
+STATES = ("cumulative_fge", "lr", "effective_M")
 RADIUS_QUANTILES = (0.05, 0.5, 0.95)
 IMAGE_DPI = 80
 MOST_IMAGES = 3  # of each kind before the last: of more than ten TensorBoard shows a part

@@ -1,0 +1,26 @@
+"""What a run spends, in sample gradients: one example's gradient at one point is 1."""
+
+from fastvi.sampling.gradients import block_size
+from fastvi.target.work import GRADIENT
+
+
+def step_cost(num_data: int, num_blocks: int, walkers: int) -> float:
+    """Price one step of all walkers: each takes the gradient of a block of its own."""
+    return GRADIENT * walkers * block_size(num_data, num_blocks)
+
+
+def anchor_cost(num_data: int, num_blocks: int) -> float:
+    """Price the gradients of all blocks at one point, which all data at once do not need."""
+    return GRADIENT * num_data if num_blocks > 1 else 0
+
+
+def noise_cost(num_data: int, counts: tuple[int, ...], points: int) -> float:
+    """Price a measurement of the gradient noise on the smallest blocks, at an anchor and points."""
+    return (1 + points) * anchor_cost(num_data, counts[0])
+
+
+def run_cost(num_data: int, num_blocks: int, walkers: int, steps: int) -> float:
+    """Price a run that begins with blocks: the anchor, the walkers' first gradients, and steps."""
+    return anchor_cost(num_data, num_blocks) + (1 + steps) * step_cost(
+        num_data, num_blocks, walkers
+    )

@@ -1,0 +1,263 @@
+"""Compiled stages of a run: two of them hold the model, each of these once.
+
+`anchor` evaluates every block of data at one point; `advance` moves walkers. All that sets lengths,
+tolerances or budgets is an argument.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fastvi._compilation import PROGRAMS, quick_compilation
+from fastvi._typing import Array, Float, Int, Scalar
+from fastvi.kernels.noise import normal, streams, words
+from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_half_step
+from fastvi.sampling.gradients import (
+    Anchor,
+    Blocks,
+    estimate_value_and_grad,
+    gradient_noise,
+    make_anchor,
+)
+from fastvi.sampling.settings import SamplerSettings
+from fastvi.sampling.tuning import HOLD, adapt_step_size
+from fastvi.sampling.virial import parameter_blocks, virial_columns
+from fastvi.sampling.walkers import Walkers, move_walkers, place_walkers
+from fastvi.target.data import Problem
+from fastvi.target.fingerprint import fingerprint_loss, shapes_of
+from fastvi.target.objective import FlatObjective
+
+
+class Observed(NamedTuple):
+    """What is averaged over the steps: L_n - L_n(w*), |w - w*|^2 and the virial columns."""
+
+    excess: Float[Array, " walkers"]
+    radius2: Float[Array, " walkers"]
+    virial: Float[Array, "walkers columns"]
+
+
+class Record(NamedTuple):
+    """What a round keeps: means over the bins of its steps.
+
+    `llc` is of nbeta (L_n - L_n(w*)). `energy_error` is the mean square in nats^2, NaN for a bin
+    without a step on the same data; `returned` the share of steps that were taken back. `width` is
+    the root mean square of the positions at the end.
+    """
+
+    llc: Float[Array, "walkers bins"]
+    radius2: Float[Array, "walkers bins"]
+    virial: Float[Array, "walkers bins columns"]
+    energy_error: Float[Array, " bins"]
+    returned: Float[Array, " bins"]
+    width: Scalar
+
+
+class Span(NamedTuple):
+    """Which steps a call makes: `start` to `stop` of a round whose first step has index `first`.
+
+    Step -1 moves nothing and evaluates the walkers where they are.
+    """
+
+    first: Int[Array, ""]
+    start: Int[Array, ""]
+    stop: Int[Array, ""]
+
+
+def make_evaluate(
+    objective: FlatObjective,
+    problem: Problem,
+    linear_map: Any,
+    anchor: Anchor | None,
+    reference_loss: Scalar,
+    columns_fn: Callable[..., Float[Array, "walkers columns"]],
+) -> Callable[..., Evaluation]:
+    """Return `(position, block of each walker) -> Evaluation`."""
+    posterior = problem.posterior
+
+    def one(displacement, block, copies):
+        excess, slope, surrogate = estimate_value_and_grad(
+            objective, problem, anchor, reference_loss, displacement, block, copies
+        )
+        gradient = -posterior.log_density_grad(displacement, slope)
+        return excess, -posterior.log_density(displacement, surrogate), gradient
+
+    def evaluate(position, block) -> Evaluation:
+        displacement = linear_map.displacement(position)
+        walkers = jax.vmap(functools.partial(one, copies=block.size))
+        excess, potential, gradient = walkers(displacement, block)
+        columns = columns_fn(linear_map, position, displacement, gradient)
+        observed = Observed(excess, jnp.sum(displacement**2, axis=-1), columns)
+        found = Evaluation(potential, linear_map.pull_back(gradient), observed)
+        # the loss may know float64 alone
+        return jax.tree_util.tree_map(lambda leaf: leaf.astype(position.dtype), found)
+
+    return evaluate
+
+
+def blank_evaluation(walkers: Walkers, columns: int) -> Evaluation:
+    """Return an evaluation to call step -1 with, which reads nothing of it."""
+    (count, _), dtype = walkers.position.shape, walkers.position.dtype
+    zeros = jnp.zeros(count, dtype)
+    observed = Observed(zeros, zeros, jnp.zeros((count, columns), dtype))
+    return Evaluation(zeros, jnp.zeros_like(walkers.position), observed)
+
+
+def run_steps(
+    evaluate: Callable[..., Evaluation],
+    walkers: Walkers,
+    here: Evaluation,
+    span: Span,
+    *,
+    num_blocks: int,
+    friction_time: Scalar,
+    energy_error: Scalar,
+    bins: int,
+    bin_length: int,
+) -> tuple[Walkers, Evaluation, Record]:
+    """Run steps of every walker side by side, adapting one step size for all.
+
+    Args:
+        evaluate: From `make_evaluate`.
+        walkers: The walkers.
+        here: What they were told where they are.
+        span: The steps to run.
+        num_blocks: Blocks that each walker draws one of; it keeps it for `HOLD` steps.
+        friction_time: Time after which a momentum is forgotten, in standard deviations of q.
+        energy_error: Mean square of the energy error of a step, in nats^2.
+        bins: Records to keep.
+        bin_length: Steps averaged in each.
+    """
+    held = HOLD if num_blocks > 1 else 1
+    dim, dtype = walkers.position.shape[1], walkers.position.dtype
+
+    def draw_noise(index):
+        block = streams.walker_noise(index)
+        return jax.vmap(lambda key: normal(key, (dim,), dtype, block=block))(walkers.keys)
+
+    def draw_blocks(index):
+        block = streams.walker_data(index // held)
+        drawn = jax.vmap(lambda key: words(key, 1, block=block)[0])(walkers.keys)
+        return (drawn % num_blocks).astype(jnp.int32)
+
+    def one_step(number, carry):
+        state, step_size, kept = carry
+        index = span.first + jnp.maximum(number, 0)
+        step = jnp.where(number < 0, 0, step_size.step)
+        is_same_data = index % held == held - 1
+        half = first_half_step(state, step, friction_time, draw_noise(index))
+        there = evaluate(half.position, draw_blocks(index))
+        state, info = second_half_step(state, half, there, step, is_same_data)
+        # a step that was taken back says nothing of how long steps may be
+        counts = ~info.is_returned
+        squares = jnp.where(counts, info.energy_error**2, 0.0)
+        error = jnp.sum(squares) / jnp.maximum(jnp.sum(counts), 1)
+        adapted = adapt_step_size(step_size, error, energy_error)
+        step_size = jax.tree_util.tree_map(
+            lambda new, old: jnp.where(is_same_data & (number >= 0), new, old), adapted, step_size
+        )
+        error = jnp.where(is_same_data, error, jnp.nan)
+        values = (*state.here.observed, error, jnp.mean(info.is_returned))
+        kept = tuple(
+            all_steps.at[number].set(value) for all_steps, value in zip(kept, values, strict=True)
+        )
+        return state, step_size, kept
+
+    blanks = (*here.observed, step := walkers.step_size.step, step)
+    kept = tuple(jnp.zeros((bins * bin_length, *leaf.shape), dtype) for leaf in blanks)
+    state = State(walkers.position, walkers.momentum, here)
+    state, step_size, kept = jax.lax.fori_loop(
+        span.start, span.stop, one_step, (state, walkers.step_size, kept)
+    )
+    excess, radius2, virial, error, returned = (
+        leaf.reshape(bins, bin_length, *leaf.shape[1:]) for leaf in kept
+    )
+    observed = (jnp.swapaxes(leaf.mean(1), 0, 1) for leaf in (excess, radius2, virial))
+    width = jnp.sqrt(jnp.mean(state.position**2))
+    record = Record(*observed, jnp.nanmean(error, axis=1), returned.mean(1), width)
+    moved = walkers._replace(
+        position=state.position,
+        momentum=state.momentum,
+        excess=state.here.observed.excess,
+        step_size=step_size,
+    )
+    return moved, state.here, record
+
+
+class SamplerPrograms(NamedTuple):
+    """Compiled stages of a run.
+
+    Attributes:
+        columns: Virial columns of a record.
+        place: As `place_walkers`.
+        move: As `move_walkers`.
+        anchor: `(problem, linear_map, position, reference_loss, blocks) -> Anchor`: the loss of
+            every block at one position.
+        noise: As `gradient_noise`.
+        advance: `(problem, anchor, walkers, here, reference_loss, energy_error, friction_time,
+            span) -> (Walkers, Evaluation, Record)`.
+    """
+
+    columns: int
+    place: Callable[..., Walkers]
+    move: Callable[..., Walkers]
+    anchor: Callable[..., Anchor]
+    noise: Callable[..., Scalar]
+    advance: Callable[..., tuple[Walkers, Evaluation, Record]]
+
+
+def sampler_programs(
+    objective: Any, problem: Problem, settings: SamplerSettings
+) -> SamplerPrograms:
+    """Return the stages.
+
+    Objectives that compute the same share them, compiled, for the same shapes and settings.
+    """
+    parts = parameter_blocks(objective.structure.leaf_sizes, settings.max_columns)
+    shaping = (parts, settings.bins, settings.bin_length)
+    key = ("sampler", shaping, shapes_of(problem))
+    return PROGRAMS.find(
+        fingerprint_loss(objective, problem), key, (objective,), lambda one: _build(one, *shaping)
+    )
+
+
+def _build(
+    objective: FlatObjective, parts: tuple[int, ...], bins: int, bin_length: int
+) -> SamplerPrograms:
+    columns_fn = virial_columns(parts)
+
+    def anchor(problem, linear_map, position, reference_loss, blocks: Blocks):
+        displacement = linear_map.displacement(position)
+        return make_anchor(objective, problem, displacement, reference_loss, blocks)
+
+    def advance(
+        problem, anchor, walkers: Walkers, here, reference_loss, energy_error, friction_time, span
+    ):
+        walkers, here, record = run_steps(
+            make_evaluate(
+                objective, problem, walkers.linear_map, anchor, reference_loss, columns_fn
+            ),
+            walkers,
+            here,
+            span,
+            num_blocks=1 if anchor is None else anchor.rows.shape[0],
+            friction_time=friction_time,
+            energy_error=energy_error,
+            bins=bins,
+            bin_length=bin_length,
+        )
+        llc = problem.posterior.learning_coefficient(record.llc)
+        return walkers, here, record._replace(llc=llc)
+
+    # what runs a few times compiles quickly; `advance` runs thousands of times, so it does not
+    quick = functools.partial(jax.jit, compiler_options=quick_compilation())
+    return SamplerPrograms(
+        len(parts) + 2,
+        quick(place_walkers, static_argnames=("num_walkers",)),
+        quick(move_walkers),
+        quick(anchor),
+        quick(gradient_noise),
+        jax.jit(advance),
+    )

@@ -1,0 +1,89 @@
+"""Settings of the sampler: every number that trades memory, time or bias."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSettings:
+    """What a run of the sampler may spend, and how exact its dynamics are.
+
+    A *round* is the part of a run that one call of a compiled program makes: `bins * bin_length`
+    steps of every walker. A *fidelity* is the number of blocks that the data are split into and the
+    energy error that steps are held to. Only `bins`, `bin_length` and `max_columns` shape compiled
+    programs; a change of any other field compiles nothing.
+
+    Attributes:
+        walkers: Walkers of a run, at least; rounded up to a multiple of the chains. Half of them
+            doubles the steps for the same error; twice as many burn in twice as many starts.
+        walkers_in_few_dimensions: Times as many walkers, at most, in fewer than 32 dimensions,
+            where gradients are cheap and arms of the posterior narrow. At half, arms are visited
+            half as often; at double, a first round takes twice the work.
+        friction_time: Time after which momentum is forgotten, in standard deviations of q. At half,
+            walkers diffuse where they could fly; at double, the bias by gradient noise doubles.
+        widest: Posterior width over that of q up to which friction time grows with it. At half,
+            posteriors 8 times as wide as q take longer to cross; at double, 16 times as wide ones
+            are crossed sooner.
+        energy_error: Mean square of a step's energy error while walkers burn in, in nats^2 per
+            effective dimension. Step sizes grow as its sixth root: half shortens steps by 11 %,
+            double lengthens them by 12 % and adds a quarter to their bias.
+        precise_energy_error: The same for the steps that are averaged, at a relative error of 2 %;
+            it scales as the cube of the relative error, and never exceeds `energy_error`.
+        max_blocks: Blocks that the data are split into, at most. At half, a step costs twice as
+            much where noise would allow more; at double, the table of gradients at the anchor
+            takes twice the memory.
+        min_block: Examples of a block, at least. At half, steps on few data cost half and are
+            noisier; at double, the reverse.
+        table_floats: Bound on the numbers in the table of block gradients, `blocks * dim`. At half,
+            half the memory and larger blocks in many dimensions; at double, the reverse.
+        coordinates_per_fge: Coordinates that walkers may move for each full gradient of the budget,
+            which bounds the time where gradients are cheap: ten minutes at 1e5 dimensions. At half,
+            half the time; at double, twice.
+        noise_points: Walkers at which the noise of gradients is measured. At half, a measurement
+            costs half and is noisier by 1.4; at double, the reverse.
+        noise_share: Bias by gradient noise that is allowed before control variates, over the
+            relative error that was asked for. At half, blocks are twice as large; at double, half
+            as large, and more of llc's error is systematic.
+        burn_in_noise: The same while walkers burn in, as a share of llc. At half, burn-in costs up
+            to twice as much; at double, the walkers arrive too hot.
+        burn_in_change: Change of llc from one half of the burn-in to the next, relative to llc,
+            that ends it. At half, burn-in lasts longer; at double, exact gradients do more of it.
+        max_burn_in: Rounds of burn-in on noisy gradients, at most. At half and double: the same,
+            for walkers that have not arrived by then.
+        max_refinements: Times, at most, that the dynamics are made more exact where the control
+            variates see a bias. At half, more of the bias is left; at double, more rounds are
+            thrown away.
+        bins: Records that a round keeps of each walker. At half, the host looks twice as often; at
+            double, half as often.
+        bin_length: Steps averaged in a record. At half, records are twice as many and more alike;
+            at double, the error is read from half as many.
+        min_bins: Records of each walker, at least, before a run may end. At half, errors of short
+            runs are trusted sooner; at double, every run is at least twice as long.
+        max_columns: Blocks of parameters with a control variate of their own, at most. At half,
+            the variance is reduced less; at double, regressions need twice the records.
+    """
+
+    walkers: int = 8
+    walkers_in_few_dimensions: int = 64
+    friction_time: float = 2.0
+    widest: float = 8.0
+    energy_error: float = 5e-4
+    precise_energy_error: float = 2e-4
+    max_blocks: int = 64
+    min_block: int = 16
+    table_floats: int = 2**27
+    coordinates_per_fge: float = 2e5
+    noise_points: int = 4
+    noise_share: float = 1.0
+    burn_in_noise: float = 0.6
+    burn_in_change: float = 0.1
+    max_burn_in: int = 20
+    max_refinements: int = 3
+    bins: int = 4
+    bin_length: int = 4
+    min_bins: int = 8
+    max_columns: int = 12
+
+    @property
+    def round_length(self) -> int:
+        """Count the steps of a round."""
+        return self.bins * self.bin_length

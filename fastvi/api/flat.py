@@ -272,6 +272,7 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
         "objective",
         budget_fge=budget,
         loss_full_flat=target.loss_full_flat,
+        max_batch=config.max_batch,
     )
     finished = run_fit(
         programs_for(target.objective, problem, fit_settings(config), target.loss_full_flat),

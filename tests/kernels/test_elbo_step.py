@@ -14,10 +14,9 @@ from jax.extend.random import threefry_2x32
 from fastvi import LocalPosterior, VIConfig, make_flat_objective
 from fastvi.api.plan import family_choice, fit_schedule, fit_settings, start_settings
 from fastvi.families import mfa
+from fastvi.fitting import optimizer
 from fastvi.fitting import step as loop
-from fastvi.api.plan import fit_schedule, fit_settings
 from fastvi.fitting.stages import build_family
-from fastvi.fitting.step_plan import Phases, plan_steps
 from fastvi.fitting.step_plan import FINAL_RATE, Phases, plan_steps
 from fastvi.kernels.woodbury import Noise
 from fastvi.target.data import hold

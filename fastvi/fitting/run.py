@@ -67,7 +67,7 @@ class Fit:
     params: Any
     start: Start
     outcome: Outcome
-    traces: dict[str, Array]
+    traces: dict[str, Any]
     calibration_rounds: Any
     seconds: dict[str, float]
     converged: bool | None
@@ -186,7 +186,7 @@ def run_fit(
         start=course.start,
         outcome=outcome,
         traces={
-            name: jnp.asarray(np.concatenate([part[name] for part in course.parts], axis=1))
+            name: np.concatenate([part[name] for part in course.parts], axis=1)
             for name in course.parts[0]
         },
         calibration_rounds=course.calibration_rounds,

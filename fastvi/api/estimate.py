@@ -197,7 +197,9 @@ def assemble(
     config = config.applied(center.size)
     problem = make_problem(center, data, nbeta, localization, config, "nbeta")
     budget = (config.budget or default_budget(num_data)) / num_data
-    problem, look = look_at_target(objective, problem, stream, "loss_fn", budget_fge=budget)
+    problem, look = look_at_target(
+        objective, problem, stream, "loss_fn", budget_fge=budget, max_batch=config.max_batch
+    )
     return Target(objective, problem, config, key, stream, look)
 
 
@@ -254,6 +256,7 @@ def run_estimate(
         plan.method,
         error=settings.error,
         budget=settings.budget,
+        sampler=settings.sampler,
         progress=progress,
         throw=throw,
     )

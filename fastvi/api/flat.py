@@ -272,6 +272,7 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
         "objective",
         budget_fge=budget,
         loss_full_flat=target.loss_full_flat,
+        max_batch=config.max_batch,
     )
     finished = run_fit(
         programs_for(target.objective, problem, fit_settings(config), target.loss_full_flat),
@@ -286,7 +287,9 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     cumulative = jnp.broadcast_to(work.fge_per_step * steps, finished.traces["elbo"].shape)
     return _Run(
         llc=finished.outcome.evaluation.llc,
-        traces={**finished.traces, "cumulative_fge": cumulative},
+        traces=jax.tree_util.tree_map(
+            jnp.asarray, {**finished.traces, "cumulative_fge": cumulative}
+        ),
         extras=_extras(finished, problem),
         seconds=finished.seconds,
         work=work,

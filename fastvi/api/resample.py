@@ -108,6 +108,7 @@ def correct(
     *,
     error: Given[float | None] = None,
     budget: Given[float | None] = None,
+    sampler: Any = None,
     progress: Given[bool | Callable[[Progress], None]] = True,
     throw: Given[bool] = True,
 ) -> LLCEstimate:
@@ -126,6 +127,7 @@ def correct(
         method: "auto", "sample" or "reweight"; "variational" returns the result as it is.
         error: As in `VIConfig`; what the result was estimated with when left out.
         budget: As in `VIConfig`; what the result was estimated with when left out.
+        sampler: As in `VIConfig`; what the result was estimated with when left out.
         progress: Whether to show a status line on stderr, or a function that receives `Progress`.
         throw: Whether to raise when the corrected value is not finite; otherwise a finding says so.
 
@@ -149,7 +151,7 @@ def correct(
             "this estimate holds no fit to go on from (it was loaded from disk). Run estimate_llc "
             "again."
         )
-    recorded = _recorded(result, method, error, budget)
+    recorded = _recorded(result, method, error, budget, sampler)
     if recorded.method == "variational":
         return result
     config = recorded.filled
@@ -191,17 +193,13 @@ def correct(
 
 
 def _recorded(
-    result: LLCEstimate, method: str, error: float | None, budget: float | None
+    result: LLCEstimate, method: str, error: float | None, budget: float | None, sampler: Any
 ) -> VIConfig:
     """Return the result's configuration with this method.
 
     One that has no use for a setting refuses it.
     """
-    asked: dict[str, Any] = {
-        "method": method,
-        "error": error,
-        "budget": budget,
-    }
+    asked = {"method": method, "error": error, "budget": budget, "sampler": sampler}
     VIConfig.create(asked).check_available()
     given = {name: value for name, value in asked.items() if value is not None}
     config = result.config.replace(**given)
@@ -281,7 +279,7 @@ def _sample(
     report: Callable[[Progress], None] | None,
 ) -> _Values:
     """Run the walkers; reweight where the budget pays for no step of theirs."""
-    chains, num_data, settings = fitted.keys.size, fitted.problem.num_data, SamplerSettings()
+    chains, num_data, settings = fitted.keys.size, fitted.problem.num_data, config.sampler
     budget = config.budget or default_budget(num_data)
     per_chain = _walkers_per_chain(fitted, config.error, settings)
     previous = fitted.previous

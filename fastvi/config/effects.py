@@ -38,13 +38,9 @@ def idle_fields(config: Any, dim: int | None = None) -> dict[str, Idle]:
         ),
         "entropy_bonus_steps": (filled.entropy_bonus > 0, "an entropy_bonus above 0"),
         "lr_end_fraction": (filled.lr_schedule != "none", 'lr_schedule="cosine" or "linear_decay"'),
-        "error": (
-            filled.method in (None, "auto", "sample"),
-            'method="auto" or "sample"',
-        ),
-        "budget": (
-            filled.method in (None, "auto", "sample"),
-            'method="auto" or "sample"',
+        **dict.fromkeys(
+            ("error", "budget", "sampler"),
+            (filled.method in (None, "auto", "sample"), 'method="auto" or "sample"'),
         ),
         "alpha_temperature_frac": (
             filled.alpha_temperature != 1,

@@ -34,6 +34,7 @@ from fastvi.families import FAMILIES
 from fastvi.families.backends.base import Architecture
 from fastvi.families.basis import Basis
 from fastvi.fitting.step_plan import FINAL_RATE
+from fastvi.sampling.settings import SamplerSettings
 
 __all__ = ["FlowConfig", "VIConfig"]
 
@@ -86,6 +87,26 @@ def _flow(name: str, value: Any, fix: str) -> "FlowConfig":
     entries = sources.entries(name, value, fix)
     _refuse_unknown(FlowConfig, entries)
     return FlowConfig(**entries)
+
+
+def _sampler(name: str, value: Any, fix: str) -> SamplerSettings:
+    """Check the entries of the sampler's settings by the kind of their defaults."""
+    if value is None:
+        return SamplerSettings()
+    entries, usual = sources.entries(name, value, fix), vars(SamplerSettings())
+    for key, item in entries.items():
+        if key not in usual:
+            rule = f"one of {', '.join(usual)}"
+            raise checks.refusal(f"{name}.{key}", rule, item, _nearest(str(key), usual))
+        rule = checks.integer if isinstance(usual[key], int) else checks.positive
+        entries[key] = rule(f"{name}.{key}", checks.plain(item), f"for example {usual[key]!r}")
+    return SamplerSettings(**entries)
+
+
+def _nearest(name: str, candidates: Mapping[str, Any]) -> str:
+    """Say which of the names was meant, where one is near."""
+    near = difflib.get_close_matches(name.lower(), candidates, 1)
+    return f"did you mean {near[0]!r}?" if near else "remove it"
 
 
 class _CheckedFields:
@@ -251,6 +272,11 @@ class VIConfig(_CheckedFields):
             Hessian-vector product 2; walkers that share a batch count each. None means 20,000 n,
             and 1,000,000 where n is not known. Refused where the method is "variational" or
             "reweight".
+        max_batch: The most examples of one forward-backward pass, which walkers, draws and tangents
+            side by side share; larger batches are averaged in slices. None means as many as 16 MiB
+            hold, of examples and of what the loss computes of them.
+        sampler: How walkers move, below; a mapping replaces only the entries that it names. Refused
+            where the method is "variational" or "reweight".
         whitening_mode: Diagonal whitening measured at the center before the fit; a `whitener` that
             `fit` is given takes its place.
         whitening_decay: Decay of the moving averages of "rmsprop" and "adam", refused without them;
@@ -310,6 +336,8 @@ class VIConfig(_CheckedFields):
     method: Open[Literal["auto", "sample", "reweight", "variational"]] = _OPEN
     error: Annotated[Open[float], checks.positive] = _OPEN
     budget: Annotated[float | None, checks.positive] = None
+    max_batch: Annotated[int | None, checks.integer] = None
+    sampler: Annotated[SamplerSettings, _sampler] = SamplerSettings()
     whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
     whitening_decay: Annotated[Open[float], checks.decay] = _OPEN
     use_whitening: bool = True
@@ -345,15 +373,15 @@ class VIConfig(_CheckedFields):
             source: None, a VIConfig, another dataclass instance, a mapping, an OmegaConf
                 DictConfig, a namespace, or the path of a YAML file. A `vi` or an `overrides` entry,
                 alone or beside `name: vi`, is unwrapped.
-            **overrides: Fields, aliases included. A `flow` mapping replaces only the entries it
-            names.
+            **overrides: Fields, aliases included. A `flow` or a `sampler` mapping replaces only the
+                entries it names.
 
         Raises:
             ConfigError: If the source cannot be read, a name is unknown or a value impossible.
         """
         base, changes = _canonical(sources.read(source)), _canonical(overrides)
-        if "flow" in base and "flow" in changes:
-            changes["flow"] = base["flow"] | changes["flow"]
+        for name in {"flow", "sampler"} & base.keys() & changes.keys():
+            changes[name] = base[name] | changes[name]
         return cls(**base | changes)
 
     def replace(self, **changes: Any) -> Self:
@@ -435,7 +463,7 @@ class VIConfig(_CheckedFields):
         )
 
     def _gives(self, name: str) -> bool:
-        return self._value(name) not in (None, FlowConfig())
+        return self._value(name) not in (None, FlowConfig(), SamplerSettings())
 
     def _value(self, name: str) -> Any:
         return self.flow.bins if name == "flow.bins" else getattr(self, name)
@@ -549,6 +577,8 @@ def _canonical(given: Mapping[Any, Any]) -> dict[str, Any]:
     found = {name: value for name, value in given.items() if name not in _ALIASES}
     if "flow" in found:
         found["flow"] = sources.entries("flow", found["flow"], "for example {'depth': 4}")
+    if found.get("sampler") is not None:
+        found["sampler"] = sources.entries("sampler", found["sampler"], "e.g. {'walkers': 16}")
     for alias in [name for name in _ALIASES if name in given]:
         full, value = _ALIASES[alias], given[alias]
         name = full.removeprefix("flow.")

@@ -16,7 +16,6 @@ from fastvi.kernels.noise import streams
 from fastvi.target.data import Problem
 from fastvi.target.objective import FlatObjective
 
-EVALUATION_BLOCK = streams.EVALUATION
 # Draws that share a pass over a slice of the data, with w* beside them: half as many evaluate w*
 # twice as often, a ninth more losses; twice as many halve the examples of a slice.
 EVALUATION_GROUP = 8
@@ -154,7 +153,9 @@ def evaluate(
 
 def evaluation_draws(family: AbstractFamily, params, key: Key, num_draws: int) -> Draws:
     """Return the draws that a chain is evaluated at, in mirrored pairs."""
-    return family.sample(params, key, 2 * (num_draws // 2), antithetic=True, block=EVALUATION_BLOCK)
+    return family.sample(
+        params, key, 2 * (num_draws // 2), antithetic=True, block=streams.EVALUATION
+    )
 
 
 def losses_at(

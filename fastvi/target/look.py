@@ -29,7 +29,7 @@ from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.target.losses import (
     LossForm,
     find_mean_weight,
-    first_rows,
+    take_examples,
     weigh_batch,
     weight_statistics,
 )
@@ -127,7 +127,7 @@ def _weigh(objective: Any, problem: Problem, name: str, stream: AbstractStream |
 
 
 def _signature(objective: Any, problem: Problem, name: str) -> Signature:
-    rows = first_rows(problem.data.examples, problem.batch_size)
+    rows = take_examples(problem.data.examples, slice(problem.batch_size))
     return check_loss(objective, problem.posterior.center, rows, name)
 
 

@@ -45,11 +45,6 @@ def num_examples(batch: Batch) -> int:
     return jax.tree_util.tree_leaves(batch)[0].shape[0]
 
 
-def first_rows(batch: Batch, count: int) -> Batch:
-    """Return the first examples."""
-    return jax.tree_util.tree_map(lambda leaf: leaf[:count], batch)
-
-
 def take_examples(batch: Batch, rows: Any) -> Batch:
     """Return some examples: those in a slice, or with these numbers."""
     return jax.tree_util.tree_map(lambda leaf: leaf[rows], batch)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,9 +14,9 @@ import numpy as np
 from fastvi._errors import DataError
 from fastvi._typing import Array, Float, Given, PyTree
 from fastvi.target.inputs import is_finite
-from fastvi.target.losses import example_losses, mean_loss, raw_examples
+from fastvi.target.losses import raw_examples
 from fastvi.target.modes import call_in_their_modes, in_own_modes
-from fastvi.target.objective import LossFn
+from fastvi.target.objective import AbstractObjective, LossFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class TreeStructure:
 
 
 @dataclasses.dataclass(frozen=True)
-class TreeObjective:
+class TreeObjective(AbstractObjective):
     """A `FlatObjective` around `loss_fn(params, batch)`.
 
     Equal function and structure compare equal.
@@ -106,27 +106,10 @@ class TreeObjective:
 
     loss_fn: LossFn
     structure: TreeStructure
-    has_own_gradient: ClassVar[bool] = False
 
     def outputs(self, w, batch):
         """Return what the function returns on the batch."""
         return call_in_their_modes(self.loss_fn, self.structure.unravel(w), raw_examples(batch))
-
-    def loss(self, w, batch):
-        """Evaluate the mean loss of the batch."""
-        return mean_loss(self.outputs(w, batch), batch, w.dtype)
-
-    def example_losses(self, w, batch):
-        """Return each example's share in the mean, None where the function returns the mean."""
-        return example_losses(self.outputs(w, batch), batch, w.dtype)
-
-    def grad(self, w, batch):
-        """Differentiate the loss with respect to `w`."""
-        return jax.grad(self.loss)(w, batch)
-
-    def value_and_grad(self, w, batch):
-        """Evaluate loss and gradient in one pass."""
-        return jax.value_and_grad(self.loss)(w, batch)
 
 
 @in_own_modes

@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from fastvi._errors import DataError, ErrorNote
 from fastvi._typing import Array, Batch, Float, Given
-from fastvi.target.losses import LossForm, first_rows, num_examples
+from fastvi.target.losses import LossForm, num_examples, take_examples
 from fastvi.target.objective import FlatObjective
 
 AUXILIARY_FIX = (
@@ -52,10 +52,10 @@ def check_loss(
     length = num_examples(batch)
     sizes = (length, max(1, length // 2))
     outputs = getattr(objective, "outputs", objective.loss)
-    traced = [_trace(outputs, w, first_rows(batch, size), name) for size in sizes]
+    traced = [_trace(outputs, w, take_examples(batch, slice(size)), name) for size in sizes]
     values = tuple(shapes for _, shapes in traced)
     form = classify_loss(values, sizes, name)
-    own_gradient = getattr(objective, "grad_fn", None) is not None
+    own_gradient = getattr(objective, "has_own_gradient", False)
     if form is not LossForm.MEAN and (
         outputs is objective.loss or (own_gradient and form is LossForm.WEIGHTED)
     ):

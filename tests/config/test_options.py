@@ -40,12 +40,13 @@ from fastvi.api.plan import (
 )
 from fastvi.cli.target import parse_settings
 from fastvi.families.backends import BACKENDS, NativeBackend
-from fastvi.families.backends.base import FlowSettings
+from fastvi.families.backends.base import Architecture
 from fastvi.fitting.stages import _evaluation, build_family, nothing_seen
 from fastvi.fitting.step import init_state, run_steps
 from fastvi.fitting.step_plan import fixed_phases, plan_steps
 from fastvi.flows import build_realnvp
 from fastvi.geometry.start import make_start
+from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.data import hold
 from fastvi.target.keys import as_key
 from fastvi.target.objective import make_flat_objective
@@ -161,6 +162,12 @@ def plan_of(config):
     return plan_estimate(config.applied(DIM), problem_of(config), None)
 
 
+def held_of(config):
+    """Return the examples that a pass may take."""
+    arguments = tree_loss, PARAMS, DATA, 8.0, 1.0, config, jax.random.key(0)
+    return fastvi.api.estimate.assemble(*arguments).problem.data.max_batch
+
+
 def settings_of(config):
     """What `check_dtype` and `save` read directly."""
     return config.dtype, config.tensorboard
@@ -206,6 +213,8 @@ FIELDS = {
     "method": ("sample", {}, plan_of, plan_of),
     "error": (0.1, {}, plan_of, plan_of),
     "budget": (7.0, {}, plan_of, plan_of),
+    "max_batch": (4, {}, held_of, held_of),
+    "sampler": ({"walkers": 16}, {}, plan_of, plan_of),
     "whitening_mode": ("rmsprop", {}, start_of, start_of),
     "whitening_decay": (0.5, {"whitening_mode": "adam"}, start_of, start_of),
     "use_whitening": (False, {"whitening_mode": "adam"}, start_of, start_of),
@@ -446,7 +455,7 @@ def test_a_file_for_both_families_is_read_for_the_one_it_names(family, nothing_i
         assert (settings.M, settings.prune_threshold) == (2, 1e-3)
     else:
         assert (settings.d_latent, settings.backend, settings.sigma_perp) == (2, "native", 1e-3)
-        assert settings.flow == FlowSettings(template="maf", depth=4, hidden=(8, 8))
+        assert settings.flow == Architecture(template="maf", depth=4, hidden=(8, 8))
     other: dict = {"lift": "core"} if family == "mfa" else {"alpha_temperature": 2.0}
     with pytest.raises(
         ConfigError, match=r"^(lift|alpha_temperature) must be left out with family"
@@ -623,6 +632,7 @@ KEYWORDS = {
         "method",
         "error",
         "budget",
+        "sampler",
         "progress",
         "throw",
     ],
@@ -763,6 +773,27 @@ def described(cls):
     section = page.split(f"\n## {cls.__name__}\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", section, flags=re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}, dict(rows)
+
+
+def test_the_page_has_the_settings_of_the_sampler():
+    docstring, page = described(SamplerSettings)
+    assert [*docstring] == [field.name for field in dataclasses.fields(SamplerSettings)]
+    assert docstring == page
+
+
+def test_entries_of_the_sampler_are_checked():
+    config = VIConfig.create({"sampler": {"walkers": 16}}, sampler={"energy_error": "1e-3"})
+    assert config.sampler == SamplerSettings(walkers=16, energy_error=1e-3)
+    assert VIConfig.create(config.to_dict()) == config
+    for entries, words in (
+        ({"walker": 16}, "did you mean 'walkers'"),
+        ({"walkers": 2.5}, r"^sampler\.walkers must be an integer"),
+        ({"widest": -1}, r"^sampler\.widest must be a finite number > 0"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            VIConfig(sampler=entries)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="^sampler must be left out without method"):
+        VIConfig.create(method="reweight", sampler={"walkers": 16}).check_available()
 
 
 @pytest.mark.parametrize("cls", [VIConfig, FlowConfig])

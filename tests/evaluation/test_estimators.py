@@ -7,7 +7,6 @@ import pytest
 
 from fastvi.evaluation.control_variate import hessian_columns, regress
 from fastvi.evaluation.llc import (
-    EVALUATION_BLOCK,
     error_over_pieces,
     evaluate,
     evaluation_draws,
@@ -15,6 +14,7 @@ from fastvi.evaluation.llc import (
     losses_at,
 )
 from fastvi.families.mfa import MFA, MFAParams
+from fastvi.kernels.noise import streams
 from fastvi.target.data import Problem, hold
 from fastvi.target.objective import make_flat_objective
 from fastvi.target.posterior import LocalPosterior
@@ -219,7 +219,7 @@ def test_elbo_is_log_density_minus_log_q():
     hessian = dense_hessian()
     result = evaluations(q, params, "none", hessian, offset=0.7)
     sample = jax.jit(
-        lambda key: q.sample(params, key, NUM_DRAWS, antithetic=True, block=EVALUATION_BLOCK)
+        lambda key: q.sample(params, key, NUM_DRAWS, antithetic=True, block=streams.EVALUATION)
     )
     draws = [sample(key) for key in jax.random.split(jax.random.key(0), NUM_KEYS)[:3]]
     for index, draw in enumerate(draws):

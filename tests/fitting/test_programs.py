@@ -32,7 +32,7 @@ BASES = {
         "entropy_bonus": 0.5,
         "entropy_bonus_steps": 20,
     },
-    "walk": {"method": "sample", "error": 0.5, "budget": 40.0 * COUNT},
+    "walk": {"method": "sample", "error": 0.5, "budget": 400.0 * COUNT},
 }
 # Fields that a change of compiles nothing: beside what, and the new value.
 NOTHING = {
@@ -52,7 +52,7 @@ NOTHING = {
     "alpha_temperature_frac": ("changing", 0.3),
     "entropy_bonus_steps": ("changing", 30),
     "error": ("walk", 0.4),
-    "budget": ("walk", 30.0 * COUNT),
+    "budget": ("walk", 300.0 * COUNT),
 }
 # Fields that programs, the shapes of arrays or the family are made of.
 PROGRAMS = {
@@ -69,6 +69,7 @@ PROGRAMS = {
     "antithetic": False,
     "eval_samples": 64,
     "control_variate": "none",
+    "max_batch": 4,
     "trace_probes": 3,
     "whitening_mode": "rmsprop",
     "whitening_decay": 0.5,
@@ -85,7 +86,8 @@ BESIDE = {
 }
 FLOW = {"backend", "d_latent", "sigma_perp", "learn_sigma_perp", "lift", "latent_basis", "flow"}
 # The method chooses among programs; snapshots of q for TensorBoard are read by one of their own.
-OTHER = {"method", "tensorboard"}
+# The sampler's settings say themselves which of them shape programs.
+OTHER = {"method", "tensorboard", "sampler"}
 
 
 def loss(w, batch):
@@ -106,7 +108,7 @@ def test_every_field_is_in_the_table():
 @pytest.mark.parametrize("base", BASES)
 def test_tolerances_budgets_and_lengths_compile_nothing(base):
     estimate(base)
-    estimate(base, key=1)  # what only a second call compiles: another length of the host's arrays
+    estimate(base, key=1)  # what only a second call compiles
     compiled = {}
     for field, (beside, value) in NOTHING.items():
         if beside == base:
@@ -131,11 +133,12 @@ def made_of(config):
     """Return the keys of the programs: settings, the structure of the family, shapes."""
     center = jnp.zeros(DIM, config.dtype)
     settings = fit_settings(config)
-    problem = make_problem(center, hold(DATA), 12.0, 1.0, config, "nbeta")
+    problem = make_problem(center, hold(DATA, config.max_batch), 12.0, 1.0, config, "nbeta")
     start = begun(jnp.ones(DIM, config.dtype), jnp.zeros((0, DIM), config.dtype), 0)
     family = build_family(family_choice(config), settings.start, start, 0)
     params = jax.eval_shape(
         lambda key: family.init(key, jnp.zeros((0, DIM), config.dtype), center), jax.random.key(0)
     )
     structures = jax.tree_util.tree_structure((family, problem, params))
-    return settings, str(structures), [leaf.shape for leaf in jax.tree_util.tree_leaves(params)]
+    leaves = jax.tree_util.tree_leaves(params)
+    return settings, str(structures), [(leaf.shape, leaf.dtype) for leaf in leaves]

@@ -1,9 +1,7 @@
 """What a fit tells those who watch it, and what it asks of those who keep its progress."""
 
 import abc
-from typing import TYPE_CHECKING, NamedTuple
-
-from fastvi._typing import Array
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from fastvi.fitting.run import Course
@@ -21,7 +19,7 @@ class Progress(NamedTuple):
     step: int
     steps: int
     value: float
-    traces: dict[str, Array] | None = None
+    traces: dict[str, Any] | None = None
 
 
 class AbstractKeeper(abc.ABC):

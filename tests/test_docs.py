@@ -31,6 +31,9 @@ def python_blocks(page):
     )
 
 
+NESTED = {"flow": "FlowConfig()", "sampler": "SamplerSettings()"}
+
+
 def config_rows(heading):
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
@@ -40,7 +43,7 @@ def config_rows(heading):
 @pytest.mark.parametrize("cls", [VIConfig, FlowConfig], ids=lambda cls: cls.__name__)
 def test_configuration_page_lists_every_field_with_its_default(cls):
     expected = {
-        field.name: "FlowConfig()" if field.name == "flow" else repr(field.default)
+        field.name: NESTED.get(field.name) or repr(field.default)
         for field in dataclasses.fields(cls)
     }
     assert config_rows(cls.__name__) == expected

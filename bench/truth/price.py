@@ -27,7 +27,7 @@ from fastvi.fitting.run import run_fit
 from fastvi.fitting.stages import programs_for
 from fastvi.geometry.start import make_start
 from fastvi.target.data import hold
-from fastvi.target.losses import first_rows
+from fastvi.target.losses import take_examples
 from fastvi.target.ravel import TreeObjective, ravel_loss
 
 TABLE = "price"
@@ -86,7 +86,7 @@ def fits(name: str) -> list[dict]:
     @jax.jit
     def prepare(problem, key, scale):
         rows = min(settings.start.examples, problem.num_data)
-        subset = hold(first_rows(problem.data.examples, rows))
+        subset = hold(take_examples(problem.data.examples, slice(rows)))
         arguments = smooth, problem.posterior, subset, problem.next_batch, settings.start
         return make_start(*arguments, key, scale)
 

@@ -114,11 +114,11 @@ def correct(
 ) -> LLCEstimate:
     """Turn the variational value of a finished estimate into the posterior's own.
 
-    "reweight" reweights the draws of the evaluation (Pareto-smoothed) and costs nothing more; it
-    can be trusted while k-hat is below 0.7. "sample" runs underdamped Langevin dynamics from draws of
-    q in the coordinates that q makes round, on blocks of the data as small as the noise of their
-    gradients allows, with virial control variates. "auto" reweights where k-hat is below 0.5, half
-    of the draws count and the error is below `error`, and samples otherwise.
+    "reweight" reweights the draws of the evaluation (Pareto-smoothed) and costs nothing more. It
+    can be trusted while k-hat is below 0.7. "sample" runs underdamped Langevin dynamics from draws
+    of q, in the coordinates that q makes round. Its gradients are on blocks of the data as small as
+    their noise allows, and it averages with virial control variates. "auto" reweights where k-hat
+    is below 0.5, half of the draws count and the error is below `error`, and samples otherwise.
 
     Walkers that have corrected this result before go on from where they are.
 
@@ -280,6 +280,7 @@ def _sample(
 ) -> _Values:
     """Run the walkers; reweight where the budget pays for no step of theirs."""
     chains, num_data, settings = fitted.keys.size, fitted.problem.num_data, config.sampler
+    budget = config.budget or default_budget(num_data)
     per_chain = _walkers_per_chain(fitted, config.error, settings)
     previous = fitted.previous
     if previous is not None and previous.walkers.position.shape[0] != chains * per_chain:
@@ -287,8 +288,7 @@ def _sample(
 
     def tell(done: float, llc: float) -> None:
         if report is not None:
-            work, budget = (int(spent / num_data) for spent in (done, config.budget))
-            report(Progress("correction", work, budget, llc))
+            report(Progress("correction", int(done / num_data), int(budget / num_data), llc))
 
     fitted.check_unchanged()
     programs = sampler_programs(fitted.objective, fitted.problem, settings)
@@ -298,7 +298,7 @@ def _sample(
         fitted.fit.outcome.reference_loss,
         settings,
         config.error,
-        config.budget,
+        budget,
         tell,
         chains=chains,
         fewest=chains * -(-settings.walkers // chains),
@@ -307,21 +307,21 @@ def _sample(
     walkers = _start_walkers(programs, fitted, previous, chains * per_chain)
     start = begin(setup, walkers)
     if not setup.pays(start):
-        least = setup.least_budget(start)
+        least = setup.least_budget(start, setup.counts[0])
         return _unpaid(_reweight(fitted, weights), least, settings)
     run = sample_posterior(setup, walkers)
     means, errors = _per_chain(run, chains, settings.walkers)
     number = 1 if previous is None else previous.number + 1
     center = fitted.problem.posterior.center
     return _Values(
-        run.analysis.llc,
-        run.analysis.llc_sem,
+        run.check.analysis.llc,
+        run.check.analysis.llc_sem,
         means,
         errors,
-        run.llc,
+        run.check.llc,
         run.end.work / num_data,
         {**_run_details(run, settings), "narrow_dtype": _narrow_dtype(fitted)},
-        PreviousRun(run.end.walkers, center, number, not run.unmet),
+        PreviousRun(run.end.walkers, center, number, not run.check.unmet),
     )
 
 
@@ -340,7 +340,7 @@ def _per_chain(
     run: SamplerResult, chains: int, groups: int
 ) -> tuple[Float[np.ndarray, " parts"], Float[np.ndarray, " parts"]]:
     """Return mean and error of the walkers of each chain, or of groups where there is one chain."""
-    found = (run.analysis.per_walker, run.analysis.per_walker_sem)
+    found = (run.check.analysis.per_walker, run.check.analysis.per_walker_sem)
     # one row for each chain; a single chain's walkers are dealt out to the groups
     means, errors = (
         values.reshape(chains, -1) if chains > 1 else values.reshape(-1, groups).T
@@ -377,10 +377,10 @@ def _start_walkers(
 
 def _run_details(run: SamplerResult, settings: SamplerSettings) -> dict[str, Any]:
     """Return what a result keeps of a run."""
-    analysis = run.analysis
+    analysis, llc, unmet = run.check
     return {
-        "settled": not run.unmet,
-        "unmet": run.unmet,
+        "settled": not unmet,
+        "unmet": unmet,
         "least_budget": run.least_budget,
         "rhat": analysis.rhat,
         "rhat_radius": analysis.rhat_radius,
@@ -388,8 +388,8 @@ def _run_details(run: SamplerResult, settings: SamplerSettings) -> dict[str, Any
         "virial_z": analysis.virial_z,
         "variance_reduction": analysis.variance_reduction,
         "systematic": analysis.systematic,
-        "walkers": run.llc.shape[0],
-        "steps": run.llc.shape[1] * settings.bin_length,
+        "walkers": llc.shape[0],
+        "steps": llc.shape[1] * settings.bin_length,
         "burn_in": analysis.burn_in * settings.bin_length,
         "data_blocks": run.end.fidelity.num_blocks,
         "energy_error": run.end.fidelity.energy_error,

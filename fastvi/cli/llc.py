@@ -24,7 +24,7 @@ from fastvi.target.identity import differing, digest_tree, observe_loss
 from fastvi.target.inputs import check_data, is_stream
 from fastvi.target.keys import as_key
 from fastvi.target.look import weigh
-from fastvi.target.losses import first_rows
+from fastvi.target.losses import take_examples
 from fastvi.target.ravel import ravel_loss
 from fastvi.target.stream import open_stream
 
@@ -128,7 +128,8 @@ def observe_problem(problem: ModelArguments, config: VIConfig) -> dict[str, Any]
         else hold(check_data(problem.data, dtype=dtype)[0])
     )
     target = make_problem(center, data, 1.0, 1.0, config, "nbeta")
-    first = first_rows(weigh(objective, target, "loss_fn").data.examples, DEFAULT_BATCH_SIZE)
+    weighed = weigh(objective, target, "loss_fn").data.examples
+    first = take_examples(weighed, slice(DEFAULT_BATCH_SIZE))
     return {
         "params": digest_tree(center),
         "data": digest_tree(data.examples),

@@ -118,7 +118,8 @@ class Flow(AbstractFamily):
     """
 
     Settings: ClassVar = FlowSettings
-    negligible_gain: ClassVar[float] = 0.05  # a flow goes on learning in gains that are a tenth
+    # the llc of a flow still moves where that of a mixture no longer does
+    negligible_gain: ClassVar[float] = 0.05
     scale: Float[Array, " dim"]
     unit: Scalar
     lift: Lift
@@ -173,6 +174,7 @@ class Flow(AbstractFamily):
     def init(self, key, core, log_scale) -> FlowParams:
         """Start at the given core and mean log scale, the flow near the identity."""
         dtype, dim = self.scale.dtype, self.scale.size
+        # one number for all directions off the frame
         shift = jnp.mean(log_scale)
         sigma = shift if self.sigma is None else jnp.log(self.sigma / self.unit)
         offsets = jnp.zeros((1 if self.free_mean else 0, dim), dtype)
@@ -204,10 +206,13 @@ class Flow(AbstractFamily):
             z, log_prob = self.backend.sample_and_log_prob(flow, base)
             return z, log_prob
 
+        # cotangents of the draws come later, so the pull-back is kept with the draws
         z, pull, log_prob = jax.vjp(push, params.flow, has_aux=True)
+        # the score is that of a density whose parameters are held
         frozen = jax.lax.stop_gradient(params.flow)
         z_score = jax.grad(lambda z: jnp.sum(self.backend.log_prob(frozen, z)))(z)
         latent = jnp.concatenate([z, other], axis=-1)
+        # latent coordinates beyond the flow's are standard normal
         latent_score = jnp.concatenate([z_score, -other], axis=-1)
         latent_log_prob = log_prob + standard_log_prob(other)
         lifted = self.lift.push(params.lift, noise, frame_noise, latent, latent_log_prob)
@@ -232,6 +237,7 @@ class Flow(AbstractFamily):
         record = draws.record
         cotangents = self.scale * target.gradient - self.entropy_weight * record.score
         lift, latent = self.lift.gradient(params.lift, record.lifted, record.latent, cotangents)
+        # the mean over draws is taken of the cotangents: the pull-back sums
         (flow,) = record.pull(latent[:, : self.latent_dim] / latent.shape[0])
         if not self.learn_sigma:
             lift = lift._replace(log_sigma=jnp.zeros_like(lift.log_sigma))
@@ -303,6 +309,7 @@ class Flow(AbstractFamily):
         sigma = jnp.exp(lift.log_sigma)
         draws = self._latent_draws(params, MOMENT_DRAWS)
         mean = jnp.mean(draws, axis=0)
+        # the covariance along the frame: by draws where the flow acts, exact beside it
         by_flow, other = (draws - mean) @ lift.root[:, :count].T, lift.root[:, count:]
         covariance = by_flow.T @ by_flow / draws.shape[0] + other @ other.T
         root = symmetric_root(covariance / sigma**2)

@@ -82,6 +82,7 @@ class Lift(eqx.Module):
         """Invert: return a, and the log density of u less that of a."""
         x = u - params.offsets.sum(0)
         on_frame = self.frame @ x
+        # off the frame u is noise alone: what is left there is sigma times the noise
         latent = jax.scipy.linalg.solve_triangular(params.root, on_frame, lower=True)
         residual = x - on_frame @ self.frame
         square = jnp.sum(residual**2) * jnp.exp(-2 * params.log_sigma)
@@ -129,6 +130,7 @@ class Lift(eqx.Module):
 
     def moved(self, params: LiftParams, updates: LiftParams) -> LiftParams:
         """Add updates in the coordinates of `natural`; the diagonal of the root stays positive."""
+        # the diagonal moves by factors exp(update), which keeps it positive
         diagonal = jnp.diagonal(updates.root)
         step = jnp.tril(updates.root, -1) + jnp.diag(jnp.exp(diagonal))
         return LiftParams(

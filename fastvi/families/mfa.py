@@ -136,6 +136,7 @@ class MFA(AbstractFamily):
     def create(cls, settings: MFASettings, geometry: Geometry) -> "MFA":
         """Build the family; see `AbstractFamily.create`."""
         dim, dtype = geometry.scale.size, geometry.scale.dtype
+        # what changes during a fit stands here at its value of the end, which evaluations read
         falls, ends = settings.alpha_temperature_frac > 0, settings.entropy_bonus_steps is not None
         prior = settings.alpha_dirichlet_prior
         return cls(
@@ -193,6 +194,7 @@ class MFA(AbstractFamily):
         dim, rank, dtype = self.scale.size, max(self.ranks), self.scale.dtype
         rows = self.num_components * rank
         noise = normal(key, (rows, dim + self.noise_size), dtype, block=streams.START)
+        # the core's noise comes last, so that its padding does not change the rest
         eps, zeta = noise[:, :dim], noise[:, dim : dim + core.shape[0]]
         factors = woodbury.precision_root(core, eps, zeta).reshape(self.num_components, rank, dim)
         return MFAParams(
@@ -200,6 +202,7 @@ class MFA(AbstractFamily):
             offsets=jnp.zeros((self.num_offsets, dim), dtype),
             log_scale=log_scale,
             core=core * self.core_mask[:, None],
+            # a row of dim normals has the norm sqrt(dim)
             factors=self._mask(factors * (FACTOR_INIT / math.sqrt(dim))),
         )
 
@@ -222,7 +225,7 @@ class MFA(AbstractFamily):
 
     def _mask(self, factors):
         if len(set(self.ranks)) == 1:
-            return factors
+            return factors  # all columns are in use
         return factors * self._rank_mask(factors.dtype)[..., None]
 
     def _mask_rows(self, noise: Noise) -> Float[Array, "draws rank"]:
@@ -245,12 +248,14 @@ class MFA(AbstractFamily):
     def draw_noise(self, key: Key, num: int, block: Array | int = 0) -> Normals:
         """Draw noise; see `AbstractFamily.draw_noise`."""
         dtype, size = self.scale.dtype, self.scale.size + max(self.ranks) + self.noise_size
+        # 24 bits are all that float32 holds below 1
         quantile = (words(key, num, block=block + 1) >> 8).astype(dtype) * 2**-24
         return Normals(quantile, normal(key, (num, size), dtype, block=block))
 
     def _noise(self, mixture: Mixture, drawn: Normals) -> Noise:
         """Sort noise into label, eps, zeta and z."""
         dim, (num_core, rank) = self.scale.size, (mixture.core.shape[0], mixture.factors.shape[1])
+        # the label is the component in whose share of [0, 1) the quantile falls
         ends = jnp.cumsum(jnp.exp(mixture.log_weights))
         if self.prunes:
             ends = ends / ends[-1]  # rounding must not reach a component without weight
@@ -272,14 +277,13 @@ class MFA(AbstractFamily):
             mirrored = sorted_noise._replace(
                 eps=-sorted_noise.eps, zeta=-sorted_noise.zeta, z=-sorted_noise.z
             )
+            # about means of their own, the density at a mirror image is another one
             if self.num_offsets > 1:
                 reflected = _for_each(lambda one: woodbury.draw(mixture, grams, one), mirrored)
             else:
                 reflected = _reflect(drawn, mixture.offsets.sum(0))
-            sorted_noise, drawn = (
-                _concatenate(sorted_noise, mirrored),
-                _concatenate(drawn, reflected),
-            )
+            sorted_noise = _concatenate(sorted_noise, mirrored)
+            drawn = _concatenate(drawn, reflected)
         return Draws(
             displacement=self.scale * drawn.displacement,
             log_prob=drawn.log_prob - jnp.sum(jnp.log(self.scale)),
@@ -290,10 +294,8 @@ class MFA(AbstractFamily):
     def log_prob(self, params: MFAParams, displacement: Float[Array, " dim"]):
         """Evaluate log q; see `AbstractFamily.log_prob`."""
         mixture = self.mixture(params)
-        grams = woodbury.grams(mixture)
-        return woodbury.log_prob(mixture, grams, displacement / self.scale) - jnp.sum(
-            jnp.log(self.scale)
-        )
+        u = displacement / self.scale
+        return woodbury.log_prob(mixture, woodbury.grams(mixture), u) - jnp.sum(jnp.log(self.scale))
 
     def pullback(self, params, draws, target, *, groups) -> MFAParams:
         """Return the STL and Rao-Blackwellised gradient; see `AbstractDistribution.pullback`."""
@@ -319,6 +321,7 @@ class MFA(AbstractFamily):
     ) -> MFAParams:
         """Average over the draws, and zero what masks and the bound on scales hold fixed."""
         record, mixture = draws.record, self.mixture(params)
+        # the score holds the parameters inside log q fixed, which sticks the landing
         cotangents = self.scale * target.gradient - self.entropy_weight * record.drawn.score
 
         def pull(noise, drawn, cotangent):
@@ -350,10 +353,12 @@ class MFA(AbstractFamily):
         value = target.log_density - self.entropy_weight * draws.log_prob
         direction = draws.record.drawn.responsibilities - weights
         value, direction = value.reshape(-1, groups), direction.reshape(-1, groups, weights.size)
+        # a baseline from the other draws is independent of this one, and leaves the mean as it is
         if groups > 1:
             mean = jnp.mean(value, axis=0)
             baseline = (jnp.sum(mean) - mean) / (groups - 1)
         centred = jnp.mean(direction * (value - baseline)[..., None], axis=(0, 1))
+        # d/dlogits of (alpha_0 - 1) sum log pi over the components that have weight
         alive = weights > 0 if self.prunes else jnp.ones_like(weights)
         prior = (self.dirichlet - 1) * (alive - jnp.sum(alive) * weights)
         return (centred + prior) / self.temperature
@@ -383,10 +388,12 @@ class MFA(AbstractFamily):
     def _moved_factors(self, params: MFAParams, cache, update):
         """Add an update to the factors; return the products A_m A_m^T with them."""
         if not isinstance(update, Blocks):
+            # all factors moved, and all their products with them
             factors = params.factors + update
             return factors, self.make_cache(params._replace(factors=factors))
         factors, products = mixture_grad.update_factors(params.factors, *update)
         if len(set(self.ranks)) > 1:
+            # the products of columns that are not in use count as zero, as in `make_cache`
             used = self._rank_mask(products.dtype)[update.index]
             products = products * used[:, :, None] * used[:, None, :]
         for label, product in zip(update.index, products, strict=True):
@@ -422,6 +429,10 @@ class MFA(AbstractFamily):
             ),
         )
 
+    def _location_weights(self, weights):
+        """Return the share of q about each of the free means: all of it about a shared one."""
+        return weights if self.num_offsets > 1 else jnp.ones(self.num_offsets, weights.dtype)
+
     def second_moment(self, params: MFAParams) -> SecondMoment:
         """Return E_q[v v^T]; see `AbstractFamily.second_moment`."""
         mixture = self.mixture(params)
@@ -429,11 +440,9 @@ class MFA(AbstractFamily):
         deviation = self.scale * jnp.exp(mixture.log_scale)
         weights = jnp.exp(mixture.log_weights)
         rank = mixture.factors.shape[1]
+        # P^{-1} = I - B^T C_B^{-1} B, so the core enters with weights of -1
         narrowed = grams.core_half @ mixture.core
         widened = mixture.factors.reshape(-1, self.scale.size)
-        location_weights = (
-            weights if self.num_offsets > 1 else jnp.ones(self.num_offsets, weights.dtype)
-        )
         return SecondMoment(
             diagonal=deviation**2,
             factors=jnp.concatenate(
@@ -443,7 +452,7 @@ class MFA(AbstractFamily):
                 [
                     -jnp.ones(narrowed.shape[0], weights.dtype),
                     jnp.repeat(weights, rank),
-                    location_weights,
+                    self._location_weights(weights),
                 ]
             ),
             coefficients=jnp.zeros((0, self.num_moment_terms), weights.dtype),
@@ -454,12 +463,13 @@ class MFA(AbstractFamily):
         mixture, dim = self.mixture(params), self.scale.size
         weights = jnp.exp(mixture.log_weights)
         factors = (mixture.factors * jnp.sqrt(weights)[:, None, None]).reshape(-1, dim)
+        # outside the span of core and factors the covariance is D
         basis = jnp.linalg.qr(jnp.concatenate([mixture.core, factors]).T)[0].T
         core, wide = basis @ mixture.core.T, basis @ factors.T
         identity = jnp.eye(basis.shape[0], dtype=basis.dtype)
         half = inverse_root(core @ core.T).root
         stretch = symmetric_root(half.T @ half + wide @ wide.T) - identity
-        center = mixture.offsets.sum(0) if self.num_offsets < 2 else weights @ mixture.offsets
+        center = self._location_weights(weights) @ mixture.offsets
         return LinearMap(
             self.scale * center, self.scale * jnp.exp(mixture.log_scale), basis, stretch
         )
@@ -474,23 +484,21 @@ class MFA(AbstractFamily):
         """
         mixture, grams = self.mixture(params), draws.record.grams
         weights = jnp.exp(mixture.log_weights)
-        if self.num_offsets > 1:
-            center = weights @ mixture.offsets
-            apart = (mixture.offsets - center) / jnp.exp(mixture.log_scale)
-        else:
-            center, apart = mixture.offsets.sum(0), jnp.zeros((0, self.scale.size), weights.dtype)
-        weights_apart = weights if self.num_offsets > 1 else jnp.zeros(0, weights.dtype)
+        locations = self._location_weights(weights)
+        center = locations @ mixture.offsets
+        apart = (mixture.offsets - center) / jnp.exp(mixture.log_scale)
         x = (draws.record.drawn.displacement - center) / jnp.exp(mixture.log_scale)
         core_x = x @ mixture.core.T
         radius2 = jnp.sum(draws.displacement**2, -1)
         values = jnp.stack([jnp.sum(x**2, -1), jnp.sum(core_x**2, -1), radius2], axis=-1)
         moment = self.second_moment(params)
         num_core = mixture.core.shape[0]
+        # tr P^{-1} = dim - num_core + tr C_B^{-1}, and tr B P^{-1} B^T = num_core - tr C_B^{-1}
         inverse_trace = jnp.sum(grams.core_half**2)
         wide = jnp.sum(weights[:, None] * jnp.sum(mixture.factors**2, -1))
         wide_core = jnp.sum(weights[:, None] * jnp.sum(grams.cross**2, 1))
-        spread = weights_apart @ jnp.sum(apart**2, -1)
-        spread_core = weights_apart @ jnp.sum((apart @ mixture.core.T) ** 2, -1)
+        spread = locations @ jnp.sum(apart**2, -1)
+        spread_core = locations @ jnp.sum((apart @ mixture.core.T) ** 2, -1)
         expected = jnp.stack(
             [
                 x.shape[-1] - num_core + inverse_trace + wide + spread,
@@ -550,7 +558,7 @@ class MFA(AbstractFamily):
 def _for_each(function, stacked):
     """Apply `function` to each leading entry, unrolled: flat matvecs stay flat on CPU."""
     num = jax.tree_util.tree_leaves(stacked)[0].shape[0]
-    if num > 2:
+    if num > 2:  # a loop: written out, each draw would be compiled anew
         return jax.lax.map(function, stacked)
     results = [function(_take(stacked, index)) for index in range(num)]
     return jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *results)

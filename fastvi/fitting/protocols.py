@@ -1,34 +1,22 @@
-"""What a fit tells those who watch it, and what it asks of those who keep its progress."""
+"""What a fit tells those who watch it."""
 
-import abc
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from fastvi.fitting.run import Course
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Progress(NamedTuple):
     """What a progress callback is told.
 
-    `value` is the ELBO of a fit, the llc so far of a correction.
-
-    `traces`, of shape (chains, steps), are those of the fit since the report before.
+    Attributes:
+        stage: Name of the stage.
+        step: Steps so far, or of sampling the work so far.
+        steps: Steps at the most, or of sampling the budget.
+        value: ELBO of a fit; LLC so far of sampling.
+        traces: Those of the fit since the report before, each of shape (chains, steps).
     """
 
     stage: str
     step: int
     steps: int
     value: float
-    traces: dict[str, Any] | None = None
-
-
-class AbstractKeeper(abc.ABC):
-    """Keeps the progress of a fit."""
-
-    @abc.abstractmethod
-    def restore(self, course: "Course") -> None:
-        """Move a course to where the kept one was, if there is one."""
-
-    @abc.abstractmethod
-    def save(self, course: "Course") -> None:
-        """Keep the course."""
+    traces: Mapping[str, Any] | None = None

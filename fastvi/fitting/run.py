@@ -1,5 +1,6 @@
 """Run the stages of a fit: chunk by chunk with a stopping rule, or as one traceable program."""
 
+import abc
 import contextlib
 import dataclasses
 import math
@@ -17,7 +18,7 @@ from fastvi._typing import Array, Keys
 from fastvi.evaluation.llc import error_over_pieces
 from fastvi.families.base import AbstractFamily
 from fastvi.fitting.calibrate import MAX_ROUNDS, calibration_steps, narrowing
-from fastvi.fitting.protocols import AbstractKeeper, Progress
+from fastvi.fitting.protocols import Progress
 from fastvi.fitting.schedule import (
     DECAY_FRACTION,
     FLAT_LOOKS,
@@ -91,6 +92,18 @@ class Course:
     done: int = 0
     flat_looks: int = 0
     converged: bool | None = None
+
+
+class AbstractKeeper(abc.ABC):
+    """Keeps the progress of a fit."""
+
+    @abc.abstractmethod
+    def restore(self, course: Course) -> None:
+        """Move a course to where the kept one was, if there is one."""
+
+    @abc.abstractmethod
+    def save(self, course: Course) -> None:
+        """Keep the course."""
 
 
 class Options(NamedTuple):

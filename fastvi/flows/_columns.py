@@ -101,6 +101,7 @@ def context_columns(
             "A context was passed but context_dim is 0; build with context_dim=<size of the "
             "context>."
         )
+    # one vector stays one column, which the network then computes once for the batch
     context = jnp.asarray(context)
     check_features("context", context, context_dim)
     if context.ndim == 1:

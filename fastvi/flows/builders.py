@@ -337,6 +337,7 @@ def _blocks(key, dim, num_layers, make_layer, options, reversal_alternates):
     for index, layer_key in enumerate(jax.random.split(key, num_layers)):
         if options.use_permutation and index:
             blocks.append(Permutation.create(None, np.arange(dim)[::-1]))
+        # a single feature must move: nothing else is there to condition it
         parity = 1 if dim == 1 else 0 if fixed else index % 2
         blocks.append(make_layer(layer_key, parity))
     if options.use_loft:

@@ -201,6 +201,7 @@ def _move(bijection, params, x, context, direction):
     if context is not None:
         context = jnp.asarray(context)
         if bijection.identity_gate is not None:
+            # the gate sees the raw context, before any features are taken from it
             gate = jnp.vectorize(bijection.identity_gate, signature="(c)->()")(context)
         if bijection.feature_extractor is not None:
             check_features("context", context, bijection.feature_extractor.in_dim)
@@ -216,6 +217,7 @@ def _log_prob(flow, params, x, context):
 
 @functools.partial(jax.jit, static_argnames="shape")
 def _sample(flow, params, key, shape, context):
+    # noise of the parameters' own type, so that a float64 flow is not fed float32 noise
     leaves = jax.tree_util.tree_leaves((params["base"], params["transform"]))
     dtype = jnp.result_type(*leaves) if leaves else None
     return _push(flow, params, flow.base_dist.sample(params["base"], key, shape, dtype), context)

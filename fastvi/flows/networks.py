@@ -99,6 +99,7 @@ class ResNet(eqx.Module):
                 "kernel": (kernel * (gain * spread / 0.87962566103423978)).astype(dtype),
                 "bias": bias,
             }
+        # a constant output makes a transform the identity, whatever the layers before it are
         if out_bias is not None:
             last = params["dense_out"]["kernel"]
             params["dense_out"] = {
@@ -168,6 +169,7 @@ class ResNet(eqx.Module):
         """
         ordered = self.autoregressive
         free = self.in_dim - ordered
+        # a unit of degree k sees ordered inputs up to k; those of the context have degree 0
         inputs = np.concatenate([np.arange(1, ordered + 1), np.zeros(free, int)])
         # Degree 0 sees the context alone: without it the first output would not depend on it.
         least = 0 if free or ordered == 1 else 1

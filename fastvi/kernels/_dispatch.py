@@ -115,18 +115,18 @@ class Op(NamedTuple):
         return chosen.load()
 
 
-def plain(op: str) -> dict[str, Implementation]:
+def jax_implementations(op: str) -> dict[str, Implementation]:
     """Return the implementations that every kernel has."""
     return {name: Implementation(f"fastvi.kernels.{op}.{name}") for name in ("reference", "xla")}
 
 
-def triton(op: str) -> dict[str, Implementation]:
+def triton_implementation(op: str) -> dict[str, Implementation]:
     """Return the implementation by Triton kernels."""
     packages = ("triton", "jax_triton")
     return {"triton": Implementation(f"fastvi.kernels.{op}.triton", ("cuda",), packages, "cuda")}
 
 
-def pallas(op: str) -> dict[str, Implementation]:
+def pallas_implementation(op: str) -> dict[str, Implementation]:
     """Return the implementation by Pallas kernels."""
     return {
         "pallas": Implementation(

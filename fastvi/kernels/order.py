@@ -20,9 +20,9 @@ def upper_median(values: Float[Array, " size"]) -> Scalar:
     word = jnp.dtype(f"uint{bits}")
     keys, rank = jax.lax.bitcast_convert_type(values, word), values.size // 2
 
-    def settle_bit(index, found):
+    def decide_bit(index, found):
         trial = found | (jnp.ones((), word) << jnp.asarray(bits - 1 - index, word))
         return jnp.where(jnp.sum(keys < trial, dtype=jnp.int32) <= rank, trial, found)
 
-    found = jax.lax.fori_loop(0, bits, settle_bit, jnp.zeros((), word))
+    found = jax.lax.fori_loop(0, bits, decide_bit, jnp.zeros((), word))
     return jax.lax.bitcast_convert_type(found, values.dtype)

@@ -18,14 +18,13 @@ from fastvi._errors import ConfigError
 from fastvi._typing import Keys, PyTree
 from fastvi._version import __version__
 from fastvi.config import VIConfig
-from fastvi.fitting.protocols import AbstractKeeper
-from fastvi.fitting.run import Course
+from fastvi.fitting.run import AbstractKeeper, Course
 from fastvi.fitting.step_plan import Phases
 from fastvi.results import files
 from fastvi.results.schema import fits
 from fastvi.target.data import Problem
 from fastvi.target.identity import differing, digest_tree, observe_loss
-from fastvi.target.losses import first_rows
+from fastvi.target.losses import take_examples
 from fastvi.target.objective import FlatObjective
 
 PROGRESS_FILE = "progress.npz"
@@ -33,14 +32,13 @@ FORMAT, VERSION = "fastvi progress", 1
 # Share of a fit's time that may go into saving. At half an interruption loses twice the steps.
 SAVING_SHARE = 0.05
 WAY_OUT = "Delete it, and the fit begins anew."
+COUNTS = {"calibration_rounds": int, "done": int, "flat_looks": int, "converged": bool | None}
 META = {
     "identity": dict[str, Any],
     "num_leaves": int,
     "lengths": list[int],
     "phases": list[float],
-    "done": int,
-    "flat_looks": int,
-    "converged": bool | None,
+    **COUNTS,
 }
 
 
@@ -91,17 +89,15 @@ class FolderKeeper(AbstractKeeper):
         _check_course(path, kept, traces)
         structure = jax.tree_util.tree_structure(_arrays(course))
         restored = structure.unflatten([jnp.asarray(leaf) for leaf in leaves])
-        course.family, course.state, course.start, course.calibration_rounds = restored
+        course.family, course.state, course.start = restored
         course.parts = [
             {name: trace[:, at] for name, trace in traces.items()}
             for at in _slices(kept["lengths"])
         ]
-        course.phases = Phases(*kept["phases"][:2], int(kept["phases"][2]))
-        course.done, course.flat_looks, course.converged = (
-            kept["done"],
-            kept["flat_looks"],
-            kept["converged"],
-        )
+        warmup, decay_start, end = kept["phases"]
+        course.phases = Phases(warmup, decay_start, int(end))
+        for name in COUNTS:
+            setattr(course, name, kept[name])
 
     def save(self, course: Course) -> None:
         """Save a checkpoint.
@@ -111,7 +107,7 @@ class FolderKeeper(AbstractKeeper):
         warns, and the fit goes on without a new checkpoint.
         """
         began = time.monotonic()
-        if began < self._due and course.done < course.phases[2]:
+        if began < self._due and course.done < course.phases.end:
             return
         try:
             self._write(course)
@@ -129,9 +125,7 @@ class FolderKeeper(AbstractKeeper):
             "num_leaves": len(leaves),
             "lengths": [part["elbo"].shape[1] for part in course.parts],
             "phases": course.phases,
-            "done": course.done,
-            "flat_looks": course.flat_looks,
-            "converged": course.converged,
+            **{name: getattr(course, name) for name in COUNTS},
         }
         names = course.parts[0]
         traces = {
@@ -179,7 +173,7 @@ def identify(
 ) -> dict:
     """Name all that the bits of a fit depend on: configuration, key, w*, data, loss, versions."""
     posterior = problem.posterior
-    first = first_rows(problem.data.examples, problem.batch_size)
+    first = take_examples(problem.data.examples, slice(problem.batch_size))
     return {
         **config.to_dict(),
         "early_stop": early_stop,
@@ -237,7 +231,7 @@ def _check_course(path: Path, kept: dict[str, Any], traces: dict[str, np.ndarray
 
 
 def _arrays(course: Course) -> PyTree:
-    return course.family, course.state, course.start, course.calibration_rounds
+    return course.family, course.state, course.start
 
 
 def _slices(lengths: list[int]) -> list[slice]:

@@ -259,15 +259,6 @@ def write_and_print(
     return 0 if kept.trouble is None else 1
 
 
-def read_origin(folder: str | os.PathLike[str]) -> Origin:
-    """Read where a run came from.
-
-    Raises:
-        DataError: If the folder does not say, or is damaged.
-    """
-    return read_record(folder).origin
-
-
 def read_record(folder: str | os.PathLike[str]) -> RunRecord:
     """Read and check what a run folder remembers, and that its files are those of the run.
 

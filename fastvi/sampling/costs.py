@@ -14,11 +14,6 @@ def anchor_cost(num_data: int, num_blocks: int) -> float:
     return GRADIENT * num_data if num_blocks > 1 else 0
 
 
-def noise_cost(num_data: int, counts: tuple[int, ...], points: int) -> float:
-    """Price a measurement of the gradient noise on the smallest blocks, at an anchor and points."""
-    return (1 + points) * anchor_cost(num_data, counts[0])
-
-
 def run_cost(num_data: int, num_blocks: int, walkers: int, steps: int) -> float:
     """Price a run that begins with blocks: the anchor, the walkers' first gradients, and steps."""
     return anchor_cost(num_data, num_blocks) + (1 + steps) * step_cost(

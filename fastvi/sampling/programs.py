@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastvi._compilation import PROGRAMS, quick_compilation
 from fastvi._typing import Array, Float, Int, Scalar
@@ -55,17 +56,6 @@ class Record(NamedTuple):
     width: Scalar
 
 
-class Span(NamedTuple):
-    """Which steps a call makes: `start` to `stop` of a round whose first step has index `first`.
-
-    Step -1 moves nothing and evaluates the walkers where they are.
-    """
-
-    first: Int[Array, ""]
-    start: Int[Array, ""]
-    stop: Int[Array, ""]
-
-
 def make_evaluate(
     objective: FlatObjective,
     problem: Problem,
@@ -99,17 +89,19 @@ def make_evaluate(
 
 def blank_evaluation(walkers: Walkers, columns: int) -> Evaluation:
     """Return an evaluation to call step -1 with, which reads nothing of it."""
-    (count, _), dtype = walkers.position.shape, walkers.position.dtype
-    zeros = jnp.zeros(count, dtype)
-    observed = Observed(zeros, zeros, jnp.zeros((count, columns), dtype))
-    return Evaluation(zeros, jnp.zeros_like(walkers.position), observed)
+    (count, dim), dtype = walkers.position.shape, walkers.position.dtype
+    zeros = np.zeros(count, dtype)  # of numpy, so that nothing is compiled for it
+    observed = Observed(zeros, zeros, np.zeros((count, columns), dtype))
+    return Evaluation(zeros, np.zeros((count, dim), dtype), observed)
 
 
 def run_steps(
     evaluate: Callable[..., Evaluation],
     walkers: Walkers,
     here: Evaluation,
-    span: Span,
+    first: Int[Array, ""],
+    start: Int[Array, ""],
+    stop: Int[Array, ""],
     *,
     num_blocks: int,
     friction_time: Scalar,
@@ -119,11 +111,15 @@ def run_steps(
 ) -> tuple[Walkers, Evaluation, Record]:
     """Run steps of every walker side by side, adapting one step size for all.
 
+    Step -1 of a round moves nothing: it evaluates the walkers where they are.
+
     Args:
         evaluate: From `make_evaluate`.
         walkers: The walkers.
         here: What they were told where they are.
-        span: The steps to run.
+        first: Index of the round's first step in the run.
+        start: The first step of the round to make.
+        stop: The step to stop before.
         num_blocks: Blocks that each walker draws one of; it keeps it for `HOLD` steps.
         friction_time: Time after which a momentum is forgotten, in standard deviations of q.
         energy_error: Mean square of the energy error of a step, in nats^2.
@@ -144,7 +140,7 @@ def run_steps(
 
     def one_step(number, carry):
         state, step_size, kept = carry
-        index = span.first + jnp.maximum(number, 0)
+        index = first + jnp.maximum(number, 0)
         step = jnp.where(number < 0, 0, step_size.step)
         is_same_data = index % held == held - 1
         half = first_half_step(state, step, friction_time, draw_noise(index))
@@ -159,7 +155,8 @@ def run_steps(
             lambda new, old: jnp.where(is_same_data & (number >= 0), new, old), adapted, step_size
         )
         error = jnp.where(is_same_data, error, jnp.nan)
-        values = (*state.here.observed, error, jnp.mean(info.is_returned))
+        excess, radius2, virial = state.here.observed
+        values = (excess, radius2, virial, error, jnp.mean(info.is_returned))
         kept = tuple(
             all_steps.at[number].set(value) for all_steps, value in zip(kept, values, strict=True)
         )
@@ -169,14 +166,14 @@ def run_steps(
     kept = tuple(jnp.zeros((bins * bin_length, *leaf.shape), dtype) for leaf in blanks)
     state = State(walkers.position, walkers.momentum, here)
     state, step_size, kept = jax.lax.fori_loop(
-        span.start, span.stop, one_step, (state, walkers.step_size, kept)
+        start, stop, one_step, (state, walkers.step_size, kept)
     )
     excess, radius2, virial, error, returned = (
         leaf.reshape(bins, bin_length, *leaf.shape[1:]) for leaf in kept
     )
-    observed = (jnp.swapaxes(leaf.mean(1), 0, 1) for leaf in (excess, radius2, virial))
+    llc, radius2, virial = (jnp.swapaxes(leaf.mean(1), 0, 1) for leaf in (excess, radius2, virial))
     width = jnp.sqrt(jnp.mean(state.position**2))
-    record = Record(*observed, jnp.nanmean(error, axis=1), returned.mean(1), width)
+    record = Record(llc, radius2, virial, jnp.nanmean(error, axis=1), returned.mean(1), width)
     moved = walkers._replace(
         position=state.position,
         momentum=state.momentum,
@@ -197,7 +194,7 @@ class SamplerPrograms(NamedTuple):
             every block at one position.
         noise: As `gradient_noise`.
         advance: `(problem, anchor, walkers, here, reference_loss, energy_error, friction_time,
-            span) -> (Walkers, Evaluation, Record)`.
+            first, start, stop) -> (Walkers, Evaluation, Record)`.
     """
 
     columns: int
@@ -233,7 +230,7 @@ def _build(
         return make_anchor(objective, problem, displacement, reference_loss, blocks)
 
     def advance(
-        problem, anchor, walkers: Walkers, here, reference_loss, energy_error, friction_time, span
+        problem, anchor, walkers, here, reference_loss, energy_error, friction_time, *steps
     ):
         walkers, here, record = run_steps(
             make_evaluate(
@@ -241,7 +238,7 @@ def _build(
             ),
             walkers,
             here,
-            span,
+            *steps,
             num_blocks=1 if anchor is None else anchor.rows.shape[0],
             friction_time=friction_time,
             energy_error=energy_error,

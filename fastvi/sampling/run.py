@@ -15,10 +15,10 @@ import numpy as np
 
 from fastvi._typing import Float, Scalar
 from fastvi.sampling.averages import Analysis, analyse
-from fastvi.sampling.costs import noise_cost, run_cost, step_cost
+from fastvi.sampling.costs import anchor_cost, run_cost, step_cost
 from fastvi.sampling.dynamics import Evaluation
 from fastvi.sampling.gradients import Anchor, block_counts, split_data
-from fastvi.sampling.programs import Record, SamplerPrograms, Span, blank_evaluation
+from fastvi.sampling.programs import Record, SamplerPrograms, blank_evaluation
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.tuning import (
     LESS_NOISE,
@@ -73,15 +73,12 @@ class Check(NamedTuple):
 
 
 class SamplerResult(NamedTuple):
-    """A finished run, which has settled where nothing is unmet.
+    """A finished run, which has settled where its last check leaves nothing unmet.
 
-    `llc` are its records at the last fidelity, and `end` where it ended. `least_budget` is in sample
-    gradients, all walkers together.
+    `end` is where it ended. `least_budget` is in sample gradients, all walkers together.
     """
 
-    analysis: Analysis
-    llc: Float[np.ndarray, "walkers bins"]
-    unmet: tuple[Unmet, ...]
+    check: Check
     least_budget: float
     end: "RunState"
 
@@ -106,7 +103,6 @@ class RunState(NamedTuple):
         estimate: The gradient estimate; None until a fidelity has been chosen.
         block_noise: Variance of the gradient for each block of data that it leaves out.
         allowed_bias: What noise may add to llc.
-        exact_blocks: Blocks that the noise allows at the wanted error, once it is known.
         width: Root mean square of the positions, 1 before the first step.
         work: Sample gradients spent.
         steps: Steps made.
@@ -120,7 +116,6 @@ class RunState(NamedTuple):
     estimate: Estimate | None = None
     block_noise: float = 0.0
     allowed_bias: float = 0.0
-    exact_blocks: int | None = None
     width: float = 1.0
     work: float = 0.0
     steps: int = 0
@@ -181,7 +176,7 @@ class RunSetup:
     def noise_cost(self, state: RunState) -> float:
         """Price a measurement of the noise."""
         points = min(self.settings.noise_points, state.num_walkers)
-        return noise_cost(self.num_data, self.counts, points)
+        return (1 + points) * anchor_cost(self.num_data, self.counts[0])
 
     def run_cost(self, num_blocks: int, walkers: int, rounds: int = LEAST_ROUNDS) -> float:
         """Price a run of some rounds that begins with blocks."""
@@ -208,13 +203,11 @@ class RunSetup:
         """Whether the budget pays for any run, on blocks as noisy as they may be."""
         return self.noise_cost(state) + self.run_cost(self.counts[0], self.fewest) <= self.budget
 
-    def least_budget(self, state: RunState) -> float:
-        """Return the sample gradients of the shortest run by the fewest walkers.
+    def least_budget(self, state: RunState, blocks: int) -> float:
+        """Return the sample gradients of the shortest run on these blocks by the fewest walkers.
 
-        It is on the smallest blocks, until the noise is known. Where the numbers that walkers move
-        are what counts, it is the budget that allows as many.
+        Where the numbers that walkers move are what counts, it is the budget that allows as many.
         """
-        blocks = state.exact_blocks or self.counts[0]
         moved = LEAST_ROUNDS * self.settings.round_length * state.walkers.position.size
         allows = moved / self.settings.coordinates_per_fge * self.num_data
         return max(self.noise_cost(state) + self.run_cost(blocks, self.fewest), allows)
@@ -244,12 +237,15 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     state = state._replace(allowed_bias=share * abs(state.llc))
     blocks = setup.max_blocks(state, state.allowed_bias)
     wanted = Fidelity(blocks, plan_energy_error(setup.error, settings))
-    state = state._replace(exact_blocks=blocks)
     paid, number = _within_budget(setup, state, wanted)
-    state = state._replace(walkers=keep_walkers(state.walkers, number, setup.chains))
+    if number < state.num_walkers:
+        state = state._replace(walkers=keep_walkers(state.walkers, number, setup.chains))
     state = switch_fidelity(setup, state, paid)
     noise = setup.bias(state) * (paid.num_blocks - 1) / max(abs(state.llc), 1e-300)
-    return average(setup, state, () if paid == wanted else (Unmet(GRADIENT_NOISE, noise, share),))
+    unmet = () if paid == wanted else (Unmet(GRADIENT_NOISE, noise, share),)
+    least = setup.least_budget(state, blocks)
+    check, state = average(setup, state, unmet)
+    return SamplerResult(check, least, state)
 
 
 def begin(setup: RunSetup, walkers: Walkers) -> RunState:
@@ -263,14 +259,14 @@ def measure_noise(setup: RunSetup, state: RunState) -> RunState:
     if len(setup.counts) == 1:
         return state
     blocks, linear_map = split_data(setup.num_data, setup.counts[0]), state.walkers.linear_map
-    points = state.walkers.position[: setup.settings.noise_points]
+    points = np.asarray(state.walkers.position)[: setup.settings.noise_points]
 
     def gradients(position):
         return setup.programs.anchor(
             setup.problem, linear_map, position, setup.reference_loss, blocks
         ).block_gradient
 
-    at_anchor, nbeta = gradients(jnp.zeros_like(points[0])), setup.problem.posterior.nbeta
+    at_anchor, nbeta = gradients(np.zeros_like(points[0])), setup.problem.posterior.nbeta
     noise = [
         float(setup.programs.noise(linear_map, nbeta, at_anchor, gradients(point)))
         for point in points
@@ -294,7 +290,8 @@ def switch_fidelity(setup: RunSetup, state: RunState, fidelity: Fidelity) -> Run
         return state._replace(walkers=walkers, estimate=estimate)
     anchor = None
     if fidelity.num_blocks > 1:
-        blocks, center = split_data(setup.num_data, fidelity.num_blocks), walkers.position.mean(0)
+        blocks = split_data(setup.num_data, fidelity.num_blocks)
+        center = np.mean(np.asarray(walkers.position), axis=0)
         anchor = setup.programs.anchor(
             setup.problem, walkers.linear_map, center, setup.reference_loss, blocks
         )
@@ -334,7 +331,7 @@ def _call(setup: RunSetup, state: RunState, start: int, stop: int) -> tuple[RunS
         setup.reference_loss,
         jnp.float32(fidelity.energy_error * dimensions),
         jnp.float32(time),
-        Span(jnp.int32(state.steps), jnp.int32(start), jnp.int32(stop)),
+        *map(jnp.int32, (state.steps, start, stop)),
     )
     estimate = Estimate(fidelity, anchor, here)
     return state._replace(walkers=walkers, estimate=estimate), record
@@ -343,7 +340,7 @@ def _call(setup: RunSetup, state: RunState, start: int, stop: int) -> tuple[RunS
 def burn_in(setup: RunSetup, state: RunState) -> RunState:
     """Run on noisier blocks than the error allows, where the budget pays for both.
 
-    Burn-in ends when llc has stopped moving much, or what is left is needed for the run that follows.
+    Burn-in ends when llc has stopped moving much, or the rest is needed for the run that follows.
     """
     settings, walkers = setup.settings, state.num_walkers
     rough = setup.max_blocks(state, settings.burn_in_noise * state.llc)
@@ -391,7 +388,9 @@ def _within_budget(setup: RunSetup, state: RunState, wanted: Fidelity) -> tuple[
     raise AssertionError("the least budget pays for the fewest walkers on the smallest blocks")
 
 
-def average(setup: RunSetup, state: RunState, noise_unmet: tuple[Unmet, ...]) -> SamplerResult:
+def average(
+    setup: RunSetup, state: RunState, noise_unmet: tuple[Unmet, ...]
+) -> tuple[Check, RunState]:
     """Gather records until they meet the criteria, at more exact fidelities where need be."""
     records: tuple[Record, ...] = ()
     while True:
@@ -408,7 +407,7 @@ def average(setup: RunSetup, state: RunState, noise_unmet: tuple[Unmet, ...]) ->
         check = check._replace(unmet=(*noise_unmet, *check.unmet))
         if not check.unmet or setup.is_spent(state):
             break
-    return SamplerResult(*check, setup.least_budget(state), state)
+    return check, state
 
 
 def _gather(

@@ -19,12 +19,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from fastvi.target.data import Problem
 from fastvi.target.objective import (
-    CallableObjective,
+    AbstractObjective,
     FlatObjective,
     call_full_loss,
     value_and_grad,
 )
-from fastvi.target.ravel import TreeObjective
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype)
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
@@ -73,7 +72,7 @@ def fingerprint_loss(
     Cost:
         A trace of the gradient; each array that is closed over is read once.
     """
-    ours = isinstance(objective, (TreeObjective, CallableObjective))  # one method says all of these
+    ours = isinstance(objective, AbstractObjective)  # one method says all of these
 
     def everything(w, batch, data):
         others = () if ours else (objective.loss(w, batch), objective.grad(w, batch))

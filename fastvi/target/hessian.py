@@ -51,13 +51,12 @@ def hvp_operator(
     def gradient(point):
         return objective.grad(point, batch)
 
-    jax.eval_shape(gradient, w)  # what the loss itself raises is not ours to catch
     try:
         push = jax.linearize(gradient, w)[1]
         # only a batch of tangents finds a function with a VJP alone
         jax.eval_shape(jax.vmap(push), w[None])
     except NO_DERIVATIVE:
-        pass
+        jax.eval_shape(gradient, w)  # which raises again what the loss itself raises
     else:
         return push
     try:

@@ -29,7 +29,7 @@ from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.target.losses import (
     LossForm,
     find_mean_weight,
-    first_rows,
+    take_examples,
     weigh_batch,
     weight_statistics,
 )
@@ -116,7 +116,8 @@ def weigh(objective: Any, problem: Problem, name: str) -> Problem:
 def _weigh(objective: Any, problem: Problem, name: str, stream: AbstractStream | None) -> Problem:
     """Attach the mean weight of an example to the problem's data, found in one pass over all."""
     center = problem.posterior.center
-    blank = _with_weight(problem, 1.0)  # of the structure that the loss takes
+    # the reciprocal is an argument: any value gives the program that all weights share
+    blank = _with_weight(problem, 1.0)
     loss = fingerprint_loss(objective, blank)
     weigher = PROGRAMS.find(loss, ("weigh", shapes_of(blank)), (objective,), _weigher)
     if stream is None:
@@ -127,7 +128,7 @@ def _weigh(objective: Any, problem: Problem, name: str, stream: AbstractStream |
 
 
 def _signature(objective: Any, problem: Problem, name: str) -> Signature:
-    rows = first_rows(problem.data.examples, problem.batch_size)
+    rows = take_examples(problem.data.examples, slice(problem.batch_size))
     return check_loss(objective, problem.posterior.center, rows, name)
 
 

@@ -4,6 +4,7 @@ An objective sees `w`, a vector of shape (dim,), and a batch: a pytree of arrays
 leading axis of examples.
 """
 
+import abc
 import dataclasses
 import inspect
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import jax
 
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float, Given, Scalar
-from fastvi.target.losses import mean_loss, raw_examples
+from fastvi.target.losses import example_losses, mean_loss, raw_examples
 from fastvi.target.modes import call_in_their_modes
 
 LossFn = Callable[..., Any]
@@ -43,9 +44,38 @@ def value_and_grad(
     return (objective.loss(w, batch), objective.grad(w, batch)) if both is None else both(w, batch)
 
 
+class AbstractObjective(abc.ABC):
+    """A `FlatObjective` around a function of a person's, differentiated by autodiff."""
+
+    @abc.abstractmethod
+    def outputs(self, w: Float[Array, " dim"], batch: Batch) -> Any:
+        """Return what the function returns on the batch."""
+
+    @property
+    def has_own_gradient(self) -> bool:
+        """Say whether a function other than autodiff of the loss gives the gradient."""
+        return False
+
+    def loss(self, w, batch):
+        """Evaluate the mean loss of the batch."""
+        return mean_loss(self.outputs(w, batch), batch, w.dtype)
+
+    def example_losses(self, w, batch):
+        """Return each example's share in the mean, None where the function returns the mean."""
+        return example_losses(self.outputs(w, batch), batch, w.dtype)
+
+    def grad(self, w, batch):
+        """Differentiate the loss with respect to `w`."""
+        return jax.grad(self.loss)(w, batch)
+
+    def value_and_grad(self, w, batch):
+        """Evaluate loss and gradient in one pass."""
+        return jax.value_and_grad(self.loss)(w, batch)
+
+
 @dataclasses.dataclass(frozen=True)
-class CallableObjective:
-    """A `FlatObjective` made of plain functions.
+class CallableObjective(AbstractObjective):
+    """A `FlatObjective` made of plain functions of a flat vector.
 
     Equal functions make equal (and cached) objectives.
     """
@@ -55,27 +85,23 @@ class CallableObjective:
 
     @property
     def has_own_gradient(self) -> bool:
-        """Say whether a function other than autodiff of the loss gives the gradient."""
+        """Say whether a gradient was given."""
         return self.grad_fn is not None
 
     def outputs(self, w, batch):
         """Return what the function returns on the batch."""
         return call_in_their_modes(self.loss_fn, w, raw_examples(batch))
 
-    def loss(self, w, batch):
-        """Evaluate the mean loss of the batch."""
-        return mean_loss(self.outputs(w, batch), batch, w.dtype)
-
     def grad(self, w, batch):
-        """Differentiate the loss: by the given function if there is one, else by autodiff."""
+        """Differentiate the loss: by the given function if there is one."""
         if self.grad_fn is None:
-            return jax.grad(self.loss)(w, batch)
+            return super().grad(w, batch)
         return call_in_their_modes(self.grad_fn, w, batch)
 
     def value_and_grad(self, w, batch):
-        """Evaluate loss and gradient in one pass."""
+        """Evaluate loss and gradient, in one pass where no gradient was given."""
         if self.grad_fn is None:
-            return jax.value_and_grad(self.loss)(w, batch)
+            return super().value_and_grad(w, batch)
         return self.loss(w, batch), self.grad(w, batch)
 
 

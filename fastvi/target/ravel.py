@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,9 +14,9 @@ import numpy as np
 from fastvi._errors import DataError
 from fastvi._typing import Array, Float, Given, PyTree
 from fastvi.target.inputs import is_finite
-from fastvi.target.losses import example_losses, mean_loss, raw_examples
+from fastvi.target.losses import raw_examples
 from fastvi.target.modes import call_in_their_modes, in_own_modes
-from fastvi.target.objective import LossFn
+from fastvi.target.objective import AbstractObjective, LossFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class TreeStructure:
 
         Half-precision leaves keep their dtype, the others take that of `w`.
         """
+        # a float64 fit of float32 weights computes in float64; half precision is the model's choice
         return self._rebuilt(w, lambda dtype: dtype if dtype.itemsize == 2 else w.dtype)
 
     def unravel_as_given(self, w: Float[Array, "*axes dim"]) -> PyTree:
@@ -98,7 +99,7 @@ class TreeStructure:
 
 
 @dataclasses.dataclass(frozen=True)
-class TreeObjective:
+class TreeObjective(AbstractObjective):
     """A `FlatObjective` around `loss_fn(params, batch)`.
 
     Equal function and structure compare equal.
@@ -106,27 +107,10 @@ class TreeObjective:
 
     loss_fn: LossFn
     structure: TreeStructure
-    has_own_gradient: ClassVar[bool] = False
 
     def outputs(self, w, batch):
         """Return what the function returns on the batch."""
         return call_in_their_modes(self.loss_fn, self.structure.unravel(w), raw_examples(batch))
-
-    def loss(self, w, batch):
-        """Evaluate the mean loss of the batch."""
-        return mean_loss(self.outputs(w, batch), batch, w.dtype)
-
-    def example_losses(self, w, batch):
-        """Return each example's share in the mean, None where the function returns the mean."""
-        return example_losses(self.outputs(w, batch), batch, w.dtype)
-
-    def grad(self, w, batch):
-        """Differentiate the loss with respect to `w`."""
-        return jax.grad(self.loss)(w, batch)
-
-    def value_and_grad(self, w, batch):
-        """Evaluate loss and gradient in one pass."""
-        return jax.value_and_grad(self.loss)(w, batch)
 
 
 @in_own_modes
@@ -156,7 +140,7 @@ def ravel_loss(
             f"loss_fn must be a function (params, batch) -> scalar; got {type(loss_fn).__name__}."
         )
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    settings = _settings_of_modules(params)
+    settings = _settings_of_modules(params)  # Python floats there are settings, elsewhere unclear
     arrays, shapes, dtypes, static = [], [], [], []
     for path, leaf in paths:
         name = "params" + jax.tree_util.keystr(path)

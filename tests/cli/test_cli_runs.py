@@ -13,7 +13,7 @@ from fastvi import LLCEstimate, NonFiniteError
 from fastvi.cli import sweep as sweep_module
 from fastvi.cli.table import format_table
 from fastvi.demos.quadratic import exact_values
-from fastvi.results.runs import read_origin
+from fastvi.results.runs import read_record
 from tests.support.command_line import run
 
 MODEL = """
@@ -94,7 +94,9 @@ def test_a_run_folder_is_redone(finished, model):
     assert status == 0
     assert re.fullmatch(r"llc \S+ ± \S+  \S+-redo\n", text)
     assert again.llc == first.llc  # the same programs in the same process: the same bits
-    assert read_origin(folder) == read_origin(model / "runs" / "cli_model-target-redo")
+    assert (
+        read_record(folder).origin == read_record(model / "runs" / "cli_model-target-redo").origin
+    )
     assert not list((model / "runs").glob(".*"))
 
 

@@ -50,3 +50,13 @@ def test_shared_key_is_the_same_under_every_default_generator():
     before = normal(streams.shared_key(), (4,))
     with jax.default_prng_impl("rbg"):
         np.testing.assert_array_equal(normal(streams.shared_key(), (4,)), before)
+
+
+def test_blocks_of_a_walker_are_disjoint():
+    steps = [*range(50), 2**31 - 2]
+    noise = {int(streams.walker_noise(jnp.asarray(step))) for step in steps}
+    data = {int(streams.walker_data(jnp.asarray(step))) for step in steps}
+    assert len(noise) == len(data) == len(steps)
+    assert streams.MOMENTUM not in noise
+    assert max(noise) < min(data)
+    assert max(data) < 2**32

@@ -17,7 +17,7 @@ import pytest
 import fastvi
 from fastvi import ConfigError, DataError, LLCEstimate, VIConfig
 from fastvi.results.parts import DrawValues
-from fastvi.results.runs import Origin, read_origin, read_record, read_settings, write_run
+from fastvi.results.runs import Origin, read_record, read_settings, write_run
 
 ORIGIN = Origin("some_module:target", 3, 2.0, None, 1)
 CURVES = np.array([4.0, 1.0, 0.5, 0.0], np.float32)
@@ -369,7 +369,7 @@ def test_traces_npz(damage, said, folder):
 
 @pytest.mark.parametrize(("damage", "said"), kinds(ANY_FILE, ANY_JSON, RUN))
 def test_run_json(damage, said, folder):
-    refused(lambda: read_origin(folder), folder / "run.json", damage, said)
+    refused(lambda: read_record(folder), folder / "run.json", damage, said)
 
 
 @pytest.mark.parametrize(("damage", "said"), kinds(CONFIG))

@@ -168,7 +168,7 @@ def test_a_loss_that_differs_only_away_from_the_minimum_is_refused(tmp_path):
         with pytest.raises(fastvi.ConfigError, match=r"loss near w\* was"):
             fastvi.estimate_llc(other, zeros, data, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastvi, "__version__", "another")
+        patch.setattr("fastvi.results.resume.__version__", "another")
         with pytest.raises(fastvi.ConfigError, match="fastvi was"):
             fastvi.estimate_llc(bowl, zeros, data, **options)
 

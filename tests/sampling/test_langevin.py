@@ -18,7 +18,7 @@ from fastvi.sampling.gradients import (
     make_anchor,
     split_data,
 )
-from fastvi.sampling.programs import Span, blank_evaluation, make_evaluate, run_steps
+from fastvi.sampling.programs import blank_evaluation, make_evaluate, run_steps
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.tuning import HOLD, first_step_size, noise_bias
 from fastvi.sampling.walkers import Walkers
@@ -89,7 +89,9 @@ def dynamics(
             make_evaluate(objective, problem, linear_map, anchor, reference, one_column),
             state,
             here,
-            Span(first, start, jnp.int32(64)),
+            first,
+            start,
+            jnp.int32(64),
             num_blocks=blocks.rows.shape[0],
             friction_time=jnp.float32(friction_time),
             energy_error=jnp.float32(energy_error),
@@ -266,7 +268,9 @@ def test_a_change_of_block_takes_no_step_back():
             make_evaluate(objective, problem, linear_map, anchor, jnp.zeros(()), one_column),
             state,
             blank_evaluation(state, 1),
-            Span(jnp.int32(0), jnp.int32(-1), jnp.int32(16)),
+            jnp.int32(0),
+            jnp.int32(-1),
+            jnp.int32(16),
             num_blocks=2,
             friction_time=jnp.float32(2.0),
             energy_error=jnp.float32(10.0),

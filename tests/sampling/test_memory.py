@@ -7,7 +7,7 @@ import pytest
 from fastvi import LocalPosterior, make_flat_objective
 from fastvi.families.moments import LinearMap
 from fastvi.sampling.gradients import Blocks, make_anchor, split_data
-from fastvi.sampling.programs import Span, _build, blank_evaluation
+from fastvi.sampling.programs import _build, blank_evaluation
 from fastvi.sampling.tuning import first_step_size
 from fastvi.sampling.walkers import Walkers
 from fastvi.target.data import Problem, hold
@@ -41,9 +41,9 @@ def round_of_walkers(num_blocks):
     walkers = Walkers(linear_map, many, many, many[:, 0], step_size, keys)
     blocks = Blocks(*map(jnp.asarray, split_data(COUNT, num_blocks)))
     anchor = make_anchor(OBJECTIVE, problem, point, number, blocks) if num_blocks > 1 else None
-    span = Span(jnp.int32(0), jnp.int32(0), jnp.int32(16))
+    steps = map(jnp.int32, (0, 0, 16))
     here = blank_evaluation(walkers, PROGRAMS.columns)
-    return problem, anchor, walkers, here, number, number, number, span
+    return problem, anchor, walkers, here, number, number, number, *steps
 
 
 PROGRAMS = _build(OBJECTIVE, (DIM,), 4, 4)

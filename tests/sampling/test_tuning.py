@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import quick_jit
 
-from fastvi.sampling.costs import anchor_cost, noise_cost, run_cost, step_cost
+from fastvi.sampling.costs import anchor_cost, run_cost, step_cost
 from fastvi.sampling.run import has_arrived
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.tuning import (
@@ -120,8 +120,6 @@ def test_work_is_counted_in_sample_gradients():
     assert step_cost(1024, 64, 8) == 8 * 16
     assert step_cost(1024, 1, 8) == 8 * 1024
     assert (anchor_cost(1024, 64), anchor_cost(1024, 1)) == (1024, 0)
-    assert noise_cost(1024, (64, 32, 1), 4) == 5 * 1024
-    assert noise_cost(10, (1,), 4) == 0
     assert run_cost(1024, 64, 8, 48) == 1024 + 49 * 8 * 16
 
 

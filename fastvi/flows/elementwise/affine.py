@@ -48,6 +48,7 @@ class BoundedAffine(AbstractElementwise):
         return (y - shift) * jnp.exp(-log_scale), -log_scale
 
     def _bounded(self, raw, gate):
+        # tanh is linear near 0, so that small raw parameters are the shift and log scale themselves
         max_shift = float(np.exp(self.max_log_scale)) if self.max_shift is None else self.max_shift
         shift = jnp.tanh(raw[0] / max_shift) * max_shift
         log_scale = jnp.tanh(raw[1] / self.max_log_scale) * self.max_log_scale

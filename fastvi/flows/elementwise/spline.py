@@ -125,6 +125,7 @@ class RationalQuadratic(AbstractElementwise):
         if gate is not None:
             identity = jnp.asarray(self.identity(), raw.dtype)[:, None, None]
             raw = (1 - gate) * identity + gate * raw
+        # outside the interval the map is the identity; 0 stands in there so that nothing is NaN
         inside = jnp.abs(x) <= self.tail_bound
         y, log_slope = _spline(self, backward, raw, jnp.where(inside, x, 0))
         return jnp.where(inside, y, x), jnp.where(inside, log_slope, 0)

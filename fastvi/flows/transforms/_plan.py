@@ -50,6 +50,7 @@ def make_plan(blocks: Sequence[AbstractTransform], params: Sequence[Any]) -> Pla
         period, count = _longest_run(kinds, orders, start)
         end = start + period * count
         inner = orders[start + 1 : start + period + 1]
+        # the last repetition ends in another order than those before it
         undo = inverse_order(inner[-1])
         segments.append(
             Segment(
@@ -97,6 +98,7 @@ def _longest_run(kinds, orders, start):
     (1, 1) if none does.
     """
     best = (1, 1)
+    # the orders of alternating masks repeat after two layers
     for period in range(1, (len(kinds) - start) // 2 + 1):
         length = period
         while start + length < len(kinds) and _continues(kinds, orders, start, period, length):

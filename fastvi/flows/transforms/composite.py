@@ -61,6 +61,7 @@ class CompositeTransform(AbstractTransform):
         """Apply the blocks in turn."""
         plan = self._plan(params, condition)
         log_det = jnp.zeros(columns.shape[1], columns.dtype)
+        # permutations cost nothing: they are folded into the order of rows between blocks
         columns = rows_in_order(columns, plan.before)
         for segment in plan.segments:
 

@@ -63,6 +63,7 @@ class AbstractConditioned(AbstractTransform):
     def init_params(self, key: Key, context_dim: int = 0) -> dict[str, Any]:
         """Return {"mlp": network} whose output is that of the identity whatever its input."""
         self.check_context_dim(context_dim)
+        # raw parameters lead and features follow, as `raw` reshapes them
         bias = np.repeat(self.elementwise.identity(), self.num_moved)
         return {"mlp": self.conditioner.init_params(key, out_bias=bias)}
 

@@ -87,6 +87,7 @@ class Coupling(AbstractConditioned):
         return self._move(self.elementwise.inverse, params, columns, condition)
 
     def _move(self, function, params, columns, condition):
+        # `order` put the features that pass first
         fixed, moved = columns[: self.num_seen], columns[self.num_seen :]
         raw = self.raw(params["mlp"], fixed, condition.context)
         moved, log_slopes = function(raw, moved, condition.gate)

@@ -48,6 +48,7 @@ class LinearTransform(AbstractTransform):
         params: dict[str, Any] = {
             name: jnp.zeros((self.dim, self.dim), dtype) for name in ("lower", "upper")
         }
+        # softplus of it is 1
         params["raw_diag"] = jnp.full(self.dim, np.log(np.expm1(1.0)), dtype)
         if self.conditioner is not None:
             if key is None:
@@ -64,6 +65,7 @@ class LinearTransform(AbstractTransform):
     def pull(self, params, columns, condition):
         """Solve with L, then with U + diag(s)."""
         lower, upper, diagonal, gate = self._factors(params, condition)
+        # one matrix for all columns is solved at once; a context or a gate gives each its own
         if diagonal.shape[1] == 1:
             eye = jnp.eye(self.dim, dtype=lower.dtype)
             solve = jax.scipy.linalg.solve_triangular

@@ -34,6 +34,7 @@ class LoftTransform(AbstractFixed):
 
     def push(self, params, columns, condition):
         """Compress the tails."""
+        # without a gate the inverse has a closed form, which a mixture with the identity has not
         if condition.gate is None:
             return self._loft(columns), -jnp.sum(jnp.log1p(self._excess(columns)), axis=0)
         y = columns + condition.gate * (self._loft(columns) - columns)
@@ -59,6 +60,7 @@ class LoftTransform(AbstractFixed):
         return jnp.where(excess > 0, jnp.sign(x) * (self.tau + jnp.log1p(excess)), x)
 
     def _gated_log_slope(self, x, gate):
+        # log(1 - g + g / (1 + excess)), exact where the excess is small
         return jnp.log1p(-gate * (1 - 1 / (1 + self._excess(x))))
 
     def _solve_gated(self, y, gate):

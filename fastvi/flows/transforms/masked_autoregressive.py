@@ -106,6 +106,7 @@ class MaskedAutoregressive(AbstractConditioned):
             row, log_slope = self.elementwise.inverse(raw, columns[i][None], condition.gate)
             return (found.at[i].set(row[0]), log_det + log_slope[0]), None
 
+        # features that are not found yet are zero, and masked from every output in use
         start = (jnp.zeros_like(columns), jnp.zeros_like(columns[0]))
         return jax.lax.scan(step, start, jnp.arange(self.dim))[0]
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Key
-from fastvi.kernels._dispatch import Op, plain
+from fastvi.kernels._dispatch import Op, jax_implementations
 
-OP = Op("hutchinson", plain("hutchinson"))
+OP = Op("hutchinson", jax_implementations("hutchinson"))
 
 Operator = Callable[[Float[Array, " dim"]], Float[Array, " dim"]]
 

@@ -30,6 +30,7 @@ def pullback(
         # - eps and B^T B l = h_x - l
         moved = (drawn.x_core - noise.eps) * l_x - (h_x - l_x) * drawn.x_core
     else:
+        # core: (zeta - B x_core) l^T - (B l) x_core^T; only the draw's path depends on log_scale
         offset, factor_right, core_left, core_right = cotangent, h_x, l_x, drawn.x_core
         moved = 0.0
     shift = noise.zeta - drawn.core_x

@@ -1,7 +1,12 @@
 """Entry points of the Woodbury kernel."""
 
 from fastvi._typing import Array, Float, Scalar
-from fastvi.kernels._dispatch import Op, pallas, plain, triton
+from fastvi.kernels._dispatch import (
+    Op,
+    jax_implementations,
+    pallas_implementation,
+    triton_implementation,
+)
 from fastvi.kernels.woodbury import xla
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
@@ -18,7 +23,12 @@ __all__ = [
     "precision_root",
 ]
 
-OP = Op("woodbury", plain("woodbury") | triton("woodbury") | pallas("woodbury"))
+OP = Op(
+    "woodbury",
+    jax_implementations("woodbury")
+    | triton_implementation("woodbury")
+    | pallas_implementation("woodbury"),
+)
 
 
 def factor_grams(

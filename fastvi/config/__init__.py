@@ -1,5 +1,6 @@
 """The words in which people configure a run, and the rules that they obey."""
 
-from fastvi.config.vi import FlowConfig, VIConfig
+from fastvi.config.nested import FlowConfig
+from fastvi.config.vi import VIConfig
 
 __all__ = ["FlowConfig", "VIConfig"]

@@ -6,30 +6,19 @@ Unknown names and impossible values are refused where they enter, with the rule,
 likely fix.
 """
 
-import difflib
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Literal,
-    Optional,
-    Self,
-    TypeVar,
-    final,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, ClassVar, Literal, Self, final
 
 from fastvi._errors import UnavailableError
 from fastvi.config import rules as checks
 from fastvi.config import sources
 from fastvi.config.effects import fields_of_family, idle_fields, may_cover_all
+from fastvi.config.fields import OPEN, CheckedFields, Open, checked, refuse_unknown
+from fastvi.config.nested import FlowConfig, flow_entry, sampler_entry
 from fastvi.families import FAMILIES
 from fastvi.families.backends.base import Architecture
 from fastvi.families.basis import Basis
@@ -37,16 +26,6 @@ from fastvi.fitting.step_plan import FINAL_RATE
 from fastvi.sampling.settings import SamplerSettings
 
 __all__ = ["FlowConfig", "VIConfig"]
-
-Rule = Callable[[str, Any, str], Any]
-T = TypeVar("T")
-if TYPE_CHECKING:
-    Open = Annotated[
-        T, "None where it is not given"
-    ]  # stages read a filled configuration, where it is given
-else:
-    Open = Optional
-_OPEN: Any = None
 
 _ALIASES = {"algo": "family"}
 _ALIASES |= {"flow_type": "flow.template", "flow_depth": "flow.depth", "flow_hidden": "flow.hidden"}
@@ -80,122 +59,11 @@ _USUAL = {
     "antithetic": True,
     "control_variate": "auto",
 }  # of fields that stay None: the counts of draws decide
-_FLOW_DEFAULTS: dict[str, Any] = asdict(Architecture())
-
-
-def _flow(name: str, value: Any, fix: str) -> "FlowConfig":
-    entries = sources.entries(name, value, fix)
-    _refuse_unknown(FlowConfig, entries)
-    return FlowConfig(**entries)
-
-
-def _sampler(name: str, value: Any, fix: str) -> SamplerSettings:
-    """Check the entries of the sampler's settings by the kind of their defaults."""
-    if value is None:
-        return SamplerSettings()
-    entries, usual = sources.entries(name, value, fix), vars(SamplerSettings())
-    for key, item in entries.items():
-        if key not in usual:
-            rule = f"one of {', '.join(usual)}"
-            raise checks.refusal(f"{name}.{key}", rule, item, _nearest(str(key), usual))
-        rule = checks.integer if isinstance(usual[key], int) else checks.positive
-        entries[key] = rule(f"{name}.{key}", checks.plain(item), f"for example {usual[key]!r}")
-    return SamplerSettings(**entries)
-
-
-def _nearest(name: str, candidates: Mapping[str, Any]) -> str:
-    """Say which of the names was meant, where one is near."""
-    near = difflib.get_close_matches(name.lower(), candidates, 1)
-    return f"did you mean {near[0]!r}?" if near else "remove it"
-
-
-class _CheckedFields:
-    """Base of the config dataclasses.
-
-    Refuse unknown keywords, hold every field to its annotation's rule.
-    """
-
-    _prefix = ""
-
-    def __new__(cls, *_args: Any, **values: Any) -> Self:
-        _refuse_unknown(cls, values)
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        for name in _rules(type(self)):
-            object.__setattr__(self, name, _checked(type(self), name, getattr(self, name)))
-
-
-@cache
-def _rules(cls: type[Any]) -> dict[str, tuple[Rule, bool, str]]:
-    """Each field's rule, whether it may be None, and an example, read from its annotation and default."""
-    hints, rules = get_type_hints(cls, include_extras=True), {}
-    for field in fields(cls):
-        hint = hints[field.name]
-        kind, rule = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, checks.boolean)
-        optional = type(None) in get_args(kind)
-        alone = [one for one in get_args(kind) if one is not type(None)] if optional else [kind]
-        if len(alone) == 1 and get_origin(alone[0]) is Literal:
-            rule = partial(checks.choice, choices=get_args(alone[0]))
-        default = (_FLOW_DEFAULTS if cls._prefix else _DEFAULTS | _USUAL).get(
-            field.name, field.default
-        )
-        example = f"for example {default!r}" + (" (null in YAML)" if default is None else "")
-        rules[field.name] = (rule, optional, example)
-    return rules
-
-
-def _checked(cls: type[_CheckedFields], name: str, value: Any) -> Any:
-    rule, optional, fix = _rules(cls)[name]
-    return (
-        None if value is None and optional else rule(cls._prefix + name, checks.plain(value), fix)
-    )
-
-
-def _refuse_unknown(cls: type[Any], given: Mapping[Any, Any], also: Collection[str] = ()) -> None:
-    known = _rules(cls)
-    candidates = {name.lower(): name for name in known}
-    if cls is not FlowConfig:
-        candidates |= _ALIASES
-    for name, value in given.items():
-        if name not in known and name not in also:
-            near = difflib.get_close_matches(str(name).lower(), candidates, 1)
-            fix = f"did you mean {candidates[near[0]]!r}?" if near else "remove it"
-            rule = f"a field of {cls.__name__} ({', '.join([*known][:5])}, ... {len(known)} in all)"
-            raise checks.refusal(f"{cls._prefix}{name}", rule, value, fix)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig(_CheckedFields):
-    """Configure the normalizing flow of the "flow" family.
-
-    Attributes:
-        template: Architecture of the flow; None means "realnvp".
-        depth: Number of transforms; None means 4.
-        hidden: Widths of the conditioner's hidden layers; None means (64, 64).
-        bins: Number of bins of a spline, refused without splines; None means 8.
-        init_scale: Scale of the initial weights; small values start near the identity. None means
-            0.01.
-    """
-
-    _prefix = "flow."
-
-    template: Literal["realnvp", "maf", "spline_coupling", "nsf_ar"] | None = None
-    depth: Annotated[int | None, checks.integer] = None
-    hidden: Annotated[tuple[int, ...] | None, checks.widths] = None
-    bins: Annotated[int | None, partial(checks.integer, minimum=2)] = None
-    init_scale: Annotated[float | None, checks.nonnegative] = None
-
-    @property
-    def filled(self) -> Self:
-        """This flow with the default in place of every entry that is not given."""
-        return type(self)(**_FLOW_DEFAULTS | {k: v for k, v in vars(self).items() if v is not None})
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class VIConfig(_CheckedFields):
+class VIConfig(CheckedFields):
     """Configure a variational fit: immutable and hashable; `create` builds one from other sources.
 
     An unknown name, an impossible value, or values at odds with each other raise ConfigError.
@@ -305,11 +173,14 @@ class VIConfig(_CheckedFields):
             entries by dotted names such as `flow.hidden`.
     """
 
+    usual: ClassVar[Mapping[str, Any]] = _DEFAULTS | _USUAL
+    aliases: ClassVar[Mapping[str, str]] = _ALIASES
+
     family: Annotated[str, checks.family] = "mfa"
-    M: Annotated[Open[int], checks.integer] = _OPEN
-    r: Annotated[Open[int], checks.natural] = _OPEN
+    M: Annotated[Open[int], checks.integer] = OPEN
+    r: Annotated[Open[int], checks.natural] = OPEN
     r_per_component: Annotated[tuple[int, ...] | None, checks.ranks] = None
-    means: Open[Literal["shared", "center", "component"]] = _OPEN
+    means: Open[Literal["shared", "center", "component"]] = OPEN
     curvature_rank: Annotated[Literal["auto"] | int, checks.auto_or_integer] = "auto"
     curvature_examples: Annotated[int | None, checks.integer] = None
     mixture_cap: Annotated[int | None, checks.integer] = None
@@ -317,14 +188,14 @@ class VIConfig(_CheckedFields):
     alpha_dirichlet_prior: Annotated[float | None, checks.positive] = None
     entropy_bonus: Annotated[float, checks.nonnegative] = 0.0
     entropy_bonus_steps: Annotated[int | None, checks.integer] = None
-    alpha_temperature: Annotated[Open[float], checks.at_least_half] = _OPEN
-    alpha_temperature_frac: Annotated[Open[float], checks.fraction] = _OPEN
-    steps: Annotated[Open[int], checks.integer] = _OPEN
+    alpha_temperature: Annotated[Open[float], checks.at_least_half] = OPEN
+    alpha_temperature_frac: Annotated[Open[float], checks.fraction] = OPEN
+    steps: Annotated[Open[int], checks.integer] = OPEN
     batch_size: Annotated[int | None, checks.integer] = None
     lr: Annotated[float, checks.positive] = 1e-2
     lr_schedule: Literal["none", "cosine", "linear_decay"] = "cosine"
     lr_warmup_frac: Annotated[float, checks.fraction] = 0.05
-    lr_end_fraction: Annotated[Open[float], checks.share] = _OPEN
+    lr_end_fraction: Annotated[Open[float], checks.share] = OPEN
     clip_global_norm: Annotated[float | None, checks.positive] = 5.0
     samples_per_step: Annotated[int | None, checks.integer] = None
     antithetic: bool | None = None
@@ -332,25 +203,25 @@ class VIConfig(_CheckedFields):
     eval_every: Annotated[int, checks.integer] = 50
     eval_samples: Annotated[int | None, partial(checks.integer, minimum=4)] = None
     control_variate: Literal["auto", "hvp", "none"] | None = None
-    trace_probes: Annotated[Open[int], checks.integer] = _OPEN
-    method: Open[Literal["auto", "sample", "reweight", "variational"]] = _OPEN
-    error: Annotated[Open[float], checks.positive] = _OPEN
+    trace_probes: Annotated[Open[int], checks.integer] = OPEN
+    method: Open[Literal["auto", "sample", "reweight", "variational"]] = OPEN
+    error: Annotated[Open[float], checks.positive] = OPEN
     budget: Annotated[float | None, checks.positive] = None
     max_batch: Annotated[int | None, checks.integer] = None
-    sampler: Annotated[SamplerSettings, _sampler] = SamplerSettings()
+    sampler: Annotated[SamplerSettings, sampler_entry] = SamplerSettings()
     whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
-    whitening_decay: Annotated[Open[float], checks.decay] = _OPEN
+    whitening_decay: Annotated[Open[float], checks.decay] = OPEN
     use_whitening: bool = True
     dtype: Literal["float32", "float64"] = "float32"
     tensorboard: bool = False
     gamma: Annotated[float | None, checks.nonnegative] = None
-    backend: Annotated[Open[str], checks.backend] = _OPEN
-    d_latent: Annotated[Open[Literal["auto"] | int], checks.auto_or_positive] = _OPEN
+    backend: Annotated[Open[str], checks.backend] = OPEN
+    d_latent: Annotated[Open[Literal["auto"] | int], checks.auto_or_positive] = OPEN
     sigma_perp: Annotated[float | None, checks.positive] = None
-    learn_sigma_perp: Open[bool] = _OPEN
-    lift: Open[Literal["core", "injective"]] = _OPEN
-    latent_basis: Annotated[Open[str | Basis], checks.basis] = _OPEN
-    flow: Annotated[FlowConfig, _flow] = FlowConfig()
+    learn_sigma_perp: Open[bool] = OPEN
+    lift: Open[Literal["core", "injective"]] = OPEN
+    latent_basis: Annotated[Open[str | Basis], checks.basis] = OPEN
+    flow: Annotated[FlowConfig, flow_entry] = FlowConfig()
 
     def __post_init__(self) -> None:
         """Read a null schedule, check every field, then the fields against each other."""
@@ -573,7 +444,7 @@ def _filled(config: VIConfig) -> VIConfig:
 
 def _canonical(given: Mapping[Any, Any]) -> dict[str, Any]:
     """Put aliases under the names they stand for, and make `flow` a dict of the entries that were given."""
-    _refuse_unknown(VIConfig, given, also=_ALIASES)
+    refuse_unknown(VIConfig, given, also=_ALIASES)
     found = {name: value for name, value in given.items() if name not in _ALIASES}
     if "flow" in found:
         found["flow"] = sources.entries("flow", found["flow"], "for example {'depth': 4}")
@@ -585,7 +456,7 @@ def _canonical(given: Mapping[Any, Any]) -> dict[str, Any]:
         cls, target = (
             (VIConfig, found) if name == full else (FlowConfig, found.setdefault("flow", {}))
         )
-        if name in target and _checked(cls, name, target[name]) != _checked(cls, name, value):
+        if name in target and checked(cls, name, target[name]) != checked(cls, name, value):
             raise checks.refusal(
                 alias, f"equal to {full}={target[name]!r}", value, f"give {full} alone"
             )

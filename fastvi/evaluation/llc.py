@@ -180,6 +180,7 @@ def losses_at(
         losses, slope = _losses_and_slope(objective, points, batch, slope, is_first)
         return slope, (losses[1:] - losses[0], losses[0])
 
+    # a gradient of each group would cost three times as much; only the first is asked for
     slope, (excess, reference) = jax.lax.scan(
         one_group, jnp.zeros_like(center), (jnp.arange(groups.shape[0]) == 0, groups)
     )
@@ -224,6 +225,7 @@ def full_losses_at(
 
 def error_over_pieces(running_means: Sequence[float]) -> float:
     """Return the standard error of a mean over pieces of one size, from its values after each."""
+    # k times the mean of k pieces is their sum, whose differences are the pieces
     counts = np.arange(1, len(running_means) + 1)
     pieces = np.diff(counts * np.asarray(running_means), prepend=0.0)
     return float(np.std(pieces, ddof=1) / np.sqrt(pieces.size))

@@ -118,7 +118,8 @@ class Flow(AbstractFamily):
     """
 
     Settings: ClassVar = FlowSettings
-    negligible_gain: ClassVar[float] = 0.05  # a flow goes on learning in gains that are a tenth
+    # the llc of a flow still moves where that of a mixture no longer does
+    negligible_gain: ClassVar[float] = 0.05
     scale: Float[Array, " dim"]
     unit: Scalar
     lift: Lift

@@ -282,10 +282,8 @@ class MFA(AbstractFamily):
                 reflected = _for_each(lambda one: woodbury.draw(mixture, grams, one), mirrored)
             else:
                 reflected = _reflect(drawn, mixture.offsets.sum(0))
-            sorted_noise, drawn = (
-                _concatenate(sorted_noise, mirrored),
-                _concatenate(drawn, reflected),
-            )
+            sorted_noise = _concatenate(sorted_noise, mirrored)
+            drawn = _concatenate(drawn, reflected)
         return Draws(
             displacement=self.scale * drawn.displacement,
             log_prob=drawn.log_prob - jnp.sum(jnp.log(self.scale)),
@@ -296,10 +294,8 @@ class MFA(AbstractFamily):
     def log_prob(self, params: MFAParams, displacement: Float[Array, " dim"]):
         """Evaluate log q; see `AbstractFamily.log_prob`."""
         mixture = self.mixture(params)
-        grams = woodbury.grams(mixture)
-        return woodbury.log_prob(mixture, grams, displacement / self.scale) - jnp.sum(
-            jnp.log(self.scale)
-        )
+        u = displacement / self.scale
+        return woodbury.log_prob(mixture, woodbury.grams(mixture), u) - jnp.sum(jnp.log(self.scale))
 
     def pullback(self, params, draws, target, *, groups) -> MFAParams:
         """Return the STL and Rao-Blackwellised gradient; see `AbstractDistribution.pullback`."""
@@ -433,6 +429,10 @@ class MFA(AbstractFamily):
             ),
         )
 
+    def _location_weights(self, weights):
+        """Return the share of q about each of the free means: all of it about a shared one."""
+        return weights if self.num_offsets > 1 else jnp.ones(self.num_offsets, weights.dtype)
+
     def second_moment(self, params: MFAParams) -> SecondMoment:
         """Return E_q[v v^T]; see `AbstractFamily.second_moment`."""
         mixture = self.mixture(params)
@@ -443,9 +443,6 @@ class MFA(AbstractFamily):
         # P^{-1} = I - B^T C_B^{-1} B, so the core enters with weights of -1
         narrowed = grams.core_half @ mixture.core
         widened = mixture.factors.reshape(-1, self.scale.size)
-        location_weights = (
-            weights if self.num_offsets > 1 else jnp.ones(self.num_offsets, weights.dtype)
-        )
         return SecondMoment(
             diagonal=deviation**2,
             factors=jnp.concatenate(
@@ -455,7 +452,7 @@ class MFA(AbstractFamily):
                 [
                     -jnp.ones(narrowed.shape[0], weights.dtype),
                     jnp.repeat(weights, rank),
-                    location_weights,
+                    self._location_weights(weights),
                 ]
             ),
             coefficients=jnp.zeros((0, self.num_moment_terms), weights.dtype),
@@ -472,7 +469,7 @@ class MFA(AbstractFamily):
         identity = jnp.eye(basis.shape[0], dtype=basis.dtype)
         half = inverse_root(core @ core.T).root
         stretch = symmetric_root(half.T @ half + wide @ wide.T) - identity
-        center = mixture.offsets.sum(0) if self.num_offsets < 2 else weights @ mixture.offsets
+        center = self._location_weights(weights) @ mixture.offsets
         return LinearMap(
             self.scale * center, self.scale * jnp.exp(mixture.log_scale), basis, stretch
         )
@@ -487,12 +484,9 @@ class MFA(AbstractFamily):
         """
         mixture, grams = self.mixture(params), draws.record.grams
         weights = jnp.exp(mixture.log_weights)
-        if self.num_offsets > 1:
-            center = weights @ mixture.offsets
-            apart = (mixture.offsets - center) / jnp.exp(mixture.log_scale)
-        else:
-            center, apart = mixture.offsets.sum(0), jnp.zeros((0, self.scale.size), weights.dtype)
-        weights_apart = weights if self.num_offsets > 1 else jnp.zeros(0, weights.dtype)
+        locations = self._location_weights(weights)
+        center = locations @ mixture.offsets
+        apart = (mixture.offsets - center) / jnp.exp(mixture.log_scale)
         x = (draws.record.drawn.displacement - center) / jnp.exp(mixture.log_scale)
         core_x = x @ mixture.core.T
         radius2 = jnp.sum(draws.displacement**2, -1)
@@ -503,8 +497,8 @@ class MFA(AbstractFamily):
         inverse_trace = jnp.sum(grams.core_half**2)
         wide = jnp.sum(weights[:, None] * jnp.sum(mixture.factors**2, -1))
         wide_core = jnp.sum(weights[:, None] * jnp.sum(grams.cross**2, 1))
-        spread = weights_apart @ jnp.sum(apart**2, -1)
-        spread_core = weights_apart @ jnp.sum((apart @ mixture.core.T) ** 2, -1)
+        spread = locations @ jnp.sum(apart**2, -1)
+        spread_core = locations @ jnp.sum((apart @ mixture.core.T) ** 2, -1)
         expected = jnp.stack(
             [
                 x.shape[-1] - num_core + inverse_trace + wide + spread,

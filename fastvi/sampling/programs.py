@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastvi._compilation import PROGRAMS, quick_compilation
 from fastvi._typing import Array, Float, Int, Scalar
@@ -88,10 +89,10 @@ def make_evaluate(
 
 def blank_evaluation(walkers: Walkers, columns: int) -> Evaluation:
     """Return an evaluation to call step -1 with, which reads nothing of it."""
-    (count, _), dtype = walkers.position.shape, walkers.position.dtype
-    zeros = jnp.zeros(count, dtype)
-    observed = Observed(zeros, zeros, jnp.zeros((count, columns), dtype))
-    return Evaluation(zeros, jnp.zeros_like(walkers.position), observed)
+    (count, dim), dtype = walkers.position.shape, walkers.position.dtype
+    zeros = np.zeros(count, dtype)  # of numpy, so that nothing is compiled for it
+    observed = Observed(zeros, zeros, np.zeros((count, columns), dtype))
+    return Evaluation(zeros, np.zeros((count, dim), dtype), observed)
 
 
 def run_steps(

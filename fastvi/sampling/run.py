@@ -238,7 +238,8 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     blocks = setup.max_blocks(state, state.allowed_bias)
     wanted = Fidelity(blocks, plan_energy_error(setup.error, settings))
     paid, number = _within_budget(setup, state, wanted)
-    state = state._replace(walkers=keep_walkers(state.walkers, number, setup.chains))
+    if number < state.num_walkers:
+        state = state._replace(walkers=keep_walkers(state.walkers, number, setup.chains))
     state = switch_fidelity(setup, state, paid)
     noise = setup.bias(state) * (paid.num_blocks - 1) / max(abs(state.llc), 1e-300)
     unmet = () if paid == wanted else (Unmet(GRADIENT_NOISE, noise, share),)
@@ -258,14 +259,14 @@ def measure_noise(setup: RunSetup, state: RunState) -> RunState:
     if len(setup.counts) == 1:
         return state
     blocks, linear_map = split_data(setup.num_data, setup.counts[0]), state.walkers.linear_map
-    points = state.walkers.position[: setup.settings.noise_points]
+    points = np.asarray(state.walkers.position)[: setup.settings.noise_points]
 
     def gradients(position):
         return setup.programs.anchor(
             setup.problem, linear_map, position, setup.reference_loss, blocks
         ).block_gradient
 
-    at_anchor, nbeta = gradients(jnp.zeros_like(points[0])), setup.problem.posterior.nbeta
+    at_anchor, nbeta = gradients(np.zeros_like(points[0])), setup.problem.posterior.nbeta
     noise = [
         float(setup.programs.noise(linear_map, nbeta, at_anchor, gradients(point)))
         for point in points
@@ -289,7 +290,8 @@ def switch_fidelity(setup: RunSetup, state: RunState, fidelity: Fidelity) -> Run
         return state._replace(walkers=walkers, estimate=estimate)
     anchor = None
     if fidelity.num_blocks > 1:
-        blocks, center = split_data(setup.num_data, fidelity.num_blocks), walkers.position.mean(0)
+        blocks = split_data(setup.num_data, fidelity.num_blocks)
+        center = np.mean(np.asarray(walkers.position), axis=0)
         anchor = setup.programs.anchor(
             setup.problem, walkers.linear_map, center, setup.reference_loss, blocks
         )

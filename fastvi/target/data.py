@@ -109,7 +109,7 @@ class AbstractData(eqx.Module):
         """
         count = self.num_examples if rows is None else rows.shape[0]
         size = self._slice_size(count, copies)
-        if size == count:
+        if size == count:  # no loop, whose body XLA would not fuse with what surrounds it
             return statistic(self._read(rows))
         slices = count // size
         total = _sum_over(lambda i: statistic(self._read(rows, i * size, size)), slices)
@@ -117,6 +117,7 @@ class AbstractData(eqx.Module):
         covered = slices * size
         if covered == count:
             return mean
+        # a mean over other examples cannot be masked, so a rest is a second copy of the model
         rest, share = statistic(self._read(rows, covered, count - covered)), covered / count
         return jax.tree_util.tree_map(lambda a, b: a * share + b * (1 - share), mean, rest)
 
@@ -145,7 +146,7 @@ class AbstractData(eqx.Module):
         """Return a stretch of the examples, or of those in `rows`; all of them by default."""
         if length is None:
             return self.examples if rows is None else take_examples(self.examples, rows)
-        if rows is None:
+        if rows is None:  # a dynamic slice in a loop is read in place; a reshape would be a copy
             return _slice(self.examples, start, length)
         return take_examples(self.examples, _slice(rows, start, length))
 
@@ -226,6 +227,7 @@ def slice_size(count: int, most: int) -> int:
 
 def _sum_over(term: Callable[[Int[Array, ""]], Any], length: int) -> Any:
     """Return the sum of `term(0)` to `term(length - 1)`, tracing it once."""
+    # the sum needs shapes before the loop: eval_shape would run the model's Python once more
     closed, shapes = jax.make_jaxpr(term, return_shape=True)(jnp.int32(0))
     leaves, structure = jax.tree_util.tree_flatten(shapes)
 
@@ -290,7 +292,7 @@ def evaluate_target(
         def one(v):
             return value_and_grad(objective, posterior.center + v, batch)
 
-        if draws == 1:
+        if draws == 1:  # an axis of one would be carried through the model
             return jax.tree_util.tree_map(lambda leaf: leaf[None], one(displacement[0]))
         return jax.vmap(one)(displacement)
 

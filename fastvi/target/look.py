@@ -116,7 +116,8 @@ def weigh(objective: Any, problem: Problem, name: str) -> Problem:
 def _weigh(objective: Any, problem: Problem, name: str, stream: AbstractStream | None) -> Problem:
     """Attach the mean weight of an example to the problem's data, found in one pass over all."""
     center = problem.posterior.center
-    blank = _with_weight(problem, 1.0)  # of the structure that the loss takes
+    # the reciprocal is an argument: any value gives the program that all weights share
+    blank = _with_weight(problem, 1.0)
     loss = fingerprint_loss(objective, blank)
     weigher = PROGRAMS.find(loss, ("weigh", shapes_of(blank)), (objective,), _weigher)
     if stream is None:

@@ -67,6 +67,7 @@ def example_losses(value: Any, batch: Batch, dtype: Any) -> Float[Array, " batch
     The mean of the shares over all examples is `L_n`: an example of weight zero has none.
     """
     if isinstance(batch, WeightedBatch):
+        # losses are cast before they are summed: half precision would round the small differences
         losses, weights = (jnp.asarray(part, dtype) for part in value)
         return _per_example(losses * weights, jnp.sum) * batch.inverse_mean_weight.astype(dtype)
     if getattr(value, "ndim", 0) == 0:
@@ -86,6 +87,7 @@ def weigh_batch(batch: Batch, mean_weight: float, dtype: Any) -> WeightedBatch:
 def weight_statistics(outputs: Any, dtype: Any) -> tuple[Scalar, Scalar]:
     """Return the mean weight of an example, and the share of weights that cannot be one."""
     weights = jnp.asarray(outputs[1], dtype)
+    # NaN is not >= 0 either; an infinite weight shows in the mean
     return jnp.mean(_per_example(weights, jnp.sum)), jnp.mean(~(weights >= 0), dtype=dtype)
 
 
@@ -112,7 +114,9 @@ def find_mean_weight(
     """
     found, sizes, nudged = [], [], center + 0.01 * (1 + jnp.abs(center))
     for piece in pieces:
+        # sums over pieces are taken on the host in float64
         here = np.asarray(jax.device_get(weigh(center, piece)), float)
+        # one program at two points gives equal bits unless a weight reads the parameters
         if not found and not np.array_equal(here, jax.device_get(weigh(nudged, piece)), True):
             raise DataError(
                 f"the weights of {name} change with the parameters; they must depend on the data "

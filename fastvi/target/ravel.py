@@ -46,6 +46,7 @@ class TreeStructure:
 
         Half-precision leaves keep their dtype, the others take that of `w`.
         """
+        # a float64 fit of float32 weights computes in float64; half precision is the model's choice
         return self._rebuilt(w, lambda dtype: dtype if dtype.itemsize == 2 else w.dtype)
 
     def unravel_as_given(self, w: Float[Array, "*axes dim"]) -> PyTree:
@@ -139,7 +140,7 @@ def ravel_loss(
             f"loss_fn must be a function (params, batch) -> scalar; got {type(loss_fn).__name__}."
         )
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    settings = _settings_of_modules(params)
+    settings = _settings_of_modules(params)  # Python floats there are settings, elsewhere unclear
     arrays, shapes, dtypes, static = [], [], [], []
     for path, leaf in paths:
         name = "params" + jax.tree_util.keystr(path)

@@ -50,6 +50,7 @@ def check_loss(
                 f"{method}. make_flat_objective(loss) makes one of a function."
             )
     length = num_examples(batch)
+    # of two sizes, so that an axis of the batch can be told from one of the same length
     sizes = (length, max(1, length // 2))
     outputs = getattr(objective, "outputs", objective.loss)
     traced = [_trace(outputs, w, take_examples(batch, slice(size)), name) for size in sizes]
@@ -92,7 +93,7 @@ def _computed_bytes(jaxpr: Any) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         inner = [getattr(sub, "jaxpr", sub) for sub in jaxprs_in_params(equation.params)]
-        if inner:
+        if inner:  # a call, a loop or a branch: what it returns is computed inside
             repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
             total += repeats * max(map(_computed_bytes, inner))
         else:
@@ -101,7 +102,9 @@ def _computed_bytes(jaxpr: Any) -> float:
 
 
 def _bytes(value: Any) -> float:
-    return math.prod(value.shape) * getattr(value.dtype, "itemsize", 4)
+    # tokens of effects have no shape, and keys of random numbers no size in bytes
+    shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", None)
+    return math.prod(shape) * getattr(dtype, "itemsize", 4)
 
 
 def _shapes(batch: Batch) -> str:

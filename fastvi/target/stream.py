@@ -148,7 +148,7 @@ class HostStream(AbstractStream):
         """
         number = step // self._steps
         if self._window is None or self._window[0] != number:
-            self._window = None  # lets the old window go before the new one is made
+            self._window = None  # the old window goes before the new one is made
             self._window = number, jax.tree_util.tree_map(jnp.asarray, self._draw(number))
         examples = self._held(self._window[1])
         if self.fits:
@@ -156,11 +156,12 @@ class HostStream(AbstractStream):
         return Window(examples, self.max_batch, self.num_data)
 
     def _draw(self, number: int) -> Batch:
-        if self.fits:
+        if self.fits:  # in their own order, so that bits are those of the same arrays in memory
             wanted = np.arange(self.num_data)
         else:
             seed = [STREAM_SEED, *self._seed, number]
             wanted = np.random.default_rng(seed).integers(self.num_data, size=self.num_rows)
+        # sorted, so that one pass over the batches fills all rows
         order = np.argsort(wanted, kind="stable")
         ordered, seen = wanted[order], 0
         rows = jax.tree_util.tree_map(
@@ -219,6 +220,7 @@ class OnePassStream(AbstractStream):
 
     def __init__(self, batches: Iterator[Any], dtype: Any, batch_size: int):
         super().__init__(batches, dtype)
+        # parts of one size, so that one program takes each of them
         size = -(-CHUNK * batch_size // SAMPLE_PIECES)
         self._parts = _regrouped(self._checked(batches), size)
         first = list(itertools.islice(self._parts, SAMPLE_PIECES))
@@ -252,7 +254,7 @@ class OnePassStream(AbstractStream):
 
     def window(self, step: int) -> AbstractData:
         """Return examples for the steps from `step` on, which may not go back."""
-        if step != self._step:
+        if step != self._step:  # every chunk of steps has examples of its own
             if step < self._step:
                 self.next(0)  # which says that they are gone
             self._window = _concatenate([self.next(self._cursor)[0] for _ in range(SAMPLE_PIECES)])

@@ -404,3 +404,19 @@ def test_the_error_over_pieces_is_that_of_their_means():
     running = np.cumsum(pieces) / np.arange(1, 17)
     expected = np.std(pieces, ddof=1) / 4
     assert error_over_pieces(running.tolist()) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("draws", [2, 6, 16, 26])
+def test_losses_at_draws_are_exact_and_hold_the_model_once(draws):
+    rng = np.random.default_rng(draws)
+    x, center, v = rng.normal(size=(9, 3)), rng.normal(size=3), rng.normal(size=(draws, 3))
+    objective = make_flat_objective(lambda w, batch: jnp.mean(jnp.tanh(batch @ w)))
+    program = jax.jit(lambda *arguments: losses_at(objective, *arguments))
+    arguments = tuple(map(jnp.asarray, (center, v, x)))
+    found, at_center = program(*arguments), np.tanh(x @ center)
+    mean = np.mean(np.tanh((center + v) @ x.T), axis=1)
+    np.testing.assert_allclose(found.excess, mean - at_center.mean(), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.reference, at_center.mean(), rtol=1e-12)
+    slope = np.mean((1 - at_center**2)[:, None] * x, axis=0)
+    np.testing.assert_allclose(found.slope, slope, rtol=1e-10)
+    assert program.lower(*arguments).as_text().count("stablehlo.tanh") == 1

@@ -129,8 +129,9 @@ def laplace_flow():
         *(jnp.asarray(x, jnp.float32) for x in (scale, core)), jnp.int32(1), jnp.float32(1.0), 1
     )
     family = FAMILIES["flow"].create(config.family_settings, geometry)
+    # a flow whose tails reach as far as the posterior's, so that weights have a spread
     params = quick_jit(lambda *given: family.init(*given))(
-        jax.random.key(0), geometry.core, jnp.zeros(3)
+        jax.random.key(2), geometry.core, jnp.zeros(3)
     )
     q = FittedQ(family, jax.tree_util.tree_map(lambda leaf: leaf[None], params), jnp.full(3, 5.0))
     return q, (np.eye(3) + core.T @ core) / np.outer(scale, scale), 0.0

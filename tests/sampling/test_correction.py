@@ -304,6 +304,16 @@ def noisy():
     )
 
 
+def test_only_settings_that_shape_a_trace_make_other_programs(noisy):
+    fitted, usual = noisy.fitted, SamplerSettings()
+    programs = sampler_programs(fitted.objective, fitted.problem, usual)
+    shaping = {"bins": 2, "bin_length": 8, "max_columns": 1}
+    for name, value in vars(usual).items():
+        changed = dataclasses.replace(usual, **{name: shaping.get(name, 2 * value)})
+        found = sampler_programs(fitted.objective, fitted.problem, changed)
+        assert (found is programs) == (name not in ("bins", "bin_length")), name
+
+
 @pytest.mark.parametrize("budget", [0.1, 40, 300])
 def test_no_run_exceeds_its_budget(noisy, budget):
     passes = budget * noisy.n_data

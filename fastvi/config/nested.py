@@ -1,0 +1,66 @@
+"""Entries of a configuration that are mappings of their own: the flow and the sampler."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, Self, final
+
+from fastvi.config import rules as checks
+from fastvi.config import sources
+from fastvi.config.fields import CheckedFields, nearest, refuse_unknown
+from fastvi.families.backends.base import Architecture
+from fastvi.sampling.settings import SamplerSettings
+
+FLOW_DEFAULTS: dict[str, Any] = asdict(Architecture())
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(CheckedFields):
+    """Configure the normalizing flow of the "flow" family.
+
+    Attributes:
+        template: Architecture of the flow; None means "realnvp".
+        depth: Number of transforms; None means 4.
+        hidden: Widths of the conditioner's hidden layers; None means (64, 64).
+        bins: Number of bins of a spline, refused without splines; None means 8.
+        init_scale: Scale of the initial weights; small values start near the identity. None means
+            0.01.
+    """
+
+    prefix: ClassVar[str] = "flow."
+    usual: ClassVar[Mapping[str, Any]] = FLOW_DEFAULTS
+
+    template: Literal["realnvp", "maf", "spline_coupling", "nsf_ar"] | None = None
+    depth: Annotated[int | None, checks.integer] = None
+    hidden: Annotated[tuple[int, ...] | None, checks.widths] = None
+    bins: Annotated[int | None, partial(checks.integer, minimum=2)] = None
+    init_scale: Annotated[float | None, checks.nonnegative] = None
+
+    @property
+    def filled(self) -> Self:
+        """This flow with the default in place of every entry that is not given."""
+        return type(self)(**FLOW_DEFAULTS | {k: v for k, v in vars(self).items() if v is not None})
+
+
+def flow_entry(name: str, value: Any, fix: str) -> FlowConfig:
+    """Build the flow's configuration from its entries."""
+    entries = sources.entries(name, value, fix)
+    refuse_unknown(FlowConfig, entries)
+    return FlowConfig(**entries)
+
+
+def sampler_entry(name: str, value: Any, fix: str) -> SamplerSettings:
+    """Check the entries of the sampler's settings by the kind of their defaults."""
+    if value is None:
+        return SamplerSettings()
+    entries, usual = sources.entries(name, value, fix), vars(SamplerSettings())
+    for key, item in entries.items():
+        if key not in usual:
+            rule = f"one of {', '.join(usual)}"
+            raise checks.refusal(
+                f"{name}.{key}", rule, item, nearest(key, {one: one for one in usual})
+            )
+        rule = checks.integer if isinstance(usual[key], int) else checks.positive
+        entries[key] = rule(f"{name}.{key}", checks.plain(item), f"for example {usual[key]!r}")
+    return SamplerSettings(**entries)

@@ -274,7 +274,7 @@ def _calibrate(
     schedule: ScheduleSettings,
     num_draws: int,
     num_chains: int,
-) -> tuple[AbstractFamily, State, np.int32]:
+) -> tuple[AbstractFamily, State, int]:
     """Narrow the start until its virial agrees with the loss, by steps that change nothing.
 
     A start that agrees at once is changed more slowly.
@@ -292,7 +292,7 @@ def _calibrate(
         less = float(narrowing(np.mean(np.asarray(traces["virial"])[:, :length]), np))
         shift, rounds, narrows = shift - less, rounds + 1, less > 0
     family, state = programs.launch(family, params, dtype.type(shift), np.bool_(rounds == 1))
-    return family, state, np.int32(rounds)
+    return family, state, rounds
 
 
 def _run_chunks(

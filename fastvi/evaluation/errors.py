@@ -7,6 +7,7 @@ import numpy as np
 
 from fastvi._typing import Array, Float, Scalar
 
+
 def pair_mean(values: Any, axis: int = 0) -> Any:
     """Average each draw with its mirror image.
 

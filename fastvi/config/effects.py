@@ -7,9 +7,9 @@ from fastvi.families import FAMILIES
 from fastvi.geometry.start import StartSettings, rank_limit
 
 
-def fields_of_family(name: str) -> tuple[str, ...]:
-    """Return the fields of the configuration that a family reads."""
-    return tuple(field.name for field in dataclasses.fields(FAMILIES[name].Settings))
+def fields_of_family(name: str) -> set[str]:
+    """Return what a family reads: fields of the configuration, and options of its own."""
+    return {field.name for field in dataclasses.fields(FAMILIES[name].Settings)}
 
 
 class Idle(NamedTuple):
@@ -64,8 +64,8 @@ def _of_other_families(config: Any) -> dict[str, Idle]:
             f"use family={family!r}, or drop it",
         )
         for family in FAMILIES
-        for name in fields_of_family(family)
-        if name not in read
+        for name in fields_of_family(family) - read
+        if hasattr(config, name)
     }
 
 

@@ -50,11 +50,32 @@ def flow_entry(name: str, value: Any, fix: str) -> FlowConfig:
     return FlowConfig(**entries)
 
 
+Options = tuple[tuple[str, Any], ...]
+
+
+def options_entry(name: str, value: Any, fix: str) -> Options:
+    """Put a family's own options into a form that can be hashed: pairs in the order of names."""
+    entries = nested_entries(name, value)
+    wrong = [key for key in entries if not isinstance(key, str)]
+    if wrong:
+        raise checks.refusal(name, "a mapping of names to values", value, fix)
+    plain = {key: checks.plain(item) for key, item in entries.items()}
+    return tuple(
+        (key, tuple(item) if isinstance(item, list) else item)
+        for key, item in sorted(plain.items())
+    )
+
+
+def nested_entries(name: str, value: Any) -> dict[Any, Any]:
+    """Return the entries of a mapping, none of None; pairs are those of options."""
+    pairs = isinstance(value, tuple) and all(isinstance(one, tuple) for one in value)
+    return sources.entries(name, dict(value or ()) if pairs or value is None else value, "names")
+
+
 def sampler_entry(name: str, value: Any, fix: str) -> SamplerSettings:
     """Check the entries of the sampler's settings by the kind of their defaults."""
-    if value is None:
-        return SamplerSettings()
-    entries, usual = sources.entries(name, value, fix), vars(SamplerSettings())
+    del fix
+    entries, usual = nested_entries(name, value), vars(SamplerSettings())
     for key, item in entries.items():
         if key not in usual:
             rule = f"one of {', '.join(usual)}"

@@ -17,8 +17,15 @@ from fastvi._errors import UnavailableError
 from fastvi.config import rules as checks
 from fastvi.config import sources
 from fastvi.config.effects import fields_of_family, idle_fields, may_cover_all
-from fastvi.config.fields import OPEN, CheckedFields, Open, checked, refuse_unknown
-from fastvi.config.nested import FlowConfig, flow_entry, sampler_entry
+from fastvi.config.fields import OPEN, CheckedFields, Open, checked, nearest, refuse_unknown
+from fastvi.config.nested import (
+    FlowConfig,
+    Options,
+    flow_entry,
+    nested_entries,
+    options_entry,
+    sampler_entry,
+)
 from fastvi.families import FAMILIES
 from fastvi.families.backends.base import Architecture
 from fastvi.families.basis import Basis
@@ -71,6 +78,8 @@ class VIConfig(CheckedFields):
     Attributes:
         family: Variational family; `create` also reads it from `algo`. A field that only the other
             family reads is refused.
+        options: Entries of the `Settings` of a registered family that are no fields here, such as
+            `{"stretch": 2.0}`; others are refused.
         M: Number of mixture components; None means 8, or as many as `r_per_component` has ranks.
         r: Columns of each component's covariance factor, at most d; unused beside
             `r_per_component`. None means 2, or d where that is less.
@@ -177,6 +186,7 @@ class VIConfig(CheckedFields):
     aliases: ClassVar[Mapping[str, str]] = _ALIASES
 
     family: Annotated[str, checks.family] = "mfa"
+    options: Annotated[Options, options_entry] = ()
     M: Annotated[Open[int], checks.integer] = OPEN
     r: Annotated[Open[int], checks.natural] = OPEN
     r_per_component: Annotated[tuple[int, ...] | None, checks.ranks] = None
@@ -206,7 +216,7 @@ class VIConfig(CheckedFields):
     trace_probes: Annotated[Open[int], checks.integer] = OPEN
     method: Open[Literal["auto", "sample", "reweight", "variational"]] = OPEN
     error: Annotated[Open[float], checks.positive] = OPEN
-    budget: Annotated[float | None, checks.positive] = None
+    budget: Annotated[Open[float], checks.positive] = OPEN
     max_batch: Annotated[int | None, checks.integer] = None
     sampler: Annotated[SamplerSettings, sampler_entry] = SamplerSettings()
     whitening_mode: Literal["none", "rmsprop", "adam", "hvp_diag"] = "none"
@@ -228,6 +238,7 @@ class VIConfig(CheckedFields):
         if self.lr_schedule is None:
             object.__setattr__(self, "lr_schedule", "none")
         super().__post_init__()
+        self._check_options()
         ranks, draws = self.r_per_component, self.samples_per_step
         if ranks is not None and self.M not in (None, len(ranks)):
             fix = f"give one rank per component, or use M={len(ranks)}"
@@ -235,6 +246,16 @@ class VIConfig(CheckedFields):
         if self.antithetic and draws is not None and draws % 2:
             rule = "False beside an odd samples_per_step: mirrored draws come in pairs"
             raise checks.refusal("antithetic", rule, True, f"use samples_per_step={draws + 1}")
+
+    def _check_options(self) -> None:
+        own = fields_of_family(self.family) - {field.name for field in fields(self)}
+        for name, value in self.options:
+            if name not in own:
+                known = ", ".join(sorted(own)) or "it has none"
+                rule = f"an entry of family={self.family!r} that is no field of VIConfig ({known})"
+                raise checks.refusal(
+                    f"options.{name}", rule, value, nearest(name, {o: o for o in own})
+                )
 
     @classmethod
     def create(cls, source: Any = None, /, **overrides: Any) -> Self:
@@ -244,14 +265,14 @@ class VIConfig(CheckedFields):
             source: None, a VIConfig, another dataclass instance, a mapping, an OmegaConf
                 DictConfig, a namespace, or the path of a YAML file. A `vi` or an `overrides` entry,
                 alone or beside `name: vi`, is unwrapped.
-            **overrides: Fields, aliases included. A `flow` or a `sampler` mapping replaces only the
-                entries it names.
+            **overrides: Fields, aliases included. A `flow`, a `sampler` or an `options` mapping
+                replaces only the entries it names.
 
         Raises:
             ConfigError: If the source cannot be read, a name is unknown or a value impossible.
         """
         base, changes = _canonical(sources.read(source)), _canonical(overrides)
-        for name in {"flow", "sampler"} & base.keys() & changes.keys():
+        for name in {"flow", "sampler", "options"} & base.keys() & changes.keys():
             changes[name] = base[name] | changes[name]
         return cls(**base | changes)
 
@@ -261,9 +282,10 @@ class VIConfig(CheckedFields):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python values, with `flow` nested and lists for tuples, which `create` reads back."""
-        return asdict(
+        plain = asdict(
             self, dict_factory=lambda items: {name: sources.written(value) for name, value in items}
         )
+        return {**plain, "options": dict(self.options)}
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write a YAML file, which `create` reads back; needs PyYAML."""
@@ -330,7 +352,7 @@ class VIConfig(CheckedFields):
         return (
             self._gives("d_latent")
             and self._gives("sigma_perp")
-            and any(map(self._gives, {*fields_of_family("mfa")} - {*fields_of_family("flow")}))
+            and any(map(self._gives, fields_of_family("mfa") - fields_of_family("flow")))
         )
 
     def _gives(self, name: str) -> bool:
@@ -397,7 +419,8 @@ class VIConfig(CheckedFields):
     def family_settings(self) -> Any:
         """The `Settings` of the family, filled by name."""
         filled, settings = self.filled, FAMILIES[self.family].Settings
-        given = {item.name: getattr(filled, item.name) for item in fields(settings)}
+        shared = fields_of_family(self.family) & {field.name for field in fields(self)}
+        given = {name: getattr(filled, name) for name in shared} | dict(self.options)
         if "flow" in given:
             given["flow"] = Architecture(**vars(filled.flow))
         return settings(**given)
@@ -448,8 +471,8 @@ def _canonical(given: Mapping[Any, Any]) -> dict[str, Any]:
     found = {name: value for name, value in given.items() if name not in _ALIASES}
     if "flow" in found:
         found["flow"] = sources.entries("flow", found["flow"], "for example {'depth': 4}")
-    if found.get("sampler") is not None:
-        found["sampler"] = sources.entries("sampler", found["sampler"], "e.g. {'walkers': 16}")
+    for name in {"sampler", "options"} & found.keys():
+        found[name] = nested_entries(name, found[name])
     for alias in [name for name in _ALIASES if name in given]:
         full, value = _ALIASES[alias], given[alias]
         name = full.removeprefix("flow.")

@@ -90,9 +90,11 @@ def make_evaluate(
 def blank_evaluation(walkers: Walkers, columns: int) -> Evaluation:
     """Return an evaluation to call step -1 with, which reads nothing of it."""
     (count, dim), dtype = walkers.position.shape, walkers.position.dtype
-    zeros = np.zeros(count, dtype)  # of numpy, so that nothing is compiled for it
-    observed = Observed(zeros, zeros, np.zeros((count, columns), dtype))
-    return Evaluation(zeros, np.zeros((count, dim), dtype), observed)
+
+    def zeros(*shape: int) -> Any:
+        return np.zeros((count, *shape), dtype)  # of numpy, so that nothing is compiled for it
+
+    return Evaluation(zeros(), zeros(dim), Observed(zeros(), zeros(), zeros(columns)))
 
 
 def run_steps(
@@ -142,7 +144,7 @@ def run_steps(
         state, step_size, kept = carry
         # step -1 draws the blocks of step 0, whose first half kicks by the gradient found here
         index = first + jnp.maximum(number, 0)
-        step = jnp.where(number < 0, 0, step_size.step)
+        step = jnp.where(number < 0, 0, jnp.asarray(step_size.step))
         # a walker draws a block at the start of a hold, so the last step of one has the same data
         is_same_data = index % held == held - 1
         half = first_half_step(state, step, friction_time, draw_noise(index))

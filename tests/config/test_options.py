@@ -39,6 +39,7 @@ from fastvi.api.plan import (
     start_settings,
 )
 from fastvi.cli.target import parse_settings
+from fastvi.families import FAMILIES
 from fastvi.families.backends import BACKENDS, NativeBackend
 from fastvi.families.backends.base import Architecture
 from fastvi.fitting.stages import _evaluation, build_family, nothing_seen
@@ -183,6 +184,7 @@ BASIS = np.eye(DIM, 2)[:, ::-1]
 # field: what is given, beside what, and where it is seen under mfa and under flow
 FIELDS = {
     "family": ("flow", {}, REFUSED, None),
+    "options": ({"stretch": 2.0}, {}, REFUSED, REFUSED),
     "M": (3, {}, family_of, REFUSED),
     "r": (0, {}, family_of, REFUSED),
     "r_per_component": ((1, 0), {}, family_of, REFUSED),
@@ -794,6 +796,28 @@ def test_entries_of_the_sampler_are_checked():
             VIConfig(sampler=entries)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="^sampler must be left out without method"):
         VIConfig.create(method="reweight", sampler={"walkers": 16}).check_available()
+
+
+@dataclasses.dataclass(frozen=True)
+class StretchedSettings:
+    entropy_bonus: float = 0.0
+    stretch: float = 1.0
+
+
+def test_a_third_family_has_options_of_its_own(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "stretched", types.SimpleNamespace(Settings=StretchedSettings))
+    config = VIConfig.create(
+        {"family": "stretched", "entropy_bonus": 0.5}, options={"stretch": 2.0}
+    )
+    assert config.family_settings == StretchedSettings(0.5, 2.0)
+    assert VIConfig.create(config.to_dict()) == config.replace(lr=0.01)
+    assert hash(config) == hash(VIConfig.create(config))
+    for options, words in (
+        ({"strech": 2.0}, r"^options\.strech must be an entry of family='stretched'.*'stretch'"),
+        ({"lr": 2.0}, r"^options\.lr must be an entry .* no field of VIConfig"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            config.replace(options=options)
 
 
 @pytest.mark.parametrize("cls", [VIConfig, FlowConfig])

@@ -86,8 +86,9 @@ BESIDE = {
 }
 FLOW = {"backend", "d_latent", "sigma_perp", "learn_sigma_perp", "lift", "latent_basis", "flow"}
 # The method chooses among programs; snapshots of q for TensorBoard are read by one of their own.
+# Options belong to families that are not of the package.
 # The sampler's settings say themselves which of them shape programs.
-OTHER = {"method", "tensorboard", "sampler"}
+OTHER = {"method", "tensorboard", "sampler", "options"}
 
 
 def loss(w, batch):

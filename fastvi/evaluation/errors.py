@@ -1,16 +1,13 @@
 """Averages over draws and over chains, and the standard errors of these averages."""
 
-from typing import TypeVar
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Scalar
 
-AnyArray = TypeVar("AnyArray", Array, np.ndarray)
-
-
-def pair_mean(values: AnyArray, axis: int = 0) -> AnyArray:
+def pair_mean(values: Any, axis: int = 0) -> Any:
     """Average each draw with its mirror image.
 
     `AbstractFamily.sample` lays mirrored pairs out as [first half | mirrored half]. The two draws

@@ -150,7 +150,7 @@ def make_frame(
     dim = core.shape[1]
     fill = jax.random.normal(key, (size, dim), core.dtype)
     rows = jnp.concatenate([leading, core, fill])[: max(size, 1)]
-    lengths = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    lengths: Array = jnp.linalg.norm(rows, axis=1, keepdims=True)
     # rows of one length: QR would lose a short row's digits to a long one
     return jnp.linalg.qr((rows / jnp.where(lengths > 0, lengths, 1.0)).T)[0].T
 

@@ -34,9 +34,10 @@ def over_devices(stage: Callable[[Any, Any], Any], shared: Any, stacked: Any) ->
     mesh = device_mesh(_length(stacked))
     if mesh is None:
         return stage(shared, stacked)
-    return jax.shard_map(
+    spread: Any = jax.shard_map(
         stage, mesh=mesh, in_specs=(SHARED, CHAINS), out_specs=CHAINS, check_vma=False
-    )(shared, stacked)
+    )
+    return spread(shared, stacked)
 
 
 def data_parallel_mean(
@@ -61,9 +62,10 @@ def data_parallel_mean(
     def part_mean(part: Data, shared):
         return jax.lax.pmean(shared_mean(statistic, part, shared, copies), "devices")
 
-    mean = jax.shard_map(
+    spread: Any = jax.shard_map(
         part_mean, mesh=mesh, in_specs=(CHAINS, SHARED), out_specs=SHARED, check_vma=False
-    )(parts, shared)
+    )
+    mean = spread(parts, shared)
     if whole == size:
         return mean
     left, portion = shared_mean(statistic, rest, shared, copies), whole / size

@@ -139,8 +139,8 @@ def plan_steps(
     temperature, bonus = annealing(schedule, step)
     rows = StepRows(
         step=step.astype(np.int32),
-        rate=rate.astype(np.float32),
-        elapsed=elapsed_decay(phases, step).astype(np.float32),
+        rate=rate.astype(dtype),
+        elapsed=elapsed_decay(phases, step).astype(dtype),
         records=step % schedule.record_every == 0,
         prunes=((step + 1) % schedule.record_every == 0) & (rate > 0),
         temperature=temperature.astype(dtype),

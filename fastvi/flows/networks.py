@@ -156,7 +156,7 @@ class ResNet(eqx.Module):
         return _matmul(self._kernel(params, name), columns) + params[name]["bias"][:, None]
 
     def _kernel(self, params, name):
-        kernel = params[name]["kernel"]
+        kernel: Array = params[name]["kernel"]
         if not self.autoregressive:
             return kernel
         return jnp.where(jnp.asarray(self._mask(name)), kernel, 0)

@@ -62,10 +62,12 @@ def block_krylov(
         small = jnp.where(
             used[:, None] & used, 0.5 * (small + small.T), jnp.diag(jnp.where(used, 0.0, bottom))
         )
+        values: Array
         values, rotation = jnp.linalg.eigh(small)
         return jnp.where(used, values[::-1], -jnp.inf), rotation[:, ::-1]
 
     def extend(carry):
+        of_probes: Array
         size, block, basis, images, of_probes, _ = carry
         image, is_probing = apply(block), size < 0
         row = jnp.maximum(size, 0)  # the first block overwrites what the probes leave there
@@ -87,8 +89,8 @@ def block_krylov(
     start = (jnp.asarray(-BLOCK), probes, empty, empty, probes, jnp.asarray(False))
     size, _, basis, images, of_probes, _ = jax.lax.while_loop(unfinished, extend, start)
     values, rotation = project(basis, images, size)
-    used = jnp.arange(max_size) < size
-    return Spectrum(values, jnp.where(used[:, None], rotation.T @ basis, 0.0), size), of_probes
+    used, vectors = jnp.arange(max_size) < size, jnp.asarray(rotation.T @ basis)
+    return Spectrum(values, jnp.where(used[:, None], vectors, 0.0), size), of_probes
 
 
 def _orthonormal_rows(block):

@@ -150,6 +150,7 @@ def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:
     """Choose the rank and set scale and core."""
     dim, size = scale.size, spectrum.values.size
     values = jnp.where(jnp.isfinite(spectrum.values), spectrum.values, 0.0)
+    floor = jnp.asarray(floor)
     vectors = spectrum.vectors
     # trace of the complement of the Ritz space, by the probes with that space projected out
     beyond = probes - (probes @ vectors.T) @ vectors

@@ -216,6 +216,7 @@ def _draw(
         drawn = family.transform(chain_params, noise, mirror=False)
         return drawn.displacement, drawn.log_prob
 
+    own: Array
     displacements, own = jax.lax.map(one, params)
     if chains == 1:
         return center[None] + displacements[0], own[0]

@@ -254,6 +254,7 @@ def with_error(value: float, sem: float, resolution: float = 0.0) -> str:
 
     `22.296 ± 0.073`; or as `resolution`, if that is coarser.
     """
+    # two digits of the error at most: its own relative error is rarely below 10 %
     coarsest = max(sem, resolution) if math.isfinite(resolution) else sem
     if not (math.isfinite(value) and math.isfinite(sem) and coarsest > 0):
         return f"{value:.4g} ± {sem:.2g}"

@@ -132,7 +132,7 @@ def read_arrays(path: Path, fix: str) -> dict[str, np.ndarray]:
     Raises:
         DataError: If it is missing, damaged, or holds anything but arrays of numbers and text.
     """
-    content = io.BytesIO(read_bytes(path, fix))
+    content: Any = io.BytesIO(read_bytes(path, fix))
     try:
         with np.lib.npyio.NpzFile(content, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}

@@ -73,6 +73,7 @@ def read_estimate(cls: Any, folder: Path) -> dict[str, Any]:
     values = files.read_object(place, f"Pass the folder given to save(). {WAY_OUT}")
     files.check_format(place, values, FORMAT, VERSION, "Run the estimate again with this fastvi.")
     digest = values.get("arrays_digest")
+    # NaN is no JSON: numbers are restored before they are checked, else a NaN would be a wrong type
     values = _restored({name: value for name, value in values.items() if name not in HEADER}, place)
     arrays = files.read_arrays(folder / TRACES_FILE, WAY_OUT)
     if files.digest_arrays(arrays) != digest:

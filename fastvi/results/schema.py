@@ -57,6 +57,7 @@ def fits(value: Any, hint: Any) -> bool:
 def build(value: Any, hint: Any) -> Any:
     """Turn a value of JSON that fits an annotation into what the annotation names."""
     origin, arguments = get_origin(hint), get_args(hint)
+    # the first type that fits: `X | None` has one that does
     if origin in (Union, types.UnionType):
         return build(value, next(argument for argument in arguments if fits(value, argument)))
     if origin is tuple:
@@ -103,6 +104,7 @@ def wrong_field(
 def _wrong_value(name: str, value: Any, hint: Any, rule: Rule | None) -> str | None:
     """Say what is wrong with one field: its type, its rule, or a field within it."""
     record = next((one for one in (hint, *get_args(hint)) if _is_record(one)), None)
+    # a field within a record is named by its whole path, which says more than the record's type
     is_inner = record is not None and isinstance(value, dict)
     text = repr(value)
     said = f"has {name} = {text if len(text) <= SHOWN else text[: SHOWN - 3] + '...'}, which is "

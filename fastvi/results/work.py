@@ -68,6 +68,7 @@ def count_work(
     steps, draws = fit.traces["elbo"].shape[1], config.evaluation_draws
     gradients = steps * config.step_draws * num_chains
     whitening = "" if fit.warm else config.whitening
+    # a fit that began at another one took its whitening and its curvature from there
     moment = MOMENT_GRADIENTS if whitening in ("rmsprop", "adam") else 0
     start_hvp = _concrete(fit.start.num_hvp) + DIAGONAL_PROBES * (whitening == "hvp_diag")
     evaluation_hvp = 0

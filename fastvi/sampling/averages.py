@@ -83,9 +83,11 @@ def analyse(
         burn = max(
             llc.shape[1] // LEAST_BURN_IN, *map(burn_in, [llc, _adjust(llc, virial), *others])
         )
+    # slopes are fitted anew on what is kept: those of the transient would not fit
     kept, columns = llc[:, burn:], virial[:, burn:]
     adjusted = _adjust(kept, columns)
     added = float((kept - adjusted).mean())
+    # the error of what the columns take off, not of llc: the two are correlated
     doubtful = standard_error(kept - adjusted)
     systematic = DOUBT * max(0.0, abs(added) - SURPRISE * doubtful)
     if added < -CERTAIN * doubtful:
@@ -136,7 +138,7 @@ def burn_in(llc: np.ndarray) -> int:
     References:
         White, An Effective Truncation Heuristic for Bias Reduction in Simulation Output (1997).
     """
-    series = llc.mean(axis=0)
+    series = llc.mean(axis=0)  # walkers averaged, since they share the transient
     candidates = range(series.size // 2 + 1)
     scores = [
         np.sum((series[t:] - series[t:].mean()) ** 2) / (series.size - t) ** 2 for t in candidates
@@ -147,7 +149,7 @@ def burn_in(llc: np.ndarray) -> int:
 def _adjust(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Subtract what the columns explain, by coefficients from the other half of the walkers."""
     if values.shape[0] == 1:
-        half = values.shape[1] // 2
+        half = values.shape[1] // 2  # the halves in time stand for two walkers
         apart = _adjust(
             values[:, -2 * half :].reshape(2, half), columns[:, -2 * half :].reshape(2, half, -1)
         )
@@ -158,9 +160,11 @@ def _adjust(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
     if halves.sum() * values.shape[1] < POINTS_PER_COLUMN * (columns.shape[-1] + 1):
         return values
     result = np.empty_like(values)
+    # coefficients of the other half are independent of the noise that they take off: no bias
     for mine in (halves, ~halves):
         other = columns[~mine].reshape(-1, columns.shape[-1])
         target = values[~mine].ravel()
+        # columns of unit spread, so that the cut-off of small singular values means the same to all
         spread = other.std(axis=0)
         spread = np.where(spread > 0, spread, 1.0)
         design = np.column_stack([np.ones(target.size), other / spread])
@@ -177,7 +181,7 @@ def standard_error(values: Float[np.ndarray, "walkers bins"]) -> float:
     length = values.shape[1]
     centred = values - values.mean()
     variance = np.mean(centred**2)
-    if variance == 0:
+    if variance == 0:  # walkers that do not move have no error to speak of
         return 0.0
     time = 1.0
     for lag in range(1, length // 2):  # initial positive sequence, chains averaged
@@ -207,7 +211,7 @@ def split_rhat(values: np.ndarray) -> float:
     1 where they agree, infinite where one is stuck.
     """
     half = values.shape[1] // 2
-    if half < 2:
+    if half < 2:  # one record has no variance, and proves no agreement
         return float("inf")
     parts = np.concatenate([values[:, :half], values[:, -half:]])
     variances = parts.var(axis=1, ddof=1)

@@ -75,6 +75,7 @@ def first_half_step(
         The walkers at the position where the potential is to be evaluated.
     """
     before = state.momentum - 0.5 * step * state.here.gradient
+    # the exact solution of friction and noise over the step: momenta stay standard normal
     kept = jnp.exp(-step / jnp.asarray(friction_time))
     after = kept * before + jnp.sqrt(1 - kept**2) * noise
     position = state.position + 0.5 * step * (before + after)
@@ -115,6 +116,7 @@ def second_half_step(
     def chosen(new: Array, old: Array) -> Array:
         return jnp.where(is_returned.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
 
+    # generalised HMC too reverses the momentum of a rejected step, to keep the posterior invariant
     moved = State(half.position, momentum, there)
     back = state._replace(momentum=-state.momentum)
     return jax.tree_util.tree_map(chosen, moved, back), Info(error, is_returned)

@@ -72,6 +72,7 @@ def block_size(num_data: int, count: int) -> int:
 def split_data(num_data: int, count: int, seed: int = 0) -> Blocks:
     """Split a random permutation of the examples into blocks of one size, near `count` of them."""
     size = block_size(num_data, count)
+    # a permutation, since data are often sorted by class or by length
     order = np.random.default_rng(seed).permutation(num_data).astype(np.int32)
     covered = num_data - num_data % size
     return Blocks(order[:covered].reshape(-1, size), order[covered:])
@@ -113,11 +114,12 @@ def make_anchor(
         One gradient on all data; `blocks * dim` numbers.
     """
     rows, rest = map(jnp.asarray, blocks)
+    # one block after the other: side by side they would take the memory of all data at once
     losses, gradients = jax.lax.map(
         lambda block: excess_and_grad(objective, problem, displacement, reference_loss, block), rows
     )
     excess, gradient = jnp.mean(losses), jnp.mean(gradients, axis=0)
-    if rest.size:
+    if rest.size:  # a second trace of the model, where no block size divides the data
         loss, slope = excess_and_grad(objective, problem, displacement, reference_loss, rest)
         share = rest.size / problem.num_data
         excess, gradient = excess + share * (loss - excess), gradient + share * (slope - gradient)
@@ -162,6 +164,7 @@ def estimate_value_and_grad(
     if anchor is None:
         return excess, gradient, excess
     excess += anchor.excess - anchor.block_excess[block]
+    # constant while the block stays, so the corrected gradient is that of a linearly tilted loss
     tilt = anchor.gradient - anchor.block_gradient[block]
     surrogate = excess + tilt @ (displacement - anchor.displacement)
     return excess, gradient + tilt, surrogate

@@ -90,9 +90,11 @@ def make_evaluate(
 def blank_evaluation(walkers: Walkers, columns: int) -> Evaluation:
     """Return an evaluation to call step -1 with, which reads nothing of it."""
     (count, dim), dtype = walkers.position.shape, walkers.position.dtype
-    zeros = np.zeros(count, dtype)  # of numpy, so that nothing is compiled for it
-    observed = Observed(zeros, zeros, np.zeros((count, columns), dtype))
-    return Evaluation(zeros, np.zeros((count, dim), dtype), observed)
+
+    def zeros(*shape: int) -> Any:
+        return np.zeros((count, *shape), dtype)  # of numpy, so that nothing is compiled for it
+
+    return Evaluation(zeros(), zeros(dim), Observed(zeros(), zeros(), zeros(columns)))
 
 
 def run_steps(
@@ -126,7 +128,7 @@ def run_steps(
         bins: Records to keep.
         bin_length: Steps averaged in each.
     """
-    held = HOLD if num_blocks > 1 else 1
+    held = HOLD if num_blocks > 1 else 1  # all data are the same data at every step
     dim, dtype = walkers.position.shape[1], walkers.position.dtype
 
     def draw_noise(index):
@@ -136,12 +138,14 @@ def run_steps(
     def draw_blocks(index):
         block = streams.walker_data(index // held)
         drawn = jax.vmap(lambda key: words(key, 1, block=block)[0])(walkers.keys)
-        return (drawn % num_blocks).astype(jnp.int32)
+        return (drawn % num_blocks).astype(jnp.int32)  # uneven by at most blocks / 2^32
 
     def one_step(number, carry):
         state, step_size, kept = carry
+        # step -1 draws the blocks of step 0, whose first half kicks by the gradient found here
         index = first + jnp.maximum(number, 0)
-        step = jnp.where(number < 0, 0, step_size.step)
+        step = jnp.where(number < 0, 0, jnp.asarray(step_size.step))
+        # a walker draws a block at the start of a hold, so the last step of one has the same data
         is_same_data = index % held == held - 1
         half = first_half_step(state, step, friction_time, draw_noise(index))
         there = evaluate(half.position, draw_blocks(index))
@@ -151,6 +155,7 @@ def run_steps(
         squares = jnp.where(counts, info.energy_error**2, 0.0)
         error = jnp.sum(squares) / jnp.maximum(jnp.sum(counts), 1)
         adapted = adapt_step_size(step_size, error, energy_error)
+        # elsewhere the error is that of the change of data, of which no step size is to blame
         step_size = jax.tree_util.tree_map(
             lambda new, old: jnp.where(is_same_data & (number >= 0), new, old), adapted, step_size
         )
@@ -162,6 +167,7 @@ def run_steps(
         )
         return state, step_size, kept
 
+    # what every step says, of which bins are made at the end
     blanks = (*here.observed, step := walkers.step_size.step, step)
     kept = tuple(jnp.zeros((bins * bin_length, *leaf.shape), dtype) for leaf in blanks)
     state = State(walkers.position, walkers.momentum, here)

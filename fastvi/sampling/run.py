@@ -234,6 +234,7 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     """
     settings, share = setup.settings, setup.settings.noise_share * setup.error
     state = burn_in(setup, measure_noise(setup, begin(setup, walkers)))
+    # llc of walkers that have burnt in, by which the bias of what is averaged is judged
     state = state._replace(allowed_bias=share * abs(state.llc))
     blocks = setup.max_blocks(state, state.allowed_bias)
     wanted = Fidelity(blocks, plan_energy_error(setup.error, settings))
@@ -266,6 +267,7 @@ def measure_noise(setup: RunSetup, state: RunState) -> RunState:
             setup.problem, linear_map, position, setup.reference_loss, blocks
         ).block_gradient
 
+    # position zero is the mean of q, the anchor that blocks would have
     at_anchor, nbeta = gradients(np.zeros_like(points[0])), setup.problem.posterior.nbeta
     noise = [
         float(setup.programs.noise(linear_map, nbeta, at_anchor, gradients(point)))
@@ -295,6 +297,7 @@ def switch_fidelity(setup: RunSetup, state: RunState, fidelity: Fidelity) -> Run
         anchor = setup.programs.anchor(
             setup.problem, walkers.linear_map, center, setup.reference_loss, blocks
         )
+    # the gradients so far are those of another estimate: step -1 asks for those of this one
     blank = blank_evaluation(walkers, setup.programs.columns)
     state = state._replace(walkers=walkers, estimate=Estimate(fidelity, anchor, blank))
     state, _ = _call(setup, state, -1, 0)
@@ -345,6 +348,7 @@ def burn_in(setup: RunSetup, state: RunState) -> RunState:
     settings, walkers = setup.settings, state.num_walkers
     rough = setup.max_blocks(state, settings.burn_in_noise * state.llc)
     wanted = setup.max_blocks(state, settings.noise_share * setup.error * state.llc)
+    # burn-in must leave what the run after it takes, with the noise measured where it begins
     reserve = setup.noise_cost(state) + setup.run_cost(wanted, walkers)
     first = setup.run_cost(rough, walkers, rounds=1)
     if wanted >= rough or not setup.can_pay(state, reserve + first):
@@ -379,6 +383,7 @@ def _within_budget(setup: RunSetup, state: RunState, wanted: Fidelity) -> tuple[
     Walkers are let go first; then blocks become smaller than noise allows.
     """
     left = setup.budget - state.work
+    # larger blocks first: their noise is what the error allows
     for count in sorted(count for count in setup.counts if count >= wanted.num_blocks):
         fixed = setup.run_cost(count, 0)
         each = setup.run_cost(count, 1) - fixed
@@ -401,7 +406,7 @@ def average(
         setup.report(state.work, check.analysis.llc)
         state = state._replace(llc=check.analysis.llc)
         state, fidelity = _choose_fidelity(setup, state, len(records), check.analysis)
-        if fidelity != state.fidelity:
+        if fidelity != state.fidelity:  # records of other dynamics are not averaged with these
             state, records = switch_fidelity(setup, state, fidelity), ()
             continue
         check = check._replace(unmet=(*noise_unmet, *check.unmet))
@@ -451,9 +456,11 @@ def unmet_by(
     bounds = (
         Unmet(ERROR, error, relative_error),
         Unmet(RHAT, analysis.rhat, 1 + patience * (RHAT_BOUND - 1)),
+        # wide directions mix last, and llc hardly feels them
         Unmet(RHAT_RADIUS, analysis.rhat_radius, 1 + patience * (RADIUS_RHAT_BOUND - 1)),
         Unmet(DRIFT, abs(analysis.drift_z), DRIFT_BOUND),
     )
+    # not "above": NaN meets no bound
     missed = tuple(bound for bound in bounds if not bound.value <= bound.bound)
     if bins >= settings.min_bins:
         return missed
@@ -469,6 +476,7 @@ def _choose_fidelity(
     is_biased = analysis.added > 0 and systematic > REFINE_AT * setup.error * abs(analysis.llc)
     may_refine = state.refinements < setup.settings.max_refinements
     if is_biased and may_refine and not setup.is_spent(state):
+        # noise is allowed a part of the bias that was seen, whichever of the two has made it
         allowed = min(state.allowed_bias, analysis.added / LESS_NOISE)
         state = state._replace(allowed_bias=allowed)
         finer = refine(fidelity, setup.max_blocks(state, allowed))

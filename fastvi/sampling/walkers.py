@@ -66,6 +66,7 @@ def place_walkers(
         chosen = resample(choice, weights, num_walkers // chains)
         return linear_map.round(draws.displacement[chosen]), energies[chosen]
 
+    # one chain after the other, since all draws of all chains need not fit the memory
     position, energies = jax.lax.map(chain, (params, keys, log_weight, excess))
     position = position.reshape(num_walkers, -1)
     shared = streams.derive(keys[0], streams.Purpose.WALKERS)
@@ -96,7 +97,9 @@ def move_walkers(
     linear_map = _common_map(family, params)
     displacement = walkers.linear_map.displacement(walkers.position)
     position = linear_map.round(displacement + (center - problem.posterior.center))
+    # other keys, else the noise of the earlier run would be used twice
     keys = jax.vmap(lambda key: _moved_key(key, shift))(walkers.keys)
+    # the old step size is a better guess than none, its running means are of another posterior
     step_size = fresh_step_size(walkers.step_size.step)
     return Walkers(
         linear_map, position, _fresh_momentum(keys, position), walkers.excess, step_size, keys
@@ -119,6 +122,7 @@ def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int
 
     Log weights are halved until `EFFECTIVE_SHARE` of the candidates count.
     """
+    # a draw where the loss is not finite never becomes a walker
     log_weight = jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf)
     log_weight = log_weight - jnp.max(log_weight)
     powers = jnp.append(2.0 ** -jnp.arange(10), 0.0).astype(log_weight.dtype)

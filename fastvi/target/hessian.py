@@ -75,6 +75,6 @@ def _gradient_difference(
     Its step is the cube root of the precision, relative to the coordinates that it moves, where
     errors of rounding and of the third derivative balance.
     """
-    relative = jnp.linalg.norm(tangent / jnp.maximum(jnp.abs(w), 1.0))
+    relative: Array = jnp.linalg.norm(tangent / jnp.maximum(jnp.abs(w), 1.0))
     step = jnp.cbrt(jnp.finfo(w.dtype).eps).astype(w.dtype) / jnp.where(relative > 0, relative, 1.0)
     return (gradient(w + step * tangent) - gradient(w - step * tangent)) / (2 * step)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from fastvi._errors import DataError, ErrorNote
 from fastvi._typing import Array, Batch, Float, Given
@@ -77,6 +77,9 @@ def check_loss(
     return Signature(form, max(grown, 0.0))
 
 
+PROGRAM = (ClosedJaxpr, Jaxpr)  # what calls, loops and branches hold
+
+
 def _trace(
     function: Callable[..., Any], w: Float[Array, " dim"], batch: Batch, name: str
 ) -> tuple[Any, Any]:
@@ -92,7 +95,8 @@ def _computed_bytes(jaxpr: Any) -> float:
     """Count the bytes of all that a program computes, loops as often as they run."""
     total = 0.0
     for equation in jaxpr.eqns:
-        inner = [getattr(sub, "jaxpr", sub) for sub in jaxprs_in_params(equation.params)]
+        parameters = jax.tree_util.tree_leaves(list(equation.params.values()))
+        inner = [getattr(one, "jaxpr", one) for one in parameters if isinstance(one, PROGRAM)]
         if inner:  # a call, a loop or a branch: what it returns is computed inside
             repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
             total += repeats * max(map(_computed_bytes, inner))

@@ -225,12 +225,12 @@ def start_on(hessian, center, minimum, **options):
 
 @pytest.mark.parametrize(
     ("mode", "rank"),
-    [("none", 11), ("none", 12), ("none", "auto"), ("hvp_diag", 11)],
+    [("none", 11), ("none", 12), ("none", None), ("hvp_diag", 11)],
 )
 def test_start_is_exact_with_all_directions(mode, rank):
     hessian, _ = symmetric(np.geomspace(1e-2, 1e3, 12))
     center = RNG.normal(size=12)
-    start, precision = start_on(hessian, center, center, whitening_mode=mode, curvature_rank=rank)
+    start, precision = start_on(hessian, center, center, whitening=mode, rank=rank)
     covariance = np.linalg.inv(precision)
     assert start.rank == 11
     np.testing.assert_allclose(
@@ -243,7 +243,7 @@ def test_start_is_exact_with_all_directions(mode, rank):
 def low_rank_start():
     with enable_x64(True):
         hessian, _ = symmetric([50.0, 20.0, 3.0, *np.full(87, 0.5)])
-        return start_on(hessian, np.zeros(90), np.zeros(90), curvature_rank="auto")
+        return start_on(hessian, np.zeros(90), np.zeros(90), rank=None)
 
 
 def test_start_beyond_the_dense_dimension(low_rank_start):
@@ -265,14 +265,14 @@ def test_start_is_exact_on_a_low_rank(low_rank_start):
 
 def test_start_without_a_core_has_the_mean_precision():
     diagonal = np.array([1.0, 2.0, 5.0, 0.0, 12.0])
-    start, precision = start_on(jnp.diag(diagonal), np.zeros(5), np.zeros(5), curvature_rank=0)
+    start, precision = start_on(jnp.diag(diagonal), np.zeros(5), np.zeros(5), rank=0)
     assert start.core.shape == (0, 5)
     np.testing.assert_allclose(start.scale, 1 / np.sqrt(np.trace(precision) / 5), rtol=1e-10)
 
 
 def test_a_cut_start_keeps_the_steepest_directions():
     hessian, vectors = symmetric([100.0, 50.0, 4.0, 3.0, 2.0, 1.0])
-    start, precision = start_on(hessian, np.zeros(6), np.zeros(6), curvature_rank=2)
+    start, precision = start_on(hessian, np.zeros(6), np.zeros(6), rank=2)
     rest = np.mean(30 * np.array([4.0, 3.0, 2.0, 1.0]) + 2)
     expected = vectors.T @ np.diag(1 / np.array([3002.0, 1502.0, rest, rest, rest, rest])) @ vectors
     np.testing.assert_allclose(start_covariance(start), expected, atol=1e-12)
@@ -284,7 +284,7 @@ def test_a_cut_start_keeps_the_steepest_directions():
 def test_newton_decrement_is_the_gain_of_a_newton_step(mode):
     hessian, _ = symmetric(np.geomspace(0.1, 10, 9), seed=2)
     center, minimum = RNG.normal(size=(2, 9))
-    start, precision = start_on(hessian, center, minimum, whitening_mode=mode)
+    start, precision = start_on(hessian, center, minimum, whitening=mode)
     slope = 30.0 * np.asarray(hessian) @ (center - minimum)
     step = jnp.asarray(-np.linalg.solve(precision, slope))
     objective, posterior = quadratic(hessian, minimum), posterior_at(center)
@@ -299,7 +299,7 @@ def test_newton_decrement_is_the_gain_of_a_newton_step(mode):
 def test_the_least_curvature_comes_with_its_direction():
     """Below the core's rows too: of 90 directions one curves down."""
     hessian, vectors = symmetric([5.0, 1.0, *np.zeros(87), -0.2])
-    start, precision = start_on(hessian, np.zeros(90), np.zeros(90), curvature_rank=2)
+    start, precision = start_on(hessian, np.zeros(90), np.zeros(90), rank=2)
     np.testing.assert_allclose(start.lowest, -0.2 * 30 + 2, rtol=1e-6)
     direction = np.asarray(start.lowest_direction)
     np.testing.assert_allclose(

@@ -270,3 +270,30 @@ def test_absent_packages_are_named(monkeypatch, module, function, package, argum
     adapter = __import__(f"fastvi.integrations.{module}", fromlist=[function])
     with pytest.raises(MissingExtraError, match=r"pip install .fastvi\["):
         getattr(adapter, function)(*arguments)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_loss_of_outputs_may_return_each_example_s(weighted):
+    """The loss at w* is the weighted mean over the examples, written out in NumPy."""
+    from fastvi.integrations.equinox import equinox_loss
+
+    weights = np.where(np.arange(COUNT) % 3, 1.0, 0.0).astype(np.float32) if weighted else None
+    data = (X, Y if weights is None else np.stack([Y[:, 0], weights], axis=1))
+
+    def loss(outputs, targets):
+        losses = 0.5 * (outputs[:, 0] - targets[:, 0]) ** 2
+        return (losses, targets[:, 1]) if weighted else losses
+
+    params = {name: jnp.asarray(leaf) for name, leaf in LEAVES.items()}
+    model = Perceptron(params)
+    loss_fn, part = equinox_loss(model, loss, batched=True)
+    result = fastvi.estimate_llc(loss_fn, part, data, key=3, **OPTIONS)
+    each = 0.5 * (np.asarray(network(LEAVES, X))[:, 0] - Y[:, 0]) ** 2
+    np.testing.assert_allclose(result.init_loss, np.average(each, weights=weights), rtol=1e-5)
+
+
+class Perceptron(eqx.Module):
+    weights: dict
+
+    def __call__(self, inputs):
+        return network(self.weights, inputs)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._errors import ConfigError
-from fastvi._typing import Any, Key
+from fastvi._typing import Any, Array, Key
 from fastvi.flows.transforms.base import AbstractFixed
 
 _NEWTON_STEPS = 20  # float64's accuracy where log |x - tau| is below 40; a gate below 1 needs fewer
@@ -55,8 +55,8 @@ class LoftTransform(AbstractFixed):
     def _excess(self, x):
         return jnp.maximum(jnp.abs(x) - self.tau, 0)
 
-    def _loft(self, x):
-        excess = self._excess(x)
+    def _loft(self, x: Array) -> Array:
+        excess: Array = self._excess(x)
         return jnp.where(excess > 0, jnp.sign(x) * (self.tau + jnp.log1p(excess)), x)
 
     def _gated_log_slope(self, x, gate):

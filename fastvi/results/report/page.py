@@ -113,6 +113,7 @@ def _findings(result: LLCEstimate) -> str:
 
 
 def _figure(name: str, result: LLCEstimate) -> str:
+    # images inside the page: it stays whole when it is mailed or moved
     encoded = base64.b64encode(render(name, result, REPORT_DPI)).decode("ascii")
     reading = html.escape(PANELS[name].reading)
     image = f'<img alt="{name}" src="data:image/png;base64,{encoded}">'

@@ -129,7 +129,7 @@ def draw_radius(axes: "Axes", result: LLCEstimate) -> None:
     if finite.size:
         axes.set_yscale("log")
         bulk = values[np.isfinite(values) & (values > 0)]
-        axes.set_ylim(0.5 * np.percentile(bulk, 1), None)
+        axes.set_ylim(float(0.5 * np.percentile(bulk, 1)), None)
         low, high = axes.get_ylim()
         if high < NARROW_RANGE * low:
             _label_plainly(axes)

@@ -119,6 +119,7 @@ def draw_chains(
                 centers, low, high, color=color, alpha=0.6 * RAW_ALPHA, linewidth=0, zorder=1
             )
         axes.plot(centers, mean, color=color, linewidth=1.6, zorder=2.5, label=label)
+    # matplotlib raises on limits that are not finite, as work is after a fit that diverged
     if np.all(np.isfinite(where[[0, -1]])):
         axes.set_xlim(where[0], max(where[-1], where[0] + 1e-9))
     return means

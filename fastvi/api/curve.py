@@ -140,7 +140,7 @@ _NO_MORE = object()
 
 
 class _AtCheckpoint:
-    """Let an error say at which checkpoint it was raised, and carry the estimates of those before."""
+    """Let an error name its checkpoint, and carry the estimates of those before."""
 
     def __init__(self, estimates: list[LLCEstimate]):
         self.estimates = estimates

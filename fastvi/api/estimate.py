@@ -79,9 +79,10 @@ def estimate_llc(
 
     Fits q to the local posterior `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)` by variational
     inference, then averages over the posterior: by importance weights on draws of q where they
-    allow it, else by walkers that start at draws of q. Returns lambda-hat = nbeta (E[L_n(w)] - L_n(w*)), its error, and
-    findings on whether to believe it. `llc` is the posterior's own value, `llc_vi` that of q, which
-    is too large at singular points; with `method="variational"` both are q's.
+    allow it, else by walkers that start at draws of q. Returns lambda-hat = nbeta (E[L_n(w)] -
+    L_n(w*)), its error, and findings on whether to believe it. `llc` is the posterior's own value.
+    `llc_vi` is that of q, which is too large at singular points; with `method="variational"` both
+    are q's.
 
     Args:
         loss_fn: `(params, batch)` -> the mean loss of the batch's examples, in nats; or an array

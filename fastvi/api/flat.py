@@ -234,7 +234,7 @@ class _Run(NamedTuple):
 
 
 def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
-    """Check the arguments, run the chains for a fixed number of steps, and collect what the contracts name."""
+    """Check the arguments, run all steps, and collect what the contracts name."""
     dtype = check_dtype(config)
     if config.tensorboard:
         raise ConfigError(

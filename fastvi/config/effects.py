@@ -85,14 +85,17 @@ def _of_the_flow(filled: Any, dim: int | None) -> dict[str, Idle]:
             rule, "use flow.template='nsf_ar' or 'spline_coupling', or drop it"
         )
     if dim is not None and filled.family_settings.latent_dim(dim) == dim:
-        rule = f"left out where the flow acts on all d = {dim} dimensions: nothing is left for the noise beyond them"
+        rule = (
+            f"left out where the flow acts on all d = {dim} dimensions: nothing is left for the "
+            "noise beyond them"
+        )
         idle = ("sigma_perp",) if filled.learn_sigma_perp else ("sigma_perp", "learn_sigma_perp")
         found |= dict.fromkeys(idle, Idle(rule, "give a d_latent below d, or drop it"))
     return found
 
 
 def may_cover_all(config: Any, dim: int) -> bool:
-    """Say whether the flow and the core beside it may leave no direction for the noise beyond them."""
+    """Say whether flow and core may leave no direction for the noise beyond them."""
     filled, latent = config.filled, config.family_settings.latent_dim(dim)
     rank = None if config.curvature_rank == "auto" else config.curvature_rank
     core = 0 if filled.lift == "injective" else rank_limit(StartSettings(rank), dim, itemsize=4)

@@ -27,7 +27,10 @@ def refusal(name: str, rule: str, value: Any, fix: str) -> ConfigError:
 
 
 def plain(value: Any) -> Any:
-    """Turn arrays, NumPy scalars and OmegaConf containers into Python values, and leave anything else."""
+    """Turn arrays, NumPy scalars and OmegaConf containers into Python values.
+
+    Anything else is left as it is.
+    """
     if hasattr(value, "tolist"):
         return value.tolist()
     if all(kind.__module__.split(".")[0] != "omegaconf" for kind in type(value).__mro__):

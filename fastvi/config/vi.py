@@ -281,7 +281,7 @@ class VIConfig(CheckedFields):
         return type(self).create(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain Python values, with `flow` nested and lists for tuples, which `create` reads back."""
+        """Return plain Python values, mappings nested, which `create` reads back."""
         plain = asdict(
             self, dict_factory=lambda items: {name: sources.written(value) for name, value in items}
         )
@@ -313,7 +313,7 @@ class VIConfig(CheckedFields):
         return self._without(idle_fields(self, dim))
 
     def applied(self, dim: int) -> Self:
-        """Return the configuration of a run in `dim` dimensions, in which every field that is given has an effect.
+        """Return the configuration of a run in `dim` dimensions: every given field has an effect.
 
         The complete form, a configuration that gives fields of "mfa" beside d_latent and
         sigma_perp, is one for both families, of which `family` chooses: its fields without an
@@ -328,7 +328,10 @@ class VIConfig(CheckedFields):
         return self.reduced(dim)._without(["sigma_perp"] if covers_all else [])
 
     def check_available(self, dim: int | None = None) -> None:
-        """Raise ConfigError for a field that has no effect, UnavailableError for pruning with the flow family."""
+        """Raise ConfigError for a field without an effect.
+
+        Pruning with the flow family raises UnavailableError.
+        """
         if not self._is_complete_form:
             self._refuse_idle(self, dim)
 
@@ -426,7 +429,10 @@ class VIConfig(CheckedFields):
         return settings(**given)
 
     def check_against(self, dim: int, n_data: int) -> None:
-        """Raise ConfigError for a rank or latent dimension above `dim`, or a minibatch above `n_data`."""
+        """Raise ConfigError for a rank or a latent dimension above `dim`.
+
+        A minibatch above `n_data` is refused too.
+        """
         bounded_by_dim: dict[str, Any] = {"curvature_rank": self.curvature_rank}
         FAMILIES[self.family].check(self.family_settings, dim)
         if self.family == "flow":
@@ -466,7 +472,7 @@ def _filled(config: VIConfig) -> VIConfig:
 
 
 def _canonical(given: Mapping[Any, Any]) -> dict[str, Any]:
-    """Put aliases under the names they stand for, and make `flow` a dict of the entries that were given."""
+    """Put aliases under the names they stand for, and make mappings of the nested entries."""
     refuse_unknown(VIConfig, given, also=_ALIASES)
     found = {name: value for name, value in given.items() if name not in _ALIASES}
     if "flow" in found:

@@ -23,7 +23,7 @@ class TypicalNormState(NamedTuple):
 
 
 def clip_by_typical_norm(max_ratio: float) -> optax.GradientTransformation:
-    """Clip gradients whose norm exceeds `max_ratio` times the running root mean square of earlier norms.
+    """Clip gradients longer than `max_ratio` times the root mean square of earlier norms.
 
     A bound in units of the gradient's own noise touches outliers only. A fixed bound on
     single-sample gradients, whose norm grows with the dimension, rescales nearly all of them and
@@ -87,7 +87,9 @@ class MomentState(NamedTuple):
 
 
 def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArgs:
-    """Adam, with one second moment for a whole row where the rules say so, and lazy where gradients are `Blocks`.
+    """Adam, with one second moment for a whole row where the rules say so.
+
+    It is lazy where gradients are `Blocks`.
 
     A natural gradient points along steep and flat directions in the right proportion; dividing its
     entries by different numbers would mix them again, and one part in a hundred of a flat step is

@@ -235,7 +235,10 @@ def _begin(
 
 
 def _known_before(start: Start) -> Start:
-    """Return the start of another fit as one that cost nothing and says nothing of the spectrum at this w*."""
+    """Return the start of another fit as one that cost nothing.
+
+    It says nothing of the spectrum at this w*.
+    """
     none, unknown = jnp.zeros_like(start.num_hvp), jnp.full_like(start.lowest, jnp.nan)
     return dataclasses.replace(start, num_values=none, num_hvp=none, lowest=unknown)
 

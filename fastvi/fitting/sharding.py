@@ -17,7 +17,7 @@ CHAINS, SHARED = PartitionSpec("devices"), PartitionSpec()
 
 
 def device_mesh(count: int) -> Mesh | None:
-    """Return the most devices that share `count` equal parts evenly, None where one would do them all."""
+    """Return the most devices that share `count` equal parts evenly; None where it is one."""
     devices = jax.devices()
     used = max(number for number in range(1, len(devices) + 1) if count % number == 0)
     return Mesh(np.asarray(devices[:used]), ("devices",)) if used > 1 else None

@@ -11,7 +11,8 @@ import numpy as np
 from fastvi._typing import Array, Bool, Float, Int
 
 MOST_COMPONENTS = np.iinfo(np.int32).max  # no bound
-# Last learning rate relative to the peak; measured, docs/configuration.md "The end of the schedule".
+# Last learning rate relative to the peak. Half and double of it were measured: see
+# docs/configuration.md, "The end of the schedule".
 FINAL_RATE = 0.01
 
 
@@ -103,7 +104,7 @@ def elapsed_decay(phases: Phases, step: Int[np.ndarray, " steps"]) -> Float[np.n
 def learning_rate(
     schedule: ScheduleSettings, phases: Phases, step: Int[np.ndarray, " steps"]
 ) -> Float[np.ndarray, " steps"]:
-    """Evaluate the schedule: a linear rise, the peak, a decay to `end_fraction` of it, then zero."""
+    """Evaluate the schedule: a linear rise, the peak, a decay to `end_fraction` of it, zero."""
     warm = np.minimum(1.0, (step + 1) / max(phases.warmup, 1))
     elapsed = elapsed_decay(phases, step)
     if schedule.decay == "cosine":

@@ -421,6 +421,6 @@ def test_deep_linear_net_against_long_hmc():
         localization=problem.gamma,
         progress=False,
         method="sample",
-        error=0.01,  # at 0.02, one key in thirty is further off than the bound
+        error=0.01,  # at 0.02, 2 of 24 keys were further off than the bound
     )
     assert result.llc == pytest.approx(reference["value"], rel=0.05)

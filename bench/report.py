@@ -105,12 +105,10 @@ def scale():
     slopes = large[:, 0] @ large[:, 1:] / (large[:, 0] @ large[:, 0]) * 1e6
     spread = np.max(np.abs(each[len(found) // 2 :] / slopes - 1), axis=0)
     law = (
-        f"Lines through zero for d from {number(dims[len(found) // 2])} on: {number(slopes[0])} "
-        "ns a parameter (points "
-        f"within {100 * spread[0]:.0f} %) and {number(slopes[1])} bytes (within "
-        f"{100 * spread[1]:.1g} %). At d = 1e8 "
-        f"that is {slopes[0] * SCALED_TO / 1e9:.2g} s a step and "
-        f"{slopes[1] * SCALED_TO / 1e9:.3g} GB for a chain."
+        f"Lines through zero for d from {number(dims[len(found) // 2])} on: {number(slopes[0])} ns "
+        f"a parameter (points within {100 * spread[0]:.0f} %) and {number(slopes[1])} bytes "
+        f"(within {100 * spread[1]:.1g} %). At d = 1e8 that is {slopes[0] * SCALED_TO / 1e9:.2g} s "
+        f"a step and {slopes[1] * SCALED_TO / 1e9:.3g} GB for a chain."
     )
     return f"{table}\n\n{law}"
 
@@ -144,9 +142,8 @@ def machine():
     loads = [float(other["load_average"]) for other in latest(rows)]
     return (
         f"{row['cpu']}, {row['cores']} cores, jax {row['jax']}, {row['date'][:10]}, commit "
-        f"{row['commit']}; load "
-        f"average {min(loads):.0f} to {max(loads):.0f} on these cores while it ran (0 would be an "
-        "idle machine)."
+        f"{row['commit']}; load average {min(loads):.0f} to {max(loads):.0f} on these cores while "
+        "it ran (0 would be an idle machine)."
     )
 
 

@@ -105,21 +105,19 @@ def table(found: dict[str, list[dict[str, str]]]) -> str:
         medians.append(np.median(errors))
         lines.append(
             f"| {name} | {rows[0]['d']} | {float(rows[0]['gamma']):g} | "
-            f"{float(rows[0]['reference']):.4g} "
-            f"| {np.median(numbers(rows, 'llc_vi')):.4g} | {np.median(numbers(rows, 'llc')):.4g} "
-            f"| {100 * np.median(errors):.2g} % | {100 * errors.max():.2g} % | {inside} of "
-            f"{len(rows)} "
-            f"| {np.median(numbers(rows, 'fge')):.0f} | {unsettled} |"
+            f"{float(rows[0]['reference']):.4g} | {np.median(numbers(rows, 'llc_vi')):.4g} | "
+            f"{np.median(numbers(rows, 'llc')):.4g} | {100 * np.median(errors):.2g} % | "
+            f"{100 * errors.max():.2g} % | {inside} of {len(rows)} | "
+            f"{np.median(numbers(rows, 'fge')):.0f} | {unsettled} |"
         )
     every = np.concatenate(
         [np.abs(numbers(found[name], "relative_error")) for name in PROBLEMS if name in found]
     )
     total = (
         f"Over {len(medians)} problems and {runs} runs: the median of the medians is "
-        f"{100 * np.median(medians):.2g} %, "
-        f"the largest {100 * max(medians):.2g} %; the worst run {100 * every.max():.2g} %. The "
-        "answer is within three "
-        f"`llc_sem`, or the run is flagged, in {covered} of {runs} runs."
+        f"{100 * np.median(medians):.2g} %, the largest {100 * max(medians):.2g} %; the worst run "
+        f"{100 * every.max():.2g} %. The answer is within three `llc_sem`, or the run is flagged, "
+        f"in {covered} of {runs} runs."
     )
     return "\n".join([*lines, "", total])
 
@@ -138,9 +136,8 @@ def scaling_table(found: dict[str, list[dict[str, str]]]) -> str:
         estimates.append(llc)
         lines.append(
             f"| {len(widths) - 1} | {widths[0]} | {int(rows[0]['d']):,} | {theory[-1]:.6g} | "
-            f"{llc:.5g} "
-            f"| {100 * (llc / theory[-1] - 1):+.2g} % | {np.median(numbers(rows, 'fge')):.0f} "
-            f"| {np.median(numbers(rows, 'seconds')):.0f} |"
+            f"{llc:.5g} | {100 * (llc / theory[-1] - 1):+.2g} % | "
+            f"{np.median(numbers(rows, 'fge')):.0f} | {np.median(numbers(rows, 'seconds')):.0f} |"
         )
     ranks = [np.argsort(np.argsort(values)) for values in (theory, estimates)]
     spearman = np.corrcoef(*ranks)[0, 1] if len(theory) > 1 else float("nan")

@@ -36,8 +36,7 @@ def choose_localization(given: Any, config: VIConfig, default: float | None = No
     if np.shape(given) == () and config.gamma != nonnegative_scalar("localization", given):
         raise ConfigError(
             f"gamma is given twice and differs: {config.gamma} in the config, {float(given)} as "
-            "argument. "
-            "Drop it from the config."
+            "argument. Drop it from the config."
         )
     return given
 

@@ -173,10 +173,9 @@ def _same_structure(
         expected.shapes,
     ):
         raise DataError(
-            f"checkpoint {number} has parameters {structure.treedef} of shapes "
-            f"{structure.shapes}, the one before "
-            f"{expected.treedef} of shapes {expected.shapes}; they must be checkpoints of one "
-            "model."
+            f"checkpoint {number} has parameters {structure.treedef} of shapes {structure.shapes}, "
+            f"the one before {expected.treedef} of shapes {expected.shapes}; they must be "
+            "checkpoints of one model."
         )
     return structure
 

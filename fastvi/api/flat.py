@@ -239,8 +239,7 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     if config.tensorboard:
         raise ConfigError(
             "tensorboard must be False in fit and run_vi, which write to no folder: pass what "
-            "run_vi returns to "
-            "fastvi.results.report.tensorboard.write_events(result, folder)."
+            "run_vi returns to fastvi.results.report.tensorboard.write_events(result, folder)."
         )
     if config.method not in (None, "variational"):
         raise ConfigError(

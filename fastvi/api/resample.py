@@ -95,9 +95,8 @@ class Fitted(NamedTuple):
         """Refuse a loss that computes something else than at the fit."""
         if fingerprint_loss(self.objective, self.problem).digest != self.loss.digest:
             raise DataError(
-                "the loss computes something else than at the fit: state that it reads has "
-                "changed since (an "
-                "attribute, a global, an array). Set it back, or run estimate_llc again."
+                "the loss computes something else than at the fit: state that it reads has changed "
+                "since (an attribute, a global, an array). Set it back, or run estimate_llc again."
             )
 
 

@@ -71,8 +71,7 @@ class VirialLLC:
         if not abs(self.virial_z) < OFF_SIGMAS:
             lines.append(
                 "The chains do not sample this posterior: shorten steps, discard more, or check "
-                "center, nbeta and "
-                "localization."
+                "center, nbeta and localization."
             )
         if not self.rhat < MIXED:
             lines.append(
@@ -229,8 +228,7 @@ def _real(leaf: Any, name: str) -> np.ndarray:
     if name == "losses" and array.dtype.itemsize < 4:
         raise DataError(
             f"losses have dtype {array.dtype}, too coarse for the differences of losses that make "
-            "up llc. Compute them "
-            "in float32."
+            "up llc. Compute them in float32."
         )
     return array.astype(float)
 

@@ -67,9 +67,8 @@ def resolve(target: str, *, trust: bool) -> Resolved:
     if not trust:
         raise ConfigError(
             f"the run folder {target} asks for {named!r}: {_whereabouts(named)} would be imported "
-            "and run. Pass "
-            f"--trust if you trust it, or name it yourself: fastvi llc {named} --config "
-            f"{Path(target) / CONFIG_FILE}."
+            f"and run. Pass --trust if you trust it, or name it yourself: fastvi llc {named} "
+            f"--config {Path(target) / CONFIG_FILE}."
         )
     return Resolved(named, record, config)
 

@@ -343,8 +343,7 @@ class VIConfig(CheckedFields):
         if self.family == "flow" and given.prunes:
             raise UnavailableError(
                 "the flow family has no components to prune; leave out mixture_cap and "
-                "prune_threshold, "
-                "or use family='mfa'"
+                "prune_threshold, or use family='mfa'"
             )
         for name, (rule, fix) in idle_fields(self, dim).items():
             if given._gives(name):

@@ -49,8 +49,7 @@ class DigitsDemo(AbstractDemo):
         params = init_network(jax.random.key(self.seed), self.hidden)
         say(
             f"training       {PIXELS}-{self.hidden}-{CLASSES} tanh network on {len(data[1]):,} "
-            "digits, "
-            f"{self.train_steps:,} full-batch steps ..."
+            f"digits, {self.train_steps:,} full-batch steps ..."
         )
         trained_at = time.perf_counter()
         params = jax.block_until_ready(train(params, data, self.train_steps, self.train_lr))

@@ -49,8 +49,7 @@ def analyze_mask_coverage(blocks: Sequence[AbstractTransform], dim: int) -> None
     if never:
         raise ConfigError(
             f"The couplings never move features {never}; add a layer, or choose masks and "
-            "permutations that do not "
-            "cancel out."
+            "permutations that do not cancel out."
         )
 
 

@@ -102,8 +102,7 @@ class Op(NamedTuple):
         if implementation not in self.implementations:
             raise ConfigError(
                 f"implementation of kernel {self.name!r} must be one of "
-                f"{sorted(self.implementations)} or None; "
-                f"got {implementation!r}."
+                f"{sorted(self.implementations)} or None; got {implementation!r}."
             )
         chosen = self.implementations[implementation]
         obstacle = chosen.obstacle(current_platform())

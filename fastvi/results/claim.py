@@ -91,8 +91,7 @@ def _check_owner(folder: Path, kind: str) -> None:
         what = "no sweep" if kind == SWEEP else "no run"
         raise ConfigError(
             f"the folder {str(folder)!r} is {what} of fastvi and holds {shown}, which would be "
-            "written over. "
-            f"Name an empty or a new folder, for example --out {folder / 'llc'!s}."
+            f"written over. Name an empty or a new folder, for example --out {folder / 'llc'!s}."
         )
 
 
@@ -129,16 +128,14 @@ def _open_lock(path: Path) -> int:
         except OSError as error:
             raise ConfigError(
                 f"the folder {str(path.parent)!r} cannot be written: {files.first_line(error)}. "
-                "Name another one with "
-                "--out, where you may write."
+                "Name another one with --out, where you may write."
             ) from error
         if not _take(handle):
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             os.close(handle)
             raise ConfigError(
-                f"the folder {str(path.parent)!r} is being written by another fastvi "
-                f"({holder!r}). Name another folder "
-                "with --out, or wait for it."
+                f"the folder {str(path.parent)!r} is being written by another fastvi ({holder!r}). "
+                "Name another folder with --out, or wait for it."
             )
         if _is_still(path, handle):
             return handle

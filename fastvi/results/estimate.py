@@ -178,8 +178,7 @@ class LLCEstimate:
             other = "" if fits > 1 else "; nor of another fit, as there is one alone"
             return (
                 f"Monte Carlo under q{spread}; not of how far q is from the posterior, which is "
-                "about "
-                f"{self.distance:.1g} by its weights{other}"
+                f"about {self.distance:.1g} by its weights{other}"
             )
         if self.correction.method == "reweight":
             return f"Monte Carlo of the weighted draws{spread}"

@@ -207,9 +207,8 @@ def _walk_unsettled(result: Any) -> Finding | None:
     return Finding(
         "warning",
         "walk_unsettled",
-        f"Sampling came to the end of its budget after {details.steps} steps of "
-        f"{details.walkers} walkers with "
-        f"{' and '.join(said)}.",
+        f"Sampling came to the end of its budget after {details.steps} steps of {details.walkers} "
+        f"walkers with {' and '.join(said)}.",
         cause,
         next_step,
     )
@@ -312,9 +311,8 @@ def _negative_curvature(evidence: Evidence) -> Finding | None:
         "warning",
         "negative_curvature",
         f"w* is a saddle or a maximum: along one direction n beta L_n falls by {bottom.fall:.2g} "
-        "nats or more on both "
-        f"sides (curvature of n beta L_n + localizer {curvature:.3g}, without the localizer "
-        f"{bottom.curvature:.3g}).",
+        f"nats or more on both sides (curvature of n beta L_n + localizer {curvature:.3g}, without "
+        f"the localizer {bottom.curvature:.3g}).",
         "The learning coefficient is defined at a local minimum; this direction enters llc with a "
         "negative sign.",
         TRAIN_LONGER,
@@ -369,8 +367,7 @@ def _not_a_minimum(evidence: Evidence) -> Finding | None:
         "not_a_minimum",
         f"w* is not a minimum: {', and '.join(seen)}.",
         "The learning coefficient is defined at a local minimum; elsewhere the loss falls away "
-        "from w*, and llc is too "
-        "small by about as many nats.",
+        "from w*, and llc is too small by about as many nats.",
         TRAIN_LONGER,
     )
 
@@ -394,12 +391,10 @@ def _coarse_numbers(evidence: Evidence) -> Finding | None:
         "warning",
         "coarse_numbers",
         f"Numbers are too coarse for this posterior: {' and '.join(seen)}, where llc is {llc:.3g}.",
-        "The posterior is narrow beside the spacing of floating-point numbers near w*, or the "
-        "loss is large beside its "
-        "changes.",
+        "The posterior is narrow beside the spacing of floating-point numbers near w*, or the loss "
+        "is large beside its changes.",
         'Use dtype="float64" with jax_enable_x64 (and parameters and data of that dtype); '
-        "subtract a large constant "
-        "from the loss; shift parameters that are far from 0.",
+        "subtract a large constant from the loss; shift parameters that are far from 0.",
     )
 
 
@@ -459,8 +454,7 @@ def _far_from_posterior(evidence: Evidence) -> Finding | None:
         f"q is far from the posterior: log p - log q varies by {spread:.3g} nats over draws from "
         "q.",
         "The local posterior is not a mixture of Gaussians (a singular or strongly curved "
-        "minimum), so this "
-        "variational llc is biased, as a rule upwards.",
+        "minimum), so this variational llc is biased, as a rule upwards.",
         f"{SAMPLE if evidence.in_memory else FIT_BETTER} Until then read it as an upper estimate.",
     )
 
@@ -526,8 +520,7 @@ def _localizer_decides(evidence: Evidence) -> Finding | None:
         "note",
         "localizer_decides",
         "The localizer sets the width of q: gamma E|w - w*|^2 is "
-        f"{evidence.localization * radius2:.4g} of d = "
-        f"{evidence.dim}.",
+        f"{evidence.localization * radius2:.4g} of d = {evidence.dim}.",
         "n beta times the curvature of the loss is far below the localization in every direction.",
         "Lower localization, or raise nbeta (more data), for an llc that speaks of the loss.",
     )
@@ -543,8 +536,7 @@ def _weights_collapsed(evidence: Evidence) -> Finding | None:
         "of the weight.",
         "The others found nothing to add, or lost an early race.",
         "Set alpha_dirichlet_prior to 1.05 to 1.2, or alpha_temperature=1.5 with "
-        "alpha_temperature_frac=0.2; a smaller "
-        "M does as well if llc stays the same.",
+        "alpha_temperature_frac=0.2; a smaller M does as well if llc stays the same.",
     )
 
 
@@ -554,9 +546,8 @@ def _rank_unused(evidence: Evidence) -> Finding | None:
     return Finding(
         "note",
         "rank_unused",
-        f"The scree is flat: no factor adds more than {100 * evidence.longest_factor:.2g} % to "
-        "the variance of any "
-        "direction.",
+        f"The scree is flat: no factor adds more than {100 * evidence.longest_factor:.2g} % to the "
+        "variance of any direction.",
         "The core and the diagonal already describe q.",
         "Go back to a smaller r, which is cheaper; it changes nothing.",
     )

@@ -146,10 +146,8 @@ class FolderKeeper(AbstractKeeper):
             self._has_warned = True
             warnings.warn(
                 f"the progress of the fit could not be kept in {self.folder} "
-                f"({files.first_line(error)}): the fit goes "
-                "on, but one that is interrupted now begins at the checkpoint before. Free space, "
-                "or name another "
-                "folder next time.",
+                f"({files.first_line(error)}): the fit goes on, but one that is interrupted now "
+                "begins at the checkpoint before. Free space, or name another folder next time.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -163,8 +161,7 @@ class FolderKeeper(AbstractKeeper):
             )
             raise ConfigError(
                 f"{self.folder} holds the progress of another fit: {listed}. Pass what it was "
-                "begun with, or an empty "
-                "folder."
+                "begun with, or an empty folder."
             )
 
 

@@ -85,8 +85,7 @@ def check_target(target: Any) -> str:
     ):
         raise ConfigError(
             "TARGET must be module:function, whose function returns (loss_fn, params, data), or a "
-            "run folder; got "
-            f"{target!r}."
+            f"run folder; got {target!r}."
             + (" Write a.b:f for the function f of the file a/b.py." if is_path else "")
         )
     return target

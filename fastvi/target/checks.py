@@ -253,16 +253,14 @@ def _check_finite(found: tuple[float, np.ndarray], name: str) -> None:
     if not np.isfinite(value):
         raise DataError(
             f"{name} is {value} at w* itself. The estimate needs a finite loss there: look for "
-            "log(0), 0/0 or an "
-            "overflow on these data, and check that params are the trained ones."
+            "log(0), 0/0 or an overflow on these data, and check that params are the trained ones."
         )
     bad = int(np.sum(~np.isfinite(gradient)))
     if bad:
         raise DataError(
             f"the gradient of {name} at w* is not finite in {bad} of {gradient.size} parameters, "
-            "though the loss is "
-            f"{value:.4g}. Look for sqrt, norm or log at 0, or a where() whose unused branch is "
-            "not finite."
+            f"though the loss is {value:.4g}. Look for sqrt, norm or log at 0, or a where() whose "
+            "unused branch is not finite."
         )
 
 
@@ -273,8 +271,7 @@ def _check_deterministic(
     if not abs(again - before) <= tolerance:
         raise DataError(
             f"{name} is not deterministic: the same parameters and batch gave {before:.7g}, then "
-            f"{again:.7g}. Switch "
-            "off dropout and noise (evaluation mode), or fix their random key."
+            f"{again:.7g}. Switch off dropout and noise (evaluation mode), or fix their random key."
         )
 
 
@@ -298,8 +295,7 @@ def _check_mean(
     half = num_examples(rows.first)
     seen = (
         f"{name} is not a mean over the examples of the batch: {half} examples gave {first:.6g}, "
-        f"{half} others "
-        f"{second:.6g}, all {2 * half} together {together:.6g} and not {mean:.6g}."
+        f"{half} others {second:.6g}, all {2 * half} together {together:.6g} and not {mean:.6g}."
     )
     if abs(together - (first + second)) <= tolerance:
         raise DataError(
@@ -308,10 +304,8 @@ def _check_mean(
         )
     raise DataError(
         f"{seen} Examples must not weigh each other: for masks, padding and class weights return "
-        "(losses, weights), "
-        "batch axis first; use batch statistics and dropout in evaluation mode; a contrastive "
-        "loss needs its negatives "
-        "inside each example."
+        "(losses, weights), batch axis first; use batch statistics and dropout in evaluation mode; "
+        "a contrastive loss needs its negatives inside each example."
     )
 
 
@@ -324,9 +318,8 @@ def _check_order(
     if np.isfinite(turned) and abs(turned - before) > tolerance:
         raise DataError(
             f"{name} depends on the order of the examples: a batch gave {before:.7g}, in reverse "
-            f"order {turned:.7g}. "
-            "It must be a mean over examples: is noise or a weight drawn by the position in the "
-            "batch?"
+            f"order {turned:.7g}. It must be a mean over examples: is noise or a weight drawn by "
+            "the position in the batch?"
         )
 
 
@@ -360,11 +353,9 @@ def _check_gradient(
     if abs(simpson - change) > allowed:
         raise DataError(
             f"the gradient of {name} disagrees with the loss: from w* to a point near it the loss "
-            "changes by "
-            f"{change:.4g}, and its gradient says {simpson:.4g}. Check the gradient that is given "
-            "(its sign, "
-            "its scale, a mean over the same examples), custom derivatives, stop_gradient and "
-            "rounding inside the loss."
+            f"changes by {change:.4g}, and its gradient says {simpson:.4g}. Check the gradient "
+            "that is given (its sign, its scale, a mean over the same examples), custom "
+            "derivatives, stop_gradient and rounding inside the loss."
         )
 
 

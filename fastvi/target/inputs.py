@@ -115,9 +115,8 @@ def on_device(leaf: Any, name: str, dtype: Any = None) -> Array:
     array = numeric(leaf, name)
     if array.ndim == 0:
         raise DataError(
-            f"{name} is a scalar; every data array needs a leading axis of examples. Make lists "
-            "of numbers arrays "
-            "(np.asarray), and close over settings in loss_fn."
+            f"{name} is a scalar; every data array needs a leading axis of examples. Make lists of "
+            "numbers arrays (np.asarray), and close over settings in loss_fn."
         )
     return jax.device_put(as_held(array, name, dtype))
 
@@ -130,8 +129,7 @@ def numeric(leaf: Any, name: str) -> Any:
     if is_time or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise DataError(
             f"{name} has dtype {array.dtype}{_origin(leaf)}; data must be numeric arrays. Encode "
-            "strings and objects "
-            "first, and stack sequences of arrays."
+            "strings and objects first, and stack sequences of arrays."
         )
     return array
 
@@ -242,10 +240,8 @@ def refuse_examples_in_a_list(data: Any) -> None:
             if len(kinds) == 1 and len(node) > 2 and (len(node) > FEW_ARRAYS or len(node) > length):
                 raise DataError(
                     f"data holds a {type(node).__name__} of {len(node)} entries of one shape, "
-                    "which would count as "
-                    f"{len(node)} arrays of {length} examples. Stack examples (jnp.stack), "
-                    "concatenate batches, or "
-                    "pass columns as a dict."
+                    f"which would count as {len(node)} arrays of {length} examples. Stack examples "
+                    "(jnp.stack), concatenate batches, or pass columns as a dict."
                 )
         return False
 
@@ -258,8 +254,7 @@ def refuse_a_trace(*arguments: Any) -> None:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise UnavailableError(
             "an estimate looks at numbers between its stages, so it cannot run inside jax.jit, "
-            "vmap or grad. Call it "
-            "outside, or use fastvi.fit, which can be traced."
+            "vmap or grad. Call it outside, or use fastvi.fit, which can be traced."
         )
 
 

@@ -187,9 +187,8 @@ def _check_full_loss(
     if abs(given[1] - given[0] - change) > FULL_LOSS_MISMATCH * abs(change) + 5 * error + rounding:
         raise DataError(
             "loss_full_flat is another loss than the objective: from w* to a point near it they "
-            "change by "
-            f"{given[1] - given[0]:.5g} and {change:.5g}. It must be the objective's mean over "
-            "all data."
+            f"change by {given[1] - given[0]:.5g} and {change:.5g}. It must be the objective's "
+            "mean over all data."
         )
     return 2 * LOSS * order.size
 

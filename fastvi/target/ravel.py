@@ -189,9 +189,8 @@ def _is_carried(leaf: Any, name: str, is_setting: bool) -> bool:
     if callable(leaf) or isinstance(leaf, (bool, int, float, complex, str, bytes)):
         return True
     raise DataError(
-        f"{name} is an object of type {type(leaf).__name__}; leaves must be floating-point "
-        "arrays, functions or "
-        "Python scalars. Close over it in loss_fn, or register its type as a pytree."
+        f"{name} is an object of type {type(leaf).__name__}; leaves must be floating-point arrays, "
+        "functions or Python scalars. Close over it in loss_fn, or register its type as a pytree."
     )
 
 
@@ -199,8 +198,7 @@ def refuse_python_float(leaf: Any, name: str) -> None:
     """Refuse a Python number that may be meant as a parameter or as a setting."""
     raise DataError(
         f"{name} is the Python {type(leaf).__name__} {leaf!r}, which may be a parameter or a "
-        "setting. Make it "
-        "jnp.asarray(...) to vary it, or close over it in loss_fn to keep it."
+        "setting. Make it jnp.asarray(...) to vary it, or close over it in loss_fn to keep it."
     )
 
 
@@ -208,9 +206,8 @@ def _float_leaf(leaf: Any, name: str, dtype: Any) -> Array:
     """Return a leaf in the dtype of the flat vector."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise DataError(
-            f"{name} has dtype {leaf.dtype}; only floating-point parameters can be varied. Cast "
-            "it to float32 if it is "
-            "a weight; close over it in loss_fn if it is not."
+            f"{name} has dtype {leaf.dtype}; only floating-point parameters can be varied. Cast it "
+            "to float32 if it is a weight; close over it in loss_fn if it is not."
         )
     if leaf.dtype.itemsize < 2:
         raise DataError(

@@ -172,8 +172,7 @@ def _read(name: str, mask: Any, leaf: Any) -> bool | Frozen:
     if which.dtype != bool or which.shape not in ((), leaf.shape):
         raise ConfigError(
             f"param_mask at {name} must be a bool or a boolean array of shape {leaf.shape}; got "
-            f"{which.dtype} of shape "
-            f"{which.shape}."
+            f"{which.dtype} of shape {which.shape}."
         )
     if which.all() or not which.any():
         return bool(which.all())

@@ -97,9 +97,8 @@ class AbstractStream(abc.ABC):
 
     def _uneven(self, batch: Batch, count: int) -> str:
         return (
-            "all arrays of a batch need the same leading axis (examples); after "
-            f"{count} examples {kind_of(self._batches)} gave {_kind(batch, 0)}. Make it give "
-            "batches of arrays."
+            f"all arrays of a batch need the same leading axis (examples); after {count} examples "
+            f"{kind_of(self._batches)} gave {_kind(batch, 0)}. Make it give batches of arrays."
         )
 
     def _cast(self, path: Any, leaf: Any) -> np.ndarray:
@@ -204,10 +203,9 @@ class HostStream(AbstractStream):
             )
         if fingerprint != self._fingerprint:
             raise DataError(
-                "the iterable of batches gave other examples in a later pass than in the first, "
-                "so that there is no "
-                "one loss on all data. Switch augmentation, noise and drop_last off; the order "
-                "may change."
+                "the iterable of batches gave other examples in a later pass than in the first, so "
+                "that there is no one loss on all data. Switch augmentation, noise and drop_last "
+                "off; the order may change."
             )
 
 

@@ -233,11 +233,10 @@ def test_killed(whole, tmp_path):
     """SIGKILL at five random moments of five processes, then one that ends."""
     program = (
         "import sys; sys.path[:0] = "
-        f"{[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
-        "import test_resume, fastvi.results.resume; fastvi.results.resume.SAVING_SHARE = 1e9\n"
-        f"result = test_resume.estimate({str(tmp_path / 'progress')!r}, lambda p: print(p.stage, "
-        "p.step, flush=True))\n"
-        f"result.save({str(tmp_path / 'result')!r})\n"
+        f"{[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\nimport test_resume, "
+        "fastvi.results.resume; fastvi.results.resume.SAVING_SHARE = 1e9\nresult = "
+        f"test_resume.estimate({str(tmp_path / 'progress')!r}, lambda p: print(p.stage, p.step, "
+        f"flush=True))\nresult.save({str(tmp_path / 'result')!r})\n"
     )
     random = np.random.default_rng(0)
     killed = 0

@@ -203,12 +203,10 @@ def test_two_at_once_are_told(place):
 def test_the_lock_of_a_process_that_died_is_none(place):
     (place / "run").mkdir()
     program = (
-        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
-        "import importlib.util as u, types\n"
-        "package = types.ModuleType('fastvi'); package.__path__ = [sys.argv[1] + '/fastvi']\n"
-        "sys.modules['fastvi'] = package\n"
-        "from fastvi.results.claim import claimed\n"
-        "held = claimed('run'); held.__enter__(); print('held', flush=True); input()"
+        "import os, sys; sys.path.insert(0, sys.argv[1])\nimport importlib.util as u, "
+        "types\npackage = types.ModuleType('fastvi'); package.__path__ = [sys.argv[1] + "
+        "'/fastvi']\nsys.modules['fastvi'] = package\nfrom fastvi.results.claim import "
+        "claimed\nheld = claimed('run'); held.__enter__(); print('held', flush=True); input()"
     )
     root = os.path.dirname(os.path.dirname(fastvi.__file__))
     command = [sys.executable, "-c", program, root]

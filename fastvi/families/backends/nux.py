@@ -15,8 +15,7 @@ from fastvi.flows.distributions import standard_log_prob
 INIT_EXAMPLES = 256  # NuX initialises by data: its layers see standard normals
 HOW_TO_GET = (
     "backend='nux' needs NuX 2.0.0, which is not on PyPI (the 1.0.3 there imports on no supported "
-    "jax): "
-    "pip install git+https://github.com/Information-Fusion-Lab-Umass/NuX.git, or use "
+    "jax): pip install git+https://github.com/Information-Fusion-Lab-Umass/NuX.git, or use "
     "backend='native'"
 )
 

@@ -80,14 +80,12 @@ class RationalQuadratic(AbstractElementwise):
             if not 0 < least * self.num_bins < 1:
                 raise ConfigError(
                     f"{name} times num_bins must lie between 0 and 1, for the bins to fit in the "
-                    "interval; "
-                    f"it is {least} times {self.num_bins}."
+                    f"interval; it is {least} times {self.num_bins}."
                 )
         if not 0 < self.min_derivative < 1 < self.max_derivative:
             raise ConfigError(
                 "min_derivative and max_derivative must be positive and enclose 1, the derivative "
-                "of the identity; "
-                f"they are {self.min_derivative} and {self.max_derivative}."
+                f"of the identity; they are {self.min_derivative} and {self.max_derivative}."
             )
 
     @property

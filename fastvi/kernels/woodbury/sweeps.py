@@ -87,6 +87,5 @@ def _check(sweeps: Sweeps, mixture: Mixture) -> None:
     if mixture.offsets.shape[0] > 1:
         raise ConfigError(
             f"implementation {sweeps.name!r} of kernel 'woodbury' has no means by component; use "
-            "implementation='xla', "
-            "or means='shared'."
+            "implementation='xla', or means='shared'."
         )

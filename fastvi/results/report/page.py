@@ -79,8 +79,7 @@ def write_report(result: LLCEstimate, path: str | os.PathLike[str]) -> Path:
         heading=f"Local learning coefficient {value}",
         lead=html.escape(
             f"{result.provenance}. d = {result.dim:,}, n = {result.n_data:,}, nβ = "
-            f"{result.nbeta:.4g}, "
-            f"localization = {result.localization:.4g}."
+            f"{result.nbeta:.4g}, localization = {result.localization:.4g}."
         ),
         findings=_findings(result),
         figures="\n".join(

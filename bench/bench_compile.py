@@ -1,4 +1,4 @@
-"""How long jax traces and compiles before a default estimate at d = 1e4 runs, and before the second one."""
+"""How long jax traces and compiles before a first and a second estimate at d = 1e4."""
 
 import math
 import time

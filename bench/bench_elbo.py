@@ -1,4 +1,4 @@
-"""A whole default fit, compiled from nothing, beside numpyro's low-rank normal on its way to the same ELBO."""
+"""A whole default fit, from nothing, beside numpyro's low-rank normal up to the same ELBO."""
 
 import importlib.util
 import math

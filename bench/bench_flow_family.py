@@ -54,7 +54,7 @@ def expected_excess(loss, half=6.0, points=2401):
 
 
 def problem(loss, pairs):
-    """Return the loss summed over independent pairs of coordinates, in a rotated basis if there are several."""
+    """Return the loss summed over pairs of coordinates, in a rotated basis if there are several."""
     dim = 2 * pairs
     basis = (
         np.linalg.qr(np.random.default_rng(0).normal(size=(dim, dim)))[0]

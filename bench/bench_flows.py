@@ -25,7 +25,7 @@ def fastvi_flow(dim):
 
 
 def flowjax_flow(dim):
-    """Return the same of a coupling flow whose networks have as many layers, and 2 more outputs for each spline."""
+    """Return the same of a coupling flow of as many layers, 2 more outputs for each spline."""
     import equinox as eqx
     import paramax
     from flowjax.bijections import RationalQuadraticSpline

@@ -169,7 +169,7 @@ def blackjax_scan(objective, problem):
 
 
 def lambda_hat_scan(objective, problem):
-    """Take the steps of lambda_hat's mixture of factor analyzers, whitened by the identity, in a scan as it does."""
+    """Take the steps of lambda_hat's mixture of factor analyzers, in a scan as it does."""
     import optax
     from lambda_hat.vi import mfa
 

@@ -27,7 +27,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {}  # rows of this run, printed by con
 
 
 def interleaved(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Time each candidate once per round, in turn, so that a busy spell of the machine falls on all of them.
+    """Time each candidate once per round, in turn: a busy spell of the machine falls on all.
 
     Args:
         candidates: Functions without arguments; what they return is waited for.
@@ -160,7 +160,7 @@ def folder() -> pathlib.Path:
 
 
 def record(table: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows to <table>.csv in `folder()`, each followed by when, where and on what code it was measured.
+    """Append rows to <table>.csv in `folder()`, each with when, where and on what code.
 
     Raises:
         ValueError: If the file holds other columns.

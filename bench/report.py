@@ -22,7 +22,10 @@ ROOT = RESULTS.parent.parent
 DOCS = ("benchmarks.md", "accuracy.md", "kernels.md", "flows.md", "vi_flow.md")
 PAGES = (*(ROOT / "docs" / name for name in DOCS), ROOT / "README.md")
 SCALED_TO = 1e8  # parameters
-NO_GPU = "No GPU was available to the authors: these rows are empty until someone runs `python -m bench.gpu`."
+NO_GPU = (
+    "No GPU was available to the authors: "
+    "these rows are empty until someone runs `python -m bench.gpu`."
+)
 
 
 def latest(rows):
@@ -88,7 +91,7 @@ def speed():
 
 
 def scale():
-    """Tabulate time and memory of a step by dimension, and the line through zero that fits the larger half."""
+    """Tabulate time and memory of a step, and the line through zero that fits the larger half."""
     rows = sorted(
         (row for row in latest(load()) if row["group"] == "scale"), key=lambda row: int(row["size"])
     )

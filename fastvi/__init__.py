@@ -1,4 +1,4 @@
-"""Fast variational inference on the local posterior of a trained model, and its local learning coefficient."""
+"""Fast variational inference on the local posterior of a trained model, and its LLC."""
 
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
 from fastvi._version import __version__ as __version__

@@ -73,7 +73,7 @@ def quick_jit(function, **options):
 
 
 def also_as_users_compile(cases, *chosen):
-    """Return parameters of a test, of which the chosen ones also run compiled as people compile them."""
+    """Return parameters of a test; the chosen ones also run compiled as people compile them."""
     assert set(chosen) <= set(cases)
     return [
         pytest.param(case, marks=pytest.mark.as_users_compile) if case in chosen else case

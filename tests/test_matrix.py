@@ -33,6 +33,9 @@ def test_a_cell_is_one_line():
     text = "== 2 failed, 1070 passed, 3 skipped, 1 error in 401.20s (0:06:41) ==\n"
     text += "1 failed, 15 passed, 1759 deselected in 50.02s\n"
     passed = {"test": False, "lint": True, "docs": True}
-    line = "python 3.12.1, jax 0.12.0: 1085 passed, 4 failed; test FAILED, lint passed, docs passed; 7.5 min"
+    line = (
+        "python 3.12.1, jax 0.12.0: 1085 passed, 4 failed; "
+        "test FAILED, lint passed, docs passed; 7.5 min"
+    )
     assert describe(cell, "0.12.0", text, passed, 7.52) == line
     assert "no tests ran" in describe(cell, "none", "error: no index", passed, 0.1)

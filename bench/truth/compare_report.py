@@ -244,7 +244,7 @@ def by_problem(results: Results, cell: Callable[[Results, str, Entry], str]) -> 
 
 
 def variational(results: Results) -> str:
-    """Return the signed error of what each q says, where another package's was fitted, and of fastvi's llc."""
+    """Return the signed error of what each q says, and of fastvi's llc."""
     own = [
         entry
         for entry in ENTRIES
@@ -295,7 +295,8 @@ def _seconds_cell(results: Results, problem: str, entry: Entry) -> str:
 def _reach_cell(results: Results, problem: str, entry: Entry) -> str:
     if results.chosen(problem, entry) is None:
         return ""
-    return f"{_number(results.fge_to(problem, entry, 0.05))} ({_number(results.fge_to(problem, entry, 0.1))})"
+    to_5, to_10 = (_number(results.fge_to(problem, entry, share)) for share in (0.05, 0.1))
+    return f"{to_5} ({to_10})"
 
 
 def sensitivity(results: Results) -> str:

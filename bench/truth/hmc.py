@@ -178,7 +178,10 @@ def start_tuning(step: float) -> Tuning:
 
 
 def make_block(evaluate, recipe: Recipe, *, is_dense: bool):
-    """Compile `(context, point, keys, tuning, metric, longest, is_tuning) -> point, tuning, moments, draws`."""
+    """Compile the chains.
+
+    `(context, point, keys, tuning, metric, longest, is_tuning) -> point, tuning, moments, draws`.
+    """
 
     @jax.jit
     def block(context, point, keys, tuning, metric, longest, is_tuning):
@@ -208,7 +211,7 @@ def make_block(evaluate, recipe: Recipe, *, is_dense: bool):
 
 
 def metric_of(moments: Moments, *, is_dense: bool):
-    """Return the root of the pooled covariance, shrunk a little towards a multiple of the identity."""
+    """Return the root of the pooled covariance, shrunk a little towards the identity."""
     count, first, second = (np.asarray(part, np.float64) for part in moments)
     mean, weight = first / count, 20.0 / (count + 20.0)
     if not is_dense:
@@ -246,7 +249,7 @@ def warm_up(recipe, block, point, metric, key):
 
 
 def first_point(problem, recipe, evaluate, dim, key):
-    """Start the chains between w* and draws of the localizer, whose spread is also the first metric."""
+    """Start the chains between w* and draws of the localizer; its spread is the first metric."""
     scale = 1 / math.sqrt(problem.gamma)
     spread = scale * jnp.linspace(0.0, 1.0, recipe.chains)[:, None]
     metric = jnp.full(dim, scale)
@@ -255,7 +258,7 @@ def first_point(problem, recipe, evaluate, dim, key):
 
 
 def sample(problem: Problem, recipe: Recipe) -> dict[str, Any]:
-    """Sample until R-hat is below 1.01, the error small and the virial 1 within 3 errors, or time is up.
+    """Sample until R-hat < 1.01, the error is small and the virial 1, or time is up.
 
     Returns:
         The mean of nbeta (L - L*), its standard error, R-hat, effective draws, and the course of

@@ -26,7 +26,7 @@ def layer_product(params):
 
 
 def degenerate_layers(widths, rank):
-    """Return layers with `rank` singular values 1 and the others 0, each in its own rotated bases."""
+    """Return layers with `rank` singular values 1, the others 0, each in its own rotated bases."""
     draws = [
         np.random.default_rng(10 + side).normal(size=(width, rank))
         for side, width in enumerate(widths)

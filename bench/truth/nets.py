@@ -18,7 +18,10 @@ COUNT = 1000
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
 DIGITS_STEPS, DIGITS_LR, DIGITS_SEED = 4000, 1e-2, 0
 UNKNOWN = "none known at this point"
-ZERO_TEACHER = "Aoyagi & Watanabe 2005: (h + i^2 + i) / (4 i + 2), i the largest with i^2 <= h, one input and output"
+ZERO_TEACHER = (
+    "Aoyagi & Watanabe 2005: (h + i^2 + i) / (4 i + 2), "
+    "i the largest with i^2 <= h, one input and output"
+)
 
 
 def hidden_layer(params, inputs, activation):
@@ -117,7 +120,7 @@ def tanh_zero(name: str, width: int, gamma: float) -> Problem:
 
 
 def digits(name: str, hidden: int, gamma: float) -> Problem:
-    """Return a 64-hidden-10 tanh classifier of scikit-learn's digits, at the stored end of its training."""
+    """Return a 64-hidden-10 tanh classifier of digits, at the stored end of its training."""
     from fastvi.demos.digits import cross_entropy, load_digits
 
     data = tuple(np.asarray(part) for part in load_digits())

@@ -18,7 +18,7 @@ def quadratic_answer(curvatures, nbeta: float, gamma: float) -> float:
 
 
 def quadratic(name: str, curvatures, dim: int, gamma: float, size: str = "fast") -> Problem:
-    """Return 1/2 v^T H v with len(curvatures) curved directions among dim, at a point w* away from the origin."""
+    """Return 1/2 v^T H v with len(curvatures) curved directions of dim, at a w* off the origin."""
     rng = np.random.default_rng(dim)
     center = rng.normal(size=dim)
     basis = np.linalg.qr(rng.normal(size=(dim, len(curvatures))))[0].T

@@ -66,7 +66,7 @@ def even_loss_answer(loss: Callable, dim: int, nbeta: float, gamma: float) -> tu
 
 
 def sphere_answer(dim: int, nbeta: float, gamma: float) -> tuple[float, float]:
-    """Integrate L = (|w|^2 - 1)^2 around a point of the unit sphere, over the radius and the angle to that point.
+    """Integrate L = (|w|^2 - 1)^2 around a point of the unit sphere, over radius and angle.
 
     The weight is r^(d-1) sin(theta)^(d-2) exp(-nbeta (r^2 - 1)^2 - gamma/2 (r^2 + 1 - 2 r cos
     theta)).
@@ -89,7 +89,7 @@ def sphere_answer(dim: int, nbeta: float, gamma: float) -> tuple[float, float]:
 
 
 def two_unit_answer(inputs: int, outputs: int, nbeta: float, gamma: float) -> tuple[float, float]:
-    """Integrate L = 1/2 |W_2 W_1|^2 around zero for two hidden linear units, over the eigenvalues of W_1 W_1^T.
+    """Integrate L = 1/2 |W_2 W_1|^2 for two linear units, over the eigenvalues of W_1 W_1^T.
 
     W_2 given W_1 is Gaussian and integrates to prod_i (gamma + nbeta e_i)^(-outputs/2); the
     eigenvalues then have the Wishart weight prod_i e_i^((inputs - 3)/2) exp(-gamma e_i / 2) |e_1 -

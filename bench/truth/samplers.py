@@ -120,7 +120,7 @@ def _langevin(problem: Problem, batch: int, bins: int, per_bin: int, rmsprop: bo
 
 
 def hmc(problem: Problem, leapfrogs: Sequence[int], seeds: Sequence[int], budget: float) -> dict:
-    """Run HMC with the identity as metric, a step size by dual averaging to acceptance 0.8, jittered by a fifth.
+    """Run HMC with the identity as metric, its step by dual averaging to acceptance 0.8, jittered.
 
     Returns:
         Courses by (leapfrog steps, seed).
@@ -168,7 +168,7 @@ def _hmc_chains(problem: Problem, longest: int, draws: int):
 
 
 def mclmc(problem: Problem, seeds: Sequence[int], budget: float) -> dict:
-    """Run blackjax's microcanonical Langevin dynamics, one chain, tuned as it comes on the first three tenths.
+    """Run blackjax's microcanonical Langevin dynamics, one chain, tuned on its first 30 %.
 
     Returns:
         Courses by ("default", seed).

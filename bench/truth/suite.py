@@ -83,7 +83,7 @@ def numbers(rows: list[dict[str, str]], column: str) -> np.ndarray:
 
 
 def is_covered(row: dict[str, str], reference_sem: float) -> bool:
-    """Whether the answer is within three standard errors, or a finding says that the error is not to be trusted."""
+    """Whether the answer is within three standard errors, or a finding distrusts the error."""
     error = abs(float(row["llc"]) - float(row["reference"]))
     return (
         error < 3 * np.hypot(float(row["sem"]), reference_sem)
@@ -94,7 +94,9 @@ def is_covered(row: dict[str, str], reference_sem: float) -> bool:
 def table(found: dict[str, list[dict[str, str]]]) -> str:
     """Return a line for each problem, and the totals."""
     references = load_references()
-    head = "| problem | d | γ | reference | q alone | corrected | median error | worst | covered | FGE | unsettled |"
+    columns = ["problem", "d", "γ", "reference", "q alone", "corrected"]
+    columns += ["median error", "worst", "covered", "FGE", "unsettled"]
+    head = "| " + " | ".join(columns) + " |"
     lines, medians, covered, runs = [head, "|---" * 11 + "|"], [], 0, 0
     for name in (name for name in PROBLEMS if name in found):
         rows = found[name]

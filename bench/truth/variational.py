@@ -64,7 +64,7 @@ class Task(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """A fit `(task, key) -> draws, log q`, the largest dimension it is given and the draws of a step."""
+    """A fit `(task, key) -> draws, log q`, its largest dimension and the draws of a step."""
 
     run: Callable
     largest: int

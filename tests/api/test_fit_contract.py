@@ -333,7 +333,7 @@ def test_float64(double):
 
 
 def test_a_loss_that_knows_float64_alone_is_fitted_in_float32():
-    """With x64 on, an array that the loss closes over is float64, and so is what the loss returns."""
+    """With x64 on, an array that the loss closes over is float64, and so is the loss."""
     with enable_x64(True):
         one = jnp.asarray(1.0)
         assert one.dtype == jnp.float64

@@ -1,4 +1,4 @@
-"""estimate_llc and fit against values known by formula, by dense linear algebra or by long HMC runs."""
+"""Estimates and fits against values known by formula, linear algebra or long HMC runs."""
 
 import functools
 import math
@@ -37,7 +37,7 @@ def rotation(seed, dim):
 
 
 def quadratic(curvatures, basis):
-    """Return 1/2 v^T H v with H = basis^T diag(curvatures) basis, rows of `basis` its eigenvectors."""
+    """Return 1/2 v^T H v, the rows of `basis` the eigenvectors of H."""
     curvatures, basis = jnp.asarray(curvatures, jnp.float32), jnp.asarray(basis, jnp.float32)
     return lambda w, batch: 0.5 * jnp.sum(curvatures * (basis @ w) ** 2)
 
@@ -48,7 +48,7 @@ def quadratic_llc(curvatures, nbeta, gamma):
 
 
 def quadratic_log_z(curvatures, nbeta, gamma, dim, loss=0.0):
-    """Log of the integral of exp(-nbeta L - gamma/2 |v|^2) where the other dim - len(curvatures) are flat."""
+    """Log of the integral of exp(-nbeta L - gamma/2 |v|^2), the other directions flat."""
     precisions = gamma + nbeta * np.pad(
         np.asarray(curvatures, np.float64), (0, dim - len(curvatures))
     )

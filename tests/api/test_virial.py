@@ -118,7 +118,7 @@ def test_the_chains_of_another_posterior_are_told():
 
 
 def test_a_wrong_center_does_not_cancel():
-    """Along a direction that the localizer alone holds, two virial columns are off by opposite amounts."""
+    """Along a direction that the localizer alone holds, two columns are off in opposite ways."""
     shift = np.full(2, 3.0)
     draws = np.random.default_rng(0).normal(size=(4, 500, 2)) / np.sqrt(GAMMA)
     losses = np.full(draws.shape[:2], 0.3)
@@ -130,7 +130,7 @@ def test_a_wrong_center_does_not_cancel():
 
 
 def test_exact_draws_in_many_dimensions_are_consistent():
-    """The slope along the chains' mean has mean zero only with a mean that the draw has no part in."""
+    """The slope along a mean has mean zero only where the draw has no part in the mean."""
     rng = np.random.default_rng(2)
     for chains, draws in ((4, 100), (1, 400)):
         samples = rng.normal(size=(chains, draws, 300)) / np.sqrt(NBETA + GAMMA)

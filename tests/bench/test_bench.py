@@ -169,7 +169,7 @@ def test_the_report_fills_its_marks_with_the_last_row_of_the_machine(monkeypatch
     monkeypatch.setattr(report, "load", lambda: rows)
     page = report.filled("a\n<!-- bench:speed -->\nold\n<!-- /bench:speed -->\nz\n")
     assert (
-        page
-        == "a\n<!-- bench:speed -->\n| d | fastvi |\n| --- | --- |\n| 1,000 | 1.23 |\n<!-- /bench:speed -->\nz\n"
+        page == "a\n<!-- bench:speed -->\n| d | fastvi |\n| --- | --- |\n"
+        "| 1,000 | 1.23 |\n<!-- /bench:speed -->\nz\n"
     )
     assert report.filled(page) == page

@@ -186,7 +186,8 @@ def test_flat_objectives_that_cannot_be_hashed_share_programs():
 
     def llc():
         return fastvi.fit(
-            rng_key=0, objective=objective, wstar_flat=jnp.zeros(4), data=ONES, n_data=50, beta=1 / np.log(50),
+            rng_key=0, objective=objective, wstar_flat=jnp.zeros(4), data=ONES, n_data=50,
+            beta=1 / np.log(50),
             gamma=1.0, vi_cfg=SMALL | {"steps": 200}, loss_full_flat=full,
         )["lambda_hat"]  # fmt: skip
 
@@ -204,7 +205,8 @@ def test_a_loss_may_close_over_values_of_an_enclosing_trace():
     def run(scale):
         objective = fastvi.make_flat_objective(Scaled(scale))
         return fastvi.fit(
-            rng_key=0, objective=objective, wstar_flat=jnp.zeros(4), data=ONES, n_data=50, beta=1 / np.log(50),
+            rng_key=0, objective=objective, wstar_flat=jnp.zeros(4), data=ONES, n_data=50,
+            beta=1 / np.log(50),
             gamma=1.0, vi_cfg=SMALL | {"steps": 200},
         )["lambda_hat"]  # fmt: skip
 
@@ -459,7 +461,7 @@ print(rss() - before)
 
 
 def growth(count, options, *flags):
-    """Return the growth of a process from the first of so many estimates, each of another constant, to the last."""
+    """Return how a process grows over so many estimates, each of another constant."""
     command = [sys.executable, "-c", MANY, str(count), repr(options), *flags]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=dict(os.environ)

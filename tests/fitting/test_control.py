@@ -23,7 +23,7 @@ def bowl(w, batch):
 
 
 def fit_bowl(**options):
-    """Fit a quadratic whose best single Gaussian has llc = 1/2 sum_i nbeta h_i / (nbeta h_i + gamma)."""
+    """Fit a quadratic; its best Gaussian has llc = 1/2 sum_i nbeta h_i / (nbeta h_i + gamma)."""
     settings = {
         "num_chains": 2,
         "progress": False,
@@ -201,7 +201,7 @@ def test_the_current_temperature_and_bonus_replace_the_constant_ones():
 
 
 def test_an_entropy_bonus_widens_q_until_it_ends():
-    """The best Gaussian of E[ell] - (1 + b) E[log q] is (1 + b) times as wide, and so is its llc."""
+    """The best Gaussian of E[ell] - (1 + b) E[log q] is 1 + b times as wide; so is its llc."""
     options = {"M": 1, "r": 0, "steps": 600, "entropy_bonus": 0.5}
     widened = fit_bowl(**options)
     assert widened.llc == pytest.approx(1.5 * BOWL_LLC, rel=0.03)
@@ -288,7 +288,7 @@ def anisotropic():
 
 
 def test_whitening_smooths_the_fit_of_an_anisotropic_network(anisotropic):
-    """The seeds' family, centred and without a core, to which the scales of the parameters matter most."""
+    """The seeds' family, centred, without a core: scales of the parameters matter most to it."""
     seeds_family = {"curvature_rank": 0, "means": "center", "M": 4}
     options = {
         "steps": 600,

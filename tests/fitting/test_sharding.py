@@ -31,7 +31,8 @@ def spy(programs, problem, schedule, course, *rest):
     states.append(course.state)
 driver._run_chunks = spy
 options = dict(key=0, num_chains=4, M=1, r=0, curvature_rank=0, dtype="float64")
-result = estimate_llc(loss, center, data, steps=60, progress=False, throw=False, method="variational", **options)
+options |= {"steps": 60, "progress": False, "throw": False, "method": "variational"}
+result = estimate_llc(loss, center, data, **options)
 at = center + 0.1
 objective, held = make_flat_objective(loss), hold(data, max_batch=50)
 both = jax.jit(lambda w: sharding.data_parallel_mean(objective.value_and_grad, held, (w,)))(at)

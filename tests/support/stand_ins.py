@@ -10,7 +10,7 @@ from fastvi.results.work import RunWork
 
 
 def begun(scale, core, rank):
-    """Return a start of that scale and precision core, of which `rank` rows are used, with nothing known beside it."""
+    """Return a start of that scale and precision core, of which `rank` rows are used."""
     none, one, count = jnp.zeros((), scale.dtype), jnp.ones((), scale.dtype), jnp.asarray(rank)
     return Start(
         scale=scale,

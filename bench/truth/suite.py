@@ -1,7 +1,7 @@
 """Run `estimate_llc` with its defaults over the problems whose answer is known, and score it.
 
-python -m bench.truth.suite                                  every problem of at most 5,000
-dimensions, five seeds python -m bench.truth.suite --problems tanh_3_g1 --seeds 2   these
+python -m bench.truth.suite                                  problems of d <= 5,000, five seeds
+python -m bench.truth.suite --problems tanh_3_g1 --seeds 2   these
 
 `python -m bench.report` writes the tables of what was measured into docs/accuracy.md.
 """

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import enable_x64
+from conftest import enable_x64, quick_jit
 
 import fastvi
 from fastvi._errors import ConfigError
@@ -193,7 +193,7 @@ def test_backend_laws(name, template):
 @pytest.mark.parametrize("name", ["native", "flowjax"])
 def test_chains_under_vmap_compile_once(name):
     skip_without(name)
-    run = jax.jit(jax.vmap(lambda key: fit("flow", key, backend=name, d_latent=2)["lambda_hat"]))
+    run = quick_jit(jax.vmap(lambda key: fit("flow", key, backend=name, d_latent=2)["lambda_hat"]))
     values = run(jax.random.split(jax.random.key(0), 4))
     assert run._cache_size() == 1
     np.testing.assert_allclose(values, LLC, rtol=0.05)

@@ -197,7 +197,8 @@ def assemble(
         nbeta = num_data / math.log(num_data)
     config = config.applied(center.size)
     problem = make_problem(center, data, nbeta, localization, config, "nbeta")
-    budget = (config.budget or default_budget(num_data)) / num_data
+    known = None if stream is not None and stream.is_sample else num_data
+    budget = (config.budget or default_budget(known)) / num_data
     problem, look = look_at_target(
         objective, problem, stream, "loss_fn", budget_fge=budget, max_batch=config.max_batch
     )
@@ -230,17 +231,26 @@ def run_estimate(
     stages = programs_for(objective, problem, fit_settings(plan))
     with CompileWatch() as watch, reporting(progress) as report:
         options = Options(
-            early_stop, report, warm and warm.fit, keeper, stream, keeps_snapshots=plan.tensorboard
+            early_stop,
+            report,
+            warm and warm.fit,
+            keeper,
+            stream,
+            keeps_snapshots=plan.tensorboard,
+            # a run that will be refused for one lost chain need not go on
+            ends_where=np.any if throw else np.all,
         )
         fit = run_fit(
             stages, problem, family_choice(plan), fit_schedule(plan), keys, options=options
         )
+        source = stream or problem.data
         bottom = look_down(
             stages.compiled.excess_along,
             problem.posterior,
             fit.start,
             float(fit.outcome.reference_loss),
-            (stream or problem.data).pieces,
+            # of data that are read once, those at hand
+            stream.known_pieces if stream is not None and stream.is_sample else source.pieces,
         )
     timings = Timings(**fit.seconds, compile=watch.seconds, total=time.perf_counter() - began)
     work = count_work(fit, problem, plan, num_chains, look, bottom.losses)

@@ -102,7 +102,8 @@ def _fitted(result: LLCEstimate) -> Fitted:
 
 def _on_other_data(fitted: Fitted, data: Given[Batch]) -> Problem:
     """Return the problem of the fit with other data, weighed where the loss is weighted."""
-    held = Data(check_data(data)[0], fitted.problem.data.max_batch)
+    dtype = fitted.problem.posterior.center.dtype
+    held = Data(check_data(data, dtype=dtype)[0], fitted.problem.data.max_batch)
     problem = dataclasses.replace(fitted.problem, data=held)
     return weigh(fitted.objective, problem, "loss_fn")
 

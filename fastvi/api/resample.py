@@ -167,7 +167,7 @@ def correct(
     details = Correction(**{"method": method, "khat": khat, **values.details})
     seconds, before = time.perf_counter() - began, result.timings
     timings = before._replace(
-        correction=seconds,
+        correction=before.correction + seconds,
         total=before.total + seconds,
         compile=before.compile + watch.seconds,
     )

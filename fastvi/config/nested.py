@@ -59,11 +59,11 @@ def options_entry(name: str, value: Any, fix: str) -> Options:
     wrong = [key for key in entries if not isinstance(key, str)]
     if wrong:
         raise checks.refusal(name, "a mapping of names to values", value, fix)
-    plain = {key: checks.plain(item) for key, item in entries.items()}
-    return tuple(
-        (key, tuple(item) if isinstance(item, list) else item)
-        for key, item in sorted(plain.items())
-    )
+    return tuple((key, _hashable(checks.plain(item))) for key, item in sorted(entries.items()))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
 def nested_entries(name: str, value: Any) -> dict[Any, Any]:
@@ -82,6 +82,8 @@ def sampler_entry(name: str, value: Any, fix: str) -> SamplerSettings:
             raise checks.refusal(
                 f"{name}.{key}", rule, item, nearest(key, {one: one for one in usual})
             )
-        rule = checks.integer if isinstance(usual[key], int) else checks.positive
+        rule = checks.positive
+        if isinstance(usual[key], int):
+            rule = checks.natural if key in ("max_burn_in", "max_refinements") else checks.integer
         entries[key] = rule(f"{name}.{key}", checks.plain(item), f"for example {usual[key]!r}")
     return SamplerSettings(**entries)

@@ -5,8 +5,8 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.core
@@ -94,6 +94,9 @@ class Course:
     converged: bool | None = None
 
 
+T = TypeVar("T")
+
+
 class AbstractKeeper(abc.ABC):
     """Keeps the progress of a fit."""
 
@@ -116,6 +119,8 @@ class Options(NamedTuple):
         keeper: Where progress is kept.
         stream: Where windows of data and the evaluation's data come from.
         keeps_snapshots: Whether the shape of q is kept at each record.
+        ends_where: `np.any` to end where any chain is lost to NaN, `np.all` where all are. None
+            runs all steps whatever comes, as a fixed number of them is promised.
     """
 
     early_stop: bool = False
@@ -124,6 +129,7 @@ class Options(NamedTuple):
     keeper: AbstractKeeper | None = None
     stream: AbstractStream | None = None
     keeps_snapshots: bool = False
+    ends_where: Callable[..., Any] | None = None
 
 
 def run_fit(
@@ -322,7 +328,7 @@ def _run_chunks(
         elbo = np.concatenate([part["elbo"] for part in course.parts], axis=1)
         latest = float(np.mean(elbo[:, -part["elbo"].shape[1] :]))
         report(Progress("fit", course.done, course.phases.end, latest, part))
-        if not np.all(np.isfinite(elbo[:, -1])):
+        if options.ends_where is not None and options.ends_where(~np.isfinite(elbo[:, -1])):
             break
         if options.early_stop and not course.converged:
             _check_convergence(course, elbo, schedule, problem.posterior.center.size)
@@ -380,16 +386,27 @@ def _finish(programs: Programs, arguments: tuple, source: AbstractData | Abstrac
     _, problem, _, keys = arguments
     posterior, running = problem.posterior, []
     outcome, losses, count = None, programs.nothing_seen(problem, keys.size), 0
-    for piece in source.pieces():
+    for piece, is_last in _with_last(source.pieces()):
         count += piece.num_examples
         share = jnp.asarray(piece.num_examples / count, posterior.center.dtype)
-        outcome, losses = programs.finish(*arguments, piece, losses, share)
+        # what follows from the losses, Hessian products among it, is computed once
+        outcome, losses = programs.finish(*arguments, piece, losses, share, concludes=is_last)
         running.append(float(jnp.mean(posterior.learning_coefficient(losses.excess))))
     assert outcome is not None  # no source is empty
     if isinstance(source, AbstractData) or not source.is_sample:
         return outcome
     of_weight = abs(running[-1]) * source.weight_error
     return outcome._replace(data_error=math.hypot(error_over_pieces(running), of_weight))
+
+
+def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Yield each item, and whether it is the last."""
+    ahead = iter(items)
+    item = next(ahead)
+    for following in ahead:
+        yield item, False
+        item = following
+    yield item, True
 
 
 class Clock:

@@ -192,7 +192,9 @@ def _build(
         return over_devices(stage, (family, problem, plan), (state, keys))
 
     def excess_along(center, points, piece: AbstractData):
-        return shared_mean(functools.partial(losses_at, objective), piece, (center, points)).excess
+        copies = 1 + draws_at_once(points.shape[0])
+        at_points = functools.partial(losses_at, objective)
+        return shared_mean(at_points, piece, (center, points), copies).excess
 
     nothing = functools.partial(
         nothing_seen,
@@ -228,7 +230,8 @@ def _evaluation(
         share,
         *,
         spread: bool = False,
-    ) -> tuple[Outcome, DataLosses]:
+        concludes: bool = True,
+    ) -> tuple[Outcome | None, DataLosses]:
         center = problem.posterior.center
 
         def one(inputs):
@@ -239,6 +242,8 @@ def _evaluation(
                 chain_before,
                 losses_on(data, center, draws.displacement, spread),
             )
+            if not concludes:
+                return losses
             evaluation = evaluate(
                 family,
                 chain_params,
@@ -252,7 +257,10 @@ def _evaluation(
             )
             return evaluation, losses, family.summary_arrays(chain_params)
 
-        evaluation, losses, arrays = jax.lax.map(one, (params, keys, before))
+        found = jax.lax.map(one, (params, keys, before))
+        if not concludes:
+            return None, found
+        evaluation, losses, arrays = found
         slope = None if losses.slope is None else losses.slope[0]
         return Outcome(evaluation, losses.reference[0], slope, arrays), losses
 
@@ -276,7 +284,9 @@ def _compiled(plain: Programs, settings: FitSettings, loss: Fingerprint) -> Stag
     quick = Programs(*map(quickly, plain))._replace(
         steps=jit_steps(compiler_options=once),
         nothing_seen=plain.nothing_seen,
-        finish=quickly(functools.partial(plain.finish, spread=True)),
+        finish=quickly(
+            functools.partial(plain.finish, spread=True), static_argnames=("concludes",)
+        ),
     )
     return Stages(quick, quick._replace(steps=jit_steps()), plain, settings, loss)
 

@@ -64,7 +64,8 @@ class LLCEstimate:
         llc_vi: The variational value, under q: `llc` where nothing corrects it.
         llc_vi_sem: Its standard error, under q.
         correction: How `llc` was found where it is the posterior's own; None for that of q.
-        walk_llc: nbeta (L_n(w) - L_n(w*)), means over bins of four steps, shape (walkers, bins).
+        walk_llc: nbeta (L_n(w) - L_n(w*)), means over bins of `sampler.bin_length`
+            steps, shape (walkers, bins).
         fitted: What `fastvi.correct` goes on from, and `q` draws from; not saved.
     """
 
@@ -213,8 +214,8 @@ class LLCEstimate:
         """Records of `walk_llc` that the corrected value leaves out."""
         if self.correction is None or not self.correction.steps:
             return 0
-        share = (self.correction.burn_in or 0) / self.correction.steps
-        return int(share * self.walk_llc.shape[-1])
+        # in integers: a share in floating point is now and then one record short
+        return (self.correction.burn_in or 0) * self.walk_llc.shape[-1] // self.correction.steps
 
     @property
     def provenance(self) -> str:

@@ -232,13 +232,15 @@ def _why_unsettled(unmet: dict[str, Unmet], result: Any) -> tuple[str, str]:
     if set(unmet) <= {LENGTH, GRADIENT_NOISE}:
         return (
             f"A budget of {budget:.4g} sample gradients pays for no longer or more exact walk.",
-            f"Raise budget to {result.correction.least_budget:.0f} or more.",
+            f"Raise budget to {math.ceil(result.correction.least_budget)} or more.",
         )
     if set(unmet) == {ERROR}:
-        ratio = unmet[ERROR].value / unmet[ERROR].bound
+        wanted = budget * (unmet[ERROR].value / unmet[ERROR].bound) ** 2
+        digit = 10.0 ** math.floor(math.log10(wanted))  # rounded up, so never to what it was
         return (
             "The walkers agree; their records are too few for the error that was asked for.",
-            f"Raise budget to about {budget * ratio**2:.1g}, or error to what is enough.",
+            f"Raise budget to about {math.ceil(wanted / digit) * digit:.0e}, or error to what is "
+            "enough.",
         )
     if set(unmet) <= {RHAT_RADIUS, DRIFT}:
         return (

@@ -97,7 +97,7 @@ class Correction(NamedTuple):
         data_blocks: Parts that the data were split into; 1 where gradients were those of all data.
         energy_error: Mean square, per effective dimension, that the step size was held at, nats^2.
         step_size: Step of the dynamics in the coordinates of q.
-        returned: Share of the steps that were taken back.
+        returned: Steps that were taken back, all walkers together.
         narrow_dtype: Half-precision type of a parameter or of the loss.
     """
 

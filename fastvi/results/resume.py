@@ -7,6 +7,7 @@ import json
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastvi._errors import ConfigError
 from fastvi._typing import Keys, PyTree
 from fastvi._version import __version__
 from fastvi.config import VIConfig
-from fastvi.fitting.run import AbstractKeeper, Course
+from fastvi.fitting.run import AbstractKeeper, Course, Snapshot
 from fastvi.fitting.step_plan import Phases
 from fastvi.results import files
 from fastvi.results.schema import fits
@@ -28,10 +29,12 @@ from fastvi.target.losses import take_examples
 from fastvi.target.objective import FlatObjective
 
 PROGRESS_FILE = "progress.npz"
-FORMAT, VERSION = "fastvi progress", 1
+FORMAT, VERSION = "fastvi progress", 2
 # Share of a fit's time that may go into saving. At half an interruption loses twice the steps.
 SAVING_SHARE = 0.05
 WAY_OUT = "Delete it, and the fit begins anew."
+# Fields that no bit of a fit depends on: sampling begins where it ends.
+AFTER_THE_FIT = ("method", "error", "budget", "sampler")
 COUNTS = {"calibration_rounds": int, "done": int, "flat_looks": int, "converged": bool | None}
 META = {
     "identity": dict[str, Any],
@@ -85,11 +88,13 @@ class FolderKeeper(AbstractKeeper):
             for name, array in stored.items()
             if name.startswith("trace_")
         }
+        snapshots = _read_snapshots(path, stored)
         _check_leaves(path, leaves, template)
         _check_course(path, kept, traces)
         structure = jax.tree_util.tree_structure(_arrays(course))
         restored = structure.unflatten([jnp.asarray(leaf) for leaf in leaves])
         course.family, course.state, course.start = restored
+        course.snapshots = snapshots
         course.parts = [
             {name: trace[:, at] for name, trace in traces.items()}
             for at in _slices(kept["lengths"])
@@ -138,6 +143,11 @@ class FolderKeeper(AbstractKeeper):
                 meta=np.array(json.dumps(meta)),
                 **traces,
                 **{f"leaf_{i}": leaf for i, leaf in enumerate(leaves)},
+                **{
+                    f"snapshot_{one.step}_{name}": array
+                    for one in course.snapshots
+                    for name, array in one.arrays.items()
+                },
             )
             files.publish(staging, self.folder, (PROGRESS_FILE,))
 
@@ -169,10 +179,10 @@ def identify(
     objective: FlatObjective, problem: Problem, config: VIConfig, keys: Keys, early_stop: bool
 ) -> dict:
     """Name all that the bits of a fit depend on: configuration, key, w*, data, loss, versions."""
-    posterior = problem.posterior
+    posterior, given = problem.posterior, config.to_dict()
     first = take_examples(problem.data.examples, slice(problem.batch_size))
     return {
-        **config.to_dict(),
+        **{name: value for name, value in given.items() if name not in AFTER_THE_FIT},
         "early_stop": early_stop,
         "key": digest_tree(jax.random.key_data(keys)),
         "params": digest_tree(posterior.center),
@@ -199,6 +209,19 @@ def _read_meta(path: Path, stored: Any) -> dict[str, Any]:
     if wrong:
         raise files.damaged(path, f"has an impossible {wrong[0]!r}", WAY_OUT)
     return meta
+
+
+def _read_snapshots(path: Path, stored: Mapping[str, np.ndarray]) -> list[Snapshot]:
+    """Return the kept shapes of q, in the order of their steps."""
+    found: dict[int, dict[str, np.ndarray]] = {}
+    for entry, array in stored.items():
+        if not entry.startswith("snapshot_"):
+            continue
+        step, _, name = entry.removeprefix("snapshot_").partition("_")
+        if not (step.isdecimal() and name):
+            raise files.damaged(path, f"has an impossible {entry!r}", WAY_OUT)
+        found.setdefault(int(step), {})[name] = array
+    return [Snapshot(step, found[step]) for step in sorted(found)]
 
 
 def _check_leaves(path: Path, leaves: list[Any], template: list[Any]) -> None:

@@ -25,7 +25,7 @@ from fastvi.results.terminal import warn
 
 CONFIG_FILE, FIGURE_FILE, REPORT_FILE = "config.yaml", "traces.png", "report.html"
 EVENTS_FOLDER = Path("diagnostics") / "tb"
-VERSION = 1
+VERSION = 2
 FIGURE_DPI = 150
 CONTENTS = {
     RESULT_FILE: "values, errors, spectrum, findings",

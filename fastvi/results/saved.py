@@ -16,7 +16,7 @@ from fastvi.results.parts import DrawValues
 from fastvi.results.schema import COUNT, NONNEGATIVE, POSITIVE, Rule, build, wrong_field
 
 RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
-FORMAT, VERSION = "fastvi estimate", 1
+FORMAT, VERSION = "fastvi estimate", 2
 # `arrays_digest` ties result.json to its traces.npz: two files are not replaced at once.
 HEADER = ("format", "version", "arrays_digest")
 # fields of arrays by name, and the prefix of their names in the file
@@ -116,7 +116,10 @@ def _check_arrays(place: Path, arrays: Mapping[str, np.ndarray], values: dict[st
     draws = [f"draw_{name}" for name in DrawValues._fields]
     lacking = [name for name in (*SINGLE_ARRAYS, "trace_elbo", *draws) if name not in arrays]
     unknown = [
-        name for name in arrays if name not in SINGLE_ARRAYS and not name.startswith(prefixes)
+        name
+        for name in arrays
+        if not (name in SINGLE_ARRAYS or name.startswith(prefixes))
+        or (name.startswith("draw_") and name not in draws)
     ]
     textual = [name for name, array in arrays.items() if array.dtype.kind not in "fiub"]
     if lacking or unknown or textual:

@@ -42,8 +42,10 @@ class RunWork(NamedTuple):
     fge_correction: float = 0.0
 
     def with_correction(self, fge: float) -> "RunWork":
-        """Add the work of sampling the posterior."""
-        return self._replace(fge_correction=fge, total_fge=self.total_fge + fge)
+        """Add the work of sampling the posterior, to that of an earlier time if there was one."""
+        return self._replace(
+            fge_correction=self.fge_correction + fge, total_fge=self.total_fge + fge
+        )
 
 
 def count_work(

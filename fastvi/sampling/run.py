@@ -239,8 +239,9 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     blocks = setup.max_blocks(state, state.allowed_bias)
     wanted = Fidelity(blocks, plan_energy_error(setup.error, settings))
     paid, number = _within_budget(setup, state, wanted)
-    if number < state.num_walkers:
-        state = state._replace(walkers=keep_walkers(state.walkers, number, setup.chains))
+    if number < state.num_walkers:  # what the others were told goes with them
+        kept = keep_walkers(state.walkers, number, setup.chains)
+        state = state._replace(walkers=kept, estimate=None)
     state = switch_fidelity(setup, state, paid)
     noise = setup.bias(state) * (paid.num_blocks - 1) / max(abs(state.llc), 1e-300)
     unmet = () if paid == wanted else (Unmet(GRADIENT_NOISE, noise, share),)

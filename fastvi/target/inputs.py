@@ -227,17 +227,19 @@ def _is_sparse(leaf: Any) -> bool:
     return any(kind.__module__.startswith("jax.experimental.sparse") for kind in type(leaf).__mro__)
 
 
-def refuse_examples_in_a_list(data: Any) -> None:
+def refuse_examples_in_a_list(data: Any, is_batch: bool = False) -> None:
     """Refuse a list of examples, or of batches.
 
-    As a pytree it is as many arrays, and n their length.
+    As a pytree it is as many arrays, and n their length. A batch may have fewer examples than
+    arrays, as the last one of a pass, so only the number of arrays tells there.
     """
 
     def look(node: Any) -> bool:
         if isinstance(node, (list, tuple)) and not hasattr(node, "_fields"):
             kinds = {str(jax.tree_util.tree_map(np.shape, entry)) for entry in node}
             length = max((np.shape(leaf)[0] for leaf in jax.tree_util.tree_leaves(node)), default=0)
-            if len(kinds) == 1 and len(node) > 2 and (len(node) > FEW_ARRAYS or len(node) > length):
+            most = FEW_ARRAYS if is_batch else max(2, min(FEW_ARRAYS, length))
+            if len(kinds) == 1 and len(node) > most:
                 raise DataError(
                     f"data holds a {type(node).__name__} of {len(node)} entries of one shape, "
                     f"which would count as {len(node)} arrays of {length} examples. Stack examples "

@@ -58,7 +58,7 @@ def check_loss(
     form = classify_loss(values, sizes, name)
     own_gradient = getattr(objective, "has_own_gradient", False)
     if form is not LossForm.MEAN and (
-        outputs is objective.loss or (own_gradient and form is LossForm.WEIGHTED)
+        not hasattr(objective, "outputs") or (own_gradient and form is LossForm.WEIGHTED)
     ):
         raise DataError(
             f"{name} with a gradient of its own must return the mean loss as one scalar; got "

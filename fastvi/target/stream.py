@@ -86,7 +86,7 @@ class AbstractStream(abc.ABC):
             lengths = {leaf.shape[:1] for leaf in leaves}
             if len(lengths) != 1 or lengths == {()}:
                 raise DataError(self._uneven(batch, count))
-            refuse_examples_in_a_list(batch)
+            refuse_examples_in_a_list(batch, is_batch=True)
             first = batch if first is None else first
             if _kind(batch) != _kind(first):
                 raise DataError(
@@ -318,15 +318,17 @@ def _fingerprint(batch: Batch) -> int:
 
 def _regrouped(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
     """Yield the same examples in batches of one size and a rest."""
-    waiting, count = [], 0
+    waiting, missing = [], size
     for batch in batches:
-        waiting.append(batch)
-        count += num_examples(batch)
-        while count >= size:
-            whole = _concatenate(waiting)
-            yield take_examples(whole, slice(size))
-            waiting, count = [take_examples(whole, slice(size, None))], count - size
-    if count:
+        start, length = 0, num_examples(batch)
+        while length - start >= missing:
+            waiting.append(take_examples(batch, slice(start, start + missing)))
+            yield _concatenate(waiting)
+            start, waiting, missing = start + missing, [], size
+        if start < length:
+            waiting.append(take_examples(batch, slice(start, None)))
+            missing -= length - start
+    if waiting:
         yield _concatenate(waiting)
 
 

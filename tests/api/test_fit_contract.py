@@ -402,3 +402,31 @@ def test_run_vi():
     assert work["n_data"] == COUNT
     assert work["beta"] == pytest.approx(BETA)
     assert out.timings.keys() == {"adaptation", "sampling", "total"}
+
+
+def test_a_chain_that_is_lost_takes_no_steps_from_the_others():
+    """A number of steps is fixed, whatever becomes of a chain; the cliff is 3.2 sigma away."""
+
+    def cliff(w, batch):
+        return 0.5 * jnp.sum(w**2) + jnp.where(w[0] > 0.79, jnp.nan, 0.0) * jnp.mean(batch)
+
+    def run(function):
+        return fastvi.run_vi(
+            0,
+            jnp.zeros(2),
+            jnp.ones((64, 1)),
+            {"steps": 600, "batch_size": 64, "M": 1, "r": 1},
+            3,
+            function,
+            None,
+            lambda w: 0.5 * jnp.sum(w**2),
+            beta=1 / math.log(64),
+            gamma=1.0,
+        )
+
+    traces = run(cliff).traces
+    lost = ~np.isfinite(traces["elbo"][:, -1])
+    assert 0 < lost.sum() < 3
+    assert traces["elbo"].shape == (3, 600)
+    whole = run(lambda w, batch: 0.5 * jnp.sum(w**2) * jnp.mean(batch)).traces
+    np.testing.assert_allclose(traces["llc"][~lost, -1], whole["llc"][~lost, -1], rtol=0.02)

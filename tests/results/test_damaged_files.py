@@ -314,7 +314,7 @@ PROGRESS = {
     "scrambled": (scrambled, ""),
     "foreign": (lambda path: np.savez(path, weights=np.zeros(3)), "is not the progress of a fit"),
     "older": (meta(version=0), "is of the old version 0"),
-    "newer": (meta(version=2), "Upgrade fastvi."),
+    "newer": (meta(version=99), "Upgrade fastvi."),
     "other format": (meta(format="x"), "is not of the format"),
     "identity of text": (meta(identity="same"), "has an impossible 'identity'"),
     "nan phase": (

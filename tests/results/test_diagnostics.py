@@ -100,6 +100,16 @@ def corrected(result):
     )
 
 
+def test_the_walk_leaves_out_whole_records(corrected):
+    """15 of 44 records, each the mean of 4 steps, where 15 / 44 * 44 rounds to less than 15."""
+    for records in range(8, 400):
+        for burn_in in {records // 5, records // 3, records // 2}:
+            details = corrected.correction._replace(burn_in=4 * burn_in, steps=4 * records)
+            walk = np.ones((2, records))
+            result = dataclasses.replace(corrected, correction=details, walk_llc=walk)
+            assert result.walk_burn_in == burn_in
+
+
 def group(container, name):
     found = getattr(container, name, None)
     return (

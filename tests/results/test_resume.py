@@ -253,3 +253,30 @@ def test_killed(whole, tmp_path):
     assert killed >= 3
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     assert_same_bits(fastvi.LLCEstimate.load(tmp_path / "result"), whole)
+
+
+def test_shapes_of_q_come_back(tmp_path, monkeypatch):
+    """The records for TensorBoard, of before the interruption and of after it."""
+    monkeypatch.setattr(resume, "SAVING_SHARE", 1e9)
+    options = {"steps": 300, "tensorboard": True, "eval_every": 50}
+    never = estimate(None, **options)
+
+    def interrupt(progress):
+        if progress.stage == "fit" and progress.step >= 200:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        estimate(tmp_path, interrupt, **options)
+    again = estimate(tmp_path, **options)
+    assert again.snapshots.keys() == never.snapshots.keys() != set()
+    for name, array in never.snapshots.items():
+        np.testing.assert_array_equal(again.snapshots[name], array)
+
+
+def test_what_comes_after_the_fit_may_change(whole, tmp_path_factory):
+    """A finding says to raise the budget: the fit is not run again for it."""
+    folder, seen = tmp_path_factory.getbasetemp() / "a-whole-fit", []
+    options = {"steps": 1000, "early_stop": True, "method": "sample", "budget": 400.0}
+    result = estimate(folder, lambda progress: seen.append(progress.stage), **options)
+    assert "fit" not in seen
+    assert result.llc_vi == whole.llc

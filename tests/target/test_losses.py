@@ -151,3 +151,22 @@ def test_weighted_stream_meets_the_data_in_memory():
         abs(streamed.llc - held.llc)
         < 4 * np.hypot(streamed.llc_sem, held.llc_sem) + 0.05 * held.llc
     )
+
+
+@pytest.mark.parametrize("returned", ["losses", "pair"])
+def test_an_objective_of_ones_own_returns_the_mean(returned):
+    """A class with its own gradient is asked for a scalar by name, whatever it returns instead."""
+
+    class Own:
+        def loss(self, w, batch):
+            losses = jnp.sum(w**2) * jnp.ones(batch.shape[0])
+            return losses if returned == "losses" else (losses, jnp.ones_like(losses))
+
+        def grad(self, w, batch):
+            return 2 * w
+
+    options = {"n_data": 50, "beta": 0.25, "gamma": 1.0, "vi_cfg": {"steps": 2}}
+    with pytest.raises(fastvi.DataError, match="must return the mean loss as one scalar"):
+        fastvi.fit(
+            rng_key=0, objective=Own(), wstar_flat=jnp.zeros(3), data=jnp.ones((50, 1)), **options
+        )

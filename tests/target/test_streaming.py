@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import fastvi
+from fastvi.fitting import stages
 from fastvi.target import stream as streaming
-from fastvi.target.stream import HostStream, OnePassStream
+from fastvi.target.stream import HostStream, OnePassStream, open_stream
 
 COUNT, DIM, BATCH = 20_000, 5, 64
 OPTIONS = {
@@ -163,6 +164,60 @@ def test_an_iterator_that_ends_soon_is_held():
     batches = iter(Batches(X[:5000], Y[:5000]))
     result = fastvi.estimate_llc(loss_fn, W, batches, **ONE_PASS)
     assert (result.llc, result.llc_sem, result.n_data) == (held.llc, held.llc_sem, 5000)
+
+
+def test_the_last_batch_may_have_fewer_examples_than_arrays():
+    """Three arrays of one shape, as of tokens, masks and labels; one row is left for the end."""
+    columns = [np.arange(9, dtype=np.float32)[:, None] + shift for shift in range(3)]
+
+    def batches():
+        for start in (0, 8):
+            yield tuple(column[start : start + 8] for column in columns)
+
+    source = open_stream(batches(), np.float32, jax.random.key(0), BATCH)
+    assert source.fits
+    np.testing.assert_array_equal(np.asarray(source.window(0).examples[2]), columns[2])
+
+
+def test_a_saddle_of_data_that_are_read_once_needs_no_more_of_them():
+    """Only as many batches as the fit and its evaluation take; the direction is followed after."""
+
+    def saddle(w, batch):
+        return 0.5 * jnp.mean(batch) * (w[0] ** 2 - 0.5 * w[1] ** 2 + 0.25 * w[1] ** 4)
+
+    options = ONE_PASS | {"steps": 200, "curvature_rank": 0, "nbeta": 1e3, "localization": 1.0}
+    rows = np.ones((3 * 100 * BATCH, 1), np.float32)  # two chunks of steps, and a sample
+    batches = iter([rows[start : start + 500] for start in range(0, len(rows), 500)])
+    result = fastvi.estimate_llc(saddle, np.zeros(2, np.float32), batches, **options)
+    assert "not_a_minimum" in {finding.name for finding in result.health}
+
+
+def test_pieces_of_one_size_hold_every_example_once():
+    rows = np.arange(1000)
+    for size in (1, 7, 64, 250, 999, 1000, 2000):
+        for cut in (1, 100, 333, 1000):
+            given = (rows[start : start + cut] for start in range(0, 1000, cut))
+            pieces = list(streaming._regrouped(given, size))
+            np.testing.assert_array_equal(np.concatenate(pieces), rows)
+            assert {len(piece) for piece in pieces[:-1]} <= {size}
+            assert len(pieces[-1]) <= size
+
+
+def test_hessian_products_of_a_stream_are_taken_once(monkeypatch):
+    monkeypatch.setattr(streaming, "WINDOW_BYTES", 1)
+    calls = []
+    original = stages.evaluate
+    monkeypatch.setattr(
+        stages, "evaluate", lambda *args, **options: calls.append(1) or original(*args, **options)
+    )
+
+    def fresh_loss(w, batch):  # of its own, so that its programs are traced here
+        return 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2) + 0.0 * jnp.sum(w)
+
+    options = OPTIONS | {"steps": 100, "control_variate": "hvp"}
+    result = fastvi.estimate_llc(fresh_loss, W, Batches(), num_chains=1, **options)
+    assert len(calls) == 1  # traced for the last piece alone
+    assert abs(result.llc - exact_llc(COUNT / np.log(COUNT))) < 0.05 * result.llc
 
 
 def test_what_an_iterator_cannot_do():

@@ -212,7 +212,7 @@ ANY_JSON = {
     "twice": (text('{"format": 1, "format": 2}'), "'format' is given twice"),
     "bare nan": (text('{"format": NaN}'), "NaN is no JSON number"),
     "older": (put("version", 0), "is of the old version 0"),
-    "newer": (put("version", 99), "version 99 of its format, this fastvi reads 1. Upgrade fastvi."),
+    "newer": (put("version", 99), "version 99 of its format, this fastvi reads 2. Upgrade fastvi."),
     "version of text": (put("version", "1"), "has no version of the format that could be read"),
     "no version": (without("version"), "has no version"),
 }

@@ -16,6 +16,9 @@ LEAST_BURN_IN = 5
 NEGLIGIBLE_CORRELATION = 0.05
 # Relative error of a mean in single precision.
 ROUNDING = 2e-5
+# Units in the last place of float64 that values may differ by and yet be the same: they are sums
+# of tens of terms. At half, rounding would now and then look like a walk.
+ROUNDING_UNITS = 64
 # Standard errors from which what the columns take off llc is a surprise, and from which it is
 # certain: the first adds to the error, the second drops the columns where they raise llc.
 SURPRISE, CERTAIN = 2.0, 4.0
@@ -216,6 +219,10 @@ def split_rhat(values: np.ndarray) -> float:
     parts = np.concatenate([values[:, :half], values[:, -half:]])
     variances = parts.var(axis=1, ddof=1)
     within, between = variances.mean(), half * parts.mean(axis=1).var(ddof=1)
+    # what is left where control variates explain all but the rounding is no walk
+    rounding = ROUNDING_UNITS * np.finfo(float).eps * np.abs(values).max()
+    if max(within, between) <= rounding**2:
+        return 1.0
     if not np.all(variances):
         return float("inf") if between > 0 else 1.0
     return float(np.sqrt(((half - 1) / half * within + between / half) / within))

@@ -136,6 +136,8 @@ def test_burn_in_drift_and_rhat_see_a_transient():
     assert 20 < burn_in(moving) < 120
     assert abs(drift(settled)) < 3 < abs(drift(moving))
     assert split_rhat(settled) < 1.02
+    drifting = np.linspace(0, 20, 40) * np.finfo(float).eps * 150  # rounding, which says nothing
+    assert split_rhat(150 + drifting[None] * np.ones((2, 1))) == 1
     apart = settled + 3 * np.arange(8)[:, None]
     assert split_rhat(apart) > 2
 

@@ -137,18 +137,15 @@ class FolderKeeper(AbstractKeeper):
             f"trace_{name}": np.concatenate([part[name] for part in course.parts], axis=1)
             for name in names
         }
+        shapes = {
+            f"snapshot_{one.step}_{name}": array
+            for one in course.snapshots
+            for name, array in one.arrays.items()
+        }
+        arrays: dict[str, Any] = {f"leaf_{i}": leaf for i, leaf in enumerate(leaves)}
+        arrays |= traces | shapes | {"meta": np.array(json.dumps(meta))}
         with files.staged(self.folder) as staging:
-            np.savez(
-                staging / PROGRESS_FILE,
-                meta=np.array(json.dumps(meta)),
-                **traces,
-                **{f"leaf_{i}": leaf for i, leaf in enumerate(leaves)},
-                **{
-                    f"snapshot_{one.step}_{name}": array
-                    for one in course.snapshots
-                    for name, array in one.arrays.items()
-                },
-            )
+            np.savez(staging / PROGRESS_FILE, **arrays)
             files.publish(staging, self.folder, (PROGRESS_FILE,))
 
     def _warn(self, error: OSError) -> None:

@@ -197,8 +197,7 @@ def assemble(
         nbeta = num_data / math.log(num_data)
     config = config.applied(center.size)
     problem = make_problem(center, data, nbeta, localization, config, "nbeta")
-    known = None if stream is not None and stream.is_sample else num_data
-    budget = (config.budget or default_budget(known)) / num_data
+    budget = (config.budget or default_budget(None if data.is_sample else num_data)) / num_data
     problem, look = look_at_target(
         objective, problem, stream, "loss_fn", budget_fge=budget, max_batch=config.max_batch
     )
@@ -243,14 +242,12 @@ def run_estimate(
         fit = run_fit(
             stages, problem, family_choice(plan), fit_schedule(plan), keys, options=options
         )
-        source = stream or problem.data
         bottom = look_down(
             stages.compiled.excess_along,
             problem.posterior,
             fit.start,
             float(fit.outcome.reference_loss),
-            # of data that are read once, those at hand
-            stream.known_pieces if stream is not None and stream.is_sample else source.pieces,
+            (stream or problem.data).known_pieces,
         )
     timings = Timings(**fit.seconds, compile=watch.seconds, total=time.perf_counter() - began)
     work = count_work(fit, problem, plan, num_chains, look, bottom.losses)

@@ -91,13 +91,15 @@ class Fitted(NamedTuple):
         center, fit = self.problem.posterior.center, self.fit
         return fitted_q(fit.family, fit.params, center, self.objective, self.is_masked)
 
-    def check_unchanged(self) -> None:
-        """Refuse a loss that computes something else than at the fit."""
-        if fingerprint_loss(self.objective, self.problem).digest != self.loss.digest:
+    def check_unchanged(self) -> Fingerprint:
+        """Return what the loss computes now; refuse what is something else than at the fit."""
+        now = fingerprint_loss(self.objective, self.problem)
+        if now.digest != self.loss.digest:
             raise DataError(
                 "the loss computes something else than at the fit: state that it reads has changed "
                 "since (an attribute, a global, an array). Set it back, or run estimate_llc again."
             )
+        return now
 
 
 @in_own_modes
@@ -155,7 +157,7 @@ def correct(
         return result
     config = recorded.filled
     if not fitted.problem.holds_all:
-        uncorrected(config.method, getattr(fitted.problem.data, "is_sample", False))
+        uncorrected(config.method, fitted.problem.data.is_sample)
     began = time.perf_counter()
     with CompileWatch() as watch:
         method, weights, khat = _choose(fitted, config)
@@ -279,7 +281,6 @@ def _sample(
 ) -> _Values:
     """Run the walkers; reweight where the budget pays for no step of theirs."""
     chains, num_data, settings = fitted.keys.size, fitted.problem.num_data, config.sampler
-    budget = config.budget or default_budget(num_data)
     per_chain = _walkers_per_chain(fitted, config.error, settings)
     previous = fitted.previous
     if previous is not None and previous.walkers.position.shape[0] != chains * per_chain:
@@ -287,17 +288,17 @@ def _sample(
 
     def tell(done: float, llc: float) -> None:
         if report is not None:
-            report(Progress("correction", int(done / num_data), int(budget / num_data), llc))
+            report(Progress("correction", int(done / num_data), int(config.budget / num_data), llc))
 
-    fitted.check_unchanged()
-    programs = sampler_programs(fitted.objective, fitted.problem, settings)
+    loss = fitted.check_unchanged()
+    programs = sampler_programs(fitted.objective, loss, fitted.problem, settings)
     setup = RunSetup(
         programs,
         fitted.problem,
         fitted.fit.outcome.reference_loss,
         settings,
         config.error,
-        budget,
+        config.budget,
         tell,
         chains=chains,
         fewest=chains * -(-settings.walkers // chains),

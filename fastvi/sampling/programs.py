@@ -28,7 +28,7 @@ from fastvi.sampling.tuning import HOLD, adapt_step_size
 from fastvi.sampling.virial import parameter_blocks, virial_columns
 from fastvi.sampling.walkers import Walkers, move_walkers, place_walkers
 from fastvi.target.data import Problem
-from fastvi.target.fingerprint import fingerprint_loss, shapes_of
+from fastvi.target.fingerprint import Fingerprint, shapes_of
 from fastvi.target.objective import FlatObjective
 
 
@@ -212,7 +212,7 @@ class SamplerPrograms(NamedTuple):
 
 
 def sampler_programs(
-    objective: Any, problem: Problem, settings: SamplerSettings
+    objective: Any, loss: Fingerprint, problem: Problem, settings: SamplerSettings
 ) -> SamplerPrograms:
     """Return the stages.
 
@@ -221,9 +221,7 @@ def sampler_programs(
     parts = parameter_blocks(objective.structure.leaf_sizes, settings.max_columns)
     shaping = (parts, settings.bins, settings.bin_length)
     key = ("sampler", shaping, shapes_of(problem))
-    return PROGRAMS.find(
-        fingerprint_loss(objective, problem), key, (objective,), lambda one: _build(one, *shaping)
-    )
+    return PROGRAMS.find(loss, key, (objective,), lambda one: _build(one, *shaping))
 
 
 def _build(

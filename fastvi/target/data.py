@@ -59,6 +59,11 @@ class AbstractData(eqx.Module):
         """Count the examples that the mean loss L_n is over."""
 
     @property
+    def is_sample(self) -> bool:
+        """Whether L_n is over a sample, of data that are read once."""
+        return False
+
+    @property
     def num_examples(self) -> int:
         """Count the examples at hand."""
         return num_examples(self.examples)
@@ -76,6 +81,10 @@ class AbstractData(eqx.Module):
     def pieces(self) -> Iterator["AbstractData"]:
         """Yield all data in pieces that are on the device: here in one."""
         yield self
+
+    def known_pieces(self) -> Iterator["AbstractData"]:
+        """Yield pieces for which nothing is read of data that are read once."""
+        return self.pieces()
 
     def fits_a_pass(self, copies: int = 1) -> bool:
         """Say whether one pass takes all examples, with so many copies side by side."""
@@ -179,19 +188,24 @@ def hold(examples: Batch, max_batch: int | None = None) -> Data:
 class Window(AbstractData):
     """Uniform draws from data that are not at hand.
 
-    L_n is the mean over `population` examples: all of them or, of data that can be read only once,
-    as `is_sample` says, a sample.
+    L_n is the mean over `population` examples: all of them or, of data that `are_read_once`, a
+    sample.
     """
 
     examples: Batch
     max_batch: int = eqx.field(static=True)
     population: int = eqx.field(static=True)
-    is_sample: bool = eqx.field(static=True, default=False)
+    are_read_once: bool = eqx.field(static=True, default=False)
 
     @property
     def num_data(self) -> int:
         """Count the examples that L_n is over."""
         return self.population
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether L_n is over a sample, of data that are read once."""
+        return self.are_read_once
 
     def minibatch(self, key: Key, size: int, block: Array | int = 0) -> Batch:
         """Take the next examples, from a place of the key's own on.

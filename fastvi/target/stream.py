@@ -63,7 +63,7 @@ class AbstractStream(abc.ABC):
         """Yield all data, or a sample of them, in pieces that are on the device."""
 
     def known_pieces(self) -> Iterator[AbstractData]:
-        """Yield pieces to learn from before the fit begins."""
+        """Yield pieces for which nothing is read of data that are read once."""
         return self.pieces()
 
     def _piece(self, batch: Batch) -> Data:
@@ -260,7 +260,7 @@ class OnePassStream(AbstractStream):
         examples = self._held(self._window)
         if self.fits:
             return Data(examples, self.max_batch)
-        return Window(examples, self.max_batch, self.num_data, is_sample=True)
+        return Window(examples, self.max_batch, self.num_data, are_read_once=True)
 
     def pieces(self) -> Iterator[AbstractData]:
         """Yield the next examples, as many as a window has."""

@@ -6,7 +6,6 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from conftest import enable_x64, quick_jit
 from jax.experimental import pallas as pl
@@ -15,7 +14,7 @@ from fastvi._errors import ConfigError
 from fastvi.kernels import OPS, woodbury
 from fastvi.kernels.woodbury import reference, xla
 from tests.support import woodbury_cases as cases
-from tests.support.density_draws import assert_close, draws
+from tests.support.density_draws import assert_close, assert_nan_gives_nan, draws
 
 if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
     pytest.skip("needs a jax whose Pallas has a Triton backend", allow_module_level=True)
@@ -69,21 +68,7 @@ def test_vmap_over_chains_equals_a_loop(interpreted, x64):
 
 
 def test_nan_in_nan_out(interpreted, x64):
-    mixture, stacked = cases.make(SHARED["shared"], jnp.float64)
-    for field in ("eps", "zeta", "z"):
-        drawn, _ = draws(
-            density,
-            mixture,
-            stacked._replace(**{field: getattr(stacked, field).at[0, 0].set(jnp.nan)}),
-        )
-        assert np.isnan(drawn.log_prob[0]), field
-        assert np.isnan(drawn.score[0]).any(), field
-        assert np.isfinite(drawn.log_prob[1]), field
-    for field in ("log_weights", "log_scale", "core", "factors"):
-        spoiled = mixture._replace(**{field: getattr(mixture, field).at[-1].set(jnp.nan)})
-        drawn, elsewhere = draws(density, spoiled, stacked)
-        assert np.isnan(drawn.score).any(axis=-1).all(), field
-        assert np.isnan(elsewhere), field
+    assert_nan_gives_nan(density, *cases.make(SHARED["shared"], jnp.float64))
 
 
 def test_log_prob_can_be_differentiated(interpreted, x64):

@@ -23,7 +23,7 @@ from fastvi._errors import ConfigError
 from fastvi.kernels import OPS, _triton, woodbury
 from tests.support import triton_interpreter
 from tests.support import woodbury_cases as cases
-from tests.support.density_draws import assert_close, draws
+from tests.support.density_draws import assert_close, assert_nan_gives_nan, draws
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton: pip install triton", allow_module_level=True)
@@ -109,18 +109,7 @@ def test_chains_are_one_launch(interpreted, monkeypatch, x64):
 
 
 def test_nan_in_nan_out(interpreted, x64):
-    mixture, stacked = cases.make(cases.CASES["shared"], jnp.float64)
-    for field in ("eps", "zeta", "z"):
-        spoiled = stacked._replace(**{field: getattr(stacked, field).at[0, 0].set(jnp.nan)})
-        drawn, _ = draws(density, mixture, spoiled)
-        assert np.isnan(drawn.log_prob[0]), field
-        assert np.isnan(drawn.score[0]).any(), field
-        assert np.isfinite(drawn.log_prob[1]), field
-    for field in ("log_weights", "log_scale", "core", "factors"):
-        spoiled = mixture._replace(**{field: getattr(mixture, field).at[-1].set(jnp.nan)})
-        drawn, elsewhere = draws(density, spoiled, stacked)
-        assert np.isnan(drawn.score).any(axis=-1).all(), field
-        assert np.isnan(elsewhere), field
+    assert_nan_gives_nan(density, *cases.make(cases.CASES["shared"], jnp.float64))
 
 
 def test_log_prob_can_be_differentiated(interpreted, x64):

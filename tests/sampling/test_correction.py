@@ -275,7 +275,7 @@ def test_walkers_move_to_another_posterior():
     options |= {"method": "variational", "num_chains": 1, "steps": 200, "early_stop": False}
     second = fastvi.estimate_llc(lambda w, batch: w @ w, jnp.full(40, 0.3), no_data(), **options)
     before, fitted = first.fitted.previous, second.fitted
-    programs = sampler_programs(fitted.objective, fitted.problem, SamplerSettings())
+    programs = sampler_programs(fitted.objective, fitted.loss, fitted.problem, SamplerSettings())
     walkers = programs.move(
         fitted.fit.family,
         fitted.problem,
@@ -311,11 +311,11 @@ def noisy():
 
 def test_only_settings_that_shape_a_trace_make_other_programs(noisy):
     fitted, usual = noisy.fitted, SamplerSettings()
-    programs = sampler_programs(fitted.objective, fitted.problem, usual)
+    programs = sampler_programs(fitted.objective, fitted.loss, fitted.problem, usual)
     shaping = {"bins": 2, "bin_length": 8, "max_columns": 1}
     for name, value in vars(usual).items():
         changed = dataclasses.replace(usual, **{name: shaping.get(name, 2 * value)})
-        found = sampler_programs(fitted.objective, fitted.problem, changed)
+        found = sampler_programs(fitted.objective, fitted.loss, fitted.problem, changed)
         assert (found is programs) == (name not in ("bins", "bin_length")), name
 
 

@@ -271,7 +271,9 @@ def _compile_ahead(
         if stream is None:
             nothing = programs.nothing_seen(problem, keys.size)
             common = family, problem, params, keys, problem.data, nothing
-            ahead.compile(programs.finish.lower(*common, jax.ShapeDtypeStruct((), dtype)))
+            share = jax.ShapeDtypeStruct((), dtype)
+            # said as it is said below: jax takes what is left out for another program
+            ahead.compile(programs.finish.lower(*common, share, concludes=True))
         ahead.wait()
 
 

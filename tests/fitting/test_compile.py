@@ -49,6 +49,22 @@ def test_nothing_is_compiled_twice():
     assert second.timings.compile < first.timings.compile
 
 
+def test_what_is_compiled_ahead_is_what_is_run(caplog):
+    jax.config.update("jax_log_compiles", True)
+    try:
+        fastvi.estimate_llc(
+            lambda w, batch: 0.5 * jnp.mean((batch[0] @ w["a"] - 0.25) ** 2),
+            {"a": jnp.zeros(4)},
+            DATA,
+            **SETTINGS | {"method": "variational"},
+        )
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    said = [record.getMessage() for record in caplog.records]
+    for stage in ("prepare", "launch", "steps", "finish"):
+        assert sum(f"Finished XLA compilation of jit({stage})" in one for one in said) == 1, stage
+
+
 # The same function, another state.
 
 

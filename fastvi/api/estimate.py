@@ -29,6 +29,7 @@ from fastvi.api.plan import (
     start_settings,
 )
 from fastvi.api.resample import Fitted, correct
+from fastvi.api.walk import chooses_walk, estimate_by_walk
 from fastvi.config import VIConfig
 from fastvi.evaluation.errors import chain_error
 from fastvi.evaluation.importance import assess_importance
@@ -44,6 +45,7 @@ from fastvi.results.parts import ChainValues, Curvature, DrawValues, Timings
 from fastvi.results.progress import reporting
 from fastvi.results.resume import FolderKeeper, identify
 from fastvi.results.work import RunWork, count_work
+from fastvi.sampling.from_localizer import TooStiff
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem, hold
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
@@ -143,12 +145,42 @@ def estimate_llc(
     if param_mask is not None:
         loss_fn, params = restrict(loss_fn, params, param_mask)
     target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
+    if num_chains is None and resume_from is None:
+        target, result = _walk(target, progress, throw)
+        if result is not None:
+            return result
     result = run_estimate(
         target, num_chains, progress=progress, throw=throw, resume_from=resume_from
     )
     return dataclasses.replace(
         result, fitted=result.fitted._replace(is_masked=param_mask is not None)
     )
+
+
+def _walk(
+    target: "Target", progress: bool | Callable[[Progress], None], throw: bool
+) -> tuple["Target", LLCEstimate | None]:
+    """Walk from the localizer where that serves better than a fit.
+
+    Returns:
+        The target, with the work of an attempt in its look, and the estimate if there is one.
+    """
+    objective, problem, config, key, stream, look = target
+    num_data = None if problem.data.is_sample else problem.num_data
+    budget = config.budget or default_budget(num_data)
+    tries, must_walk = chooses_walk(problem, config, budget)
+    if not tries or stream is not None:
+        return target, None
+    with reporting(progress) as report:
+        found = estimate_by_walk(
+            objective, problem, config.filled, key, look, budget, must_walk, report
+        )
+    if isinstance(found, TooStiff):
+        spent = look._replace(sample_gradients=look.sample_gradients + found.work)
+        return target._replace(look=spent), None
+    if throw and _has(found, "non_finite"):
+        raise NonFiniteError(f"{found.health[0]} Pass throw=False to get the partial result.")
+    return target, found
 
 
 class Target(NamedTuple):

@@ -9,7 +9,7 @@ from fastvi.config import rules as checks
 from fastvi.config import sources
 from fastvi.config.fields import CheckedFields, nearest, refuse_unknown
 from fastvi.families.backends.base import Architecture
-from fastvi.sampling.settings import SamplerSettings
+from fastvi.sampling.settings import STARTS, SamplerSettings
 
 FLOW_DEFAULTS: dict[str, Any] = asdict(Architecture())
 
@@ -82,6 +82,11 @@ def sampler_entry(name: str, value: Any, fix: str) -> SamplerSettings:
             raise checks.refusal(
                 f"{name}.{key}", rule, item, nearest(key, {one: one for one in usual})
             )
+        if key == "start":
+            if item not in STARTS:
+                rule = f"one of {', '.join(map(repr, STARTS))}"
+                raise checks.refusal(f"{name}.{key}", rule, item, 'for example "auto"')
+            continue
         rule = checks.positive
         if isinstance(usual[key], int):
             rule = checks.natural if key in ("max_burn_in", "max_refinements") else checks.integer

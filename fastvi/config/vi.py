@@ -451,9 +451,27 @@ class VIConfig(CheckedFields):
             )
 
     @property
+    def of_a_fit(self) -> tuple[str, ...]:
+        """Names of the given fields that only a fit, or a walk from one, has a use for."""
+        pairs = ((self, type(self)(), ""), (self.sampler, SamplerSettings(), "sampler."))
+        return tuple(
+            prefix + name
+            for given, usual, prefix in pairs
+            for name, value in vars(given).items()
+            if name not in OF_A_WALK and value != getattr(usual, name)
+        )
+
+    @property
     def prunes(self) -> bool:
         """Whether components are pruned during the fit."""
         return self.mixture_cap is not None or self.prune_threshold is not None
+
+
+# Fields, the sampler's among them, that a walk without a fit reads.
+OF_A_WALK = frozenset(
+    ("method", "error", "budget", "max_batch", "sampler", "dtype", "gamma")
+    + ("start", "walkers", "bin_length", "min_bins")
+)
 
 
 @lru_cache(maxsize=256)

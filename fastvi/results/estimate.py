@@ -100,19 +100,46 @@ class LLCEstimate:
     def summary(self) -> str:
         """Return the estimate in words, for a terminal."""
         chains = "  ".join(f"{value:.4g}" for value in self.llc_per_chain)
-        fits, steps = next(iter(self.traces.values())).shape
         is_walk = self.correction is not None and self.correction.method == "sample"
-        stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[
-            self.converged
-        ]
-        khat, word, effective = self.importance
         lines = [
             f"llc            {self.llc_text}   ({self.provenance})",
             f"error          {self.coverage}",
             f"{'per walkers' if is_walk else 'per chain':<15}{chains}",
-            f"elbo           {self.elbo:.4f} nats",
             f"problem        d = {self.dim:,}, n = {self.n_data:,}, n beta = {self.nbeta:.4g}, "
             f"localization = {self.localization:.4g}, L_n(w*) = {self.init_loss:.4g}",
+            *(self._fit_lines() if self.has_fit else self._walk_lines()),
+        ]
+        findings = [str(finding) for finding in self.health] or [NO_FINDINGS]
+        wrap = TextWrapper(width=SUMMARY_WIDTH, initial_indent="  ", subsequent_indent="    ")
+        return "\n".join([*map(_folded, lines), "findings", *map(wrap.fill, findings)])
+
+    @property
+    def has_fit(self) -> bool:
+        """Whether a q was fitted; a walk from the localizer has none."""
+        return self.log_weights.size > 0
+
+    def _walk_lines(self) -> list[str]:
+        """Say what a walk without a fit was."""
+        details = self.correction
+        assert details is not None, "an estimate without a fit is a walk"
+        return [
+            f"walk           {details.steps} steps of {details.step_size:.2g} x "
+            f"{details.walkers} walkers, {details.batch} fresh examples each",
+            f"work           {self.work.total_fge * self.n_data:,.0f} sample gradients "
+            f"({self.work.total_fge:.3g} FGE)",
+            f"time           {self.timings.total:.1f} s; about {self.timings.compile:.1f} s of it "
+            "compiling",
+        ]
+
+    def _fit_lines(self) -> list[str]:
+        """Say what the fit was."""
+        fits, steps = next(iter(self.traces.values())).shape
+        stop = {None: "fixed length", True: "stopped by itself", False: "cap reached"}[
+            self.converged
+        ]
+        khat, word, effective = self.importance
+        return [
+            f"elbo           {self.elbo:.4f} nats",
             f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} effective of "
             f"{self.log_weights.size} draws",
             *self._without_control_variate,
@@ -130,9 +157,6 @@ class LLCEstimate:
             + (f", correction {self.timings.correction:.1f} s" if self.correction else "")
             + f"; about {self.timings.compile:.1f} s of it compiling",
         ]
-        findings = [str(finding) for finding in self.health] or [NO_FINDINGS]
-        wrap = TextWrapper(width=SUMMARY_WIDTH, initial_indent="  ", subsequent_indent="    ")
-        return "\n".join([*map(_folded, lines), "findings", *map(wrap.fill, findings)])
 
     @property
     def q(self) -> FittedQ:
@@ -141,6 +165,11 @@ class LLCEstimate:
         Raises:
             DataError: If the result was loaded from disk and holds no fit.
         """
+        if not self.has_fit:
+            raise DataError(
+                "this estimate is a walk from the localizer and has no q to draw from. Run "
+                "estimate_llc with sampler={'start': 'fit'}."
+            )
         if self.fitted is None:
             raise DataError(
                 "this estimate holds no fit to draw from (it was loaded from disk, or is not the "
@@ -222,6 +251,8 @@ class LLCEstimate:
         """Say where `llc` comes from, in words."""
         if self.correction is None:
             return "uncorrected variational estimate"
+        if not self.has_fit:
+            return "Langevin dynamics from the localizer"
         methods = {"reweight": "reweighted draws of q", "sample": "Langevin dynamics from q"}
         short = " after a short fit" if self.converged is None else ""
         alone = f"q alone{short} {with_error(self.llc_vi, self.llc_vi_sem)}"

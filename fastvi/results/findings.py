@@ -256,6 +256,7 @@ def _why_unsettled(unmet: dict[str, Unmet], result: Any) -> tuple[str, str]:
 
 def _q_was_off(result: Any) -> Finding | None:
     gap, noise = result.llc_vi - result.llc, np.hypot(result.llc_vi_sem, result.llc_sem)
+    # NaN, where there is no q, is no gap
     if not abs(gap) > max(3 * noise, 0.05 * abs(result.llc)):
         return None
     return Finding(
@@ -361,7 +362,11 @@ def _not_a_minimum(evidence: Evidence) -> Finding | None:
         f"at a draw of q n beta L_n is {lower:.2g} nats lower": lower > LEAST_GAIN,
         "llc is negative": negative,
     }
-    seen = [words for words, is_seen in signs.items() if is_seen]
+    return not_a_minimum([words for words, is_seen in signs.items() if is_seen], negative)
+
+
+def not_a_minimum(seen: list[str], negative: bool = False) -> Finding | None:
+    """Say that w* is not a minimum, by the signs that were seen."""
     if not seen:
         return None
     return Finding(
@@ -375,9 +380,12 @@ def _not_a_minimum(evidence: Evidence) -> Finding | None:
 
 
 def _coarse_numbers(evidence: Evidence) -> Finding | None:
-    """Hold the rounding of weights and loss, in nats of n beta L_n, against llc."""
     llc = abs(float(evidence.llc_per_chain.mean()))
-    weights, loss = evidence.weight_rounding, evidence.loss_rounding
+    return coarse_numbers(llc, evidence.weight_rounding, evidence.loss_rounding)
+
+
+def coarse_numbers(llc: float, weights: float, loss: float) -> Finding | None:
+    """Hold the rounding of weights and loss, in nats of n beta L_n, against |llc|."""
     signs = {
         f"rounding w to its dtype adds about {weights:.2g} nats to n beta L_n": (
             weights > COARSE_WEIGHTS * llc

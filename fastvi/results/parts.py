@@ -98,6 +98,9 @@ class Correction(NamedTuple):
         energy_error: Mean square, per effective dimension, that the step size was held at, nats^2.
         step_size: Step of the dynamics in the coordinates of q.
         returned: Steps that were taken back, all walkers together.
+        batch: Examples of a walker's minibatch, where each step draws them anew.
+        stiffness: Largest eigenvalue of the Hessian of nbeta L_n in the walk's coordinates that a
+            walk without a fit met.
         narrow_dtype: Half-precision type of a parameter or of the loss.
     """
 
@@ -121,4 +124,6 @@ class Correction(NamedTuple):
     energy_error: float | None = None
     step_size: float | None = None
     returned: float | None = None
+    batch: int | None = None
+    stiffness: float | None = None
     narrow_dtype: str | None = None

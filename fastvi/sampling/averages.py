@@ -151,6 +151,8 @@ def burn_in(llc: np.ndarray) -> int:
 
 def _adjust(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Subtract what the columns explain, by coefficients from the other half of the walkers."""
+    if columns.shape[-1] == 0:
+        return values
     if values.shape[0] == 1:
         half = values.shape[1] // 2  # the halves in time stand for two walkers
         apart = _adjust(

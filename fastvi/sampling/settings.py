@@ -2,6 +2,8 @@
 
 import dataclasses
 
+STARTS = ("auto", "fit", "localizer")
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
@@ -13,6 +15,10 @@ class SamplerSettings:
     programs; a change of any other field compiles nothing.
 
     Attributes:
+        start: Where walkers begin. "fit": at draws of a fitted q. "localizer": at those of the
+            localizer, in coordinates that a few gradients measure, on fresh minibatches, without a
+            fit or a pass over the data. "auto": at the localizer where the posterior is not stiff
+            in its coordinates and the budget, or many dimensions, speak against a fit.
         walkers: Walkers of a run, at least; rounded up to a multiple of the chains. Half of them
             doubles the steps for the same error; twice as many burn in twice as many starts.
         walkers_in_few_dimensions: Times as many walkers, at most, in fewer than 32 dimensions,
@@ -62,6 +68,7 @@ class SamplerSettings:
             the variance is reduced less; at double, regressions need twice the records.
     """
 
+    start: str = "auto"
     walkers: int = 8
     walkers_in_few_dimensions: int = 64
     friction_time: float = 2.0

@@ -1,0 +1,194 @@
+"""Estimates by a walk from the localizer: nothing is fitted, and no pass over the data is made."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from fastvi._compilation import CompileWatch
+from fastvi._errors import ConfigError
+from fastvi.config import VIConfig
+from fastvi.fitting.protocols import Progress
+from fastvi.kernels.noise import streams
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.findings import correction_findings
+from fastvi.results.parts import ChainValues, Correction, Curvature, DrawValues, Timings
+from fastvi.results.walk_findings import walk_findings
+from fastvi.results.work import RunWork
+from fastvi.sampling.from_localizer import TooStiff, Walk, WalkSetup, walk_from_localizer
+from fastvi.sampling.minibatches import AbstractSource, Drawn, minibatch_programs
+from fastvi.target.checks import LossLook
+from fastvi.target.data import Problem
+from fastvi.target.fingerprint import fingerprint_loss
+from fastvi.target.ravel import TreeObjective
+from fastvi.target.work import Work
+
+# Dimensions from which on a walk is tried before a fit, where both are possible. Below, a fit takes
+# a second or two and its metric always pays.
+LEAST_DIM = 2048
+# The least that a fit and its walk cost: passes over the data, and sample gradients beside them.
+FIT_PASSES, FIT_GRADIENTS = 20, 5e4
+# Steps of a round: the host looks as often. Half of it looks twice as often, at a millisecond each.
+ROUND = 16
+# Examples of a part of a walker's batch, where examples are dear and where they are cheap; a pass
+# that takes this many examples tells the two apart.
+PART, PART_OF_CHEAP, CHEAP = 4, 16, 1024
+
+
+def chooses_walk(problem: Problem, config: VIConfig, budget: float) -> tuple[bool, bool]:
+    """Say whether to try a walk from the localizer, and whether nothing else is possible.
+
+    Raises:
+        ConfigError: If it was asked for and cannot be.
+    """
+    start, gamma = config.sampler.start, float(problem.posterior.gamma)
+    samples = config.method in (None, "auto", "sample")
+    if start == "localizer":
+        if config.of_a_fit:
+            raise ConfigError(
+                f'sampler.start="localizer" makes no fit, and {config.of_a_fit[0]} is of one: leave '
+                "one of them out."
+            )
+        if not samples:
+            raise ConfigError(
+                f'sampler.start="localizer" walks, and method={config.method!r} does not: leave '
+                "one of them out."
+            )
+        if gamma <= 0:
+            raise ConfigError(
+                'sampler.start="localizer" needs localization > 0: without it, the localizer has '
+                "no width."
+            )
+        return True, True
+    if start == "fit" or not samples or gamma <= 0 or config.of_a_fit:
+        return False, False
+    # a fit, its evaluation and its walk: less than this pays for none of them
+    is_poor = budget < FIT_PASSES * problem.num_data + FIT_GRADIENTS
+    return is_poor or problem.posterior.center.size >= LEAST_DIM, is_poor
+
+
+def estimate_by_walk(
+    objective: TreeObjective,
+    problem: Problem,
+    config: VIConfig,
+    key: Any,
+    look: LossLook,
+    budget: float,
+    must_walk: bool,
+    report: Callable[[Progress], None] | None,
+    feed: Callable[[int, int, int], AbstractSource | None] | None = None,
+) -> LLCEstimate | TooStiff:
+    """Walk from the localizer, on data at hand or those that `feed` gives."""
+    began, settings = time.perf_counter(), config.sampler
+    part = PART if problem.data.max_batch < CHEAP else PART_OF_CHEAP
+    drawn = Drawn(problem.data.examples, min(part, problem.data.num_examples))
+    keys = jax.random.split(streams.derive(key, streams.Purpose.WALKERS), settings.walkers)
+
+    def tell(work: float, llc: float) -> None:
+        if report is not None:
+            report(Progress("walk", int(work), int(budget), llc))
+
+    with CompileWatch() as watch:
+        loss = fingerprint_loss(objective, problem)
+        programs = minibatch_programs(objective, loss, problem.posterior, drawn, ROUND)
+        setup = WalkSetup(
+            programs=programs,
+            posterior=problem.posterior,
+            leaf_sizes=tuple(objective.structure.leaf_sizes),
+            source=feed or (lambda step, steps, parts: drawn),
+            part_size=drawn.part_size,
+            keys=keys,
+            seed=_seed(key),
+            settings=settings,
+            error=config.error,
+            budget=budget - look.sample_gradients,
+            must_walk=must_walk,
+            report=tell,
+        )
+        walk = walk_from_localizer(setup)
+    if isinstance(walk, TooStiff):
+        return walk
+    seconds = time.perf_counter() - began
+    timings = Timings(watch.seconds, 0.0, 0.0, 0.0, seconds, seconds)
+    result = _estimate(walk, problem, config, setup, look, timings)
+    result = dataclasses.replace(result, health=walk_findings(result, walk, look))
+    return dataclasses.replace(result, health=correction_findings(result))
+
+
+def _seed(key: Any) -> np.random.SeedSequence:
+    words = np.ravel(np.asarray(jax.random.key_data(key)))
+    return np.random.SeedSequence([int(word) for word in words])
+
+
+def _estimate(
+    walk: Walk,
+    problem: Problem,
+    config: VIConfig,
+    setup: WalkSetup,
+    look: LossLook,
+    timings: Timings,
+) -> LLCEstimate:
+    """Put a finished walk into the form of an estimate; what a fit would say is left empty."""
+    posterior, measured = problem.posterior, walk.measured
+    analysis, bins, unmet = walk.check
+    nan, none = math.nan, np.zeros((0, 0))
+    curvatures = np.asarray(setup.leaf_sizes) * (measured.curvature + float(posterior.gamma))
+    work = Work(gradients=walk.work).fge(problem.num_data)
+    looking = Work(gradients=look.sample_gradients).fge(problem.num_data)
+    return LLCEstimate(
+        llc=analysis.llc,
+        llc_sem=analysis.llc_sem,
+        llc_per_chain=analysis.per_walker,
+        llc_sem_per_chain=analysis.per_walker_sem,
+        elbo=nan,
+        init_loss=walk.reference_loss,
+        nbeta=float(posterior.nbeta),
+        localization=float(posterior.gamma),
+        n_data=problem.num_data,
+        dim=posterior.center.size,
+        converged=None,
+        curvature=Curvature(
+            rank=0,
+            wanted_rank=0,
+            explained=0.0,
+            trace=float(curvatures.sum()),
+            spectrum=[],
+            newton_decrement=measured.decrement,
+            lowest=nan,
+        ),
+        evaluation=ChainValues([], [], [], [], [], []),
+        work=RunWork(0, 0, 0, 0, looking, 0.0, 0.0, 0.0, 0.0, looking + work, work),
+        timings=timings,
+        traces={},
+        log_weights=none,
+        draws=DrawValues(none, none, none),
+        health=(),
+        config=config.replace(method="sample", budget=setup.budget).recorded,
+        llc_vi=nan,
+        llc_vi_sem=nan,
+        correction=Correction(
+            method="sample",
+            khat=nan,
+            in_memory=problem.holds_all,
+            settled=not unmet,
+            unmet=unmet,
+            rhat=analysis.rhat,
+            rhat_radius=analysis.rhat_radius,
+            drift_z=analysis.drift_z,
+            virial_z=analysis.virial_z,
+            variance_reduction=analysis.variance_reduction,
+            systematic=analysis.systematic,
+            walkers=bins.shape[0],
+            steps=bins.shape[1] * setup.settings.bin_length,
+            burn_in=analysis.burn_in * setup.settings.bin_length,
+            batch=walk.batch,
+            step_size=walk.step_size,
+            returned=walk.returned,
+            stiffness=measured.stiffness,
+        ),
+        walk_llc=bins,
+    )

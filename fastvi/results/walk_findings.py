@@ -1,0 +1,52 @@
+"""Findings of a walk from the localizer, beside those that every sampled value may have."""
+
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.findings import LEAST_GAIN, Finding, coarse_numbers, not_a_minimum
+from fastvi.sampling.from_localizer import MOST_STIFFNESS, Walk
+from fastvi.target.checks import LossLook
+
+# Standard errors that a measured gain is above zero: the noise of a few batches passes them in one
+# of 700 estimates.
+GAIN_SIGMAS = 3.0
+
+
+def walk_findings(result: LLCEstimate, walk: Walk, look: LossLook) -> tuple[Finding, ...]:
+    """Return what stands out before and during a walk."""
+    measured = walk.measured
+    gain = measured.decrement
+    seen = []
+    if gain - GAIN_SIGMAS * measured.decrement_error > LEAST_GAIN:
+        seen.append(f"a step along the gradient would lower n beta L_n by about {gain:.2g} nats")
+    found = (
+        not_a_minimum(seen),
+        coarse_numbers(abs(result.llc), look.weight_rounding, look.loss_rounding),
+        _stiff(walk),
+        _ended(walk),
+    )
+    return tuple(finding for finding in found if finding is not None)
+
+
+def _stiff(walk: Walk) -> Finding | None:
+    stiffness = walk.measured.stiffness
+    if stiffness <= MOST_STIFFNESS:
+        return None
+    return Finding(
+        "warning",
+        "stiff",
+        f"The largest curvature of n beta L_n is {stiffness:.3g} times that of the rest and the "
+        "localizer, so steps are short.",
+        "Nothing is known of the directions that the data narrow, and the budget pays for no fit.",
+        "Raise budget, so that a fit finds them; or raise localization.",
+    )
+
+
+def _ended(walk: Walk) -> Finding | None:
+    if not walk.ended_early:
+        return None
+    return Finding(
+        "note",
+        "data_ended",
+        f"The data ended after {walk.examples} examples, before the walk did.",
+        "An iterator gives each example once, and the error that was asked for takes more.",
+        "Give more examples, or ask for a larger error.",
+    )

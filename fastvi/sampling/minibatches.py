@@ -1,0 +1,204 @@
+"""Walkers on fresh minibatches: each step of each walker draws examples of its own.
+
+A batch is read in *parts* of one size, so that one compiled program serves every batch size, and no
+more than a part of each walker is in memory at once.
+"""
+
+import abc
+import functools
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._compilation import PROGRAMS
+from fastvi._typing import Array, Batch, Float, Int, Keys, Scalar
+from fastvi.families.moments import LinearMap
+from fastvi.kernels.noise import normal, streams, words
+from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_half_step
+from fastvi.target.fingerprint import Fingerprint, shapes_of
+from fastvi.target.losses import num_examples, take_examples
+from fastvi.target.objective import FlatObjective, value_and_grad
+from fastvi.target.posterior import LocalPosterior
+
+# Parts that a batch may have: their numbers are the low bits of a counter. Half of it bounds
+# batches sooner, double leaves half as many steps before counters repeat.
+MOST_PARTS = 2**10
+
+
+class AbstractSource(eqx.Module):
+    """Where minibatches come from. `part_size` examples make a part."""
+
+    examples: eqx.AbstractVar[Batch]
+    part_size: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def rows(
+        self, keys: Keys, step: Int[Array, ""], part: Int[Array, ""], parts: Int[Array, ""]
+    ) -> Int[Array, "walkers part_size"]:
+        """Return the examples of one part of each walker's batch."""
+
+
+class Drawn(AbstractSource):
+    """Examples at hand, drawn with replacement."""
+
+    examples: Batch
+    part_size: int = eqx.field(static=True)
+
+    def rows(self, keys, step, part, parts):
+        """Return rows that the keys draw."""
+        block = streams.walker_data(step * MOST_PARTS + part)
+        drawn = jax.vmap(lambda key: words(key, self.part_size, block=block))(keys)
+        # uneven by at most num_examples / 2^32
+        return (drawn % jnp.uint32(num_examples(self.examples))).astype(jnp.int32)
+
+
+class Fed(AbstractSource):
+    """Examples that arrive, in their order: those of the steps from `first_step` on."""
+
+    examples: Batch
+    first_step: Int[Array, ""]
+    part_size: int = eqx.field(static=True)
+
+    def rows(self, keys, step, part, parts):
+        """Return the next rows: step by step, part by part, walker by walker."""
+        walkers = keys.shape[0]
+        first = (((step - self.first_step) * parts + part) * walkers) * self.part_size
+        return first + jnp.arange(walkers * self.part_size).reshape(walkers, self.part_size)
+
+
+class Observed(NamedTuple):
+    """What a batch says of a walker's position.
+
+    Attributes:
+        excess: L_B(w) - L_B(w*), both on the same examples.
+        reference: L_B(w*).
+        radius2: |w - w*|^2.
+        virial: (w - w*) . grad of -log p.
+    """
+
+    excess: Float[Array, " walkers"]
+    reference: Float[Array, " walkers"]
+    radius2: Float[Array, " walkers"]
+    virial: Float[Array, " walkers"]
+
+
+class Steps(NamedTuple):
+    """What a round keeps of each step; `returned` of those that were taken back."""
+
+    observed: Observed
+    returned: Float[Array, "steps walkers"]
+
+
+class MinibatchPrograms(NamedTuple):
+    """Compiled: one program holds the model.
+
+    Attributes:
+        advance: `(posterior, linear_map, source, state, keys, parts, step_size, friction_time,
+            first, start, stop) -> (State, Steps)`. A round of steps from `start` to `stop`; step -1
+            evaluates the walkers where they are, on the batch of step `first`.
+        length: Steps of a round, at most.
+    """
+
+    advance: Any
+    length: int
+
+
+def evaluate_minibatches(
+    objective: FlatObjective,
+    posterior: LocalPosterior,
+    linear_map: LinearMap,
+    source: AbstractSource,
+    parts: Int[Array, ""],
+    keys: Keys,
+    position: Float[Array, "walkers dim"],
+    step: Int[Array, ""],
+) -> Evaluation:
+    """Evaluate each walker on its batch of this step.
+
+    The loss at w* on the same examples is taken off, which leaves the noise of a difference.
+
+    Cost:
+        A gradient and a loss for each example.
+    """
+    displacement, center = linear_map.displacement(position), posterior.center
+
+    def one(v, batch):
+        loss, slope = value_and_grad(objective, center + v, batch)
+        reference = objective.loss(center, batch)
+        return loss - reference, reference, slope
+
+    def add(part, total):
+        rows = source.rows(keys, step, part, parts)
+        found = jax.vmap(one)(displacement, take_examples(source.examples, rows))
+        return jax.tree_util.tree_map(lambda a, b: a + b.astype(a.dtype), total, found)
+
+    zeros = jnp.zeros(displacement.shape[0], displacement.dtype)
+    sums = jax.lax.fori_loop(0, parts, add, (zeros, zeros, jnp.zeros_like(displacement)))
+    excess, reference, slope = jax.tree_util.tree_map(lambda leaf: leaf / parts, sums)
+    gradient = -jax.vmap(posterior.log_density_grad)(displacement, slope)
+    radius2 = jnp.sum(displacement**2, axis=-1)
+    potential = -jax.vmap(posterior.log_density)(displacement, excess)
+    virial = jnp.sum(displacement * gradient, axis=-1)
+    observed = Observed(excess, reference, radius2, virial)
+    return Evaluation(potential, linear_map.pull_back(gradient), observed)
+
+
+def blank_state(position: Float[np.ndarray, "walkers dim"], momentum: Any = None) -> State:
+    """Return a state to call step -1 with, which reads nothing of its evaluation."""
+    zeros = np.zeros(position.shape[0], position.dtype)
+    blank = Evaluation(zeros, np.zeros_like(position), Observed(zeros, zeros, zeros, zeros))
+    momentum = np.zeros_like(position) if momentum is None else momentum
+    return jax.tree_util.tree_map(jnp.asarray, State(position, momentum, blank))
+
+
+def minibatch_programs(
+    objective: Any, loss: Fingerprint, posterior: LocalPosterior, source: Any, length: int
+) -> MinibatchPrograms:
+    """Return the programs, shared by objectives that compute the same."""
+    key = ("minibatches", length, shapes_of((posterior, source)))
+    return PROGRAMS.find(
+        loss, key, (objective,), lambda one: MinibatchPrograms(_advance(one, length), length)
+    )
+
+
+def _advance(objective: FlatObjective, length: int) -> Any:
+    @functools.partial(jax.jit, donate_argnames=("state",))
+    def advance(
+        posterior: LocalPosterior,
+        linear_map: LinearMap,
+        source: AbstractSource,
+        state: State,
+        keys: Keys,
+        parts: Int[Array, ""],
+        step_size: Scalar,
+        friction_time: Scalar,
+        first: Int[Array, ""],
+        start: Int[Array, ""],
+        stop: Int[Array, ""],
+    ) -> tuple[State, Steps]:
+        shape, dtype = state.position.shape, state.position.dtype
+
+        def one_step(number, carry):
+            state, kept = carry
+            index = first + jnp.maximum(number, 0)
+            step = jnp.where(number < 0, 0, step_size)
+            block = streams.walker_noise(index)
+            noise = jax.vmap(lambda key: normal(key, shape[1:], dtype, block=block))(keys)
+            half = first_half_step(state, step, friction_time, noise)
+            there = evaluate_minibatches(
+                objective, posterior, linear_map, source, parts, keys, half.position, index
+            )
+            state, info = second_half_step(state, half, there, step, is_same_data=False)
+            said = Steps(state.here.observed, info.is_returned.astype(dtype))
+            # step -1 writes where step 0 writes next
+            at = jnp.maximum(number, 0)
+            return state, jax.tree_util.tree_map(lambda a, b: a.at[at].set(b), kept, said)
+
+        blank = Steps(state.here.observed, jnp.zeros(shape[0], dtype))
+        kept = jax.tree_util.tree_map(lambda leaf: jnp.zeros((length, *leaf.shape), dtype), blank)
+        return jax.lax.fori_loop(start, stop, one_step, (state, kept))
+
+    return advance

@@ -120,7 +120,9 @@ def llc_curve(
             if params is _NO_MORE:
                 break
             settings = later if before else first
-            target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
+            target = assemble(
+                loss_fn, params, data, nbeta, localization, settings, as_key(key), may_walk=False
+            )
             structure = _same_structure(target.objective.structure, structure, len(estimates))
             estimate = run_estimate(
                 target,

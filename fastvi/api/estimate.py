@@ -4,10 +4,11 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fastvi._compilation import CompileWatch
@@ -47,15 +48,25 @@ from fastvi.results.resume import FolderKeeper, identify
 from fastvi.results.work import RunWork, count_work
 from fastvi.sampling.from_localizer import TooStiff
 from fastvi.target.checks import LossLook
-from fastvi.target.data import Problem, hold
+from fastvi.target.data import AbstractData, Problem, Window, hold
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
 from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
 from fastvi.target.modes import in_own_modes
 from fastvi.target.ravel import TreeObjective, ravel_loss
 from fastvi.target.restrict import restrict
-from fastvi.target.stream import AbstractStream, open_stream, uncorrected
+from fastvi.target.stream import (
+    AbstractStream,
+    Feed,
+    HostStream,
+    feed_once,
+    open_stream,
+    uncorrected,
+)
 
+# Examples of an iterator that are looked at, and then walked on. Half of it leaves the mean weight
+# of a weighted loss less sure by 1.4; double reads twice as many before anything is said.
+FIRST_EXAMPLES = 512
 SNAPSHOT_SCALES = 256  # entries of D^{1/2} in a snapshot
 DEFAULT_LOCALIZATION = 1.0  # half of it lets walkers spread by sqrt(2) in flat directions
 
@@ -144,8 +155,9 @@ def estimate_llc(
     settings.check_asked(overrides)
     if param_mask is not None:
         loss_fn, params = restrict(loss_fn, params, param_mask)
-    target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key))
-    if num_chains is None and resume_from is None:
+    may_walk = num_chains is None and resume_from is None
+    target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key), may_walk)
+    if may_walk:
         target, result = _walk(target, progress, throw)
         if result is not None:
             return result
@@ -165,19 +177,24 @@ def _walk(
     Returns:
         The target, with the work of an attempt in its look, and the estimate if there is one.
     """
-    objective, problem, config, key, stream, look = target
+    objective, problem, config, key, stream, look, feed = target
     num_data = None if problem.data.is_sample else problem.num_data
     budget = config.budget or default_budget(num_data)
     tries, must_walk = chooses_walk(problem, config, budget)
-    if not tries or stream is not None:
+    if feed is not None:
+        # data that are read once leave nothing else: what was read is gone
+        tries, must_walk = True, must_walk or problem.data.is_sample
+    if not tries:
         return target, None
     with reporting(progress) as report:
         found = estimate_by_walk(
-            objective, problem, config.filled, key, look, budget, must_walk, report
+            objective, problem, config.filled, key, look, budget, must_walk, report, feed
         )
     if isinstance(found, TooStiff):
         spent = look._replace(sample_gradients=look.sample_gradients + found.work)
-        return target._replace(look=spent), None
+        if stream is not None:
+            config = config.replace(method=uncorrected(config.method, stream.is_sample))
+        return target._replace(look=spent, config=config), None
     if throw and _has(found, "non_finite"):
         raise NonFiniteError(f"{found.health[0]} Pass throw=False to get the partial result.")
     return target, found
@@ -192,6 +209,7 @@ class Target(NamedTuple):
     key: Key
     stream: AbstractStream | None
     look: LossLook
+    feed: Feed | None = None
 
 
 def assemble(
@@ -202,24 +220,14 @@ def assemble(
     localization: Given[float | None],
     config: VIConfig,
     key: Key,
+    may_walk: bool = True,
 ) -> Target:
     """Check loss, parameters and data, and put them together."""
     dtype = check_dtype(config)
     localization = choose_localization(localization, config, DEFAULT_LOCALIZATION)
     objective, center = ravel_loss(loss_fn, params, dtype)
-    stream = None
-    if is_stream(data):
-        stream = open_stream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
-        config = config.replace(method=uncorrected(config.method, stream.is_sample))
-        if nbeta is None and stream.is_sample:
-            raise DataError(
-                "nbeta defaults to n / log n, and an iterator does not tell n: data can be read "
-                "only once. Pass nbeta, or an object whose __iter__ begins anew each time."
-            )
-        data = stream.window(0)
-        stream = None if stream.fits else stream
-    else:
-        data = hold(check_data(data, dtype=dtype)[0])
+    given = _read(data, dtype, key, config, may_walk and bool(localization), nbeta is None)
+    data, config, stream, feed = given
     num_data = data.num_data
     if nbeta is None:
         if num_data < 2:
@@ -233,7 +241,48 @@ def assemble(
     problem, look = look_at_target(
         objective, problem, stream, "loss_fn", budget_fge=budget, max_batch=config.max_batch
     )
-    return Target(objective, problem, config, key, stream, look)
+    return Target(objective, problem, config, key, stream, look, feed)
+
+
+class _Given(NamedTuple):
+    """Data as the estimate reads them: on the device, or what its windows and batches come from."""
+
+    data: AbstractData
+    config: VIConfig
+    stream: AbstractStream | None = None
+    feed: Feed | None = None
+
+
+def _read(
+    data: Any, dtype: Any, key: Key, config: VIConfig, may_walk: bool, wants_size: bool
+) -> _Given:
+    """Check the data; of a stream, read what a look needs and no more."""
+    if not is_stream(data):
+        return _Given(hold(check_data(data, dtype=dtype)[0]), config)
+    is_once = isinstance(data, Iterator)
+    if wants_size and is_once:
+        raise DataError(
+            "nbeta defaults to n / log n, and an iterator does not tell n: data can be read "
+            "only once. Pass nbeta, or an object whose __iter__ begins anew each time."
+        )
+    walks = may_walk and config.method in (None, "auto", "sample") and not config.of_a_fit
+    if walks and is_once:
+        feed = feed_once(data, dtype)
+        first = feed.peek(FIRST_EXAMPLES)
+        if first is None:
+            raise DataError("data has no examples: the iterator of batches was empty.")
+        on_device = hold(jax.tree_util.tree_map(jnp.asarray, first))
+        if on_device.num_examples < FIRST_EXAMPLES:
+            return _Given(on_device, config)
+        window = Window(on_device.examples, on_device.max_batch, FIRST_EXAMPLES, True)
+        return _Given(window, config, None, feed)
+    stream = open_stream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
+    if stream.fits:
+        return _Given(stream.window(0), config)
+    if walks and isinstance(stream, HostStream):
+        return _Given(stream.window(0), config, stream, stream.feed())
+    config = config.replace(method=uncorrected(config.method, stream.is_sample))
+    return _Given(stream.window(0), config, stream)
 
 
 def run_estimate(
@@ -249,7 +298,7 @@ def run_estimate(
     began = time.perf_counter()
     if num_chains is not None:
         check_count("num_chains", num_chains)
-    objective, problem, settings, key, stream, look = target
+    objective, problem, settings, key, stream, look, _ = target
     plan, num_chains = plan_estimate(settings, problem, num_chains)
     early_stop = bool(plan.early_stop)
     problem = dataclasses.replace(problem, batch_size=plan.batch_size)

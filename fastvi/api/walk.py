@@ -20,11 +20,12 @@ from fastvi.results.parts import ChainValues, Correction, Curvature, DrawValues,
 from fastvi.results.walk_findings import walk_findings
 from fastvi.results.work import RunWork
 from fastvi.sampling.from_localizer import TooStiff, Walk, WalkSetup, walk_from_localizer
-from fastvi.sampling.minibatches import AbstractSource, Drawn, minibatch_programs
+from fastvi.sampling.minibatches import DrawnReader, FeedReader, Reader, minibatch_programs
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import fingerprint_loss
 from fastvi.target.ravel import TreeObjective
+from fastvi.target.stream import Feed
 from fastvi.target.work import Work
 
 # Dimensions from which on a walk is tried before a fit, where both are possible. Below, a fit takes
@@ -37,6 +38,9 @@ ROUND = 16
 # Examples of a part of a walker's batch, where examples are dear and where they are cheap; a pass
 # that takes this many examples tells the two apart.
 PART, PART_OF_CHEAP, CHEAP = 4, 16, 1024
+# Parts of a batch whose round is fed at once; batches of more are fed in shorter rounds. Double
+# holds twice as many examples on the device.
+FED_PARTS = 4
 
 
 def chooses_walk(problem: Problem, config: VIConfig, budget: float) -> tuple[bool, bool]:
@@ -50,8 +54,8 @@ def chooses_walk(problem: Problem, config: VIConfig, budget: float) -> tuple[boo
     if start == "localizer":
         if config.of_a_fit:
             raise ConfigError(
-                f'sampler.start="localizer" makes no fit, and {config.of_a_fit[0]} is of one: leave '
-                "one of them out."
+                f'sampler.start="localizer" makes no fit, and {config.of_a_fit[0]} is of one: '
+                "leave one of them out."
             )
         if not samples:
             raise ConfigError(
@@ -80,13 +84,15 @@ def estimate_by_walk(
     budget: float,
     must_walk: bool,
     report: Callable[[Progress], None] | None,
-    feed: Callable[[int, int, int], AbstractSource | None] | None = None,
+    feed: Feed | None = None,
 ) -> LLCEstimate | TooStiff:
     """Walk from the localizer, on data at hand or those that `feed` gives."""
     began, settings = time.perf_counter(), config.sampler
     part = PART if problem.data.max_batch < CHEAP else PART_OF_CHEAP
-    drawn = Drawn(problem.data.examples, min(part, problem.data.num_examples))
     keys = jax.random.split(streams.derive(key, streams.Purpose.WALKERS), settings.walkers)
+    reader: Reader = DrawnReader(problem.data.examples, min(part, problem.data.num_examples))
+    if feed is not None:
+        reader = FeedReader(feed, problem.data.examples, part, keys.size, ROUND * FED_PARTS)
 
     def tell(work: float, llc: float) -> None:
         if report is not None:
@@ -94,13 +100,12 @@ def estimate_by_walk(
 
     with CompileWatch() as watch:
         loss = fingerprint_loss(objective, problem)
-        programs = minibatch_programs(objective, loss, problem.posterior, drawn, ROUND)
+        programs = minibatch_programs(objective, loss, problem.posterior, reader.first, ROUND)
         setup = WalkSetup(
             programs=programs,
             posterior=problem.posterior,
             leaf_sizes=tuple(objective.structure.leaf_sizes),
-            source=feed or (lambda step, steps, parts: drawn),
-            part_size=drawn.part_size,
+            reader=reader,
             keys=keys,
             seed=_seed(key),
             settings=settings,
@@ -137,8 +142,9 @@ def _estimate(
     analysis, bins, unmet = walk.check
     nan, none = math.nan, np.zeros((0, 0))
     curvatures = np.asarray(setup.leaf_sizes) * (measured.curvature + float(posterior.gamma))
-    work = Work(gradients=walk.work).fge(problem.num_data)
-    looking = Work(gradients=look.sample_gradients).fge(problem.num_data)
+    num_data = walk.examples if problem.data.is_sample else problem.num_data
+    work = Work(gradients=walk.work).fge(num_data)
+    looking = Work(gradients=look.sample_gradients).fge(num_data)
     return LLCEstimate(
         llc=analysis.llc,
         llc_sem=analysis.llc_sem,
@@ -148,7 +154,8 @@ def _estimate(
         init_loss=walk.reference_loss,
         nbeta=float(posterior.nbeta),
         localization=float(posterior.gamma),
-        n_data=problem.num_data,
+        # of data that are read once, those that were read
+        n_data=num_data,
         dim=posterior.center.size,
         converged=None,
         curvature=Curvature(

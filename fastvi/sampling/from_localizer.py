@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from fastvi._errors import DataError
 from fastvi._typing import Float, Keys
 from fastvi.families.moments import LinearMap
 from fastvi.sampling.averages import Analysis, analyse, furthest_off
@@ -24,10 +25,11 @@ from fastvi.sampling.minibatches import (
     AbstractSource,
     MinibatchPrograms,
     Observed,
+    Reader,
     Steps,
     blank_state,
 )
-from fastvi.sampling.run import Check, Unmet, unmet_by
+from fastvi.sampling.run import ERROR, Check, Unmet, unmet_by
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.posterior import LocalPosterior
 from fastvi.target.work import GRADIENT, LOSS
@@ -57,10 +59,19 @@ HEAT_DOUBT = 0.2
 PREPARATION_SHARE = 0.4
 # Steps that are averaged, at least; a walk of fewer has no error to speak of.
 LEAST_STEPS = 32
-# Step number from which on batches are those of measurements.
+# Step number from which on batches are those of measurements; no walk makes as many steps.
 PROBE_STEPS = 2**20
-# Share of steps taken back at which the step size is halved.
+# Share of steps taken back at which the step size is halved. Half of it halves after one in a
+# hundred, double lets walkers stand still for a part of the time.
 RETURNED = 0.02
+# Step size at which halving ends: a target that takes back shorter steps has no finite region.
+SHORTEST_STEP = 1e-3 * LARGEST_STEP
+# Quantile of the walkers' stiffnesses: the largest of few would be that of one odd batch.
+STIFFNESS_QUANTILE = 0.75
+# Share of the wanted error that the doubt of the heat may take: at half, batches are twice as
+# large; at double, the doubt alone is the error that was asked for.
+DOUBT_SHARE = 0.5
+TINY = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +82,9 @@ class WalkSetup:
         programs: The compiled round.
         posterior: The target.
         leaf_sizes: Lengths of the arrays of parameters, in order.
-        source: `(step, steps, parts) -> source` of the batches of these steps, None where there
-            are no more examples.
-        part_size: Examples of a part.
+        reader: Gives the batches.
         keys: One key for each walker.
-        seed: Of the directions that curvature is measured along.
+        seed: Of the directions that curvature is measured along, and of the start.
         settings: The sampler's.
         error: Standard error that is wanted, relative to llc.
         budget: Sample gradients that the walk never exceeds.
@@ -86,8 +95,7 @@ class WalkSetup:
     programs: MinibatchPrograms
     posterior: LocalPosterior
     leaf_sizes: tuple[int, ...]
-    source: Callable[[int, int, int], AbstractSource | None]
-    part_size: int
+    reader: Reader
     keys: Keys
     seed: np.random.SeedSequence
     settings: SamplerSettings
@@ -96,9 +104,18 @@ class WalkSetup:
     must_walk: bool
     report: Callable[[float, float], None]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return walkers and dimensions."""
+        return self.keys.shape[0], self.posterior.center.size
+
     def cost(self, steps: int, parts: int) -> float:
         """Price steps of all walkers: a gradient, and the loss at w*, of each example."""
-        return (GRADIENT + LOSS) * steps * parts * self.keys.shape[0] * self.part_size
+        return (GRADIENT + LOSS) * self.examples(steps, parts)
+
+    def examples(self, steps: int, parts: int) -> int:
+        """Count the examples of some steps of all walkers."""
+        return steps * parts * self.keys.shape[0] * self.reader.part_size
 
 
 class Measured(NamedTuple):
@@ -128,7 +145,6 @@ class Walk(NamedTuple):
         heat: What the noise of the gradients adds to llc, were the loss quadratic.
         batch: Examples of a walker's batch.
         step_size: The step.
-        steps: Steps that were averaged, burn-in included.
         returned: Steps taken back, all walkers together.
         examples: Examples read.
         work: Sample gradients.
@@ -141,7 +157,6 @@ class Walk(NamedTuple):
     heat: float
     batch: int
     step_size: float
-    steps: int
     returned: float
     examples: int
     work: float
@@ -155,106 +170,150 @@ class TooStiff(NamedTuple):
     work: float
 
 
-class OutOfData(Exception):
-    """The source has no more examples."""
+class Course(NamedTuple):
+    """A walk between two rounds.
 
+    Attributes:
+        state: The walkers.
+        linear_map: Their coordinates.
+        step_size: The step.
+        parts: Parts of a batch.
+        heat: As in `Walk`, for this batch.
+        said: What the steps that are averaged say.
+        done: Number of the next step.
+        work: Sample gradients spent.
+        examples: Examples read.
+        is_fed: Whether there are more examples.
+    """
 
-class _Walker:
-    """Calls the compiled round and counts what it costs."""
-
-    def __init__(self, setup: WalkSetup):
-        self.setup, self.work, self.examples, self.done = setup, 0.0, 0, 0
-
-    def source(self, step: int, steps: int, parts: int) -> AbstractSource:
-        """Return the batches of some steps."""
-        found = self.setup.source(step, steps, parts)
-        if found is None:
-            raise OutOfData
-        self.examples += steps * parts * self.setup.keys.shape[0] * self.setup.part_size
-        return found
-
-    def call(
-        self,
-        linear_map: LinearMap,
-        source: AbstractSource,
-        state: State,
-        parts: int,
-        step_size: float,
-        first: int,
-        start: int,
-        stop: int,
-    ) -> tuple[State, Steps]:
-        """Run one round."""
-        setup = self.setup
-        self.work += setup.cost(stop - start, parts)
-        dtype = state.position.dtype
-        numbers = (jnp.asarray(value, dtype) for value in (step_size, FRICTION_TIME))
-        counts = (jnp.int32(value) for value in (first, start, stop))
-        return setup.programs.advance(
-            setup.posterior,
-            linear_map,
-            source,
-            state,
-            setup.keys,
-            jnp.int32(parts),
-            *numbers,
-            *counts,
-        )
-
-    def gradient(
-        self, linear_map: LinearMap, position: Float[np.ndarray, "walkers dim"], batch: tuple
-    ) -> Float[np.ndarray, "walkers dim"]:
-        """Return the gradient of nbeta L_B of each walker in round coordinates."""
-        number, source = batch
-        state, _ = self.call(linear_map, source, blank_state(position), 1, 0.0, number, -1, 0)
-        pulled = np.square(np.asarray(linear_map.scale)) * float(self.setup.posterior.gamma)
-        return np.asarray(state.here.gradient) - pulled * position
-
-    def batch(self, number: int) -> tuple[int, AbstractSource]:
-        """Return a batch of a measurement, to evaluate at as many positions as need be."""
-        step = PROBE_STEPS + number
-        return step, self.source(step, 1, 1)
+    state: State
+    linear_map: LinearMap
+    step_size: float
+    parts: int = 1
+    heat: float = 0.0
+    said: Steps | None = None
+    done: int = 0
+    work: float = 0.0
+    examples: int = 0
+    is_fed: bool = True
 
 
 def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
-    """Walk until the error of llc is small, or the budget or the data are spent."""
-    walker = _Walker(setup)
+    """Walk until the error of llc is small, or the budget or the data are spent.
+
+    Raises:
+        DataError: If the data end before a walk can begin.
+    """
     rng = np.random.default_rng(setup.seed)
-    measured = measure_curvature(walker, rng)
+    measured, work, examples = measure_curvature(setup, rng)
     if not measured.stiffness <= MOST_STIFFNESS and not setup.must_walk:
-        return TooStiff(measured.stiffness, walker.work)
-    linear_map = round_map(setup, measured.curvature)
-    step_size = plan_step(measured.stiffness)
-    shape, dtype = (setup.keys.shape[0], setup.posterior.center.size), setup.posterior.center.dtype
-    position, momentum = (rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(2))
-    return _run(walker, linear_map, measured, step_size, position, momentum)
+        return TooStiff(measured.stiffness, work)
+    dtype = setup.posterior.center.dtype
+    start = blank_state(
+        *(rng.standard_normal(setup.shape, np.float32).astype(dtype) for _ in range(2))
+    )
+    course = Course(
+        start,
+        round_map(setup, measured.curvature),
+        plan_step(measured.stiffness),
+        work=work,
+        examples=examples,
+    )
+    course = plan_batch(setup, burn_in(setup, course))
+    check = None
+    while course.is_fed and (steps := affordable_steps(setup, course, setup.programs.length)):
+        course = advance(setup, course, steps)
+        if course.said is not None:
+            check = check_steps(setup, course.said.observed, course.heat)
+            setup.report(course.work, check.analysis.llc)
+            if not check.unmet or not math.isfinite(check.analysis.llc):
+                break
+    if course.said is None or check is None:
+        raise DataError(
+            f"the data ended after {course.examples} examples, before the walk could begin. Give "
+            "more examples, or hold them in memory as arrays."
+        )
+    return Walk(
+        check,
+        measured,
+        float(np.mean(course.said.observed.reference)),
+        course.heat,
+        course.parts * setup.reader.part_size,
+        course.step_size,
+        float(course.said.returned.sum()),
+        course.examples,
+        course.work,
+        not course.is_fed,
+    )
 
 
-def measure_curvature(walker: _Walker, rng: np.random.Generator) -> Measured:
-    """Measure the curvature of each array, the stiffness, and the gradient at w*."""
-    setup = walker.setup
-    dim, dtype = setup.posterior.center.size, setup.posterior.center.dtype
-    walkers = setup.keys.shape[0]
+class _Probe:
+    """Evaluates gradients at positions of the measurements' choosing, and counts the work."""
+
+    def __init__(self, setup: WalkSetup, number: int = 0):
+        self.setup, self.number, self.work, self.examples = setup, number, 0.0, 0
+
+    def batch(self) -> tuple[int, AbstractSource]:
+        """Return a batch of one part, to evaluate at as many positions as need be.
+
+        Raises:
+            DataError: If the data have ended.
+        """
+        step, self.number = PROBE_STEPS + self.number, self.number + 1
+        source = self.setup.reader.read(step, 1, 1)
+        if source is None:
+            raise DataError(
+                "the data ended before a walk could begin: it takes some thousand examples. Hold "
+                "them in memory as arrays, or give an object that can be iterated over again."
+            )
+        self.examples += self.setup.examples(1, 1)
+        return step, source
+
+    def gradient(
+        self,
+        linear_map: LinearMap,
+        position: Float[np.ndarray, "walkers dim"],
+        batch: tuple[int, AbstractSource],
+    ) -> Float[np.ndarray, "walkers dim"]:
+        """Return the gradient of nbeta L_B of each walker in round coordinates."""
+        step, source = batch
+        course = Course(blank_state(position), linear_map, 0.0, done=step)
+        state, _ = _call(self.setup, course, source, -1, 0)
+        self.work += self.setup.cost(1, 1)
+        of_localizer = np.square(np.asarray(linear_map.scale)) * float(self.setup.posterior.gamma)
+        return np.asarray(state.here.gradient) - of_localizer * position
+
+
+def measure_curvature(setup: WalkSetup, rng: np.random.Generator) -> tuple[Measured, float, int]:
+    """Measure the curvature of each array, the stiffness, and the gradient at w*.
+
+    Returns:
+        What was measured, the sample gradients that it took, and the examples that it read.
+
+    Cost:
+        Five evaluations of all walkers on a part of a batch.
+    """
+    probe, dtype = _Probe(setup), setup.posterior.center.dtype
     localizer = round_map(setup, np.zeros(len(setup.leaf_sizes)))
-    first, second = walker.batch(0), walker.batch(1)
-    zero = np.zeros((walkers, dim), dtype)
-    direction = rng.standard_normal((walkers, dim), np.float32).astype(dtype)
-    at_center = walker.gradient(localizer, zero, first)
-    bent = walker.gradient(localizer, direction, first) - at_center
+    first, second = probe.batch(), probe.batch()
+    zero = np.zeros(setup.shape, dtype)
+    direction = rng.standard_normal(setup.shape, np.float32).astype(dtype)
+    here = probe.gradient(localizer, zero, first)
+    bent = probe.gradient(localizer, direction, first) - here
     curvature = leaf_curvature(direction, bent, setup.leaf_sizes) * float(setup.posterior.gamma)
-    again = walker.gradient(localizer, zero, second)
+    again = probe.gradient(localizer, zero, second)
+    decrement, error = mean_square_gradient((here + again) / 2)
     # the coordinates of the walk, in which stiffness is what limits its step
     linear_map = round_map(setup, curvature)
     change = np.asarray(linear_map.scale) / np.asarray(localizer.scale)
-    noise, stiffness = (at_center - again) * change, 0.0
-    del direction, bent
-    here = at_center * change
+    here, image, stiffness = here * change, (here - again) * change, 0.0
     for _ in range(STIFFNESS_PRODUCTS):
-        unit = noise / np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), 1e-30)
-        noise = walker.gradient(linear_map, unit, first) - here
-        stiffness = max(stiffness, float(np.quantile(np.linalg.norm(noise, axis=1), 0.75)))
-    decrement, error = mean_square_gradient((at_center + again) / 2)
-    return Measured(curvature, stiffness, 0.5 * decrement, 0.5 * error)
+        unit = image / np.maximum(np.linalg.norm(image, axis=1, keepdims=True), TINY)
+        image = probe.gradient(linear_map, unit, first) - here
+        sizes = np.linalg.norm(image, axis=1)
+        stiffness = max(stiffness, float(np.quantile(sizes, STIFFNESS_QUANTILE)))
+    measured = Measured(curvature, stiffness, 0.5 * decrement, 0.5 * error)
+    return measured, probe.work, probe.examples
 
 
 def leaf_curvature(
@@ -269,7 +328,7 @@ def leaf_curvature(
         np.array([np.vdot(direction[:, part], other[:, part]) for part in parts])
         for other in (bent, direction)
     )
-    return np.maximum(products / np.maximum(squares, 1e-30), 0.0)
+    return np.maximum(products / np.maximum(squares, TINY), 0.0)
 
 
 def mean_square_gradient(gradients: Float[np.ndarray, "walkers dim"]) -> tuple[float, float]:
@@ -285,8 +344,8 @@ def mean_square_gradient(gradients: Float[np.ndarray, "walkers dim"]) -> tuple[f
 def round_map(setup: WalkSetup, curvature: Float[np.ndarray, " leaves"]) -> LinearMap:
     """Return the coordinates `sqrt(gamma + curvature)`, one number for each array."""
     posterior, dtype = setup.posterior, setup.posterior.center.dtype
-    scale = np.repeat(1 / np.sqrt(float(posterior.gamma) + curvature), setup.leaf_sizes)
-    scale, dim = jnp.asarray(scale, dtype), posterior.center.size
+    numbers = np.repeat(1 / np.sqrt(float(posterior.gamma) + curvature), setup.leaf_sizes)
+    scale, dim = jnp.asarray(numbers, dtype), posterior.center.size
     return LinearMap(
         jnp.zeros(dim, dtype), scale, jnp.zeros((0, dim), dtype), jnp.zeros((0, 0), dtype)
     )
@@ -303,136 +362,137 @@ def position_heat(
     """Return what gradient noise of unit variance adds to the mean square of a position.
 
     In units of its variance without noise, in directions of this total curvature, when every step
-    draws the noise anew: `step^2 coth(step / (2 friction_time)) / 4` as the step goes to zero.
+    draws the noise anew: `step^2 coth(step / (2 friction_time)) / 4` as the curvature goes to zero.
     """
     kept = math.exp(-step_size / friction_time)
     slow = step_size**2 * (1 + kept) / (4 * (1 - kept))
     return slow / (1 - np.minimum(step_size**2 * curvature / 4, 0.5))
 
 
-def measure_heat(
-    walker: _Walker,
-    linear_map: LinearMap,
-    step_size: float,
-    position: Float[np.ndarray, "walkers dim"],
-    number: int,
-) -> float:
-    """Return what the noise of batches of one part adds to llc, were the loss quadratic.
+def measure_heat(setup: WalkSetup, course: Course) -> tuple[float, float, int]:
+    """Measure what the noise of batches of one part adds to llc, were the loss quadratic.
 
     Noise along a direction where data have the curvature c, and data and localizer a, raises the
     variance there by `position_heat / a`, and llc by half of c times that.
+
+    Returns:
+        The heat, the sample gradients that it took, and the examples that it read.
+
+    Cost:
+        Four evaluations of all walkers on a part of a batch.
     """
-    one, two, three = (walker.batch(number + index) for index in range(3))
-    noise = walker.gradient(linear_map, position, one)
-    noise = (noise - walker.gradient(linear_map, position, two)) / math.sqrt(2)
-    size = np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), 1e-30)
-    bent = walker.gradient(linear_map, position + noise / size, three)
-    bent -= walker.gradient(linear_map, position, three)
+    probe, linear_map = _Probe(setup, number=2), course.linear_map
+    position = np.asarray(course.state.position)
+    first = probe.gradient(linear_map, position, probe.batch())
+    noise = (first - probe.gradient(linear_map, position, probe.batch())) / math.sqrt(2)
+    size = np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), TINY)
+    other = probe.batch()
+    bent = probe.gradient(linear_map, position + noise / size, other)
+    bent -= probe.gradient(linear_map, position, other)
     square = size[:, 0] ** 2
     curvature = np.sum(noise * bent, axis=1) / size[:, 0]
     scale2 = np.square(np.asarray(linear_map.scale))
-    localizer = float(walker.setup.posterior.gamma) * (noise**2 @ scale2) / square
+    localizer = float(setup.posterior.gamma) * (noise**2 @ scale2) / square
     total = localizer + np.abs(curvature)
-    raised = square * position_heat(step_size, FRICTION_TIME, total)
-    return float(np.mean(0.5 * raised * curvature / total))
+    raised = square * position_heat(course.step_size, FRICTION_TIME, total)
+    return float(np.mean(0.5 * raised * curvature / total)), probe.work, probe.examples
 
 
 def plan_parts(heat_of_one: float, wanted: float, most: int) -> int:
     """Return the parts of a batch: as few as keep the doubt of the heat within what is wanted."""
     doubtful = HEAT_DOUBT * max(heat_of_one, 0.0)
-    return int(np.clip(math.ceil(doubtful / max(wanted, 1e-300)), 1, most))
+    return int(np.clip(math.ceil(doubtful / max(wanted, TINY)), 1, most))
 
 
-def _run(
-    walker: _Walker,
-    linear_map: LinearMap,
-    measured: Measured,
-    step_size: float,
-    position: Float[np.ndarray, "walkers dim"],
-    momentum: Float[np.ndarray, "walkers dim"],
-) -> Walk:
-    """Burn in, measure the noise, and average."""
-    setup, settings, nbeta = (
-        walker.setup,
-        walker.setup.settings,
-        float(walker.setup.posterior.nbeta),
-    )
-    rounds, parts, heat, returned, done, ended = [], 1, 0.0, 0.0, 0, False
-    state = blank_state(position, momentum)
-    try:
-        state, _ = walker.call(linear_map, walker.source(0, 1, 1), state, 1, 0.0, 0, -1, 0)
-        burn = _affordable(walker, math.ceil(BURN_IN_TIME / step_size), 1, PREPARATION_SHARE)
-        state, kept, done = _advance(walker, linear_map, state, parts, step_size, done, burn)
-        while _returned(kept) > RETURNED and step_size > 1e-3 * LARGEST_STEP:
-            step_size /= 2
-            state = blank_state(position, momentum)
-            state, _ = walker.call(
-                linear_map, walker.source(done, 1, 1), state, 1, 0.0, done, -1, 0
-            )
-            state, kept, done = _advance(walker, linear_map, state, parts, step_size, done, burn)
-        rounds = [kept]
-        llc = nbeta * float(np.mean(kept.observed.excess[len(kept.observed.excess) // 2 :]))
-        if walker.work + setup.cost(4, 1) < PREPARATION_SHARE * setup.budget:
-            of_one = measure_heat(walker, linear_map, step_size, np.array(state.position), 2)
-            left = setup.budget - walker.work
-            most = max(1, int(left / setup.cost(LEAST_STEPS, 1)))
-            parts = plan_parts(of_one, 0.5 * setup.error * abs(llc), most)
-            heat = of_one / parts
-        rounds = []
-        while True:
-            steps = _affordable(walker, setup.programs.length, parts, 1.0)
-            if steps == 0:
-                break
-            state, kept, done = _advance(walker, linear_map, state, parts, step_size, done, steps)
-            rounds.append(kept)
-            returned += float(kept.returned.sum())
-            check = _check(setup, rounds, heat)
-            setup.report(walker.work, check.analysis.llc)
-            if not check.unmet or not math.isfinite(check.analysis.llc):
-                break
-    except OutOfData:
-        ended = True
-    check = _check(setup, rounds, heat)
-    observed = _joined(rounds)
-    return Walk(
-        check,
-        measured,
-        float(np.mean(observed.reference)) if rounds else math.nan,
-        heat,
-        parts * setup.part_size,
-        step_size,
-        observed.excess.shape[0] if rounds else 0,
-        returned,
-        walker.examples,
-        walker.work,
-        ended,
-    )
+def burn_in(setup: WalkSetup, course: Course) -> Course:
+    """Let walkers forget where they began, with steps short enough that none is taken back."""
+    start = course.state
+    while True:
+        course = _evaluate(setup, course._replace(state=start))
+        steps = math.ceil(BURN_IN_TIME / course.step_size)
+        steps = affordable_steps(setup, course, steps, PREPARATION_SHARE)
+        while steps and course.is_fed:
+            now = min(steps, setup.programs.length)
+            course, steps = advance(setup, course, now), steps - now
+        said = course.said
+        is_stable = said is None or float(np.mean(said.returned)) <= RETURNED
+        if is_stable or course.step_size < SHORTEST_STEP:
+            return course
+        course = course._replace(step_size=course.step_size / 2, said=None)
 
 
-def _affordable(walker: _Walker, steps: int, parts: int, share: float) -> int:
+def plan_batch(setup: WalkSetup, course: Course) -> Course:
+    """Choose the batch by its heat, and drop what the burn-in said.
+
+    Where the budget pays for no measurement, batches are as large as `LEAST_STEPS` of them may be.
+    """
+    said = course.said
+    course = course._replace(said=None)
+    if said is None:
+        return course
+    half = said.observed.excess.shape[0] // 2
+    llc = float(setup.posterior.nbeta) * float(np.mean(said.observed.excess[half:]))
+    if course.work + setup.cost(4, 1) > PREPARATION_SHARE * setup.budget:
+        return course
+    heat, work, examples = measure_heat(setup, course)
+    course = course._replace(work=course.work + work, examples=course.examples + examples)
+    most = affordable_steps(setup, course, setup.reader.most * LEAST_STEPS) // LEAST_STEPS
+    parts = plan_parts(heat, DOUBT_SHARE * setup.error * abs(llc), max(1, most))
+    return course._replace(parts=parts, heat=heat / parts)
+
+
+def affordable_steps(setup: WalkSetup, course: Course, steps: int, share: float = 1.0) -> int:
     """Return how many of these steps a share of the budget pays for."""
-    left = share * walker.setup.budget - walker.work
-    return max(0, min(steps, int(left / walker.setup.cost(1, parts))))
+    left = share * setup.budget - course.work
+    return max(0, min(steps, int(left / setup.cost(1, course.parts))))
 
 
-def _advance(
-    walker: _Walker,
-    linear_map: LinearMap,
-    state: State,
-    parts: int,
-    step_size: float,
-    done: int,
-    steps: int,
-) -> tuple[State, Steps, int]:
-    """Make so many steps, in rounds, and return what they say."""
-    kept, length = [], walker.setup.programs.length
-    while steps:
-        now = min(steps, length)
-        source = walker.source(done + 1, now, parts)
-        state, said = walker.call(linear_map, source, state, parts, step_size, done + 1, 0, now)
-        kept.append(_on_host(said, now))
-        done, steps = done + now, steps - now
-    return state, _concatenate(kept), done
+def advance(setup: WalkSetup, course: Course, steps: int) -> Course:
+    """Make so many steps of a round, or as many as one source serves."""
+    steps = min(steps, max(1, setup.reader.most // course.parts))
+    source = setup.reader.read(course.done, steps, course.parts)
+    if source is None:
+        return course._replace(is_fed=False)
+    state, said = _call(setup, course, source, 0, steps)
+    said = _on_host(said, steps)
+    return course._replace(
+        state=state,
+        said=said if course.said is None else _concatenate(course.said, said),
+        done=course.done + steps,
+        work=course.work + setup.cost(steps, course.parts),
+        examples=course.examples + setup.examples(steps, course.parts),
+    )
+
+
+def _evaluate(setup: WalkSetup, course: Course) -> Course:
+    """Evaluate the walkers where they are."""
+    source = setup.reader.read(course.done, 1, course.parts)
+    if source is None:
+        return course._replace(is_fed=False)
+    state, _ = _call(setup, course, source, -1, 0)
+    return course._replace(
+        state=state,
+        done=course.done + 1,
+        work=course.work + setup.cost(1, course.parts),
+        examples=course.examples + setup.examples(1, course.parts),
+    )
+
+
+def _call(
+    setup: WalkSetup, course: Course, source: AbstractSource, start: int, stop: int
+) -> tuple[State, Steps]:
+    """Call the compiled round."""
+    dtype = course.state.position.dtype
+    return setup.programs.advance(
+        setup.posterior,
+        course.linear_map,
+        source,
+        course.state,
+        setup.keys,
+        jnp.int32(course.parts),
+        *(jnp.asarray(value, dtype) for value in (course.step_size, FRICTION_TIME)),
+        *(jnp.int32(value) for value in (course.done, start, stop)),
+    )
 
 
 def _on_host(steps: Steps, count: int) -> Steps:
@@ -440,46 +500,35 @@ def _on_host(steps: Steps, count: int) -> Steps:
     return Steps(observed, np.asarray(steps.returned, float)[:count])
 
 
-def _concatenate(kept: list[Steps]) -> Steps:
-    observed = Observed(
-        *(np.concatenate(leaves) for leaves in zip(*(one.observed for one in kept), strict=True))
+def _concatenate(first: Steps, second: Steps) -> Steps:
+    pairs = zip(first.observed, second.observed, strict=True)
+    observed = Observed(*(np.concatenate(pair) for pair in pairs))
+    return Steps(observed, np.concatenate([first.returned, second.returned]))
+
+
+def check_steps(setup: WalkSetup, observed: Observed, heat: float) -> Check:
+    """Average what the steps say, less a share of the heat, and hold it against the criteria."""
+    length, nbeta = setup.settings.bin_length, float(setup.posterior.nbeta)
+    bins = max(1, observed.excess.shape[0] // length)
+    last = observed.excess.shape[0] - bins * length  # the first steps are those to leave out
+    excess, radius2, virial = (
+        np.asarray(leaf)[max(last, 0) :].reshape(bins, -1, leaf.shape[1]).mean(axis=1).T
+        for leaf in (observed.excess, observed.radius2, observed.virial)
     )
-    return Steps(observed, np.concatenate([one.returned for one in kept]))
-
-
-def _joined(rounds: list[Steps]) -> Observed:
-    return _concatenate(rounds).observed
-
-
-def _returned(kept: Steps) -> float:
-    return float(np.mean(kept.returned))
-
-
-def _check(setup: WalkSetup, rounds: list[Steps], heat: float) -> Check:
-    """Average what the steps say, less half of the heat."""
-    settings = setup.settings
-    observed = _joined(rounds)
-    nbeta, bins = float(setup.posterior.nbeta), observed.excess.shape[0] // settings.bin_length
-    binned = Observed(
-        *(
-            leaf[: bins * settings.bin_length].reshape(bins, settings.bin_length, -1).mean(axis=1).T
-            for leaf in observed
-        )
-    )
-    llc = nbeta * binned.excess
+    llc = nbeta * excess
     if not np.all(np.isfinite(llc)):
-        return Check(Analysis.broken(llc.shape[0]), llc, (Unmet("relative error", math.nan, 0),))
-    none = np.zeros((*llc.shape, 0))
-    analysis = analyse(llc, none, binned.radius2)
-    virial = setup.posterior.center.size - binned.virial[:, analysis.burn_in :, None]
-    doubt = HEAT_DOUBT * heat
+        broken = Analysis.broken(llc.shape[0])
+        return Check(broken, llc, (Unmet(ERROR, math.nan, setup.error),))
+    analysis = analyse(llc, np.zeros((*llc.shape, 0)), radius2)
+    column = setup.posterior.center.size - virial[:, analysis.burn_in :, None]
+    doubt, share = HEAT_DOUBT * heat, HEAT_SHARE * heat
     analysis = dataclasses.replace(
         analysis,
-        llc=analysis.llc - HEAT_SHARE * heat,
+        llc=analysis.llc - share,
         llc_sem=math.hypot(analysis.llc_sem, doubt),
-        added=HEAT_SHARE * heat,
+        added=share,
         systematic=doubt,
-        virial_z=furthest_off(virial),
-        per_walker=analysis.per_walker - HEAT_SHARE * heat,
+        virial_z=furthest_off(column),
+        per_walker=analysis.per_walker - share,
     )
-    return Check(analysis, llc, unmet_by(analysis, setup.error, 1.0, bins, settings))
+    return Check(analysis, llc, unmet_by(analysis, setup.error, 1.0, bins, setup.settings))

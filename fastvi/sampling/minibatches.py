@@ -6,7 +6,7 @@ more than a part of each walker is in memory at once.
 
 import abc
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import equinox as eqx
 import jax
@@ -18,8 +18,9 @@ from fastvi._typing import Array, Batch, Float, Int, Keys, Scalar
 from fastvi.families.moments import LinearMap
 from fastvi.kernels.noise import normal, streams, words
 from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_half_step
+from fastvi.target.feed import Feed
 from fastvi.target.fingerprint import Fingerprint, shapes_of
-from fastvi.target.losses import num_examples, take_examples
+from fastvi.target.losses import WeightedBatch, num_examples, raw_examples, take_examples
 from fastvi.target.objective import FlatObjective, value_and_grad
 from fastvi.target.posterior import LocalPosterior
 
@@ -69,8 +70,71 @@ class Fed(AbstractSource):
         return first + jnp.arange(walkers * self.part_size).reshape(walkers, self.part_size)
 
 
+class Reader(Protocol):
+    """Whoever has the examples: gives the source of the batches of some steps.
+
+    Attributes:
+        first: A source of the shapes that all have.
+        part_size: Examples of a part.
+        most: Steps times parts, at most, that one source serves.
+    """
+
+    first: AbstractSource
+    part_size: int
+    most: int
+
+    def read(self, step: int, steps: int, parts: int) -> AbstractSource | None:
+        """Return the batches of steps from `step` on; None where there are no more examples."""
+        ...
+
+
+class DrawnReader:
+    """Of examples at hand."""
+
+    def __init__(self, examples: Batch, part_size: int):
+        self.first: AbstractSource = Drawn(examples=examples, part_size=part_size)
+        self.part_size, self.most = part_size, MOST_PARTS
+
+    def read(self, step: int, steps: int, parts: int) -> AbstractSource:
+        """Return all examples, of which batches are drawn."""
+        return self.first
+
+
+class FeedReader:
+    """Of examples that arrive; each is read once.
+
+    Args:
+        feed: Gives them.
+        like: Some of them as the loss takes them, with a mean weight where it is weighted.
+        part_size: Examples of a part.
+        walkers: Number of walkers.
+        most: As in `Reader`.
+    """
+
+    def __init__(self, feed: Feed, like: Batch, part_size: int, walkers: int, most: int):
+        self._feed, self._like, self._walkers = feed, like, walkers
+        self.part_size, self.most = part_size, most
+        self.first: AbstractSource = self._held(take_examples(raw_examples(like), slice(1)), 0)
+
+    def read(self, step: int, steps: int, parts: int) -> AbstractSource | None:
+        """Return the next examples."""
+        batch = self._feed.take(steps * parts * self._walkers * self.part_size)
+        return None if batch is None else self._held(batch, step)
+
+    def _held(self, batch: Batch, step: int) -> Fed:
+        """Move examples to the device, in arrays of one size: what is left over repeats some."""
+        rows = np.arange(self.most * self._walkers * self.part_size) % num_examples(batch)
+        held = jax.tree_util.tree_map(lambda leaf: jnp.asarray(np.asarray(leaf)[rows]), batch)
+        if isinstance(self._like, WeightedBatch):
+            held = WeightedBatch(
+                held, jnp.broadcast_to(self._like.inverse_mean_weight[0], rows.shape)
+            )
+        first_step = jnp.asarray(step, jnp.int32)
+        return Fed(examples=held, first_step=first_step, part_size=self.part_size)
+
+
 class Observed(NamedTuple):
-    """What a batch says of a walker's position.
+    """What a batch says of a walker's position, for each walker, and step by step in a record.
 
     Attributes:
         excess: L_B(w) - L_B(w*), both on the same examples.
@@ -79,17 +143,17 @@ class Observed(NamedTuple):
         virial: (w - w*) . grad of -log p.
     """
 
-    excess: Float[Array, " walkers"]
-    reference: Float[Array, " walkers"]
-    radius2: Float[Array, " walkers"]
-    virial: Float[Array, " walkers"]
+    excess: Float[Array | np.ndarray, "*shape"]
+    reference: Float[Array | np.ndarray, "*shape"]
+    radius2: Float[Array | np.ndarray, "*shape"]
+    virial: Float[Array | np.ndarray, "*shape"]
 
 
 class Steps(NamedTuple):
     """What a round keeps of each step; `returned` of those that were taken back."""
 
     observed: Observed
-    returned: Float[Array, "steps walkers"]
+    returned: Float[Array | np.ndarray, "steps walkers"]
 
 
 class MinibatchPrograms(NamedTuple):
@@ -146,12 +210,16 @@ def evaluate_minibatches(
     return Evaluation(potential, linear_map.pull_back(gradient), observed)
 
 
-def blank_state(position: Float[np.ndarray, "walkers dim"], momentum: Any = None) -> State:
+def blank_state(
+    position: Float[np.ndarray, "walkers dim"],
+    momentum: Float[np.ndarray, "walkers dim"] | None = None,
+) -> State:
     """Return a state to call step -1 with, which reads nothing of its evaluation."""
-    zeros = np.zeros(position.shape[0], position.dtype)
-    blank = Evaluation(zeros, np.zeros_like(position), Observed(zeros, zeros, zeros, zeros))
-    momentum = np.zeros_like(position) if momentum is None else momentum
-    return jax.tree_util.tree_map(jnp.asarray, State(position, momentum, blank))
+    # each an array of its own, since a donated one may be given once alone
+    count, momentum = position.shape[0], np.zeros_like(position) if momentum is None else momentum
+    each = [jnp.zeros(count, position.dtype) for _ in range(5)]
+    blank = Evaluation(each[0], jnp.zeros_like(position), Observed(*each[1:]))
+    return State(jnp.array(position), jnp.array(momentum), blank)
 
 
 def minibatch_programs(

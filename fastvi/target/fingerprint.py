@@ -91,9 +91,9 @@ def fingerprint_loss(
     )
 
 
-def shapes_of(problem: Problem) -> Hashable:
-    """Return structure, shapes and dtypes of a problem: programs depend on them and the loss."""
-    leaves, treedef = jax.tree_util.tree_flatten(problem)
+def shapes_of(arrays: Any) -> Hashable:
+    """Return structure, shapes and dtypes of a pytree: programs depend on them and the loss."""
+    leaves, treedef = jax.tree_util.tree_flatten(arrays)
     return treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from fastvi._errors import DataError, UnavailableError
 from fastvi._typing import Batch
 from fastvi.target.data import AbstractData, Data, Window, default_max_batch
+from fastvi.target.feed import Feed, concatenate
 from fastvi.target.inputs import as_held, kind_of, numeric, refuse_examples_in_a_list, refuse_sparse
 from fastvi.target.losses import num_examples, take_examples, weigh_batch
 
@@ -76,34 +77,33 @@ class AbstractStream(abc.ABC):
             return held
         return weigh_batch(held, self.mean_weight, self._dtype)
 
-    def _checked(self, batches: Iterable[Any]) -> Iterator[Batch]:
-        """Cast batches of one kind; refuse what is none."""
-        count, first = 0, None
-        for given in batches:
-            refuse_sparse(given)
-            batch = jax.tree_util.tree_map_with_path(self._cast, given)
-            leaves = jax.tree_util.tree_leaves(batch)
-            lengths = {leaf.shape[:1] for leaf in leaves}
-            if len(lengths) != 1 or lengths == {()}:
-                raise DataError(self._uneven(batch, count))
-            refuse_examples_in_a_list(batch, is_batch=True)
-            first = batch if first is None else first
-            if _kind(batch) != _kind(first):
-                raise DataError(
-                    f"batches differ: {_kind(first)} first, {_kind(batch)} after {count} examples."
-                )
-            count += num_examples(batch)
-            yield batch
 
-    def _uneven(self, batch: Batch, count: int) -> str:
-        return (
-            f"all arrays of a batch need the same leading axis (examples); after {count} examples "
-            f"{kind_of(self._batches)} gave {_kind(batch, 0)}. Make it give batches of arrays."
-        )
+def one_kind(batches: Iterable[Any], dtype: Any) -> Iterator[Batch]:
+    """Yield batches cast to the dtype; refuse what differs from the first, or is no batch."""
+    count, first, dtype = 0, None, np.dtype(dtype)
 
-    def _cast(self, path: Any, leaf: Any) -> np.ndarray:
+    def cast(path: Any, leaf: Any) -> np.ndarray:
         name = "batch" + jax.tree_util.keystr(path)
-        return np.asarray(as_held(numeric(leaf, name), name, self._dtype))
+        return np.asarray(as_held(numeric(leaf, name), name, dtype))
+
+    for given in batches:
+        refuse_sparse(given)
+        batch = jax.tree_util.tree_map_with_path(cast, given)
+        lengths = {leaf.shape[:1] for leaf in jax.tree_util.tree_leaves(batch)}
+        if len(lengths) != 1 or lengths == {()}:
+            raise DataError(
+                f"all arrays of a batch need the same leading axis (examples); after {count} "
+                f"examples {kind_of(batches)} gave {_kind(batch, 0)}. Make it give batches of "
+                "arrays."
+            )
+        refuse_examples_in_a_list(batch, is_batch=True)
+        first = batch if first is None else first
+        if _kind(batch) != _kind(first):
+            raise DataError(
+                f"batches differ: {_kind(first)} first, {_kind(batch)} after {count} examples."
+            )
+        count += num_examples(batch)
+        yield batch
 
 
 class HostStream(AbstractStream):
@@ -139,6 +139,10 @@ class HostStream(AbstractStream):
         self.num_rows = min(self.num_data, self._steps * batch_size)
         self.fits = self.num_rows == self.num_data
         self._window: tuple[int, Batch] | None = None
+
+    def feed(self) -> Feed:
+        """Return uniform draws from all data, in the order of `window`, without an end."""
+        return Feed(self._draw(number) for number in itertools.count())
 
     def window(self, step: int) -> AbstractData:
         """Return `num_rows` uniform draws from the data, other ones once they are used up.
@@ -182,7 +186,7 @@ class HostStream(AbstractStream):
     def _survey(self) -> tuple[int, int, Batch]:
         """Read all data once: count, check and sum them up, and keep an empty batch of theirs."""
         count, fingerprint, example = 0, 0, None
-        for batch in self._checked(self._batches):
+        for batch in one_kind(self._batches, self._dtype):
             example = take_examples(batch, slice(0)) if example is None else example
             count += num_examples(batch)
             fingerprint += _fingerprint(batch)
@@ -193,7 +197,7 @@ class HostStream(AbstractStream):
     def _read(self) -> Iterator[Batch]:
         """Read all data once more; refuse what differs from the first time."""
         count, fingerprint = 0, 0
-        for batch in self._checked(self._batches):
+        for batch in one_kind(self._batches, self._dtype):
             count += num_examples(batch)
             fingerprint += _fingerprint(batch)
             yield batch
@@ -220,11 +224,11 @@ class OnePassStream(AbstractStream):
         super().__init__(batches, dtype)
         # parts of one size, so that one program takes each of them
         size = -(-CHUNK * batch_size // SAMPLE_PIECES)
-        self._parts = _regrouped(self._checked(batches), size)
+        self._parts = _regrouped(one_kind(batches, self._dtype), size)
         first = list(itertools.islice(self._parts, SAMPLE_PIECES))
         if not first:
             raise DataError("data has no examples: the iterator of batches was empty.")
-        self._step, self._window = 0, _concatenate(first)
+        self._step, self._window = 0, concatenate(first)
         self.num_data = self._cursor = num_examples(self._window)
         self.is_sample = self.num_data == SAMPLE_PIECES * size
         self.fits = not self.is_sample
@@ -255,7 +259,7 @@ class OnePassStream(AbstractStream):
         if step != self._step:  # every chunk of steps has examples of its own
             if step < self._step:
                 self.next(0)  # which says that they are gone
-            self._window = _concatenate([self.next(self._cursor)[0] for _ in range(SAMPLE_PIECES)])
+            self._window = concatenate([self.next(self._cursor)[0] for _ in range(SAMPLE_PIECES)])
             self._step = step
         examples = self._held(self._window)
         if self.fits:
@@ -270,6 +274,11 @@ class OnePassStream(AbstractStream):
         """Yield the window in pieces: nothing is read."""
         size = -(-num_examples(self._window) // SAMPLE_PIECES)
         return map(self._piece, _regrouped([self._window], size))
+
+
+def feed_once(batches: Iterator[Any], dtype: Any) -> Feed:
+    """Return the feed of an iterator, whose order says nothing of the examples."""
+    return Feed(one_kind(batches, dtype))
 
 
 def open_stream(batches: Any, dtype: Any, seed: Any, batch_size: int) -> AbstractStream:
@@ -292,8 +301,9 @@ def uncorrected(method: str | None, is_sample: bool) -> str:
     """
     if method in ("auto", "sample"):
         raise UnavailableError(
-            f"method={method!r} needs the data in memory, and they are streamed. Use "
-            '"reweight" or "variational".'
+            f"method={method!r} after a fit needs the data in memory, and they are streamed. A "
+            "walk from the localizer needs no fit: leave out what configures one, and set "
+            'localization > 0. Or use "reweight" or "variational".'
         )
     if method == "reweight" and is_sample:
         raise UnavailableError(
@@ -323,14 +333,10 @@ def _regrouped(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
         start, length = 0, num_examples(batch)
         while length - start >= missing:
             waiting.append(take_examples(batch, slice(start, start + missing)))
-            yield _concatenate(waiting)
+            yield concatenate(waiting)
             start, waiting, missing = start + missing, [], size
         if start < length:
             waiting.append(take_examples(batch, slice(start, None)))
             missing -= length - start
     if waiting:
-        yield _concatenate(waiting)
-
-
-def _concatenate(batches: list[Batch]) -> Batch:
-    return jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves), *batches)
+        yield concatenate(waiting)

@@ -1,0 +1,53 @@
+"""Examples that arrive: a few at a time, in their order, read ahead by a thread."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+from fastvi._typing import Batch
+from fastvi.target.losses import num_examples, take_examples
+
+
+class Feed:
+    """Examples in the order in which they arrive, as many at a time as are asked for.
+
+    A thread reads the next batch while the last one is used. Memory: two batches, and what was
+    asked for.
+    """
+
+    def __init__(self, batches: Iterator[Batch]):
+        self._batches, self._waiting = batches, []
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="fastvi-feed")
+        self._next = self._reader.submit(next, self._batches, None)
+
+    def peek(self, count: int) -> Batch | None:
+        """Return the next examples, fewer than asked for where there are no more."""
+        while sum(map(num_examples, self._waiting)) < count:
+            batch = self._next.result()  # what the person's iterator raises comes out here
+            if batch is None:
+                break
+            self._waiting.append(batch)
+            self._next = self._reader.submit(next, self._batches, None)
+        if not self._waiting:
+            return None
+        self._waiting = [concatenate(self._waiting)]
+        return take_examples(self._waiting[0], slice(count))
+
+    def take(self, count: int) -> Batch | None:
+        """Return the next examples and pass on, or None where there are fewer."""
+        found = self.peek(count)
+        if found is None or num_examples(found) < count:
+            return None
+        self._waiting = [take_examples(self._waiting[0], slice(count, None))]
+        return found
+
+    def close(self) -> None:
+        """Read no more."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+
+def concatenate(batches: list[Batch]) -> Batch:
+    """Return one batch of the examples of several."""
+    return jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves), *batches)

@@ -20,7 +20,7 @@ from fastvi.results.parts import ChainValues, Correction, Curvature, DrawValues,
 from fastvi.results.walk_findings import walk_findings
 from fastvi.results.work import RunWork
 from fastvi.sampling.from_localizer import TooStiff, Walk, WalkSetup, walk_from_localizer
-from fastvi.sampling.minibatches import DrawnReader, FeedReader, Reader, minibatch_programs
+from fastvi.sampling.minibatches import AbstractReader, DrawnReader, FeedReader, minibatch_programs
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import fingerprint_loss
@@ -90,7 +90,9 @@ def estimate_by_walk(
     began, settings = time.perf_counter(), config.sampler
     part = PART if problem.data.max_batch < CHEAP else PART_OF_CHEAP
     keys = jax.random.split(streams.derive(key, streams.Purpose.WALKERS), settings.walkers)
-    reader: Reader = DrawnReader(problem.data.examples, min(part, problem.data.num_examples))
+    reader: AbstractReader = DrawnReader(
+        problem.data.examples, min(part, problem.data.num_examples)
+    )
     if feed is not None:
         reader = FeedReader(feed, problem.data.examples, part, keys.size, ROUND * FED_PARTS)
 

@@ -31,6 +31,8 @@ OF_PROBLEM = (
     "coarse_numbers",
     "localizer_decides",
     "core_truncated",
+    "stiff",
+    "data_ended",
 )
 # Share of the weight in one component beside others, which then hold one draw in 20.
 DOMINANT_WEIGHT = 0.95
@@ -204,10 +206,13 @@ def _walk_unsettled(result: Any) -> Finding | None:
     unmet = {one.criterion: one for one in details.unmet}
     said = [f"{one.criterion} {one.value:.3g} ({one.bound:.3g} is asked)" for one in unmet.values()]
     cause, next_step = _why_unsettled(unmet, result)
+    has_ended = any(finding.name == "data_ended" for finding in result.health)
+    if has_ended:
+        next_step = "Give more examples, or ask for a larger error."
     return Finding(
         "warning",
         "walk_unsettled",
-        f"Sampling came to the end of its budget after {details.steps} steps of {details.walkers} "
+        f"Sampling came to the end of its {'data' if has_ended else 'budget'} after {details.steps} steps of {details.walkers} "
         f"walkers with {' and '.join(said)}.",
         cause,
         next_step,
@@ -362,7 +367,8 @@ def _not_a_minimum(evidence: Evidence) -> Finding | None:
         f"at a draw of q n beta L_n is {lower:.2g} nats lower": lower > LEAST_GAIN,
         "llc is negative": negative,
     }
-    return not_a_minimum([words for words, is_seen in signs.items() if is_seen], negative)
+    seen = [words for words, is_seen in signs.items() if is_seen]
+    return not_a_minimum(seen, bool(negative))
 
 
 def not_a_minimum(seen: list[str], negative: bool = False) -> Finding | None:

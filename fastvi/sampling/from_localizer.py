@@ -16,16 +16,16 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._errors import DataError
+from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Float, Keys
 from fastvi.families.moments import LinearMap
 from fastvi.sampling.averages import Analysis, analyse, furthest_off
 from fastvi.sampling.dynamics import State
 from fastvi.sampling.minibatches import (
+    AbstractReader,
     AbstractSource,
     MinibatchPrograms,
     Observed,
-    Reader,
     Steps,
     blank_state,
 )
@@ -95,7 +95,7 @@ class WalkSetup:
     programs: MinibatchPrograms
     posterior: LocalPosterior
     leaf_sizes: tuple[int, ...]
-    reader: Reader
+    reader: AbstractReader
     keys: Keys
     seed: np.random.SeedSequence
     settings: SamplerSettings
@@ -229,10 +229,7 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
             if not check.unmet or not math.isfinite(check.analysis.llc):
                 break
     if course.said is None or check is None:
-        raise DataError(
-            f"the data ended after {course.examples} examples, before the walk could begin. Give "
-            "more examples, or hold them in memory as arrays."
-        )
+        raise _cannot_begin(setup, course)
     return Walk(
         check,
         measured,
@@ -244,6 +241,20 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
         course.examples,
         course.work,
         not course.is_fed,
+    )
+
+
+def _cannot_begin(setup: WalkSetup, course: Course) -> DataError | ConfigError:
+    """Say what was missing for a single step that counts."""
+    if course.is_fed:
+        return ConfigError(
+            f"budget={setup.budget:.4g} sample gradients pay for no walk: what is measured before "
+            f"took {course.work:.0f}. Give {2 * course.work + setup.cost(LEAST_STEPS, 1):.0f} or "
+            "more."
+        )
+    return DataError(
+        f"the data ended after {course.examples} examples, before the walk could begin. Give more "
+        "examples, or hold them in memory as arrays."
     )
 
 
@@ -332,13 +343,18 @@ def leaf_curvature(
 
 
 def mean_square_gradient(gradients: Float[np.ndarray, "walkers dim"]) -> tuple[float, float]:
-    """Return |E g|^2 without the noise of g, from independent draws of g, and its error."""
+    """Return |E g|^2 without the noise of g, from independent draws of g, and its error.
+
+    It is the mean product of two different draws, and the error that of the jackknife.
+    """
     count = gradients.shape[0]
-    if count < 2:
+    if count < 3:
         return 0.0, math.inf
     products = gradients.astype(float) @ gradients.T.astype(float)
-    pairs = products[np.triu_indices(count, 1)]
-    return float(pairs.mean()), float(pairs.std() / math.sqrt(pairs.size))
+    np.fill_diagonal(products, 0.0)
+    others = (products.sum() - 2 * products.sum(axis=0)) / ((count - 1) * (count - 2))
+    error = math.sqrt((count - 1) * float(np.var(others)))
+    return float(products.sum() / (count * (count - 1))), error
 
 
 def round_map(setup: WalkSetup, curvature: Float[np.ndarray, " leaves"]) -> LinearMap:
@@ -413,7 +429,8 @@ def burn_in(setup: WalkSetup, course: Course) -> Course:
         steps = affordable_steps(setup, course, steps, PREPARATION_SHARE)
         while steps and course.is_fed:
             now = min(steps, setup.programs.length)
-            course, steps = advance(setup, course, now), steps - now
+            before, course = course.done, advance(setup, course, now)
+            steps -= course.done - before
         said = course.said
         is_stable = said is None or float(np.mean(said.returned)) <= RETURNED
         if is_stable or course.step_size < SHORTEST_STEP:
@@ -451,8 +468,13 @@ def advance(setup: WalkSetup, course: Course, steps: int) -> Course:
     """Make so many steps of a round, or as many as one source serves."""
     steps = min(steps, max(1, setup.reader.most // course.parts))
     source = setup.reader.read(course.done, steps, course.parts)
-    if source is None:
-        return course._replace(is_fed=False)
+    while source is None:  # the examples that are left may do for fewer steps, or smaller batches
+        parts = course.parts if steps > 1 or course.said is not None else course.parts // 2
+        steps = steps // 2 if steps > 1 else 1 if parts < course.parts else 0
+        if steps * parts == 0:
+            return course._replace(is_fed=False)
+        course = course._replace(parts=parts, heat=course.heat * course.parts / parts)
+        source = setup.reader.read(course.done, steps, parts)
     state, said = _call(setup, course, source, 0, steps)
     said = _on_host(said, steps)
     return course._replace(

@@ -6,7 +6,7 @@ more than a part of each walker is in memory at once.
 
 import abc
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -70,37 +70,40 @@ class Fed(AbstractSource):
         return first + jnp.arange(walkers * self.part_size).reshape(walkers, self.part_size)
 
 
-class Reader(Protocol):
+class AbstractReader(abc.ABC):
     """Whoever has the examples: gives the source of the batches of some steps.
 
     Attributes:
         first: A source of the shapes that all have.
-        part_size: Examples of a part.
         most: Steps times parts, at most, that one source serves.
     """
 
     first: AbstractSource
-    part_size: int
     most: int
 
+    @property
+    def part_size(self) -> int:
+        """Count the examples of a part."""
+        return self.first.part_size
+
+    @abc.abstractmethod
     def read(self, step: int, steps: int, parts: int) -> AbstractSource | None:
         """Return the batches of steps from `step` on; None where there are no more examples."""
-        ...
 
 
-class DrawnReader:
+class DrawnReader(AbstractReader):
     """Of examples at hand."""
 
     def __init__(self, examples: Batch, part_size: int):
-        self.first: AbstractSource = Drawn(examples=examples, part_size=part_size)
-        self.part_size, self.most = part_size, MOST_PARTS
+        self.first = Drawn(examples=examples, part_size=part_size)
+        self.most = MOST_PARTS
 
     def read(self, step: int, steps: int, parts: int) -> AbstractSource:
         """Return all examples, of which batches are drawn."""
         return self.first
 
 
-class FeedReader:
+class FeedReader(AbstractReader):
     """Of examples that arrive; each is read once.
 
     Args:
@@ -108,13 +111,13 @@ class FeedReader:
         like: Some of them as the loss takes them, with a mean weight where it is weighted.
         part_size: Examples of a part.
         walkers: Number of walkers.
-        most: As in `Reader`.
+        most: As in `AbstractReader`.
     """
 
     def __init__(self, feed: Feed, like: Batch, part_size: int, walkers: int, most: int):
         self._feed, self._like, self._walkers = feed, like, walkers
-        self.part_size, self.most = part_size, most
-        self.first: AbstractSource = self._held(take_examples(raw_examples(like), slice(1)), 0)
+        self._part_size, self.most = part_size, most
+        self.first = self._held(take_examples(raw_examples(like), slice(1)), 0)
 
     def read(self, step: int, steps: int, parts: int) -> AbstractSource | None:
         """Return the next examples."""
@@ -123,14 +126,14 @@ class FeedReader:
 
     def _held(self, batch: Batch, step: int) -> Fed:
         """Move examples to the device, in arrays of one size: what is left over repeats some."""
-        rows = np.arange(self.most * self._walkers * self.part_size) % num_examples(batch)
+        rows = np.arange(self.most * self._walkers * self._part_size) % num_examples(batch)
         held = jax.tree_util.tree_map(lambda leaf: jnp.asarray(np.asarray(leaf)[rows]), batch)
         if isinstance(self._like, WeightedBatch):
             held = WeightedBatch(
                 held, jnp.broadcast_to(self._like.inverse_mean_weight[0], rows.shape)
             )
         first_step = jnp.asarray(step, jnp.int32)
-        return Fed(examples=held, first_step=first_step, part_size=self.part_size)
+        return Fed(examples=held, first_step=first_step, part_size=self._part_size)
 
 
 class Observed(NamedTuple):

@@ -111,9 +111,54 @@ def test_streams_that_cannot_be_used(data, message):
 
 
 @pytest.mark.parametrize("method", ["auto", "sample"])
-def test_walkers_need_the_data(method):
+def test_walkers_that_follow_a_fit_need_the_data(method, monkeypatch):
+    monkeypatch.setattr(streaming, "WINDOW_BYTES", 1)
+    options = {"method": method, "batch_size": BATCH}
     with pytest.raises(fastvi.UnavailableError, match="in memory"):
-        fastvi.estimate_llc(loss_fn, W, Batches(), method=method, progress=False)
+        fastvi.estimate_llc(loss_fn, W, Batches(), progress=False, **options)
+
+
+@pytest.mark.parametrize("source", [Batches, lambda: drawn_batches(X, Y)])
+def test_walkers_walk_on_streams(source, monkeypatch):
+    monkeypatch.setattr(streaming, "WINDOW_BYTES", 1)
+    monkeypatch.setattr(streaming, "CHUNK", 10)  # windows of 2,560 of the 20,000 examples
+    options = {"nbeta": 20.0, "localization": 20.0, "error": 0.1, "budget": 2e4}
+    result = fastvi.estimate_llc(loss_fn, W, source(), progress=False, **options)
+    exact = exact_llc(20.0, localization=20.0)
+    assert not result.has_fit
+    assert abs(result.llc - exact) < 4 * result.llc_sem
+    assert result.llc_sem < 0.2 * exact
+    assert result.work.total_fge * result.n_data <= options["budget"]
+
+
+def test_an_iterator_is_read_no_further_than_the_walk():
+    read = itertools.count()
+    batches = (one for one, _ in zip(drawn_batches(X, Y, size=40), read, strict=False))
+    options = {"nbeta": 20.0, "localization": 20.0, "budget": 3000.0}
+    result = fastvi.estimate_llc(loss_fn, W, batches, progress=False, **options)
+    # all but what the thread has read ahead
+    assert (next(read) - 4) * 40 <= result.n_data <= next(read) * 40
+    assert result.work.total_fge * result.n_data <= 3000
+
+
+def test_an_iterator_that_ends_ends_the_walk():
+    batches = itertools.islice(drawn_batches(X, Y, size=100), 60)
+    options = {"nbeta": 20.0, "localization": 20.0, "error": 1e-3}
+    result = fastvi.estimate_llc(loss_fn, W, batches, progress=False, **options)
+    assert "data_ended" in [finding.name for finding in result.health]
+    assert 3000 < result.n_data <= 6000
+    assert abs(result.llc - exact_llc(20.0, localization=20.0)) < 4 * result.llc_sem
+
+
+def test_what_an_iterator_raises_passes_through():
+    def broken():
+        yield from itertools.islice(drawn_batches(X, Y, size=100), 10)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        fastvi.estimate_llc(
+            loss_fn, W, broken(), nbeta=20.0, localization=20.0, error=1e-3, progress=False
+        )
 
 
 def drawn_batches(*arrays, size=300, seed=5):
@@ -127,9 +172,10 @@ def drawn_batches(*arrays, size=300, seed=5):
 ONE_PASS = {**OPTIONS, "nbeta": 300.0, "steps": 400, "num_chains": 2}
 
 
-def exact_llc(nbeta, weights=None):
+def exact_llc(nbeta, weights=None, localization=1.0):
     hessian = np.average(X[:, :, None] * X[:, None], axis=0, weights=weights)
-    return 0.5 * np.trace(nbeta * hessian @ np.linalg.inv(nbeta * hessian + np.eye(DIM)))
+    localizer = localization * np.eye(DIM)
+    return 0.5 * np.trace(nbeta * hessian @ np.linalg.inv(nbeta * hessian + localizer))
 
 
 def test_data_that_are_read_once_have_their_llc():

@@ -1,0 +1,211 @@
+"""Walks from the localizer against closed forms and dense linear algebra."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.linalg import solve_discrete_lyapunov
+
+import fastvi
+from fastvi.families.moments import LinearMap
+from fastvi.sampling.from_localizer import (
+    FRICTION_TIME,
+    Course,
+    TooStiff,
+    WalkSetup,
+    leaf_curvature,
+    mean_square_gradient,
+    measure_curvature,
+    measure_heat,
+    plan_parts,
+    plan_step,
+    position_heat,
+    walk_from_localizer,
+)
+from fastvi.sampling.minibatches import (
+    DrawnReader,
+    FeedReader,
+    blank_state,
+    evaluate_minibatches,
+    minibatch_programs,
+)
+from fastvi.sampling.settings import SamplerSettings
+from fastvi.target.data import Problem, hold
+from fastvi.target.feed import Feed
+from fastvi.target.fingerprint import fingerprint_loss
+from fastvi.target.posterior import LocalPosterior
+from fastvi.target.ravel import ravel_loss
+
+SIZES, CURVATURES = (60, 4), (0.5, 8.0)
+HESSIAN = np.repeat(CURVATURES, SIZES)
+DIM, COUNT, WALKERS, PART = 64, 4096, 8, 4
+NBETA, GAMMA = 10.0, 20.0
+SPREAD = 0.3  # of the examples about w*
+POINTS = SPREAD * np.random.default_rng(0).normal(size=(COUNT, DIM)).astype(np.float32)
+POINTS -= POINTS.mean(axis=0)
+PARAMS = {"a": jnp.zeros(SIZES[0]), "b": jnp.zeros(SIZES[1])}
+PRECISION = NBETA * HESSIAN + GAMMA
+EXACT = 0.5 * np.sum(NBETA * HESSIAN / PRECISION)
+
+
+def loss_fn(w, batch):
+    flat = jnp.concatenate([w["a"], w["b"]])
+    return 0.5 * jnp.mean(jnp.sum(HESSIAN.astype(np.float32) * (flat - batch) ** 2, axis=-1))
+
+
+def make_setup(key=0, *, error=0.02, budget=1e5, must_walk=True, nbeta=NBETA, reader=None):
+    objective, center = ravel_loss(loss_fn, PARAMS, jnp.float32)
+    posterior = LocalPosterior(center, jnp.float32(nbeta), jnp.float32(GAMMA))
+    examples = jnp.asarray(POINTS)
+    loss = fingerprint_loss(objective, Problem(posterior, hold(examples), 64))
+    reader = reader or DrawnReader(examples, PART)
+    setup = WalkSetup(
+        programs=minibatch_programs(objective, loss, posterior, reader.first, 16),
+        posterior=posterior,
+        leaf_sizes=tuple(objective.structure.leaf_sizes),
+        reader=reader,
+        keys=jax.random.split(jax.random.key(key), WALKERS),
+        seed=np.random.SeedSequence(key),
+        settings=SamplerSettings(),
+        error=error,
+        budget=budget,
+        must_walk=must_walk,
+        report=lambda work, llc: None,
+    )
+    return setup, objective  # the programs borrow the objective
+
+
+def exact_map():
+    scale = jnp.asarray(1 / np.sqrt(PRECISION), jnp.float32)
+    return LinearMap(jnp.zeros(DIM), scale, jnp.zeros((0, DIM)), jnp.zeros((0, 0)))
+
+
+@pytest.mark.parametrize("step", [0.1, 0.3])
+@pytest.mark.parametrize("curvature", [0.5, 1.0, 14.0])
+def test_heat_is_that_of_the_linear_recursion(step, curvature):
+    kept = np.exp(-step / FRICTION_TIME)
+    kick = np.array([[1, 0], [-step * curvature, 1]])
+    drift = np.array([[1, step / 2], [0, 1]])
+    friction = np.diag([1, kept])
+    once = drift @ friction @ drift
+    noise = once @ np.array([[0], [step]])
+    added = solve_discrete_lyapunov(once @ kick, noise @ noise.T)[0, 0]
+    heat = position_heat(step, FRICTION_TIME, np.array([curvature]))[0]
+    assert heat == pytest.approx(added * curvature, rel=0.02)
+
+
+def test_curvature_of_each_array_is_measured():
+    setup, objective = make_setup()
+    measured, work, examples = measure_curvature(setup, np.random.default_rng(1))
+    del objective
+    np.testing.assert_allclose(measured.curvature, NBETA * np.array(CURVATURES), rtol=1e-4)
+    # in the coordinates of the two curvatures the data's share of the precision is what is left
+    # two products from noise along both curvatures leave (0.2 / 0.8)^4 of the other
+    assert measured.stiffness == pytest.approx(np.max(NBETA * HESSIAN / PRECISION), rel=0.25**4 * 2)
+    assert work == pytest.approx(5 * (4 / 3) * WALKERS * PART)
+    assert examples == 2 * WALKERS * PART
+    assert abs(measured.decrement) < 4 * measured.decrement_error
+
+
+def test_the_gradient_at_the_center_is_seen_through_its_noise():
+    rng = np.random.default_rng(0)
+    mean = 0.5 * np.ones(50)
+    values = [mean_square_gradient(mean + rng.normal(size=(8, 50))) for _ in range(300)]
+    squares, errors = np.array(values).T
+    assert abs(squares.mean() - mean @ mean) < 4 * squares.std() / np.sqrt(300)
+    assert errors.mean() == pytest.approx(squares.std(), rel=0.3)
+
+
+def test_rayleigh_quotients_are_at_least_zero():
+    direction = np.ones((2, 3))
+    bent = np.array([[2.0, 2.0, -1.0]] * 2)
+    np.testing.assert_allclose(leaf_curvature(direction, bent, (2, 1)), [2.0, 0.0])
+
+
+def test_heat_is_measured():
+    setup, objective = make_setup()
+    course = Course(blank_state(np.zeros((WALKERS, DIM), np.float32)), exact_map(), 0.3)
+    heats = [measure_heat(make_setup(key)[0], course)[0] for key in range(12)]
+    del setup, objective
+    variance = NBETA**2 * HESSIAN**2 * POINTS.var(axis=0) / PART / PRECISION
+    share = NBETA * HESSIAN / PRECISION
+    exact = 0.5 * np.sum(variance * share * position_heat(0.3, FRICTION_TIME, np.ones(DIM)))
+    # noise has directions of both curvatures, of which their mean is taken
+    assert np.mean(heats) == pytest.approx(exact, rel=0.15)
+
+
+def test_a_walk_finds_the_llc():
+    results = [walk_from_localizer(make_setup(key, error=0.03)[0]) for key in range(6)]
+    analyses = [walk.check.analysis for walk in results]
+    scores = np.array([(one.llc - EXACT) / one.llc_sem for one in analyses])
+    assert np.all(np.abs(scores) < 4)
+    assert np.sqrt(np.mean(scores**2)) < 2
+    assert all(one.llc_sem < 0.05 * EXACT for one in analyses)
+    for walk in results:
+        assert walk.reference_loss == pytest.approx(0.5 * np.mean(POINTS**2 @ HESSIAN), rel=0.05)
+
+
+@pytest.mark.parametrize("budget", [200.0, 700.0, 3000.0])
+def test_no_walk_exceeds_its_budget(budget):
+    setup, objective = make_setup(error=1e-4, budget=budget)
+    if budget < 500:
+        with pytest.raises(fastvi.ConfigError, match="budget"):
+            walk_from_localizer(setup)
+        return
+    walk = walk_from_localizer(setup)
+    del objective
+    assert 0.9 * budget < walk.work <= budget
+    assert walk.check.unmet
+
+
+def test_stiff_posteriors_are_left_to_a_fit():
+    stiff = walk_from_localizer(make_setup(must_walk=False, nbeta=1e4)[0])
+    assert isinstance(stiff, TooStiff) or stiff.measured.stiffness <= 100
+
+
+def test_steps_and_batches_are_planned():
+    assert plan_step(0.0) == 0.3
+    assert plan_step(120.0) == pytest.approx(0.1)
+    assert plan_parts(1.0, 0.05, 100) == 4
+    assert plan_parts(1.0, 0.05, 2) == 2
+    assert plan_parts(-1.0, 0.05, 100) == 1
+
+
+def test_a_batch_of_parts_is_their_mean():
+    _, objective = make_setup()
+    posterior = make_setup()[0].posterior
+    keys = jax.random.split(jax.random.key(3), 2)
+    position = np.random.default_rng(0).normal(size=(2, DIM)).astype(np.float32)
+    source = DrawnReader(jnp.asarray(POINTS), PART).first
+    step, parts = jnp.int32(7), jnp.int32(3)
+    found = evaluate_minibatches(
+        objective, posterior, exact_map(), source, parts, keys, jnp.asarray(position), step
+    )
+    rows = np.concatenate(
+        [source.rows(keys, step, jnp.int32(part), parts) for part in range(3)], axis=1
+    )
+    displacement = position / np.sqrt(PRECISION)
+    for walker in range(2):
+        batch, v = POINTS[rows[walker]], displacement[walker]
+        losses = 0.5 * np.mean((v - batch) ** 2 @ HESSIAN), 0.5 * np.mean(batch**2 @ HESSIAN)
+        assert found.observed.excess[walker] == pytest.approx(losses[0] - losses[1], abs=1e-4)
+        assert found.observed.reference[walker] == pytest.approx(losses[1], rel=1e-4)
+        slope = NBETA * HESSIAN * (v - batch.mean(axis=0)) + GAMMA * v
+        np.testing.assert_allclose(
+            found.gradient[walker], slope / np.sqrt(PRECISION), rtol=1e-4, atol=1e-4
+        )
+        assert found.observed.virial[walker] == pytest.approx(v @ slope, rel=1e-4)
+
+
+def test_each_example_that_is_fed_is_read_once():
+    numbers = np.arange(10_000, dtype=np.int32)
+    feed = Feed(iter(np.split(numbers, 100)))
+    reader = FeedReader(feed, numbers[:8], 4, walkers=2, most=32)
+    keys, seen, parts = jax.random.split(jax.random.key(0), 2), [], jnp.int32(3)
+    for first, steps in ((0, 5), (5, 10), (15, 1)):
+        source = reader.read(first, steps, 3)
+        for step in range(first, first + steps):
+            for part in range(3):
+                rows = source.rows(keys, jnp.int32(step), jnp.int32(part), parts)
+                seen.append(np.asarray(source.examples)[np.asarray(rows)].ravel())
+    np.testing.assert_array_equal(np.concatenate(seen), numbers[: 16 * 3 * 2 * 4])

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fastvi._compilation import CompileWatch
+from fastvi._compilation import CompileWatch, quick_compilation
 from fastvi._errors import ConfigError
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import Progress
@@ -24,6 +24,7 @@ from fastvi.sampling.minibatches import AbstractReader, DrawnReader, FeedReader,
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import fingerprint_loss
+from fastvi.target.objective import value_and_grad
 from fastvi.target.ravel import TreeObjective
 from fastvi.target.stream import Feed
 from fastvi.target.work import Work
@@ -38,6 +39,8 @@ ROUND = 16
 # Examples of a part of a walker's batch, where examples are dear and where they are cheap; a pass
 # that takes this many examples tells the two apart.
 PART, PART_OF_CHEAP, CHEAP = 4, 16, 1024
+# Evaluations of all walkers that the budget pays for, at least, where parts are large.
+LEAST_EVALUATIONS = 8 * 200
 # Parts of a batch whose round is fed at once; batches of more are fed in shorter rounds. Double
 # holds twice as many examples on the device.
 FED_PARTS = 4
@@ -88,7 +91,8 @@ def estimate_by_walk(
 ) -> LLCEstimate | TooStiff:
     """Walk from the localizer, on data at hand or those that `feed` gives."""
     began, settings = time.perf_counter(), config.sampler
-    part = PART if problem.data.max_batch < CHEAP else PART_OF_CHEAP
+    is_cheap = problem.data.max_batch >= CHEAP and budget > PART_OF_CHEAP * LEAST_EVALUATIONS
+    part = PART_OF_CHEAP if is_cheap else PART
     keys = jax.random.split(streams.derive(key, streams.Purpose.WALKERS), settings.walkers)
     reader: AbstractReader = DrawnReader(
         problem.data.examples, min(part, problem.data.num_examples)
@@ -115,6 +119,8 @@ def estimate_by_walk(
             budget=budget - look.sample_gradients,
             must_walk=must_walk,
             report=tell,
+            num_data=problem.num_data,
+            full_gradient=_full_gradient(objective, problem) if problem.holds_all else None,
         )
         walk = walk_from_localizer(setup)
     if isinstance(walk, TooStiff):
@@ -124,6 +130,16 @@ def estimate_by_walk(
     result = _estimate(walk, problem, config, setup, look, timings)
     result = dataclasses.replace(result, health=walk_findings(result, walk, look))
     return dataclasses.replace(result, health=correction_findings(result))
+
+
+def _full_gradient(objective: TreeObjective, problem: Problem) -> Callable[[], Any]:
+    """Return a function that evaluates the gradient of L_n at w*."""
+
+    def at_center(problem: Problem):
+        center = problem.posterior.center
+        return problem.data.mean(lambda batch: value_and_grad(objective, center, batch)[1])
+
+    return lambda: jax.jit(at_center, compiler_options=quick_compilation())(problem)
 
 
 def _seed(key: Any) -> np.random.SeedSequence:

@@ -207,12 +207,13 @@ def _walk_unsettled(result: Any) -> Finding | None:
     said = [f"{one.criterion} {one.value:.3g} ({one.bound:.3g} is asked)" for one in unmet.values()]
     cause, next_step = _why_unsettled(unmet, result)
     has_ended = any(finding.name == "data_ended" for finding in result.health)
+    end = "data" if has_ended else "budget"
     if has_ended:
         next_step = "Give more examples, or ask for a larger error."
     return Finding(
         "warning",
         "walk_unsettled",
-        f"Sampling came to the end of its {'data' if has_ended else 'budget'} after {details.steps} steps of {details.walkers} "
+        f"Sampling came to the end of its {end} after {details.steps} steps of {details.walkers} "
         f"walkers with {' and '.join(said)}.",
         cause,
         next_step,

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError, DataError
-from fastvi._typing import Float, Keys
+from fastvi._typing import Array, Float, Keys
 from fastvi.families.moments import LinearMap
-from fastvi.sampling.averages import Analysis, analyse, furthest_off
+from fastvi.sampling.averages import SURPRISE, Analysis, analyse, furthest_off, standard_error
 from fastvi.sampling.dynamics import State
 from fastvi.sampling.minibatches import (
     AbstractReader,
@@ -55,10 +55,12 @@ STIFFNESS_PRODUCTS = 2
 # deviation of a share that may be anything from 0.3 to 1.
 HEAT_SHARE = 0.65
 HEAT_DOUBT = 0.2
+# What the doubt of a heat as large as llc has beside: with it, a third of llc is the error.
+LARGE_HEAT_DOUBT = 0.3
 # Part of the budget that measurements and burn-in may take together.
-PREPARATION_SHARE = 0.4
-# Steps that are averaged, at least; a walk of fewer has no error to speak of.
-LEAST_STEPS = 32
+PREPARATION_SHARE = 0.5
+# Steps that are averaged, at least, where the budget has to choose between steps and batches.
+LEAST_STEPS = 24
 # Step number from which on batches are those of measurements; no walk makes as many steps.
 PROBE_STEPS = 2**20
 # Share of steps taken back at which the step size is halved. Half of it halves after one in a
@@ -68,6 +70,14 @@ RETURNED = 0.02
 SHORTEST_STEP = 1e-3 * LARGEST_STEP
 # Quantile of the walkers' stiffnesses: the largest of few would be that of one odd batch.
 STIFFNESS_QUANTILE = 0.75
+# Parts of a raw batch from which on it is measured whether anchored ones do with fewer.
+MOST_RAW_PARTS = 8
+# Standard errors from which on the gradient at w* is not taken for zero.
+CERTAIN = 3.0
+# Parts of the budget that the gradient on all data may take, and a sample of it in its place.
+FULL_ANCHOR_SHARE, ANCHOR_SHARE = 0.35, 0.15
+# Batches of that sample, at most, and the number of the first: no other measurement has them.
+MOST_DECREMENT_BATCHES, DECREMENT_PROBES = 64, 16
 # Share of the wanted error that the doubt of the heat may take: at half, batches are twice as
 # large; at double, the doubt alone is the error that was asked for.
 DOUBT_SHARE = 0.5
@@ -90,6 +100,8 @@ class WalkSetup:
         budget: Sample gradients that the walk never exceeds.
         must_walk: Whether to walk however stiff the posterior is, as nothing else is possible.
         report: Receives the work so far and llc.
+        num_data: Examples of all data.
+        full_gradient: Returns the gradient of L_n at w*; None where not all data are at hand.
     """
 
     programs: MinibatchPrograms
@@ -103,15 +115,17 @@ class WalkSetup:
     budget: float
     must_walk: bool
     report: Callable[[float, float], None]
+    num_data: int
+    full_gradient: Callable[[], Float[Array, " dim"]] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Return walkers and dimensions."""
         return self.keys.shape[0], self.posterior.center.size
 
-    def cost(self, steps: int, parts: int) -> float:
-        """Price steps of all walkers: a gradient, and the loss at w*, of each example."""
-        return (GRADIENT + LOSS) * self.examples(steps, parts)
+    def cost(self, steps: int, parts: int, is_anchored: bool = False) -> float:
+        """Price steps of all walkers: of each example a gradient, and at w* a loss or another."""
+        return (GRADIENT + (GRADIENT if is_anchored else LOSS)) * self.examples(steps, parts)
 
     def examples(self, steps: int, parts: int) -> int:
         """Count the examples of some steps of all walkers."""
@@ -127,12 +141,18 @@ class Measured(NamedTuple):
             coordinates.
         decrement: Nats of log posterior that a step from w* along the gradient would gain.
         decrement_error: Its standard error.
+        noise: Variance of the gradient of nbeta L on a part of a batch at w*, summed over
+            directions in round coordinates.
+        anchored_noise: The same at draws of the start, less what the same examples say at w*;
+            infinite where it was not measured.
     """
 
     curvature: Float[np.ndarray, " leaves"]
     stiffness: float
     decrement: float
     decrement_error: float
+    noise: float
+    anchored_noise: float
 
 
 class Walk(NamedTuple):
@@ -177,8 +197,10 @@ class Course(NamedTuple):
         state: The walkers.
         linear_map: Their coordinates.
         step_size: The step.
+        anchor: Gradient of L_n at w*, where batches are anchored there; None where they are not.
         parts: Parts of a batch.
         heat: As in `Walk`, for this batch.
+        gradient_doubt: Nats that llc may be off for a gradient at w* that was taken for zero.
         said: What the steps that are averaged say.
         done: Number of the next step.
         work: Sample gradients spent.
@@ -189,13 +211,20 @@ class Course(NamedTuple):
     state: State
     linear_map: LinearMap
     step_size: float
+    anchor: Float[Array, " dim"] | None = None
     parts: int = 1
     heat: float = 0.0
+    gradient_doubt: float = 0.0
     said: Steps | None = None
     done: int = 0
     work: float = 0.0
     examples: int = 0
     is_fed: bool = True
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether batches are anchored at w*."""
+        return self.anchor is not None
 
 
 def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
@@ -219,12 +248,13 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
         work=work,
         examples=examples,
     )
+    course = plan_anchor(setup, measured, course)
     course = plan_batch(setup, burn_in(setup, course))
     check = None
     while course.is_fed and (steps := affordable_steps(setup, course, setup.programs.length)):
         course = advance(setup, course, steps)
         if course.said is not None:
-            check = check_steps(setup, course.said.observed, course.heat)
+            check = check_steps(setup, course)
             setup.report(course.work, check.analysis.llc)
             if not check.unmet or not math.isfinite(check.analysis.llc):
                 break
@@ -285,12 +315,13 @@ class _Probe:
         linear_map: LinearMap,
         position: Float[np.ndarray, "walkers dim"],
         batch: tuple[int, AbstractSource],
+        anchor: Float[Array, " dim"] | None = None,
     ) -> Float[np.ndarray, "walkers dim"]:
-        """Return the gradient of nbeta L_B of each walker in round coordinates."""
+        """Return the estimate of the gradient of nbeta L_n of each walker in round coordinates."""
         step, source = batch
-        course = Course(blank_state(position), linear_map, 0.0, done=step)
+        course = Course(blank_state(position), linear_map, 0.0, anchor, done=step)
         state, _ = _call(self.setup, course, source, -1, 0)
-        self.work += self.setup.cost(1, 1)
+        self.work += self.setup.cost(1, 1, course.is_anchored)
         of_localizer = np.square(np.asarray(linear_map.scale)) * float(self.setup.posterior.gamma)
         return np.asarray(state.here.gradient) - of_localizer * position
 
@@ -313,18 +344,41 @@ def measure_curvature(setup: WalkSetup, rng: np.random.Generator) -> tuple[Measu
     bent = probe.gradient(localizer, direction, first) - here
     curvature = leaf_curvature(direction, bent, setup.leaf_sizes) * float(setup.posterior.gamma)
     again = probe.gradient(localizer, zero, second)
-    decrement, error = mean_square_gradient((here + again) / 2)
     # the coordinates of the walk, in which stiffness is what limits its step
     linear_map = round_map(setup, curvature)
     change = np.asarray(linear_map.scale) / np.asarray(localizer.scale)
-    here, image, stiffness = here * change, (here - again) * change, 0.0
+    here, again = here * change, again * change
+    decrement, error = mean_square_gradient((here + again) / 2)
+    noise = (here - again) / math.sqrt(2)
+    image, stiffness = noise, 0.0
     for _ in range(STIFFNESS_PRODUCTS):
         unit = image / np.maximum(np.linalg.norm(image, axis=1, keepdims=True), TINY)
         image = probe.gradient(linear_map, unit, first) - here
         sizes = np.linalg.norm(image, axis=1)
         stiffness = max(stiffness, float(np.quantile(sizes, STIFFNESS_QUANTILE)))
-    measured = Measured(curvature, stiffness, 0.5 * decrement, 0.5 * error)
+    measured = Measured(
+        curvature, stiffness, 0.5 * decrement, 0.5 * error, mean_square(noise), math.inf
+    )
+    if wanted_parts(setup, measured) > MOST_RAW_PARTS:
+        # noise that is left where the gradient at w* on the same examples is taken off
+        there = probe.gradient(linear_map, direction, first) - here
+        there -= probe.gradient(linear_map, direction, second) - again
+        measured = measured._replace(anchored_noise=mean_square(there / math.sqrt(2)))
     return measured, probe.work, probe.examples
+
+
+def wanted_parts(setup: WalkSetup, measured: Measured) -> float:
+    """Return the parts that a raw batch should have, by its noise at w* and the curvatures."""
+    sizes, gamma = np.asarray(setup.leaf_sizes), float(setup.posterior.gamma)
+    llc = 0.5 * float(np.sum(sizes * measured.curvature / (gamma + measured.curvature)))
+    step_size = plan_step(measured.stiffness)
+    heat = noise_heat(measured.noise, step_size)
+    return HEAT_DOUBT * heat / max(DOUBT_SHARE * setup.error * llc, TINY)
+
+
+def mean_square(vectors: Float[np.ndarray, "walkers dim"]) -> float:
+    """Return the mean of |x|^2."""
+    return float(np.mean(np.sum(np.square(vectors, dtype=float), axis=1)))
 
 
 def leaf_curvature(
@@ -399,8 +453,10 @@ def measure_heat(setup: WalkSetup, course: Course) -> tuple[float, float, int]:
     """
     probe, linear_map = _Probe(setup, number=2), course.linear_map
     position = np.asarray(course.state.position)
-    first = probe.gradient(linear_map, position, probe.batch())
-    noise = (first - probe.gradient(linear_map, position, probe.batch())) / math.sqrt(2)
+    one, two = (
+        probe.gradient(linear_map, position, probe.batch(), course.anchor) for _ in range(2)
+    )
+    noise = (one - two) / math.sqrt(2)
     size = np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), TINY)
     other = probe.batch()
     bent = probe.gradient(linear_map, position + noise / size, other)
@@ -418,6 +474,50 @@ def plan_parts(heat_of_one: float, wanted: float, most: int) -> int:
     """Return the parts of a batch: as few as keep the doubt of the heat within what is wanted."""
     doubtful = HEAT_DOUBT * max(heat_of_one, 0.0)
     return int(np.clip(math.ceil(doubtful / max(wanted, TINY)), 1, most))
+
+
+def plan_anchor(setup: WalkSetup, measured: Measured, course: Course) -> Course:
+    """Anchor batches at w* where that takes off more noise than the second gradient costs.
+
+    The anchor is the gradient on all data where the budget pays for it. Else it is zero, as at a
+    minimum, and a measurement says how far llc may be off for that.
+    """
+    is_raw = measured.anchored_noise * setup.cost(1, 1, True) >= measured.noise * setup.cost(1, 1)
+    course = course._replace(
+        heat=noise_heat(measured.noise if is_raw else measured.anchored_noise, course.step_size)
+    )
+    if is_raw:
+        return course
+    if setup.full_gradient is not None and setup.num_data <= FULL_ANCHOR_SHARE * setup.budget:
+        work = course.work + GRADIENT * setup.num_data
+        return course._replace(anchor=setup.full_gradient(), work=work)
+    decrement, error, work, examples = measure_decrement(setup, course)
+    course = course._replace(work=course.work + work, examples=course.examples + examples)
+    if decrement > CERTAIN * error:
+        return course._replace(heat=noise_heat(measured.noise, course.step_size))
+    anchor = jnp.zeros_like(setup.posterior.center)
+    return course._replace(anchor=anchor, gradient_doubt=max(decrement, 0.0) + error)
+
+
+def measure_decrement(setup: WalkSetup, course: Course) -> tuple[float, float, float, int]:
+    """Measure what a step from w* along the gradient would gain, on `ANCHOR_SHARE` of the budget.
+
+    Returns:
+        Nats of log posterior, their standard error, the sample gradients, and the examples.
+    """
+    probe, zero = _Probe(setup, DECREMENT_PROBES), np.zeros(setup.shape, np.float32)
+    zero = zero.astype(setup.posterior.center.dtype)
+    count = int(np.clip(ANCHOR_SHARE * setup.budget / setup.cost(1, 1), 1, MOST_DECREMENT_BATCHES))
+    total = zero
+    for _ in range(count):
+        total = total + probe.gradient(course.linear_map, zero, probe.batch())
+    square, error = mean_square_gradient(total / count)
+    return 0.5 * square, 0.5 * error, probe.work, probe.examples
+
+
+def noise_heat(noise: float, step_size: float) -> float:
+    """Return the most that noise of this variance, summed over directions, adds to llc."""
+    return 0.5 * noise * float(position_heat(step_size, FRICTION_TIME, np.ones(1))[0])
 
 
 def burn_in(setup: WalkSetup, course: Course) -> Course:
@@ -439,29 +539,28 @@ def burn_in(setup: WalkSetup, course: Course) -> Course:
 
 
 def plan_batch(setup: WalkSetup, course: Course) -> Course:
-    """Choose the batch by its heat, and drop what the burn-in said.
-
-    Where the budget pays for no measurement, batches are as large as `LEAST_STEPS` of them may be.
-    """
+    """Choose the batch by its heat, and drop what the burn-in said."""
     said = course.said
     course = course._replace(said=None)
     if said is None:
         return course
     half = said.observed.excess.shape[0] // 2
     llc = float(setup.posterior.nbeta) * float(np.mean(said.observed.excess[half:]))
-    if course.work + setup.cost(4, 1) > PREPARATION_SHARE * setup.budget:
-        return course
-    heat, work, examples = measure_heat(setup, course)
-    course = course._replace(work=course.work + work, examples=course.examples + examples)
+    if course.work + setup.cost(4, 1, course.is_anchored) <= PREPARATION_SHARE * setup.budget:
+        heat, work, examples = measure_heat(setup, course)
+        course = course._replace(
+            heat=heat, work=course.work + work, examples=course.examples + examples
+        )
     most = affordable_steps(setup, course, setup.reader.most * LEAST_STEPS) // LEAST_STEPS
-    parts = plan_parts(heat, DOUBT_SHARE * setup.error * abs(llc), max(1, most))
-    return course._replace(parts=parts, heat=heat / parts)
+    wanted = DOUBT_SHARE * setup.error * abs(llc - course.heat)
+    parts = plan_parts(course.heat, wanted, max(1, most))
+    return course._replace(parts=parts, heat=course.heat / parts)
 
 
 def affordable_steps(setup: WalkSetup, course: Course, steps: int, share: float = 1.0) -> int:
     """Return how many of these steps a share of the budget pays for."""
     left = share * setup.budget - course.work
-    return max(0, min(steps, int(left / setup.cost(1, course.parts))))
+    return max(0, min(steps, int(left / setup.cost(1, course.parts, course.is_anchored))))
 
 
 def advance(setup: WalkSetup, course: Course, steps: int) -> Course:
@@ -481,7 +580,7 @@ def advance(setup: WalkSetup, course: Course, steps: int) -> Course:
         state=state,
         said=said if course.said is None else _concatenate(course.said, said),
         done=course.done + steps,
-        work=course.work + setup.cost(steps, course.parts),
+        work=course.work + setup.cost(steps, course.parts, course.is_anchored),
         examples=course.examples + setup.examples(steps, course.parts),
     )
 
@@ -495,7 +594,7 @@ def _evaluate(setup: WalkSetup, course: Course) -> Course:
     return course._replace(
         state=state,
         done=course.done + 1,
-        work=course.work + setup.cost(1, course.parts),
+        work=course.work + setup.cost(1, course.parts, course.is_anchored),
         examples=course.examples + setup.examples(1, course.parts),
     )
 
@@ -509,6 +608,7 @@ def _call(
         setup.posterior,
         course.linear_map,
         source,
+        course.anchor,
         course.state,
         setup.keys,
         jnp.int32(course.parts),
@@ -528,13 +628,15 @@ def _concatenate(first: Steps, second: Steps) -> Steps:
     return Steps(observed, np.concatenate([first.returned, second.returned]))
 
 
-def check_steps(setup: WalkSetup, observed: Observed, heat: float) -> Check:
+def check_steps(setup: WalkSetup, course: Course) -> Check:
     """Average what the steps say, less a share of the heat, and hold it against the criteria."""
-    length, nbeta = setup.settings.bin_length, float(setup.posterior.nbeta)
+    assert course.said is not None, "a step has been made"
+    observed, settings = course.said.observed, setup.settings
+    length, nbeta = settings.bin_length, float(setup.posterior.nbeta)
     bins = max(1, observed.excess.shape[0] // length)
-    last = observed.excess.shape[0] - bins * length  # the first steps are those to leave out
+    first = max(0, observed.excess.shape[0] - bins * length)  # the first steps are left out first
     excess, radius2, virial = (
-        np.asarray(leaf)[max(last, 0) :].reshape(bins, -1, leaf.shape[1]).mean(axis=1).T
+        np.asarray(leaf)[first:].reshape(bins, -1, leaf.shape[1]).mean(axis=1).T
         for leaf in (observed.excess, observed.radius2, observed.virial)
     )
     llc = nbeta * excess
@@ -543,14 +645,40 @@ def check_steps(setup: WalkSetup, observed: Observed, heat: float) -> Check:
         return Check(broken, llc, (Unmet(ERROR, math.nan, setup.error),))
     analysis = analyse(llc, np.zeros((*llc.shape, 0)), radius2)
     column = setup.posterior.center.size - virial[:, analysis.burn_in :, None]
-    doubt, share = HEAT_DOUBT * heat, HEAT_SHARE * heat
+    share, doubt = heat_share(course.heat, analysis.llc)
+    # fewer bins than asked for have not shown how long the walkers remember
+    spread = analysis.llc_sem * math.sqrt(max(1.0, settings.min_bins / bins))
+    systematic = math.hypot(doubt, course.gradient_doubt, missing_width(column))
     analysis = dataclasses.replace(
         analysis,
         llc=analysis.llc - share,
-        llc_sem=math.hypot(analysis.llc_sem, doubt),
+        llc_sem=math.hypot(spread, systematic),
         added=share,
-        systematic=doubt,
+        systematic=systematic,
         virial_z=furthest_off(column),
         per_walker=analysis.per_walker - share,
     )
-    return Check(analysis, llc, unmet_by(analysis, setup.error, 1.0, bins, setup.settings))
+    return Check(analysis, llc, unmet_by(analysis, setup.error, 1.0, bins, settings))
+
+
+def missing_width(column: Float[np.ndarray, "walkers bins 1"]) -> float:
+    """Return the nats that directions may lack which the walkers have not yet filled.
+
+    The virial column `d - v . grad(-log p)` has mean zero under the posterior, and a direction that
+    is too narrow by a share of its variance adds that share. It lacks half of it in llc, at most.
+    """
+    surplus = float(column.mean()) - SURPRISE * standard_error(column[:, :, 0])
+    return 0.5 * max(0.0, surplus)
+
+
+def heat_share(heat: float, llc: float) -> tuple[float, float]:
+    """Return what the average takes off llc for the heat, and the standard deviation of the rest.
+
+    A heat is part of the llc that was seen, so that one near it or above is known no better than to
+    be between nothing and all of it.
+    """
+    seen = abs(llc)
+    of_seen = -math.expm1(-max(heat, 0.0) / seen) if seen > 0 else 0.0
+    return HEAT_SHARE * of_seen * seen, (
+        HEAT_DOUBT + of_seen**2 * LARGE_HEAT_DOUBT
+    ) * of_seen * seen

@@ -163,9 +163,9 @@ class MinibatchPrograms(NamedTuple):
     """Compiled: one program holds the model.
 
     Attributes:
-        advance: `(posterior, linear_map, source, state, keys, parts, step_size, friction_time,
-            first, start, stop) -> (State, Steps)`. A round of steps from `start` to `stop`; step -1
-            evaluates the walkers where they are, on the batch of step `first`.
+        advance: `(posterior, linear_map, source, anchor, state, keys, parts, step_size,
+            friction_time, first, start, stop) -> (State, Steps)`. A round of steps from `start` to
+            `stop`; step -1 evaluates the walkers where they are, on the batch of step `first`.
         length: Steps of a round, at most.
     """
 
@@ -178,6 +178,7 @@ def evaluate_minibatches(
     posterior: LocalPosterior,
     linear_map: LinearMap,
     source: AbstractSource,
+    anchor: Float[Array, " dim"] | None,
     parts: Int[Array, ""],
     keys: Keys,
     position: Float[Array, "walkers dim"],
@@ -185,17 +186,24 @@ def evaluate_minibatches(
 ) -> Evaluation:
     """Evaluate each walker on its batch of this step.
 
-    The loss at w* on the same examples is taken off, which leaves the noise of a difference.
+    The loss at w* on the same examples is taken off, which leaves the noise of a difference. With
+    an anchor, the gradient at w* on the same examples is taken off too, and the anchor put in its
+    place: that of all data. The loss follows: less the slope that was taken off, which has mean
+    zero over batches that the position does not depend on.
 
     Cost:
-        A gradient and a loss for each example.
+        For each example a gradient, and a loss; with an anchor, two gradients.
     """
     displacement, center = linear_map.displacement(position), posterior.center
 
     def one(v, batch):
         loss, slope = value_and_grad(objective, center + v, batch)
-        reference = objective.loss(center, batch)
-        return loss - reference, reference, slope
+        if anchor is None:
+            reference = objective.loss(center, batch)
+            return loss - reference, reference, slope
+        reference, own = value_and_grad(objective, center, batch)
+        tilt = anchor - own
+        return loss - reference + tilt @ v, reference, slope + tilt
 
     def add(part, total):
         rows = source.rows(keys, step, part, parts)
@@ -241,6 +249,7 @@ def _advance(objective: FlatObjective, length: int) -> Any:
         posterior: LocalPosterior,
         linear_map: LinearMap,
         source: AbstractSource,
+        anchor: Float[Array, " dim"] | None,
         state: State,
         keys: Keys,
         parts: Int[Array, ""],
@@ -260,7 +269,7 @@ def _advance(objective: FlatObjective, length: int) -> Any:
             noise = jax.vmap(lambda key: normal(key, shape[1:], dtype, block=block))(keys)
             half = first_half_step(state, step, friction_time, noise)
             there = evaluate_minibatches(
-                objective, posterior, linear_map, source, parts, keys, half.position, index
+                objective, posterior, linear_map, source, anchor, parts, keys, half.position, index
             )
             state, info = second_half_step(state, half, there, step, is_same_data=False)
             said = Steps(state.here.observed, info.is_returned.astype(dtype))

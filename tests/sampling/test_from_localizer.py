@@ -71,6 +71,7 @@ def make_setup(key=0, *, error=0.02, budget=1e5, must_walk=True, nbeta=NBETA, re
         budget=budget,
         must_walk=must_walk,
         report=lambda work, llc: None,
+        num_data=COUNT,
     )
     return setup, objective  # the programs borrow the objective
 
@@ -179,7 +180,7 @@ def test_a_batch_of_parts_is_their_mean():
     source = DrawnReader(jnp.asarray(POINTS), PART).first
     step, parts = jnp.int32(7), jnp.int32(3)
     found = evaluate_minibatches(
-        objective, posterior, exact_map(), source, parts, keys, jnp.asarray(position), step
+        objective, posterior, exact_map(), source, None, parts, keys, jnp.asarray(position), step
     )
     rows = np.concatenate(
         [source.rows(keys, step, jnp.int32(part), parts) for part in range(3)], axis=1

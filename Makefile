@@ -19,7 +19,8 @@ demo: $(VENV)/.stamp-demo  ## install the package and estimate the LLC of a digi
 
 test: $(VENV)/.stamp-test  ## run the fast tests, a part of them once more compiled as people compile
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m as_users_compile
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m as_users_compile \
+	  $$(grep -rlE --include='test_*.py' 'as_users_compile|fully_optimised' tests)
 
 slow: $(VENV)/.stamp-test  ## run the slow tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m slow

@@ -1,6 +1,8 @@
 import gc
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -10,6 +12,7 @@ from jaxtyping import install_import_hook
 
 from tests.support import annotations
 
+MARK = "as_users_compile"
 MEMORY = 3.0  # GiB of a process above which a file of tests gives back what it compiled
 
 # Hold the annotated functions on arrays to their shapes and dtypes; must precede the first import
@@ -113,12 +116,47 @@ def compile_quickly():
     """
     wanted = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     jax.config.update("jax_disable_most_optimizations", wanted != "0")
+    # lines of source in a program are for profilers
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     if wanted != "0":
-        from fastvi._compilation import QUICK_OPTIONS
+        use_quick_options()
 
-        # a program in one piece takes a fifth less of the processor; pieces in parallel are sooner
-        # on idle cores
-        QUICK_OPTIONS["xla_cpu_parallel_codegen_split_count"] = 1
+
+def use_quick_options():
+    """Compile every program with the options that the package has for programs that run once.
+
+    XLA reads its flags when the first program compiles, and ends a process for one that it does not
+    know, so another process tries them first.
+    """
+    from fastvi._compilation import QUICK_OPTIONS
+
+    # a program in one piece takes a fifth less of the processor; pieces in parallel are sooner on
+    # idle cores
+    QUICK_OPTIONS["xla_cpu_parallel_codegen_split_count"] = 1
+    flags = [f"--{name}={str(value).lower()}" for name, value in QUICK_OPTIONS.items()]
+    given = os.environ.get("XLA_FLAGS", "")
+    if flags[0] in given:  # a worker has them from the process that started it
+        return
+    environment = {**os.environ, "XLA_FLAGS": " ".join([given, *flags]).strip()}
+    trial = [sys.executable, "-c", "import jaxlib.xla_client; jaxlib.xla_client.CompileOptions()"]
+    if subprocess.run(trial, env=environment, capture_output=True, check=False).returncode == 0:
+        os.environ["XLA_FLAGS"] = environment["XLA_FLAGS"]
+
+
+def pytest_collection_modifyitems(items):
+    """Hold every file of a test that also runs compiled as people compile to saying so.
+
+    `make test` finds those files by the words. A test of full optimisations is one of them, since
+    XLA's flags hold for the whole process.
+    """
+    for item in items:
+        if "fully_optimised" in item.fixturenames:
+            item.add_marker(MARK)
+        if item.get_closest_marker(MARK) is None:
+            continue
+        text = item.path.read_text(encoding="utf-8")
+        if not (MARK in text or "fully_optimised" in text):
+            raise pytest.UsageError(f"{item.nodeid} is also compiled as people do: {MARK}")
 
 
 def pytest_collection_finish(session):
@@ -133,7 +171,7 @@ def pytest_collection_finish(session):
 
 @pytest.fixture
 def fully_optimised():
-    """Compile as people do, whatever the other tests do."""
+    """Compile with all optimisations, whatever the other tests do."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield

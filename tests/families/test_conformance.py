@@ -59,6 +59,12 @@ def draws_of(name, num, *, antithetic):
     )
 
 
+@functools.cache
+def log_prob_and_score(name):
+    family, params = member(name)
+    return quick_jit(jax.vmap(jax.value_and_grad(lambda v: family.log_prob(params, v))))
+
+
 def log_density(v):
     return -0.5 * jnp.sum(v**2) - 0.1 * jnp.sum(v**4) + jnp.sin(v[0] * v[1])
 
@@ -86,10 +92,8 @@ def moment_error(name):
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_draws_know_their_density_and_its_gradient(name, antithetic):
-    family, params = member(name)
     draws = draws_of(name, 4, antithetic=antithetic)
-    evaluate = jax.vmap(jax.value_and_grad(lambda v: family.log_prob(params, v)))
-    value, score = quick_jit(evaluate)(draws.displacement)
+    value, score = log_prob_and_score(name)(draws.displacement)
     np.testing.assert_allclose(draws.log_prob, value, rtol=1e-8)
     np.testing.assert_allclose(draws.score, score, rtol=1e-6, atol=1e-7)
 
@@ -126,11 +130,17 @@ def test_draws_and_moments_are_those_of_the_density(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_linear_map_is_invertible_and_pulls_gradients_back(name):
     family, params = member(name)
-    linear, x = family.linear_map(params), jnp.asarray([0.4, -1.1])
-    v, pull = jax.vjp(linear.displacement, x)
-    np.testing.assert_allclose(linear.round(v), x, rtol=1e-9)
-    gradient = jnp.asarray([2.0, 0.3])
-    np.testing.assert_allclose(linear.pull_back(gradient), pull(gradient)[0], rtol=1e-9)
+    x, gradient = jnp.asarray([0.4, -1.1]), jnp.asarray([2.0, 0.3])
+
+    @quick_jit
+    def there_and_back(params):
+        linear = family.linear_map(params)
+        v, pull = jax.vjp(linear.displacement, x)
+        return linear.round(v), linear.pull_back(gradient), pull(gradient)[0]
+
+    back, pulled, expected = there_and_back(params)
+    np.testing.assert_allclose(back, x, rtol=1e-9)
+    np.testing.assert_allclose(pulled, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -191,32 +201,36 @@ def test_rules_and_updates_fit_the_parameters(name, groups):
     def moved(step):
         draws = family.sample(params, jax.random.key(4), 2 * groups, antithetic=True)
         ascent = family.ascent(params, draws, target_at(draws), groups=groups)
-        return family.apply_updates(params, family.make_cache(params), scale(ascent, step))
+        after, cache = family.apply_updates(params, family.make_cache(params), scale(ascent, step))
+        noise = family.draw_noise(jax.random.key(5), 3)
+        kept, fresh = (
+            family.transform(after, noise, mirror=False, cache=c).log_prob for c in (cache, None)
+        )
+        gradient = family.pullback(params, draws, target_at(draws), groups=groups)
+        return after, kept, fresh, gradient
 
-    still, cache = moved(0.0)
+    still, *_ = moved(0.0)
     for got, want in zip(*map(jax.tree_util.tree_leaves, (still, params)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
-    after, cache = moved(0.1)
-    noise = family.draw_noise(jax.random.key(5), 3)
-    kept, fresh = (
-        family.transform(after, noise, mirror=False, cache=c).log_prob for c in (cache, None)
-    )
+    _, kept, fresh, gradient = moved(0.1)
     np.testing.assert_allclose(kept, fresh, rtol=1e-10)
-    gradient = quick_jit(
-        lambda draws: family.pullback(params, draws, target_at(draws), groups=groups)
-    )(draws_of(name, 2 * groups, antithetic=True))
     assert jax.tree_util.tree_structure(gradient) == structure
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_widening_scales_the_start_about_the_center(name):
     family, _ = member(name)
-    start = family.init(jax.random.key(0), jnp.asarray([[1.0, -0.5]]), jnp.zeros(DIM))
-    noise = family.draw_noise(jax.random.key(6), 3)
-    before, after = (
-        family.transform(params, noise, mirror=False).displacement
-        for params in (start, family.widened(start, jnp.log(3.0)))
-    )
+
+    @quick_jit
+    def displacements():
+        start = family.init(jax.random.key(0), jnp.asarray([[1.0, -0.5]]), jnp.zeros(DIM))
+        noise = family.draw_noise(jax.random.key(6), 3)
+        return [
+            family.transform(params, noise, mirror=False).displacement
+            for params in (start, family.widened(start, jnp.log(3.0)))
+        ]
+
+    before, after = displacements()
     np.testing.assert_allclose(after, 3 * before, rtol=1e-9)
 
 

@@ -52,7 +52,8 @@ print(json.dumps({
 
 
 def run(devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    own = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {own}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],

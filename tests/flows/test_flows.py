@@ -21,11 +21,8 @@ MASK = (1, 0, 1)
 def jittered(params, scale=0.1):
     """Move parameters away from the identity."""
     leaves, structure = jax.tree_util.tree_flatten(params)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    moved = [
-        a + scale * jax.random.normal(k, a.shape, a.dtype)
-        for a, k in zip(leaves, keys, strict=True)
-    ]
+    rng = np.random.default_rng(7)
+    moved = [(np.asarray(a) + scale * rng.normal(size=a.shape)).astype(a.dtype) for a in leaves]
     return jax.tree_util.tree_unflatten(structure, moved)
 
 

@@ -646,8 +646,10 @@ def check_steps(setup: WalkSetup, course: Course) -> Check:
     analysis = analyse(llc, np.zeros((*llc.shape, 0)), radius2)
     column = setup.posterior.center.size - virial[:, analysis.burn_in :, None]
     share, doubt = heat_share(course.heat, analysis.llc)
-    # fewer bins than asked for have not shown how long the walkers remember
-    spread = analysis.llc_sem * math.sqrt(max(1.0, settings.min_bins / bins))
+    # two errors of few walkers hold less than those of a Gaussian: 1.2 / nu is the second term of
+    # Student's quantile; and fewer bins than asked for have not shown how long walkers remember
+    spread = analysis.llc_sem * (1 + 1.2 / max(llc.shape[0] - 1, 1))
+    spread *= math.sqrt(max(1.0, settings.min_bins / bins))
     systematic = math.hypot(doubt, course.gradient_doubt, missing_width(column))
     analysis = dataclasses.replace(
         analysis,

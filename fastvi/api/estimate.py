@@ -34,11 +34,12 @@ from fastvi.api.walk import chooses_walk, estimate_by_walk
 from fastvi.config import VIConfig
 from fastvi.evaluation.errors import chain_error
 from fastvi.evaluation.importance import assess_importance
+from fastvi.evaluation.llc import losses_beside
 from fastvi.fitting.protocols import Progress
 from fastvi.fitting.run import Fit, Options, Snapshot, run_fit
 from fastvi.fitting.schedule import elbo_trend
 from fastvi.fitting.stages import Outcome, programs_for
-from fastvi.geometry.minimum import Bottom, look_down, rounding_nats
+from fastvi.geometry.minimum import LINE_POINTS, Bottom, look_down, rounding_nats
 from fastvi.geometry.start import newton_decrement, rank_limit
 from fastvi.results.estimate import MOST_SCALES, LLCEstimate, kept_scales
 from fastvi.results.findings import Evidence, health_findings
@@ -49,6 +50,7 @@ from fastvi.results.work import RunWork, count_work
 from fastvi.sampling.from_localizer import TooStiff
 from fastvi.target.checks import LossLook
 from fastvi.target.data import AbstractData, Problem, Window, hold
+from fastvi.target.fingerprint import Fingerprint
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
 from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
@@ -177,7 +179,7 @@ def _walk(
     Returns:
         The target, with the work of an attempt in its look, and the estimate if there is one.
     """
-    objective, problem, config, key, stream, look, feed = target
+    objective, problem, config, key, stream, look, loss, feed = target
     num_data = None if problem.data.is_sample else problem.num_data
     budget = config.budget or default_budget(num_data)
     tries, must_walk = chooses_walk(problem, config, budget)
@@ -188,7 +190,7 @@ def _walk(
         return target, None
     with reporting(progress) as report:
         found = estimate_by_walk(
-            objective, problem, config.filled, key, look, budget, must_walk, report, feed
+            objective, problem, config.filled, key, look, loss, budget, must_walk, report, feed
         )
     if isinstance(found, TooStiff):
         spent = look._replace(sample_gradients=look.sample_gradients + found.work)
@@ -201,7 +203,7 @@ def _walk(
 
 
 class Target(NamedTuple):
-    """What is estimated, checked; `config` is the one asked for."""
+    """What is estimated, checked; `config` is the one asked for, `loss` what the loss computes."""
 
     objective: TreeObjective
     problem: Problem
@@ -209,6 +211,7 @@ class Target(NamedTuple):
     key: Key
     stream: AbstractStream | None
     look: LossLook
+    loss: Fingerprint
     feed: Feed | None = None
 
 
@@ -237,11 +240,14 @@ def assemble(
         nbeta = num_data / math.log(num_data)
     config = config.applied(center.size)
     problem = make_problem(center, data, nbeta, localization, config, "nbeta")
+    # minibatches of the size that the fit takes: the loss is then traced for both at once
+    batch_size = plan_estimate(config, problem, None).config.batch_size
+    problem = dataclasses.replace(problem, batch_size=batch_size)
     budget = (config.budget or default_budget(None if data.is_sample else num_data)) / num_data
-    problem, look = look_at_target(
+    problem, look, loss = look_at_target(
         objective, problem, stream, "loss_fn", budget_fge=budget, max_batch=config.max_batch
     )
-    return Target(objective, problem, config, key, stream, look, feed)
+    return Target(objective, problem, config, key, stream, look, loss, feed)
 
 
 class _Given(NamedTuple):
@@ -298,17 +304,16 @@ def run_estimate(
     began = time.perf_counter()
     if num_chains is not None:
         check_count("num_chains", num_chains)
-    objective, problem, settings, key, stream, look, _ = target
+    objective, problem, settings, key, stream, look, loss, _ = target
     plan, num_chains = plan_estimate(settings, problem, num_chains)
     early_stop = bool(plan.early_stop)
-    problem = dataclasses.replace(problem, batch_size=plan.batch_size)
     keys = jax.random.split(key, num_chains)
     keeper = None
     if resume_from is not None:
         if stream is not None and stream.is_sample:
             raise DataError("resume_from needs data that can be read again; got an iterator.")
         keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
-    stages = programs_for(objective, problem, fit_settings(plan))
+    stages = programs_for(objective, problem, fit_settings(plan), loss=loss)
     with CompileWatch() as watch, reporting(progress) as report:
         options = Options(
             early_stop,
@@ -317,20 +322,21 @@ def run_estimate(
             keeper,
             stream,
             keeps_snapshots=plan.tensorboard,
+            looks_down=True,
             # a run that will be refused for one lost chain need not go on
             ends_where=np.any if throw else np.all,
         )
         fit = run_fit(
             stages, problem, family_choice(plan), fit_schedule(plan), keys, options=options
         )
-        bottom = look_down(
-            stages.compiled.excess_along,
-            problem.posterior,
-            fit.start,
-            float(fit.outcome.reference_loss),
-            (stream or problem.data).known_pieces,
-        )
     timings = Timings(**fit.seconds, compile=watch.seconds, total=time.perf_counter() - began)
+    bottom = look_down(
+        problem.posterior,
+        fit.start,
+        float(fit.outcome.reference_loss),
+        np.asarray(fit.outcome.beside),
+        losses_beside(LINE_POINTS, plan.evaluation_draws),
+    )
     work = count_work(fit, problem, plan, num_chains, look, bottom.losses)
     result = _estimate(fit, problem, plan, work, timings, bottom, look)
     if throw and _has(result, "non_finite"):

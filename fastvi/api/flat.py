@@ -264,7 +264,7 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     problem = make_problem(center, data, nbeta, gamma, config, "beta")
     config = config.filled
     budget = config.steps * config.step_draws * problem.batch_size / num_data
-    problem, look = look_at_target(
+    problem, look, loss = look_at_target(
         target.objective,
         problem,
         None,
@@ -273,8 +273,15 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
         loss_full_flat=target.loss_full_flat,
         max_batch=config.max_batch,
     )
+    full = target.loss_full_flat
     finished = run_fit(
-        programs_for(target.objective, problem, fit_settings(config), target.loss_full_flat),
+        programs_for(
+            target.objective,
+            problem,
+            fit_settings(config),
+            full,
+            loss=loss if full is None else None,  # which the look does not trace
+        ),
         problem,
         family_choice(config),
         fit_schedule(config),

@@ -23,7 +23,7 @@ from fastvi.sampling.from_localizer import TooStiff, Walk, WalkSetup, walk_from_
 from fastvi.sampling.minibatches import AbstractReader, DrawnReader, FeedReader, minibatch_programs
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem
-from fastvi.target.fingerprint import fingerprint_loss
+from fastvi.target.fingerprint import Fingerprint
 from fastvi.target.objective import value_and_grad
 from fastvi.target.ravel import TreeObjective
 from fastvi.target.stream import Feed
@@ -84,6 +84,7 @@ def estimate_by_walk(
     config: VIConfig,
     key: Any,
     look: LossLook,
+    loss: Fingerprint,
     budget: float,
     must_walk: bool,
     report: Callable[[Progress], None] | None,
@@ -105,7 +106,6 @@ def estimate_by_walk(
             report(Progress("walk", int(work), int(budget), llc))
 
     with CompileWatch() as watch:
-        loss = fingerprint_loss(objective, problem)
         programs = minibatch_programs(objective, loss, problem.posterior, reader.first, ROUND)
         setup = WalkSetup(
             programs=programs,

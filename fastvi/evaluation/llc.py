@@ -28,11 +28,21 @@ class DataLosses(NamedTuple):
         excess: `L_n(w) - L_n(w*)` at each draw.
         reference: `L_n(w*)`.
         slope: Gradient of L_n at w*; None where the loss on all data is a function of the caller's.
+        beside: The excess at the points of `Beside`, zero where they were not wanted; None where
+            none were given.
     """
 
     excess: Float[Array, "*chains draws"]
     reference: Float[Array, "*chains"]
     slope: Float[Array, "*chains dim"] | None
+    beside: Float[Array, "*chains points"] | None = None
+
+
+class Beside(NamedTuple):
+    """Displacements from w* beside the draws of q, evaluated where `wanted`."""
+
+    displacement: Float[Array, "points dim"]
+    wanted: Array
 
 
 class EvaluationSettings(NamedTuple):
@@ -163,6 +173,7 @@ def losses_at(
     center: Float[Array, " dim"],
     displacement: Float[Array, "draws dim"],
     batch: Batch,
+    beside: Beside | None = None,
 ) -> DataLosses:
     """Evaluate what a batch says at w* and at draws, a group of draws at a time.
 
@@ -170,21 +181,45 @@ def losses_at(
     of losses by the same operations on the same examples keeps float32 accurate.
 
     Cost:
-        A gradient, and a loss for each draw and group.
+        A gradient, and a loss for each draw and group; `losses_beside` where points beside the
+        draws are wanted.
     """
-    groups = displacement.reshape(-1, draws_at_once(displacement.shape[0]), center.size)
+    count, size = displacement.shape[0], draws_at_once(displacement.shape[0])
+    used = count // size
+    if beside is not None:
+        more = _groups_beside(beside.displacement.shape[0], count)
+        filled = jnp.zeros((more * size, center.size), center.dtype)
+        filled = filled.at[: beside.displacement.shape[0]].set(beside.displacement)
+        displacement = jnp.concatenate([displacement, filled])
+        used = used + more * beside.wanted.astype(jnp.int32)
+    groups = displacement.reshape(-1, size, center.size)
 
-    def one_group(slope, inputs):
-        is_first, v = inputs
+    def one_group(number, carry):
+        excess, reference, slope = carry
+        v = groups[number]
         points = center + jnp.concatenate([jnp.zeros_like(v[:1]), v])
-        losses, slope = _losses_and_slope(objective, points, batch, slope, is_first)
-        return slope, (losses[1:] - losses[0], losses[0])
+        # a gradient of each group would cost three times as much; only the first is asked for
+        losses, slope = _losses_and_slope(objective, points, batch, slope, number == 0)
+        excess = excess.at[number].set((losses[1:] - losses[0]).astype(center.dtype))
+        return excess, jnp.where(number == 0, losses[0].astype(center.dtype), reference), slope
 
-    # a gradient of each group would cost three times as much; only the first is asked for
-    slope, (excess, reference) = jax.lax.scan(
-        one_group, jnp.zeros_like(center), (jnp.arange(groups.shape[0]) == 0, groups)
-    )
-    return DataLosses(excess.reshape(-1), reference[0], slope)
+    zero = jnp.zeros_like(center)
+    blank = jnp.zeros(groups.shape[:2], center.dtype), zero[0], zero
+    excess, reference, slope = jax.lax.fori_loop(0, used, one_group, blank)
+    excess = excess.reshape(-1)
+    if beside is None:
+        return DataLosses(excess, reference, slope)
+    found = excess[count : count + beside.displacement.shape[0]]
+    return DataLosses(excess[:count], reference, slope, found)
+
+
+def _groups_beside(points: int, draws: int) -> int:
+    return -(-points // draws_at_once(draws))
+
+
+def losses_beside(points: int, draws: int) -> int:
+    """Count the losses that so many points beside the draws take: whole groups, each with w*."""
+    return _groups_beside(points, draws) * (draws_at_once(draws) + 1)
 
 
 def _losses_and_slope(

@@ -15,7 +15,7 @@ import numpy as np
 
 from fastvi._compilation import Ahead
 from fastvi._typing import Array, Keys
-from fastvi.evaluation.llc import error_over_pieces
+from fastvi.evaluation.llc import Beside, error_over_pieces
 from fastvi.families.base import AbstractFamily
 from fastvi.fitting.calibrate import MAX_ROUNDS, calibration_steps, narrowing
 from fastvi.fitting.protocols import Progress
@@ -40,10 +40,12 @@ from fastvi.fitting.stages import (
 from fastvi.fitting.step import State
 from fastvi.fitting.step_plan import Phases, ScheduleSettings, fixed_phases, frozen, plan_steps
 from fastvi.geometry.curvature import BLOCK
+from fastvi.geometry.minimum import LINE_POINTS, descent_line
 from fastvi.geometry.start import Start, rank_limit
 from fastvi.kernels.noise import streams
 from fastvi.target.data import AbstractData, Problem
 from fastvi.target.modes import jax_setting
+from fastvi.target.posterior import LocalPosterior
 from fastvi.target.stream import CHUNK, AbstractStream
 
 MAX_ADAPTIVE_WARMUP = 100  # steps; a run that stops by itself is not planned to last
@@ -119,6 +121,7 @@ class Options(NamedTuple):
         keeper: Where progress is kept.
         stream: Where windows of data and the evaluation's data come from.
         keeps_snapshots: Whether the shape of q is kept at each record.
+        looks_down: Whether the evaluation follows the direction of least curvature at w*.
         ends_where: `np.any` to end where any chain is lost to NaN, `np.all` where all are. None
             runs all steps whatever comes, as a fixed number of them is promised.
     """
@@ -129,6 +132,7 @@ class Options(NamedTuple):
     keeper: AbstractKeeper | None = None
     stream: AbstractStream | None = None
     keeps_snapshots: bool = False
+    looks_down: bool = False
     ends_where: Callable[..., Any] | None = None
 
 
@@ -185,7 +189,8 @@ def run_fit(
         options.stream or problem.data,
     )
     with clock.stage("evaluation"):
-        outcome = jax.block_until_ready(_finish(programs, arguments, source))
+        beside = _line_points(problem.posterior, course.start) if options.looks_down else None
+        outcome = jax.block_until_ready(_finish(programs, arguments, source, beside))
     return Fit(
         family=course.family,
         params=course.state.params,
@@ -232,7 +237,8 @@ def _begin(
         rank = min(limit, -(-int(start.rank) // BLOCK) * BLOCK)
         family = build_family(choice, settings.start, start, rank)
         params = programs.draw_start(family, start.core[:rank], keys)
-        _compile_ahead(programs, family, problem, params, keys, schedule, options.stream)
+        beside = _line_points(problem.posterior, start) if options.looks_down else None
+        _compile_ahead(programs, family, problem, params, keys, schedule, options.stream, beside)
     family, state, rounds = _calibrate(
         programs, family, problem, params, schedule, settings.step.num_draws, keys.size
     )
@@ -257,6 +263,7 @@ def _compile_ahead(
     keys: Keys,
     schedule: ScheduleSettings,
     stream: AbstractStream | None,
+    beside: Beside | None,
 ) -> None:
     """Compile the later stages side by side."""
     if jax_setting("jax_disable_jit"):  # then nothing is to be compiled
@@ -269,11 +276,11 @@ def _compile_ahead(
         ahead.compile(programs.steps.lower(family, problem, state, keys, plan))
         ahead.compile(traced.lower())
         if stream is None:
-            nothing = programs.nothing_seen(problem, keys.size)
+            nothing = programs.nothing_seen(problem, keys.size, beside)
             common = family, problem, params, keys, problem.data, nothing
             share = jax.ShapeDtypeStruct((), dtype)
             # said as it is said below: jax takes what is left out for another program
-            ahead.compile(programs.finish.lower(*common, share, concludes=True))
+            ahead.compile(programs.finish.lower(*common, share, beside, concludes=True))
         ahead.wait()
 
 
@@ -383,16 +390,33 @@ def _check_convergence(
         course.phases = Phases(course.phases.warmup, course.done, end)
 
 
-def _finish(programs: Programs, arguments: tuple, source: AbstractData | AbstractStream) -> Outcome:
+def _line_points(posterior: LocalPosterior, start: Start) -> Beside:
+    """Return the points along the direction of least curvature, and whether it is followed."""
+    line, center = descent_line(posterior, start), posterior.center
+    points, follows = np.zeros((LINE_POINTS, center.size)), False
+    if line is not None and line.is_followed:
+        points, follows = line.points, True
+    # of numpy up to here, so that nothing is compiled for it
+    return Beside(jnp.asarray(points.astype(center.dtype)), jnp.asarray(follows))
+
+
+def _finish(
+    programs: Programs,
+    arguments: tuple,
+    source: AbstractData | AbstractStream,
+    beside: Beside | None,
+) -> Outcome:
     """Evaluate q on all data, or a sample of them, piece by piece."""
     _, problem, _, keys = arguments
     posterior, running = problem.posterior, []
-    outcome, losses, count = None, programs.nothing_seen(problem, keys.size), 0
+    outcome, losses, count = None, programs.nothing_seen(problem, keys.size, beside), 0
     for piece, is_last in _with_last(source.pieces()):
         count += piece.num_examples
         share = jnp.asarray(piece.num_examples / count, posterior.center.dtype)
         # what follows from the losses, Hessian products among it, is computed once
-        outcome, losses = programs.finish(*arguments, piece, losses, share, concludes=is_last)
+        outcome, losses = programs.finish(
+            *arguments, piece, losses, share, beside, concludes=is_last
+        )
         running.append(float(jnp.mean(posterior.learning_coefficient(losses.excess))))
     assert outcome is not None  # no source is empty
     if isinstance(source, AbstractData) or not source.is_sample:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from fastvi._compilation import PROGRAMS, quick_compilation
 from fastvi._typing import Array, Float, Key, Keys, PyTree, Scalar
 from fastvi.evaluation.llc import (
+    Beside,
     DataLosses,
     Evaluation,
     EvaluationSettings,
@@ -70,7 +71,8 @@ class Outcome(NamedTuple):
     """What the last stage returns: for each chain, and on all data at w* the loss and its gradient.
 
     `slope` is None where the loss on all data is a function of the caller's. `data_error` is what
-    the sample adds to the error of llc where the data were a sample.
+    the sample adds to the error of llc where the data were a sample. `beside` is the excess at
+    points beside the draws, where some were given.
     """
 
     evaluation: Evaluation
@@ -78,6 +80,7 @@ class Outcome(NamedTuple):
     slope: Float[Array, " dim"] | None
     arrays: dict[str, Array]
     data_error: float = 0.0
+    beside: Float[Array, " points"] | None = None
 
 
 class Programs(NamedTuple):
@@ -90,12 +93,11 @@ class Programs(NamedTuple):
             learns slowly where `slow`.
         steps: `(family, problem, state, chain_keys, plan) -> (State, traces)`; compiled, it
             consumes the state.
-        finish: `(family, problem, params, chain_keys, piece, before, share) -> (Outcome,
+        finish: `(family, problem, params, chain_keys, piece, before, share, beside) -> (Outcome,
             DataLosses)`: what all pieces of the data up to this one say, which is a `share` of
-            them; `before` is what those before it said.
-        nothing_seen: `(problem, chains) -> DataLosses` before the first piece.
-        excess_along: `(w*, displacements, piece)` -> mean loss of the piece at these above that at
-            w*.
+            them; `before` is what those before it said. Points `beside` the draws are evaluated
+            with those of the first chain.
+        nothing_seen: `(problem, chains, beside) -> DataLosses` before the first piece.
     """
 
     prepare: Callable[..., Start]
@@ -104,7 +106,6 @@ class Programs(NamedTuple):
     steps: Callable[..., tuple[State, dict[str, Float[Array, "chains rows"]]]]
     finish: Callable[..., tuple[Outcome, DataLosses]]
     nothing_seen: Callable[..., DataLosses]
-    excess_along: Callable[..., Float[Array, " points"]]
 
 
 class Stages(NamedTuple):
@@ -138,6 +139,7 @@ def programs_for(
     problem: Problem,
     settings: FitSettings,
     loss_full_flat: Callable | None = None,
+    loss: Fingerprint | None = None,
 ) -> Stages:
     """Return the stages.
 
@@ -145,8 +147,16 @@ def programs_for(
 
     The stages call the functions as long as somebody else holds them: what is not compiled by then
     cannot be.
+
+    Args:
+        objective: The loss.
+        problem: Target and data.
+        settings: What the programs are made for.
+        loss_full_flat: The caller's own loss on all data, if there is one.
+        loss: What the functions compute, where that has been found on batches of these shapes;
+            traced anew when left out.
     """
-    loss = fingerprint_loss(objective, problem, loss_full_flat)
+    loss = loss or fingerprint_loss(objective, problem, loss_full_flat)
     if loss.is_traced:
         return _build(objective, settings, loss_full_flat, loss)
     key = ("fit", settings, shapes_of(problem))
@@ -191,18 +201,13 @@ def _build(
 
         return over_devices(stage, (family, problem, plan), (state, keys))
 
-    def excess_along(center, points, piece: AbstractData):
-        copies = 1 + draws_at_once(points.shape[0])
-        at_points = functools.partial(losses_at, objective)
-        return shared_mean(at_points, piece, (center, points), copies).excess
-
     nothing = functools.partial(
         nothing_seen,
         num_draws=settings.evaluation.num_draws,
         has_slope=loss_full_flat is None,
     )
     finish = _evaluation(objective, settings.evaluation, loss_full_flat)
-    plain = Programs(prepare, draw_start, launch, steps, finish, nothing, excess_along)
+    plain = Programs(prepare, draw_start, launch, steps, finish, nothing)
     return _compiled(plain, settings, loss)
 
 
@@ -211,14 +216,17 @@ def _evaluation(
 ) -> Callable:
     """Return the stage after the last step."""
 
-    def losses_on(data: AbstractData, center, displacement, spread: bool) -> DataLosses:
+    def losses_on(data: AbstractData, center, displacement, beside, spread: bool) -> DataLosses:
         if loss_full_flat is not None:
             full = functools.partial(call_full_loss, loss_full_flat, data=data.examples)
             return full_losses_at(full, center, displacement)
         mean = data_parallel_mean if spread else shared_mean
         copies = 1 + draws_at_once(displacement.shape[0])
-        at_points = functools.partial(losses_at, objective)
-        return mean(at_points, data, (center, displacement), copies)
+
+        def at_points(center, displacement, beside, batch):
+            return losses_at(objective, center, displacement, batch, beside)
+
+        return mean(at_points, data, (center, displacement, beside), copies)
 
     def finish(
         family: AbstractFamily,
@@ -228,6 +236,7 @@ def _evaluation(
         data: AbstractData,
         before: DataLosses,
         share,
+        beside: Beside | None = None,
         *,
         spread: bool = False,
         concludes: bool = True,
@@ -235,12 +244,14 @@ def _evaluation(
         center = problem.posterior.center
 
         def one(inputs):
-            chain_params, chain_key, chain_before = inputs
+            chain_params, chain_key, chain_before, is_first = inputs
+            # what no draw of q is of is the same for all chains
+            wanted = beside and beside._replace(wanted=beside.wanted & is_first)
             draws = evaluation_draws(family, chain_params, chain_key, settings.num_draws)
             losses = jax.tree_util.tree_map(
                 lambda old, new: old + share * (new - old),
                 chain_before,
-                losses_on(data, center, draws.displacement, spread),
+                losses_on(data, center, draws.displacement, wanted, spread),
             )
             if not concludes:
                 return losses
@@ -257,23 +268,31 @@ def _evaluation(
             )
             return evaluation, losses, family.summary_arrays(chain_params)
 
-        found = jax.lax.map(one, (params, keys, before))
+        found = jax.lax.map(one, (params, keys, before, jnp.arange(keys.size) == 0))
         if not concludes:
             return None, found
         evaluation, losses, arrays = found
-        slope = None if losses.slope is None else losses.slope[0]
-        return Outcome(evaluation, losses.reference[0], slope, arrays), losses
+        _, reference, slope, at_beside = jax.tree_util.tree_map(lambda leaf: leaf[0], losses)
+        return Outcome(evaluation, reference, slope, arrays, beside=at_beside), losses
 
     return finish
 
 
-def nothing_seen(problem: Problem, chains: int, num_draws: int, has_slope: bool) -> DataLosses:
+def nothing_seen(
+    problem: Problem,
+    chains: int,
+    beside: Beside | None = None,
+    *,
+    num_draws: int,
+    has_slope: bool,
+) -> DataLosses:
     """Return what no data say, for `finish` to begin with."""
     center = problem.posterior.center
     return DataLosses(
         jnp.zeros((chains, num_draws), center.dtype),
         jnp.zeros(chains, center.dtype),
         jnp.zeros((chains, center.size), center.dtype) if has_slope else None,
+        beside and jnp.zeros((chains, beside.displacement.shape[0]), center.dtype),
     )
 
 

@@ -4,15 +4,13 @@ The direction of least curvature is followed on all data.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from fastvi._typing import Float
 from fastvi.geometry.start import Start
-from fastvi.target.data import AbstractData
 from fastvi.target.posterior import LocalPosterior
 
 # Of the largest curvature: smaller ones are zero as far as single precision can tell. At half,
@@ -27,6 +25,7 @@ NEAR = (1.0, 0.3)
 # Distances along a level direction, in root mean squares of w*, or 1 if that is smaller: a loss
 # that stays level there bounds no posterior that anybody wants.
 FAR = (10.0, 100.0)
+LINE_POINTS = 2 * len(NEAR)  # both ways at each distance, of which there are as many FAR as NEAR
 # Units in the last place that a difference of mean losses may be off. Half of them take more
 # roundings for a fall; twice as many hide falls that are twice as deep.
 ROUNDING_UNITS = 8
@@ -53,43 +52,39 @@ class Bottom(NamedTuple):
 
 
 def look_down(
-    excess_along: Callable[..., Any],
     posterior: LocalPosterior,
     start: Start,
     reference_loss: float,
-    pieces: Callable[[], Iterable[AbstractData]],
+    excess: Float[np.ndarray, " points"],
+    losses: int,
 ) -> Bottom:
-    """Follow the direction of least curvature where that is negative, or zero without a localizer.
+    """Read what the loss does along the direction of least curvature.
 
-    What a part of the data says of small curvatures is noise; the loss along the line is that of
-    all data.
+    It is followed where the curvature is negative, or zero without a localizer. What a part of the
+    data says of small curvatures is noise; the loss along the line is that of all data.
 
     Args:
-        excess_along: `(center, points, piece) -> loss at the points above that at the center`.
         posterior: The target.
         start: What is known of the curvature.
         reference_loss: L_n(w*).
-        pieces: Yields all data in pieces.
-
-    Cost:
-        None as a rule; 8 losses on all data where the direction is followed.
+        excess: L_n at the points of `descent_line`, above that at w*.
+        losses: Mean losses on all data that this takes.
     """
-    line = _line(posterior, start)
+    line = descent_line(posterior, start)
     if line is None:
         return Bottom()
-    if not (line.goes_down or line.is_level):
+    if not line.is_followed:
         return Bottom(line.curvature)
-    distances = line.reach * np.asarray(NEAR if line.goes_down else FAR)
-    points = np.concatenate([distances, -distances])[:, None] * line.unit
-    change = float(posterior.nbeta) * _mean_excess(excess_along, posterior.center, points, pieces())
+    change = float(posterior.nbeta) * np.asarray(excess, float)
     least = LEAST_CHANGE + rounding_nats(posterior, reference_loss)
-    fall = -float(np.min(0.5 * (change[: len(distances)] + change[len(distances) :])))
+    half = LINE_POINTS // 2
+    fall = -float(np.min(0.5 * (change[:half] + change[half:])))
     return Bottom(
         curvature=line.curvature,
         fall=fall if line.goes_down and fall > least else 0.0,
         level=line.num_level if line.is_level else 0,
         is_flat=line.is_level and bool(np.all(np.abs(change) <= least)),
-        losses=2 * len(change),
+        losses=losses,
     )
 
 
@@ -99,7 +94,7 @@ def rounding_nats(posterior: LocalPosterior, reference_loss: float) -> float:
     return ROUNDING_UNITS * float(posterior.nbeta) * unit
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
     """The direction of least curvature; `reach` is how far to go along it."""
 
     unit: np.ndarray
@@ -109,8 +104,19 @@ class _Line(NamedTuple):
     num_level: int
     reach: float
 
+    @property
+    def is_followed(self) -> bool:
+        """Whether the loss falls along it, or nothing holds it."""
+        return self.goes_down or self.is_level
 
-def _line(posterior: LocalPosterior, start: Start) -> _Line | None:
+    @property
+    def points(self) -> Float[np.ndarray, "points dim"]:
+        """Displacements along it, both ways: first one way, then the other."""
+        distances = self.reach * np.asarray(NEAR if self.goes_down else FAR)
+        return np.concatenate([distances, -distances])[:, None] * self.unit
+
+
+def descent_line(posterior: LocalPosterior, start: Start) -> Line | None:
     """Read the direction off the start, if the start is of this w*."""
     wanted = (
         start.spectrum,
@@ -131,24 +137,13 @@ def _line(posterior: LocalPosterior, start: Start) -> _Line | None:
     rounding = CURVATURE_ROUNDING * max(
         float(np.max(np.abs(values), initial=0.0)), abs(float(lowest))
     )
-    goes_down = own < -rounding - HELD * localizer
+    goes_down = bool(own < -rounding - HELD * localizer)
     size_of_center = max(1.0, float(np.sqrt(np.mean(center**2))))
-    return _Line(
+    return Line(
         unit=along / math.sqrt(length2),
         curvature=own / length2,
         goes_down=goes_down,
-        is_level=gamma == 0 and abs(own) <= rounding,
+        is_level=bool(gamma == 0 and abs(own) <= rounding),
         num_level=int(dim - np.sum(values > rounding)),
         reach=math.sqrt(2 * length2 / -own) if goes_down else size_of_center,
     )
-
-
-def _mean_excess(
-    excess_along, center, points: np.ndarray, pieces: Iterable[AbstractData]
-) -> np.ndarray:
-    """Average over the pieces."""
-    total, count, displaced = np.zeros(len(points)), 0, jnp.asarray(points, center.dtype)
-    for piece in pieces:
-        here = np.asarray(jax.device_get(excess_along(center, displaced, piece)), float)
-        total, count = total + piece.num_examples * here, count + piece.num_examples
-    return total / count

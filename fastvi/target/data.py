@@ -82,10 +82,6 @@ class AbstractData(eqx.Module):
         """Yield all data in pieces that are on the device: here in one."""
         yield self
 
-    def known_pieces(self) -> Iterator["AbstractData"]:
-        """Yield pieces for which nothing is read of data that are read once."""
-        return self.pieces()
-
     def fits_a_pass(self, copies: int = 1) -> bool:
         """Say whether one pass takes all examples, with so many copies side by side."""
         return self._slice_size(self.num_examples, copies) == self.num_examples

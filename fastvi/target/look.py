@@ -29,13 +29,13 @@ from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.target.losses import (
     LossForm,
     find_mean_weight,
-    take_examples,
+    raw_examples,
     weigh_batch,
     weight_statistics,
 )
 from fastvi.target.objective import FlatObjective, call_full_loss, value_and_grad
 from fastvi.target.ravel import TreeObjective
-from fastvi.target.signature import Signature, check_loss
+from fastvi.target.signature import Signature, check_loss, error_note, leading
 from fastvi.target.stream import AbstractStream
 from fastvi.target.work import LOSS
 
@@ -58,8 +58,8 @@ def look_at_target(
     budget_fge: float,
     max_batch: int | None = None,
     loss_full_flat: Callable[..., Array] | None = None,
-) -> tuple[Problem, LossLook]:
-    """Return the problem with its data as the loss takes them, and what was seen.
+) -> tuple[Problem, LossLook, Fingerprint]:
+    """Return the problem with its data as the loss takes them, what was seen, and what it computes.
 
     Data are weighed where the loss is weighted, and learn how many examples a pass takes:
     `max_batch`, or what the size of an example and all that the loss computes of it allow.
@@ -78,10 +78,12 @@ def look_at_target(
             f"{name} returns (losses, weights), whose mean weight must be known before jit or vmap."
         )
     if is_weighted:
-        problem = _weigh(objective, problem, name, stream)
-    loss = fingerprint_loss(objective, problem)
+        problem = _with_weight(problem, 1.0)  # any weight gives the program that all share
+    loss = _fingerprint(objective, problem, name)
+    if is_weighted:
+        problem = _weigh(objective, problem, loss, name, stream)
     if traced or loss.is_traced:
-        return problem, LossLook()
+        return problem, LossLook(), loss
     if fingerprint_loss(objective, problem) != loss:
         raise DataError(
             f"{name} is not deterministic: traced twice, it computes different things. Draw "
@@ -104,36 +106,45 @@ def look_at_target(
     spent = look.sample_gradients + WEIGHING_COST * is_weighted * problem.num_data
     if loss_full_flat is not None:
         spent += _check_full_loss(programs, problem, loss_full_flat)
-    return problem, look._replace(sample_gradients=spent)
+    return problem, look._replace(sample_gradients=spent), loss
 
 
 def weigh(objective: Any, problem: Problem, name: str) -> Problem:
     """Return the problem with its data weighed, where the loss is weighted."""
-    is_weighted = _signature(objective, problem, name).form is LossForm.WEIGHTED
-    return _weigh(objective, problem, name, None) if is_weighted else problem
+    if _signature(objective, problem, name).form is not LossForm.WEIGHTED:
+        return problem
+    problem = _with_weight(problem, 1.0)
+    return _weigh(objective, problem, _fingerprint(objective, problem, name), name, None)
 
 
-def _weigh(objective: Any, problem: Problem, name: str, stream: AbstractStream | None) -> Problem:
-    """Attach the mean weight of an example to the problem's data, found in one pass over all."""
-    center = problem.posterior.center
-    # the reciprocal is an argument: any value gives the program that all weights share
-    blank = _with_weight(problem, 1.0)
-    loss = fingerprint_loss(objective, blank)
-    weigher = PROGRAMS.find(loss, ("weigh", shapes_of(blank)), (objective,), _weigher)
+def _fingerprint(objective: Any, problem: Problem, name: str) -> Fingerprint:
+    """Return what the loss computes; what differentiating it raises gets a note and passes."""
+    rows = leading(raw_examples(problem.data.examples), problem.batch_size)
+    with error_note(f"the gradient of {name}", rows):
+        return fingerprint_loss(objective, problem)
+
+
+def _weigh(
+    objective: Any, problem: Problem, loss: Fingerprint, name: str, stream: AbstractStream | None
+) -> Problem:
+    """Attach the mean weight of an example in place of any, found in one pass over all data."""
+    center, data = problem.posterior.center, problem.data
+    weigher = PROGRAMS.find(loss, ("weigh", shapes_of(problem)), (objective,), _weigher)
     if stream is None:
-        return _with_weight(problem, find_mean_weight(weigher, center, [problem.data], name)[0])
+        return _with_weight(problem, find_mean_weight(weigher, center, [data], name)[0])
     stream.mean_weight, error = find_mean_weight(weigher, center, stream.known_pieces(), name)
     stream.weight_error = error if stream.is_sample else 0.0
     return dataclasses.replace(problem, data=stream.window(0))
 
 
 def _signature(objective: Any, problem: Problem, name: str) -> Signature:
-    rows = take_examples(problem.data.examples, slice(problem.batch_size))
+    rows = leading(problem.data.examples, problem.batch_size)
     return check_loss(objective, problem.posterior.center, rows, name)
 
 
 def _with_weight(problem: Problem, mean_weight: float) -> Problem:
-    examples = weigh_batch(problem.data.examples, mean_weight, problem.posterior.center.dtype)
+    examples = raw_examples(problem.data.examples)
+    examples = weigh_batch(examples, mean_weight, problem.posterior.center.dtype)
     return dataclasses.replace(problem, data=dataclasses.replace(problem.data, examples=examples))
 
 

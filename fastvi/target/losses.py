@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import DataError
-from fastvi._typing import Array, Batch, Float, Scalar
+from fastvi._typing import Array, Batch, Float, PyTree, Scalar
 
 
 class LossForm(enum.Enum):
@@ -40,8 +40,8 @@ class WeightedBatch(NamedTuple):
     inverse_mean_weight: Float[Array, " batch"]
 
 
-def num_examples(batch: Batch) -> int:
-    """Count the examples of a batch or of data."""
+def num_examples(batch: PyTree) -> int:
+    """Count the examples of a batch, of data, or of their shapes."""
     return jax.tree_util.tree_leaves(batch)[0].shape[0]
 
 

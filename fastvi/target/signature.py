@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 from fastvi._errors import DataError, ErrorNote
-from fastvi._typing import Array, Batch, Float, Given
-from fastvi.target.losses import LossForm, num_examples, take_examples
+from fastvi._typing import Array, Float, Given, PyTree
+from fastvi.target.losses import LossForm, num_examples
 from fastvi.target.objective import FlatObjective
 
 AUXILIARY_FIX = (
@@ -33,7 +33,7 @@ class Signature(NamedTuple):
 
 
 def check_loss(
-    objective: Given[FlatObjective], w: Float[Array, " dim"], batch: Batch, name: str = "loss_fn"
+    objective: Given[FlatObjective], w: Float[Array, " dim"], batch: PyTree, name: str = "loss_fn"
 ) -> Signature:
     """Find what the loss returns and computes, and that its gradient has the shape of `w`.
 
@@ -53,7 +53,7 @@ def check_loss(
     # of two sizes, so that an axis of the batch can be told from one of the same length
     sizes = (length, max(1, length // 2))
     outputs = getattr(objective, "outputs", objective.loss)
-    traced = [_trace(outputs, w, take_examples(batch, slice(size)), name) for size in sizes]
+    traced = [_trace(outputs, w, leading(batch, size), name) for size in sizes]
     values = tuple(shapes for _, shapes in traced)
     form = classify_loss(values, sizes, name)
     own_gradient = getattr(objective, "has_own_gradient", False)
@@ -64,7 +64,8 @@ def check_loss(
             f"{name} with a gradient of its own must return the mean loss as one scalar; got "
             f"{describe_value(values[0])}. Leave the gradient out (autodiff), or return the mean."
         )
-    if form is not LossForm.WEIGHTED:  # whose gradient is that of a sum over weighted examples
+    # autodiff gives the shape of w, and the gradient of (losses, weights) is taken once weighed
+    if own_gradient or not hasattr(objective, "outputs"):
         grad = _trace(objective.grad, w, batch, f"the gradient of {name}")[1]
         if getattr(grad, "shape", None) != w.shape:
             raise DataError(
@@ -81,14 +82,27 @@ PROGRAM = (ClosedJaxpr, Jaxpr)  # what calls, loops and branches hold
 
 
 def _trace(
-    function: Callable[..., Any], w: Float[Array, " dim"], batch: Batch, name: str
+    function: Callable[..., Any], w: Float[Array, " dim"], batch: PyTree, name: str
 ) -> tuple[Any, Any]:
     """Trace a person's function; return its jaxpr and the shapes that it returns.
 
     Whatever it raises gets a note and passes.
     """
-    with ErrorNote(f"fastvi: raised by {name} on a batch of shapes {_shapes(batch)}."):
+    with error_note(name, batch):
         return jax.make_jaxpr(function, return_shape=True)(w, batch)
+
+
+def leading(batch: PyTree, size: int) -> PyTree:
+    """Return the shapes of the first examples of a batch, of which nothing is computed."""
+    return jax.tree_util.tree_map(
+        lambda leaf: jax.ShapeDtypeStruct((min(size, leaf.shape[0]), *leaf.shape[1:]), leaf.dtype),
+        batch,
+    )
+
+
+def error_note(name: str, batch: PyTree) -> ErrorNote:
+    """Return a block that says of what is raised in it by whom, on what batch."""
+    return ErrorNote(f"fastvi: raised by {name} on a batch of shapes {_shapes(batch)}.")
 
 
 def _computed_bytes(jaxpr: Any) -> float:
@@ -111,7 +125,7 @@ def _bytes(value: Any) -> float:
     return math.prod(shape) * getattr(dtype, "itemsize", 4)
 
 
-def _shapes(batch: Batch) -> str:
+def _shapes(batch: PyTree) -> str:
     return str(jax.tree_util.tree_map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", batch))
 
 

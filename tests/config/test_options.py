@@ -143,9 +143,8 @@ def finish_of(config):
 def _evaluated(config, keys):
     family, params, _ = state_of(config, keys)
     problem = problem_of(config)
-    nothing = nothing_seen(
-        problem, keys.size, fit_settings(config).evaluation.num_draws, has_slope=True
-    )
+    draws = fit_settings(config).evaluation.num_draws
+    nothing = nothing_seen(problem, keys.size, num_draws=draws, has_slope=True)
     return family, problem, params, keys, problem.data, nothing, 1.0
 
 

@@ -7,11 +7,13 @@ import pytest
 
 from fastvi.evaluation.control_variate import hessian_columns, regress
 from fastvi.evaluation.llc import (
+    Beside,
     error_over_pieces,
     evaluate,
     evaluation_draws,
     full_losses_at,
     losses_at,
+    losses_beside,
 )
 from fastvi.families.mfa import MFA, MFAParams
 from fastvi.kernels.noise import streams
@@ -420,3 +422,29 @@ def test_losses_at_draws_are_exact_and_hold_the_model_once(draws):
     slope = np.mean((1 - at_center**2)[:, None] * x, axis=0)
     np.testing.assert_allclose(found.slope, slope, rtol=1e-10)
     assert program.lower(*arguments).as_text().count("stablehlo.tanh") == 1
+
+
+@pytest.mark.parametrize("draws", [2, 6, 16, 26])
+def test_points_beside_the_draws_share_their_program(draws):
+    rng = np.random.default_rng(draws)
+    x, center, v = rng.normal(size=(9, 3)), rng.normal(size=3), rng.normal(size=(draws, 3))
+    objective = make_flat_objective(lambda w, batch: jnp.mean(jnp.tanh(batch @ w)))
+    program = jax.jit(lambda *arguments: losses_at(objective, *arguments))
+    arguments, points = (
+        tuple(map(jnp.asarray, (center, v, x))),
+        jnp.asarray(rng.normal(size=(4, 3))),
+    )
+    alone = program(*arguments)
+    assert alone.beside is None
+    wanted, unwanted = (
+        program(*arguments, Beside(points, jnp.asarray(on))) for on in (True, False)
+    )
+    mean = np.mean(np.tanh((center + points) @ x.T), axis=1)
+    np.testing.assert_allclose(wanted.beside, mean - np.tanh(x @ center).mean(), rtol=1e-9)
+    np.testing.assert_array_equal(unwanted.beside, np.zeros(4))
+    for found in (wanted, unwanted):
+        for name in ("excess", "reference", "slope"):
+            np.testing.assert_allclose(getattr(found, name), getattr(alone, name), rtol=1e-12)
+    text = program.lower(*arguments, Beside(points, jnp.asarray(True))).as_text()
+    assert text.count("stablehlo.tanh") == 1
+    assert losses_beside(4, draws) == {2: 2 * 3, 6: 7, 16: 9, 26: 2 * 3}[draws]

@@ -65,6 +65,54 @@ def test_what_is_compiled_ahead_is_what_is_run(caplog):
         assert sum(f"Finished XLA compilation of jit({stage})" in one for one in said) == 1, stage
 
 
+def test_a_loss_is_traced_once_for_what_is_known_of_it():
+    """Two sizes tell its form, two traces that it is deterministic, each program has one more."""
+    traced = []
+
+    def counted(w, batch):
+        traced.append(batch[0].shape)
+        return 0.5 * jnp.mean((batch[0] @ w["a"] - 0.5) ** 2)
+
+    given = counted, {"a": jnp.zeros(4)}, DATA
+    options = SETTINGS | {"method": "variational", "batch_size": 8}
+    fastvi.estimate_llc(*given, **options)
+    programs = len(("look", "look at half", "prepare", "steps", "finish"))
+    assert len(traced) <= 2 + 2 + programs
+    traced.clear()
+    fastvi.estimate_llc(*given, **options, key=1)
+    assert len(traced) == 2 + 2
+
+
+def test_a_saddle_needs_no_program_of_its_own(caplog):
+    def estimate(sign):
+        """Fit where the last of the curvatures is negative, or is not."""
+        curvatures = jnp.asarray([4.0, 2.0, 1.0, 0.02 * sign])
+        return fastvi.estimate_llc(
+            lambda w, batch: 0.5 * jnp.mean(batch[0] ** 2) * jnp.sum(curvatures * w**2),
+            jnp.zeros(4),
+            DATA,
+            **SETTINGS | {"method": "variational", "localization": 2.0, "throw": False},
+        )
+
+    def compiled(sign):
+        caplog.clear()
+        jax.config.update("jax_log_compiles", True)
+        try:
+            result = estimate(sign)
+        finally:
+            jax.config.update("jax_log_compiles", False)
+        said = [record.getMessage() for record in caplog.records]
+        start = "Finished XLA compilation of jit("
+        return result, {one[len(start) :].split(")")[0] for one in said if one.startswith(start)}
+
+    minimum, at_minimum = compiled(1.0)
+    saddle, at_saddle = compiled(-1.0)
+    assert {"prepare", "steps", "finish"} <= at_saddle <= at_minimum
+    names = [[finding.name for finding in one.health] for one in (minimum, saddle)]
+    assert ["negative_curvature" in one for one in names] == [False, True]
+    assert saddle.work.total_fge - minimum.work.total_fge == pytest.approx(9 / 3)
+
+
 # The same function, another state.
 
 

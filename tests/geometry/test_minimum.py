@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastvi
-from fastvi.geometry.minimum import look_down
+from fastvi.geometry.minimum import descent_line, look_down
 from fastvi.geometry.start import StartSettings, make_start, newton_decrement
 from fastvi.results.findings import LEAST_GAIN
 from fastvi.target.data import hold
@@ -118,7 +118,7 @@ NO_DATA = hold(jnp.zeros(1))
 
 @functools.cache
 def looks(loss):
-    """Return the programs that start at a posterior's center and that evaluate points beside it."""
+    """Return the programs that start at a posterior's center and that evaluate points along it."""
     objective = make_flat_objective(lambda w, batch: loss(w))
 
     def start_at(posterior):
@@ -126,7 +126,7 @@ def looks(loss):
             objective, posterior, NO_DATA, lambda key: None, StartSettings(), jax.random.key(0)
         )
 
-    def excess_along(center, points, batch):
+    def excess_along(center, points):
         return jax.vmap(lambda v: loss(center + v) - loss(center))(points)
 
     return jax.jit(start_at), jax.jit(excess_along)
@@ -136,13 +136,9 @@ def bottom(loss, dim, gamma, nbeta=50.0):
     posterior = LocalPosterior(jnp.zeros(dim), jnp.float32(nbeta), jnp.float32(gamma))
     start_at, excess_along = looks(loss)
     start = start_at(posterior)
-    return look_down(
-        excess_along,
-        posterior,
-        start,
-        float(loss(posterior.center)),
-        lambda: [hold(jnp.zeros(3)), hold(jnp.zeros(5))],
-    )
+    excess = excess_along(posterior.center, descent_line(posterior, start).points)
+    reference = float(loss(posterior.center))
+    return look_down(posterior, start, reference, np.asarray(excess), losses=8)
 
 
 def test_a_saddle_curves_down_whatever_holds_it():

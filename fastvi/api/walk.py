@@ -201,6 +201,7 @@ def _estimate(
             in_memory=problem.holds_all,
             settled=not unmet,
             unmet=unmet,
+            least_budget=walk.least_budget + look.sample_gradients,
             rhat=analysis.rhat,
             rhat_radius=analysis.rhat_radius,
             drift_z=analysis.drift_z,

@@ -61,6 +61,9 @@ LARGE_HEAT_DOUBT = 0.3
 PREPARATION_SHARE = 0.5
 # Steps that are averaged, at least, where the budget has to choose between steps and batches.
 LEAST_STEPS = 24
+# Times the fewest bins that a walk has before it may end by itself. Half of it stops at chance, as
+# an error that is read from few bins is small now and then; double costs as much again.
+PATIENCE = 2
 # Step number from which on batches are those of measurements; no walk makes as many steps.
 PROBE_STEPS = 2**20
 # Share of steps taken back at which the step size is halved. Half of it halves after one in a
@@ -168,6 +171,7 @@ class Walk(NamedTuple):
         returned: Steps taken back, all walkers together.
         examples: Examples read.
         work: Sample gradients.
+        least_budget: Sample gradients of a walk of the fewest bins.
         ended_early: Whether the data ended before the walk.
     """
 
@@ -180,6 +184,7 @@ class Walk(NamedTuple):
     returned: float
     examples: int
     work: float
+    least_budget: float
     ended_early: bool
 
 
@@ -256,7 +261,9 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
         if course.said is not None:
             check = check_steps(setup, course)
             setup.report(course.work, check.analysis.llc)
-            if not check.unmet or not math.isfinite(check.analysis.llc):
+            # the first look that says good enough is lucky more often than not
+            is_long = check.llc.shape[1] >= PATIENCE * setup.settings.min_bins
+            if (is_long and not check.unmet) or not math.isfinite(check.analysis.llc):
                 break
     if course.said is None or check is None:
         raise _cannot_begin(setup, course)
@@ -270,6 +277,7 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
         float(course.said.returned.sum()),
         course.examples,
         course.work,
+        least_budget(setup, course),
         not course.is_fed,
     )
 
@@ -561,6 +569,13 @@ def affordable_steps(setup: WalkSetup, course: Course, steps: int, share: float 
     """Return how many of these steps a share of the budget pays for."""
     left = share * setup.budget - course.work
     return max(0, min(steps, int(left / setup.cost(1, course.parts, course.is_anchored))))
+
+
+def least_budget(setup: WalkSetup, course: Course) -> float:
+    """Return the sample gradients of a walk with the fewest bins on these batches."""
+    made = 0 if course.said is None else course.said.returned.shape[0]
+    missing = max(0, setup.settings.min_bins * setup.settings.bin_length - made)
+    return course.work + setup.cost(missing, course.parts, course.is_anchored)
 
 
 def advance(setup: WalkSetup, course: Course, steps: int) -> Course:

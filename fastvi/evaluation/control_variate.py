@@ -34,6 +34,7 @@ class Regression(NamedTuple):
     coefficients: Float[Array, " columns"]
 
 
+@jax.jit  # one program where it is called from the host
 def regress(values: Float[Array, " units"], columns: Float[Array, "units columns"]) -> Regression:
     """Correct the mean of independent `values` by centred `columns`.
 

@@ -408,7 +408,7 @@ def _finish(
 ) -> Outcome:
     """Evaluate q on all data, or a sample of them, piece by piece."""
     _, problem, _, keys = arguments
-    posterior, running = problem.posterior, []
+    posterior, means = problem.posterior, []
     outcome, losses, count = None, programs.nothing_seen(problem, keys.size, beside), 0
     for piece, is_last in _with_last(source.pieces()):
         count += piece.num_examples
@@ -417,10 +417,11 @@ def _finish(
         outcome, losses = programs.finish(
             *arguments, piece, losses, share, beside, concludes=is_last
         )
-        running.append(float(jnp.mean(posterior.learning_coefficient(losses.excess))))
+        means.append(np.mean(np.asarray(losses.excess)))
     assert outcome is not None  # no source is empty
     if isinstance(source, AbstractData) or not source.is_sample:
         return outcome
+    running = np.asarray(posterior.learning_coefficient(jnp.asarray(means))).tolist()
     of_weight = abs(running[-1]) * source.weight_error
     return outcome._replace(data_error=math.hypot(error_over_pieces(running), of_weight))
 

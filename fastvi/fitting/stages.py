@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastvi._compilation import PROGRAMS, quick_compilation
 from fastvi._typing import Array, Float, Key, Keys, PyTree, Scalar
@@ -288,11 +289,13 @@ def nothing_seen(
 ) -> DataLosses:
     """Return what no data say, for `finish` to begin with."""
     center = problem.posterior.center
+
+    def zeros(*shape: int) -> Array:
+        return jax.device_put(np.zeros((chains, *shape), center.dtype))  # which compiles nothing
+
+    slope = zeros(center.size) if has_slope else None
     return DataLosses(
-        jnp.zeros((chains, num_draws), center.dtype),
-        jnp.zeros(chains, center.dtype),
-        jnp.zeros((chains, center.size), center.dtype) if has_slope else None,
-        beside and jnp.zeros((chains, beside.displacement.shape[0]), center.dtype),
+        zeros(num_draws), zeros(), slope, beside and zeros(beside.displacement.shape[0])
     )
 
 

@@ -59,8 +59,8 @@ class LossLook(NamedTuple):
 class LossPrograms(NamedTuple):
     """Compiled: `(w, rows) -> (loss, gradient)` and `(w, rows) -> loss`."""
 
-    value_and_grad: Callable[[Array, Batch], tuple[Array, Array]]
-    loss: Callable[[Array, Batch], Array]
+    value_and_grad: Callable[[Any, Batch], tuple[Array, Array]]
+    loss: Callable[[Any, Batch], Array]
 
 
 @dataclasses.dataclass
@@ -75,13 +75,13 @@ class _Meter:
     def affords(self, batch: Batch, calls: float = 1.0) -> bool:
         return self.spent + calls * num_examples(batch) <= self.allowed
 
-    def value_and_grad(self, w: Array, batch: Batch) -> tuple[float, np.ndarray]:
+    def value_and_grad(self, w: np.ndarray, batch: Batch) -> tuple[float, np.ndarray]:
         self.spent += num_examples(batch)
         loss, gradient = jax.device_get(self.programs.value_and_grad(w, batch))
         self.loss_eps = float(jnp.finfo(loss.dtype).eps)
         return float(loss), np.asarray(gradient, np.float64)
 
-    def loss(self, w: Array, batch: Batch) -> float:
+    def loss(self, w: np.ndarray, batch: Batch) -> float:
         self.spent += LOSS * num_examples(batch)
         return float(jax.device_get(self.programs.loss(w, batch)))
 
@@ -97,7 +97,7 @@ class _Rows(NamedTuple):
 
 def look_at_loss(
     programs: LossPrograms,
-    center: Float[Array, " dim"],
+    center: Float[np.ndarray, " dim"],
     data: Batch,
     *,
     nbeta: float,
@@ -217,19 +217,21 @@ def take_rows(sample: Batch, rows: Any) -> Batch:
 
 
 def displacement(
-    center: Float[Array, " dim"], nbeta: float, localization: float
-) -> Float[Array, " dim"]:
+    center: Float[np.ndarray, " dim"], nbeta: float, localization: float
+) -> Float[np.ndarray, " dim"]:
     """Return a random step as long as the posterior is wide where the loss curves by about one."""
     width = 1 / np.sqrt(nbeta + localization)
-    values = np.asarray(jax.device_get(center), np.float64)
+    values = np.asarray(center, np.float64)
     typical = np.sqrt(np.mean(values**2))
     if typical > 0:
         width = min(width, SHARE_OF_WEIGHTS * typical)
     noise = np.random.default_rng(DISPLACEMENT_SEED).standard_normal(values.size)
-    return jnp.asarray(width * noise, center.dtype)
+    return (width * noise).astype(center.dtype)
 
 
-def _find_finite(meter: _Meter, center: Array, step: Array, batch: Batch) -> tuple[Any, Array]:
+def _find_finite(
+    meter: _Meter, center: np.ndarray, step: np.ndarray, batch: Batch
+) -> tuple[Any, np.ndarray]:
     """Evaluate at the displaced point, at a nearer one where the loss overflows.
 
     None where all of them do.
@@ -240,7 +242,7 @@ def _find_finite(meter: _Meter, center: Array, step: Array, batch: Batch) -> tup
             return found, step
         if not meter.affords(batch):
             break
-        step = step * SHRINK
+        step = (step * SHRINK).astype(step.dtype)
     return None, step
 
 
@@ -265,7 +267,7 @@ def _check_finite(found: tuple[float, np.ndarray], name: str) -> None:
 
 
 def _check_deterministic(
-    meter: _Meter, w: Array, batch: Batch, before: float, tolerance: float, name: str
+    meter: _Meter, w: np.ndarray, batch: Batch, before: float, tolerance: float, name: str
 ) -> None:
     again = meter.value_and_grad(w, batch)[0]
     if not abs(again - before) <= tolerance:
@@ -276,7 +278,13 @@ def _check_deterministic(
 
 
 def _check_mean(
-    meter: _Meter, w: Array, together: float, rows: _Rows, relative: float, least: float, name: str
+    meter: _Meter,
+    w: np.ndarray,
+    together: float,
+    rows: _Rows,
+    relative: float,
+    least: float,
+    name: str,
 ) -> None:
     """Compare a batch with its two halves.
 
@@ -310,7 +318,7 @@ def _check_mean(
 
 
 def _check_order(
-    meter: _Meter, w: Array, reverse: Batch, before: float, tolerance: float, name: str
+    meter: _Meter, w: np.ndarray, reverse: Batch, before: float, tolerance: float, name: str
 ) -> None:
     if not meter.affords(reverse):
         return
@@ -325,8 +333,8 @@ def _check_order(
 
 def _check_gradient(
     meter: _Meter,
-    center: Array,
-    step: Array,
+    center: np.ndarray,
+    step: np.ndarray,
     batch: Batch,
     at_center: tuple[float, np.ndarray],
     displaced: tuple[float, np.ndarray],
@@ -336,14 +344,12 @@ def _check_gradient(
     """Compare the change of the loss with its gradient's integral on the way, by Simpson's rule."""
     if not meter.affords(batch):
         return
-    middle = meter.value_and_grad(center + 0.5 * step, batch)
+    middle = meter.value_and_grad(center + step / 2, batch)
     if not _is_finite(middle):
         return
     ends_and_middle = at_center, middle, displaced
     # the step as it is after rounding, which large weights take much of
-    way = np.asarray(jax.device_get(center + step), np.float64) - np.asarray(
-        jax.device_get(center), np.float64
-    )
+    way = (center + step).astype(np.float64) - center.astype(np.float64)
     slopes = [float(gradient @ way) for _, gradient in ends_and_middle]
     change = displaced[0] - at_center[0]
     simpson = (slopes[0] + 4 * slopes[1] + slopes[2]) / 6
@@ -360,7 +366,7 @@ def _check_gradient(
 
 
 def _weight_rounding(
-    meter: _Meter, center: Array, step: Array, batch: Batch, nbeta: float, eps: Any
+    meter: _Meter, center: np.ndarray, step: np.ndarray, batch: Batch, nbeta: float, eps: Any
 ) -> float:
     """Return nbeta/2 E[r' H r] for the rounding errors r of w.
 
@@ -370,15 +376,13 @@ def _weight_rounding(
     """
     if not meter.affords(batch, 2.0):
         return 0.0
-    units = _last_place(jax.device_get(center), eps)
+    units = _last_place(center, eps)
     direction = units * np.random.default_rng(DISPLACEMENT_SEED + 1).choice([-1.0, 1.0], units.size)
     length = float(np.linalg.norm(direction))
     if length == 0:
         return 0.0
-    factor = max(1.0, float(np.linalg.norm(np.asarray(jax.device_get(step), np.float64))) / length)
-    ahead, behind = (
-        center + jnp.asarray(s * factor * direction, center.dtype) for s in (1.0, -1.0)
-    )
+    factor = max(1.0, float(np.linalg.norm(step.astype(np.float64))) / length)
+    ahead, behind = (center + (s * factor * direction).astype(center.dtype) for s in (1.0, -1.0))
     (_, up), (_, down) = (meter.value_and_grad(point, batch) for point in (ahead, behind))
     curvature = float((up - down) @ direction) / (2 * factor)
     return nbeta / 2 * max(curvature, 0.0) / 12 if np.isfinite(curvature) else 0.0

@@ -94,7 +94,7 @@ def look_at_target(
     programs = _programs(objective, problem, loss)
     look = look_at_loss(
         programs,
-        center,
+        np.asarray(jax.device_get(center)),
         problem.data.examples,
         nbeta=float(posterior.nbeta),
         localization=float(posterior.gamma),
@@ -169,11 +169,9 @@ def _check_full_loss(
         DataError: If they differ by more than chance allows.
     """
     posterior, size = problem.posterior, problem.num_data
-    points = (
-        posterior.center,
-        posterior.center
-        + displacement(posterior.center, float(posterior.nbeta), float(posterior.gamma)),
-    )
+    center = np.asarray(jax.device_get(posterior.center))
+    step = displacement(center, float(posterior.nbeta), float(posterior.gamma))
+    points = posterior.center, jax.device_put(center + step)
     given = [
         float(call_full_loss(loss_full_flat, point, problem.data.examples)) for point in points
     ]

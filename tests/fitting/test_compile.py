@@ -83,6 +83,23 @@ def test_a_loss_is_traced_once_for_what_is_known_of_it():
     assert len(traced) == 2 + 2
 
 
+def test_the_host_computes_in_numpy(caplog):
+    """Eager arithmetic would compile a program for each operation."""
+    jax.config.update("jax_log_compiles", True)
+    try:
+        fastvi.estimate_llc(
+            lambda w, batch: 0.5 * jnp.mean((batch[0][:, :3] @ w["a"] - 0.125) ** 2),
+            {"a": np.zeros(3, np.float32)},
+            (DATA[0][:47],),
+            **SETTINGS | {"method": "reweight"},
+        )
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    said = [record.getMessage() for record in caplog.records]
+    for name in ("add", "multiply", "_mean", "broadcast_in_dim", "_lstsq", "_var", "integer_pow"):
+        assert not any(f"Finished XLA compilation of jit({name})" in one for one in said), name
+
+
 def test_a_saddle_needs_no_program_of_its_own(caplog):
     def estimate(sign):
         """Fit where the last of the curvatures is negative, or is not."""

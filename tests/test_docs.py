@@ -82,6 +82,26 @@ def test_examples_run(name, short_fits, capsys):
         assert jax.numpy.isfinite(namespace["out"]["lambda_hat"])
 
 
+def test_examples_of_language_models_run(capsys):
+    """On a model of a few thousand parameters that has hardly been trained."""
+    sizes = "CONTEXT, WIDTH, HEADS, STEPS = 32, 32, 4, 600"
+    blocks = python_blocks(DOCS / "language-models.md")
+    assert sizes in blocks[0]
+    blocks[0] = blocks[0].replace(sizes, "CONTEXT, WIDTH, HEADS, STEPS = 8, 8, 2, 9")
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "language-models.md", "exec"), namespace)
+    results = [namespace[name] for name in ("result", "streamed", "part", "one")]
+    assert not any(result.has_fit for result in results)
+    assert namespace["part"].dim == 3 * 8**2
+    out = capsys.readouterr().out
+    assert "Langevin dynamics from the localizer" in out
+    assert "checkpoint 3: loss" in out
+    # the same posterior by arrays and by a generator
+    llcs, errors = zip(*((result.llc, result.llc_sem) for result in results[:2]), strict=True)
+    assert abs(llcs[0] - llcs[1]) < 4 * math.hypot(*errors)
+
+
 def test_examples_of_the_flow_family_run(short_fits, capsys):
     namespace = {}
     try:

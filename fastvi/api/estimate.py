@@ -92,12 +92,15 @@ def estimate_llc(
 ) -> LLCEstimate:
     """Estimate the local learning coefficient of a trained model.
 
-    Fits q to the local posterior `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)` by variational
-    inference, then averages over the posterior: by importance weights on draws of q where they
-    allow it, else by walkers that start at draws of q. Returns lambda-hat = nbeta (E[L_n(w)] -
-    L_n(w*)), its error, and findings on whether to believe it. `llc` is the posterior's own value.
-    `llc_vi` is that of q, which is too large at singular points; with `method="variational"` both
-    are q's.
+    Averages over the local posterior `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)` and returns
+    lambda-hat = nbeta (E[L_n(w)] - L_n(w*)), its error, and findings on whether to believe it.
+
+    Where the posterior is not stiff in the localizer's coordinates, and has many dimensions or a
+    budget that pays for no fit, walkers start at the localizer and step on fresh minibatches.
+    Elsewhere q is fitted to the posterior by variational inference, and the average is by
+    importance weights on draws of q where they allow it, else by walkers that start at draws of q.
+    `llc` is the posterior's own value, `llc_vi` that of q, which is too large at singular points
+    and NaN where nothing was fitted; with `method="variational"` both are q's.
 
     Args:
         loss_fn: `(params, batch)` -> the mean loss of the batch's examples, in nats; or an array
@@ -109,9 +112,10 @@ def estimate_llc(
         params: Trained parameters w*, any pytree with floating-point arrays.
         data: Pytree of arrays with a common leading axis of examples; `batch` has the same
             structure. Or an object that gives such batches from host memory each time it is
-            iterated over: then the only methods are "variational" and "reweight". Or an iterator of
-            shuffled batches, which is read once: then nbeta must be given, the only method is
-            "variational", and the evaluation is on a sample, whose noise is part of `llc_sem`.
+            iterated over, or an iterator of shuffled batches, which is read once: then nbeta must
+            be given. Walkers from the localizer step on either. After a fit the methods are
+            "variational" and "reweight", of an iterator "variational" alone, on a sample whose
+            noise is part of `llc_sem`.
         key: An int seed or a jax random key.
         nbeta: n times the inverse temperature; n / log n when left out.
         localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates;
@@ -137,8 +141,8 @@ def estimate_llc(
         NonFiniteError: If NaN or infinity appears, unless `throw` is False.
 
     Cost:
-        `estimate.work`; with the defaults some 100 to 3,000 full gradients, at most
-        `budget` and the fit's.
+        `estimate.work`; with the defaults some 3,000 to 100,000 sample gradients from the
+        localizer, and after a fit 100 to 3,000 full gradients, at most `budget` and the fit's.
 
     References:
         Lau et al., The Local Learning Coefficient (2024).

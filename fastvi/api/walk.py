@@ -165,7 +165,7 @@ def _estimate(
     looking = Work(gradients=look.sample_gradients).fge(num_data)
     return LLCEstimate(
         llc=analysis.llc,
-        llc_sem=analysis.llc_sem,
+        llc_sem=math.hypot(analysis.llc_sem, look.weight_error * analysis.llc),
         llc_per_chain=analysis.per_walker,
         llc_sem_per_chain=analysis.per_walker_sem,
         elbo=nan,

@@ -24,6 +24,9 @@ from fastvi.target.posterior import LocalPosterior
 # round of theirs 25 to 35 MiB of temporaries. Measured there on 2 CPU cores: half of the bytes and
 # twice as many are within 10 % of the time, all of 16,384 examples at once a third slower.
 PASS_BYTES = 2**24
+# Pieces that data which are read once are evaluated on: the spread over them is the error of a
+# sample of the data. Half as many leave it uncertain by a quarter, twice as many by an eighth.
+SAMPLE_PIECES = 16
 MOST_EXAMPLES = 4096  # of a pass where it is not known what is computed of an example
 
 
@@ -81,6 +84,10 @@ class AbstractData(eqx.Module):
     def pieces(self) -> Iterator["AbstractData"]:
         """Yield all data in pieces that are on the device: here in one."""
         yield self
+
+    def known_pieces(self) -> Iterator["AbstractData"]:
+        """Yield pieces for which nothing is read of data that are read once."""
+        return self.pieces()
 
     def fits_a_pass(self, copies: int = 1) -> bool:
         """Say whether one pass takes all examples, with so many copies side by side."""
@@ -202,6 +209,13 @@ class Window(AbstractData):
     def is_sample(self) -> bool:
         """Whether L_n is over a sample, of data that are read once."""
         return self.are_read_once
+
+    def known_pieces(self) -> Iterator[AbstractData]:
+        """Yield the window in parts, whose spread is the error of a sample."""
+        size = -(-self.num_examples // SAMPLE_PIECES)
+        for start in range(0, self.num_examples, size):
+            rows = slice(start, start + size)
+            yield Data(take_examples(self.examples, rows), self.max_batch)
 
     def minibatch(self, key: Key, size: int, block: Array | int = 0) -> Batch:
         """Take the next examples, from a place of the key's own on.

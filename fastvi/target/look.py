@@ -77,11 +77,12 @@ def look_at_target(
         raise DataError(
             f"{name} returns (losses, weights), whose mean weight must be known before jit or vmap."
         )
+    weight_error = 0.0
     if is_weighted:
         problem = _with_weight(problem, 1.0)  # any weight gives the program that all share
     loss = _fingerprint(objective, problem, name)
     if is_weighted:
-        problem = _weigh(objective, problem, loss, name, stream)
+        problem, weight_error = _weigh(objective, problem, loss, name, stream)
     if traced or loss.is_traced:
         return problem, LossLook(), loss
     if fingerprint_loss(objective, problem) != loss:
@@ -106,7 +107,7 @@ def look_at_target(
     spent = look.sample_gradients + WEIGHING_COST * is_weighted * problem.num_data
     if loss_full_flat is not None:
         spent += _check_full_loss(programs, problem, loss_full_flat)
-    return problem, look._replace(sample_gradients=spent), loss
+    return problem, look._replace(sample_gradients=spent, weight_error=weight_error), loss
 
 
 def weigh(objective: Any, problem: Problem, name: str) -> Problem:
@@ -114,7 +115,7 @@ def weigh(objective: Any, problem: Problem, name: str) -> Problem:
     if _signature(objective, problem, name).form is not LossForm.WEIGHTED:
         return problem
     problem = _with_weight(problem, 1.0)
-    return _weigh(objective, problem, _fingerprint(objective, problem, name), name, None)
+    return _weigh(objective, problem, _fingerprint(objective, problem, name), name, None)[0]
 
 
 def _fingerprint(objective: Any, problem: Problem, name: str) -> Fingerprint:
@@ -126,15 +127,21 @@ def _fingerprint(objective: Any, problem: Problem, name: str) -> Fingerprint:
 
 def _weigh(
     objective: Any, problem: Problem, loss: Fingerprint, name: str, stream: AbstractStream | None
-) -> Problem:
-    """Attach the mean weight of an example in place of any, found in one pass over all data."""
+) -> tuple[Problem, float]:
+    """Attach the mean weight of an example in place of any, found in one pass over all data.
+
+    Returns:
+        The problem, and the relative error of the mean weight where it was found on a sample.
+    """
     center, data = problem.posterior.center, problem.data
     weigher = PROGRAMS.find(loss, ("weigh", shapes_of(problem)), (objective,), _weigher)
+    pieces = (stream or data).known_pieces()
+    mean_weight, error = find_mean_weight(weigher, center, pieces, name)
+    error = error if (stream or data).is_sample else 0.0
     if stream is None:
-        return _with_weight(problem, find_mean_weight(weigher, center, [data], name)[0])
-    stream.mean_weight, error = find_mean_weight(weigher, center, stream.known_pieces(), name)
-    stream.weight_error = error if stream.is_sample else 0.0
-    return dataclasses.replace(problem, data=stream.window(0))
+        return _with_weight(problem, mean_weight), error
+    stream.mean_weight, stream.weight_error = mean_weight, error
+    return dataclasses.replace(problem, data=stream.window(0)), error
 
 
 def _signature(objective: Any, problem: Problem, name: str) -> Signature:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastvi._errors import DataError, UnavailableError
 from fastvi._typing import Batch
-from fastvi.target.data import AbstractData, Data, Window, default_max_batch
+from fastvi.target.data import SAMPLE_PIECES, AbstractData, Data, Window, default_max_batch
 from fastvi.target.feed import Feed, concatenate
 from fastvi.target.inputs import as_held, kind_of, numeric, refuse_examples_in_a_list, refuse_sparse
 from fastvi.target.losses import num_examples, take_examples, weigh_batch
@@ -28,9 +28,6 @@ CHUNK = 100
 # twice as many passes over the data, twice as much takes the memory.
 WINDOW_BYTES = 128 * 2**20
 STREAM_SEED = 0  # tells draws of windows from other uses of the key's words
-# Pieces that data which are read once are evaluated on: the spread over them is the error of a
-# sample of the data. Half as many leave it uncertain by a quarter, twice as many by an eighth.
-SAMPLE_PIECES = 16
 
 
 class AbstractStream(abc.ABC):

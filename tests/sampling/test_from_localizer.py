@@ -210,3 +210,63 @@ def test_each_example_that_is_fed_is_read_once():
                 rows = source.rows(keys, jnp.int32(step), jnp.int32(part), parts)
                 seen.append(np.asarray(source.examples)[np.asarray(rows)].ravel())
     np.testing.assert_array_equal(np.concatenate(seen), numbers[: 16 * 3 * 2 * 4])
+
+
+def test_walkers_that_meet_a_wall_turn_back():
+    """Beyond |w_0| = 0.4, two standard deviations, the loss is not finite."""
+
+    def walled(w, batch):
+        inside = jnp.where(jnp.abs(w[0]) < 0.4, 0.0, jnp.nan)
+        return 0.5 * jnp.mean(jnp.sum((w - batch) ** 2, axis=-1)) + inside
+
+    result = fastvi.estimate_llc(
+        walled,
+        jnp.zeros(DIM),
+        POINTS,
+        nbeta=5.0,
+        localization=20.0,
+        sampler={"start": "localizer"},
+        budget=2e4,
+        progress=False,
+    )
+    # all other directions are free, and the truncated one has a little less
+    free = 0.5 * 5 / 25 * DIM
+    assert abs(result.llc - free) < 4 * result.llc_sem + 0.5 * 5 / 25
+    assert result.correction.returned > 0
+
+
+def test_masked_and_plain_losses_walk_alike():
+    """A pair of losses and weights of one is the mean."""
+
+    def pair(w, batch):
+        losses = 0.5 * HESSIAN.astype(np.float32) * (w - batch) ** 2
+        return losses.sum(-1), jnp.ones(losses.shape[0])
+
+    def plain(w, batch):
+        return pair(w, batch)[0].mean()
+
+    options = {
+        "nbeta": NBETA,
+        "localization": GAMMA,
+        "sampler": {"start": "localizer"},
+        "budget": 2e4,
+        "error": 0.05,
+        "progress": False,
+    }
+    first, second = (
+        fastvi.estimate_llc(loss, jnp.zeros(DIM), POINTS, **options) for loss in (pair, plain)
+    )
+    for result in (first, second):
+        assert abs(result.llc - EXACT) < 4 * result.llc_sem
+        assert result.work.total_fge * COUNT <= 2e4
+
+
+def test_fields_of_a_fit_are_refused_beside_the_localizer():
+    with pytest.raises(fastvi.ConfigError, match="M is of one"):
+        fastvi.estimate_llc(
+            lambda w, batch: jnp.mean((w - batch) ** 2),
+            jnp.zeros(DIM),
+            POINTS,
+            sampler={"start": "localizer"},
+            M=2,
+        )

@@ -202,6 +202,30 @@ def test_a_weighted_loss_of_data_that_are_read_once():
     assert result.fitted.fit.outcome.data_error > 0.5 * relative * result.llc
 
 
+def test_a_weighted_loss_walks_on_a_stream():
+    weights = np.where(rng_of_weights.uniform(size=COUNT) < 0.2, 4.0, 0.5).astype(np.float32)
+    minimum = np.linalg.solve((X * weights[:, None]).T @ X, (X * weights[:, None]).T @ Y)
+
+    def weighted(w, batch):
+        return 0.5 * (batch[0] @ w - batch[1]) ** 2, batch[2]
+
+    result = fastvi.estimate_llc(
+        weighted,
+        minimum.astype(np.float32),
+        drawn_batches(X, Y, weights),
+        nbeta=20.0,
+        localization=20.0,
+        error=0.05,
+        budget=1e5,
+        progress=False,
+    )
+    assert not result.has_fit
+    exact = exact_llc(20.0, weights, localization=20.0)
+    assert abs(result.llc - exact) < 4 * result.llc_sem
+    # of the 512 examples whose mean weight stands for that of all
+    assert result.llc_sem > np.std(weights) / np.mean(weights) / np.sqrt(2 * 512) * exact
+
+
 rng_of_weights = np.random.default_rng(8)
 
 

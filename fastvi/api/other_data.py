@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from fastvi._compilation import PROGRAMS, quick_compilation
-from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float, Given, Keys
 from fastvi.api.resample import Fitted
 from fastvi.evaluation.errors import chain_error, pair_mean
@@ -51,8 +50,8 @@ def llc_on(result: LLCEstimate, data: Given[Batch]) -> DataLLC:
         for these data.
 
     Raises:
-        DataError: If the result was loaded from disk, the loss has changed since, or the data
-            cannot be used.
+        DataError: If the result is a walk without a fit or was loaded from disk, the loss has
+            changed since, or the data cannot be used.
 
     Cost:
         As many losses of the data as the evaluation had draws.
@@ -82,8 +81,8 @@ def example_losses(
         the data: of a weighted loss each example's share in it.
 
     Raises:
-        DataError: If the result was loaded from disk, the loss has changed since, or the data
-            cannot be used.
+        DataError: If the result is a walk without a fit or was loaded from disk, the loss has
+            changed since, or the data cannot be used.
     """
     fitted = _fitted(result)
     problem = _on_other_data(fitted, data)
@@ -91,13 +90,9 @@ def example_losses(
 
 
 def _fitted(result: LLCEstimate) -> Fitted:
-    if result.fitted is None:
-        raise DataError(
-            "this estimate holds no fit to draw from (it was loaded from disk). Run estimate_llc "
-            "again."
-        )
-    result.fitted.check_unchanged()
-    return result.fitted
+    fitted: Fitted = result.fit_for("draw from")
+    fitted.check_unchanged()
+    return fitted
 
 
 def _on_other_data(fitted: Fitted, data: Given[Batch]) -> Problem:

@@ -138,20 +138,15 @@ def correct(
 
     Raises:
         ConfigError: If an option is impossible, or not one of this method.
-        DataError: If the result was loaded from disk and holds no fit, or walkers are needed and
-            the loss has changed.
+        DataError: If the result is a walk without a fit or was loaded from disk, or walkers are
+            needed and the loss has changed.
         NonFiniteError: If NaN or infinity appears, unless `throw` is False.
 
     Cost:
         "sample": some 50 to 3,000 full gradients, never more than `budget`. Where that
         pays for no walk, draws of q are reweighted, and a finding says how much would do.
     """
-    fitted = result.fitted
-    if fitted is None:
-        raise DataError(
-            "this estimate holds no fit to go on from (it was loaded from disk). Run estimate_llc "
-            "again."
-        )
+    fitted: Fitted = result.fit_for("go on from")
     recorded = _recorded(result, method, error, budget, sampler)
     if recorded.method == "variational":
         return result

@@ -23,6 +23,7 @@ from fastvi.results.report.style import (
 from fastvi.results.runs import REPORT_FILE
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LONGEST_NAME = 28  # letters of a run in a table of 80
@@ -122,28 +123,35 @@ class Compare:
 def draw_comparison(results: list[tuple[str, LLCEstimate]]) -> "Figure":
     """Draw llc with errors and the ELBO's running mean of each run."""
     height = 1.6 + 0.35 * max(len(results), 6)
-    with styled_figure((11, height), layout="constrained") as figure:
-        llc, elbo = figure.subplots(1, 2)
+    fitted = {place: result for place, (_, result) in enumerate(results) if result.has_fit}
+    panels = 2 if fitted else 1  # walks without a fit have no ELBO
+    with styled_figure((5.5 * panels, height), layout="constrained") as figure:
+        llc, *others = figure.subplots(1, panels, squeeze=False)[0]
         for place, result in enumerate(result for _, result in results):
             color = chain_color(place)
             llc.errorbar(result.llc, place, xerr=result.llc_sem, fmt="o", color=color, capsize=3)
             llc.plot(result.llc_vi, place, "|", color=color, markersize=12)
-            values = np.asarray(result.traces["elbo"], float).mean(axis=0, keepdims=True)
-            window = window_of(values.shape[1])
-            elbo.plot(
-                np.arange(values.shape[1] - window + 1) + window / 2,
-                running_mean(values, window)[0],
-                color=color,
-            )
-            elbo.axhline(result.elbo, color=color, linewidth=0.8, linestyle=DASHED)
         llc.set_yticks(range(len(results)), [name for name, _ in results], color=INK)
-        llc.invert_yaxis()
-        llc.set(title="llc ± sem;  | q alone", xlabel="llc")
-        elbo.set(
-            title="ELBO,  running mean over chains;  dashed: final", xlabel="step", ylabel="nats"
-        )
-        elbo.set_ylim(*_bulk([np.asarray(result.traces["elbo"], float) for _, result in results]))
+        llc.set_ylim(len(results) - 0.5, -0.5)  # the first on top, none on the frame
+        llc.set(title="llc ± sem" + (";  | q alone" if fitted else ""), xlabel="llc")
+        for axes in others:
+            _draw_elbo(axes, fitted)
     return figure
+
+
+def _draw_elbo(axes: "Axes", fitted: dict[int, LLCEstimate]) -> None:
+    """Draw the ELBO's running mean of each run, by its place."""
+    traces = {place: np.asarray(one.traces["elbo"], float) for place, one in fitted.items()}
+    for place, trace in traces.items():
+        values, window = trace.mean(axis=0, keepdims=True), window_of(trace.shape[1])
+        axes.plot(
+            np.arange(values.shape[1] - window + 1) + window / 2,
+            running_mean(values, window)[0],
+            color=chain_color(place),
+        )
+        axes.axhline(fitted[place].elbo, color=chain_color(place), linewidth=0.8, linestyle=DASHED)
+    axes.set(title="ELBO,  running mean over chains;  dashed: final", xlabel="step", ylabel="nats")
+    axes.set_ylim(*_bulk([*traces.values()]))
 
 
 def _bulk(traces: list[np.ndarray]) -> tuple[float, float]:

@@ -29,8 +29,10 @@ def draw_sweep(results: list[tuple[dict[str, Any], LLCEstimate]]) -> "Figure":
     for place, (values, _) in enumerate(results):
         others = ", ".join(f"{name} {value}" for name, value in values.items() if name != first)
         lines.setdefault(others or "llc", []).append(place)
-    with styled_figure((12, 4), layout="constrained") as figure:
-        panels = figure.subplots(1, 3)
+    # walks without a fit have no ELBO
+    titles = ("llc ± sem", "work, FGE", "ELBO, nats")[: 3 if _has_fits(results) else 2]
+    with styled_figure((4 * len(titles), 4), layout="constrained") as figure:
+        panels = figure.subplots(1, len(titles))
         for color, (label, places) in enumerate(lines.items()):
             at = _beside(positions, color - 0.5 * (len(lines) - 1))[places]
             kept = [results[place][1] for place in places]
@@ -45,14 +47,19 @@ def draw_sweep(results: list[tuple[dict[str, Any], LLCEstimate]]) -> "Figure":
                 label=label,
                 **style,
             )
-            panels[1].plot(at, [result.elbo for result in kept], "o-", **style)
-            panels[2].plot(at, [result.work.total_fge for result in kept], "o-", **style)
-        for axes, title in zip(panels, ("llc ± sem", "ELBO, nats", "work, FGE"), strict=True):
+            panels[1].plot(at, [result.work.total_fge for result in kept], "o-", **style)
+            if len(titles) == 3:
+                panels[2].plot(at, [result.elbo for result in kept], "o-", **style)
+        for axes, title in zip(panels, titles, strict=True):
             axes.set(title=title, xlabel=first)
             _label_axis(axes, positions, labels)
-        panels[2].set_ylim(bottom=0)
+        panels[1].set_ylim(bottom=0)
         panels[0].legend(loc="best")
     return figure
+
+
+def _has_fits(results: list[tuple[dict[str, Any], LLCEstimate]]) -> bool:
+    return any(result.has_fit for _, result in results)
 
 
 def _positions(values: list[Any]) -> tuple[np.ndarray, list[str] | None]:

@@ -13,11 +13,16 @@ WIDTH = 80
 def describe(result: LLCEstimate) -> dict[str, str]:
     """Return what a table says of a run."""
     worst = [finding.name for finding in result.health if finding.severity != "note"]
+    of_q = {"q alone": "-", "elbo": "-", "k-hat": "-"}
+    if result.has_fit:
+        of_q = {
+            "q alone": with_error(result.llc_vi, result.llc_vi_sem),
+            "elbo": f"{result.elbo:.2f}",
+            "k-hat": f"{result.importance.khat:.2g}",
+        }
     return {
         "llc": result.llc_text,
-        "q alone": with_error(result.llc_vi, result.llc_vi_sem),
-        "elbo": f"{result.elbo:.2f}",
-        "k-hat": f"{result.importance.khat:.2g}",
+        **of_q,
         "FGE": f"{result.work.total_fge:.0f}",
         "s": f"{result.timings.total:.0f}",
         "findings": " ".join(worst) or "-",

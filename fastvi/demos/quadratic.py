@@ -120,10 +120,9 @@ def elbo_sem(result: LLCEstimate) -> float:
 
 def comparison(result: LLCEstimate, exact: Exact) -> str:
     """Set estimates beside exact values; the ELBO is a lower bound of log Z."""
-    rows = (
-        ("llc", "llc", result.llc, result.llc_sem, exact.llc),
-        ("elbo", "log Z", result.elbo, elbo_sem(result), exact.log_z),
-    )
+    rows = [("llc", "llc", result.llc, result.llc_sem, exact.llc)]
+    if result.has_fit:
+        rows.append(("elbo", "log Z", result.elbo, elbo_sem(result), exact.log_z))
     lines = [f"{'':<15}{'estimate ± sem':>22}{'exact':>20}{'relative error':>18}"]
     for name, exact_name, estimate, sem, value in rows:
         error = f"{100 * (estimate - value) / abs(value):+.3f} %" if value else "-"

@@ -163,19 +163,31 @@ class LLCEstimate:
         """The fitted q, to draw from: see `fastvi.FittedQ`.
 
         Raises:
-            DataError: If the result was loaded from disk and holds no fit.
+            DataError: If the result is a walk without a fit, or was loaded from disk.
+        """
+        return self.fit_for("draw from").q
+
+    def fit_for(self, purpose: str) -> Any:
+        """Return `fitted`.
+
+        Args:
+            purpose: What it is wanted for, as the error says it.
+
+        Raises:
+            DataError: If there is none.
         """
         if not self.has_fit:
             raise DataError(
-                "this estimate is a walk from the localizer and has no q to draw from. Run "
-                "estimate_llc with sampler={'start': 'fit'}."
+                f"this estimate is a walk from the localizer: it has no fit to {purpose}. Run "
+                "estimate_llc again, with a larger budget for a smaller error, or with "
+                "sampler={'start': 'fit'} for a fit."
             )
         if self.fitted is None:
             raise DataError(
-                "this estimate holds no fit to draw from (it was loaded from disk, or is not the "
+                f"this estimate holds no fit to {purpose} (it was loaded from disk, or is not the "
                 "last of a curve). Run estimate_llc again."
             )
-        return self.fitted.q
+        return self.fitted
 
     @property
     def distance(self) -> float:

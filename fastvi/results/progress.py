@@ -17,7 +17,7 @@ LOG_SECONDS = 10.0
 
 
 class StatusLine:
-    """Show stage, step and ELBO on one line, redrawn in a terminal and printed sparsely elsewhere.
+    """Show stage, step and value on one line, redrawn in a terminal and printed sparsely elsewhere.
 
     A stream that cannot be written ends the showing, not the work.
     """
@@ -41,6 +41,9 @@ class StatusLine:
             text += f" {progress.step}/{progress.steps} steps, elbo {progress.value:.2f}"
         if progress.stage == "correction":
             text += f" {progress.step}/{progress.steps} FGE at most, llc {progress.value:.4g}"
+        if progress.stage == "walk":
+            text += f" {progress.step:,}/{progress.steps:,} sample gradients at most, llc "
+            text += f"{progress.value:.4g}"
         text += f" [{now - self.began:.0f} s]"
         self._write(f"\r\x1b[K{text}" if self.interactive else f"{text}\n")
 

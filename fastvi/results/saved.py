@@ -16,7 +16,7 @@ from fastvi.results.parts import DrawValues
 from fastvi.results.schema import COUNT, NONNEGATIVE, POSITIVE, Rule, build, wrong_field
 
 RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
-FORMAT, VERSION = "fastvi estimate", 2
+FORMAT, VERSION = "fastvi estimate", 3
 # `arrays_digest` ties result.json to its traces.npz: two files are not replaced at once.
 HEADER = ("format", "version", "arrays_digest")
 # fields of arrays by name, and the prefix of their names in the file
@@ -96,6 +96,8 @@ def read_estimate(cls: Any, folder: Path) -> dict[str, Any]:
 def _check_values(cls: Any, place: Path, values: dict[str, Any]) -> None:
     """Check what lies in result.json, and make the configuration."""
     wrong = wrong_field(cls, values, RULES, ELSEWHERE)
+    if wrong is None and not values["evaluation"]["llc"]:
+        wrong = _wrong_walk(values["correction"])
     config = values.get("config")
     if wrong is None and not isinstance(config, dict):
         wrong = "lacks 'config', the settings of the fit"
@@ -110,16 +112,28 @@ def _check_values(cls: Any, place: Path, values: dict[str, Any]) -> None:
         raise files.damaged(place, f"has an impossible config: {error}", WAY_OUT) from error
 
 
+def _wrong_walk(correction: Mapping[str, Any] | None) -> str | None:
+    """Say what keeps an estimate without a fit from being a walk; None where nothing does."""
+    if correction is None or correction["method"] != "sample":
+        return "has neither a fit in evaluation.llc nor a walk in correction"
+    told = ("walkers", "steps", "burn_in", "batch", "step_size", "rhat", "variance_reduction")
+    lacking = [name for name in told if correction[name] is None]
+    return f"has correction.{lacking[0]} = None, though it is a walk" if lacking else None
+
+
 def _check_arrays(place: Path, arrays: Mapping[str, np.ndarray], values: dict[str, Any]) -> None:
     """Check names and shapes of the arrays against each other and against result.json."""
     prefixes = tuple(ARRAY_GROUPS.values())
     draws = [f"draw_{name}" for name in DrawValues._fields]
-    lacking = [name for name in (*SINGLE_ARRAYS, "trace_elbo", *draws) if name not in arrays]
+    chains = len(values["evaluation"]["llc"])
+    needed = (*SINGLE_ARRAYS, *draws, *(["trace_elbo"] if chains else []))
+    lacking = [name for name in needed if name not in arrays]
+    # without a chain there is no fit, whose arrays the others are
     unknown = [
         name
         for name in arrays
-        if not (name in SINGLE_ARRAYS or name.startswith(prefixes))
-        or (name.startswith("draw_") and name not in draws)
+        if name not in needed
+        and (not chains or name.startswith("draw_") or not name.startswith(prefixes))
     ]
     textual = [name for name, array in arrays.items() if array.dtype.kind not in "fiub"]
     if lacking or unknown or textual:
@@ -129,16 +143,17 @@ def _check_arrays(place: Path, arrays: Mapping[str, np.ndarray], values: dict[st
             else f"holds {[*unknown, *textual][0]!r}, no array of it"
         )
         raise files.damaged(place, wrong, WAY_OUT)
-    chains = len(values["evaluation"]["llc"])
+    weights = arrays["log_weights"].shape
     shapes = {
         **{f"trace_{name}": (chains, arrays["trace_elbo"].shape[-1]) for name in values["traces"]},
-        "log_weights": (
-            chains,
-            arrays["log_weights"].shape[-1] if arrays["log_weights"].ndim else 0,
-        ),
-        **dict.fromkeys(draws, arrays["log_weights"].shape),
+        "log_weights": (chains, weights[-1] if chains and weights else 0),
+        **dict.fromkeys(draws, weights),
     }
-    wrong = [name for name, shape in shapes.items() if arrays[name].shape != shape or 0 in shape]
+    wrong = [
+        name
+        for name, shape in shapes.items()
+        if arrays[name].shape != shape or (chains and 0 in shape)
+    ]
     wrong += [] if arrays["walk_llc"].ndim == 2 else ["walk_llc"]
     wrong += [
         f"family_{k}"

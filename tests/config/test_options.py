@@ -789,6 +789,7 @@ def test_entries_of_the_sampler_are_checked():
     for entries, words in (
         ({"walker": 16}, "did you mean 'walkers'"),
         ({"walkers": 2.5}, r"^sampler\.walkers must be an integer"),
+        ({"start": "q"}, r"^sampler\.start must be "),
         ({"widest": -1}, r"^sampler\.widest must be a finite number > 0"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -87,7 +87,8 @@ BESIDE = {
 FLOW = {"backend", "d_latent", "sigma_perp", "learn_sigma_perp", "lift", "latent_basis", "flow"}
 # The method chooses among programs; snapshots of q for TensorBoard are read by one of their own.
 # Options belong to families that are not of the package.
-# The sampler's settings say themselves which of them shape programs.
+# The sampler's settings say themselves which of them shape programs; where it starts, like the
+# method, chooses among them.
 OTHER = {"method", "tensorboard", "sampler", "options"}
 
 

@@ -212,12 +212,14 @@ ANY_JSON = {
     "twice": (text('{"format": 1, "format": 2}'), "'format' is given twice"),
     "bare nan": (text('{"format": NaN}'), "NaN is no JSON number"),
     "older": (put("version", 0), "is of the old version 0"),
-    "newer": (put("version", 99), "version 99 of its format, this fastvi reads 2. Upgrade fastvi."),
+    "newer": (put("version", 99), "version 99 of its format, this fastvi reads "),
     "version of text": (put("version", "1"), "has no version of the format that could be read"),
     "no version": (without("version"), "has no version"),
 }
 NAN = {"non_finite": "nan"}
 RESULT = {
+    "of a newer fastvi": (put("version", 99), "this fastvi reads 3. Upgrade fastvi."),
+    "of an older fastvi": (put("version", 2), "is of the old version 2"),
     "missing field": (without("llc"), "lacks 'llc'"),
     "missing entry": (without("curvature", "rank"), "lacks 'curvature.rank'"),
     "extra field": (put("lcc", 1.0), "holds 'lcc', which is no field of it"),
@@ -292,6 +294,7 @@ TRACES = {
     "a single array": (lambda path: path.write_bytes(npy()), ""),
 }
 RUN = {
+    "of a newer fastvi": (put("version", 99), "this fastvi reads 2. Upgrade fastvi."),
     "not complete": (put("complete", False), "says that the run was not written to its end"),
     "missing field": (without("seed"), "lacks or has too many of ['seed']"),
     "extra field": (put("sed", 1), "lacks or has too many of ['sed']"),

@@ -24,7 +24,8 @@ def to_arviz(result: LLCEstimate) -> Any:
     draws; `variational`, the draws of q in any case, with resp_entropy, log_q, log_p (under the
     names of the traces, logq and elbo_like, as well) and log_weight = log_p - log_q;
     `optimization`, the traces of the fit on a dimension `step`; `constant_data`. Mirrored draws
-    stand side by side, so that their dependence is seen. Numbers of the estimate and its
+    stand side by side, so that their dependence is seen. A walk without a fit has neither
+    `variational` nor `optimization`, and no attribute of q. Numbers of the estimate and its
     configuration are attributes of `posterior`.
 
     Args:
@@ -38,15 +39,17 @@ def to_arviz(result: LLCEstimate) -> Any:
     """
     arviz = import_optional("arviz", extra="arviz", distribution="arviz", purpose="to_arviz")
     xarray = import_optional("xarray", extra="arviz", distribution="xarray", purpose="to_arviz")
-    draws, statistics = _draws_of_q(result)
-    posterior, sample_stats = _walk(result) if _has_walk(result) else (draws, statistics)
+    draws, statistics = _draws_of_q(result) if result.has_fit else ({}, {})
+    walks = _has_walk(result) or not result.has_fit
+    posterior, sample_stats = _walk(result) if walks else (draws, statistics)
     groups = {
         "posterior": _dataset(xarray, posterior, ("chain", "draw"), _attributes(result)),
         "sample_stats": _dataset(xarray, sample_stats, ("chain", "draw")),
-        "variational": _dataset(xarray, draws | statistics, ("chain", "draw")),
-        "optimization": _dataset(xarray, dict(result.traces), ("chain", "step")),
         "constant_data": _dataset(xarray, _constants(result), ()),
     }
+    if result.has_fit:
+        groups["variational"] = _dataset(xarray, draws | statistics, ("chain", "draw"))
+        groups["optimization"] = _dataset(xarray, dict(result.traces), ("chain", "step"))
     container = vars(arviz).get(
         "InferenceData"
     )  # to ask arviz 1 for an attribute that it gave up warns
@@ -115,21 +118,27 @@ def _constants(result: LLCEstimate) -> dict[str, np.ndarray]:
 
 def _attributes(result: LLCEstimate) -> dict[str, Any]:
     """Collect what netCDF can hold: numbers and text."""
-    khat, word, effective = result.importance
     return {
         "inference_library": "fastvi",
         "llc": result.llc,
         "llc_sem": result.llc_sem,
-        "llc_vi": result.llc_vi,
-        "elbo": result.elbo,
         "method": "variational" if result.correction is None else result.correction.method,
-        "khat": khat,
-        "khat_word": word,
-        "effective_draws": effective,
+        **(_attributes_of_q(result) if result.has_fit else {}),
         "total_fge": float(result.work.total_fge),
         "converged": str(result.converged),
         "findings": " ".join(finding.name for finding in result.health),
         "config": json.dumps(result.config.to_dict()),
+    }
+
+
+def _attributes_of_q(result: LLCEstimate) -> dict[str, Any]:
+    khat, word, effective = result.importance
+    return {
+        "llc_vi": result.llc_vi,
+        "elbo": result.elbo,
+        "khat": khat,
+        "khat_word": word,
+        "effective_draws": effective,
     }
 
 

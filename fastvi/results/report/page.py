@@ -120,25 +120,38 @@ def _figure(name: str, result: LLCEstimate) -> str:
 
 
 def _numbers(result: LLCEstimate) -> dict[str, str]:
-    khat, word, effective = result.importance
     numbers = {
         "llc": result.llc_text,
+        **(_numbers_of_q(result) if result.has_fit else {}),
+        "loss at w*": f"{result.init_loss:.6g} nats",
+        "work": f"{result.work.total_fge:.0f} full-gradient equivalents",
+        "time": f"{result.timings.total:.1f} s, of which {result.timings.compile:.1f} s compiling",
+    }
+    if result.has_fit:
+        numbers["factorisations that took a ridge"] = str(result.work.n_cholesky_ridge)
+    details = {} if result.correction is None else result.correction._asdict()
+    if not result.has_fit:
+        del details["khat"]  # of draws of q
+    stage = "correction" if result.has_fit else "walk"
+    return numbers | {
+        f"{stage}: {name}": _text(value) for name, value in details.items() if value is not None
+    }
+
+
+def _numbers_of_q(result: LLCEstimate) -> dict[str, str]:
+    khat, word, effective = result.importance
+    return {
         "llc of q alone": with_error(result.llc_vi, result.llc_vi_sem),
         "elbo": f"{result.elbo:.4f} nats",
         "k-hat": f"{khat:.3g} ({word}); {effective:.3g} effective of "
         f"{result.log_weights.size} draws of q",
-        "loss at w*": f"{result.init_loss:.6g} nats",
-        "work": f"{result.work.total_fge:.0f} full-gradient equivalents",
-        "time": f"{result.timings.total:.1f} s, of which {result.timings.compile:.1f} s compiling",
-        "factorisations that took a ridge": str(result.work.n_cholesky_ridge),
-    }
-    details = {} if result.correction is None else result.correction._asdict()
-    return numbers | {
-        f"correction: {name}": _text(value) for name, value in details.items() if value is not None
     }
 
 
 def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        said = (f"{what} {_text(was)}, bound {_text(bound)}" for what, was, bound in value)
+        return "; ".join(said) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

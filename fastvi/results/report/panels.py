@@ -28,6 +28,9 @@ MOST_BARS = 64  # of a chain: with four chains a bar is then two pixels of the p
 NARROW_RANGE = 1000
 
 
+LEGEND_SHARE = 0.12  # of the height, for a legend of one line above lines that are everywhere
+
+
 class Panel(NamedTuple):
     """A picture: how to draw it, whether a result has what it shows, what to look for in it."""
 
@@ -289,10 +292,10 @@ def draw_importance(axes: "Axes", result: LLCEstimate) -> None:
 
 
 def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
-    """Draw the walkers of the correction, and the value that they end at."""
+    """Draw the walkers, and the value that they end at."""
     from matplotlib.ticker import MaxNLocator
 
-    details, values = result.correction, np.asarray(result.walk_llc, float)
+    values = np.asarray(result.walk_llc, float)
     means = draw_chains(axes, values)
     burn = result.walk_burn_in
     axes.axvspan(0, burn, color=FAINT, alpha=0.12, linewidth=0, label="burn-in")
@@ -304,24 +307,41 @@ def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
         zorder=3,
         linewidth=0,
     )
-    axes.axhline(result.llc, color=INK, linewidth=1, zorder=3, label="corrected llc ± sem")
+    axes.axhline(
+        result.llc,
+        color=INK,
+        linewidth=1,
+        zorder=3,
+        label=f"{'corrected ' if result.has_fit else ''}llc ± sem",
+    )
     set_limits(
         axes,
         values[:, burn:],
         means[:, burn:] if means.shape[1] > burn else means,
         include=(result.llc,),
     )
-    said = "" if details is None else f"R-hat {details.rhat:.3f}, variance reduced "
-    said += "" if details is None else f"{details.variance_reduction:.2g} times"
     axes.set(
-        title=f"walkers:  {said}", ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$", xlabel="bin of steps"
+        title=f"walkers:  {_said_of_walk(result)}",
+        ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$",
+        xlabel="bin of steps",
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="upper right")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + LEGEND_SHARE * (high - low))
+    axes.legend(loc="upper right", ncols=2)
 
 
-def _always(result: LLCEstimate) -> bool:
-    return result.traces["elbo"].shape[1] > 0
+def _said_of_walk(result: LLCEstimate) -> str:
+    details = result.correction
+    if details is None:
+        return ""
+    if not result.has_fit:
+        return f"R-hat {details.rhat:.3f}, {details.batch} fresh examples a step"
+    return f"R-hat {details.rhat:.3f}, variance reduced {details.variance_reduction:.2g} times"
+
+
+def _has_traces(result: LLCEstimate) -> bool:
+    return result.has_fit and result.traces["elbo"].shape[1] > 0
 
 
 def _has_array(name: str) -> Callable[[LLCEstimate], bool]:
@@ -330,11 +350,13 @@ def _has_array(name: str) -> Callable[[LLCEstimate], bool]:
 
 PANELS = {
     "elbo": Panel(
-        draw_elbo, _always, "Rises, then levels off within its noise. Still rising: raise steps."
+        draw_elbo,
+        _has_traces,
+        "Rises, then levels off within its noise. Still rising: raise steps.",
     ),
     "llc": Panel(
         draw_llc,
-        _always,
+        _has_traces,
         "Chains agree and level off. A corrected value may lie far off: then q is not the "
         "posterior.",
     ),
@@ -348,8 +370,10 @@ PANELS = {
         lambda result: result.log_weights.size > 0,
         "Flat is good; a few draws far above are not.",
     ),
-    "virial": Panel(draw_virial, _always, "1 at the end: the width of q is right."),
-    "radius": Panel(draw_radius, _always, "Settles. At the dashed line the loss decides nothing."),
+    "virial": Panel(draw_virial, _has_traces, "1 at the end: the width of q is right."),
+    "radius": Panel(
+        draw_radius, _has_traces, "Settles. At the dashed line the loss decides nothing."
+    ),
     "spectrum": Panel(
         draw_spectrum,
         lambda result: spectrum_of(result).size > 0,
@@ -362,7 +386,7 @@ PANELS = {
     "scales": Panel(
         draw_scales, _has_array("D_sqrt"), "All at the dashed line: only the localizer acts there."
     ),
-    "lr": Panel(draw_learning_rate, _always, "The schedule."),
+    "lr": Panel(draw_learning_rate, _has_traces, "The schedule."),
 }
 IMAGES = {
     "pi": "pi",

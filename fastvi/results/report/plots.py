@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from fastvi._errors import DataError
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.report.panels import (
     PANELS,
@@ -24,7 +25,7 @@ def plot_traces(result: LLCEstimate) -> "Figure":
     Four panels: the ELBO; `nbeta (L_B(w) - L_n(w*))` on the minibatches of the fit against work,
     with the final llc; the virial, 1 at the best fit; the leading spectrum of the precision at w*,
     or the learning rate without one. Limits follow percentiles, so that a wild start does not
-    flatten the rest.
+    flatten the rest. A walk without a fit has the walkers alone.
 
     Args:
         result: The estimate; one that `LLCEstimate.load` read will do.
@@ -35,6 +36,8 @@ def plot_traces(result: LLCEstimate) -> "Figure":
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
+    if not result.has_fit:
+        return _plot_walk(result)
     with styled_figure((11, 7.4)) as figure:
         ((elbo, llc), (virial, last)) = figure.subplots(2, 2)
         draw_elbo(elbo, result)
@@ -44,19 +47,37 @@ def plot_traces(result: LLCEstimate) -> "Figure":
             draw_spectrum(last, result)
         else:
             draw_learning_rate(last, result)
-        _frame(figure, result)
+        chains, steps = result.traces["elbo"].shape
+        aid = f"running mean of {window_of(steps)} steps"
+        _frame(
+            figure,
+            result,
+            f"{chains} chains × {steps:,} steps",
+            f"faint: single steps, on minibatches;  solid: {aid}",
+        )
     return figure
 
 
-def _frame(figure: "Figure", result: LLCEstimate) -> None:
+def _plot_walk(result: LLCEstimate) -> "Figure":
+    """Draw the walkers of an estimate that has no fit."""
+    details, (walkers, bins) = result.correction, result.walk_llc.shape
+    steps = 0 if details is None else details.steps
+    with styled_figure((11, 4.6)) as figure:
+        PANELS["walk"].draw(figure.subplots(), result)
+        _frame(
+            figure,
+            result,
+            f"{walkers} walkers × {steps:,} steps",
+            f"faint: bins of steps, on minibatches;  solid: running mean of {window_of(bins)} bins",
+        )
+    return figure
+
+
+def _frame(figure: "Figure", result: LLCEstimate, length: str, legend: str) -> None:
     """Write title, problem and reading aid, each on a line of its own."""
-    chains, steps = result.traces["elbo"].shape
     problem = (
         f"d = {result.dim:,}    n = {result.n_data:,}    nβ = {result.nbeta:.4g}    "
-        f"localization = {result.localization:.4g}    {chains} chains × {steps:,} steps"
-    )
-    legend = (
-        f"faint: single steps, on minibatches;  solid: running mean of {window_of(steps)} steps"
+        f"localization = {result.localization:.4g}    {length}"
     )
     estimate = rf"llc  $\hat\lambda$ = {result.llc_text}"
     figure.text(0.012, 0.955, estimate, fontsize=14, ha="left", va="center", color=INK)
@@ -78,12 +99,21 @@ def plot_panels(result: LLCEstimate, *names: str) -> "Figure":
 
     Raises:
         KeyError: If there is no such panel.
+        DataError: If the result has nothing to show in any of them.
         MissingExtraError: If matplotlib is not installed.
     """
     chosen = [name for name in names or PANELS if PANELS[name].applies(result)]
-    rows = -(-len(chosen) // 2)
-    with styled_figure((11, 3.7 * rows), layout="constrained") as figure:
-        for axes, name in zip(figure.subplots(rows, 2, squeeze=False).flat, chosen, strict=False):
+    if not chosen:
+        there = ", ".join(name for name, panel in PANELS.items() if panel.applies(result))
+        raise DataError(
+            f"this estimate has nothing to show in {', '.join(names)}; it has {there or 'no panel'}"
+            "."
+        )
+    columns = min(2, len(chosen))
+    rows = -(-len(chosen) // columns)
+    with styled_figure((5.5 * columns, 3.7 * rows), layout="constrained") as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, name in zip(grid.flat, chosen, strict=False):
             PANELS[name].draw(axes, result)
         for axes in figure.axes[len(chosen) :]:
             axes.set_axis_off()

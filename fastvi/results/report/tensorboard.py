@@ -55,6 +55,9 @@ def write_events(
     fit keeps on its way with `tensorboard=True` in its configuration; of another fit they show its
     end alone.
 
+    A walk without a fit has `walk_llc` of each bin of steps, the mean over the walkers in the
+    folder itself and each walker in `walker_0`, `walker_1`, ..., then final values and a figure.
+
     Args:
         result: The estimate, also one that `LLCEstimate.load` read; or what `run_vi` returned.
         folder: Where the event files go; made if need be.
@@ -73,6 +76,8 @@ def write_events(
             f"write_events takes what estimate_llc or run_vi returned; got {type(result).__name__}."
         )
     folder, config = Path(folder), result.config if isinstance(result, LLCEstimate) else VIConfig()
+    if isinstance(result, LLCEstimate) and not result.has_fit:
+        return _write_walk(result, folder)
     every = config.eval_every if every is None else every
     last = result.traces["elbo"].shape[1] - 1
     events = Events(folder)
@@ -81,6 +86,22 @@ def write_events(
         _write_estimate(events, result, every, last)
     else:
         events.write_scalars("mean", last, _final_run(result))
+    events.close()
+    return folder
+
+
+def _write_walk(result: LLCEstimate, folder: Path) -> Path:
+    """Write the walkers of an estimate without a fit, and its final values and figure."""
+    events, length = Events(folder), result.config.filled.sampler.bin_length
+    last = result.walk_llc.shape[1] * length - 1
+    for place, values in enumerate(np.asarray(result.walk_llc, float).T):
+        step = (place + 1) * length - 1
+        events.write_scalars("mean", step, {"walk_llc": values.mean()})
+        for walker, value in enumerate(values):
+            events.write_scalars(f"walker_{walker}", step, {"walk_llc": value})
+    events.write_scalars("mean", last, _headline(result))
+    if PANELS["walk"].applies(result):
+        events.write_images(last, {"walk": render("walk", result, IMAGE_DPI)})
     events.close()
     return folder
 
@@ -300,18 +321,25 @@ def _final_mean(result: LLCEstimate) -> dict[str, float]:
         for name in ("llc", "llc_mc", "variance_reduction")
     }
     return {
+        **_headline(result),
+        "llc_vi": result.llc_vi,
+        "Eq_Ln_mc": result.init_loss + mean["llc_mc"] / result.nbeta,
+        "Eq_Ln_cv": result.init_loss + mean["llc"] / result.nbeta,
+        "variance_reduction": mean["variance_reduction"],
+        "khat": result.importance.khat,
+    }
+
+
+def _headline(result: LLCEstimate) -> dict[str, float]:
+    """Values that an estimate has with and without a fit."""
+    return {
         "llc": result.llc,
         "lambda_hat": result.llc,
         "llc_mean": result.llc,
         "lambda_hat_mean": result.llc,
-        "llc_vi": result.llc_vi,
         "L0": result.init_loss,
         "Ln_wstar": result.init_loss,
-        "Eq_Ln_mc": result.init_loss + mean["llc_mc"] / result.nbeta,
-        "Eq_Ln_cv": result.init_loss + mean["llc"] / result.nbeta,
         "Eq_Ln_final": result.init_loss + result.llc / result.nbeta,
-        "variance_reduction": mean["variance_reduction"],
-        "khat": result.importance.khat,
     }
 
 

@@ -127,7 +127,7 @@ def estimate_by_walk(
         return walk
     seconds = time.perf_counter() - began
     timings = Timings(watch.seconds, 0.0, 0.0, 0.0, seconds, seconds)
-    result = _estimate(walk, problem, config, setup, look, timings)
+    result = _estimate(walk, problem, config, setup, look, budget, timings)
     result = dataclasses.replace(result, health=walk_findings(result, walk, look))
     return dataclasses.replace(result, health=correction_findings(result))
 
@@ -153,6 +153,7 @@ def _estimate(
     config: VIConfig,
     setup: WalkSetup,
     look: LossLook,
+    budget: float,
     timings: Timings,
 ) -> LLCEstimate:
     """Put a finished walk into the form of an estimate; what a fit would say is left empty."""
@@ -192,7 +193,7 @@ def _estimate(
         log_weights=none,
         draws=DrawValues(none, none, none),
         health=(),
-        config=config.replace(method="sample", budget=setup.budget).recorded,
+        config=config.replace(method="sample", budget=budget).of_a_walk,
         llc_vi=nan,
         llc_vi_sem=nan,
         correction=Correction(

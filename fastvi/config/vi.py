@@ -462,16 +462,24 @@ class VIConfig(CheckedFields):
         )
 
     @property
+    def of_a_walk(self) -> Self:
+        """This configuration without the fields of a fit, and walkers that start at the localizer.
+
+        What a walk says that it did; given again, it walks again.
+        """
+        kept: dict[str, Any] = {name: getattr(self, name) for name in WALK_FIELDS}
+        kept["sampler"] = replace(self.sampler, start="localizer")
+        return type(self)(**kept)
+
+    @property
     def prunes(self) -> bool:
         """Whether components are pruned during the fit."""
         return self.mixture_cap is not None or self.prune_threshold is not None
 
 
 # Fields, the sampler's among them, that a walk without a fit reads.
-OF_A_WALK = frozenset(
-    ("method", "error", "budget", "max_batch", "sampler", "dtype", "gamma")
-    + ("start", "walkers", "bin_length", "min_bins")
-)
+WALK_FIELDS = ("method", "error", "budget", "max_batch", "sampler", "dtype", "gamma")
+OF_A_WALK = frozenset((*WALK_FIELDS, "start", "walkers", "bin_length", "min_bins"))
 
 
 @lru_cache(maxsize=256)

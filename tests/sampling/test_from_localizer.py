@@ -270,3 +270,15 @@ def test_fields_of_a_fit_are_refused_beside_the_localizer():
             sampler={"start": "localizer"},
             M=2,
         )
+
+
+def test_the_recorded_configuration_walks_again():
+    def loss(w, batch):
+        return 0.5 * jnp.mean(jnp.sum((w - batch) ** 2, axis=-1))
+
+    options = {"nbeta": 5.0, "localization": 50.0, "progress": False}
+    first = fastvi.estimate_llc(loss, jnp.zeros(DIM), POINTS, budget=4000.0, **options)
+    again = fastvi.estimate_llc(loss, jnp.zeros(DIM), POINTS, config=first.config, **options)
+    assert not first.has_fit
+    assert (again.llc, again.llc_sem) == (first.llc, first.llc_sem)
+    assert again.config == first.config

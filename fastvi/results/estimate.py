@@ -176,18 +176,18 @@ class LLCEstimate:
         Raises:
             DataError: If there is none.
         """
+        if self.fitted is not None:
+            return self.fitted
         if not self.has_fit:
             raise DataError(
                 f"this estimate is a walk from the localizer: it has no fit to {purpose}. Run "
                 "estimate_llc again, with a larger budget for a smaller error, or with "
                 "sampler={'start': 'fit'} for a fit."
             )
-        if self.fitted is None:
-            raise DataError(
-                f"this estimate holds no fit to {purpose} (it was loaded from disk, or is not the "
-                "last of a curve). Run estimate_llc again."
-            )
-        return self.fitted
+        raise DataError(
+            f"this estimate holds no fit to {purpose} (it was loaded from disk, or is not the "
+            "last of a curve). Run estimate_llc again."
+        )
 
     @property
     def distance(self) -> float:

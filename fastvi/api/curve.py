@@ -107,6 +107,11 @@ def llc_curve(
     first = VIConfig.create(config, **overrides)
     first.check_asked(overrides)
     later = _later(first, warm_start, warm_steps)
+    if first.sampler.start == "localizer":
+        raise ConfigError(
+            'llc_curve begins at the fit of the checkpoint before; got sampler.start="localizer". '
+            "Call estimate_llc at each checkpoint: walks share their compiled programs."
+        )
     if isinstance(data, Iterator):
         raise DataError(
             "llc_curve reads the data anew at every checkpoint; got an iterator, which can be read "

@@ -256,7 +256,9 @@ def _why_unsettled(unmet: dict[str, Unmet], result: Any) -> tuple[str, str]:
         )
     return (
         "The walkers have not yet seen the whole posterior, so llc_sem may be too small.",
-        "Raise budget, or fit longer with early_stop=True.",
+        "Raise budget, or fit longer with early_stop=True."
+        if result.has_fit
+        else "Raise budget, or begin at a fit: sampler={'start': 'fit'}.",
     )
 
 

@@ -96,7 +96,7 @@ class Correction(NamedTuple):
         burn_in: Steps that the averages leave out.
         data_blocks: Parts that the data were split into; 1 where gradients were those of all data.
         energy_error: Mean square, per effective dimension, that the step size was held at, nats^2.
-        step_size: Step of the dynamics in the coordinates of q.
+        step_size: Step of the dynamics in the walkers' coordinates.
         returned: Steps that were taken back, all walkers together.
         batch: Examples of a walker's minibatch, where each step draws them anew.
         stiffness: Largest eigenvalue of the Hessian of nbeta L_n in the walk's coordinates that a

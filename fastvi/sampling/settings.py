@@ -12,7 +12,7 @@ class SamplerSettings:
     A *round* is the part of a run that one call of a compiled program makes: `bins * bin_length`
     steps of every walker. A *fidelity* is the number of blocks that the data are split into and the
     energy error that steps are held to. Only `bins`, `bin_length` and `max_columns` shape compiled
-    programs; a change of any other field compiles nothing.
+    programs, and `start` chooses between two sets; a change of any other field compiles nothing.
 
     Attributes:
         start: Where walkers begin. "fit": at draws of a fitted q. "localizer": at those of the

@@ -526,7 +526,7 @@ def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says,
         walkers=8,
     )
     config = fastvi.VIConfig(budget=1000.0)
-    values = {"llc": 2.0, "llc_sem": 0.1, "llc_vi": 2.0, "llc_vi_sem": 0.1}
+    values = {"llc": 2.0, "llc_sem": 0.1, "llc_vi": 2.0, "llc_vi_sem": 0.1, "has_fit": True}
     (finding,) = correction_findings(
         SimpleNamespace(health=(), correction=details, config=config, **values)
     )

@@ -125,6 +125,11 @@ def test_loaded_estimates_hold_no_draws(result, tmp_path):
         fastvi.llc_on(loaded, (X, Y))
 
 
+def test_a_curve_has_no_use_for_walks_without_a_fit():
+    with pytest.raises(fastvi.ConfigError, match="Call estimate_llc at each checkpoint"):
+        fastvi.llc_curve(lambda w, b: jnp.mean(w), [W], (X, Y), sampler={"start": "localizer"})
+
+
 def test_curve_over_checkpoints():
     """Two equal columns.
 

@@ -167,7 +167,7 @@ def pytest_collection_finish(session):
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(200_000, 50, 1000)
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture

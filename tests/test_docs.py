@@ -88,6 +88,8 @@ def test_examples_of_language_models_run(capsys):
     blocks = python_blocks(DOCS / "language-models.md")
     assert sizes in blocks[0]
     blocks[0] = blocks[0].replace(sizes, "CONTEXT, WIDTH, HEADS, STEPS = 8, 8, 2, 9")
+    # what has hardly been trained has an llc near zero, to which no relative error can be had
+    blocks = [one.replace("localization=300.0", "localization=300.0, budget=3e3") for one in blocks]
     namespace = {}
     for block in blocks:
         exec(compile(block, "language-models.md", "exec"), namespace)

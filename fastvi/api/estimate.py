@@ -21,6 +21,7 @@ from fastvi.api.arguments import (
     make_problem,
 )
 from fastvi.api.plan import (
+    BUDGET_OF_UNKNOWN_DATA,
     DEFAULT_BATCH_SIZE,
     default_budget,
     family_choice,
@@ -192,6 +193,8 @@ def _walk(
         tries, must_walk = True, must_walk or problem.data.is_sample
     if not tries:
         return target, None
+    if config.budget is None:  # passes over the data are no measure of what a walk may take
+        budget = min(budget, BUDGET_OF_UNKNOWN_DATA)
     with reporting(progress) as report:
         found = estimate_by_walk(
             objective, problem, config.filled, key, look, loss, budget, must_walk, report, feed

@@ -34,8 +34,9 @@ FAMILY_COLUMNS = 3  # control variates of each family's own, `AbstractMoments.co
 MOST_STEP_GRADIENTS = 24  # full gradients of a step of one chain that draws beyond two may take
 MAX_STEP_FACTOR, MAX_EVALUATION_FACTOR = 128, 32  # in few dimensions
 PASSES = 20_000  # full passes over the data that a budget is worth where nobody gives one
-# Sample gradients of an estimate from data of unknown size; ten times what an estimate of a
-# language model usually pays. Half of it ends a hard one early, twice as much only bounds later.
+# Sample gradients of a walk from the localizer, or from data of unknown size; ten times what an
+# estimate of a language model usually pays. Half of it ends a hard one early, twice as much only
+# bounds later.
 BUDGET_OF_UNKNOWN_DATA = 1e6
 
 

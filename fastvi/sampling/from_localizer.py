@@ -29,7 +29,7 @@ from fastvi.sampling.minibatches import (
     Steps,
     blank_state,
 )
-from fastvi.sampling.run import ERROR, Check, Unmet, unmet_by
+from fastvi.sampling.run import CHECK_GROWTH, ERROR, Check, Unmet, unmet_by
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.posterior import LocalPosterior
 from fastvi.target.work import GRADIENT, LOSS
@@ -255,16 +255,19 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
     )
     course = plan_anchor(setup, measured, course)
     course = plan_batch(setup, burn_in(setup, course))
-    check = None
+    check, checked = None, 0
     while course.is_fed and (steps := affordable_steps(setup, course, setup.programs.length)):
         course = advance(setup, course, steps)
-        if course.said is not None:
-            check = check_steps(setup, course)
-            setup.report(course.work, check.analysis.llc)
-            # the first look that says good enough is lucky more often than not
-            is_long = check.llc.shape[1] >= PATIENCE * setup.settings.min_bins
-            if (is_long and not check.unmet) or not math.isfinite(check.analysis.llc):
-                break
+        made = 0 if course.said is None else course.said.returned.shape[0]
+        goes_on = course.is_fed and affordable_steps(setup, course, 1)
+        if made == 0 or (goes_on and made < CHECK_GROWTH * checked):
+            continue
+        check, checked = check_steps(setup, course), made
+        setup.report(course.work, check.analysis.llc)
+        # the first look that says good enough is lucky more often than not
+        is_long = check.llc.shape[1] >= PATIENCE * setup.settings.min_bins
+        if (is_long and not check.unmet) or not math.isfinite(check.analysis.llc):
+            break
     if course.said is None or check is None:
         raise _cannot_begin(setup, course)
     return Walk(

@@ -170,6 +170,7 @@ def test_every_page_with_examples_is_run():
         "diagnostics.md",
         "families.md",
         "adapters.md",
+        "language-models.md",
         "llc-over-training.md",
         "kernels.md",
     }

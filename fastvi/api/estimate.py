@@ -31,7 +31,7 @@ from fastvi.api.plan import (
     start_settings,
 )
 from fastvi.api.resample import Fitted, correct
-from fastvi.api.walk import chooses_walk, estimate_by_walk
+from fastvi.api.walk import chooses_walk, estimate_by_walk, walks_without_fit
 from fastvi.config import VIConfig
 from fastvi.evaluation.errors import chain_error
 from fastvi.evaluation.importance import assess_importance
@@ -195,10 +195,14 @@ def _walk(
         return target, None
     if config.budget is None:  # passes over the data are no measure of what a walk may take
         budget = min(budget, BUDGET_OF_UNKNOWN_DATA)
-    with reporting(progress) as report:
-        found = estimate_by_walk(
-            objective, problem, config.filled, key, look, loss, budget, must_walk, report, feed
-        )
+    try:
+        with reporting(progress) as report:
+            found = estimate_by_walk(
+                objective, problem, config.filled, key, look, loss, budget, must_walk, report, feed
+            )
+    finally:
+        if feed is not None:
+            feed.close()
     if isinstance(found, TooStiff):
         spent = look._replace(sample_gradients=look.sample_gradients + found.work)
         if stream is not None:
@@ -278,7 +282,7 @@ def _read(
             "nbeta defaults to n / log n, and an iterator does not tell n: data can be read "
             "only once. Pass nbeta, or an object whose __iter__ begins anew each time."
         )
-    walks = may_walk and config.method in (None, "auto", "sample") and not config.of_a_fit
+    walks = may_walk and walks_without_fit(config)
     if walks and is_once:
         feed = feed_once(data, dtype)
         first = feed.peek(FIRST_EXAMPLES)

@@ -26,7 +26,7 @@ from fastvi.fitting.schedule import few_dimensions_factor
 from fastvi.observables.draws import FittedQ, fitted_q
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.findings import correction_findings
-from fastvi.results.parts import Correction
+from fastvi.results.parts import Correction, said_by_walkers
 from fastvi.results.progress import reporting
 from fastvi.sampling.programs import SamplerPrograms, sampler_programs
 from fastvi.sampling.run import LENGTH, RunSetup, SamplerResult, Unmet, begin, sample_posterior
@@ -372,20 +372,9 @@ def _start_walkers(
 
 def _run_details(run: SamplerResult, settings: SamplerSettings) -> dict[str, Any]:
     """Return what a result keeps of a run."""
-    analysis, llc, unmet = run.check
     return {
-        "settled": not unmet,
-        "unmet": unmet,
+        **said_by_walkers(run.check, settings.bin_length),
         "least_budget": run.least_budget,
-        "rhat": analysis.rhat,
-        "rhat_radius": analysis.rhat_radius,
-        "drift_z": analysis.drift_z,
-        "virial_z": analysis.virial_z,
-        "variance_reduction": analysis.variance_reduction,
-        "systematic": analysis.systematic,
-        "walkers": llc.shape[0],
-        "steps": llc.shape[1] * settings.bin_length,
-        "burn_in": analysis.burn_in * settings.bin_length,
         "data_blocks": run.end.fidelity.num_blocks,
         "energy_error": run.end.fidelity.energy_error,
         "step_size": float(run.end.walkers.step_size.step),

@@ -1,6 +1,7 @@
 """Estimates by a walk from the localizer: nothing is fitted, and no pass over the data is made."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -9,14 +10,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from fastvi._compilation import CompileWatch, quick_compilation
+from fastvi._compilation import CompileWatch
 from fastvi._errors import ConfigError
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import Progress
 from fastvi.kernels.noise import streams
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.findings import correction_findings
-from fastvi.results.parts import ChainValues, Correction, Curvature, DrawValues, Timings
+from fastvi.results.parts import (
+    ChainValues,
+    Correction,
+    Curvature,
+    DrawValues,
+    Timings,
+    said_by_walkers,
+)
 from fastvi.results.walk_findings import walk_findings
 from fastvi.results.work import RunWork
 from fastvi.sampling.from_localizer import TooStiff, Walk, WalkSetup, walk_from_localizer
@@ -24,7 +32,6 @@ from fastvi.sampling.minibatches import AbstractReader, DrawnReader, FeedReader,
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import Fingerprint
-from fastvi.target.objective import value_and_grad
 from fastvi.target.ravel import TreeObjective
 from fastvi.target.stream import Feed
 from fastvi.target.work import Work
@@ -46,6 +53,11 @@ LEAST_EVALUATIONS = 8 * 200
 FED_PARTS = 4
 
 
+def walks_without_fit(config: VIConfig) -> bool:
+    """Say whether a walk without a fit does all that a configuration asks for."""
+    return config.method in (None, "auto", "sample") and not config.of_a_fit
+
+
 def chooses_walk(problem: Problem, config: VIConfig, budget: float) -> tuple[bool, bool]:
     """Say whether to try a walk from the localizer, and whether nothing else is possible.
 
@@ -53,14 +65,13 @@ def chooses_walk(problem: Problem, config: VIConfig, budget: float) -> tuple[boo
         ConfigError: If it was asked for and cannot be.
     """
     start, gamma = config.sampler.start, float(problem.posterior.gamma)
-    samples = config.method in (None, "auto", "sample")
     if start == "localizer":
         if config.of_a_fit:
             raise ConfigError(
                 f'sampler.start="localizer" makes no fit, and {config.of_a_fit[0]} is of one: '
                 "leave one of them out."
             )
-        if not samples:
+        if not walks_without_fit(config):
             raise ConfigError(
                 f'sampler.start="localizer" walks, and method={config.method!r} does not: leave '
                 "one of them out."
@@ -71,7 +82,7 @@ def chooses_walk(problem: Problem, config: VIConfig, budget: float) -> tuple[boo
                 "no width."
             )
         return True, True
-    if start == "fit" or not samples or gamma <= 0 or config.of_a_fit:
+    if start == "fit" or gamma <= 0 or not walks_without_fit(config):
         return False, False
     # a fit, its evaluation and its walk: less than this pays for none of them
     is_poor = budget < FIT_PASSES * problem.num_data + FIT_GRADIENTS
@@ -120,7 +131,9 @@ def estimate_by_walk(
             must_walk=must_walk,
             report=tell,
             num_data=problem.num_data,
-            full_gradient=_full_gradient(objective, problem) if problem.holds_all else None,
+            full_gradient=functools.partial(programs.full_gradient, problem)
+            if problem.holds_all
+            else None,
         )
         walk = walk_from_localizer(setup)
     if isinstance(walk, TooStiff):
@@ -130,16 +143,6 @@ def estimate_by_walk(
     result = _estimate(walk, problem, config, setup, look, budget, timings)
     result = dataclasses.replace(result, health=walk_findings(result, walk, look))
     return dataclasses.replace(result, health=correction_findings(result))
-
-
-def _full_gradient(objective: TreeObjective, problem: Problem) -> Callable[[], Any]:
-    """Return a function that evaluates the gradient of L_n at w*."""
-
-    def at_center(problem: Problem):
-        center = problem.posterior.center
-        return problem.data.mean(lambda batch: value_and_grad(objective, center, batch)[1])
-
-    return lambda: jax.jit(at_center, compiler_options=quick_compilation())(problem)
 
 
 def _seed(key: Any) -> np.random.SeedSequence:
@@ -158,7 +161,7 @@ def _estimate(
 ) -> LLCEstimate:
     """Put a finished walk into the form of an estimate; what a fit would say is left empty."""
     posterior, measured = problem.posterior, walk.measured
-    analysis, bins, unmet = walk.check
+    analysis = walk.check.analysis
     nan, none = math.nan, np.zeros((0, 0))
     curvatures = np.asarray(setup.leaf_sizes) * (measured.curvature + float(posterior.gamma))
     num_data = walk.examples if problem.data.is_sample else problem.num_data
@@ -200,22 +203,12 @@ def _estimate(
             method="sample",
             khat=nan,
             in_memory=problem.holds_all,
-            settled=not unmet,
-            unmet=unmet,
             least_budget=walk.least_budget + look.sample_gradients,
-            rhat=analysis.rhat,
-            rhat_radius=analysis.rhat_radius,
-            drift_z=analysis.drift_z,
-            virial_z=analysis.virial_z,
-            variance_reduction=analysis.variance_reduction,
-            systematic=analysis.systematic,
-            walkers=bins.shape[0],
-            steps=bins.shape[1] * setup.settings.bin_length,
-            burn_in=analysis.burn_in * setup.settings.bin_length,
+            **said_by_walkers(walk.check, setup.settings.bin_length),
             batch=walk.batch,
             step_size=walk.step_size,
             returned=walk.returned,
             stiffness=measured.stiffness,
         ),
-        walk_llc=bins,
+        walk_llc=walk.check.llc,
     )

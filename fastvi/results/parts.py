@@ -1,10 +1,10 @@
 """The parts of an estimate: the one place of the names that summaries, pages and files read."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastvi.sampling.run import Unmet
+from fastvi.sampling.run import Check, Unmet
 
 
 class Curvature(NamedTuple):
@@ -127,3 +127,26 @@ class Correction(NamedTuple):
     batch: int | None = None
     stiffness: float | None = None
     narrow_dtype: str | None = None
+
+
+def said_by_walkers(check: Check, bin_length: int) -> dict[str, Any]:
+    """Return the fields of `Correction` that the last look at walkers says.
+
+    Args:
+        check: That look.
+        bin_length: Steps of a bin.
+    """
+    analysis, llc, unmet = check
+    return {
+        "settled": not unmet,
+        "unmet": unmet,
+        "rhat": analysis.rhat,
+        "rhat_radius": analysis.rhat_radius,
+        "drift_z": analysis.drift_z,
+        "virial_z": analysis.virial_z,
+        "variance_reduction": analysis.variance_reduction,
+        "systematic": analysis.systematic,
+        "walkers": llc.shape[0],
+        "steps": llc.shape[1] * bin_length,
+        "burn_in": analysis.burn_in * bin_length,
+    }

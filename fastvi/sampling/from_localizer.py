@@ -79,8 +79,10 @@ MOST_RAW_PARTS = 8
 CERTAIN = 3.0
 # Parts of the budget that the gradient on all data may take, and a sample of it in its place.
 FULL_ANCHOR_SHARE, ANCHOR_SHARE = 0.35, 0.15
-# Batches of that sample, at most, and the number of the first: no other measurement has them.
-MOST_DECREMENT_BATCHES, DECREMENT_PROBES = 64, 16
+# Batches of that sample, at most.
+MOST_DECREMENT_BATCHES = 64
+# Numbers of the first batch of each measurement, which has none of another's.
+CURVATURE_PROBES, HEAT_PROBES, DECREMENT_PROBES = 0, 2, 16
 # Share of the wanted error that the doubt of the heat may take: at half, batches are twice as
 # large; at double, the doubt alone is the error that was asked for.
 DOUBT_SHARE = 0.5
@@ -120,6 +122,11 @@ class WalkSetup:
     report: Callable[[float, float], None]
     num_data: int
     full_gradient: Callable[[], Float[Array, " dim"]] | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Return the type of the parameters."""
+        return self.posterior.center.dtype
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -242,10 +249,7 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
     measured, work, examples = measure_curvature(setup, rng)
     if not measured.stiffness <= MOST_STIFFNESS and not setup.must_walk:
         return TooStiff(measured.stiffness, work)
-    dtype = setup.posterior.center.dtype
-    start = blank_state(
-        *(rng.standard_normal(setup.shape, np.float32).astype(dtype) for _ in range(2))
-    )
+    start = blank_state(standard_normal(setup, rng), standard_normal(setup, rng))
     course = Course(
         start,
         round_map(setup, measured.curvature),
@@ -302,7 +306,7 @@ def _cannot_begin(setup: WalkSetup, course: Course) -> DataError | ConfigError:
 class _Probe:
     """Evaluates gradients at positions of the measurements' choosing, and counts the work."""
 
-    def __init__(self, setup: WalkSetup, number: int = 0):
+    def __init__(self, setup: WalkSetup, number: int):
         self.setup, self.number, self.work, self.examples = setup, number, 0.0, 0
 
     def batch(self) -> tuple[int, AbstractSource]:
@@ -346,11 +350,10 @@ def measure_curvature(setup: WalkSetup, rng: np.random.Generator) -> tuple[Measu
     Cost:
         Five evaluations of all walkers on a part of a batch.
     """
-    probe, dtype = _Probe(setup), setup.posterior.center.dtype
+    probe = _Probe(setup, CURVATURE_PROBES)
     localizer = round_map(setup, np.zeros(len(setup.leaf_sizes)))
     first, second = probe.batch(), probe.batch()
-    zero = np.zeros(setup.shape, dtype)
-    direction = rng.standard_normal(setup.shape, np.float32).astype(dtype)
+    zero, direction = np.zeros(setup.shape, setup.dtype), standard_normal(setup, rng)
     here = probe.gradient(localizer, zero, first)
     bent = probe.gradient(localizer, direction, first) - here
     curvature = leaf_curvature(direction, bent, setup.leaf_sizes) * float(setup.posterior.gamma)
@@ -376,6 +379,11 @@ def measure_curvature(setup: WalkSetup, rng: np.random.Generator) -> tuple[Measu
         there -= probe.gradient(linear_map, direction, second) - again
         measured = measured._replace(anchored_noise=mean_square(there / math.sqrt(2)))
     return measured, probe.work, probe.examples
+
+
+def standard_normal(setup: WalkSetup, rng: np.random.Generator) -> Float[np.ndarray, "walkers dim"]:
+    """Draw a direction for each walker."""
+    return rng.standard_normal(setup.shape, np.float32).astype(setup.dtype)
 
 
 def wanted_parts(setup: WalkSetup, measured: Measured) -> float:
@@ -462,7 +470,7 @@ def measure_heat(setup: WalkSetup, course: Course) -> tuple[float, float, int]:
     Cost:
         Four evaluations of all walkers on a part of a batch.
     """
-    probe, linear_map = _Probe(setup, number=2), course.linear_map
+    probe, linear_map = _Probe(setup, HEAT_PROBES), course.linear_map
     position = np.asarray(course.state.position)
     one, two = (
         probe.gradient(linear_map, position, probe.batch(), course.anchor) for _ in range(2)
@@ -516,8 +524,7 @@ def measure_decrement(setup: WalkSetup, course: Course) -> tuple[float, float, f
     Returns:
         Nats of log posterior, their standard error, the sample gradients, and the examples.
     """
-    probe, zero = _Probe(setup, DECREMENT_PROBES), np.zeros(setup.shape, np.float32)
-    zero = zero.astype(setup.posterior.center.dtype)
+    probe, zero = _Probe(setup, DECREMENT_PROBES), np.zeros(setup.shape, setup.dtype)
     count = int(np.clip(ANCHOR_SHARE * setup.budget / setup.cost(1, 1), 1, MOST_DECREMENT_BATCHES))
     total = zero
     for _ in range(count):
@@ -592,15 +599,9 @@ def advance(setup: WalkSetup, course: Course, steps: int) -> Course:
             return course._replace(is_fed=False)
         course = course._replace(parts=parts, heat=course.heat * course.parts / parts)
         source = setup.reader.read(course.done, steps, parts)
-    state, said = _call(setup, course, source, 0, steps)
+    course, said = _made(setup, course, source, 0, steps)
     said = _on_host(said, steps)
-    return course._replace(
-        state=state,
-        said=said if course.said is None else _concatenate(course.said, said),
-        done=course.done + steps,
-        work=course.work + setup.cost(steps, course.parts, course.is_anchored),
-        examples=course.examples + setup.examples(steps, course.parts),
-    )
+    return course._replace(said=said if course.said is None else _concatenate(course.said, said))
 
 
 def _evaluate(setup: WalkSetup, course: Course) -> Course:
@@ -608,13 +609,21 @@ def _evaluate(setup: WalkSetup, course: Course) -> Course:
     source = setup.reader.read(course.done, 1, course.parts)
     if source is None:
         return course._replace(is_fed=False)
-    state, _ = _call(setup, course, source, -1, 0)
+    return _made(setup, course, source, -1, 0)[0]
+
+
+def _made(
+    setup: WalkSetup, course: Course, source: AbstractSource, start: int, stop: int
+) -> tuple[Course, Steps]:
+    """Make steps, and count what they take."""
+    state, said = _call(setup, course, source, start, stop)
+    steps = stop - start
     return course._replace(
         state=state,
-        done=course.done + 1,
-        work=course.work + setup.cost(1, course.parts, course.is_anchored),
-        examples=course.examples + setup.examples(1, course.parts),
-    )
+        done=course.done + steps,
+        work=course.work + setup.cost(steps, course.parts, course.is_anchored),
+        examples=course.examples + setup.examples(steps, course.parts),
+    ), said
 
 
 def _call(
@@ -698,7 +707,6 @@ def heat_share(heat: float, llc: float) -> tuple[float, float]:
     be between nothing and all of it.
     """
     seen = abs(llc)
-    of_seen = -math.expm1(-max(heat, 0.0) / seen) if seen > 0 else 0.0
-    return HEAT_SHARE * of_seen * seen, (
-        HEAT_DOUBT + of_seen**2 * LARGE_HEAT_DOUBT
-    ) * of_seen * seen
+    share = -math.expm1(-max(heat, 0.0) / seen) if seen > 0 else 0.0
+    doubt = HEAT_DOUBT + share**2 * LARGE_HEAT_DOUBT
+    return HEAT_SHARE * share * seen, doubt * share * seen

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._compilation import PROGRAMS
+from fastvi._compilation import PROGRAMS, quick_compilation
 from fastvi._typing import Array, Batch, Float, Int, Keys, Scalar
 from fastvi.families.moments import LinearMap
 from fastvi.kernels.noise import normal, streams, words
 from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_half_step
+from fastvi.target.data import Problem
 from fastvi.target.feed import Feed
 from fastvi.target.fingerprint import Fingerprint, shapes_of
 from fastvi.target.losses import WeightedBatch, num_examples, raw_examples, take_examples
@@ -160,16 +161,18 @@ class Steps(NamedTuple):
 
 
 class MinibatchPrograms(NamedTuple):
-    """Compiled: one program holds the model.
+    """Compiled; where no batch is anchored, one program that holds the model.
 
     Attributes:
         advance: `(posterior, linear_map, source, anchor, state, keys, parts, step_size,
             friction_time, first, start, stop) -> (State, Steps)`. A round of steps from `start` to
             `stop`; step -1 evaluates the walkers where they are, on the batch of step `first`.
+        full_gradient: `(problem) -> gradient` of L_n at w*, for an anchor.
         length: Steps of a round, at most.
     """
 
     advance: Any
+    full_gradient: Any
     length: int
 
 
@@ -238,9 +241,16 @@ def minibatch_programs(
 ) -> MinibatchPrograms:
     """Return the programs, shared by objectives that compute the same."""
     key = ("minibatches", length, shapes_of((posterior, source)))
-    return PROGRAMS.find(
-        loss, key, (objective,), lambda one: MinibatchPrograms(_advance(one, length), length)
-    )
+
+    def build(objective: FlatObjective) -> MinibatchPrograms:
+        def full_gradient(problem: Problem):
+            center = problem.posterior.center
+            return problem.data.mean(lambda batch: value_and_grad(objective, center, batch)[1])
+
+        once = jax.jit(full_gradient, compiler_options=quick_compilation())
+        return MinibatchPrograms(_advance(objective, length), once, length)
+
+    return PROGRAMS.find(loss, key, (objective,), build)
 
 
 def _advance(objective: FlatObjective, length: int) -> Any:

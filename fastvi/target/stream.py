@@ -139,7 +139,16 @@ class HostStream(AbstractStream):
 
     def feed(self) -> Feed:
         """Return uniform draws from all data, in the order of `window`, without an end."""
-        return Feed(self._draw(number) for number in itertools.count())
+        # in pieces, so that another pass is made only where all rows of a window have been taken
+        windows = map(self._rows, itertools.count())
+        return Feed(_regrouped(windows, default_max_batch(self._example)))
+
+    def _rows(self, number: int) -> Batch:
+        """Return the rows of a window, which cost no pass where it is the one that is held."""
+        held = self._window
+        if held is not None and held[0] == number:
+            return jax.tree_util.tree_map(np.asarray, held[1])
+        return self._draw(number)
 
     def window(self, step: int) -> AbstractData:
         """Return `num_rows` uniform draws from the data, other ones once they are used up.

@@ -131,6 +131,22 @@ def test_walkers_walk_on_streams(source, monkeypatch):
     assert result.work.total_fge * result.n_data <= options["budget"]
 
 
+def test_a_feed_makes_no_pass_for_the_rows_that_a_window_holds():
+    numbers = np.arange(COUNT, dtype=np.int32)
+    source = stream(Batches(numbers, numbers))
+    expected = [np.asarray(source.window(step).examples[0]) for step in (0, 100)]
+    source.window(0)
+    passes, draw = [], source._draw
+    source._draw = lambda number: passes.append(number) or draw(number)
+    feed = source.feed()
+    first = feed.take(50 * BATCH)[0]
+    assert passes == []
+    rest = feed.take(150 * BATCH)[0]
+    feed.close()
+    assert passes[0] == 1
+    np.testing.assert_array_equal(np.concatenate([first, rest]), np.concatenate(expected))
+
+
 def test_an_iterator_is_read_no_further_than_the_walk():
     read = itertools.count()
     batches = (one for one, _ in zip(drawn_batches(X, Y, size=40), read, strict=False))

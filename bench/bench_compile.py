@@ -11,7 +11,7 @@ from bench.harness import record
 from bench.problems import BATCH, tanh_network
 from fastvi import LocalPosterior, VIConfig, estimate_llc, make_flat_objective
 from fastvi.api.plan import family_choice, fit_schedule, fit_settings, with_draws
-from fastvi.fitting.stages import build_family, programs_for
+from fastvi.fitting.stages import FromCurvature, build_family, programs_for
 from fastvi.fitting.step_plan import fixed_phases, plan_steps
 from fastvi.target.data import Problem, hold
 from fastvi.target.stream import CHUNK
@@ -49,8 +49,8 @@ def stage_rows():
     start = compiled("prepare", programs.prepare, problem, key, None)
     rank = start.core.shape[0]
     family = build_family(family_choice(config), settings.start, start, rank)
-    params = compiled("draw_start", programs.draw_start, family, start.core, keys)
-    launched = family, params, np.float32(0), np.bool_(False)
+    origin = FromCurvature(family, start.core, keys)
+    launched = origin, np.float32(0), np.bool_(False)
     family, state = compiled("launch", programs.launch, *launched)
     state, _ = compiled("steps", programs.steps, family, problem, state, keys, plan)
     nothing = programs.nothing_seen(problem, CHAINS)

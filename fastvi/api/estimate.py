@@ -445,6 +445,7 @@ def _evidence(
     """Collect what findings are read from."""
     start, evaluation, posterior = fit.start, outcome.evaluation, problem.posterior
     steps, trend = traces["elbo"].shape[1], elbo_trend(traces["elbo"])
+    assert fit.outcome.slope is not None, "the loss on all data is a mean of loss_fn"
     return Evidence(
         llc_per_chain=np.asarray(evaluation.llc, float),
         llc_sem_per_chain=np.asarray(evaluation.llc_sem, float),
@@ -459,7 +460,7 @@ def _evidence(
         rank_limit=rank_limit(
             start_settings(config), posterior.center.size, posterior.center.dtype.itemsize
         ),
-        newton_decrement=float(jax.jit(newton_decrement)(start, posterior, fit.outcome.slope)),
+        newton_decrement=newton_decrement(start, posterior, fit.outcome.slope),
         importance=assess_importance(np.asarray(evaluation.log_weight)),
         radius2=traces["radius2"],
         localization=float(posterior.gamma),

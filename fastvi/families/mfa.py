@@ -142,7 +142,9 @@ class MFA(AbstractFamily):
         return cls(
             scale=geometry.scale,
             lr_factor=jnp.ones((), dtype),
-            core_mask=(jnp.arange(geometry.core.shape[0]) < geometry.rank).astype(dtype),
+            core_mask=jnp.asarray(
+                (np.arange(geometry.core.shape[0]) < geometry.rank).astype(dtype)
+            ),
             ranks=tuple(min(rank, dim) for rank in settings.ranks),
             means=settings.means,
             noise_size=geometry.noise_size,

@@ -30,6 +30,8 @@ from fastvi.fitting.schedule import (
 )
 from fastvi.fitting.stages import (
     FamilyChoice,
+    FromCurvature,
+    FromFit,
     Outcome,
     Programs,
     Stages,
@@ -228,19 +230,20 @@ def _begin(
         )
     if options.warm is not None:
         start = _known_before(options.warm.start)
-        family, params = options.warm.family, options.warm.params
+        origin = FromFit(options.warm.family, options.warm.params)
     else:
         start = programs.prepare(problem, streams.shared_key(), whitener_scale)
         limit = rank_limit(
             settings.start, problem.posterior.center.size, problem.posterior.center.dtype.itemsize
         )
         rank = min(limit, -(-int(start.rank) // BLOCK) * BLOCK)
-        family = build_family(choice, settings.start, start, rank)
-        params = programs.draw_start(family, start.core[:rank], keys)
+        here = jax.tree_util.tree_map(np.asarray, start)  # in numpy, which compiles nothing
+        family = build_family(choice, settings.start, here, rank)
+        origin = FromCurvature(family, jnp.asarray(here.core[:rank]), keys)
         beside = _line_points(problem.posterior, start) if options.looks_down else None
-        _compile_ahead(programs, family, problem, params, keys, schedule, options.stream, beside)
+        _compile_ahead(programs, origin, problem, schedule, options.stream, beside)
     family, state, rounds = _calibrate(
-        programs, family, problem, params, schedule, settings.step.num_draws, keys.size
+        programs, origin, problem, schedule, settings.step.num_draws, keys.size
     )
     converged = False if options.early_stop else None
     return Course(family, state, start, rounds, phases, converged=converged)
@@ -257,10 +260,8 @@ def _known_before(start: Start) -> Start:
 
 def _compile_ahead(
     programs: Programs,
-    family: AbstractFamily,
+    origin: FromCurvature,
     problem: Problem,
-    params: Any,
-    keys: Keys,
     schedule: ScheduleSettings,
     stream: AbstractStream | None,
     beside: Beside | None,
@@ -268,16 +269,16 @@ def _compile_ahead(
     """Compile the later stages side by side."""
     if jax_setting("jax_disable_jit"):  # then nothing is to be compiled
         return
-    dtype = problem.posterior.center.dtype
+    dtype, keys = problem.posterior.center.dtype, origin.keys
     with Ahead() as ahead:
-        traced = programs.launch.trace(family, params, dtype.type(0), np.bool_(False))
-        state = traced.out_info[1]
+        traced = programs.launch.trace(origin, dtype.type(0), np.bool_(False))
+        family, state = traced.out_info
         plan = plan_steps(schedule, fixed_phases(schedule), 0, CHUNK, CHUNK, dtype)
         ahead.compile(programs.steps.lower(family, problem, state, keys, plan))
         ahead.compile(traced.lower())
         if stream is None:
             nothing = programs.nothing_seen(problem, keys.size, beside)
-            common = family, problem, params, keys, problem.data, nothing
+            common = family, problem, state.params, keys, problem.data, nothing
             share = jax.ShapeDtypeStruct((), dtype)
             # said as it is said below: jax takes what is left out for another program
             ahead.compile(programs.finish.lower(*common, share, beside, concludes=True))
@@ -286,9 +287,8 @@ def _compile_ahead(
 
 def _calibrate(
     programs: Programs,
-    family: AbstractFamily,
+    origin: FromCurvature | FromFit,
     problem: Problem,
-    params: Any,
     schedule: ScheduleSettings,
     num_draws: int,
     num_chains: int,
@@ -304,12 +304,12 @@ def _calibrate(
     length = calibration_steps(num_chains, num_draws)
     shift, rounds, narrows = 0.0, 0, True
     while narrows and rounds < MAX_ROUNDS:
-        _, state = programs.launch(family, params, dtype.type(shift), np.bool_(False))
+        family, state = programs.launch(origin, dtype.type(shift), np.bool_(False))
         plan = plan_steps(schedule, fixed_phases(schedule), rounds * length, length, CHUNK, dtype)
         _, traces = programs.steps(family, problem, state, keys, frozen(plan))
         less = float(narrowing(np.mean(np.asarray(traces["virial"])[:, :length]), np))
         shift, rounds, narrows = shift - less, rounds + 1, less > 0
-    family, state = programs.launch(family, params, dtype.type(shift), np.bool_(rounds == 1))
+    family, state = programs.launch(origin, dtype.type(shift), np.bool_(rounds == 1))
     return family, state, rounds
 
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +69,32 @@ class FamilyChoice(NamedTuple):
     settings: Any
 
 
+class FromCurvature(eqx.Module):
+    """The q that a fit begins at by itself: drawn about the core of the curvature at w*."""
+
+    family: AbstractFamily
+    core: Float[Array, "core dim"]
+    keys: Keys
+
+    def family_and_params(self) -> tuple[AbstractFamily, PyTree]:
+        """Return the family, and the parameters of every chain."""
+        flat = jnp.zeros_like(self.family.scale)
+        params = jax.vmap(lambda key: self.family.init(key, self.core, flat))(self.keys)
+        # else XLA puts the hash of the draws into each of their readers
+        return self.family, jax.lax.optimization_barrier(params)
+
+
+class FromFit(eqx.Module):
+    """The q that another fit has ended at."""
+
+    family: AbstractFamily
+    params: PyTree
+
+    def family_and_params(self) -> tuple[AbstractFamily, PyTree]:
+        """Return them."""
+        return self.family, self.params
+
+
 class Outcome(NamedTuple):
     """What the last stage returns: for each chain, and on all data at w* the loss and its gradient.
 
@@ -89,9 +116,8 @@ class Programs(NamedTuple):
 
     Attributes:
         prepare: `(problem, key, whitener_scale) -> Start`.
-        draw_start: `(family, core, chain_keys) -> params` of every chain.
-        launch: `(family, params, shift, slow) -> (family, State)`: q scaled by exp(shift), which
-            learns slowly where `slow`.
+        launch: `(origin, shift, slow) -> (family, State)` of every chain, from a `FromCurvature` or
+            a `FromFit`: q scaled by exp(shift), which learns slowly where `slow`.
         steps: `(family, problem, state, chain_keys, plan) -> (State, traces)`; compiled, it
             consumes the state.
         finish: `(family, problem, params, chain_keys, piece, before, share, beside) -> (Outcome,
@@ -102,7 +128,6 @@ class Programs(NamedTuple):
     """
 
     prepare: Callable[..., Start]
-    draw_start: Callable[..., PyTree]
     launch: Callable[..., tuple[AbstractFamily, State]]
     steps: Callable[..., tuple[State, dict[str, Float[Array, "chains rows"]]]]
     finish: Callable[..., tuple[Outcome, DataLosses]]
@@ -186,11 +211,8 @@ def _build(
             whitener_scale,
         )
 
-    def draw_start(family: AbstractFamily, core, keys: Keys):
-        flat = jnp.zeros_like(family.scale)
-        return jax.vmap(lambda key: family.init(key, core, flat))(keys)
-
-    def launch(family: AbstractFamily, params, shift, slow):
+    def launch(origin: FromCurvature | FromFit, shift, slow):
+        family, params = origin.family_and_params()
         family = family.with_slow_start(slow)
         params = jax.vmap(lambda one: family.widened(one, shift))(params)
         return family, jax.vmap(lambda one: init_state(family, one, settings.step))(params)
@@ -208,7 +230,7 @@ def _build(
         has_slope=loss_full_flat is None,
     )
     finish = _evaluation(objective, settings.evaluation, loss_full_flat)
-    plain = Programs(prepare, draw_start, launch, steps, finish, nothing)
+    plain = Programs(prepare, launch, steps, finish, nothing)
     return _compiled(plain, settings, loss)
 
 
@@ -333,7 +355,7 @@ def fit_inside_a_trace(
     start = plain.prepare(problem, key, whitener_scale)
     rank = rank_limit(settings.start, center.size, center.dtype.itemsize)
     family = build_family(choice, settings.start, start, rank)
-    params = plain.draw_start(family, start.core[:rank], keys)
+    origin = FromCurvature(family, start.core[:rank], keys)
 
     length, phases = calibration_steps(keys.size, settings.step.num_draws), fixed_phases(schedule)
     probe = frozen(plan_steps(schedule, phases, 0, length, length, center.dtype))
@@ -341,7 +363,7 @@ def fit_inside_a_trace(
 
     def adjust(carry):
         shift, rounds, _ = carry
-        state = plain.launch(family, params, shift, jnp.asarray(False))[1]
+        family, state = plain.launch(origin, shift, jnp.asarray(False))
         rows = probe.rows._replace(step=probe.rows.step + rounds * length)
         measured = probe._replace(rows=rows)
         traces = plain.steps(family, problem, state, calibration_keys(keys.size), measured)[1]
@@ -351,7 +373,7 @@ def fit_inside_a_trace(
     shift, rounds, _ = jax.lax.while_loop(
         lambda carry: carry[2] & (carry[1] < MAX_ROUNDS), adjust, begin
     )
-    family, state = plain.launch(family, params, shift, rounds == 1)
+    family, state = plain.launch(origin, shift, rounds == 1)
     plan = plan_steps(schedule, phases, 0, schedule.steps, schedule.steps, center.dtype)
     state, traces = plain.steps(family, problem, state, keys, plan)
     nothing = plain.nothing_seen(problem, keys.size)
@@ -377,10 +399,10 @@ def build_family(
 ) -> AbstractFamily:
     """Instantiate the family with `core_rows` rows of core, a padding of the rows in use."""
     geometry = Geometry(
-        scale=start.scale,
-        core=start.core[:core_rows],
+        scale=jnp.asarray(start.scale),
+        core=jnp.asarray(start.core[:core_rows]),
         rank=start.rank,
-        unit=1 / jnp.sqrt(start.rest),
+        unit=jnp.asarray(start.rest**-0.5),
         noise_size=rank_limit(settings, start.scale.size, start.scale.dtype.itemsize),
     )
     return FAMILIES[choice.name].create(choice.settings, geometry)

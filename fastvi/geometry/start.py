@@ -8,6 +8,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastvi._typing import Array, Float, Int, Key, Scalar
 from fastvi.geometry.curvature import BLOCK, Spectrum, block_krylov, dense_spectrum
@@ -215,10 +216,10 @@ def _lowest(spectrum: Spectrum, beyond, images, complement):
     return values[place], candidates[place]
 
 
-def newton_decrement(
-    start: Start, posterior: LocalPosterior, slope: Float[Array, " dim"]
-) -> Scalar:
+def newton_decrement(start: Start, posterior: LocalPosterior, slope: Array | np.ndarray) -> float:
     """Return how many nats of the log density a Newton step from w* would gain: 0 at a minimum.
+
+    It is computed in numpy, which compiles nothing.
 
     Args:
         start: The precision, as its core and scale have it.
@@ -227,9 +228,10 @@ def newton_decrement(
             be `nbeta d / 2` times the difference of their inverse numbers, thousands of nats for a
             network.
     """
-    pull = start.scale * posterior.nbeta * slope
-    squares = jnp.sum(start.core**2, axis=-1)
+    core, scale = np.asarray(start.core), np.asarray(start.scale)
+    pull = scale * float(posterior.nbeta) * np.asarray(slope)
+    squares = np.sum(core**2, axis=-1)
     used = squares > 0
-    along = jnp.where(used, start.core @ pull / jnp.where(used, squares, 1.0), 0.0)
-    beside = pull - along @ start.core  # the core's rows are orthogonal
-    return 0.5 * (beside @ beside + jnp.sum(along**2 * squares / (1 + squares)))
+    along = np.where(used, core @ pull / np.where(used, squares, 1.0), 0.0)
+    beside = pull - along @ core  # the core's rows are orthogonal
+    return float(0.5 * (beside @ beside + np.sum(along**2 * squares / (1 + squares))))

@@ -252,8 +252,8 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
 
 def begin(setup: RunSetup, walkers: Walkers) -> RunState:
     """Return the run before its first round, by what llc is at the walkers."""
-    excess = jnp.mean(walkers.excess)
-    return RunState(walkers, float(setup.problem.posterior.learning_coefficient(excess)))
+    excess = float(np.mean(np.asarray(walkers.excess)))  # in numpy, which compiles nothing
+    return RunState(walkers, float(setup.problem.posterior.nbeta) * excess)
 
 
 def measure_noise(setup: RunSetup, state: RunState) -> RunState:

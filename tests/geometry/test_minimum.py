@@ -61,14 +61,12 @@ def decrement_program(loss):
             objective, posterior, subset, lambda key: None, StartSettings(), jax.random.key(0)
         )
 
-    @jax.jit
-    def gain(start, posterior, data):
-        return newton_decrement(start, posterior, objective.grad(posterior.center, data))
+    slope_at = jax.jit(objective.grad)
 
     def decrement(center, data, nbeta):
         posterior = LocalPosterior(center, nbeta, jnp.ones(()))
         subset = hold(tuple(leaf[:SUBSET] for leaf in data))
-        return gain(start_at(posterior, subset), posterior, data)
+        return newton_decrement(start_at(posterior, subset), posterior, slope_at(center, data))
 
     return decrement
 

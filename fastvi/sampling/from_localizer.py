@@ -8,6 +8,7 @@ and the batch. Then walkers step on fresh minibatches, and what the noise adds t
 is bounded by a batch large enough, and half of it taken off.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -71,6 +72,9 @@ PROBE_STEPS = 2**20
 RETURNED = 0.02
 # Step size at which halving ends: a target that takes back shorter steps has no finite region.
 SHORTEST_STEP = 1e-3 * LARGEST_STEP
+# Halvings of the distance from w* of a walker where the loss is not finite. Half of them do where
+# a millionth of the width is finite, double look for less.
+MOST_HALVINGS = 20
 # Quantile of the walkers' stiffnesses: the largest of few would be that of one odd batch.
 STIFFNESS_QUANTILE = 0.75
 # Parts of a raw batch from which on it is measured whether anchored ones do with fewer.
@@ -87,6 +91,7 @@ CURVATURE_PROBES, HEAT_PROBES, DECREMENT_PROBES = 0, 2, 16
 # large; at double, the doubt alone is the error that was asked for.
 DOUBT_SHARE = 0.5
 TINY = 1e-30
+SLICE = 2**16  # numbers of a vector that are doubled at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,16 +254,15 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
     measured, work, examples = measure_curvature(setup, rng)
     if not measured.stiffness <= MOST_STIFFNESS and not setup.must_walk:
         return TooStiff(measured.stiffness, work)
-    start = blank_state(standard_normal(setup, rng), standard_normal(setup, rng))
     course = Course(
-        start,
+        draw_start(setup, rng),
         round_map(setup, measured.curvature),
         plan_step(measured.stiffness),
         work=work,
         examples=examples,
     )
     course = plan_anchor(setup, measured, course)
-    course = plan_batch(setup, burn_in(setup, course))
+    course = plan_batch(setup, burn_in(setup, course, rng))
     check, checked = None, 0
     while course.is_fed and (steps := affordable_steps(setup, course, setup.programs.length)):
         course = advance(setup, course, steps)
@@ -333,12 +337,25 @@ class _Probe:
         anchor: Float[Array, " dim"] | None = None,
     ) -> Float[np.ndarray, "walkers dim"]:
         """Return the estimate of the gradient of nbeta L_n of each walker in round coordinates."""
+        return self.evaluate(linear_map, blank_state(position), batch, anchor)[1]
+
+    def evaluate(
+        self,
+        linear_map: LinearMap,
+        state: State,
+        batch: tuple[int, AbstractSource],
+        anchor: Float[Array, " dim"] | None = None,
+    ) -> tuple[State, Float[np.ndarray, "walkers dim"]]:
+        """Evaluate walkers where they are, whose state is used up; return the gradient too."""
         step, source = batch
-        course = Course(blank_state(position), linear_map, 0.0, anchor, done=step)
+        course = Course(state, linear_map, 0.0, anchor, done=step)
         state, _ = _call(self.setup, course, source, -1, 0)
         self.work += self.setup.cost(1, 1, course.is_anchored)
         of_localizer = np.square(np.asarray(linear_map.scale)) * float(self.setup.posterior.gamma)
-        return np.asarray(state.here.gradient) - of_localizer * position
+        gradient, position = np.array(state.here.gradient), np.asarray(state.position)
+        for mine, at in zip(gradient, position, strict=True):  # one row after the other, in place
+            mine -= of_localizer * at
+        return state, gradient
 
 
 def measure_curvature(setup: WalkSetup, rng: np.random.Generator) -> tuple[Measured, float, int]:
@@ -350,40 +367,73 @@ def measure_curvature(setup: WalkSetup, rng: np.random.Generator) -> tuple[Measu
     Cost:
         Five evaluations of all walkers on a part of a batch.
     """
-    probe = _Probe(setup, CURVATURE_PROBES)
+    # arrays of all walkers are changed in place and let go as soon as may be: they are what bounds
+    # the parameters that fit the memory
+    probe, at_first = _Probe(setup, CURVATURE_PROBES), copy.deepcopy(rng)
     localizer = round_map(setup, np.zeros(len(setup.leaf_sizes)))
     first, second = probe.batch(), probe.batch()
     zero, direction = np.zeros(setup.shape, setup.dtype), standard_normal(setup, rng)
     here = probe.gradient(localizer, zero, first)
-    bent = probe.gradient(localizer, direction, first) - here
+    bent = probe.gradient(localizer, direction, first)
+    bent -= here
     curvature = leaf_curvature(direction, bent, setup.leaf_sizes) * float(setup.posterior.gamma)
-    again = probe.gradient(localizer, zero, second)
+    del bent, direction
+    noise = probe.gradient(localizer, zero, second)
     # the coordinates of the walk, in which stiffness is what limits its step
     linear_map = round_map(setup, curvature)
     change = np.asarray(linear_map.scale) / np.asarray(localizer.scale)
-    here, again = here * change, again * change
-    decrement, error = mean_square_gradient((here + again) / 2)
-    noise = (here - again) / math.sqrt(2)
-    image, stiffness = noise, 0.0
-    for _ in range(STIFFNESS_PRODUCTS):
-        unit = image / np.maximum(np.linalg.norm(image, axis=1, keepdims=True), TINY)
-        image = probe.gradient(linear_map, unit, first) - here
-        sizes = np.linalg.norm(image, axis=1)
-        stiffness = max(stiffness, float(np.quantile(sizes, STIFFNESS_QUANTILE)))
+    here *= change
+    noise *= change  # so far the gradient on the second batch
+    noise += here
+    noise /= 2
+    decrement, error = mean_square_gradient(noise)
+    noise -= here
+    noise *= -math.sqrt(2)
     measured = Measured(
-        curvature, stiffness, 0.5 * decrement, 0.5 * error, mean_square(noise), math.inf
+        curvature,
+        _largest_eigenvalue(probe, linear_map, here, noise, first),
+        0.5 * decrement,
+        0.5 * error,
+        mean_square(noise),
+        math.inf,
     )
     if wanted_parts(setup, measured) > MOST_RAW_PARTS:
         # noise that is left where the gradient at w* on the same examples is taken off
-        there = probe.gradient(linear_map, direction, first) - here
-        there -= probe.gradient(linear_map, direction, second) - again
-        measured = measured._replace(anchored_noise=mean_square(there / math.sqrt(2)))
+        direction = standard_normal(setup, copy.deepcopy(at_first))
+        there = probe.gradient(linear_map, direction, first)
+        there -= probe.gradient(linear_map, direction, second)
+        there /= math.sqrt(2)
+        there -= noise
+        measured = measured._replace(anchored_noise=mean_square(there))
     return measured, probe.work, probe.examples
+
+
+def _largest_eigenvalue(
+    probe: _Probe,
+    linear_map: LinearMap,
+    here: Float[np.ndarray, "walkers dim"],
+    noise: Float[np.ndarray, "walkers dim"],
+    batch: tuple[int, AbstractSource],
+) -> float:
+    """Return the largest eigenvalue of the Hessian that products with it find, from `noise` on.
+
+    `here` is the gradient at w* on the batch.
+    """
+    image, stiffness = noise, 0.0
+    for _ in range(STIFFNESS_PRODUCTS):
+        sizes = np.maximum(np.linalg.norm(image, axis=1, keepdims=True), TINY)
+        start = blank_state(jnp.asarray(image / sizes))
+        del image
+        image = probe.evaluate(linear_map, start, batch)[1]
+        image -= here
+        sizes = np.linalg.norm(image, axis=1)
+        stiffness = max(stiffness, float(np.quantile(sizes, STIFFNESS_QUANTILE)))
+    return stiffness
 
 
 def standard_normal(setup: WalkSetup, rng: np.random.Generator) -> Float[np.ndarray, "walkers dim"]:
     """Draw a direction for each walker."""
-    return rng.standard_normal(setup.shape, np.float32).astype(setup.dtype)
+    return rng.standard_normal(setup.shape, np.float32).astype(setup.dtype, copy=False)
 
 
 def wanted_parts(setup: WalkSetup, measured: Measured) -> float:
@@ -397,7 +447,18 @@ def wanted_parts(setup: WalkSetup, measured: Measured) -> float:
 
 def mean_square(vectors: Float[np.ndarray, "walkers dim"]) -> float:
     """Return the mean of |x|^2."""
-    return float(np.mean(np.sum(np.square(vectors, dtype=float), axis=1)))
+    return float(np.mean(np.diagonal(inner_products(vectors))))
+
+
+def inner_products(
+    vectors: Float[np.ndarray, "walkers dim"],
+) -> Float[np.ndarray, "walkers walkers"]:
+    """Return the products of all pairs in double precision, without a copy of all in it."""
+    total = np.zeros((vectors.shape[0],) * 2)
+    for start in range(0, vectors.shape[1], SLICE):
+        part = vectors[:, start : start + SLICE].astype(float)
+        total += part @ part.T
+    return total
 
 
 def leaf_curvature(
@@ -423,7 +484,7 @@ def mean_square_gradient(gradients: Float[np.ndarray, "walkers dim"]) -> tuple[f
     count = gradients.shape[0]
     if count < 3:
         return 0.0, math.inf
-    products = gradients.astype(float) @ gradients.T.astype(float)
+    products = inner_products(gradients)
     np.fill_diagonal(products, 0.0)
     others = (products.sum() - 2 * products.sum(axis=0)) / ((count - 1) * (count - 2))
     error = math.sqrt((count - 1) * float(np.var(others)))
@@ -458,35 +519,46 @@ def position_heat(
     return slow / (1 - np.minimum(step_size**2 * curvature / 4, 0.5))
 
 
-def measure_heat(setup: WalkSetup, course: Course) -> tuple[float, float, int]:
+def measure_heat(setup: WalkSetup, course: Course) -> Course:
     """Measure what the noise of batches of one part adds to llc, were the loss quadratic.
 
     Noise along a direction where data have the curvature c, and data and localizer a, raises the
     variance there by `position_heat / a`, and llc by half of c times that.
 
-    Returns:
-        The heat, the sample gradients that it took, and the examples that it read.
-
     Cost:
         Four evaluations of all walkers on a part of a batch.
     """
-    probe, linear_map = _Probe(setup, HEAT_PROBES), course.linear_map
-    position = np.asarray(course.state.position)
-    one, two = (
-        probe.gradient(linear_map, position, probe.batch(), course.anchor) for _ in range(2)
-    )
-    noise = (one - two) / math.sqrt(2)
+    probe, linear_map, state = _Probe(setup, HEAT_PROBES), course.linear_map, course.state
+    # the walkers' own state is what is evaluated, since a second one may not fit the memory
+    state, noise = probe.evaluate(linear_map, state, probe.batch(), course.anchor)
+    state, other = probe.evaluate(linear_map, state, probe.batch(), course.anchor)
+    noise -= other
+    noise /= math.sqrt(2)
+    del other
     size = np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), TINY)
-    other = probe.batch()
-    bent = probe.gradient(linear_map, position + noise / size, other)
-    bent -= probe.gradient(linear_map, position, other)
-    square = size[:, 0] ** 2
-    curvature = np.sum(noise * bent, axis=1) / size[:, 0]
+    square, batch = size[:, 0] ** 2, probe.batch()
+    position = np.array(state.position)
+    state, bent = probe.evaluate(
+        linear_map,
+        state._replace(position=jnp.asarray(position + noise / size)),
+        batch,
+        course.anchor,
+    )
+    state, there = probe.evaluate(linear_map, state._replace(position=jnp.asarray(position)), batch)
+    bent -= there
+    del there
+    curvature = np.einsum("ij,ij->i", noise, bent, dtype=float) / size[:, 0]
     scale2 = np.square(np.asarray(linear_map.scale))
-    localizer = float(setup.posterior.gamma) * (noise**2 @ scale2) / square
+    localizer = np.einsum("ij,ij,j->i", noise, noise, scale2, dtype=float) / square
+    localizer *= float(setup.posterior.gamma)
     total = localizer + np.abs(curvature)
     raised = square * position_heat(course.step_size, FRICTION_TIME, total)
-    return float(np.mean(0.5 * raised * curvature / total)), probe.work, probe.examples
+    return course._replace(
+        state=state,
+        heat=float(np.mean(0.5 * raised * curvature / total)),
+        work=course.work + probe.work,
+        examples=course.examples + probe.examples,
+    )
 
 
 def plan_parts(heat_of_one: float, wanted: float, most: int) -> int:
@@ -538,11 +610,19 @@ def noise_heat(noise: float, step_size: float) -> float:
     return 0.5 * noise * float(position_heat(step_size, FRICTION_TIME, np.ones(1))[0])
 
 
-def burn_in(setup: WalkSetup, course: Course) -> Course:
-    """Let walkers forget where they began, with steps short enough that none is taken back."""
-    start = course.state
+def draw_start(setup: WalkSetup, rng: np.random.Generator) -> State:
+    """Draw positions and momenta, and leave the generator as it is: they can be drawn again."""
+    rng = copy.deepcopy(rng)
+    return blank_state(standard_normal(setup, rng), standard_normal(setup, rng))
+
+
+def burn_in(setup: WalkSetup, course: Course, rng: np.random.Generator) -> Course:
+    """Let walkers forget where they began, with steps short enough that none is taken back.
+
+    They begin anew, at what `rng` draws, where steps have to be shorter.
+    """
     while True:
-        course = _evaluate(setup, course._replace(state=start))
+        course = _evaluate(setup, course)
         steps = math.ceil(BURN_IN_TIME / course.step_size)
         steps = affordable_steps(setup, course, steps, PREPARATION_SHARE)
         while steps and course.is_fed:
@@ -553,7 +633,10 @@ def burn_in(setup: WalkSetup, course: Course) -> Course:
         is_stable = said is None or float(np.mean(said.returned)) <= RETURNED
         if is_stable or course.step_size < SHORTEST_STEP:
             return course
-        course = course._replace(step_size=course.step_size / 2, said=None)
+        # a state that a program has used up cannot be used again
+        course = course._replace(
+            state=draw_start(setup, rng), step_size=course.step_size / 2, said=None
+        )
 
 
 def plan_batch(setup: WalkSetup, course: Course) -> Course:
@@ -565,10 +648,7 @@ def plan_batch(setup: WalkSetup, course: Course) -> Course:
     half = said.observed.excess.shape[0] // 2
     llc = float(setup.posterior.nbeta) * float(np.mean(said.observed.excess[half:]))
     if course.work + setup.cost(4, 1, course.is_anchored) <= PREPARATION_SHARE * setup.budget:
-        heat, work, examples = measure_heat(setup, course)
-        course = course._replace(
-            heat=heat, work=course.work + work, examples=course.examples + examples
-        )
+        course = measure_heat(setup, course)
     most = affordable_steps(setup, course, setup.reader.most * LEAST_STEPS) // LEAST_STEPS
     wanted = DOUBT_SHARE * setup.error * abs(llc - course.heat)
     parts = plan_parts(course.heat, wanted, max(1, most))
@@ -605,11 +685,21 @@ def advance(setup: WalkSetup, course: Course, steps: int) -> Course:
 
 
 def _evaluate(setup: WalkSetup, course: Course) -> Course:
-    """Evaluate the walkers where they are."""
-    source = setup.reader.read(course.done, 1, course.parts)
-    if source is None:
-        return course._replace(is_fed=False)
-    return _made(setup, course, source, -1, 0)[0]
+    """Evaluate the walkers where they are, nearer to w* where the loss is not finite there."""
+    for halved in range(MOST_HALVINGS + 1):
+        source = setup.reader.read(course.done, 1, course.parts)
+        if source is None:
+            return course._replace(is_fed=False)
+        course = _made(setup, course, source, -1, 0)[0]
+        state, observed = course.state, course.state.here.observed
+        is_inside = np.isfinite(np.asarray(observed.virial) + np.asarray(observed.excess))
+        if is_inside.all() or halved == MOST_HALVINGS:
+            break
+        position = np.array(state.position)
+        position[~is_inside] /= 2
+        # what was evaluated goes: a gradient that is not finite would be one in the next step
+        course = course._replace(state=blank_state(position, np.array(state.momentum)))
+    return course
 
 
 def _made(

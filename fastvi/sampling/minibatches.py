@@ -28,6 +28,9 @@ from fastvi.target.posterior import LocalPosterior
 # Parts that a batch may have: their numbers are the low bits of a counter. Half of it bounds
 # batches sooner, double leaves half as many steps before counters repeat.
 MOST_PARTS = 2**10
+# Dimension up to which walkers step side by side. Beyond, each fills the processor by itself, and
+# a step of one in place has an eighth of the temporaries; at half and double: the same.
+LARGEST_SIDE_BY_SIDE = 2**19
 
 
 class AbstractSource(eqx.Module):
@@ -184,10 +187,11 @@ def evaluate_minibatches(
     anchor: Float[Array, " dim"] | None,
     parts: Int[Array, ""],
     keys: Keys,
-    position: Float[Array, "walkers dim"],
+    position: Float[Array, "some dim"],
     step: Int[Array, ""],
+    some: Int[Array, " some"] | slice = slice(None),
 ) -> Evaluation:
-    """Evaluate each walker on its batch of this step.
+    """Evaluate each walker, or `some` of those that have keys, on its batch of this step.
 
     The loss at w* on the same examples is taken off, which leaves the noise of a difference. With
     an anchor, the gradient at w* on the same examples is taken off too, and the anchor put in its
@@ -209,7 +213,7 @@ def evaluate_minibatches(
         return loss - reference + tilt @ v, reference, slope + tilt
 
     def add(part, total):
-        rows = source.rows(keys, step, part, parts)
+        rows = source.rows(keys, step, part, parts)[some]
         found = jax.vmap(one)(displacement, take_examples(source.examples, rows))
         return jax.tree_util.tree_map(lambda a, b: a + b.astype(a.dtype), total, found)
 
@@ -225,15 +229,19 @@ def evaluate_minibatches(
 
 
 def blank_state(
-    position: Float[np.ndarray, "walkers dim"],
+    position: Float[Array | np.ndarray, "walkers dim"],
     momentum: Float[np.ndarray, "walkers dim"] | None = None,
 ) -> State:
-    """Return a state to call step -1 with, which reads nothing of its evaluation."""
+    """Return a state to call step -1 with, which reads nothing of its evaluation.
+
+    It uses up a position on the device.
+    """
     # each an array of its own, since a donated one may be given once alone
     count, momentum = position.shape[0], np.zeros_like(position) if momentum is None else momentum
     each = [jnp.zeros(count, position.dtype) for _ in range(5)]
     blank = Evaluation(each[0], jnp.zeros_like(position), Observed(*each[1:]))
-    return State(jnp.array(position), jnp.array(momentum), blank)
+    position = position if isinstance(position, jax.Array) else jnp.array(position)
+    return State(position, jnp.array(momentum), blank)
 
 
 def minibatch_programs(
@@ -271,18 +279,51 @@ def _advance(objective: FlatObjective, length: int) -> Any:
     ) -> tuple[State, Steps]:
         shape, dtype = state.position.shape, state.position.dtype
 
+        def moved(state, step, index, some):
+            """Make a step of some walkers, whose states these are."""
+            block = streams.walker_noise(index)
+            noise = jax.vmap(lambda key: normal(key, shape[1:], dtype, block=block))(keys[some])
+            half = first_half_step(state, step, friction_time, noise)
+            there = evaluate_minibatches(
+                objective,
+                posterior,
+                linear_map,
+                source,
+                anchor,
+                parts,
+                keys,
+                half.position,
+                index,
+                some,
+            )
+            state, info = second_half_step(state, half, there, step, is_same_data=False)
+            return state, info.is_returned.astype(dtype)
+
+        def moved_in_turn(state, step, index):
+            """Make a step of one walker after the other, in place: the memory of one step."""
+
+            def one(walker, carry):
+                row = jax.tree_util.tree_map(
+                    lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, walker, 1), carry[0]
+                )
+                changed = moved(row, step, index, walker[None])
+                return jax.tree_util.tree_map(
+                    lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, walker, 0),
+                    carry,
+                    changed,
+                )
+
+            return jax.lax.fori_loop(0, shape[0], one, (state, jnp.zeros(shape[0], dtype)))
+
         def one_step(number, carry):
             state, kept = carry
             index = first + jnp.maximum(number, 0)
             step = jnp.where(number < 0, 0, step_size)
-            block = streams.walker_noise(index)
-            noise = jax.vmap(lambda key: normal(key, shape[1:], dtype, block=block))(keys)
-            half = first_half_step(state, step, friction_time, noise)
-            there = evaluate_minibatches(
-                objective, posterior, linear_map, source, anchor, parts, keys, half.position, index
-            )
-            state, info = second_half_step(state, half, there, step, is_same_data=False)
-            said = Steps(state.here.observed, info.is_returned.astype(dtype))
+            if shape[1] > LARGEST_SIDE_BY_SIDE:
+                state, returned = moved_in_turn(state, step, index)
+            else:
+                state, returned = moved(state, step, index, slice(None))
+            said = Steps(state.here.observed, returned)
             # step -1 writes where step 0 writes next
             at = jnp.maximum(number, 0)
             return state, jax.tree_util.tree_map(lambda a, b: a.at[at].set(b), kept, said)

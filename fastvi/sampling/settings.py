@@ -34,18 +34,19 @@ class SamplerSettings:
             double lengthens them by 12 % and adds a quarter to their bias.
         precise_energy_error: The same for the steps that are averaged, at a relative error of 2 %;
             it scales as the cube of the relative error, and never exceeds `energy_error`.
-        max_blocks: Blocks that the data are split into, at most. At half, a step costs twice as
-            much where noise would allow more; at double, the table of gradients at the anchor
-            takes twice the memory.
+        max_blocks: Blocks that the data are split into, at most. At half, a step on a million
+            examples costs twice as much where noise would allow more; at double, it costs half.
         min_block: Examples of a block, at least. At half, steps on few data cost half and are
             noisier; at double, the reverse.
-        table_floats: Bound on the numbers in the table of block gradients, `blocks * dim`. At half,
-            half the memory and larger blocks in many dimensions; at double, the reverse.
+        table_floats: Bound on the numbers in the table of block gradients, `blocks * dim`: 64 MiB.
+            At half, half the memory and larger blocks in many dimensions; at double, the reverse.
         coordinates_per_fge: Coordinates that walkers may move for each full gradient of the budget,
             which bounds the time where gradients are cheap: ten minutes at 1e5 dimensions. At half,
             half the time; at double, twice.
         noise_points: Walkers at which the noise of gradients is measured. At half, a measurement
             costs half and is noisier by 1.4; at double, the reverse.
+        noise_blocks: Blocks on which it is measured, at most. At half and double: as for
+            `noise_points`.
         noise_share: Bias by gradient noise that is allowed before control variates, over the
             relative error that was asked for. At half, blocks are twice as large; at double, half
             as large, and more of llc's error is systematic.
@@ -75,11 +76,12 @@ class SamplerSettings:
     widest: float = 8.0
     energy_error: float = 5e-4
     precise_energy_error: float = 2e-4
-    max_blocks: int = 64
+    max_blocks: int = 2**14
     min_block: int = 16
-    table_floats: int = 2**27
+    table_floats: int = 2**24
     coordinates_per_fge: float = 2e5
     noise_points: int = 4
+    noise_blocks: int = 64
     noise_share: float = 1.0
     burn_in_noise: float = 0.6
     burn_in_change: float = 0.1

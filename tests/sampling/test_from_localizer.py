@@ -7,7 +7,9 @@ import pytest
 from scipy.linalg import solve_discrete_lyapunov
 
 import fastvi
+from fastvi._compilation import PROGRAMS
 from fastvi.families.moments import LinearMap
+from fastvi.sampling import minibatches
 from fastvi.sampling.from_localizer import (
     FRICTION_TIME,
     Course,
@@ -124,10 +126,11 @@ def test_rayleigh_quotients_are_at_least_zero():
 
 
 def test_heat_is_measured():
-    setup, objective = make_setup()
-    course = Course(blank_state(np.zeros((WALKERS, DIM), np.float32)), exact_map(), 0.3)
-    heats = [measure_heat(make_setup(key)[0], course)[0] for key in range(12)]
-    del setup, objective
+    heats = []
+    for key in range(12):
+        at_center = blank_state(np.zeros((WALKERS, DIM), np.float32))
+        course = Course(at_center, exact_map(), 0.3)
+        heats.append(measure_heat(make_setup(key)[0], course).heat)
     variance = NBETA**2 * HESSIAN**2 * POINTS.var(axis=0) / PART / PRECISION
     share = NBETA * HESSIAN / PRECISION
     exact = 0.5 * np.sum(variance * share * position_heat(0.3, FRICTION_TIME, np.ones(DIM)))
@@ -198,6 +201,33 @@ def test_a_batch_of_parts_is_their_mean():
         assert found.observed.virial[walker] == pytest.approx(v @ slope, rel=1e-4)
 
 
+def test_walkers_in_turn_move_as_side_by_side(monkeypatch):
+    """In many dimensions they move one after the other, with the memory of one step."""
+    found, memory = [], []
+    for largest in (DIM, DIM - 1):
+        monkeypatch.setattr(minibatches, "LARGEST_SIDE_BY_SIDE", largest)
+        PROGRAMS.clear()
+        setup, objective = make_setup()
+        rng = np.random.default_rng(0)
+        positions = rng.normal(size=(2, WALKERS, DIM)).astype(np.float32)
+        numbers = jnp.int32(2), jnp.float32(0.3), jnp.float32(0.5)
+        arguments = (setup.posterior, exact_map(), setup.reader.first, None)
+        steps = (jnp.int32(0), jnp.int32(-1), jnp.int32(8))
+        compiled = setup.programs.advance.lower(
+            *arguments, blank_state(*positions), setup.keys, *numbers, *steps
+        ).compile()
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+        state, said = setup.programs.advance(
+            *arguments, blank_state(*positions), setup.keys, *numbers, *steps
+        )
+        found.append(jax.tree_util.tree_leaves((state, said)))
+        del objective
+    PROGRAMS.clear()
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    assert memory[1] < memory[0] / 2
+
+
 def test_each_example_that_is_fed_is_read_once():
     numbers = np.arange(10_000, dtype=np.int32)
     feed = Feed(iter(np.split(numbers, 100)))
@@ -212,11 +242,15 @@ def test_each_example_that_is_fed_is_read_once():
     np.testing.assert_array_equal(np.concatenate(seen), numbers[: 16 * 3 * 2 * 4])
 
 
-def test_walkers_that_meet_a_wall_turn_back():
-    """Beyond |w_0| = 0.4, two standard deviations, the loss is not finite."""
+@pytest.mark.parametrize("width", [0.4, 0.04])
+def test_walkers_that_meet_a_wall_turn_back(width):
+    """Beyond |w_0| = width the loss is not finite: at two standard deviations, or a fifth of one.
+
+    There the walkers have to begin again with shorter steps.
+    """
 
     def walled(w, batch):
-        inside = jnp.where(jnp.abs(w[0]) < 0.4, 0.0, jnp.nan)
+        inside = jnp.where(jnp.abs(w[0]) < width, 0.0, jnp.nan)
         return 0.5 * jnp.mean(jnp.sum((w - batch) ** 2, axis=-1)) + inside
 
     result = fastvi.estimate_llc(

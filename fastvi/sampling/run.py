@@ -47,6 +47,10 @@ CHECK_GROWTH = 1.15
 REFINE_AT = 0.75
 # On what a new measurement of the noise allows: measurements differ by some 20 % by themselves.
 NOISE_SLACK = 1.5
+# Part of the measured heat that is taken off llc where the control variates have not, and the
+# standard deviation of the rest: a quadratic loss has all of it, one whose curvature falls with the
+# distance a half, and where the noise grows with the distance it is more.
+HEAT_SHARE, HEAT_DOUBT = 0.65, 0.4
 # Rounds that a budget has to pay for, with as many walkers as it can: the fewest that are averaged.
 LEAST_ROUNDS = 3
 ERROR, RHAT, RHAT_RADIUS = "relative error", "R-hat of llc", "R-hat of |w - w*|^2"
@@ -104,6 +108,7 @@ class RunState(NamedTuple):
         block_noise: Variance of the gradient for each block of data that it leaves out.
         allowed_bias: What noise may add to llc.
         width: Root mean square of the positions, 1 before the first step.
+        heat: What noise adds to llc by the latest friction time.
         work: Sample gradients spent.
         steps: Steps made.
         returned: Steps taken back, all walkers together.
@@ -117,6 +122,7 @@ class RunState(NamedTuple):
     block_noise: float = 0.0
     allowed_bias: float = 0.0
     width: float = 1.0
+    heat: float = 0.0
     work: float = 0.0
     steps: int = 0
     returned: float = 0.0
@@ -340,7 +346,7 @@ def _call(setup: RunSetup, state: RunState, start: int, stop: int) -> tuple[RunS
         *map(jnp.int32, (state.steps, start, stop)),
     )
     estimate = Estimate(fidelity, anchor, here)
-    return state._replace(walkers=walkers, estimate=estimate), record
+    return state._replace(walkers=walkers, estimate=estimate, heat=per_time * time), record
 
 
 def burn_in(setup: RunSetup, state: RunState) -> RunState:
@@ -403,11 +409,14 @@ def average(
     records: tuple[Record, ...] = ()
     while True:
         state, records = _gather(setup, state, records)
-        check = check_records(setup, records)
+        check = check_records(setup, records, state.heat)
         if not math.isfinite(check.analysis.llc):
             break
         setup.report(state.work, check.analysis.llc)
-        state = state._replace(llc=check.analysis.llc)
+        # walkers that begin too hot have too large a llc at first, and would allow too much noise
+        allowed = setup.settings.noise_share * setup.error * abs(check.analysis.llc)
+        allowed = min(state.allowed_bias, allowed)
+        state = state._replace(llc=check.analysis.llc, allowed_bias=allowed)
         state, fidelity = _choose_fidelity(setup, state, len(records), check.analysis)
         if fidelity != state.fidelity:  # records of other dynamics are not averaged with these
             state, records = switch_fidelity(setup, state, fidelity), ()
@@ -430,8 +439,14 @@ def _gather(
             return state, records
 
 
-def check_records(setup: RunSetup, records: tuple[Record, ...]) -> Check:
-    """Average records, and compare them with the criteria."""
+def check_records(setup: RunSetup, records: tuple[Record, ...], heat: float = 0.0) -> Check:
+    """Average records, and compare them with the criteria.
+
+    Args:
+        setup: Of the run.
+        records: What its rounds have kept.
+        heat: What the noise of gradients adds to llc, by its measured variance.
+    """
     llc, virial, radius2 = (
         np.concatenate([getattr(record, name) for record in records], axis=1)
         for name in ("llc", "virial", "radius2")
@@ -439,11 +454,23 @@ def check_records(setup: RunSetup, records: tuple[Record, ...]) -> Check:
     if not all(np.all(np.isfinite(part)) for part in (llc, virial, radius2)):
         broken = Analysis.broken(llc.shape[0])
         return Check(broken, llc, (Unmet(ERROR, math.nan, setup.error),))
-    analysis = analyse(llc, virial, radius2)
+    analysis = without_heat(analyse(llc, virial, radius2), heat)
     # walkers that agreed before may differ by more, where a larger error is asked for
     patience = max(1.0, setup.error / USUAL_ERROR) if setup.agreed_before else 1.0
     return Check(
         analysis, llc, unmet_by(analysis, setup.error, patience, llc.shape[1], setup.settings)
+    )
+
+
+def without_heat(analysis: Analysis, heat: float) -> Analysis:
+    """Take off llc a part of the heat that the control variates have left, and add its doubt."""
+    left = max(0.0, heat - max(0.0, analysis.added))
+    return dataclasses.replace(
+        analysis,
+        llc=analysis.llc - HEAT_SHARE * left,
+        llc_sem=math.hypot(analysis.llc_sem, HEAT_DOUBT * left),
+        systematic=math.hypot(analysis.systematic, HEAT_DOUBT * left),
+        per_walker=analysis.per_walker - HEAT_SHARE * left,
     )
 
 

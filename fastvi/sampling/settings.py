@@ -47,9 +47,10 @@ class SamplerSettings:
             costs half and is noisier by 1.4; at double, the reverse.
         noise_blocks: Blocks on which it is measured, at most. At half and double: as for
             `noise_points`.
-        noise_share: Bias by gradient noise that is allowed before control variates, over the
-            relative error that was asked for. At half, blocks are twice as large; at double, half
-            as large, and more of llc's error is systematic.
+        noise_share: Heat by gradient noise that is allowed before control variates, over the
+            relative error that was asked for; what these leave of it is in part taken off, in part
+            doubted. At half, blocks are twice as large; at double, half as large, and more of llc's
+            error is systematic.
         burn_in_noise: The same while walkers burn in, as a share of llc. At half, burn-in costs up
             to twice as much; at double, the walkers arrive too hot.
         burn_in_change: Change of llc from one half of the burn-in to the next, relative to llc,
@@ -82,8 +83,8 @@ class SamplerSettings:
     coordinates_per_fge: float = 2e5
     noise_points: int = 4
     noise_blocks: int = 64
-    noise_share: float = 1.0
-    burn_in_noise: float = 0.6
+    noise_share: float = 1.5
+    burn_in_noise: float = 0.2
     burn_in_change: float = 0.1
     max_burn_in: int = 20
     max_refinements: int = 3

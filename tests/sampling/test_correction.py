@@ -378,6 +378,34 @@ def test_each_criterion_is_named_with_its_bound():
     ]
 
 
+def test_heat_that_the_columns_leave_is_taken_off_and_doubted():
+    """Heat 5 of which the columns took 1, of llc 100 with an error of 1."""
+    known = analyse(np.full((2, 8), 100.0), np.zeros((2, 8, 0)))
+    known = dataclasses.replace(known, llc_sem=1.0, added=1.0, systematic=0.0)
+    cool = run.without_heat(known, 5.0)
+    assert cool.llc == pytest.approx(100 - 4 * run.HEAT_SHARE)
+    assert cool.llc_sem == pytest.approx(math.hypot(1.0, 4 * run.HEAT_DOUBT))
+    assert cool.systematic == pytest.approx(4 * run.HEAT_DOUBT)
+    np.testing.assert_allclose(cool.per_walker, cool.llc)
+    assert run.without_heat(known, 0.5).llc == known.llc
+
+
+@pytest.mark.slow
+def test_the_noise_of_blocks_is_in_the_error():
+    """Regression whose minibatches are noisy, against a long run of the loss on all data.
+
+    The run is of 64 walkers for 1e5 steps on the closed form, which shares nothing with the
+    package: 41.19 +- 0.02.
+    """
+    from bench.truth.linear_nets import reduced_rank_regression
+
+    problem = reduced_rank_regression("noisy", (10, 10, 10), 3, 10.0, count=10_000, noise=0.1)
+    results = [problem.estimate(seed) for seed in range(4)]
+    errors = np.array([(result.llc - 41.19) / result.llc_sem for result in results])
+    assert np.all(np.abs(errors) < 4)
+    assert abs(errors.mean()) < 2  # half of four errors of the mean
+
+
 def test_draws_of_a_step_are_bounded_by_what_they_cost():
     """In few dimensions, but for one or two."""
     draws = [

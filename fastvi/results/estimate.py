@@ -125,7 +125,7 @@ class LLCEstimate:
         return [
             f"walk           {details.steps} steps of {details.step_size:.2g} x "
             f"{details.walkers} walkers, {details.batch} fresh examples each",
-            f"work           {self.work.total_fge * self.n_data:,.0f} sample gradients "
+            f"work           {self.sample_gradients:,.0f} sample gradients "
             f"({self.work.total_fge:.3g} FGE)",
             f"time           {self.timings.total:.1f} s; about {self.timings.compile:.1f} s of it "
             "compiling",
@@ -147,8 +147,8 @@ class LLCEstimate:
             f"{100 * self.curvature.explained:.3g} % of the precision's trace at w*",
             f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} "
             f"({stop}){self._clipping}",
-            f"work           {self.work.total_fge:.0f} FGE: curvature "
-            f"{self.work.fge_curvature:.0f}, "
+            f"work           {self.sample_gradients:,.0f} sample gradients, "
+            f"{self.work.total_fge:.0f} FGE: curvature {self.work.fge_curvature:.0f}, "
             f"fit {self.work.fge_fit:.0f}, evaluation {self.work.fge_evaluation:.0f}"
             + (f", correction {self.work.fge_correction:.0f}" if self.correction else ""),
             f"time           {self.timings.total:.1f} s: fit "
@@ -157,6 +157,11 @@ class LLCEstimate:
             + (f", correction {self.timings.correction:.1f} s" if self.correction else "")
             + f"; about {self.timings.compile:.1f} s of it compiling",
         ]
+
+    @property
+    def sample_gradients(self) -> float:
+        """All work: one example's gradient at one point is 1, its loss 1/3, its HVP 2."""
+        return self.work.total_fge * self.n_data
 
     @property
     def q(self) -> FittedQ:

@@ -397,6 +397,7 @@ def measure_curvature(setup: WalkSetup, rng: np.random.Generator) -> tuple[Measu
         mean_square(noise),
         math.inf,
     )
+    del here
     if wanted_parts(setup, measured) > MOST_RAW_PARTS:
         # noise that is left where the gradient at w* on the same examples is taken off
         direction = standard_normal(setup, copy.deepcopy(at_first))

@@ -423,7 +423,11 @@ def test_a_corrected_estimate_is_saved_and_read(quartic, tmp_path):
     np.testing.assert_array_equal(loaded.walk_llc, quartic.walk_llc)
     with pytest.raises(fastvi.DataError, match="no fit"):
         fastvi.correct(loaded)
-    assert "Langevin" in quartic.summary()
+    text = " ".join(quartic.summary().split())
+    assert "Langevin" in text
+    work, count = quartic.work.total_fge, quartic.n_data
+    assert quartic.sample_gradients == work * count
+    assert f"work {work * count:,.0f} sample gradients, {work:.0f} FGE: curvature" in text
 
 
 def test_the_flat_contract_refuses_a_correction():

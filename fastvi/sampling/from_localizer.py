@@ -30,7 +30,7 @@ from fastvi.sampling.minibatches import (
     Steps,
     blank_state,
 )
-from fastvi.sampling.run import CHECK_GROWTH, ERROR, Check, Unmet, unmet_by
+from fastvi.sampling.run import CHECK_GROWTH, ERROR, HEAT_SHARE, Check, Unmet, unmet_by
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.posterior import LocalPosterior
 from fastvi.target.work import GRADIENT, LOSS
@@ -51,10 +51,8 @@ BURN_IN_TIME = 3.0
 MOST_STIFFNESS = 100.0
 # Products with the Hessian that look for its largest eigenvalue, from the noise of a gradient on.
 STIFFNESS_PRODUCTS = 2
-# Part of the heat of a quadratic loss that is taken off llc. A quadratic loss has all of it, and a
-# transformer half of it, since curvature falls with the distance from w*. The doubt is the standard
-# deviation of a share that may be anything from 0.3 to 1.
-HEAT_SHARE = 0.65
+# Standard deviation of the share of a quadratic loss's heat that a loss has, which may be anything
+# from 0.3 to 1; `HEAT_SHARE` of it is taken off.
 HEAT_DOUBT = 0.2
 # What the doubt of a heat as large as llc has beside: with it, a third of llc is the error.
 LARGE_HEAT_DOUBT = 0.3
@@ -400,7 +398,7 @@ def measure_curvature(setup: WalkSetup, rng: np.random.Generator) -> tuple[Measu
     del here
     if wanted_parts(setup, measured) > MOST_RAW_PARTS:
         # noise that is left where the gradient at w* on the same examples is taken off
-        direction = standard_normal(setup, copy.deepcopy(at_first))
+        direction = standard_normal(setup, at_first)
         there = probe.gradient(linear_map, direction, first)
         there -= probe.gradient(linear_map, direction, second)
         there /= math.sqrt(2)

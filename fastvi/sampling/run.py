@@ -218,6 +218,10 @@ class RunSetup:
         allows = moved / self.settings.coordinates_per_fge * self.num_data
         return max(self.noise_cost(state) + self.run_cost(blocks, self.fewest), allows)
 
+    def allowed_bias(self, llc: float) -> float:
+        """Return what noise may add to the llc of steps that are averaged."""
+        return self.settings.noise_share * self.error * abs(llc)
+
     def bias(self, state: RunState, friction_time: float | None = None) -> float:
         """Return what noise adds to llc, for each block of data that a gradient leaves out."""
         time = self.settings.friction_time if friction_time is None else friction_time
@@ -238,12 +242,12 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
 
     The budget must pay for a run: `setup.pays(begin(setup, walkers))`.
     """
-    settings, share = setup.settings, setup.settings.noise_share * setup.error
+    share = setup.settings.noise_share * setup.error
     state = burn_in(setup, measure_noise(setup, begin(setup, walkers)))
     # llc of walkers that have burnt in, by which the bias of what is averaged is judged
-    state = state._replace(allowed_bias=share * abs(state.llc))
+    state = state._replace(allowed_bias=setup.allowed_bias(state.llc))
     blocks = setup.max_blocks(state, state.allowed_bias)
-    wanted = Fidelity(blocks, plan_energy_error(setup.error, settings))
+    wanted = Fidelity(blocks, plan_energy_error(setup.error, setup.settings))
     paid, number = _within_budget(setup, state, wanted)
     if number < state.num_walkers:  # what the others were told goes with them
         kept = keep_walkers(state.walkers, number, setup.chains)
@@ -356,7 +360,7 @@ def burn_in(setup: RunSetup, state: RunState) -> RunState:
     """
     settings, walkers = setup.settings, state.num_walkers
     rough = setup.max_blocks(state, settings.burn_in_noise * state.llc)
-    wanted = setup.max_blocks(state, settings.noise_share * setup.error * state.llc)
+    wanted = setup.max_blocks(state, setup.allowed_bias(state.llc))
     # burn-in must leave what the run after it takes, with the noise measured where it begins
     reserve = setup.noise_cost(state) + setup.run_cost(wanted, walkers)
     first = setup.run_cost(rough, walkers, rounds=1)
@@ -414,8 +418,7 @@ def average(
             break
         setup.report(state.work, check.analysis.llc)
         # walkers that begin too hot have too large a llc at first, and would allow too much noise
-        allowed = setup.settings.noise_share * setup.error * abs(check.analysis.llc)
-        allowed = min(state.allowed_bias, allowed)
+        allowed = min(state.allowed_bias, setup.allowed_bias(check.analysis.llc))
         state = state._replace(llc=check.analysis.llc, allowed_bias=allowed)
         state, fidelity = _choose_fidelity(setup, state, len(records), check.analysis)
         if fidelity != state.fidelity:  # records of other dynamics are not averaged with these
@@ -439,7 +442,7 @@ def _gather(
             return state, records
 
 
-def check_records(setup: RunSetup, records: tuple[Record, ...], heat: float = 0.0) -> Check:
+def check_records(setup: RunSetup, records: tuple[Record, ...], heat: float) -> Check:
     """Average records, and compare them with the criteria.
 
     Args:

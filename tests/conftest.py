@@ -175,13 +175,13 @@ def fully_optimised():
 def objects_of_a_file_leave_memory():
     """Collect what a file leaves, and its programs too where the process has grown.
 
-    What stays is frozen until the next file ends. Looking through jax and what it has traced, again
-    and again while a file runs, would take a sixth of the suite's time.
+    What stays is frozen until the process has grown. Looking through jax and what it has traced,
+    again and again, would take a sixth of the suite's time.
     """
     yield
-    gc.unfreeze()
     forgets = resident() > memory_to_forget_at[-1]
     if forgets:
+        gc.unfreeze()
         jax.clear_caches()
     gc.collect()
     gc.freeze()

@@ -53,6 +53,10 @@ class FolderKeeper(AbstractKeeper):
     Attributes:
         folder: Where the file lies.
         identity: What must be equal for a fit to go on, by name.
+
+    Raises:
+        ConfigError: If the folder cannot be made, or holds another fit.
+        DataError: If the file is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]):
@@ -67,20 +71,21 @@ class FolderKeeper(AbstractKeeper):
         self.identity = identity
         self._due = 0.0
         self._has_warned = False
+        path = self.folder / PROGRESS_FILE
+        self._stored = files.read_arrays(path, WAY_OUT) if os.path.lexists(path) else None
+        if self._stored is not None:  # another fit is refused before anything compiles
+            self._compare(_read_meta(path, self._stored.get("meta"))["identity"])
 
     def restore(self, course: Course) -> None:
         """Move a course to where the kept one was.
 
         Raises:
-            ConfigError: If the kept fit is another one.
             DataError: If the file is damaged.
         """
-        path = self.folder / PROGRESS_FILE
-        if not os.path.lexists(path):
+        if self._stored is None:
             return
-        stored = files.read_arrays(path, WAY_OUT)
-        kept = _read_meta(path, stored.get("meta"))
-        self._compare(kept["identity"])
+        path, stored = self.folder / PROGRESS_FILE, self._stored
+        kept, self._stored = _read_meta(path, stored.get("meta")), None
         template = jax.tree_util.tree_leaves(_arrays(course))
         leaves = [stored.get(f"leaf_{i}") for i in range(kept["num_leaves"])]
         traces = {

@@ -48,7 +48,7 @@ from fastvi.results.parts import ChainValues, Curvature, DrawValues, Timings
 from fastvi.results.progress import reporting
 from fastvi.results.resume import FolderKeeper, identify
 from fastvi.results.work import RunWork, count_work
-from fastvi.sampling.from_localizer import TooStiff
+from fastvi.sampling.from_localizer.walk import TooStiff
 from fastvi.target.checks import LossLook
 from fastvi.target.data import AbstractData, Problem, Window, hold
 from fastvi.target.fingerprint import Fingerprint

@@ -27,8 +27,10 @@ from fastvi.results.parts import (
 )
 from fastvi.results.walk_findings import walk_findings
 from fastvi.results.work import RunWork
-from fastvi.sampling.from_localizer import TooStiff, Walk, WalkSetup, walk_from_localizer
-from fastvi.sampling.minibatches import AbstractReader, DrawnReader, FeedReader, minibatch_programs
+from fastvi.sampling.from_localizer.batches import AbstractReader, DrawnReader, FeedReader
+from fastvi.sampling.from_localizer.setup import WalkSetup
+from fastvi.sampling.from_localizer.steps import minibatch_programs
+from fastvi.sampling.from_localizer.walk import TooStiff, Walk, walk_from_localizer
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import Fingerprint

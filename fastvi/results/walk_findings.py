@@ -2,7 +2,7 @@
 
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.findings import LEAST_GAIN, Finding, coarse_numbers, not_a_minimum
-from fastvi.sampling.from_localizer import MOST_STIFFNESS, Walk
+from fastvi.sampling.from_localizer.walk import MOST_STIFFNESS, Walk
 from fastvi.target.checks import LossLook
 
 # Standard errors that a measured gain is above zero: the noise of a few batches passes them in one

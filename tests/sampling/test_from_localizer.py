@@ -9,28 +9,23 @@ from scipy.linalg import solve_discrete_lyapunov
 import fastvi
 from fastvi._compilation import PROGRAMS
 from fastvi.families.moments import LinearMap
-from fastvi.sampling import minibatches
-from fastvi.sampling.from_localizer import (
-    FRICTION_TIME,
-    Course,
-    TooStiff,
-    WalkSetup,
+from fastvi.sampling.from_localizer import steps as compiled_steps
+from fastvi.sampling.from_localizer.batches import DrawnReader, FeedReader
+from fastvi.sampling.from_localizer.measure import (
     leaf_curvature,
     mean_square_gradient,
     measure_curvature,
     measure_heat,
-    plan_parts,
-    plan_step,
-    position_heat,
-    walk_from_localizer,
 )
-from fastvi.sampling.minibatches import (
-    DrawnReader,
-    FeedReader,
+from fastvi.sampling.from_localizer.plan import plan_parts, plan_step, position_heat
+from fastvi.sampling.from_localizer.setup import FRICTION_TIME, Course, WalkSetup
+from fastvi.sampling.from_localizer.steps import (
+    RoundInputs,
     blank_state,
     evaluate_minibatches,
     minibatch_programs,
 )
+from fastvi.sampling.from_localizer.walk import TooStiff, walk_from_localizer
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.data import Problem, hold
 from fastvi.target.feed import Feed
@@ -182,9 +177,8 @@ def test_a_batch_of_parts_is_their_mean():
     position = np.random.default_rng(0).normal(size=(2, DIM)).astype(np.float32)
     source = DrawnReader(jnp.asarray(POINTS), PART).first
     step, parts = jnp.int32(7), jnp.int32(3)
-    found = evaluate_minibatches(
-        objective, posterior, exact_map(), source, None, parts, keys, jnp.asarray(position), step
-    )
+    inputs = RoundInputs(posterior, exact_map(), source, None, keys, parts)
+    found = evaluate_minibatches(objective, inputs, jnp.asarray(position), step)
     rows = np.concatenate(
         [source.rows(keys, step, jnp.int32(part), parts) for part in range(3)], axis=1
     )
@@ -205,21 +199,18 @@ def test_walkers_in_turn_move_as_side_by_side(monkeypatch):
     """In many dimensions they move one after the other, with the memory of one step."""
     found, memory = [], []
     for largest in (DIM, DIM - 1):
-        monkeypatch.setattr(minibatches, "LARGEST_SIDE_BY_SIDE", largest)
+        monkeypatch.setattr(compiled_steps, "LARGEST_SIDE_BY_SIDE", largest)
         PROGRAMS.clear()
         setup, objective = make_setup()
         rng = np.random.default_rng(0)
         positions = rng.normal(size=(2, WALKERS, DIM)).astype(np.float32)
-        numbers = jnp.int32(2), jnp.float32(0.3), jnp.float32(0.5)
-        arguments = (setup.posterior, exact_map(), setup.reader.first, None)
-        steps = (jnp.int32(0), jnp.int32(-1), jnp.int32(8))
-        compiled = setup.programs.advance.lower(
-            *arguments, blank_state(*positions), setup.keys, *numbers, *steps
-        ).compile()
+        source, parts = setup.reader.first, jnp.int32(2)
+        inputs = RoundInputs(setup.posterior, exact_map(), source, None, setup.keys, parts)
+        numbers = jnp.float32(0.3), jnp.float32(0.5), jnp.int32(0), jnp.int32(-1), jnp.int32(8)
+        program = setup.programs.advance
+        compiled = program.lower(inputs, blank_state(*positions), *numbers).compile()
         memory.append(compiled.memory_analysis().temp_size_in_bytes)
-        state, said = setup.programs.advance(
-            *arguments, blank_state(*positions), setup.keys, *numbers, *steps
-        )
+        state, said = program(inputs, blank_state(*positions), *numbers)
         found.append(jax.tree_util.tree_leaves((state, said)))
         del objective
     PROGRAMS.clear()

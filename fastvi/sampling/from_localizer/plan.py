@@ -1,0 +1,111 @@
+"""Small functions that choose coordinates, step and batch, each with a known answer."""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._typing import Float
+from fastvi.families.moments import LinearMap
+from fastvi.sampling.from_localizer.setup import FRICTION_TIME, WalkSetup
+from fastvi.sampling.run import HEAT_SHARE
+
+# Step size, in standard deviations of the posterior, at most: four steps a radian. At half, the
+# same time costs twice as much; at double, the walk is unstable from a stiffness of 10 on.
+LARGEST_STEP = 0.3
+# Step size times the square root of one plus the stiffness; the walk is unstable at 2. At half,
+# stiff walks cost twice as much; at double, rounding and curvature that varies may end them.
+LARGEST_ANGLE = 1.1
+# Standard deviation of the share of a quadratic loss's heat that a loss has, which may be anything
+# from 0.3 to 1; `HEAT_SHARE` of it is taken off.
+HEAT_DOUBT = 0.2
+# What the doubt of a heat as large as llc has beside: with it, a third of llc is the error.
+LARGE_HEAT_DOUBT = 0.3
+# Share of the wanted error that the doubt of the heat may take: at half, batches are twice as
+# large; at double, the doubt alone is the error that was asked for.
+DOUBT_SHARE = 0.5
+TINY = 1e-30
+
+
+class Measured(NamedTuple):
+    """What a few gradients say of the posterior.
+
+    Attributes:
+        curvature: nbeta times the mean curvature of L_n in each array of parameters, at least 0.
+        stiffness: Largest eigenvalue of the Hessian of nbeta L_n that was met, in round
+            coordinates.
+        decrement: Nats of log posterior that a step from w* along the gradient would gain.
+        decrement_error: Its standard error.
+        noise: Variance of the gradient of nbeta L on a part of a batch at w*, summed over
+            directions in round coordinates.
+        anchored_noise: The same at draws of the start, less what the same examples say at w*;
+            infinite where it was not measured.
+    """
+
+    curvature: Float[np.ndarray, " leaves"]
+    stiffness: float
+    decrement: float
+    decrement_error: float
+    noise: float
+    anchored_noise: float
+
+
+def round_map(setup: WalkSetup, curvature: Float[np.ndarray, " leaves"]) -> LinearMap:
+    """Return the coordinates `sqrt(gamma + curvature)`, one number for each array."""
+    posterior, dtype = setup.posterior, setup.posterior.center.dtype
+    numbers = np.repeat(1 / np.sqrt(float(posterior.gamma) + curvature), setup.leaf_sizes)
+    scale, dim = jnp.asarray(numbers, dtype), posterior.center.size
+    return LinearMap(
+        jnp.zeros(dim, dtype), scale, jnp.zeros((0, dim), dtype), jnp.zeros((0, 0), dtype)
+    )
+
+
+def plan_step(stiffness: float) -> float:
+    """Return the step size: stable in the stiffest direction that was met."""
+    return min(LARGEST_STEP, LARGEST_ANGLE / math.sqrt(1 + stiffness))
+
+
+def position_heat(
+    step_size: float, friction_time: float, curvature: Float[np.ndarray, " directions"]
+) -> Float[np.ndarray, " directions"]:
+    """Return what gradient noise of unit variance adds to the mean square of a position.
+
+    In units of its variance without noise, in directions of this total curvature, when every step
+    draws the noise anew: `step^2 coth(step / (2 friction_time)) / 4` as the curvature goes to zero.
+    """
+    kept = math.exp(-step_size / friction_time)
+    slow = step_size**2 * (1 + kept) / (4 * (1 - kept))
+    return slow / (1 - np.minimum(step_size**2 * curvature / 4, 0.5))
+
+
+def noise_heat(noise: float, step_size: float) -> float:
+    """Return the most that noise of this variance, summed over directions, adds to llc."""
+    return 0.5 * noise * float(position_heat(step_size, FRICTION_TIME, np.ones(1))[0])
+
+
+def wanted_parts(setup: WalkSetup, measured: Measured) -> float:
+    """Return the parts that a raw batch should have, by its noise at w* and the curvatures."""
+    sizes, gamma = np.asarray(setup.leaf_sizes), float(setup.posterior.gamma)
+    llc = 0.5 * float(np.sum(sizes * measured.curvature / (gamma + measured.curvature)))
+    step_size = plan_step(measured.stiffness)
+    heat = noise_heat(measured.noise, step_size)
+    return HEAT_DOUBT * heat / max(DOUBT_SHARE * setup.error * llc, TINY)
+
+
+def plan_parts(heat_of_one: float, wanted: float, most: int) -> int:
+    """Return the parts of a batch: as few as keep the doubt of the heat within what is wanted."""
+    doubtful = HEAT_DOUBT * max(heat_of_one, 0.0)
+    return int(np.clip(math.ceil(doubtful / max(wanted, TINY)), 1, most))
+
+
+def heat_share(heat: float, llc: float) -> tuple[float, float]:
+    """Return what the average takes off llc for the heat, and the standard deviation of the rest.
+
+    A heat is part of the llc that was seen, so that one near it or above is known no better than to
+    be between nothing and all of it.
+    """
+    seen = abs(llc)
+    share = -math.expm1(-max(heat, 0.0) / seen) if seen > 0 else 0.0
+    doubt = HEAT_DOUBT + share**2 * LARGE_HEAT_DOUBT
+    return HEAT_SHARE * share * seen, doubt * share * seen

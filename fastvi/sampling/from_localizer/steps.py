@@ -1,0 +1,232 @@
+"""The compiled steps of walkers on fresh minibatches."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._compilation import PROGRAMS, quick_compilation
+from fastvi._typing import Array, Float, Int, Keys, Scalar
+from fastvi.families.moments import LinearMap
+from fastvi.kernels.noise import normal, streams
+from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_half_step
+from fastvi.sampling.from_localizer.batches import AbstractSource
+from fastvi.target.data import Problem
+from fastvi.target.fingerprint import Fingerprint, shapes_of
+from fastvi.target.losses import take_examples
+from fastvi.target.objective import FlatObjective, value_and_grad
+from fastvi.target.posterior import LocalPosterior
+
+# Dimension up to which walkers step side by side. Beyond, each fills the processor by itself, and
+# a step of one in place has an eighth of the temporaries; at half and double: the same.
+LARGEST_SIDE_BY_SIDE = 2**19
+
+
+class Observed(NamedTuple):
+    """What a batch says of a walker's position, for each walker, and step by step in a record.
+
+    Attributes:
+        excess: L_B(w) - L_B(w*), both on the same examples.
+        reference: L_B(w*).
+        radius2: |w - w*|^2.
+        virial: (w - w*) . grad of -log p.
+    """
+
+    excess: Float[Array | np.ndarray, "*shape"]
+    reference: Float[Array | np.ndarray, "*shape"]
+    radius2: Float[Array | np.ndarray, "*shape"]
+    virial: Float[Array | np.ndarray, "*shape"]
+
+
+class Steps(NamedTuple):
+    """What a round keeps of each step; `returned` of those that were taken back."""
+
+    observed: Observed
+    returned: Float[Array | np.ndarray, "steps walkers"]
+
+
+class RoundInputs(NamedTuple):
+    """What all steps of a round read.
+
+    Attributes:
+        posterior: The target.
+        linear_map: Coordinates of the walkers.
+        source: Gives the examples.
+        anchor: Gradient of L_n at w*, where batches are anchored there; None where they are not.
+        keys: One for each walker.
+        parts: Parts of a batch.
+    """
+
+    posterior: LocalPosterior
+    linear_map: LinearMap
+    source: AbstractSource
+    anchor: Float[Array, " dim"] | None
+    keys: Keys
+    parts: Int[Array, ""]
+
+
+class MinibatchPrograms(NamedTuple):
+    """Compiled; where no batch is anchored, one program that holds the model.
+
+    Attributes:
+        advance: `(inputs, state, step_size, friction_time, first, start, stop) -> (State, Steps)`.
+            A round of steps from `start` to `stop`; step -1 evaluates the walkers where they are,
+            on the batch of step `first`. It uses up the state.
+        full_gradient: `(problem) -> gradient` of L_n at w*, for an anchor.
+        length: Steps of a round, at most.
+    """
+
+    advance: Any
+    full_gradient: Any
+    length: int
+
+
+def evaluate_minibatches(
+    objective: FlatObjective,
+    inputs: RoundInputs,
+    position: Float[Array, "some dim"],
+    step: Int[Array, ""],
+    some: Int[Array, " some"] | slice = slice(None),
+) -> Evaluation:
+    """Evaluate each walker, or `some` of those that have keys, on its batch of this step.
+
+    The loss at w* on the same examples is taken off, which leaves the noise of a difference. With
+    an anchor, the gradient at w* on the same examples is taken off too, and the anchor put in its
+    place: that of all data. The loss follows: less the slope that was taken off, which has mean
+    zero over batches that the position does not depend on.
+
+    Cost:
+        For each example a gradient, and a loss; with an anchor, two gradients.
+    """
+    posterior, linear_map, source, anchor, keys, parts = inputs
+    displacement, center = linear_map.displacement(position), posterior.center
+
+    def one(v, batch):
+        loss, slope = value_and_grad(objective, center + v, batch)
+        if anchor is None:
+            reference = objective.loss(center, batch)
+            return loss - reference, reference, slope
+        reference, own = value_and_grad(objective, center, batch)
+        tilt = anchor - own
+        return loss - reference + tilt @ v, reference, slope + tilt
+
+    def add(part, total):
+        rows = source.rows(keys, step, part, parts)[some]
+        found = jax.vmap(one)(displacement, take_examples(source.examples, rows))
+        # losses of half precision are summed in that of the parameters
+        return jax.tree_util.tree_map(lambda a, b: a + b.astype(a.dtype), total, found)
+
+    zeros = jnp.zeros(displacement.shape[0], displacement.dtype)
+    sums = jax.lax.fori_loop(0, parts, add, (zeros, zeros, jnp.zeros_like(displacement)))
+    excess, reference, slope = jax.tree_util.tree_map(lambda leaf: leaf / parts, sums)
+    gradient = -jax.vmap(posterior.log_density_grad)(displacement, slope)
+    radius2 = jnp.sum(displacement**2, axis=-1)
+    potential = -jax.vmap(posterior.log_density)(displacement, excess)
+    virial = jnp.sum(displacement * gradient, axis=-1)
+    observed = Observed(excess, reference, radius2, virial)
+    return Evaluation(potential, linear_map.pull_back(gradient), observed)
+
+
+def blank_state(
+    position: Float[Array | np.ndarray, "walkers dim"],
+    momentum: Float[np.ndarray, "walkers dim"] | None = None,
+) -> State:
+    """Return a state to call step -1 with, which reads nothing of its evaluation.
+
+    It uses up a position on the device.
+    """
+    # each an array of its own, since a donated one may be given once alone
+    count, momentum = position.shape[0], np.zeros_like(position) if momentum is None else momentum
+    each = [jnp.zeros(count, position.dtype) for _ in range(5)]
+    blank = Evaluation(each[0], jnp.zeros_like(position), Observed(*each[1:]))
+    position = position if isinstance(position, jax.Array) else jnp.array(position)
+    return State(position, jnp.array(momentum), blank)
+
+
+def minibatch_programs(
+    objective: Any, loss: Fingerprint, posterior: LocalPosterior, source: Any, length: int
+) -> MinibatchPrograms:
+    """Return the programs, shared by objectives that compute the same."""
+    key = ("minibatches", length, shapes_of((posterior, source)))
+
+    def build(objective: FlatObjective) -> MinibatchPrograms:
+        def full_gradient(problem: Problem):
+            center = problem.posterior.center
+            return problem.data.mean(lambda batch: value_and_grad(objective, center, batch)[1])
+
+        once = jax.jit(full_gradient, compiler_options=quick_compilation())
+        return MinibatchPrograms(_advance(objective, length), once, length)
+
+    return PROGRAMS.find(loss, key, (objective,), build)
+
+
+def _advance(objective: FlatObjective, length: int) -> Any:
+    @functools.partial(jax.jit, donate_argnames=("state",))
+    def advance(
+        inputs: RoundInputs,
+        state: State,
+        step_size: Scalar,
+        friction_time: Scalar,
+        first: Int[Array, ""],
+        start: Int[Array, ""],
+        stop: Int[Array, ""],
+    ) -> tuple[State, Steps]:
+        (walkers, dim), dtype = state.position.shape, state.position.dtype
+
+        def one_step(number, carry):
+            state, kept = carry
+            # step -1 evaluates: it has no length, and writes where step 0 writes next
+            index, at = first + jnp.maximum(number, 0), jnp.maximum(number, 0)
+            size = jnp.where(number < 0, 0, step_size)
+            move = functools.partial(_move, objective, inputs, index, size, friction_time)
+            if dim > LARGEST_SIDE_BY_SIDE:
+                state, returned = _move_in_turn(move, state)
+            else:
+                state, returned = move(slice(None), state)
+            said = Steps(state.here.observed, returned)
+            return state, jax.tree_util.tree_map(lambda a, b: a.at[at].set(b), kept, said)
+
+        blank = Steps(state.here.observed, jnp.zeros(walkers, dtype))
+        kept = jax.tree_util.tree_map(lambda leaf: jnp.zeros((length, *leaf.shape), dtype), blank)
+        return jax.lax.fori_loop(start, stop, one_step, (state, kept))
+
+    return advance
+
+
+def _move(
+    objective: FlatObjective,
+    inputs: RoundInputs,
+    index: Int[Array, ""],
+    step_size: Scalar,
+    friction_time: Scalar,
+    some: Int[Array, " some"] | slice,
+    state: State,
+) -> tuple[State, Float[Array, " some"]]:
+    """Make step `index` of some walkers, whose states these are; say which were taken back."""
+    shape, dtype = state.position.shape[1:], state.position.dtype
+    block = streams.walker_noise(index)
+    noise = jax.vmap(lambda key: normal(key, shape, dtype, block=block))(inputs.keys[some])
+    half = first_half_step(state, step_size, friction_time, noise)
+    there = evaluate_minibatches(objective, inputs, half.position, index, some)
+    state, info = second_half_step(state, half, there, step_size, is_same_data=False)
+    return state, info.is_returned.astype(dtype)
+
+
+def _move_in_turn(move: Callable, state: State) -> tuple[State, Float[Array, " walkers"]]:
+    """Make a step of one walker after the other, in place: the memory of one step."""
+
+    def one(walker, carry):
+        row = jax.tree_util.tree_map(
+            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, walker, 1), carry[0]
+        )
+        return jax.tree_util.tree_map(
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, walker, 0),
+            carry,
+            move(walker[None], row),
+        )
+
+    count, dtype = state.position.shape[0], state.position.dtype
+    return jax.lax.fori_loop(0, count, one, (state, jnp.zeros(count, dtype)))

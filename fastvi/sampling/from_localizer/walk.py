@@ -1,0 +1,339 @@
+"""The walk: burn in, step, average, and end when the error is small."""
+
+import copy
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fastvi._errors import ConfigError, DataError
+from fastvi._typing import Float
+from fastvi.sampling.averages import SURPRISE, Analysis, analyse, furthest_off, standard_error
+from fastvi.sampling.dynamics import State
+from fastvi.sampling.from_localizer.batches import AbstractSource
+from fastvi.sampling.from_localizer.measure import (
+    measure_curvature,
+    measure_decrement,
+    measure_heat,
+    standard_normal,
+)
+from fastvi.sampling.from_localizer.plan import (
+    DOUBT_SHARE,
+    LARGEST_STEP,
+    Measured,
+    heat_share,
+    noise_heat,
+    plan_parts,
+    plan_step,
+    round_map,
+)
+from fastvi.sampling.from_localizer.setup import Course, WalkSetup, affordable_steps, call_round
+from fastvi.sampling.from_localizer.steps import Observed, Steps, blank_state
+from fastvi.sampling.run import CHECK_GROWTH, ERROR, Check, Unmet, unmet_by
+from fastvi.target.work import GRADIENT
+
+# Time that walkers take to forget where they began, in the same unit. At half, llc still falls or
+# rises by a few per cent afterwards; at double, a short budget buys nothing else.
+BURN_IN_TIME = 3.0
+# Stiffness from which on the coordinates of a fitted q pay for their fit.
+MOST_STIFFNESS = 100.0
+# Part of the budget that measurements and burn-in may take together.
+PREPARATION_SHARE = 0.5
+# Steps that are averaged, at least, where the budget has to choose between steps and batches.
+LEAST_STEPS = 24
+# Times the fewest bins that a walk has before it may end by itself. Half of it stops at chance, as
+# an error that is read from few bins is small now and then; double costs as much again.
+PATIENCE = 2
+# Share of steps taken back at which the step size is halved. Half of it halves after one in a
+# hundred, double lets walkers stand still for a part of the time.
+RETURNED = 0.02
+# Step size at which halving ends: a target that takes back shorter steps has no finite region.
+SHORTEST_STEP = 1e-3 * LARGEST_STEP
+# Halvings of the distance from w* of a walker where the loss is not finite. Half of them do where
+# a millionth of the width is finite, double look for less.
+MOST_HALVINGS = 20
+# Standard errors from which on the gradient at w* is not taken for zero.
+CERTAIN = 3.0
+# Part of the budget that the gradient on all data may take.
+FULL_ANCHOR_SHARE = 0.35
+
+
+class Walk(NamedTuple):
+    """A finished walk.
+
+    Attributes:
+        check: Averages and criteria that are not met; `check.llc` are means over bins.
+        measured: What was measured before.
+        reference_loss: Mean of L_B(w*) over the batches.
+        heat: What the noise of the gradients adds to llc, were the loss quadratic.
+        batch: Examples of a walker's batch.
+        step_size: The step.
+        returned: Steps taken back, all walkers together.
+        examples: Examples read.
+        work: Sample gradients.
+        least_budget: Sample gradients of a walk of the fewest bins.
+        ended_early: Whether the data ended before the walk.
+    """
+
+    check: Check
+    measured: Measured
+    reference_loss: float
+    heat: float
+    batch: int
+    step_size: float
+    returned: float
+    examples: int
+    work: float
+    least_budget: float
+    ended_early: bool
+
+
+class TooStiff(NamedTuple):
+    """What was found where these coordinates are of no use: the stiffness, and the work it took."""
+
+    stiffness: float
+    work: float
+
+
+def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
+    """Walk until the error of llc is small, or the budget or the data are spent.
+
+    Raises:
+        DataError: If the data end before a walk can begin.
+    """
+    rng = np.random.default_rng(setup.seed)
+    measured, work, examples = measure_curvature(setup, rng)
+    if not measured.stiffness <= MOST_STIFFNESS and not setup.must_walk:
+        return TooStiff(measured.stiffness, work)
+    course = Course(
+        draw_start(setup, rng),
+        round_map(setup, measured.curvature),
+        plan_step(measured.stiffness),
+        work=work,
+        examples=examples,
+    )
+    course = plan_anchor(setup, measured, course)
+    course = plan_batch(setup, burn_in(setup, course, rng))
+    check, checked = None, 0
+    while course.is_fed and (steps := affordable_steps(setup, course, setup.programs.length)):
+        course = advance(setup, course, steps)
+        made = 0 if course.said is None else course.said.returned.shape[0]
+        goes_on = course.is_fed and affordable_steps(setup, course, 1)
+        if made == 0 or (goes_on and made < CHECK_GROWTH * checked):
+            continue
+        check, checked = check_steps(setup, course), made
+        setup.report(course.work, check.analysis.llc)
+        # the first look that says good enough is lucky more often than not
+        is_long = check.llc.shape[1] >= PATIENCE * setup.settings.min_bins
+        if (is_long and not check.unmet) or not math.isfinite(check.analysis.llc):
+            break
+    if course.said is None or check is None:
+        raise _cannot_begin(setup, course)
+    return Walk(
+        check,
+        measured,
+        float(np.mean(course.said.observed.reference)),
+        course.heat,
+        course.parts * setup.reader.part_size,
+        course.step_size,
+        float(course.said.returned.sum()),
+        course.examples,
+        course.work,
+        least_budget(setup, course),
+        not course.is_fed,
+    )
+
+
+def _cannot_begin(setup: WalkSetup, course: Course) -> DataError | ConfigError:
+    """Say what was missing for a single step that counts."""
+    if course.is_fed:
+        return ConfigError(
+            f"budget={setup.budget:.4g} sample gradients pay for no walk: what is measured before "
+            f"took {course.work:.0f}. Give {2 * course.work + setup.cost(LEAST_STEPS, 1):.0f} or "
+            "more."
+        )
+    return DataError(
+        f"the data ended after {course.examples} examples, before the walk could begin. Give more "
+        "examples, or hold them in memory as arrays."
+    )
+
+
+def draw_start(setup: WalkSetup, rng: np.random.Generator) -> State:
+    """Draw positions and momenta, and leave the generator as it is: they can be drawn again."""
+    rng = copy.deepcopy(rng)
+    return blank_state(standard_normal(setup, rng), standard_normal(setup, rng))
+
+
+def burn_in(setup: WalkSetup, course: Course, rng: np.random.Generator) -> Course:
+    """Let walkers forget where they began, with steps short enough that none is taken back.
+
+    They begin anew, at what `rng` draws, where steps have to be shorter.
+    """
+    while True:
+        course = _evaluate(setup, course)
+        steps = math.ceil(BURN_IN_TIME / course.step_size)
+        steps = affordable_steps(setup, course, steps, PREPARATION_SHARE)
+        while steps and course.is_fed:
+            now = min(steps, setup.programs.length)
+            before, course = course.done, advance(setup, course, now)
+            steps -= course.done - before
+        said = course.said
+        is_stable = said is None or float(np.mean(said.returned)) <= RETURNED
+        if is_stable or course.step_size < SHORTEST_STEP:
+            return course
+        # a state that a program has used up cannot be used again
+        course = course._replace(
+            state=draw_start(setup, rng), step_size=course.step_size / 2, said=None
+        )
+
+
+def plan_anchor(setup: WalkSetup, measured: Measured, course: Course) -> Course:
+    """Anchor batches at w* where that takes off more noise than the second gradient costs.
+
+    The anchor is the gradient on all data where the budget pays for it. Else it is zero, as at a
+    minimum, and a measurement says how far llc may be off for that.
+    """
+    is_raw = measured.anchored_noise * setup.cost(1, 1, True) >= measured.noise * setup.cost(1, 1)
+    course = course._replace(
+        heat=noise_heat(measured.noise if is_raw else measured.anchored_noise, course.step_size)
+    )
+    if is_raw:
+        return course
+    if setup.full_gradient is not None and setup.num_data <= FULL_ANCHOR_SHARE * setup.budget:
+        work = course.work + GRADIENT * setup.num_data
+        return course._replace(anchor=setup.full_gradient(), work=work)
+    decrement, error, work, examples = measure_decrement(setup, course)
+    course = course._replace(work=course.work + work, examples=course.examples + examples)
+    if decrement > CERTAIN * error:
+        return course._replace(heat=noise_heat(measured.noise, course.step_size))
+    anchor = jnp.zeros_like(setup.posterior.center)
+    return course._replace(anchor=anchor, gradient_doubt=max(decrement, 0.0) + error)
+
+
+def plan_batch(setup: WalkSetup, course: Course) -> Course:
+    """Choose the batch by its heat, and drop what the burn-in said."""
+    said = course.said
+    course = course._replace(said=None)
+    if said is None:
+        return course
+    half = said.observed.excess.shape[0] // 2
+    llc = float(setup.posterior.nbeta) * float(np.mean(said.observed.excess[half:]))
+    if course.work + setup.cost(4, 1, course.is_anchored) <= PREPARATION_SHARE * setup.budget:
+        course = measure_heat(setup, course)
+    most = affordable_steps(setup, course, setup.reader.most * LEAST_STEPS) // LEAST_STEPS
+    wanted = DOUBT_SHARE * setup.error * abs(llc - course.heat)
+    parts = plan_parts(course.heat, wanted, max(1, most))
+    return course._replace(parts=parts, heat=course.heat / parts)
+
+
+def least_budget(setup: WalkSetup, course: Course) -> float:
+    """Return the sample gradients of a walk with the fewest bins on these batches."""
+    made = 0 if course.said is None else course.said.returned.shape[0]
+    missing = max(0, setup.settings.min_bins * setup.settings.bin_length - made)
+    return course.work + setup.cost(missing, course.parts, course.is_anchored)
+
+
+def advance(setup: WalkSetup, course: Course, steps: int) -> Course:
+    """Make so many steps of a round, or as many as one source serves."""
+    steps = min(steps, max(1, setup.reader.most // course.parts))
+    source = setup.reader.read(course.done, steps, course.parts)
+    while source is None:  # the examples that are left may do for fewer steps, or smaller batches
+        parts = course.parts if steps > 1 or course.said is not None else course.parts // 2
+        steps = steps // 2 if steps > 1 else 1 if parts < course.parts else 0
+        if steps * parts == 0:
+            return course._replace(is_fed=False)
+        course = course._replace(parts=parts, heat=course.heat * course.parts / parts)
+        source = setup.reader.read(course.done, steps, parts)
+    course, said = _made(setup, course, source, 0, steps)
+    said = _on_host(said, steps)
+    return course._replace(said=said if course.said is None else _concatenate(course.said, said))
+
+
+def _evaluate(setup: WalkSetup, course: Course) -> Course:
+    """Evaluate the walkers where they are, nearer to w* where the loss is not finite there."""
+    for halved in range(MOST_HALVINGS + 1):
+        source = setup.reader.read(course.done, 1, course.parts)
+        if source is None:
+            return course._replace(is_fed=False)
+        course = _made(setup, course, source, -1, 0)[0]
+        state, observed = course.state, course.state.here.observed
+        is_inside = np.isfinite(np.asarray(observed.virial) + np.asarray(observed.excess))
+        if is_inside.all() or halved == MOST_HALVINGS:
+            break
+        position = np.array(state.position)
+        position[~is_inside] /= 2
+        # what was evaluated goes: a gradient that is not finite would be one in the next step
+        course = course._replace(state=blank_state(position, np.array(state.momentum)))
+    return course
+
+
+def _made(
+    setup: WalkSetup, course: Course, source: AbstractSource, start: int, stop: int
+) -> tuple[Course, Steps]:
+    """Make steps, and count what they take."""
+    state, said = call_round(setup, course, source, start, stop)
+    steps = stop - start
+    return course._replace(
+        state=state,
+        done=course.done + steps,
+        work=course.work + setup.cost(steps, course.parts, course.is_anchored),
+        examples=course.examples + setup.examples(steps, course.parts),
+    ), said
+
+
+def _on_host(steps: Steps, count: int) -> Steps:
+    observed = Observed(*(np.asarray(leaf, float)[:count] for leaf in steps.observed))
+    return Steps(observed, np.asarray(steps.returned, float)[:count])
+
+
+def _concatenate(first: Steps, second: Steps) -> Steps:
+    pairs = zip(first.observed, second.observed, strict=True)
+    observed = Observed(*(np.concatenate(pair) for pair in pairs))
+    return Steps(observed, np.concatenate([first.returned, second.returned]))
+
+
+def check_steps(setup: WalkSetup, course: Course) -> Check:
+    """Average what the steps say, less a share of the heat, and hold it against the criteria."""
+    assert course.said is not None, "a step has been made"
+    observed, settings = course.said.observed, setup.settings
+    length, nbeta = settings.bin_length, float(setup.posterior.nbeta)
+    bins = max(1, observed.excess.shape[0] // length)
+    first = max(0, observed.excess.shape[0] - bins * length)  # the first steps are left out first
+    excess, radius2, virial = (
+        np.asarray(leaf)[first:].reshape(bins, -1, leaf.shape[1]).mean(axis=1).T
+        for leaf in (observed.excess, observed.radius2, observed.virial)
+    )
+    llc = nbeta * excess
+    if not np.all(np.isfinite(llc)):
+        broken = Analysis.broken(llc.shape[0])
+        return Check(broken, llc, (Unmet(ERROR, math.nan, setup.error),))
+    analysis = analyse(llc, np.zeros((*llc.shape, 0)), radius2)
+    column = setup.posterior.center.size - virial[:, analysis.burn_in :, None]
+    share, doubt = heat_share(course.heat, analysis.llc)
+    # two errors of few walkers hold less than those of a Gaussian: 1.2 / nu is the second term of
+    # Student's quantile; and fewer bins than asked for have not shown how long walkers remember
+    spread = analysis.llc_sem * (1 + 1.2 / max(llc.shape[0] - 1, 1))
+    spread *= math.sqrt(max(1.0, settings.min_bins / bins))
+    systematic = math.hypot(doubt, course.gradient_doubt, missing_width(column))
+    analysis = dataclasses.replace(
+        analysis,
+        llc=analysis.llc - share,
+        llc_sem=math.hypot(spread, systematic),
+        added=share,
+        systematic=systematic,
+        virial_z=furthest_off(column),
+        per_walker=analysis.per_walker - share,
+    )
+    return Check(analysis, llc, unmet_by(analysis, setup.error, 1.0, bins, settings))
+
+
+def missing_width(column: Float[np.ndarray, "walkers bins 1"]) -> float:
+    """Return the nats that directions may lack which the walkers have not yet filled.
+
+    The virial column `d - v . grad(-log p)` has mean zero under the posterior, and a direction that
+    is too narrow by a share of its variance adds that share. It lacks half of it in llc, at most.
+    """
+    surplus = float(column.mean()) - SURPRISE * standard_error(column[:, :, 0])
+    return 0.5 * max(0.0, surplus)

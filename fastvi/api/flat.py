@@ -97,10 +97,7 @@ def fit(
         "lambda_hat": llc,
         "traces": traces,
         "extras": {**extras, "q": run.q},
-        "timings": {
-            "adaptation": run.seconds["adaptation"],
-            "sampling": run.seconds["sampling"] + run.seconds["evaluation"],
-        },
+        "timings": _stage_seconds(run),
         "work": {"sampler_flavour": _StaticText(run.config.family), **run.work._asdict()},
     }
 
@@ -155,41 +152,20 @@ def run_vi(
     check_count("num_chains", num_chains)
     objective = make_flat_objective(loss_minibatch_flat, grad_loss_minibatch)
     num_data = check_data(data, n_data)[1]
-    run = _run(
-        _Target(
-            objective,
-            getattr(posterior, "flat0", posterior),
-            data,
-            num_data,
-            beta,
-            gamma,
-            loss_full_flat,
-            None,
-        ),
-        settings,
-        jax.random.split(as_key(key), num_chains),
+    target = _Target(
+        objective,
+        getattr(posterior, "flat0", posterior),
+        data,
+        num_data,
+        beta,
+        gamma,
+        loss_full_flat,
+        None,
     )
-    shape, dtype = run.traces["elbo"].shape, run.traces["elbo"].dtype
-    control = {name: value for name, value in run.extras["cv_info"].items() if name != "trace_term"}
-    repeated = {
-        name: jnp.broadcast_to(value[:, None], shape)
-        for name, value in {"llc": run.llc, **control}.items()
-    }
+    run = _run(target, settings, jax.random.split(as_key(key), num_chains))
     return SamplerRunResult(
-        traces={
-            **run.traces,
-            **repeated,
-            # made on the host: no NaN that jax_debug_nans looks for
-            "Ln": jax.device_put(np.full(shape, np.nan, dtype)),
-            "acceptance_rate": jnp.ones(shape, dtype),
-            "energy": run.traces["elbo"],
-            "is_divergent": ~jnp.isfinite(run.traces["elbo"]),
-        },
-        timings={
-            "adaptation": run.seconds["adaptation"],
-            "sampling": run.seconds["sampling"] + run.seconds["evaluation"],
-            "total": time.perf_counter() - began,
-        },
+        traces=_sampler_traces(run),
+        timings={**_stage_seconds(run), "total": time.perf_counter() - began},
         work={
             "sampler_flavour": run.config.family,
             **run.work._asdict(),
@@ -203,6 +179,35 @@ def run_vi(
             "steps": run.config.steps,
         },
     )
+
+
+def _sampler_traces(run: "_Run") -> dict[str, Any]:
+    """Return the traces that the contract of a sampler names; what has one value is repeated."""
+    elbo = run.traces["elbo"]
+    values = {"llc": run.llc, **run.extras["cv_info"]}
+    repeated = {
+        name: jnp.broadcast_to(value[:, None], elbo.shape)
+        for name, value in values.items()
+        if name != "trace_term"
+    }
+    return {
+        **run.traces,
+        **repeated,
+        # made on the host: no NaN that jax_debug_nans looks for
+        "Ln": jax.device_put(np.full(elbo.shape, np.nan, elbo.dtype)),
+        "acceptance_rate": jnp.ones(elbo.shape, elbo.dtype),
+        "energy": elbo,
+        "is_divergent": ~jnp.isfinite(elbo),
+    }
+
+
+def _stage_seconds(run: "_Run") -> dict[str, float]:
+    """Return the seconds of the two stages that the contracts name."""
+    seconds = run.seconds
+    return {
+        "adaptation": seconds["adaptation"],
+        "sampling": seconds["sampling"] + seconds["evaluation"],
+    }
 
 
 class _Target(NamedTuple):
@@ -235,7 +240,60 @@ class _Run(NamedTuple):
 
 def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
     """Check the arguments, run all steps, and collect what the contracts name."""
+    problem, config = _pose_problem(target, config)
+    full, center = target.loss_full_flat, problem.posterior.center
+    problem, look, loss = look_at_target(
+        target.objective,
+        problem,
+        None,
+        "objective",
+        budget_fge=config.steps * config.step_draws * problem.batch_size / problem.num_data,
+        loss_full_flat=full,
+        max_batch=config.max_batch,
+    )
+    # the look traces no loss on all data of the caller's own, which is one more to be traced
+    known = loss if full is None else None
+    finished = run_fit(
+        programs_for(target.objective, problem, fit_settings(config), full, loss=known),
+        problem,
+        family_choice(config),
+        fit_schedule(config),
+        chain_keys,
+        whitener_scale=whitener_scale(target.whitener, center),
+    )
+    work = count_work(finished, problem, config, chain_keys.size, look)
+    shape = finished.traces["elbo"].shape
+    steps = jnp.arange(1, shape[1] + 1, dtype=center.dtype)
+    cumulative = jnp.broadcast_to(work.fge_per_step * steps, shape)
+    return _Run(
+        llc=finished.outcome.evaluation.llc,
+        traces={
+            name: jnp.asarray(trace)
+            for name, trace in {**finished.traces, "cumulative_fge": cumulative}.items()
+        },
+        extras=_extras(finished, problem),
+        seconds=finished.seconds,
+        work=work,
+        config=config,
+        q=FittedQ(finished.family, finished.params, center),
+    )
+
+
+def _pose_problem(target: _Target, config: VIConfig) -> tuple[Problem, VIConfig]:
+    """Check the arguments; return target and data, and the configuration filled in for them."""
     dtype = check_dtype(config)
+    _refuse_options_of_estimates(config)
+    center = flat_vector(target.wstar_flat, dtype)
+    data = hold(check_data(target.data, check_count("n_data", target.n_data), dtype)[0])
+    applied = config.replace(method="variational").applied(center.size)
+    config = with_control_variate(applied, center.size)
+    nbeta = positive_scalar("beta", target.beta) * data.num_data
+    gamma = choose_localization(target.gamma, config)
+    return make_problem(center, data, nbeta, gamma, config, "beta"), config.filled
+
+
+def _refuse_options_of_estimates(config: VIConfig) -> None:
+    """Refuse what `estimate_llc` alone can do."""
     if config.tensorboard:
         raise ConfigError(
             "tensorboard must be False in fit and run_vi, which write to no folder: pass what "
@@ -251,57 +309,6 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
             "early_stop must be off in fit, whose traces have a fixed length: use estimate_llc "
             "for it."
         )
-    center = flat_vector(target.wstar_flat, dtype)
-    data = hold(check_data(target.data, check_count("n_data", target.n_data), dtype)[0])
-    num_data = data.num_data
-    config = with_control_variate(
-        config.replace(method="variational").applied(center.size), center.size
-    )
-    nbeta, gamma = (
-        positive_scalar("beta", target.beta) * num_data,
-        choose_localization(target.gamma, config),
-    )
-    problem = make_problem(center, data, nbeta, gamma, config, "beta")
-    config = config.filled
-    budget = config.steps * config.step_draws * problem.batch_size / num_data
-    problem, look, loss = look_at_target(
-        target.objective,
-        problem,
-        None,
-        "objective",
-        budget_fge=budget,
-        loss_full_flat=target.loss_full_flat,
-        max_batch=config.max_batch,
-    )
-    full = target.loss_full_flat
-    finished = run_fit(
-        programs_for(
-            target.objective,
-            problem,
-            fit_settings(config),
-            full,
-            loss=loss if full is None else None,  # which the look does not trace
-        ),
-        problem,
-        family_choice(config),
-        fit_schedule(config),
-        chain_keys,
-        whitener_scale=whitener_scale(target.whitener, center),
-    )
-    work = count_work(finished, problem, config, chain_keys.size, look)
-    steps = jnp.arange(1, finished.traces["elbo"].shape[1] + 1, dtype=dtype)
-    cumulative = jnp.broadcast_to(work.fge_per_step * steps, finished.traces["elbo"].shape)
-    return _Run(
-        llc=finished.outcome.evaluation.llc,
-        traces=jax.tree_util.tree_map(
-            jnp.asarray, {**finished.traces, "cumulative_fge": cumulative}
-        ),
-        extras=_extras(finished, problem),
-        seconds=finished.seconds,
-        work=work,
-        config=config,
-        q=FittedQ(finished.family, finished.params, center),
-    )
 
 
 def _extras(finished: Fit, problem: Problem) -> dict[str, Any]:

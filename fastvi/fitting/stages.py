@@ -239,18 +239,6 @@ def _evaluation(
 ) -> Callable:
     """Return the stage after the last step."""
 
-    def losses_on(data: AbstractData, center, displacement, beside, spread: bool) -> DataLosses:
-        if loss_full_flat is not None:
-            full = functools.partial(call_full_loss, loss_full_flat, data=data.examples)
-            return full_losses_at(full, center, displacement)
-        mean = data_parallel_mean if spread else shared_mean
-        copies = 1 + draws_at_once(displacement.shape[0])
-
-        def at_points(center, displacement, beside, batch):
-            return losses_at(objective, center, displacement, batch, beside)
-
-        return mean(at_points, data, (center, displacement, beside), copies)
-
     def finish(
         family: AbstractFamily,
         problem: Problem,
@@ -274,7 +262,9 @@ def _evaluation(
             losses = jax.tree_util.tree_map(
                 lambda old, new: old + share * (new - old),
                 chain_before,
-                losses_on(data, center, draws.displacement, wanted, spread),
+                _losses_on(
+                    objective, loss_full_flat, data, (center, draws.displacement, wanted), spread
+                ),
             )
             if not concludes:
                 return losses
@@ -299,6 +289,29 @@ def _evaluation(
         return Outcome(evaluation, reference, slope, arrays, beside=at_beside), losses
 
     return finish
+
+
+def _losses_on(
+    objective: FlatObjective,
+    loss_full_flat: Callable | None,
+    data: AbstractData,
+    points: tuple[Float[Array, " dim"], Float[Array, "draws dim"], Beside | None],
+    spread: bool,
+) -> DataLosses:
+    """Return the mean losses of data at w*, at draws from it, and at points beside them.
+
+    By the caller's own loss on all data, if there is one; over all devices where `spread`.
+    """
+    center, displacement, _ = points
+    if loss_full_flat is not None:
+        full = functools.partial(call_full_loss, loss_full_flat, data=data.examples)
+        return full_losses_at(full, center, displacement)
+
+    def at_points(center, displacement, beside, batch):
+        return losses_at(objective, center, displacement, batch, beside)
+
+    mean = data_parallel_mean if spread else shared_mean
+    return mean(at_points, data, points, 1 + draws_at_once(displacement.shape[0]))
 
 
 def nothing_seen(

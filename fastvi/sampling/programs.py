@@ -174,19 +174,23 @@ def run_steps(
     state, step_size, kept = jax.lax.fori_loop(
         start, stop, one_step, (state, walkers.step_size, kept)
     )
-    excess, radius2, virial, error, returned = (
-        leaf.reshape(bins, bin_length, *leaf.shape[1:]) for leaf in kept
-    )
-    llc, radius2, virial = (jnp.swapaxes(leaf.mean(1), 0, 1) for leaf in (excess, radius2, virial))
-    width = jnp.sqrt(jnp.mean(state.position**2))
-    record = Record(llc, radius2, virial, jnp.nanmean(error, axis=1), returned.mean(1), width)
     moved = walkers._replace(
         position=state.position,
         momentum=state.momentum,
         excess=state.here.observed.excess,
         step_size=step_size,
     )
-    return moved, state.here, record
+    width = jnp.sqrt(jnp.mean(state.position**2))
+    return moved, state.here, _make_record(kept, (bins, bin_length), width)
+
+
+def _make_record(kept: tuple[Array, ...], shape: tuple[int, int], width: Scalar) -> Record:
+    """Average what every step said over `shape` = (bins, steps of each)."""
+    excess, radius2, virial, error, returned = (
+        leaf.reshape(*shape, *leaf.shape[1:]) for leaf in kept
+    )
+    llc, radius2, virial = (jnp.swapaxes(leaf.mean(1), 0, 1) for leaf in (excess, radius2, virial))
+    return Record(llc, radius2, virial, jnp.nanmean(error, axis=1), returned.mean(1), width)
 
 
 class SamplerPrograms(NamedTuple):

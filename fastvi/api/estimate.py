@@ -23,6 +23,7 @@ from fastvi.api.arguments import (
 from fastvi.api.plan import (
     BUDGET_OF_UNKNOWN_DATA,
     DEFAULT_BATCH_SIZE,
+    check_budget,
     default_budget,
     family_choice,
     fit_schedule,
@@ -30,7 +31,7 @@ from fastvi.api.plan import (
     plan_estimate,
     start_settings,
 )
-from fastvi.api.resample import Fitted, correct
+from fastvi.api.resample import Fitted, correct_within, with_method
 from fastvi.api.walk import chooses_walk, estimate_by_walk, walks_without_fit
 from fastvi.config import VIConfig
 from fastvi.evaluation.errors import chain_error
@@ -143,7 +144,7 @@ def estimate_llc(
 
     Cost:
         `estimate.work`; with the defaults some 3,000 to 100,000 sample gradients from the
-        localizer, and after a fit 100 to 3,000 full gradients, at most `budget` and the fit's.
+        localizer, and after a fit 100 to 3,000 full gradients; never more than `budget`.
 
     References:
         Lau et al., The Local Learning Coefficient (2024).
@@ -187,7 +188,7 @@ def _walk(
     objective, problem, config, key, stream, look, loss, feed = target
     num_data = None if problem.data.is_sample else problem.num_data
     budget = config.budget or default_budget(num_data)
-    tries, must_walk = chooses_walk(problem, config, budget)
+    tries, must_walk = chooses_walk(problem, config, budget, look)
     if feed is not None:
         # data that are read once leave nothing else: what was read is gone
         tries, must_walk = True, must_walk or problem.data.is_sample
@@ -316,7 +317,9 @@ def run_estimate(
     if num_chains is not None:
         check_count("num_chains", num_chains)
     objective, problem, settings, key, stream, look, loss, _ = target
-    plan, num_chains = plan_estimate(settings, problem, num_chains)
+    whole = plan_estimate(settings, problem, num_chains)
+    check_budget(problem, whole, look, is_warm=warm is not None)
+    plan, num_chains = whole
     early_stop = bool(plan.early_stop)
     keys = jax.random.split(key, num_chains)
     keeper = None
@@ -357,15 +360,9 @@ def run_estimate(
     )
     if plan.method == "variational" or _has(result, "non_finite", "improper_posterior"):
         return result
-    return correct(
-        result,
-        plan.method,
-        error=settings.error,
-        budget=settings.budget,
-        sampler=settings.sampler,
-        progress=progress,
-        throw=throw,
-    )
+    recorded = with_method(result, plan.method, settings.error, settings.budget, settings.sampler)
+    spent = result.work.total_fge * problem.num_data
+    return correct_within(result, recorded, spent, progress=progress, throw=throw)
 
 
 def _has(result: LLCEstimate, *names: str) -> bool:

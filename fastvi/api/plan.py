@@ -13,6 +13,8 @@ from fastvi.fitting.stages import FamilyChoice, FitSettings
 from fastvi.fitting.step import StepSettings
 from fastvi.fitting.step_plan import MOST_COMPONENTS, ScheduleSettings
 from fastvi.geometry.start import StartSettings
+from fastvi.results.work import bound_work
+from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem
 
 DEFAULT_BATCH_SIZE = 256  # examples; half is noisier a step, double dearer
@@ -78,6 +80,32 @@ def plan_estimate(config: VIConfig, problem: Problem, num_chains: int | None) ->
     share = min((config.batch_size or num_data) / num_data, 1.0)
     config = with_control_variate(with_draws(config, dim, share), dim)
     return Plan(config.recorded, num_chains or (1 if prepares else DEFAULT_CHAINS))
+
+
+def bound_fit(
+    problem: Problem, plan: Plan, look: LossLook = LossLook(), is_warm: bool = False
+) -> float:
+    """Return the most sample gradients that fit and evaluation can take, the look's among them."""
+    start = start_settings(plan.config)
+    work = bound_work(problem, plan.config, start, plan.num_chains, look, is_warm)
+    return float(work.total_fge * problem.num_data)
+
+
+def check_budget(
+    problem: Problem, plan: Plan, look: LossLook = LossLook(), is_warm: bool = False
+) -> None:
+    """Refuse a budget that the fit alone may exceed.
+
+    Raises:
+        ConfigError: If it may.
+    """
+    budget, most = plan.config.budget, bound_fit(problem, plan, look, is_warm)
+    if budget is not None and budget < most:
+        raise ConfigError(
+            f"budget={budget:.4g} sample gradients do not pay for the fit, which may take "
+            f"{most:.4g} of them. Give twice that, fewer steps or eval_samples; or leave out what "
+            "asks for a fit: a walk from the localizer keeps to any budget."
+        )
 
 
 def with_draws(config: VIConfig, dim: int, share: float) -> VIConfig:

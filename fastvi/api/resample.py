@@ -146,8 +146,21 @@ def correct(
         "sample": some 50 to 3,000 full gradients, never more than `budget`. Where that
         pays for no walk, draws of q are reweighted, and a finding says how much would do.
     """
+    result.fit_for("go on from")
+    recorded = with_method(result, method, error, budget, sampler)
+    return correct_within(result, recorded, 0.0, progress=progress, throw=throw)
+
+
+def correct_within(
+    result: LLCEstimate,
+    recorded: VIConfig,
+    spent: float,
+    *,
+    progress: bool | Callable[[Progress], None],
+    throw: bool,
+) -> LLCEstimate:
+    """Correct an estimate, by a configuration of whose budget some has been spent."""
     fitted: Fitted = result.fit_for("go on from")
-    recorded = _recorded(result, method, error, budget, sampler)
     if recorded.method == "variational":
         return result
     config = recorded.filled
@@ -160,7 +173,7 @@ def correct(
         too_rough = values is not None and values.llc_sem > config.error * abs(values.llc)
         if values is None or (too_rough and config.method == "auto"):
             with reporting(progress) as report:
-                method, values = "sample", _sample(fitted, config, weights, report)
+                method, values = "sample", _sample(fitted, config, weights, spent, report)
     details = Correction(**{"method": method, "khat": khat, **values.details})
     seconds, before = time.perf_counter() - began, result.timings
     timings = before._replace(
@@ -188,12 +201,13 @@ def correct(
     return corrected
 
 
-def _recorded(
+def with_method(
     result: LLCEstimate, method: str, error: float | None, budget: float | None, sampler: Any
 ) -> VIConfig:
-    """Return the result's configuration with this method.
+    """Return the result's configuration with this method, and the settings that are not None.
 
-    One that has no use for a setting refuses it.
+    Raises:
+        ConfigError: If the method has no use for one of them.
     """
     asked = {"method": method, "error": error, "budget": budget, "sampler": sampler}
     VIConfig.create(asked).check_available()
@@ -272,9 +286,10 @@ def _sample(
     fitted: Fitted,
     config: VIConfig,
     weights: Float[np.ndarray, "chains draws"],
+    spent: float,
     report: Callable[[Progress], None] | None,
 ) -> _Values:
-    """Run the walkers; reweight where the budget pays for no step of theirs."""
+    """Run the walkers; reweight where what is left of the budget pays for no step of theirs."""
     chains, num_data, settings = fitted.keys.size, fitted.problem.num_data, config.sampler
     per_chain = _walkers_per_chain(fitted, config.error, settings)
     previous = fitted.previous
@@ -283,7 +298,8 @@ def _sample(
 
     def tell(done: float, llc: float) -> None:
         if report is not None:
-            report(Progress("correction", int(done / num_data), int(config.budget / num_data), llc))
+            most = int((config.budget - spent) / num_data)
+            report(Progress("correction", int(done / num_data), most, llc))
 
     loss = fitted.check_unchanged()
     programs = sampler_programs(fitted.objective, loss, fitted.problem, settings)
@@ -293,7 +309,7 @@ def _sample(
         fitted.fit.outcome.reference_loss,
         settings,
         config.error,
-        config.budget,
+        config.budget - spent,
         tell,
         chains=chains,
         fewest=chains * -(-settings.walkers // chains),
@@ -302,7 +318,7 @@ def _sample(
     walkers = _start_walkers(programs, fitted, previous, chains * per_chain)
     start = begin(setup, walkers)
     if not setup.pays(start):
-        least = setup.least_budget(start, setup.counts[0])
+        least = spent + setup.least_budget(start, setup.counts[0])
         return _unpaid(_reweight(fitted, weights), least, settings)
     run = sample_posterior(setup, walkers)
     means, errors = _per_chain(run, chains, settings.walkers)
@@ -315,7 +331,7 @@ def _sample(
         errors,
         run.check.llc,
         run.end.work / num_data,
-        {**_run_details(run, settings), "narrow_dtype": _narrow_dtype(fitted)},
+        {**_run_details(run, settings, spent), "narrow_dtype": _narrow_dtype(fitted)},
         PreviousRun(run.end.walkers, center, number, not run.check.unmet),
     )
 
@@ -370,11 +386,11 @@ def _start_walkers(
     )
 
 
-def _run_details(run: SamplerResult, settings: SamplerSettings) -> dict[str, Any]:
+def _run_details(run: SamplerResult, settings: SamplerSettings, spent: float) -> dict[str, Any]:
     """Return what a result keeps of a run."""
     return {
         **said_by_walkers(run.check, settings.bin_length),
-        "least_budget": run.least_budget,
+        "least_budget": spent + run.least_budget,
         "data_blocks": run.end.fidelity.num_blocks,
         "energy_error": run.end.fidelity.energy_error,
         "step_size": float(run.end.walkers.step_size.step),

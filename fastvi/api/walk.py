@@ -12,6 +12,7 @@ import numpy as np
 
 from fastvi._compilation import CompileWatch
 from fastvi._errors import ConfigError
+from fastvi.api.plan import bound_fit, plan_estimate
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import Progress
 from fastvi.kernels.noise import streams
@@ -41,8 +42,9 @@ from fastvi.target.work import Work
 # Dimensions from which on a walk is tried before a fit, where both are possible. Below, a fit takes
 # a second or two and its metric always pays.
 LEAST_DIM = 2048
-# The least that a fit and its walk cost: passes over the data, and sample gradients beside them.
-FIT_PASSES, FIT_GRADIENTS = 20, 5e4
+# Budget from which on a fit is made, in what the fit may take at most. At 1 nothing is left for the
+# walk that follows; at double, budgets that a fit uses better go into walks from the localizer.
+FIT_SHARE = 1.5
 # Steps of a round: the host looks as often. Half of it looks twice as often, at a millisecond each.
 ROUND = 16
 # Examples of a part of a walker's batch, where examples are dear and where they are cheap; a pass
@@ -60,7 +62,9 @@ def walks_without_fit(config: VIConfig) -> bool:
     return config.method in (None, "auto", "sample") and not config.of_a_fit
 
 
-def chooses_walk(problem: Problem, config: VIConfig, budget: float) -> tuple[bool, bool]:
+def chooses_walk(
+    problem: Problem, config: VIConfig, budget: float, look: LossLook
+) -> tuple[bool, bool]:
     """Say whether to try a walk from the localizer, and whether nothing else is possible.
 
     Raises:
@@ -86,8 +90,7 @@ def chooses_walk(problem: Problem, config: VIConfig, budget: float) -> tuple[boo
         return True, True
     if start == "fit" or gamma <= 0 or not walks_without_fit(config):
         return False, False
-    # a fit, its evaluation and its walk: less than this pays for none of them
-    is_poor = budget < FIT_PASSES * problem.num_data + FIT_GRADIENTS
+    is_poor = budget < FIT_SHARE * bound_fit(problem, plan_estimate(config, problem, None), look)
     return is_poor or problem.posterior.center.size >= LEAST_DIM, is_poor
 
 

@@ -84,6 +84,19 @@ def rank_limit(settings: StartSettings, dim: int, itemsize: int) -> int:
     return max(0, min(MAX_RANK, dim - 1, CORE_BYTES // (itemsize * dim)))
 
 
+def most_products(settings: StartSettings, dim: int, itemsize: int) -> int:
+    """Return the Hessian-vector products that a start takes at most, the whitening's left out."""
+    limit = rank_limit(settings, dim, itemsize)
+    if limit == 0:
+        return TRACE_PROBES
+    return TRACE_PROBES + (dim if dim <= DENSE_DIM else _krylov_size(limit, dim))
+
+
+def _krylov_size(limit: int, dim: int) -> int:
+    """Return the largest dimension of the Krylov space, whole blocks."""
+    return -(-min(limit + OVERSAMPLING, dim - dim % BLOCK) // BLOCK) * BLOCK
+
+
 def make_start(
     objective: FlatObjective,
     posterior: LocalPosterior,
@@ -142,7 +155,7 @@ def make_start(
         spectrum = dense_spectrum(precision, dim, dtype)
         images = (probes @ spectrum.vectors.T * spectrum.values) @ spectrum.vectors
     else:
-        size = -(-min(limit + OVERSAMPLING, dim - dim % BLOCK) // BLOCK) * BLOCK
+        size = _krylov_size(limit, dim)
         spectrum, images = block_krylov(precision, key_krylov, probes, size, exhausted)
     return _assemble(spectrum, probes, images, scale, floor_by(images), limit)
 

@@ -1,11 +1,13 @@
-"""The work of a finished fit: counts of calls, and the price of each stage."""
+"""The work of a fit, finished or planned: counts of calls, and the price of each stage."""
 
 from typing import Any, NamedTuple
 
 from fastvi.config import VIConfig
-from fastvi.evaluation.llc import draws_at_once
-from fastvi.fitting.calibrate import calibration_steps
+from fastvi.evaluation.llc import draws_at_once, losses_beside
+from fastvi.fitting.calibrate import MAX_ROUNDS, calibration_steps
 from fastvi.fitting.run import Fit
+from fastvi.geometry.minimum import LINE_POINTS
+from fastvi.geometry.start import StartSettings, most_products
 from fastvi.geometry.whitening import DIAGONAL_PROBES, MOMENT_GRADIENTS
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem
@@ -48,6 +50,28 @@ class RunWork(NamedTuple):
         )
 
 
+class FitCounts(NamedTuple):
+    """What decides the work of a fit, beside its configuration.
+
+    Attributes:
+        steps: Steps of each chain.
+        calibration_rounds: Rounds that narrowed the start.
+        start_products: Hessian-vector products of the start, the whitening's left out.
+        moment_rows: Rows that the control variate "hvp" multiplies with.
+        has_slope: Whether the gradient at w* of all data is found.
+        descent_losses: Losses on all data that followed the least curvature at w*.
+        is_warm: Whether it began at another fit, whose whitening and curvature it took.
+    """
+
+    steps: int
+    calibration_rounds: Any
+    start_products: Any
+    moment_rows: int
+    has_slope: bool
+    descent_losses: int = 0
+    is_warm: bool = False
+
+
 def count_work(
     fit: Fit,
     problem: Problem,
@@ -66,32 +90,64 @@ def count_work(
         look: The checks of the loss.
         descent_losses: Losses on all data that followed the least curvature at w*.
     """
-    config, num_data = config.filled, problem.num_data
-    steps, draws = fit.traces["elbo"].shape[1], config.evaluation_draws
-    gradients = steps * config.step_draws * num_chains
-    whitening = "" if fit.warm else config.whitening
-    # a fit that began at another one took its whitening and its curvature from there
+    counts = FitCounts(
+        fit.traces["elbo"].shape[1],
+        _concrete(fit.calibration_rounds),
+        _concrete(fit.start.num_hvp),
+        fit.family.num_moment_terms,
+        fit.outcome.slope is not None,
+        descent_losses,
+        fit.warm,
+    )
+    ridges = fit.traces.get("cholesky_ridge")
+    work = _price(counts, problem, config, num_chains, look)
+    return work._replace(n_cholesky_ridge=0 if ridges is None else _concrete(ridges.sum()))
+
+
+def bound_work(
+    problem: Problem,
+    config: VIConfig,
+    start: StartSettings,
+    num_chains: int,
+    look: LossLook = LossLook(),
+    is_warm: bool = False,
+) -> RunWork:
+    """Return the most work that a fit of `estimate_llc` with this configuration can take."""
+    filled, center = config.filled, problem.posterior.center
+    products = 0 if is_warm else most_products(start, center.size, center.dtype.itemsize)
+    beside = losses_beside(LINE_POINTS, filled.evaluation_draws)
+    counts = FitCounts(filled.steps, MAX_ROUNDS, products, center.size, True, beside, is_warm)
+    return _price(counts, problem, config, num_chains, look)
+
+
+def _price(
+    counts: FitCounts, problem: Problem, config: VIConfig, num_chains: int, look: LossLook
+) -> RunWork:
+    """Count calls, and price each stage."""
+    config, num_data, dim = config.filled, problem.num_data, problem.posterior.center.size
+    draws = config.evaluation_draws
+    gradients = counts.steps * config.step_draws * num_chains
+    whitening = "" if counts.is_warm else config.whitening
     moment = MOMENT_GRADIENTS if whitening in ("rmsprop", "adam") else 0
-    start_hvp = _concrete(fit.start.num_hvp) + DIAGONAL_PROBES * (whitening == "hvp_diag")
+    start_hvp = counts.start_products + DIAGONAL_PROBES * (whitening == "hvp_diag")
     evaluation_hvp = 0
     if config.control_variate == "hvp":
-        rows = min(fit.family.num_moment_terms, problem.posterior.center.size)
+        rows = min(counts.moment_rows, dim)
         evaluation_hvp = num_chains * (draws + rows + config.trace_probes)
     # of each chain: every group of draws has w* beside it, the first one with the gradient there
     groups = draws // draws_at_once(draws)
     own = Work(losses=draws + 1)
-    if fit.outcome.slope is not None:
+    if counts.has_slope:
         own = Work(losses=draws + groups - 1, gradients=1)
     calibration = calibration_steps(num_chains, config.step_draws) * num_chains * config.step_draws
-    minibatches = moment + calibration * _concrete(fit.calibration_rounds)
+    minibatches = moment + calibration * counts.calibration_rounds
     curvature = Work(
         gradients=problem.batch_size * minibatches,
-        losses=num_data * descent_losses,
+        losses=num_data * counts.descent_losses,
         hessian_products=min(num_data, config.hessian_examples) * start_hvp,
     )
     # of evaluations on all data, one is a full-gradient equivalent times its price
     evaluation = Work(num_chains * own.gradients, num_chains * own.losses, evaluation_hvp)
-    ridges = fit.traces.get("cholesky_ridge")
     stages = {
         "fge_look": Work(gradients=look.sample_gradients).fge(num_data),
         "fge_curvature": curvature.fge(num_data),
@@ -99,10 +155,10 @@ def count_work(
         "fge_evaluation": evaluation.sample_gradients,
     }
     return RunWork(
-        n_full_loss=num_chains * draws + descent_losses,
+        n_full_loss=num_chains * draws + counts.descent_losses,
         n_minibatch_grads=gradients,
         n_hvp=start_hvp + evaluation_hvp,
-        n_cholesky_ridge=0 if ridges is None else _concrete(ridges.sum()),
+        n_cholesky_ridge=0,
         **stages,
         fge_per_step=Work(gradients=problem.batch_size * config.step_draws).fge(num_data),
         total_fge=sum(stages.values()),

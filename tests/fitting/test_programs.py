@@ -32,7 +32,7 @@ BASES = {
         "entropy_bonus": 0.5,
         "entropy_bonus_steps": 20,
     },
-    "walk": {"method": "sample", "error": 0.5, "budget": 400.0 * COUNT},
+    "walk": {"method": "sample", "error": 0.5, "budget": 2000.0 * COUNT},
 }
 # Fields that a change of compiles nothing: beside what, and the new value.
 NOTHING = {
@@ -52,7 +52,7 @@ NOTHING = {
     "alpha_temperature_frac": ("changing", 0.3),
     "entropy_bonus_steps": ("changing", 30),
     "error": ("walk", 0.4),
-    "budget": ("walk", 300.0 * COUNT),
+    "budget": ("walk", 1000.0 * COUNT),
 }
 # Fields that programs, the shapes of arrays or the family are made of.
 PROGRAMS = {

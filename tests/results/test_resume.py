@@ -277,7 +277,7 @@ def test_shapes_of_q_come_back(tmp_path, monkeypatch):
 def test_what_comes_after_the_fit_may_change(whole, tmp_path_factory):
     """A finding says to raise the budget: the fit is not run again for it."""
     folder, seen = tmp_path_factory.getbasetemp() / "a-whole-fit", []
-    options = {"steps": 1000, "early_stop": True, "method": "sample", "budget": 400.0}
+    options = {"early_stop": True, "method": "sample", "budget": 1e8, "error": 0.5}
     result = estimate(folder, lambda progress: seen.append(progress.stage), **options)
     assert "fit" not in seen
     assert result.llc_vi == whole.llc

@@ -48,7 +48,7 @@ RUNS = {
         fastvi.estimate_llc(loss, CENTER, (X,), method="variational", family="flow", **SMALL).llc
     ),
     "walkers": lambda: (
-        fastvi.estimate_llc(loss, CENTER, (X,), method="sample", budget=100 * len(X), **SMALL).llc
+        fastvi.estimate_llc(loss, CENTER, (X,), method="sample", budget=500 * len(X), **SMALL).llc
     ),
     "fit": fitted,
 }

@@ -1,0 +1,56 @@
+"""No estimate exceeds its budget, the look and the fit among what it pays for."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fastvi
+
+COUNT, DIM = 600, 8
+rng = np.random.default_rng(5)
+X = rng.normal(size=(COUNT, DIM)).astype(np.float32)
+Y = (np.tanh(X @ np.linspace(-1, 1, DIM)) + 0.1 * rng.normal(size=COUNT)).astype(np.float32)
+CENTER = np.linspace(-1, 1, DIM).astype(np.float32)
+
+
+def loss_fn(w, batch):
+    return 0.5 * jnp.mean((jnp.tanh(batch[0] @ w) - batch[1]) ** 2)
+
+
+def estimate(budget, **options):
+    return fastvi.estimate_llc(
+        loss_fn, CENTER, (X, Y), budget=budget, error=1e-3, progress=False, throw=False, **options
+    )
+
+
+@pytest.mark.parametrize("budget", [2e3, 3e4, 1.2e5, 2e5, 4e5])
+def test_the_whole_estimate_keeps_to_its_budget(budget):
+    result = estimate(budget)
+    assert result.sample_gradients <= budget
+    assert result.sample_gradients == pytest.approx(result.work.total_fge * COUNT)
+    # a walk from the localizer where a budget pays for no fit
+    assert result.has_fit == (budget > 5e4)
+
+
+@pytest.mark.parametrize("budget", [1.5e5, 2e5])
+def test_a_fit_that_is_asked_for_is_paid_by_the_budget(budget):
+    result = estimate(budget, sampler={"start": "fit"})
+    assert result.has_fit
+    assert result.sample_gradients <= budget
+    needs = [finding for finding in result.health if "Raise budget to" in str(finding.next_step)]
+    for finding in needs:
+        least = float(finding.next_step.split("Raise budget to ")[1].split(" ")[0])
+        assert least > budget
+
+
+def test_a_budget_that_may_not_pay_for_the_fit_is_refused():
+    with pytest.raises(fastvi.ConfigError, match="do not pay for the fit, which may take"):
+        estimate(2e4, sampler={"start": "fit"})
+    with pytest.raises(fastvi.ConfigError, match="leave out what asks for a fit"):
+        estimate(2e4, M=2)
+
+
+def test_what_goes_on_has_a_budget_of_its_own():
+    first = estimate(2e5)
+    more = fastvi.correct(first, "sample", budget=5e4, progress=False, throw=False)
+    assert first.sample_gradients < more.sample_gradients <= first.sample_gradients + 5e4

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._compilation import CompileWatch
-from fastvi._errors import DataError, NonFiniteError
+from fastvi._errors import ConfigError, DataError, NonFiniteError
 from fastvi._typing import Batch, Given, Key, PyTree
 from fastvi.api.arguments import (
     check_count,
@@ -283,7 +283,7 @@ def _read(
             "nbeta defaults to n / log n, and an iterator does not tell n: data can be read "
             "only once. Pass nbeta, or an object whose __iter__ begins anew each time."
         )
-    walks = may_walk and walks_without_fit(config)
+    walks = may_walk and walks_without_fit(config) and config.sampler.chosen_start != "fit"
     if walks and is_once:
         feed = feed_once(data, dtype)
         first = feed.peek(FIRST_EXAMPLES)
@@ -297,6 +297,11 @@ def _read(
     stream = open_stream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
     if stream.fits:
         return _Given(stream.window(0), config)
+    if config.sampler.chosen_start == "fit":
+        raise ConfigError(
+            "walkers that start at a fit take gradients of blocks of all data, which a stream does "
+            "not hold: pass arrays, or leave out sampler.start and sampler.gradients."
+        )
     if walks and isinstance(stream, HostStream):
         return _Given(stream.window(0), config, stream, stream.feed())
     config = config.replace(method=uncorrected(config.method, stream.is_sample))

@@ -71,7 +71,8 @@ def plan_estimate(config: VIConfig, problem: Problem, num_chains: int | None) ->
         changes = {**PREPARATION, "batch_size": batch, "samples_per_step": config.step_draws}
     changes |= {
         "early_stop": not prepares and config.early_stop is not False,
-        "method": config.method or "auto",
+        # gradients that are named are not for draws to be reweighted instead
+        "method": config.method or ("auto" if config.sampler.gradients == "auto" else "sample"),
         "curvature_examples": changes.get("curvature_examples", config.hessian_examples),
         "r": min(config.filled.r, dim),
     }

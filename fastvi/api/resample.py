@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._compilation import CompileWatch
-from fastvi._errors import DataError, NonFiniteError
+from fastvi._errors import ConfigError, DataError, NonFiniteError
 from fastvi._typing import Array, Float, Given, Keys
 from fastvi.api.plan import default_budget
 from fastvi.config import VIConfig
@@ -213,6 +213,12 @@ def with_method(
     VIConfig.create(asked).check_available()
     given = {name: value for name, value in asked.items() if value is not None}
     config = result.config.replace(**given)
+    if config.sampler.chosen_start == "localizer":
+        raise ConfigError(
+            "correct goes on from a fit, and these settings of the sampler are of walks from the "
+            f"localizer: start={config.sampler.start!r}, gradients={config.sampler.gradients!r}. "
+            "Leave them out, or run estimate_llc again."
+        )
     return config.replace(budget=config.budget or default_budget(result.n_data)).recorded
 
 

@@ -70,22 +70,22 @@ def chooses_walk(
     Raises:
         ConfigError: If it was asked for and cannot be.
     """
-    start, gamma = config.sampler.start, float(problem.posterior.gamma)
+    start, gamma = config.sampler.chosen_start, float(problem.posterior.gamma)
     if start == "localizer":
+        asked = 'sampler.start="localizer"'
+        if config.sampler.gradients != "auto":
+            asked = f"sampler.gradients={config.sampler.gradients!r}"
         if config.of_a_fit:
             raise ConfigError(
-                f'sampler.start="localizer" makes no fit, and {config.of_a_fit[0]} is of one: '
-                "leave one of them out."
+                f"{asked} makes no fit, and {config.of_a_fit[0]} is of one: leave one of them out."
             )
         if not walks_without_fit(config):
             raise ConfigError(
-                f'sampler.start="localizer" walks, and method={config.method!r} does not: leave '
-                "one of them out."
+                f"{asked} walks, and method={config.method!r} does not: leave one of them out."
             )
         if gamma <= 0:
             raise ConfigError(
-                'sampler.start="localizer" needs localization > 0: without it, the localizer has '
-                "no width."
+                f"{asked} needs localization > 0: without it, the localizer has no width."
             )
         return True, True
     if start == "fit" or gamma <= 0 or not walks_without_fit(config):

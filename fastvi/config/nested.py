@@ -9,9 +9,11 @@ from fastvi.config import rules as checks
 from fastvi.config import sources
 from fastvi.config.fields import CheckedFields, nearest, refuse_unknown
 from fastvi.families.backends.base import Architecture
-from fastvi.sampling.settings import STARTS, SamplerSettings
+from fastvi.sampling.settings import START_OF_GRADIENTS, STARTS, SamplerSettings
 
 FLOW_DEFAULTS: dict[str, Any] = asdict(Architecture())
+
+CHOICES = {"start": STARTS, "gradients": tuple(START_OF_GRADIENTS)}
 
 
 @final
@@ -82,13 +84,18 @@ def sampler_entry(name: str, value: Any, fix: str) -> SamplerSettings:
             raise checks.refusal(
                 f"{name}.{key}", rule, item, nearest(key, {one: one for one in usual})
             )
-        if key == "start":
-            if item not in STARTS:
-                rule = f"one of {', '.join(map(repr, STARTS))}"
+        if key in CHOICES:
+            if item not in CHOICES[key]:
+                rule = f"one of {', '.join(map(repr, CHOICES[key]))}"
                 raise checks.refusal(f"{name}.{key}", rule, item, 'for example "auto"')
             continue
         rule = checks.positive
         if isinstance(usual[key], int):
             rule = checks.natural if key in ("max_burn_in", "max_refinements") else checks.integer
         entries[key] = rule(f"{name}.{key}", checks.plain(item), f"for example {usual[key]!r}")
-    return SamplerSettings(**entries)
+    settings = SamplerSettings(**entries)
+    implied = START_OF_GRADIENTS[settings.gradients]
+    if "auto" not in (settings.start, implied) and settings.start != implied:
+        rule = f"{implied!r} beside {name}.gradients={settings.gradients!r}"
+        raise checks.refusal(f"{name}.start", rule, settings.start, "leave it out")
+    return settings

@@ -479,7 +479,7 @@ class VIConfig(CheckedFields):
 
 # Fields, the sampler's among them, that a walk without a fit reads.
 WALK_FIELDS = ("method", "error", "budget", "max_batch", "sampler", "dtype", "gamma")
-OF_A_WALK = frozenset((*WALK_FIELDS, "start", "walkers", "bin_length", "min_bins"))
+OF_A_WALK = frozenset((*WALK_FIELDS, "start", "gradients", "walkers", "bin_length", "min_bins"))
 
 
 @lru_cache(maxsize=256)

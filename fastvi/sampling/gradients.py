@@ -46,18 +46,19 @@ class Anchor(NamedTuple):
 def block_counts(num_data: int, dim: int, settings: SamplerSettings) -> tuple[int, ...]:
     """Return the numbers of blocks to choose from, most first.
 
-    They are powers of two times less than `settings.max_blocks`, down to all data at once.
+    They are powers of two times less than `settings.max_blocks`, down to all data at once. Where
+    blocks are named, they are never all data, but where there is no other number.
     """
+    if settings.gradients == "full":
+        return (1,)
     halvings = range(settings.max_blocks.bit_length() - 1)
     counts = [settings.max_blocks >> halving for halving in halvings]
-    return (
-        *(
-            count
-            for count in counts
-            if count * settings.min_block <= num_data and count * dim <= settings.table_floats
-        ),
-        1,
-    )
+    possible = [
+        count
+        for count in counts
+        if count * settings.min_block <= num_data and count * dim <= settings.table_floats
+    ]
+    return tuple(possible) if settings.gradients == "blocks" and possible else (*possible, 1)
 
 
 def block_size(num_data: int, count: int) -> int:

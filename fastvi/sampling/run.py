@@ -254,7 +254,7 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
         state = state._replace(walkers=kept, estimate=None)
     state = switch_fidelity(setup, state, paid)
     noise = setup.bias(state) * (paid.num_blocks - 1) / max(abs(state.llc), 1e-300)
-    unmet = () if paid == wanted else (Unmet(GRADIENT_NOISE, noise, share),)
+    unmet = (Unmet(GRADIENT_NOISE, noise, share),) if noise > share else ()
     least = setup.least_budget(state, blocks)
     check, state = average(setup, state, unmet)
     return SamplerResult(check, least, state)
@@ -268,7 +268,7 @@ def begin(setup: RunSetup, walkers: Walkers) -> RunState:
 
 def measure_noise(setup: RunSetup, state: RunState) -> RunState:
     """Measure the noise of gradients on the smallest blocks, for each block of data left out."""
-    if len(setup.counts) == 1:
+    if setup.counts[0] == 1:
         return state
     blocks, linear_map = split_data(setup.num_data, setup.counts[0]), state.walkers.linear_map
     # a random permutation is split, so that the first blocks are a random sample of them

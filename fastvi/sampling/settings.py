@@ -3,6 +3,14 @@
 import dataclasses
 
 STARTS = ("auto", "fit", "localizer")
+# The estimates of a gradient, and where walkers that step by them begin.
+START_OF_GRADIENTS = {
+    "auto": "auto",
+    "fresh": "localizer",
+    "anchored": "localizer",
+    "blocks": "fit",
+    "full": "fit",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +27,12 @@ class SamplerSettings:
             localizer, in coordinates that a few gradients measure, on fresh minibatches, without a
             fit or a pass over the data. "auto": at the localizer where the posterior is not stiff
             in its coordinates and the budget, or many dimensions, speak against a fit.
+        gradients: What a step takes the gradient of. "fresh": a minibatch drawn anew. "anchored":
+            such a one, less its gradient at w* and with that of all data in its place. "blocks":
+            one of the blocks that the data are split into, in the same way anchored at the mean of
+            the walkers. "full": all data. "auto": what a measurement of noise and curvature finds
+            cheapest. The first two are of walks from the localizer, the next two of walks from a
+            fit. Where one is named and no method, the method is "sample".
         walkers: Walkers of a run, at least; rounded up to a multiple of the chains. Half of them
             doubles the steps for the same error; twice as many burn in twice as many starts.
         walkers_in_few_dimensions: Times as many walkers, at most, in fewer than 32 dimensions,
@@ -71,6 +85,7 @@ class SamplerSettings:
     """
 
     start: str = "auto"
+    gradients: str = "auto"
     walkers: int = 8
     walkers_in_few_dimensions: int = 64
     friction_time: float = 2.0
@@ -92,6 +107,11 @@ class SamplerSettings:
     bin_length: int = 4
     min_bins: int = 8
     max_columns: int = 12
+
+    @property
+    def chosen_start(self) -> str:
+        """Where walkers begin, which gradients that are named decide."""
+        return self.start if self.start != "auto" else START_OF_GRADIENTS[self.gradients]
 
     @property
     def round_length(self) -> int:

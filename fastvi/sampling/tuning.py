@@ -140,9 +140,10 @@ def max_blocks_within(bias: float, bias_per_block: float, counts: tuple[int, ...
     Args:
         bias: What noise may add.
         bias_per_block: What it adds for each block of data that a gradient leaves out.
-        counts: The numbers of blocks to choose from, most first; the last is 1, all data.
+        counts: The numbers of blocks to choose from, most first; the last where none does.
     """
-    return next((count for count in counts if bias_per_block * (count - 1) <= abs(bias)), 1)
+    fitting = (count for count in counts if bias_per_block * (count - 1) <= abs(bias))
+    return next(fitting, counts[-1])
 
 
 def plan_friction_time(

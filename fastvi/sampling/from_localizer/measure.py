@@ -129,7 +129,9 @@ def measure_curvature(setup: WalkSetup, rng: np.random.Generator) -> tuple[Measu
         math.inf,
     )
     del here
-    if wanted_parts(setup, measured) > MOST_RAW_PARTS:
+    wanted = setup.settings.gradients
+    is_noisy = wanted_parts(setup, measured) > MOST_RAW_PARTS
+    if wanted == "anchored" or (is_noisy and wanted == "auto"):
         # noise that is left where the gradient at w* on the same examples is taken off
         direction = standard_normal(setup, at_first)
         there = probe.gradient(linear_map, direction, first)

@@ -193,9 +193,11 @@ def plan_anchor(setup: WalkSetup, measured: Measured, course: Course) -> Course:
     """Anchor batches at w* where that takes off more noise than the second gradient costs.
 
     The anchor is the gradient on all data where the budget pays for it. Else it is zero, as at a
-    minimum, and a measurement says how far llc may be off for that.
+    minimum, and a measurement says how far llc may be off for that. Named gradients are honoured.
     """
-    is_raw = measured.anchored_noise * setup.cost(1, 1, True) >= measured.noise * setup.cost(1, 1)
+    wanted = setup.settings.gradients
+    is_dear = measured.anchored_noise * setup.cost(1, 1, True) >= measured.noise * setup.cost(1, 1)
+    is_raw = wanted == "fresh" or (is_dear and wanted != "anchored")
     course = course._replace(
         heat=noise_heat(measured.noise if is_raw else measured.anchored_noise, course.step_size)
     )
@@ -206,7 +208,7 @@ def plan_anchor(setup: WalkSetup, measured: Measured, course: Course) -> Course:
         return course._replace(anchor=setup.full_gradient(), work=work)
     decrement, error, work, examples = measure_decrement(setup, course)
     course = course._replace(work=course.work + work, examples=course.examples + examples)
-    if decrement > CERTAIN * error:
+    if decrement > CERTAIN * error and wanted != "anchored":
         return course._replace(heat=noise_heat(measured.noise, course.step_size))
     anchor = jnp.zeros_like(setup.posterior.center)
     return course._replace(anchor=anchor, gradient_doubt=max(decrement, 0.0) + error)

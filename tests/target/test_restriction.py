@@ -15,6 +15,8 @@ OPTIONS = {
     "progress": False,
     "num_chains": 2,
     "early_stop": False,
+    "M": 1,
+    "r": 0,
 }
 
 rng = np.random.default_rng(3)

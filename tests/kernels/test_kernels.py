@@ -23,6 +23,7 @@ from fastvi.kernels.order import upper_median
 from fastvi.kernels.woodbury import Mixture
 from tests.support import hutchinson_cases
 from tests.support import woodbury_cases as cases
+from tests.support.density_draws import with_nan
 
 
 def available(op):
@@ -380,12 +381,6 @@ def test_vmap_over_chains_equals_a_loop(prefix, implementation, x64):
         assert_leaves_close(
             jax.tree_util.tree_map(lambda leaf, i=index: leaf[i], together), alone, tolerance
         )
-
-
-def with_nan(array, place):
-    spoiled = np.array(array)
-    spoiled[place] = np.nan
-    return spoiled
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])

@@ -53,6 +53,9 @@ def config(**entries):
     return OmegaConf.create(given | entries)
 
 
+ONE = {"M": 1, "r": 0}  # where the law knows nothing of mixtures
+
+
 def whitener(diagonal):
     root = jnp.asarray(diagonal, jnp.float32)
     identity = types.SimpleNamespace(A_sqrt=root, A_inv_sqrt=1 / root)
@@ -270,7 +273,7 @@ def test_beta_may_be_an_array(result):
 
 def test_whitener_of_vectors():
     """Only the shape of A_sqrt counts: a common factor changes nothing."""
-    root, accurate = np.diag(HESSIAN) ** 0.5, config(samples_per_step=8, steps=300)
+    root, accurate = np.diag(HESSIAN) ** 0.5, config(samples_per_step=8, steps=300, **ONE)
     first, second = (
         run(whitener=whitener(factor * root), vi_cfg=accurate) for factor in (1.0, 8.0)
     )
@@ -316,7 +319,7 @@ def test_whitening_modes(mode):
         gamma=gamma,
         loss_full_flat=None,
         whitener=None,
-        vi_cfg=config(whitening_mode=mode, steps=300, samples_per_step=8),
+        vi_cfg=config(whitening_mode=mode, steps=300, samples_per_step=8, **ONE),
     )
     assert float(out["lambda_hat"]) == pytest.approx(llc, rel=0.02)
 
@@ -338,7 +341,7 @@ def test_a_loss_that_knows_float64_alone_is_fitted_in_float32():
         one = jnp.asarray(1.0)
         assert one.dtype == jnp.float64
         objective = make_flat_objective(lambda w, batch: one * loss(w, batch))
-        out = run(objective=objective, loss_full_flat=None, vi_cfg=config(steps=5))
+        out = run(objective=objective, loss_full_flat=None, vi_cfg=config(steps=5, **ONE))
         assert out["traces"]["elbo"].dtype == jnp.float32
         assert float(out["lambda_hat"]) == pytest.approx(LLC, rel=0.05)
 

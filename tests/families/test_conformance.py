@@ -31,7 +31,7 @@ def jittered(tree, scale):
     """Move parameters away from the start."""
     rng = np.random.default_rng(3)
     return jax.tree_util.tree_map(
-        lambda leaf: leaf + scale * jnp.asarray(rng.normal(size=leaf.shape)), tree
+        lambda leaf: jnp.asarray(np.asarray(leaf) + scale * rng.normal(size=leaf.shape)), tree
     )
 
 
@@ -39,15 +39,20 @@ def jittered(tree, scale):
 def member(name):
     """Return a family and parameters that are not its start's."""
     family_class = EVERY[name]
-    geometry = Geometry(
-        scale=jnp.asarray([0.7, 1.3]),
-        core=jnp.asarray([[1.0, -0.5]]),
-        rank=jnp.asarray(1),
-        unit=jnp.asarray(0.8),
-        noise_size=2,
-    )
-    family = family_class.create(family_class.Settings(**SETTINGS[name]), geometry)
-    start = family.init(jax.random.key(0), geometry.core, jnp.zeros(DIM))
+
+    @quick_jit
+    def created():
+        geometry = Geometry(
+            scale=jnp.asarray([0.7, 1.3]),
+            core=jnp.asarray([[1.0, -0.5]]),
+            rank=jnp.asarray(1),
+            unit=jnp.asarray(0.8),
+            noise_size=2,
+        )
+        family = family_class.create(family_class.Settings(**SETTINGS[name]), geometry)
+        return family, family.init(jax.random.key(0), geometry.core, jnp.zeros(DIM))
+
+    family, start = created()
     return family, jittered(start, 0.15)
 
 
@@ -238,17 +243,29 @@ def test_widening_scales_the_start_about_the_center(name):
 def test_what_a_loop_asks_of_a_family(name):
     """Annealing sets the bonus, the component that pruning leaves has all weight, traces agree."""
     family, params = member(name)
-    warm = family.annealed(jnp.asarray(1.5), jnp.asarray(0.75))
-    np.testing.assert_allclose(warm.entropy_weight, 1.75)
-    weights = np.exp(family.log_weights(params))
-    np.testing.assert_allclose(weights.sum(), 1.0, rtol=1e-12)
-    keep = jnp.arange(len(weights)) == 0
-    left = np.exp(family.log_weights(family.pruned(params, keep)))
-    np.testing.assert_allclose(left, np.asarray(keep, float), atol=1e-12)
     draws = draws_of(name, 4, antithetic=True)
-    assert draws.log_prob.shape == family.resp_entropy(draws).shape
-    traced = {**family.step_statistics(params, draws), **family.slow_statistics(params)}
+
+    @quick_jit
+    def asked(params, draws):
+        weights = family.log_weights(params)
+        keep = jnp.arange(len(weights)) == 0
+        traced = {**family.step_statistics(params, draws), **family.slow_statistics(params)}
+        return (
+            family.annealed(jnp.asarray(1.5), jnp.asarray(0.75)).entropy_weight,
+            jnp.exp(weights),
+            keep,
+            jnp.exp(family.log_weights(family.pruned(params, keep))),
+            family.resp_entropy(draws),
+            traced,
+            family.summary_arrays(params)["pi"],
+        )
+
+    entropy_weight, weights, keep, left, entropy, traced, summary = asked(params, draws)
+    np.testing.assert_allclose(entropy_weight, 1.75)
+    np.testing.assert_allclose(np.sum(weights), 1.0, rtol=1e-12)
+    np.testing.assert_allclose(left, np.asarray(keep, float), atol=1e-12)
+    assert draws.log_prob.shape == entropy.shape
     assert {"resp_entropy", "pi_min", "pi_max", "pi_entropy", "D_sqrt_med"} <= traced.keys()
     assert all(np.shape(value) == () and np.isfinite(value) for value in traced.values())
-    np.testing.assert_allclose(traced["pi_max"], weights.max(), rtol=1e-12)
-    np.testing.assert_allclose(family.summary_arrays(params)["pi"], weights, rtol=1e-12)
+    np.testing.assert_allclose(traced["pi_max"], np.max(weights), rtol=1e-12)
+    np.testing.assert_allclose(summary, weights, rtol=1e-12)

@@ -42,19 +42,29 @@ def make(case, seed=0):
     dim, rank, options = CASES[case]
     rng = np.random.default_rng(seed)
     config = VIConfig.create({"family": "flow", "flow": SMALL, "entropy_bonus": 0.25} | options)
-    core = jnp.asarray(rng.normal(size=(rank, dim)))
-    scale = jnp.asarray(np.exp(0.5 * rng.normal(size=dim)))
-    family = Flow.create(
-        config.family_settings, Geometry(scale, core, jnp.asarray(rank), jnp.asarray(0.8), rank)
-    )
-    start = family.init(jax.random.key(seed), core, jnp.zeros(dim))
+    core = rng.normal(size=(rank, dim))
+    scale = np.exp(0.5 * rng.normal(size=dim))
+    family, start = create(config, scale, core, unit=0.8, seed=seed)
     frame = family.lift.frame.shape[0]
     lift = LiftParams(
         jnp.asarray(0.5 * rng.normal(size=start.lift.offsets.shape)),
         start.lift.log_sigma,
-        start.lift.root + 0.2 * jnp.tril(jnp.asarray(rng.normal(size=(frame, frame))), -1),
+        jnp.asarray(start.lift.root + 0.2 * np.tril(rng.normal(size=(frame, frame)), -1)),
     )
     return family, FlowParams(lift, start.flow)
+
+
+def create(config, scale, core, unit=1.0, seed=0):
+    """A family and its start, by one program."""
+    rank, dim = core.shape
+
+    @quick_jit
+    def created(scale, core, unit):
+        geometry = Geometry(scale, core, jnp.asarray(rank), unit, rank)
+        family = Flow.create(config.family_settings, geometry)
+        return family, family.init(jax.random.key(seed), core, jnp.zeros(dim))
+
+    return created(scale, core, jnp.asarray(unit))
 
 
 def displacement_of(family, params, noise):
@@ -69,9 +79,9 @@ def dense_log_prob(family, params, noise):
 @pytest.mark.parametrize("case", ["core", "whole"])
 def test_draws_know_their_density_and_its_gradient(case):
     family, params = make(case)
-    noise = jnp.asarray(np.random.default_rng(1).normal(size=(3, family.scale.size)))
+    noise = np.random.default_rng(1).normal(size=(3, family.scale.size))
     draws = quick_jit(lambda n: family.transform(params, n, mirror=True))(noise)
-    every = jnp.concatenate([noise, -noise])
+    every = np.concatenate([noise, -noise])
     dense = quick_jit(jax.vmap(lambda x: dense_log_prob(family, params, x)))(every)
     np.testing.assert_allclose(draws.log_prob, dense, rtol=1e-8)
     value, score = quick_jit(jax.vmap(jax.value_and_grad(lambda v: family.log_prob(params, v))))(
@@ -83,14 +93,10 @@ def test_draws_know_their_density_and_its_gradient(case):
 
 def test_density_integrates_to_one():
     config = VIConfig(family="flow", d_latent=1, flow=SMALL, sigma_perp=0.5)
-    scale, core = jnp.asarray([0.7, 1.3]), jnp.asarray([[1.0, 2.0]])
-    family = Flow.create(
-        config.family_settings, Geometry(scale, core, jnp.asarray(1), jnp.ones(()), 1)
-    )
-    params = family.init(jax.random.key(0), core, jnp.zeros(2))
+    family, params = create(config, np.array([0.7, 1.3]), np.array([[1.0, 2.0]]))
     axis = np.linspace(-9, 9, 901)
     grid = jnp.asarray(np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2))
-    density = jnp.exp(quick_jit(jax.vmap(lambda v: family.log_prob(params, v)))(grid))
+    density = np.exp(quick_jit(jax.vmap(lambda v: family.log_prob(params, v)))(grid))
     np.testing.assert_allclose(density.sum() * (axis[1] - axis[0]) ** 2, 1.0, rtol=1e-6)
 
 
@@ -119,7 +125,7 @@ def test_pullback_is_the_gradient_with_the_density_held_fixed(case):
     for got, want in zip(
         jax.tree_util.tree_leaves(actual), jax.tree_util.tree_leaves(expected), strict=True
     ):
-        want = jnp.tril(want) if want.shape == params.lift.root.shape else want
+        want = np.tril(want) if want.shape == params.lift.root.shape else want
         np.testing.assert_allclose(
             got, want, rtol=1e-5, atol=1e-6 * np.max(np.abs(want), initial=1.0)
         )
@@ -172,7 +178,7 @@ def many():
     with enable_x64(True):
         family, params = make("core")
         params = params._replace(
-            flow=jax.tree_util.tree_map(lambda leaf: 0.3 * leaf, params.flow)
+            flow=jax.tree_util.tree_map(lambda leaf: 0.3 * np.asarray(leaf), params.flow)
         )  # light tails
         draws = quick_jit(lambda k: family.sample(params, k, 200_000, antithetic=False))(
             jax.random.key(7)
@@ -191,11 +197,11 @@ def test_second_moment(many):
     family, params, draws = many
     moment = quick_jit(lambda p: family.second_moment(p))(params)
     assert moment.factors.shape[0] == family.num_moment_terms
-    sample = draws.displacement.T @ draws.displacement / len(draws.displacement)
-    np.testing.assert_allclose(
-        dense(moment), sample, atol=MOMENT_ERROR * float(jnp.max(jnp.diagonal(sample)))
-    )
-    np.testing.assert_allclose(moment.marginal(), jnp.diagonal(dense(moment)), rtol=1e-10)
+    points = np.asarray(draws.displacement)
+    sample = points.T @ points / len(points)
+    found = np.asarray(quick_jit(dense)(moment))
+    np.testing.assert_allclose(found, sample, atol=MOMENT_ERROR * np.max(np.diagonal(sample)))
+    np.testing.assert_allclose(moment.marginal(), np.diagonal(found), rtol=1e-10)
 
 
 def test_linear_map_has_mean_and_covariance(many):
@@ -233,15 +239,9 @@ def test_identity_flow_is_the_laplace_approximation(case):
         | options
         | {"sigma_perp": None}
     )
-    scale, core = (
-        jnp.asarray(np.exp(rng.normal(size=dim))),
-        jnp.asarray(2 * rng.normal(size=(rank, dim))),
-    )
-    family = Flow.create(
-        config.family_settings, Geometry(scale, core, jnp.asarray(rank), jnp.ones(()), rank)
-    )
-    params = family.init(jax.random.key(0), core, jnp.zeros(dim))
-    precision = (np.eye(dim) + np.asarray(core.T) @ core) / np.outer(scale, scale)
+    scale, core = np.exp(rng.normal(size=dim)), 2 * rng.normal(size=(rank, dim))
+    family, params = create(config, scale, core)
+    precision = (np.eye(dim) + core.T @ core) / np.outer(scale, scale)
     points = rng.normal(size=(3, dim))
 
     @quick_jit
@@ -266,21 +266,30 @@ def test_identity_flow_is_the_laplace_approximation(case):
 def test_widened_scales_draws_about_the_start():
     family, params = make("core")
     params = params._replace(lift=params.lift._replace(offsets=jnp.zeros_like(params.lift.offsets)))
-    wide = family.widened(params, jnp.log(3.0))
     noise = jnp.asarray(np.random.default_rng(5).normal(size=5))
-    np.testing.assert_allclose(
-        displacement_of(family, wide, noise), 3 * displacement_of(family, params, noise), rtol=1e-10
-    )
+
+    @quick_jit
+    def displacements(params):
+        wide = family.widened(params, jnp.log(3.0))
+        return displacement_of(family, wide, noise), displacement_of(family, params, noise)
+
+    wide, plain = displacements(params)
+    np.testing.assert_allclose(wide, 3 * plain, rtol=1e-10)
 
 
 def test_frame_holds_directions_and_core():
     rng = np.random.default_rng(6)
-    leading, core = jnp.asarray(rng.normal(size=(2, 9))), jnp.asarray(rng.normal(size=(3, 9)))
-    frame = make_frame(leading, core.at[2].set(0.0), 5, jax.random.key(0))
+    leading, core = rng.normal(size=(2, 9)), rng.normal(size=(3, 9))
+
+    @quick_jit
+    def framed(leading, core):
+        frame = make_frame(leading, core.at[2].set(0.0), 5, jax.random.key(0))
+        return frame, core_root(frame, core[:2])
+
+    frame, root = map(np.asarray, framed(leading, core))
     np.testing.assert_allclose(frame @ frame.T, np.eye(5), atol=1e-12)
     for rows, within in ((leading, frame[:2]), (core[:2], frame)):
         np.testing.assert_allclose(rows @ within.T @ within, rows, atol=1e-12)
-    root = core_root(frame, core[:2])
     inverse = np.linalg.inv(np.eye(9) + core[:2].T @ core[:2])
     np.testing.assert_allclose(root @ root.T, frame @ inverse @ frame.T, atol=1e-12)
 
@@ -310,10 +319,17 @@ def test_memory_is_linear_in_the_dimension(fully_optimised):
 
 def test_learned_sigma_starts_where_it_is_told():
     family, _ = make("core")
-    params = family.init(jax.random.key(0), jnp.zeros((3, 5)), jnp.zeros(5))
-    draws = family.sample(params, jax.random.key(0), 2, antithetic=True)
-    np.testing.assert_allclose(family.step_statistics(params, draws)["sigma_perp"], 0.7, rtol=1e-12)
-    held = dataclasses.replace(family, learn_sigma=False)
-    noise = jnp.ones((1, 5))
-    assert pulled(held, params, noise, "ascent").lift.log_sigma == 0
-    assert pulled(family, params, noise, "ascent").lift.log_sigma != 0
+
+    @quick_jit
+    def begun():
+        params = family.init(jax.random.key(0), jnp.zeros((3, 5)), jnp.zeros(5))
+        draws = family.sample(params, jax.random.key(0), 2, antithetic=True)
+        held = dataclasses.replace(family, learn_sigma=False)
+        ascents = [pulled(one, params, jnp.ones((1, 5)), "ascent") for one in (held, family)]
+        sigma = family.step_statistics(params, draws)["sigma_perp"]
+        return sigma, *(ascent.lift.log_sigma for ascent in ascents)
+
+    sigma, held, learned = begun()
+    np.testing.assert_allclose(sigma, 0.7, rtol=1e-12)
+    assert held == 0
+    assert learned != 0

@@ -22,7 +22,7 @@ from fastvi.target.fingerprint import fingerprint_loss
 from fastvi.target.posterior import LocalPosterior
 
 DATA = (np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32),)
-SETTINGS = {"num_chains": 2, "steps": 50, "early_stop": False, "progress": False}
+SETTINGS = {"num_chains": 2, "steps": 50, "early_stop": False, "progress": False, "M": 1, "r": 0}
 HESSIAN = jnp.array([4.0, 2.0, 1.0, 0.5])
 
 

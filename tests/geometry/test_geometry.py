@@ -314,15 +314,13 @@ def test_a_given_whitener_is_used():
     hessian, _ = symmetric([9.0, 4.0, 1.0])
     posterior, scale = posterior_at(np.zeros(3)), jnp.asarray([1.0, 2.0, 4.0])
     objective = quadratic(hessian, np.zeros(3))
-    arguments = (
-        objective,
-        posterior,
-        NO_DATA,
-        lambda key: None,
-        StartSettings(rank=2),
-        jax.random.key(0),
-    )
-    start = make_start(*arguments, whitener_scale=scale)
+
+    @quick_jit
+    def start_of(scale):
+        key, settings = jax.random.key(0), StartSettings(rank=2)
+        return make_start(objective, posterior, NO_DATA, lambda key: None, settings, key, scale)
+
+    start = start_of(scale)
     np.testing.assert_allclose(start.scale / start.scale[0], scale, rtol=1e-12)
     np.testing.assert_allclose(
         start_covariance(start), np.linalg.inv(30 * hessian + 2 * np.eye(3)), rtol=1e-8

@@ -100,8 +100,10 @@ def test_an_estimate_looks_at_all_data():
         "num_chains": 1,
         "steps": 20,
         "eval_samples": 32,
+        "M": 1,
+        "r": 0,
+        "curvature_examples": SUBSET,
     }
-    options["curvature_examples"] = SUBSET
     at = fastvi.estimate_llc(logistic, jnp.asarray(w, jnp.float32), data, **options)
     off = w + np.eye(DIM)[2] * math.sqrt(2 / hessian[2, 2])
     beside = fastvi.estimate_llc(logistic, jnp.asarray(off, jnp.float32), data, **options)
@@ -173,6 +175,8 @@ OPTIONS = {
     "num_chains": 1,
     "steps": 20,
     "eval_samples": 32,
+    "M": 1,
+    "r": 0,
 }
 DATA = (jnp.ones((300, 1)),)
 

@@ -177,7 +177,7 @@ def test_float32_where_float64_is_enabled(registry):
     lambda_hat.install()
     diagonal = jnp.asarray(np.diag(PRECISION), jnp.float32)
     with enable_x64(True):
-        vi_cfg = config(whitening_mode="adam", whitening_decay=0.9)
+        vi_cfg = config(whitening_mode="adam", whitening_decay=0.9, M=1, r=0)
         first = run(registry._REGISTRY["mfa"](), vi_cfg, make_whitener(diagonal), jax.random.key(0))
     assert {str(trace.dtype) for trace in first["traces"].values()} == {"float32"}
     assert float(first["lambda_hat"]) == pytest.approx(LLC, rel=0.1)

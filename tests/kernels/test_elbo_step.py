@@ -120,9 +120,7 @@ def implementation(case):
 
 def words(key, block, size):
     """Hash the counters of a block: its number and the place in it."""
-    counters = jnp.concatenate(
-        [jnp.full(size, block, jnp.uint32), jnp.arange(size, dtype=jnp.uint32)]
-    )
+    counters = np.concatenate([np.full(size, block, np.uint32), np.arange(size, dtype=np.uint32)])
     return (
         np.asarray(threefry_2x32(jax.random.key_data(key), counters))
         .reshape(2, size)
@@ -149,8 +147,8 @@ def groups_of(case, family, params, key, step):
     ends = np.cumsum(scipy.special.softmax(np.asarray(params["logits"]) / family.temperature))
     groups = []
     for quantile, row in zip(quantiles, drawn, strict=True):
-        label = jnp.asarray(np.searchsorted(ends[:-1], quantile, side="right"))
-        eps, z, zeta = (jnp.asarray(part) for part in np.split(row, [DIM, DIM + rank]))
+        label = np.searchsorted(ends[:-1], quantile, side="right")
+        eps, z, zeta = np.split(row, [DIM, DIM + rank])
         one = Noise(label, eps, zeta[: case.core], z)
         mirror = Noise(label, -one.eps, -one.zeta, -one.z)
         groups.append([one, mirror] if mirrored else [one])
@@ -211,18 +209,15 @@ def definition(case):
 
         return reference.step(setting, chain, log_density, groups, rate, elapsed)
 
+    start = quick_jit(reference.start)
     for index, key in enumerate(jax.random.split(jax.random.key(3), CHAINS)):
-        chain, traces = (
-            quick_jit(reference.start)(
-                {name: leaf[index] for name, leaf in params._asdict().items()}
-            ),
-            [],
-        )
+        own = {name: np.asarray(leaf)[index] for name, leaf in params._asdict().items()}
+        chain, traces = start(own), []
         for number in range(CHUNKS * LENGTH):
             rows = np.bitwise_xor(*words(key, 3 * number + 2, BATCH)) % NUM_DATA
             rate, elapsed = schedule(number)
             groups = groups_of(case, family, chain.params, key, number)
-            chain, trace = step(chain, jnp.asarray(rows, jnp.int32), groups, rate, elapsed)
+            chain, trace = step(chain, rows.astype(np.int32), groups, rate, elapsed)
             traces.append({**trace, "lr": rate})
         results.append(
             (chain.params, {name: np.stack([t[name] for t in traces]) for name in traces[0]})

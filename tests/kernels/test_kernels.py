@@ -23,6 +23,7 @@ from fastvi.kernels.order import upper_median
 from fastvi.kernels.woodbury import Mixture
 from tests.support import hutchinson_cases
 from tests.support import woodbury_cases as cases
+from tests.support.density_draws import with_nan
 
 
 def available(op):
@@ -129,7 +130,7 @@ def sensitivity(name):
     """
     largest = jax.tree_util.tree_map(np.zeros_like, evaluated(name, "reference"))
     with enable_x64(True):
-        inputs = arguments(name, "float64")
+        inputs = jax.tree_util.tree_map(np.asarray, arguments(name, "float64"))
         for seed in range(6):
             rng = np.random.default_rng(seed)
 
@@ -144,7 +145,7 @@ def sensitivity(name):
             largest = jax.tree_util.tree_map(
                 lambda most, new, old: np.maximum(most, np.max(np.abs(new - old), initial=0.0)),
                 largest,
-                moved,
+                jax.tree_util.tree_map(np.asarray, moved),
                 evaluated(name, "reference"),
             )
     return largest
@@ -263,9 +264,11 @@ def test_update_factors_over_chains_is_that_of_each(chains):
     update = mixture_grad.update_factors
     for _ in chains:
         update = jax.vmap(update)
-    moved, grams = quick_jit(update)(*arguments)
+    moved, grams = map(np.asarray, quick_jit(update)(*arguments))
+    arguments = [np.asarray(leaf) for leaf in arguments]
+    each = quick_jit(gradient_reference.update_factors)
     for chain in np.ndindex(*chains):
-        expected = gradient_reference.update_factors(*(leaf[chain] for leaf in arguments))
+        expected = each(*(leaf[chain] for leaf in arguments))
         assert_leaves_close((moved[chain], grams[chain]), expected, 2e-4)
 
 
@@ -367,9 +370,10 @@ def test_natural_gradient_is_the_dense_metric_times_the_euclidean(name, implemen
 def test_vmap_over_chains_equals_a_loop(prefix, implementation, x64):
     names = [prefix, f"{prefix}_masked", f"{prefix}_steep"]
     stacked = jax.tree_util.tree_map(
-        lambda *leaves: jnp.stack(leaves), *(arguments(name, "float64") for name in names)
+        lambda *leaves: np.stack(leaves), *(arguments(name, "float64") for name in names)
     )
     together = jax.vmap(functools.partial(everything, implementation=implementation))(*stacked)
+    together = jax.tree_util.tree_map(np.asarray, together)
     for index, name in enumerate(names):
         alone = evaluated(name, implementation)
         # condition 1e7 times a different order of summation
@@ -385,7 +389,7 @@ def test_nan_in_nan_out(name, implementation, x64):
     mixture, stacked, cotangent = arguments(name, "float64")
     for field in mixture._fields:
         # the last component: not the one drawn first, so that its NaN comes in by the density alone
-        spoiled = mixture._replace(**{field: getattr(mixture, field).at[-1].set(jnp.nan)})
+        spoiled = mixture._replace(**{field: with_nan(getattr(mixture, field), -1)})
         drawn = everything(spoiled, stacked, cotangent, implementation=implementation)
         # log_prob of a draw does not depend on the mean that all components share; its place does
         hit = (
@@ -396,14 +400,15 @@ def test_nan_in_nan_out(name, implementation, x64):
         assert np.all(np.isnan(hit).any(axis=-1)), field
         assert np.isnan(drawn["log_prob"]), field
     for field in ("eps", "zeta", "z"):
-        spoiled = stacked._replace(**{field: getattr(stacked, field).at[0, 0].set(jnp.nan)})
+        spoiled = stacked._replace(**{field: with_nan(getattr(stacked, field), (0, 0))})
         drawn = everything(mixture, spoiled, cotangent, implementation=implementation)["draw"]
+        drawn = jax.tree_util.tree_map(np.asarray, drawn)
         assert np.isnan(drawn.log_prob[0]), field
         assert np.isnan(drawn.displacement[0]).any(), field
         assert np.isfinite(drawn.log_prob[1]), field
-    gradient = everything(
-        mixture, stacked, cotangent.at[0].set(jnp.nan), implementation=implementation
-    )["gradient"]
+    gradient = everything(mixture, stacked, with_nan(cotangent, 0), implementation=implementation)[
+        "gradient"
+    ]
     for metric in mixture_grad.METRICS:
         for field in ("offsets", "log_scale", "core", "factor"):
             assert np.isnan(getattr(gradient[metric], field)).any(), (metric, field)

@@ -6,6 +6,7 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import enable_x64, quick_jit
 from jax.experimental import pallas as pl
@@ -60,8 +61,8 @@ def test_the_passes_in_float32_agree_with_float64(interpreted, monkeypatch):
 
 def test_vmap_over_chains_equals_a_loop(interpreted, x64):
     chains = [cases.make(SHARED[name], jnp.float64) for name in ("shared", "shared_masked")]
-    mixtures, noises = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *chains)
-    together = jax.vmap(functools.partial(draws, density))(mixtures, noises)
+    mixtures, noises = jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *chains)
+    together = jax.device_get(jax.vmap(functools.partial(draws, density))(mixtures, noises))
     for index, (mixture, stacked) in enumerate(chains):
         alone = jax.tree_util.tree_map(lambda leaf, i=index: leaf[i], together)
         assert_close(alone, draws(reference, mixture, stacked), 1e-12)

@@ -27,6 +27,7 @@ OPTIONS = {
     "num_chains": 2,
     "M": 2,
     "key": 4,
+    "samples_per_step": 2,
     "eval_samples": 16,
 }
 

@@ -169,12 +169,13 @@ def mean_noise(objective, problem, anchor, points, linear_map, blocks):
     """Average the noise of gradients on the blocks over points in model coordinates."""
 
     @quick_jit
+    @jax.vmap
     def noise(point):
         at_point = make_anchor(objective, problem, point, 0.0, blocks).block_gradient
         nbeta = problem.posterior.nbeta
         return gradient_noise(linear_map, nbeta, anchor.block_gradient, at_point)
 
-    return float(np.mean([noise(point) for point in points]))
+    return float(np.mean(noise(points)))
 
 
 def test_anchored_gradients_are_unbiased_and_belong_to_their_potential():

@@ -298,6 +298,8 @@ OVERFLOWING = {
     "progress": False,
     "steps": 100,
     "num_chains": 2,
+    "M": 1,
+    "r": 0,
 }
 
 

@@ -221,15 +221,19 @@ QUICK = {
     "num_chains": 2,
     "method": "variational",
     "early_stop": False,
+    "M": 1,
+    "r": 0,
 }
+
+
+def at_a_distance(w, batch):
+    return 0.5 * jnp.sum(np.float32([4.0, 2.0, 1.0, 0.5]) * (w - jnp.max(batch)) ** 2)
 
 
 @pytest.mark.parametrize("shift", [1e6, 0.0])
 def test_weights_too_coarse_for_the_posterior_are_a_finding(shift):
-    curvatures = jnp.asarray([4.0, 2.0, 1.0, 0.5])
-    result = fastvi.estimate_llc(
-        lambda w, b: 0.5 * jnp.sum(curvatures * (w - shift) ** 2), CENTER + shift, DATA, **QUICK
-    )
+    shifts = np.full((COUNT, 1), shift, np.float32)
+    result = fastvi.estimate_llc(at_a_distance, CENTER + shift, shifts, **QUICK)
     found = [finding for finding in result.health if finding.name == "coarse_numbers"]
     assert len(found) == (shift > 0)
     assert all("float64" in finding.next_step for finding in found)

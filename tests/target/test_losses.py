@@ -143,6 +143,8 @@ def test_weighted_stream_meets_the_data_in_memory():
         "num_chains": 2,
         "early_stop": False,
         "method": "variational",
+        "M": 1,
+        "r": 0,
     }
     streamed = fastvi.estimate_llc(masked, w, Stream(), **settings)
     held = fastvi.estimate_llc(masked, w, DATA, **settings)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import enable_x64
+from conftest import enable_x64, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -300,7 +300,7 @@ def with_simulator(w, batch):
 @pytest.mark.parametrize("loss", [smooth, with_custom_vjp, with_idiomatic_vjp])
 def test_hvp_is_the_hessian_times_the_tangent(loss, jitted, x64):
     batch, w = jnp.asarray(DATA[0]), jnp.asarray([0.3, -0.7, 1.1])
-    hessian = jax.hessian(smooth)(w, batch)
+    hessian = quick_jit(jax.hessian(smooth))(w, batch)
 
     def columns(w):
         return jax.vmap(hvp_operator(make_flat_objective(loss), w, batch))(jnp.eye(3))
@@ -314,7 +314,7 @@ def test_hvp_is_the_hessian_times_the_tangent(loss, jitted, x64):
 def test_hvp_without_a_second_derivative(dtype, tolerance, x64):
     """Differences of gradients, for coordinates of any size."""
     batch, w = jnp.asarray(DATA[0], dtype), jnp.asarray([0.3, -70.0, 1.1], dtype)
-    exact = jax.hessian(smooth)(w.astype(jnp.float64), batch.astype(jnp.float64))
+    exact = quick_jit(jax.hessian(smooth))(*(np.float64(leaf) for leaf in (w, batch)))
     hvp = hvp_operator(make_flat_objective(with_simulator), w, batch)
     found = jax.jit(jax.vmap(hvp))(jnp.eye(3, dtype=dtype))
     assert found.dtype == dtype

@@ -15,6 +15,8 @@ OPTIONS = {
     "progress": False,
     "num_chains": 2,
     "early_stop": False,
+    "M": 1,
+    "r": 0,
 }
 
 rng = np.random.default_rng(3)
@@ -139,8 +141,8 @@ def test_curve_over_checkpoints():
     precision = NBETA * inputs.T @ inputs / COUNT
     llc = 0.5 * np.trace(precision @ np.linalg.inv(precision + np.eye(6)))
 
-    def loss(w, batch):
-        return 0.5 * jnp.mean((batch[0] @ w) ** 2)
+    def loss(w, batch):  # of parameters in any number and shape
+        return 0.5 * jnp.mean((batch[0][:, : w.size] @ jnp.ravel(w)) ** 2)
 
     checkpoints = [number * np.array([0, 0, 0, 0, 1, -1], np.float32) for number in range(4)]
     curve = fastvi.llc_curve(loss, checkpoints, (inputs,), **OPTIONS)
@@ -160,14 +162,15 @@ def test_curve_over_checkpoints():
         fastvi.llc_curve(loss, checkpoints, (inputs,), **OPTIONS, warm_start=False, warm_steps=5)
     with pytest.raises(fastvi.DataError, match="at least one checkpoint"):
         fastvi.llc_curve(loss, [], (inputs,), **OPTIONS)
-    sizes = [np.zeros(6, np.float32), np.zeros(5, np.float32)]
+    # the first is the fit of before, which compiles nothing
+    smaller = [checkpoints[0], np.zeros(5, np.float32)]
     with pytest.raises(fastvi.DataError, match="checkpoint 1 has 5 parameters, the one before 6"):
-        fastvi.llc_curve(lambda w, batch: jnp.sum(w**2), sizes, (inputs,), **OPTIONS)
-    turned = [np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float32)]
+        fastvi.llc_curve(loss, smaller, (inputs,), **OPTIONS)
+    folded = [checkpoints[0], np.zeros((3, 2), np.float32)]
     with pytest.raises(
-        fastvi.DataError, match=r"checkpoint 1 has parameters .*\(3, 2\).*before .*\(2, 3\)"
+        fastvi.DataError, match=r"checkpoint 1 has parameters .*\(3, 2\).*before .*\(6,\)"
     ):
-        fastvi.llc_curve(lambda w, batch: jnp.sum(w**2), turned, (inputs,), **OPTIONS)
+        fastvi.llc_curve(loss, folded, (inputs,), **OPTIONS)
     with pytest.raises(fastvi.DataError, match="got a mapping"):
         fastvi.llc_curve(loss, {"w": checkpoints[0]}, (inputs,), **OPTIONS)
     # the work that is done is kept where a checkpoint, or what reads it, fails: the same programs,

@@ -11,6 +11,9 @@ from fastvi.target.objective import call_full_loss, make_flat_objective
 X = jax.device_put(np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32))
 CENTER, KEY = jax.device_put(np.zeros(3, np.float32)), jax.random.key(0)
 SMALL = {"steps": 20, "eval_samples": 8, "batch_size": 8, "progress": False, "num_chains": 1}
+# of a fit that walkers follow, so that one without them has the same programs
+SMALL |= {"samples_per_step": 2, "curvature_examples": len(X)}
+FLOW = {"family": "flow", "flow": {"depth": 2, "hidden": [8]}}
 
 MODES = {
     "none": lambda: jax.numpy_rank_promotion("allow"),
@@ -45,7 +48,7 @@ def fitted():
 RUNS = {
     "a mixture": lambda: fastvi.estimate_llc(loss, CENTER, (X,), method="variational", **SMALL).llc,
     "a flow": lambda: (
-        fastvi.estimate_llc(loss, CENTER, (X,), method="variational", family="flow", **SMALL).llc
+        fastvi.estimate_llc(loss, CENTER, (X,), method="variational", **FLOW, **SMALL).llc
     ),
     "walkers": lambda: (
         fastvi.estimate_llc(loss, CENTER, (X,), method="sample", budget=500 * len(X), **SMALL).llc

@@ -1,6 +1,7 @@
 """The learning coefficient along training: each fit begins at the q of the checkpoint before."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -107,9 +108,11 @@ def llc_curve(
     first = VIConfig.create(config, **overrides)
     first.check_asked(overrides)
     later = _later(first, warm_start, warm_steps)
-    if first.sampler.start == "localizer":
+    if first.sampler.chosen_start == "localizer":
         raise ConfigError(
-            'llc_curve begins at the fit of the checkpoint before; got sampler.start="localizer". '
+            "llc_curve begins at the fit of the checkpoint before, and these settings of the "
+            f"sampler are of walks from the localizer: start={first.sampler.start!r}, "
+            f"gradients={first.sampler.gradients!r}. "
             "Call estimate_llc at each checkpoint: walks share their compiled programs."
         )
     if isinstance(data, Iterator):
@@ -126,9 +129,17 @@ def llc_curve(
                 break
             settings = later if before else first
             target = assemble(
-                loss_fn, params, data, nbeta, localization, settings, as_key(key), may_walk=False
+                loss_fn,
+                params,
+                data,
+                nbeta,
+                localization,
+                settings,
+                as_key(key),
+                may_walk=False,
+                check_structure=functools.partial(_check_same, structure, len(estimates)),
             )
-            structure = _same_structure(target.objective.structure, structure, len(estimates))
+            structure = target.objective.structure
             estimate = run_estimate(
                 target,
                 num_chains,
@@ -166,10 +177,8 @@ class _AtCheckpoint:
             error.partial = LLCCurve(tuple(self.estimates))
 
 
-def _same_structure(
-    structure: TreeStructure, expected: TreeStructure | None, number: int
-) -> TreeStructure:
-    """Return the structure of a checkpoint's parameters, the same as before."""
+def _check_same(expected: TreeStructure | None, number: int, structure: TreeStructure) -> None:
+    """Refuse a checkpoint whose parameters are not of the structure before."""
     if expected is not None and structure.num_parameters != expected.num_parameters:
         raise DataError(
             f"checkpoint {number} has {structure.num_parameters} parameters, the one before "
@@ -184,7 +193,6 @@ def _same_structure(
             f"the one before {expected.treedef} of shapes {expected.shapes}; they must be "
             "checkpoints of one model."
         )
-    return structure
 
 
 def _later(settings: VIConfig, warm_start: Given[bool], warm_steps: Given[int | None]) -> VIConfig:

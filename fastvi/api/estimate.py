@@ -57,7 +57,7 @@ from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
 from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
 from fastvi.target.modes import in_own_modes
-from fastvi.target.ravel import TreeObjective, ravel_loss
+from fastvi.target.ravel import TreeObjective, TreeStructure, ravel_loss
 from fastvi.target.restrict import restrict
 from fastvi.target.stream import (
     AbstractStream,
@@ -236,11 +236,17 @@ def assemble(
     config: VIConfig,
     key: Key,
     may_walk: bool = True,
+    check_structure: Callable[[TreeStructure], None] | None = None,
 ) -> Target:
-    """Check loss, parameters and data, and put them together."""
+    """Check loss, parameters and data, and put them together.
+
+    `check_structure` sees the parameters before the loss does.
+    """
     dtype = check_dtype(config)
     localization = choose_localization(localization, config, DEFAULT_LOCALIZATION)
     objective, center = ravel_loss(loss_fn, params, dtype)
+    if check_structure is not None:
+        check_structure(objective.structure)
     given = _read(data, dtype, key, config, may_walk and bool(localization), nbeta is None)
     data, config, stream, feed = given
     num_data = data.num_data

@@ -56,7 +56,7 @@ def test_what_is_compiled_ahead_is_what_is_run(caplog):
             lambda w, batch: 0.5 * jnp.mean((batch[0] @ w["a"] - 0.25) ** 2),
             {"a": jnp.zeros(4)},
             DATA,
-            **SETTINGS | {"method": "variational"},
+            **SETTINGS | {"method": "variational", "M": 2, "r": 1},
         )
     finally:
         jax.config.update("jax_log_compiles", False)
@@ -91,7 +91,7 @@ def test_the_host_computes_in_numpy(caplog):
             lambda w, batch: 0.5 * jnp.mean((batch[0][:, :3] @ w["a"] - 0.125) ** 2),
             {"a": np.zeros(3, np.float32)},
             (DATA[0][:47],),
-            **SETTINGS | {"method": "reweight"},
+            **SETTINGS | {"method": "reweight", "M": 2, "r": 1},
         )
     finally:
         jax.config.update("jax_log_compiles", False)

@@ -87,7 +87,7 @@ def fits(name: str) -> list[dict]:
     def prepare(problem, key, scale):
         rows = min(settings.start.examples, problem.num_data)
         subset = hold(take_examples(problem.data.examples, slice(rows)))
-        arguments = smooth, problem.posterior, subset, problem.next_batch, settings.start
+        arguments = smooth, problem.posterior, subset, problem.next_data, settings.start
         return make_start(*arguments, key, scale)
 
     forms = {

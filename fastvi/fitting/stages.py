@@ -205,7 +205,7 @@ def _build(
             objective,
             problem.posterior,
             subset,
-            problem.next_batch,
+            problem.next_data,
             settings.start,
             key_start,
             whitener_scale,

@@ -3,6 +3,7 @@
 Coordinates, core and scale from the curvature at w*, then a check of the scale by virial.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -101,7 +102,7 @@ def make_start(
     objective: FlatObjective,
     posterior: LocalPosterior,
     subset: AbstractData,
-    next_batch,
+    next_data: Callable[[Key], AbstractData],
     settings: StartSettings,
     key: Key,
     whitener_scale: Float[Array, " dim"] | None = None,
@@ -124,7 +125,7 @@ def make_start(
             key_whiten,
             objective,
             posterior,
-            next_batch,
+            next_data,
             hvp,
             settings.whitening_decay,
         )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fastvi._typing import Array, Float, Key
 from fastvi.kernels import hutchinson
+from fastvi.target.data import AbstractData
 from fastvi.target.objective import FlatObjective
 from fastvi.target.posterior import LocalPosterior
 
@@ -26,7 +27,7 @@ def whitening_scale(
     key: Key,
     objective: FlatObjective,
     posterior: LocalPosterior,
-    next_batch: Callable[[Key], Array],
+    next_data: Callable[[Key], AbstractData],
     hvp: Callable[[Float[Array, " dim"]], Float[Array, " dim"]],
     decay: float,
 ) -> Float[Array, " dim"]:
@@ -41,7 +42,7 @@ def whitening_scale(
         key: Random key.
         objective: The loss.
         posterior: The target; its center is where gradients are taken.
-        next_batch: Draws a minibatch from a key.
+        next_data: Draws a minibatch from a key.
         hvp: Hessian-vector product of the mean loss at the center.
         decay: Decay of the moving averages.
 
@@ -57,7 +58,7 @@ def whitening_scale(
         return 1 / jnp.sqrt(jnp.maximum(precision, RELATIVE_FLOOR * jnp.mean(precision)))
 
     def accumulate(moments, key_batch):
-        gradient = objective.grad(center, next_batch(key_batch))
+        gradient = next_data(key_batch).mean(lambda batch: objective.grad(center, batch))
         first, second = moments
         return (
             decay * first + (1 - decay) * gradient,

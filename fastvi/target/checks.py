@@ -107,6 +107,7 @@ def look_at_loss(
     resolution: float,
     weight_eps: float | Float[np.ndarray, " dim"],
     budget_fge: float = float("inf"),
+    max_batch: int = 2 * HALF_ROWS,
     name: str = "loss_fn",
 ) -> LossLook:
     """Evaluate the loss at w* and near it, and hold it to what an estimate takes for granted.
@@ -123,6 +124,7 @@ def look_at_loss(
         resolution: Relative spacing of the coarsest dtype that the loss computes in.
         weight_eps: Relative spacing of the dtype that each parameter has in the model.
         budget_fge: Full gradients that the estimate may take.
+        max_batch: The most examples at once; of one alone, no mean can be checked.
         name: Of the function, for errors.
 
     Raises:
@@ -133,14 +135,17 @@ def look_at_loss(
     """
     size = num_examples(data)
     allowed = min(MOST_FGE * size, MOST_EXAMPLES, BUDGET_SHARE * budget_fge * size)
-    half = int(min(HALF_ROWS, size // 2, allowed // _FULL_COST)) or 1
-    rows = _choose_rows(data, half) if size > 1 else _Rows(data, data, data, data)
+    half = int(min(HALF_ROWS, size // 2, max_batch // 2, allowed // _FULL_COST)) or 1
+    if min(size, max_batch) > 1:
+        rows = _choose_rows(data, half)
+    else:
+        rows = _Rows(*4 * (take_rows(on_host(data, np.arange(1)), slice(1)),))
     meter = _Meter(programs, allowed)
     tolerance = ROUNDING_UNITS * resolution
     at_center = meter.value_and_grad(center, rows.union)
     _check_finite(at_center, name)
     resolved = LossLook(loss_rounding=nbeta * float(_last_place(at_center[0], meter.loss_eps)))
-    if not meter.affords(rows.union, 2.0) or size < 2:
+    if not meter.affords(rows.union, 2.0) or num_examples(rows.union) < 2:
         return resolved._replace(sample_gradients=meter.spent)
     step = displacement(center, nbeta, localization)
     displaced, step = _find_finite(meter, center, step, rows.union)

@@ -291,6 +291,10 @@ class Problem(eqx.Module):
         """Draw a minibatch."""
         return self.data.minibatch(key, self.batch_size, block)
 
+    def next_data(self, key: Key) -> Data:
+        """Draw a minibatch to average over, no more examples at once than of all data."""
+        return Data(self.next_batch(key), self.data.max_batch)
+
 
 def evaluate_target(
     objective: FlatObjective,

@@ -102,6 +102,7 @@ def look_at_target(
         resolution=_resolution(loss, center.dtype),
         weight_eps=_weight_eps(objective, center),
         budget_fge=budget_fge,
+        max_batch=most,
         name=name,
     )
     spent = look.sample_gradients + WEIGHING_COST * is_weighted * problem.num_data
@@ -185,7 +186,10 @@ def _check_full_loss(
     order = np.random.default_rng(0).permutation(size)[:FULL_LOSS_EXAMPLES]
     sample, parts = (
         on_host(problem.data.examples, order),
-        np.array_split(np.arange(order.size), min(FULL_LOSS_PARTS, size)),
+        np.array_split(
+            np.arange(order.size),
+            min(size, max(FULL_LOSS_PARTS, -(-order.size // problem.data.max_batch))),
+        ),
     )
     changes = []
     for part in parts:

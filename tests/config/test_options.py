@@ -131,7 +131,7 @@ def start_of(config):
     problem = problem_of(config)
     settings = fit_settings(config).start
     rows = problem.data.subset(jax.random.key(0), settings.examples)
-    arguments = OBJECTIVE, problem.posterior, rows, problem.next_batch, settings
+    arguments = OBJECTIVE, problem.posterior, rows, problem.next_data, settings
     return text_of(lambda keys: make_start(*arguments, keys[0], None).core)
 
 

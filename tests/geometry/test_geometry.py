@@ -144,9 +144,8 @@ def linear_whitening(mode):
 
     @quick_jit
     def scaled(key):
-        return whitening_scale(
-            mode, key, objective, posterior_at(np.zeros(6)), next_batch, unused, DECAY
-        )
+        posterior, next_data = posterior_at(np.zeros(6)), lambda key: hold(next_batch(key), 3)
+        return whitening_scale(mode, key, objective, posterior, next_data, unused, DECAY)
 
     scale = scaled(key)
     rows = np.asarray(

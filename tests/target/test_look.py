@@ -160,6 +160,41 @@ def test_honest_losses_pass(loss, center):
     assert 0 < found.sample_gradients <= 2 * COUNT + COUNT / 3  # a pass for the mean weight
 
 
+@pytest.mark.parametrize("most", [1, 2, 5, 16])
+def test_no_more_examples_than_asked_for_at_once(most):
+    seen, full = [], []
+
+    def loss(w, batch):
+        return 0.5 * jnp.mean((batch[0] @ w - 1) ** 2)
+
+    class Counted:
+        def value_and_grad(self, w, batch):
+            seen.append(batch[0].shape[0])
+            return jax.value_and_grad(loss)(w, batch)
+
+        def loss(self, w, batch):
+            seen.append(batch[0].shape[0])
+            return loss(w, batch)
+
+        def grad(self, w, batch):
+            return jax.grad(loss)(w, batch)
+
+    objective = Counted()
+    data = hold((jnp.ones((40, DATA[0].shape[1])),))
+    problem = Problem(LocalPosterior(CENTER, jnp.float32(50), jnp.float32(1)), data, most)
+    look_at_target(
+        objective,
+        problem,
+        None,
+        "loss_fn",
+        budget_fge=np.inf,
+        max_batch=most,
+        loss_full_flat=lambda w: full.append(1) or loss(w, data.examples),
+    )
+    assert full
+    assert 0 < max(seen) <= most
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 40, 300])
 @pytest.mark.parametrize("budget", [np.inf, 10.0])
 def test_cost_is_bounded(count, budget):

@@ -60,6 +60,7 @@ def llc_on(result: LLCEstimate, data: Given[Batch]) -> DataLLC:
     problem = _on_other_data(fitted, data)
     losses = jax.device_get(_programs(fitted, problem).losses(*_arguments(fitted, problem)))
     llc = float(problem.posterior.nbeta) * np.asarray(losses.excess, float)
+    # draws come in mirrored pairs, which are not independent of each other
     pairs, chains = pair_mean(llc, axis=1), llc.mean(axis=1)
     sem = chain_error(chains, pairs.std(axis=1, ddof=1) / np.sqrt(pairs.shape[1]))
     return DataLLC(float(chains.mean()), sem, chains, float(losses.reference[0]))
@@ -122,6 +123,7 @@ def _programs(fitted: Fitted, problem: Problem) -> _Programs:
 
                 return jax.lax.map(chain, (params, keys))
 
+            # it runs once for each set of data
             return jax.jit(run, compiler_options=quick_compilation())
 
         return _Programs(

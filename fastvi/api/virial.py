@@ -18,9 +18,9 @@ from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.virial import block_virials, parameter_blocks
 
 LEAST_DRAWS = 4  # of each chain
-OFF_SIGMAS = 4.0
+OFF_SIGMAS = 4.0  # standard errors at which the mean of a column is not taken for zero
 MIXED = 1.1  # R-hat up to which chains agree
-TINY = np.finfo(float).tiny
+TINY = np.finfo(float).tiny  # keeps quotients of zero by zero from NaN
 SWAPPED = 0.3  # correlation from one chain to the next, beyond which draws lie where chains should
 
 

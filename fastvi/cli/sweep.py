@@ -46,7 +46,7 @@ LOCALIZATION = ("localization", "gamma")  # two names of one thing
 # Columns of a run, as `describe` fills them; a run that failed has dashes.
 COLUMNS = ("llc", "q alone", "elbo", "k-hat", "FGE", "s", "findings")
 LONGEST_NAME = 150  # of a run's folder; file systems take 255
-VERSION = 1
+VERSION = 1  # of the sweep's file; raised where its entries change their meaning
 
 # What one run may fail with while the others are none the worse: a setting that its problem
 # refuses, data that it cannot use, a divergence, or a device that has not the memory for it.

@@ -7,7 +7,7 @@ from pathlib import Path
 from fastvi.results.estimate import LLCEstimate, with_error
 
 Row = Mapping[str, str]
-WIDTH = 80
+WIDTH = 80  # columns of a terminal that nobody has widened
 
 
 def describe(result: LLCEstimate) -> dict[str, str]:

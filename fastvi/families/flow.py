@@ -31,7 +31,7 @@ ROOT_RATE = 5.0
 # draws fall in any bin of a spline: at the others' rate its noise leads away from a start that is
 # right already.
 FLOW_RATE, FLOW_DAMPING = 0.25, 1e-8
-SPLINE_RATE, SPLINE_DAMPING = 0.05, 1e-2
+SPLINE_RATE, SPLINE_DAMPING = 0.05, 1e-2  # the same of splines
 LIFT_DAMPING = 0.05  # of natural gradients, which are O(1) off the optimum
 
 

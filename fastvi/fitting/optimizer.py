@@ -9,9 +9,9 @@ import optax
 from fastvi._typing import Array, PyTree, Scalar
 from fastvi.families.updates import Blocks, UpdateRules
 
-ADAM_B1 = 0.9
-ADAM_B2 = 0.99
-TYPICAL_NORM_DECAY = 0.98
+ADAM_B1 = 0.9  # of Kingma & Ba
+ADAM_B2 = 0.99  # second moments are means over 100 steps, since a fit has some hundreds
+TYPICAL_NORM_DECAY = 0.98  # a mean over 50 steps
 TRUNCATION_STEPS = 100.0  # steps after which the clipping bound starts to grow
 
 
@@ -42,8 +42,10 @@ def clip_by_typical_norm(max_ratio: float) -> optax.GradientTransformation:
             state.mean_square / jnp.maximum(1 - TYPICAL_NORM_DECAY**state.count, 1e-9)
         )
         growth = jnp.sqrt(jnp.maximum(1.0, state.count / TRUNCATION_STEPS))
+        # nothing is known before the first gradient, which passes as it is
         bound = jnp.where(state.count > 0, max_ratio * growth * typical, norm)
         factor = jnp.where(norm > bound, bound / norm, 1.0)
+        # an outlier raises the typical norm no further than to the bound
         square = jnp.minimum(norm, bound) ** 2
         mean_square = TYPICAL_NORM_DECAY * state.mean_square + (1 - TYPICAL_NORM_DECAY) * square
         clipped = scale(updates, factor.astype(norm.dtype))
@@ -126,6 +128,7 @@ def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArg
     def update(updates, state, params=None, **extra_args):
         del params
         elapsed = jnp.asarray(extra_args["elapsed"])
+        # goes to zero with the schedule, at which second moments stand still
         gain = (1 - ADAM_B2) * (1 - elapsed) ** 2
         unseen = (
             ADAM_B1 * state.unseen[0],

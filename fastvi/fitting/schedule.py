@@ -5,18 +5,20 @@ from typing import NamedTuple
 import numpy as np
 
 WINDOW_FRACTION = 0.5  # share of the steps so far that the trend is read from
-MIN_WINDOW = 100
+MIN_WINDOW = 100  # steps: ten for each block mean
+# Block means of a window: their scatter about the line has eight degrees of freedom.
 NUM_BLOCKS = 10
 NOISE_SIGMAS = 1.0  # with looks in a row below: a drift as large as its noise is not missed twice
 NEGLIGIBLE_PER_DIMENSION = (
     5e-4  # nats: the noise of an ELBO grows with the dimension, and its last few come slowly
 )
-FLAT_LOOKS = 2
+FLAT_LOOKS = 2  # in a row, at which the ELBO counts as flat
+# A virial off by so much is a variance off by as much where the loss is quadratic.
 VIRIAL_TOLERANCE = 0.05
 DECAY_FRACTION = 0.25  # steps of the final decay, relative to those before it
-MIN_DECAY = 100
-MAX_DECAY_FACTOR = 16
-FEW_DIMENSIONS = 32
+MIN_DECAY = 100  # steps
+MAX_DECAY_FACTOR = 16  # on the shortest decay, at most, in few dimensions
+FEW_DIMENSIONS = 32  # below half of them, more draws and steps cost nothing that shows
 
 
 class Trend(NamedTuple):

@@ -43,7 +43,7 @@ def rows_in_order(columns: Float[Array, "dim size"], order: Order) -> Float[Arra
     starts, ends = [0, *breaks], [*breaks, len(order)]
     if len(order) < 2 or not breaks:
         return columns
-    if len(starts) <= 4:
+    if len(starts) <= 4:  # beyond, a gather is the shorter program
         return jnp.concatenate(
             [columns[order[a] : order[a] + b - a] for a, b in zip(starts, ends, strict=True)]
         )

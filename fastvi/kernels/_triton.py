@@ -11,7 +11,7 @@ from fastvi._typing import Array
 
 BLOCK = 256  # entries of dim to a program
 TILE = 16  # rows of a matrix to a load: 32 registers a thread, and no spills on sm_90
-WARPS = 4
+WARPS = 4  # of a program: 128 threads, two entries of a block each
 
 
 def call(

@@ -112,7 +112,7 @@ class FittedQ(eqx.Module):
         self._check_one()
         axes, key = _axes(shape), as_key(key)
         num, dim, dtype = math.prod(axes), self.center.size, self.center.dtype
-        w, log_prob = jnp.zeros((0, dim), dtype), jnp.zeros(0, dtype)
+        w, log_prob = jnp.zeros((0, dim), dtype), jnp.zeros(0, dtype)  # of a shape with a 0 in it
         if num:
             w, log_prob = _draw(self.family, self.params, self.center, key, num)
         return self._formed(w.reshape(*axes, dim)), log_prob.reshape(axes)
@@ -208,7 +208,7 @@ def _draw(
     family: AbstractFamily, params: PyTree, center: Float[Array, " dim"], key: Key, num: int
 ) -> tuple[Float[Array, "draws dim"], Float[Array, " draws"]]:
     """Draw `num` times: every chain turns all of the noise, and a label picks among them."""
-    key_label, key_noise = jax.random.split(key)
+    key_label, key_noise = jax.random.split(key)  # labels and noise must be independent
     chains = jax.tree_util.tree_leaves(params)[0].shape[0]
     noise = family.draw_noise(key_noise, num)
 
@@ -217,6 +217,7 @@ def _draw(
         return drawn.displacement, drawn.log_prob
 
     own: Array
+    # one chain after the other: side by side they would need the memory of all
     displacements, own = jax.lax.map(one, params)
     if chains == 1:
         return center[None] + displacements[0], own[0]

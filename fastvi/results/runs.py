@@ -25,8 +25,8 @@ from fastvi.results.terminal import warn
 
 CONFIG_FILE, FIGURE_FILE, REPORT_FILE = "config.yaml", "traces.png", "report.html"
 EVENTS_FOLDER = Path("diagnostics") / "tb"
-VERSION = 2
-FIGURE_DPI = 150
+VERSION = 2  # of run.json; raised where its entries change their meaning
+FIGURE_DPI = 150  # a panel is then some 900 pixels wide
 CONTENTS = {
     RESULT_FILE: "values, errors, spectrum, findings",
     TRACES_FILE: "every step of every chain, and the log weights",

@@ -39,6 +39,7 @@ MISMATCH = 0.2
 SHARE_OF_WEIGHTS = 0.3
 # How often, and by how much, the displacement is made smaller where the loss overflows.
 SHRINKS, SHRINK = 3, 0.1
+# Fixed, so that a loss is refused on every run or on none.
 DISPLACEMENT_SEED = 0
 
 

@@ -198,6 +198,7 @@ def _stored(arrays):
 
 def _curve(spline, backward, left, bottom, width, height, raw_start, raw_end, x):
     """Map x by the curve of its bin, forward or back."""
+    # derivatives lie between the least and the greatest, smoothly in the raw numbers
     span = spline.max_derivative - spline.min_derivative
     start = spline.min_derivative + span * jax.nn.sigmoid(raw_start)
     end = spline.min_derivative + span * jax.nn.sigmoid(raw_end)
@@ -233,6 +234,7 @@ def _solve(slope, v, start, end):
     e = start * (1 - v) - end * v
     q = 4 * slope * slope * jnp.maximum(v * (1 - v), 0)
     root = jnp.sqrt(q + e * e)
+    # the root of the quadratic that loses no digits, whichever sign e has
     tail = jnp.where(e >= 0, e + root, q / (root - jnp.minimum(e, 0)))
     total = 2 * slope * v + tail
     return 2 * slope * v / total, tail / total
@@ -250,11 +252,12 @@ def _search(spline, backward, raw, x):
     bins, bound = spline.num_bins, spline.tail_bound
     least = jnp.asarray([spline.min_bin_width, spline.min_bin_height], raw.dtype)[:, None, None]
     logits = _logits(raw, bins)
+    # softmax by hand: its sums over the bins are needed below, and bins lead
     top = functools.reduce(jnp.maximum, [logits[:, k] for k in range(bins)])
     weights = jnp.exp(logits - top[:, None])
     total = functools.reduce(jnp.add, [weights[:, k] for k in range(bins)])
     factor = 2 * bound * (1 - bins * least) / total
-    edge = jnp.full_like(x, spline.unit_logit)
+    edge = jnp.full_like(x, spline.unit_logit)  # slope 1 at both ends, as outside
     derivatives = [edge, *(raw[2 * bins + k] for k in range(bins - 1)), edge]
     sides = [2 * bound * least + factor * weights[:, k] for k in range(bins)]
     index, corner = jnp.zeros_like(x), jnp.full_like(top, -bound)

@@ -29,8 +29,9 @@ import jax.numpy as jnp
 from fastvi._typing import Array, Key
 
 NOISE_BLOCKS = 2  # blocks of normals and of labels; a family that needs more raises the period
-STEP_PERIOD = NOISE_BLOCKS + 1
+STEP_PERIOD = NOISE_BLOCKS + 1  # blocks of a step: its noise, and its minibatch
 MAX_STEPS = 2**31 // STEP_PERIOD  # their blocks end where those of the start begin
+# Blocks of a fit's start and of its evaluation, which never meet those of a step.
 START = 2**31
 EVALUATION = 2**31 + 2**16
 # "fastvi: " in ASCII. The seeds of `jax.random.key` below 2^32 have a first word of zero, and the
@@ -53,7 +54,7 @@ def step_of(block: Array) -> Array:
     return block // STEP_PERIOD
 
 
-MOMENTUM = 0
+MOMENTUM = 0  # block of a walker's first momentum; its steps have those from 1 on
 
 
 def walker_noise(step: Array) -> Array:

@@ -17,7 +17,9 @@ import numpy as np
 
 from fastvi._typing import Array, Float, Key, UInt32
 
+# Rotation distances of Threefry-2x32 by Salmon et al.; four rounds take one row.
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+# The parity word of Skein: no schedule is all zeros, whatever the key.
 _PARITY = np.uint32(0x1BD11BDA)
 
 
@@ -68,7 +70,7 @@ def _threefry_words(key: Key) -> tuple[Array, Array] | None:
         return None
     if not getattr(jax.config, "jax_threefry_partitionable", False):
         return None
-    data = jax.random.key_data(key)
+    data = jax.random.key_data(key)  # two words of 32 bits
     return data[0], data[1]
 
 
@@ -84,10 +86,11 @@ def _threefry2x32(key0, key1, x0, x1):
     """Hash a 64-bit counter in 20 rounds."""
     schedule = (key0, key1, key0 ^ key1 ^ _PARITY)
     x0, x1 = x0 + schedule[0], x1 + schedule[1]
-    for block in range(5):
+    for block in range(5):  # of four rounds each: the 20 that Salmon et al. recommend
         for rotation in _ROTATIONS[block % 2]:
             x0 = x0 + x1
             x1 = x0 ^ ((x1 << np.uint32(rotation)) | (x1 >> np.uint32(32 - rotation)))
+        # the key goes in again after every four rounds, with a number that tells them apart
         x0 = x0 + schedule[(block + 1) % 3]
         x1 = x1 + (schedule[(block + 2) % 3] + np.uint32(block + 1))
     return x0, x1
@@ -97,7 +100,9 @@ def _inverse_cdf(bits, dtype):
     """Turn random words into normals, operation for operation as jax.random does."""
     num_bits, mantissa = (32, 23) if dtype == np.float32 else (64, 52)
     one = np.array(1, dtype)
+    # erf_inv(-1) is minus infinity: the interval is open there
     lowest = np.nextafter(-one, np.array(0, dtype), dtype=dtype)
+    # random bits behind the exponent of 1 make a number in [1, 2)
     mantissa_bits = (bits >> np.array(num_bits - mantissa, bits.dtype)) | np.array(
         one.view(bits.dtype)
     )

@@ -16,7 +16,7 @@ from fastvi.kernels.woodbury import sweeps, xla
 from fastvi.kernels.woodbury.types import Mixture
 
 BLOCK = 1024  # entries of dim to a program
-WARPS = 4
+WARPS = 4  # of a program: 128 threads, eight entries each
 
 grams, factor_grams = xla.grams, xla.factor_grams
 
@@ -30,6 +30,7 @@ def _project_kernel(
     plt.store(x_core.at[at], value, mask=inside)
     value += _combine(z, factors, label[0] * jnp.int32(rank), rank, at, inside)
     plt.store(x.at[at], value, mask=inside)
+    # the last column holds the square of x
     program, num_rows = pl.program_id(0), partial.shape[1] - 1
 
     def project(row, _):

@@ -20,8 +20,8 @@ from fastvi.results.report.panels import IMAGES, PANELS, render
 PREFIX = "vi/"
 # Traces that are recorded as they stand at a window's end; others by their mean over it.
 STATES = ("cumulative_fge", "lr", "effective_M")
-RADIUS_QUANTILES = (0.05, 0.5, 0.95)
-IMAGE_DPI = 80
+RADIUS_QUANTILES = (0.05, 0.5, 0.95)  # of |w - w*| over draws, a line for each
+IMAGE_DPI = 80  # event files hold every image, so they are half as fine as those of a run
 MOST_IMAGES = 3  # of each kind before the last: of more than ten TensorBoard shows a part
 SHAPES = ("pi", "scree", "D_sqrt")  # images of the family's arrays
 

@@ -25,7 +25,7 @@ LARGE_HEAT_DOUBT = 0.3
 # Share of the wanted error that the doubt of the heat may take: at half, batches are twice as
 # large; at double, the doubt alone is the error that was asked for.
 DOUBT_SHARE = 0.5
-TINY = 1e-30
+TINY = 1e-30  # keeps quotients of zero by zero from NaN
 
 
 class Measured(NamedTuple):

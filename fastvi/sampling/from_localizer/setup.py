@@ -134,5 +134,5 @@ def call_round(
 
 def affordable_steps(setup: WalkSetup, course: Course, steps: int, share: float = 1.0) -> int:
     """Return how many of these steps a share of the budget pays for."""
-    left = share * setup.budget - course.work
+    left = share * setup.budget - course.work  # may be less than nothing after measurements
     return max(0, min(steps, int(left / setup.cost(1, course.parts, course.is_anchored))))

@@ -40,8 +40,8 @@ _ALIASES |= {
     name: name
     for name in ("flow.template", "flow.depth", "flow.hidden", "flow.bins", "flow.init_scale")
 }
-# Draws of a chain where neither a person nor a plan says how many. At half, the error of q's average
-# is 1.4 times as large; at double, the evaluation costs twice as much.
+# Draws of a chain where neither a person nor a plan says how many. At half, the error of q's
+# average is 1.4 times as large; at double, the evaluation costs twice as much.
 _DEFAULT_EVALUATION_DRAWS = 64
 _DEFAULT_CURVATURE_EXAMPLES = 4096  # that the Hessian at w* is averaged over, at most
 # What a field that is None, not given, takes: a plan, a family or another field may put something

@@ -372,7 +372,8 @@ def run_estimate(
     if plan.method == "variational" or _has(result, "non_finite", "improper_posterior"):
         return result
     recorded = with_method(result, plan.method, settings.error, settings.budget, settings.sampler)
-    spent = result.work.total_fge * problem.num_data
+    # without a budget of the whole, that of sampling is what its default says
+    spent = 0.0 if settings.budget is None else result.work.total_fge * problem.num_data
     return correct_within(result, recorded, spent, progress=progress, throw=throw)
 
 

@@ -90,7 +90,9 @@ def chooses_walk(
         return True, True
     if start == "fit" or gamma <= 0 or not walks_without_fit(config):
         return False, False
-    is_poor = budget < FIT_SHARE * bound_fit(problem, plan_estimate(config, problem, None), look)
+    is_poor = config.budget is not None and (
+        budget < FIT_SHARE * bound_fit(problem, plan_estimate(config, problem, None), look)
+    )
     return is_poor or problem.posterior.center.size >= LEAST_DIM, is_poor
 
 

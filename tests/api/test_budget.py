@@ -50,6 +50,19 @@ def test_a_budget_that_may_not_pay_for_the_fit_is_refused():
         estimate(2e4, M=2)
 
 
+def test_few_data_are_fitted_where_no_budget_is_given():
+    """In two dimensions steps make hundreds of draws, which 20,000 n would not pay for."""
+    few = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
+    result = fastvi.estimate_llc(
+        lambda w, batch: 0.5 * jnp.mean((batch @ w) ** 2), jnp.zeros(2), few, progress=False
+    )
+    precision = 12 / np.log(12) * few.T @ few / 12
+    exact = 0.5 * np.trace(precision @ np.linalg.inv(precision + np.eye(2)))
+    assert result.has_fit
+    assert not result.health
+    assert abs(result.llc - exact) < 4 * result.llc_sem + 1e-4
+
+
 def test_what_goes_on_has_a_budget_of_its_own():
     first = estimate(2e5)
     more = fastvi.correct(first, "sample", budget=5e4, progress=False, throw=False)

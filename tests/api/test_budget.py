@@ -50,15 +50,21 @@ def test_a_budget_that_may_not_pay_for_the_fit_is_refused():
         estimate(2e4, M=2)
 
 
-def test_few_data_are_fitted_where_no_budget_is_given():
-    """In two dimensions steps make hundreds of draws, which 20,000 n would not pay for."""
+def test_a_long_fit_leaves_the_default_budget_to_the_walkers():
+    """It takes six times 20,000 n by itself."""
     few = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
     result = fastvi.estimate_llc(
-        lambda w, batch: 0.5 * jnp.mean((batch @ w) ** 2), jnp.zeros(2), few, progress=False
+        lambda w, batch: 0.5 * jnp.mean((batch @ w) ** 2),
+        jnp.zeros(2),
+        few,
+        method="sample",
+        steps=2000,
+        samples_per_step=64,
+        progress=False,
     )
     precision = 12 / np.log(12) * few.T @ few / 12
     exact = 0.5 * np.trace(precision @ np.linalg.inv(precision + np.eye(2)))
-    assert result.has_fit
+    assert result.correction.method == "sample"
     assert not result.health
     assert abs(result.llc - exact) < 4 * result.llc_sem + 1e-4
 

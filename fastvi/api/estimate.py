@@ -23,6 +23,7 @@ from fastvi.api.arguments import (
 from fastvi.api.plan import (
     BUDGET_OF_UNKNOWN_DATA,
     DEFAULT_BATCH_SIZE,
+    check_blocks,
     check_budget,
     default_budget,
     family_choice,
@@ -330,6 +331,7 @@ def run_estimate(
     objective, problem, settings, key, stream, look, loss, _ = target
     whole = plan_estimate(settings, problem, num_chains)
     check_budget(problem, whole, look, is_warm=warm is not None)
+    check_blocks(problem, settings.sampler)
     plan, num_chains = whole
     early_stop = bool(plan.early_stop)
     keys = jax.random.split(key, num_chains)

@@ -14,6 +14,8 @@ from fastvi.fitting.step import StepSettings
 from fastvi.fitting.step_plan import MOST_COMPONENTS, ScheduleSettings
 from fastvi.geometry.start import StartSettings
 from fastvi.results.work import bound_work
+from fastvi.sampling.gradients import block_counts
+from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem
 
@@ -106,6 +108,22 @@ def check_budget(
             f"budget={budget:.4g} sample gradients do not pay for the fit, which may take "
             f"{most:.4g} of them. Give twice that, fewer steps or eval_samples; or leave out what "
             "asks for a fit: a walk from the localizer keeps to any budget."
+        )
+
+
+def check_blocks(problem: Problem, sampler: SamplerSettings) -> None:
+    """Refuse gradients of blocks where the data cannot be split into any.
+
+    Raises:
+        ConfigError: If they are asked for.
+    """
+    dim = problem.posterior.center.size
+    if sampler.gradients == "blocks" and block_counts(problem.num_data, dim, sampler) == (1,):
+        raise ConfigError(
+            f'sampler.gradients="blocks" must have two blocks of min_block={sampler.min_block} '
+            f"examples, and their gradients at one point in table_floats={sampler.table_floats} "
+            f'numbers; got {problem.num_data} examples in {dim} dimensions. Take "full", or change '
+            "these."
         )
 
 

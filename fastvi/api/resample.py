@@ -15,7 +15,7 @@ import numpy as np
 from fastvi._compilation import CompileWatch
 from fastvi._errors import ConfigError, DataError, NonFiniteError
 from fastvi._typing import Array, Float, Given, Keys
-from fastvi.api.plan import default_budget
+from fastvi.api.plan import check_blocks, default_budget
 from fastvi.config import VIConfig
 from fastvi.evaluation.control_variate import regress
 from fastvi.evaluation.errors import chain_error, pair_mean
@@ -146,8 +146,9 @@ def correct(
         "sample": some 50 to 3,000 full gradients, never more than `budget`. Where that
         pays for no walk, draws of q are reweighted, and a finding says how much would do.
     """
-    result.fit_for("go on from")
+    fitted: Fitted = result.fit_for("go on from")
     recorded = with_method(result, method, error, budget, sampler)
+    check_blocks(fitted.problem, recorded.sampler)
     return correct_within(result, recorded, 0.0, progress=progress, throw=throw)
 
 

@@ -69,6 +69,14 @@ def test_gradients_and_start_must_agree():
         )
 
 
+def test_few_examples_have_no_blocks():
+    with pytest.raises(fastvi.ConfigError, match="two blocks of min_block=16 examples"):
+        estimate("blocks", data=X[:20])
+    result = estimate("full", data=X[:20])
+    with pytest.raises(fastvi.ConfigError, match='Take "full", or change'):
+        fastvi.correct(result, "sample", sampler={"gradients": "blocks"}, progress=False)
+
+
 def test_a_stream_has_no_blocks(monkeypatch):
     monkeypatch.setattr(streaming, "WINDOW_BYTES", 1)
     batches = [X[:256], X[256:]] * 100

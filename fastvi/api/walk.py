@@ -42,9 +42,6 @@ from fastvi.target.work import Work
 # Dimensions from which on a walk is tried before a fit, where both are possible. Below, a fit takes
 # a second or two and its metric always pays.
 LEAST_DIM = 2048
-# Budget from which on a fit is made, in what the fit may take at most. At 1 nothing is left for the
-# walk that follows; at double, budgets that a fit uses better go into walks from the localizer.
-FIT_SHARE = 1.5
 # Steps of a round: the host looks as often. Half of it looks twice as often, at a millisecond each.
 ROUND = 16
 # Examples of a part of a walker's batch, where examples are dear and where they are cheap; a pass
@@ -90,8 +87,9 @@ def chooses_walk(
         return True, True
     if start == "fit" or gamma <= 0 or not walks_without_fit(config):
         return False, False
+    # a fit rarely takes what it may at most, which leaves some of the budget to its walkers
     is_poor = config.budget is not None and (
-        budget < FIT_SHARE * bound_fit(problem, plan_estimate(config, problem, None), look)
+        budget < bound_fit(problem, plan_estimate(config, problem, None), look)
     )
     return is_poor or problem.posterior.center.size >= LEAST_DIM, is_poor
 

@@ -252,3 +252,14 @@ def test_stored_samples_say_how_good_they_are():
 def test_missing_answer_is_told():
     with pytest.raises(KeyError, match="bench.truth.reference nothing"):
         load_reference("nothing")
+
+
+@pytest.mark.parametrize("passes", [3, 20, 60])
+def test_a_budget_that_pays_for_no_fit_has_an_error_that_covers(passes):
+    """Walkers from the localizer begin far too wide for a network, and cannot come in so soon."""
+    problem = PROBLEMS["digits_16_g1"]()
+    result = problem.estimate(0, budget=passes * problem.n_data)
+    assert not result.has_fit
+    assert result.work.total_fge <= passes
+    assert any(finding.name == "stiff" for finding in result.health)
+    assert abs(result.llc - load_reference("digits_16_g1")["value"]) < 4 * result.llc_sem

@@ -25,7 +25,12 @@ from fastvi.sampling.from_localizer.steps import (
     evaluate_minibatches,
     minibatch_programs,
 )
-from fastvi.sampling.from_localizer.walk import TooStiff, walk_from_localizer
+from fastvi.sampling.from_localizer.walk import (
+    TooStiff,
+    excess_width,
+    missing_width,
+    walk_from_localizer,
+)
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.data import Problem, hold
 from fastvi.target.feed import Feed
@@ -307,3 +312,15 @@ def test_the_recorded_configuration_walks_again():
     assert not first.has_fit
     assert (again.llc, again.llc_sem) == (first.llc, first.llc_sem)
     assert again.config == first.config
+
+
+def test_the_virial_tells_how_much_too_wide_walkers_are():
+    rng = np.random.default_rng(0)
+    wide = 1 + 2 * (np.arange(30) < 10)  # variances of 30 directions, of which 10 are three times 1
+    position = np.sqrt(wide) * rng.normal(size=(8, 400, 30))
+    column = 30 - np.sum(position**2, axis=-1, keepdims=True)
+    added = 0.5 * 10 * 2
+    assert excess_width(column, 0.0) == pytest.approx(added, rel=0.1)
+    assert excess_width(column, 4.0) == pytest.approx(added - 4, rel=0.2)
+    assert excess_width(-column, 0.0) == 0
+    assert missing_width(column) == 0

@@ -318,7 +318,8 @@ def check_steps(setup: WalkSetup, course: Course) -> Check:
     # Student's quantile; and fewer bins than asked for have not shown how long walkers remember
     spread = analysis.llc_sem * (1 + 1.2 / max(llc.shape[0] - 1, 1))
     spread *= math.sqrt(max(1.0, settings.min_bins / bins))
-    systematic = math.hypot(doubt, course.gradient_doubt, missing_width(column))
+    width = missing_width(column), excess_width(column, course.heat)
+    systematic = math.hypot(doubt, course.gradient_doubt, *width)
     analysis = dataclasses.replace(
         analysis,
         llc=analysis.llc - share,
@@ -329,6 +330,16 @@ def check_steps(setup: WalkSetup, course: Course) -> Check:
         per_walker=analysis.per_walker - share,
     )
     return Check(analysis, llc, unmet_by(analysis, setup.error, 1.0, bins, settings))
+
+
+def excess_width(column: Float[np.ndarray, "walkers bins 1"], heat: float) -> float:
+    """Return the nats that walkers may have too many, as they began too wide and have not come in.
+
+    A direction that is too wide by a share of its variance takes that share off the virial column
+    of `missing_width`, and adds at most half of it to llc. The heat is known already.
+    """
+    surplus = -float(column.mean()) - SURPRISE * standard_error(column[:, :, 0])
+    return max(0.0, 0.5 * surplus - max(heat, 0.0))
 
 
 def missing_width(column: Float[np.ndarray, "walkers bins 1"]) -> float:

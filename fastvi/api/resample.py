@@ -146,9 +146,8 @@ def correct(
         "sample": some 50 to 3,000 full gradients, never more than `budget`. Where that
         pays for no walk, draws of q are reweighted, and a finding says how much would do.
     """
-    fitted: Fitted = result.fit_for("go on from")
+    result.fit_for("go on from")
     recorded = with_method(result, method, error, budget, sampler)
-    check_blocks(fitted.problem, recorded.sampler)
     return correct_within(result, recorded, 0.0, progress=progress, throw=throw)
 
 
@@ -164,6 +163,7 @@ def correct_within(
     fitted: Fitted = result.fit_for("go on from")
     if recorded.method == "variational":
         return result
+    check_blocks(fitted.problem, recorded.sampler)
     config = recorded.filled
     if not fitted.problem.holds_all:
         uncorrected(config.method, fitted.problem.data.is_sample)

@@ -110,9 +110,8 @@ def llc_curve(
     later = _later(first, warm_start, warm_steps)
     if first.sampler.chosen_start == "localizer":
         raise ConfigError(
-            "llc_curve begins at the fit of the checkpoint before, and these settings of the "
-            f"sampler are of walks from the localizer: start={first.sampler.start!r}, "
-            f"gradients={first.sampler.gradients!r}. "
+            "llc_curve begins at the fit of the checkpoint before, and "
+            f"{first.sampler.named_start} is of walks from the localizer. "
             "Call estimate_llc at each checkpoint: walks share their compiled programs."
         )
     if isinstance(data, Iterator):

@@ -189,7 +189,7 @@ def _walk(
     objective, problem, config, key, stream, look, loss, feed = target
     num_data = None if problem.data.is_sample else problem.num_data
     budget = config.budget or default_budget(num_data)
-    tries, must_walk = chooses_walk(problem, config, budget, look)
+    tries, must_walk = chooses_walk(problem, config, look)
     if feed is not None:
         # data that are read once leave nothing else: what was read is gone
         tries, must_walk = True, must_walk or problem.data.is_sample

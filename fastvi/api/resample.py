@@ -216,9 +216,8 @@ def with_method(
     config = result.config.replace(**given)
     if config.sampler.chosen_start == "localizer":
         raise ConfigError(
-            "correct goes on from a fit, and these settings of the sampler are of walks from the "
-            f"localizer: start={config.sampler.start!r}, gradients={config.sampler.gradients!r}. "
-            "Leave them out, or run estimate_llc again."
+            f"correct goes on from a fit, and {config.sampler.named_start} is of walks from the "
+            "localizer: leave it out, or run estimate_llc again."
         )
     return config.replace(budget=config.budget or default_budget(result.n_data)).recorded
 

@@ -59,9 +59,7 @@ def walks_without_fit(config: VIConfig) -> bool:
     return config.method in (None, "auto", "sample") and not config.of_a_fit
 
 
-def chooses_walk(
-    problem: Problem, config: VIConfig, budget: float, look: LossLook
-) -> tuple[bool, bool]:
+def chooses_walk(problem: Problem, config: VIConfig, look: LossLook) -> tuple[bool, bool]:
     """Say whether to try a walk from the localizer, and whether nothing else is possible.
 
     Raises:
@@ -69,9 +67,7 @@ def chooses_walk(
     """
     start, gamma = config.sampler.chosen_start, float(problem.posterior.gamma)
     if start == "localizer":
-        asked = 'sampler.start="localizer"'
-        if config.sampler.gradients != "auto":
-            asked = f"sampler.gradients={config.sampler.gradients!r}"
+        asked = config.sampler.named_start
         if config.of_a_fit:
             raise ConfigError(
                 f"{asked} makes no fit, and {config.of_a_fit[0]} is of one: leave one of them out."
@@ -89,7 +85,7 @@ def chooses_walk(
         return False, False
     # a fit rarely takes what it may at most, which leaves some of the budget to its walkers
     is_poor = config.budget is not None and (
-        budget < bound_fit(problem, plan_estimate(config, problem, None), look)
+        config.budget < bound_fit(problem, plan_estimate(config, problem, None), look)
     )
     return is_poor or problem.posterior.center.size >= LEAST_DIM, is_poor
 

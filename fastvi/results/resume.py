@@ -72,9 +72,12 @@ class FolderKeeper(AbstractKeeper):
         self._due = 0.0
         self._has_warned = False
         path = self.folder / PROGRESS_FILE
-        self._stored = files.read_arrays(path, WAY_OUT) if os.path.lexists(path) else None
-        if self._stored is not None:  # another fit is refused before anything compiles
-            self._compare(_read_meta(path, self._stored.get("meta"))["identity"])
+        self._kept: tuple[dict[str, Any], Mapping[str, np.ndarray]] | None = None
+        if os.path.lexists(path):
+            stored = files.read_arrays(path, WAY_OUT)
+            self._kept = _read_meta(path, stored.get("meta")), stored
+            # another fit is refused before anything compiles
+            self._compare(self._kept[0]["identity"])
 
     def restore(self, course: Course) -> None:
         """Move a course to where the kept one was.
@@ -82,10 +85,9 @@ class FolderKeeper(AbstractKeeper):
         Raises:
             DataError: If the file is damaged.
         """
-        if self._stored is None:
+        if self._kept is None:
             return
-        path, stored = self.folder / PROGRESS_FILE, self._stored
-        kept, self._stored = _read_meta(path, stored.get("meta")), None
+        path, (kept, stored), self._kept = self.folder / PROGRESS_FILE, self._kept, None
         template = jax.tree_util.tree_leaves(_arrays(course))
         leaves = [stored.get(f"leaf_{i}") for i in range(kept["num_leaves"])]
         traces = {

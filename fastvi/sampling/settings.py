@@ -114,6 +114,13 @@ class SamplerSettings:
         return self.start if self.start != "auto" else START_OF_GRADIENTS[self.gradients]
 
     @property
+    def named_start(self) -> str:
+        """What says where walkers begin, as a person writes it."""
+        if self.gradients != "auto":
+            return f"sampler.gradients={self.gradients!r}"
+        return f'sampler.start="{self.start}"'
+
+    @property
     def round_length(self) -> int:
         """Count the steps of a round."""
         return self.bins * self.bin_length

@@ -140,7 +140,8 @@ def look_at_loss(
     if min(size, max_batch) > 1:
         rows = _choose_rows(data, half)
     else:
-        rows = _Rows(*4 * (take_rows(on_host(data, np.arange(1)), slice(1)),))
+        one = take_rows(on_host(data, np.arange(1)), slice(1))
+        rows = _Rows(one, one, one, one)
     meter = _Meter(programs, allowed)
     tolerance = ROUNDING_UNITS * resolution
     at_center = meter.value_and_grad(center, rows.union)

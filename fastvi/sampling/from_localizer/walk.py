@@ -338,8 +338,7 @@ def excess_width(column: Float[np.ndarray, "walkers bins 1"], heat: float) -> fl
     A direction that is too wide by a share of its variance takes that share off the virial column
     of `missing_width`, and adds at most half of it to llc. The heat is known already.
     """
-    surplus = -float(column.mean()) - SURPRISE * standard_error(column[:, :, 0])
-    return max(0.0, 0.5 * surplus - max(heat, 0.0))
+    return max(0.0, missing_width(-column) - max(heat, 0.0))
 
 
 def missing_width(column: Float[np.ndarray, "walkers bins 1"]) -> float:

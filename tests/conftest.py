@@ -105,6 +105,8 @@ def pytest_configure(config):
         "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder))
     )
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # the whole heap is looked through after each file; in between, it would take a twentieth more
+    gc.set_threshold(10_000, 20, 50)
     if config.option.markexpr == "not slow":
         compile_quickly()
 

@@ -399,7 +399,8 @@ def _run_details(run: SamplerResult, settings: SamplerSettings, spent: float) ->
         "least_budget": spent + run.least_budget,
         "data_blocks": run.end.fidelity.num_blocks,
         "energy_error": run.end.fidelity.energy_error,
-        "step_size": float(run.end.walkers.step_size.step),
+        "step_size": run.end.step_size,
+        "rounding": float(np.sqrt(run.end.rounding)),
         "returned": run.end.returned,
     }
 

@@ -46,6 +46,9 @@ DECIDED_DIRECTIONS, DECIDED_SHARE = 1.0, 0.1
 DRIFT_SHARE, DRIFT_SIGMAS = 0.1, 4.0
 # Shares of llc. Rounding of w adds up over parameters, that of the loss averages out over draws.
 COARSE_WEIGHTS, COARSE_LOSS = 0.005, 0.5
+# Rounding of the loss over llc. It averages out over steps, so a few times as much moves nothing;
+# at a tenth, float32 losses of large n are named.
+ROUNDED_SHARE = 0.02
 # Nats by which n beta L_n may lie above its minimum. llc is short by about as many: half of what
 # one regular parameter adds to it.
 LEAST_GAIN = 0.25
@@ -146,7 +149,14 @@ def correction_findings(result: Any) -> tuple[Finding, ...]:
     Those of its fit that still matter, and its own.
     """
     kept = [finding for finding in result.health if finding.name in OF_PROBLEM]
-    checks = (_non_finite_value, _negative_llc, _importance_unreliable, _walk_unsettled, _q_was_off)
+    checks = (
+        _non_finite_value,
+        _negative_llc,
+        _importance_unreliable,
+        _walk_unsettled,
+        _rounded_loss,
+        _q_was_off,
+    )
     found = [finding for check in checks if (finding := check(result)) is not None]
     return tuple(sorted([*kept, *found], key=lambda finding: SEVERITIES.index(finding.severity)))
 
@@ -259,6 +269,22 @@ def _why_unsettled(unmet: dict[str, Unmet], result: Any) -> tuple[str, str]:
         "Raise budget, or fit longer with early_stop=True."
         if result.has_fit
         else "Raise budget, or begin at a fit: sampler={'start': 'fit'}.",
+    )
+
+
+def _rounded_loss(result: Any) -> Finding | None:
+    rounding = result.correction.rounding or 0.0
+    if not rounding > ROUNDED_SHARE * abs(result.llc):
+        return None
+    return Finding(
+        "note",
+        "rounded_loss",
+        f"Rounding of the loss changes the energy of a walker by {rounding:.2g} nats at every "
+        "step, however short it is.",
+        "The model or its loss computes in few digits (bfloat16, float16), or the loss is large "
+        "beside its changes. Step sizes were chosen by what is left without that.",
+        "llc is that of the loss as it is computed. Compute it in float32, or float64, to see what "
+        "rounding adds.",
     )
 
 

@@ -97,6 +97,8 @@ class Correction(NamedTuple):
         data_blocks: Parts that the data were split into; 1 where gradients were those of all data.
         energy_error: Mean square, per effective dimension, that the step size was held at, nats^2.
         step_size: Step of the dynamics in the walkers' coordinates.
+        rounding: Root mean square of the energy errors that rounding of the loss makes, in nats; 0
+            where steps have never become so short that it had to be told apart.
         returned: Steps that were taken back, all walkers together.
         batch: Examples of a walker's minibatch, where each step draws them anew.
         stiffness: Largest eigenvalue of the Hessian of nbeta L_n in the walk's coordinates that a
@@ -123,6 +125,7 @@ class Correction(NamedTuple):
     data_blocks: int | None = None
     energy_error: float | None = None
     step_size: float | None = None
+    rounding: float | None = None
     returned: float | None = None
     batch: int | None = None
     stiffness: float | None = None

@@ -142,11 +142,11 @@ def burn_in(llc: np.ndarray) -> int:
         White, An Effective Truncation Heuristic for Bias Reduction in Simulation Output (1997).
     """
     series = llc.mean(axis=0)  # walkers averaged, since they share the transient
-    candidates = range(series.size // 2 + 1)
-    scores = [
-        np.sum((series[t:] - series[t:].mean()) ** 2) / (series.size - t) ** 2 for t in candidates
-    ]
-    return int(np.argmin(scores))
+    # about their mean, so that sums of squares keep their digits
+    centred = series - series.mean()
+    left = series.size - np.arange(series.size // 2 + 1)
+    sums, squares = (np.cumsum(part[::-1])[left - 1] for part in (centred, centred**2))
+    return int(np.argmin((squares - sums**2 / left) / left**2))
 
 
 def _adjust(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -184,17 +184,29 @@ def standard_error(values: Float[np.ndarray, "walkers bins"]) -> float:
     From the spread of the walkers or the correlation within them, if larger.
     """
     length = values.shape[1]
-    centred = values - values.mean()
-    variance = np.mean(centred**2)
-    if variance == 0:  # walkers that do not move have no error to speak of
+    correlation = autocorrelation(values)
+    if correlation.size == 0:  # walkers that do not move have no error to speak of
         return 0.0
-    time = 1.0
-    for lag in range(1, length // 2):  # initial positive sequence, chains averaged
-        rho = np.mean(centred[:, lag:] * centred[:, :-lag]) / variance
-        if rho < NEGLIGIBLE_CORRELATION:
-            break
-        time += 2 * rho
-    return chain_error(values.mean(axis=1), np.sqrt(variance * time / length))
+    # initial positive sequence
+    ends = np.flatnonzero(correlation[1:] < NEGLIGIBLE_CORRELATION)
+    time = 1 + 2 * correlation[1 : ends[0] + 1 if ends.size else None].sum()
+    return chain_error(values.mean(axis=1), np.sqrt(values.var() * time / length))
+
+
+def autocorrelation(values: Float[np.ndarray, "walkers bins"]) -> Float[np.ndarray, " lags"]:
+    """Return the correlation of bins at lags below half of a run; none where all bins are equal.
+
+    Walkers are averaged, about their common mean. By Fourier transforms, since walks are slow where
+    they are long: sums for each lag would take longer than the walk.
+    """
+    walkers, length = values.shape
+    lags = np.arange(max(1, length // 2))
+    # zeros enough that no lag wraps around
+    size = 1 << (length + lags.size - 1).bit_length()
+    spectrum = np.fft.rfft(values - values.mean(), size, axis=1)
+    power = np.sum(spectrum.real**2 + spectrum.imag**2, axis=0)
+    covariance = np.fft.irfft(power, size)[: lags.size] / (walkers * (length - lags))
+    return covariance / covariance[0] if np.any(values != values.flat[0]) else covariance[:0]
 
 
 def drift(values: Float[np.ndarray, "walkers bins"]) -> float:

@@ -25,6 +25,8 @@ from fastvi.sampling.tuning import (
     USUAL_ERROR,
     Fidelity,
     effective_dimensions,
+    fresh_step_size,
+    is_rounding,
     max_blocks_within,
     noise_bias,
     plan_energy_error,
@@ -53,6 +55,10 @@ NOISE_SLACK = 1.5
 HEAT_SHARE, HEAT_DOUBT = 0.65, 0.4
 # Rounds that a budget has to pay for, with as many walkers as it can: the fewest that are averaged.
 LEAST_ROUNDS = 3
+# Step size, over the longest so far, at which rounding is looked for, and the energy error, over
+# the one in use, that shortens every step of a round by the most that one may be. At 0.7, rounds
+# are spent where the posterior merely narrows; at 0.25, walkers are slow for longer.
+ROUNDING_FALL, ROUNDING_TARGET = 0.5, 1e-6
 ERROR, RHAT, RHAT_RADIUS = "relative error", "R-hat of llc", "R-hat of |w - w*|^2"
 DRIFT, LENGTH, GRADIENT_NOISE = "drift in standard errors", "steps", "gradient noise over llc"
 
@@ -114,6 +120,9 @@ class RunState(NamedTuple):
         returned: Steps taken back, all walkers together.
         refinements: Times that the dynamics were made more exact.
         noise_checked: Rounds after which the noise was last measured.
+        rounding: Mean square of the energy errors that rounding makes, in nats^2, where short steps
+            have made it known.
+        longest_step: The longest step size since it was last looked for.
     """
 
     walkers: Walkers
@@ -128,11 +137,18 @@ class RunState(NamedTuple):
     returned: float = 0.0
     refinements: int = 0
     noise_checked: int = 1
+    rounding: float = 0.0
+    longest_step: float = 0.0
 
     @property
     def num_walkers(self) -> int:
         """Count the walkers."""
         return self.walkers.position.shape[0]
+
+    @property
+    def step_size(self) -> float:
+        """Return the step size, in standard deviations of q."""
+        return float(self.walkers.step_size.step)
 
     @property
     def fidelity(self) -> Fidelity:
@@ -225,7 +241,12 @@ class RunSetup:
     def bias(self, state: RunState, friction_time: float | None = None) -> float:
         """Return what noise adds to llc, for each block of data that a gradient leaves out."""
         time = self.settings.friction_time if friction_time is None else friction_time
-        return noise_bias(state.block_noise, float(state.walkers.step_size.step), time)
+        return noise_bias(state.block_noise, state.step_size, time)
+
+    def energy_error(self, state: RunState) -> float:
+        """Return the mean square of the energy errors that steps may make, in nats^2."""
+        dimensions = effective_dimensions(state.llc, self.problem.posterior.center.size)
+        return state.fidelity.energy_error * dimensions
 
     def max_blocks(self, state: RunState, bias: float) -> int:
         """Return the most blocks with which noise adds no more than `bias` to llc."""
@@ -319,7 +340,17 @@ def switch_fidelity(setup: RunSetup, state: RunState, fidelity: Fidelity) -> Run
 
 
 def advance(setup: RunSetup, state: RunState) -> tuple[RunState, Record]:
-    """Run one round."""
+    """Run one round; look for rounding where steps have become much shorter."""
+    state, record = _run_round(setup, state)
+    state = state._replace(longest_step=max(state.longest_step, state.step_size))
+    has_fallen = state.step_size < ROUNDING_FALL * state.longest_step
+    if has_fallen and setup.can_pay(state, setup.round_cost(state)):
+        state = tell_rounding(setup, state, _last_error(record))
+    return state, record
+
+
+def _run_round(setup: RunSetup, state: RunState) -> tuple[RunState, Record]:
+    """Run the steps of a round, and count them."""
     length = setup.settings.round_length
     state, record = _call(setup, state, 0, length)
     record = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, float), jax.device_get(record))
@@ -332,22 +363,45 @@ def advance(setup: RunSetup, state: RunState) -> tuple[RunState, Record]:
     ), record
 
 
+def tell_rounding(setup: RunSetup, state: RunState, error: float) -> RunState:
+    """Let steps be long again where it is rounding that makes the energy error of short ones.
+
+    Steps of a round that shrink all the way say so. The walkers stay where they are.
+    """
+    assert state.estimate is not None, "a fidelity is chosen before the first round"
+    exact = state.fidelity.energy_error * ROUNDING_TARGET
+    estimate = state.estimate._replace(fidelity=state.fidelity._replace(energy_error=exact))
+    after, record = _run_round(setup, state._replace(estimate=estimate))
+    state = state._replace(work=after.work, steps=after.steps)
+    if not is_rounding(error, _last_error(record), after.step_size / state.step_size):
+        return state._replace(longest_step=state.step_size)
+    longest = jnp.asarray(state.longest_step, state.walkers.step_size.step.dtype)
+    walkers = state.walkers._replace(step_size=fresh_step_size(longest))
+    # longer steps round more often: what was too little once is doubled
+    return state._replace(walkers=walkers, rounding=max(error, 2 * state.rounding))
+
+
+def _last_error(record: Record) -> float:
+    """Return the mean square of the energy errors of the last bin that has any."""
+    errors = record.energy_error[np.isfinite(record.energy_error)]
+    return float(errors[-1]) if errors.size else math.nan
+
+
 def _call(setup: RunSetup, state: RunState, start: int, stop: int) -> tuple[RunState, Record]:
     """Call the compiled program that moves walkers."""
     assert state.estimate is not None, "a fidelity is chosen before the first round"
     fidelity, anchor, here = state.estimate
     per_time = setup.bias(state, 1.0) * (fidelity.num_blocks - 1)
     time = plan_friction_time(state.width, state.allowed_bias, per_time, setup.settings)
-    dimensions = effective_dimensions(state.llc, setup.problem.posterior.center.size)
     walkers, here, record = setup.programs.advance(
         setup.problem,
         anchor,
         state.walkers,
         here,
         setup.reference_loss,
-        jnp.float32(fidelity.energy_error * dimensions),
-        jnp.float32(time),
-        *map(jnp.int32, (state.steps, start, stop)),
+        np.float32(setup.energy_error(state) + state.rounding),
+        np.float32(time),
+        *map(np.int32, (state.steps, start, stop)),
     )
     estimate = Estimate(fidelity, anchor, here)
     return state._replace(walkers=walkers, estimate=estimate, heat=per_time * time), record

@@ -105,6 +105,20 @@ def adapt_step_size(step_size: StepSize, error: Scalar, target: Scalar) -> StepS
     )
 
 
+def is_rounding(error: float, of_shorter: float, ratio: float) -> bool:
+    """Say whether the energy errors of steps are those of rounding, which shorter steps leave.
+
+    The mean square falls as the sixth power of the step size where the loss is smooth, as the
+    third at kinks, and as the first at most where it is made of steps: fewer of these are crossed.
+
+    Args:
+        error: Mean square of the energy errors, in nats^2.
+        of_shorter: That of shorter steps.
+        ratio: Their size over that of the others.
+    """
+    return bool(of_shorter > error * ratio**2)
+
+
 def is_runaway(
     error: Float[Array, " walkers"], kick: Float[Array, " walkers"], dim: int
 ) -> Bool[Array, " walkers"]:

@@ -6,6 +6,7 @@ The sampler, its coordinates, its error, and the whole path.
 import dataclasses
 import math
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,18 @@ from fastvi.api.plan import with_draws
 from fastvi.evaluation.importance import fit_pareto, pareto_smooth
 from fastvi.families.moments import LinearMap
 from fastvi.sampling import run
-from fastvi.sampling.averages import analyse, burn_in, drift, split_rhat, standard_error
+from fastvi.sampling.averages import (
+    analyse,
+    autocorrelation,
+    burn_in,
+    drift,
+    split_rhat,
+    standard_error,
+)
 from fastvi.sampling.programs import sampler_programs
 from fastvi.sampling.run import unmet_by
 from fastvi.sampling.settings import SamplerSettings
+from fastvi.sampling.tuning import is_rounding
 from fastvi.sampling.virial import parameter_blocks, virial_columns
 from fastvi.sampling.walkers import resample
 from tests.support.mixtures import MEANS, dense, make
@@ -103,6 +112,45 @@ def test_resampling_follows_the_weights_that_it_can_afford():
     assert len(set(np.asarray(draw(jax.random.key(1), lonely, 1000)).tolist())) >= 4
 
 
+# Rounding.
+
+
+@pytest.mark.parametrize("ratio", [0.02, 0.2, 0.4])
+@pytest.mark.parametrize(
+    ("power", "expected"), [(0, True), (1, True), (3, False), (6, False), (None, False)]
+)
+def test_errors_that_shorter_steps_leave_are_those_of_rounding(ratio, power, expected):
+    shorter = math.nan if power is None else 0.3 * ratio**power  # no error: none was measured
+    assert is_rounding(0.3, shorter, ratio) == expected
+
+
+def test_walkers_step_past_the_rounding_of_a_loss():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2000, 4)).astype(np.float32)
+    center = jnp.asarray([0.5, -1.0, 0.75, 1.25])  # exact in bfloat16
+
+    def loss(w, batch):
+        x, y = batch
+        return 0.5 * jnp.mean((x @ w.astype(jnp.bfloat16).astype(jnp.float32) - y) ** 2)
+
+    result = fastvi.estimate_llc(
+        loss,
+        center,
+        (x, x @ center),
+        method="sample",
+        sampler={"walkers_in_few_dimensions": 8},
+        progress=False,
+    )
+    curvature = np.linalg.eigvalsh(x.T @ x / 2000) * 2000 / math.log(2000)
+    # the posterior is 8 of bfloat16's spacings wide: the loss is that of float32 but for 1 %
+    expected = 0.5 * np.sum(curvature / (curvature + 1))
+    assert abs(result.llc - expected) < 0.01 * expected
+    assert result.correction.settled
+    assert result.correction.step_size > 0.05
+    assert result.correction.steps < 1000  # 5,500 where steps shrink until nothing is rounded
+    assert "rounded_loss" in [finding.name for finding in result.health]
+
+
 # Averages.
 
 
@@ -122,6 +170,32 @@ def test_standard_error_knows_the_autocorrelation():
     )
     assert 0.8 < np.mean(errors) / np.std(means) < 1.5
     assert 0.6 < np.mean(np.abs(means) < errors) < 0.9
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 400])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_autocorrelation_and_burn_in_are_their_sums(length, offset):
+    values = offset + autoregressive(3, length=length, offset=5.0)
+    centred = values - values.mean()
+    sums = [np.mean(centred[:, lag:] * centred[:, : length - lag]) for lag in range(length)]
+    expected = (np.array(sums) / np.mean(centred**2))[: max(1, length // 2)]
+    np.testing.assert_allclose(autocorrelation(values), expected, atol=1e-9)
+    # the rule of White (1997), a truncation at a time
+    tails = [values.mean(axis=0)[start:] for start in range(length // 2 + 1)]
+    assert burn_in(values) == np.argmin([tail.var() / tail.size for tail in tails])
+    assert autocorrelation(np.full((2, length), 0.1)).size == 0
+
+
+def test_averages_of_a_long_slow_walk_cost_little():
+    llc = np.concatenate([autoregressive(seed, memory=0.999, length=4000) for seed in range(8)])
+    began = time.process_time()
+    analyse(llc, llc[..., None] * [1.0, 0.5, 0.2, 0.1], llc**2)
+    took = time.process_time() - began
+    began = time.process_time()
+    for _ in range(60):
+        np.sort(llc, axis=1)
+    # sums for every lag take 200 of these
+    assert took < time.process_time() - began
 
 
 def test_analysis_uses_the_columns_without_bias():

@@ -497,7 +497,7 @@ def _family_arrays(arrays: dict[str, Any], most_scales: int = MOST_SCALES) -> di
     )
 
 
-def _snapshots(snapshots: list[Snapshot]) -> dict[str, np.ndarray]:
+def _snapshots(snapshots: tuple[Snapshot, ...]) -> dict[str, np.ndarray]:
     """Stack what the fit kept of q's shape along its way.
 
     Steps (snapshots,), arrays (chains, snapshots, ...).

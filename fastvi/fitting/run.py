@@ -76,11 +76,10 @@ class Fit:
     seconds: dict[str, float]
     converged: bool | None
     warm: bool = False
-    snapshots: list[Snapshot] = dataclasses.field(default_factory=list)
+    snapshots: tuple[Snapshot, ...] = ()
 
 
-@dataclasses.dataclass
-class Course:
+class Course(NamedTuple):
     """Where a fit is between two chunks.
 
     All that the next one depends on, beside problem and keys.
@@ -91,8 +90,8 @@ class Course:
     start: Start
     calibration_rounds: Any
     phases: Phases
-    parts: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
-    snapshots: list[Snapshot] = dataclasses.field(default_factory=list)
+    parts: tuple[dict[str, np.ndarray], ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
     done: int = 0
     flat_looks: int = 0
     converged: bool | None = None
@@ -105,8 +104,8 @@ class AbstractKeeper(abc.ABC):
     """Keeps the progress of a fit."""
 
     @abc.abstractmethod
-    def restore(self, course: Course) -> None:
-        """Move a course to where the kept one was, if there is one."""
+    def restore(self, course: Course) -> Course:
+        """Return the course that was kept; the given one, which begins, where there is none."""
 
     @abc.abstractmethod
     def save(self, course: Course) -> None:
@@ -183,8 +182,8 @@ def run_fit(
         )
         jax.block_until_ready(course.state)
     if options.keeper is not None:
-        options.keeper.restore(course)
-    _run_chunks(programs, problem, schedule, course, chain_keys, clock, options)
+        course = options.keeper.restore(course)
+    course = _run_chunks(programs, problem, schedule, course, chain_keys, clock, options)
     report(Progress("evaluation", schedule.steps, schedule.steps, float("nan")))
     arguments, source = (
         (course.family, problem, course.state.params, chain_keys),
@@ -321,7 +320,7 @@ def _run_chunks(
     keys: Keys,
     clock: "Clock",
     options: Options,
-) -> None:
+) -> Course:
     """Run the steps.
 
     With `early_stop`, at the peak rate until the ELBO is flat, then through the decay.
@@ -332,17 +331,18 @@ def _run_chunks(
             problem = dataclasses.replace(problem, data=options.stream.window(course.done))
         end = min(course.done + CHUNK, course.phases.end)
         with clock.stage("sampling"):
-            part = _advance(programs, schedule, course, problem, keys, end, options)
-        course.parts.append(part)
+            course = _advance(programs, schedule, course, problem, keys, end, options)
+        part = course.parts[-1]
         elbo = np.concatenate([part["elbo"] for part in course.parts], axis=1)
         latest = float(np.mean(elbo[:, -part["elbo"].shape[1] :]))
         report(Progress("fit", course.done, course.phases.end, latest, part))
         if options.ends_where is not None and options.ends_where(~np.isfinite(elbo[:, -1])):
             break
         if options.early_stop and not course.converged:
-            _check_convergence(course, elbo, schedule, problem.posterior.center.size)
+            course = _check_convergence(course, elbo, schedule, problem.posterior.center.size)
         if options.keeper is not None:
             options.keeper.save(course)
+    return course
 
 
 def _advance(
@@ -353,20 +353,21 @@ def _advance(
     keys: Keys,
     end: int,
     options: Options,
-) -> dict[str, np.ndarray]:
+) -> Course:
     """Run the steps up to `end`, with a stop at each record where snapshots of q are kept."""
     pieces, every, dtype = [], schedule.record_every, problem.posterior.center.dtype
     while course.done < end:
         stop = min(end, (course.done // every + 1) * every) if options.keeps_snapshots else end
         length = stop - course.done
         plan = plan_steps(schedule, course.phases, course.done, length, CHUNK, dtype)
-        course.state, traces = programs.steps(course.family, problem, course.state, keys, plan)
+        state, traces = programs.steps(course.family, problem, course.state, keys, plan)
         pieces.append({name: np.asarray(trace)[:, :length] for name, trace in traces.items()})
-        course.done = stop
+        course = course._replace(state=state, done=stop)
         if options.keeps_snapshots and stop % every == 0:
-            arrays = jax.device_get(_described(course.family, course.state.params))
-            course.snapshots.append(Snapshot(stop - 1, arrays))
-    return {name: np.concatenate([part[name] for part in pieces], axis=1) for name in pieces[0]}
+            shape = Snapshot(stop - 1, jax.device_get(_described(course.family, state.params)))
+            course = course._replace(snapshots=(*course.snapshots, shape))
+    part = {name: np.concatenate([piece[name] for piece in pieces], axis=1) for name in pieces[0]}
+    return course._replace(parts=(*course.parts, part))
 
 
 @jax.jit
@@ -376,18 +377,18 @@ def _described(family: AbstractFamily, params: Any) -> dict[str, Array]:
 
 def _check_convergence(
     course: Course, elbo: np.ndarray, schedule: ScheduleSettings, dim: int
-) -> None:
+) -> Course:
     """Begin the decay where the ELBO was flat at looks in a row."""
     if not max(MIN_WINDOW, schedule.anneal_until) <= course.done < course.phases.decay_start:
-        return
+        return course
     negligible = negligible_nats(course.family.negligible_gain, dim)
     is_flat = elbo_trend(elbo).is_flat(negligible) and is_balanced(course.parts[-1]["virial"])
-    course.flat_looks = course.flat_looks + 1 if is_flat else 0
-    if course.flat_looks == FLAT_LOOKS:
-        course.converged = True
-        decay = -(-decay_length(course.done, dim) // CHUNK) * CHUNK
-        end = min(schedule.steps, course.done + decay)
-        course.phases = Phases(course.phases.warmup, course.done, end)
+    looks = course.flat_looks + 1 if is_flat else 0
+    if looks < FLAT_LOOKS:
+        return course._replace(flat_looks=looks)
+    decay = -(-decay_length(course.done, dim) // CHUNK) * CHUNK
+    phases = Phases(course.phases.warmup, course.done, min(schedule.steps, course.done + decay))
+    return course._replace(flat_looks=looks, converged=True, phases=phases)
 
 
 def _line_points(posterior: LocalPosterior, start: Start) -> Beside:

@@ -79,14 +79,14 @@ class FolderKeeper(AbstractKeeper):
             # another fit is refused before anything compiles
             self._compare(self._kept[0]["identity"])
 
-    def restore(self, course: Course) -> None:
-        """Move a course to where the kept one was.
+    def restore(self, course: Course) -> Course:
+        """Return the course that was kept, or the given one, which begins.
 
         Raises:
             DataError: If the file is damaged.
         """
         if self._kept is None:
-            return
+            return course
         path, (kept, stored), self._kept = self.folder / PROGRESS_FILE, self._kept, None
         template = jax.tree_util.tree_leaves(_arrays(course))
         leaves = [stored.get(f"leaf_{i}") for i in range(kept["num_leaves"])]
@@ -100,16 +100,20 @@ class FolderKeeper(AbstractKeeper):
         _check_course(path, kept, traces)
         structure = jax.tree_util.tree_structure(_arrays(course))
         restored = structure.unflatten([jnp.asarray(leaf) for leaf in leaves])
-        course.family, course.state, course.start = restored
-        course.snapshots = snapshots
-        course.parts = [
-            {name: trace[:, at] for name, trace in traces.items()}
-            for at in _slices(kept["lengths"])
-        ]
+        family, state, start = restored
         warmup, decay_start, end = kept["phases"]
-        course.phases = Phases(warmup, decay_start, int(end))
-        for name in COUNTS:
-            setattr(course, name, kept[name])
+        return course._replace(
+            family=family,
+            state=state,
+            start=start,
+            snapshots=snapshots,
+            parts=tuple(
+                {name: trace[:, at] for name, trace in traces.items()}
+                for at in _slices(kept["lengths"])
+            ),
+            phases=Phases(warmup, decay_start, int(end)),
+            **{name: kept[name] for name in COUNTS},
+        )
 
     def save(self, course: Course) -> None:
         """Save a checkpoint.
@@ -215,7 +219,7 @@ def _read_meta(path: Path, stored: Any) -> dict[str, Any]:
     return meta
 
 
-def _read_snapshots(path: Path, stored: Mapping[str, np.ndarray]) -> list[Snapshot]:
+def _read_snapshots(path: Path, stored: Mapping[str, np.ndarray]) -> tuple[Snapshot, ...]:
     """Return the kept shapes of q, in the order of their steps."""
     found: dict[int, dict[str, np.ndarray]] = {}
     for entry, array in stored.items():
@@ -225,7 +229,7 @@ def _read_snapshots(path: Path, stored: Mapping[str, np.ndarray]) -> list[Snapsh
         if not (step.isdecimal() and name):
             raise files.damaged(path, f"has an impossible {entry!r}", WAY_OUT)
         found.setdefault(int(step), {})[name] = array
-    return [Snapshot(step, found[step]) for step in sorted(found)]
+    return tuple(Snapshot(step, found[step]) for step in sorted(found))
 
 
 def _check_leaves(path: Path, leaves: list[Any], template: list[Any]) -> None:

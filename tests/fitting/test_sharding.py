@@ -27,8 +27,9 @@ center = jnp.asarray(np.linalg.lstsq(inputs, outputs)[0])
 states = []
 original = driver._run_chunks
 def spy(programs, problem, schedule, course, *rest):
-    original(programs, problem, schedule, course, *rest)
+    course = original(programs, problem, schedule, course, *rest)
     states.append(course.state)
+    return course
 driver._run_chunks = spy
 options = dict(key=0, num_chains=4, M=1, r=0, curvature_rank=0, dtype="float64")
 options |= {"steps": 60, "progress": False, "throw": False, "method": "variational"}

@@ -1,5 +1,7 @@
 """Walks from the localizer against closed forms and dense linear algebra."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,13 +57,19 @@ def loss_fn(w, batch):
     return 0.5 * jnp.mean(jnp.sum(HESSIAN.astype(np.float32) * (flat - batch) ** 2, axis=-1))
 
 
+@functools.cache
+def flat_loss():
+    """Return the loss and w*, held by this module: programs only borrow the loss."""
+    return ravel_loss(loss_fn, PARAMS, jnp.float32)
+
+
 def make_setup(key=0, *, error=0.02, budget=1e5, must_walk=True, nbeta=NBETA, reader=None):
-    objective, center = ravel_loss(loss_fn, PARAMS, jnp.float32)
+    objective, center = flat_loss()
     posterior = LocalPosterior(center, jnp.float32(nbeta), jnp.float32(GAMMA))
     examples = jnp.asarray(POINTS)
     loss = fingerprint_loss(objective, Problem(posterior, hold(examples), 64))
     reader = reader or DrawnReader(examples, PART)
-    setup = WalkSetup(
+    return WalkSetup(
         programs=minibatch_programs(objective, loss, posterior, reader.first, 16),
         posterior=posterior,
         leaf_sizes=tuple(objective.structure.leaf_sizes),
@@ -75,7 +83,6 @@ def make_setup(key=0, *, error=0.02, budget=1e5, must_walk=True, nbeta=NBETA, re
         report=lambda work, llc: None,
         num_data=COUNT,
     )
-    return setup, objective  # the programs borrow the objective
 
 
 def exact_map():
@@ -98,9 +105,8 @@ def test_heat_is_that_of_the_linear_recursion(step, curvature):
 
 
 def test_curvature_of_each_array_is_measured():
-    setup, objective = make_setup()
+    setup = make_setup()
     measured, work, examples = measure_curvature(setup, np.random.default_rng(1))
-    del objective
     np.testing.assert_allclose(measured.curvature, NBETA * np.array(CURVATURES), rtol=1e-4)
     # in the coordinates of the two curvatures the data's share of the precision is what is left
     # two products from noise along both curvatures leave (0.2 / 0.8)^4 of the other
@@ -130,7 +136,7 @@ def test_heat_is_measured():
     for key in range(12):
         at_center = blank_state(np.zeros((WALKERS, DIM), np.float32))
         course = Course(at_center, exact_map(), 0.3)
-        heats.append(measure_heat(make_setup(key)[0], course).heat)
+        heats.append(measure_heat(make_setup(key), course).heat)
     variance = NBETA**2 * HESSIAN**2 * POINTS.var(axis=0) / PART / PRECISION
     share = NBETA * HESSIAN / PRECISION
     exact = 0.5 * np.sum(variance * share * position_heat(0.3, FRICTION_TIME, np.ones(DIM)))
@@ -139,7 +145,7 @@ def test_heat_is_measured():
 
 
 def test_a_walk_finds_the_llc():
-    results = [walk_from_localizer(make_setup(key, error=0.03)[0]) for key in range(6)]
+    results = [walk_from_localizer(make_setup(key, error=0.03)) for key in range(6)]
     analyses = [walk.check.analysis for walk in results]
     scores = np.array([(one.llc - EXACT) / one.llc_sem for one in analyses])
     assert np.all(np.abs(scores) < 4)
@@ -151,19 +157,18 @@ def test_a_walk_finds_the_llc():
 
 @pytest.mark.parametrize("budget", [200.0, 700.0, 3000.0])
 def test_no_walk_exceeds_its_budget(budget):
-    setup, objective = make_setup(error=1e-4, budget=budget)
+    setup = make_setup(error=1e-4, budget=budget)
     if budget < 500:
         with pytest.raises(fastvi.ConfigError, match="budget"):
             walk_from_localizer(setup)
         return
     walk = walk_from_localizer(setup)
-    del objective
     assert 0.9 * budget < walk.work <= budget
     assert walk.check.unmet
 
 
 def test_stiff_posteriors_are_left_to_a_fit():
-    stiff = walk_from_localizer(make_setup(must_walk=False, nbeta=1e4)[0])
+    stiff = walk_from_localizer(make_setup(must_walk=False, nbeta=1e4))
     assert isinstance(stiff, TooStiff) or stiff.measured.stiffness <= 100
 
 
@@ -176,8 +181,7 @@ def test_steps_and_batches_are_planned():
 
 
 def test_a_batch_of_parts_is_their_mean():
-    _, objective = make_setup()
-    posterior = make_setup()[0].posterior
+    objective, posterior = flat_loss()[0], make_setup().posterior
     keys = jax.random.split(jax.random.key(3), 2)
     position = np.random.default_rng(0).normal(size=(2, DIM)).astype(np.float32)
     source = DrawnReader(jnp.asarray(POINTS), PART).first
@@ -206,7 +210,7 @@ def test_walkers_in_turn_move_as_side_by_side(monkeypatch):
     for largest in (DIM, DIM - 1):
         monkeypatch.setattr(compiled_steps, "LARGEST_SIDE_BY_SIDE", largest)
         PROGRAMS.clear()
-        setup, objective = make_setup()
+        setup = make_setup()
         rng = np.random.default_rng(0)
         positions = rng.normal(size=(2, WALKERS, DIM)).astype(np.float32)
         source, parts = setup.reader.first, jnp.int32(2)
@@ -217,7 +221,6 @@ def test_walkers_in_turn_move_as_side_by_side(monkeypatch):
         memory.append(compiled.memory_analysis().temp_size_in_bytes)
         state, said = program(inputs, blank_state(*positions), *numbers)
         found.append(jax.tree_util.tree_leaves((state, said)))
-        del objective
     PROGRAMS.clear()
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)

@@ -14,11 +14,6 @@ def anchor_cost(num_data: int, num_blocks: int) -> float:
     return GRADIENT * num_data if num_blocks > 1 else 0
 
 
-def noise_cost(num_data: int, num_blocks: int, most: int) -> float:
-    """Price the gradients of at most so many of the blocks at one point."""
-    return GRADIENT * min(num_blocks, most) * block_size(num_data, num_blocks) * (num_blocks > 1)
-
-
 def run_cost(num_data: int, num_blocks: int, walkers: int, steps: int) -> float:
     """Price a run that begins with blocks: the anchor, the walkers' first gradients, and steps."""
     return anchor_cost(num_data, num_blocks) + (1 + steps) * step_cost(

@@ -15,9 +15,9 @@ import numpy as np
 
 from fastvi._typing import Float, Scalar
 from fastvi.sampling.averages import Analysis, analyse
-from fastvi.sampling.costs import noise_cost, run_cost, step_cost
+from fastvi.sampling.costs import anchor_cost, run_cost, step_cost
 from fastvi.sampling.dynamics import Evaluation
-from fastvi.sampling.gradients import Anchor, Blocks, block_counts, split_data
+from fastvi.sampling.gradients import Anchor, block_counts, split_data
 from fastvi.sampling.programs import Record, SamplerPrograms, blank_evaluation
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.tuning import (
@@ -197,8 +197,8 @@ class RunSetup:
 
     def noise_cost(self, state: RunState) -> float:
         """Price a measurement of the noise, which all data at once do not need."""
-        count, points = self.counts[0], min(self.settings.noise_points, state.num_walkers)
-        return (1 + points) * noise_cost(self.num_data, count, self.settings.noise_blocks)
+        points = min(self.settings.noise_points, state.num_walkers)
+        return (1 + points) * anchor_cost(self.num_data, self.counts[0])
 
     def run_cost(self, num_blocks: int, walkers: int, rounds: int = LEAST_ROUNDS) -> float:
         """Price a run of some rounds that begins with blocks."""
@@ -292,8 +292,8 @@ def measure_noise(setup: RunSetup, state: RunState) -> RunState:
     if setup.counts[0] == 1:
         return state
     blocks, linear_map = split_data(setup.num_data, setup.counts[0]), state.walkers.linear_map
-    # a random permutation is split, so that the first blocks are a random sample of them
-    some = Blocks(blocks.rows[: setup.settings.noise_blocks], blocks.rest[:0])
+    # of all blocks: what a few heavy examples do is in few of them
+    some = blocks._replace(rest=blocks.rest[:0])
     points = np.asarray(state.walkers.position)[: setup.settings.noise_points]
 
     def gradients(position):

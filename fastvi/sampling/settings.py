@@ -59,8 +59,6 @@ class SamplerSettings:
             half the time; at double, twice.
         noise_points: Walkers at which the noise of gradients is measured. At half, a measurement
             costs half and is noisier by 1.4; at double, the reverse.
-        noise_blocks: Blocks on which it is measured, at most. At half and double: as for
-            `noise_points`.
         noise_share: Heat by gradient noise that is allowed before control variates, over the
             relative error that was asked for; what these leave of it is in part taken off, in part
             doubted. At half, blocks are twice as large; at double, half as large, and more of llc's
@@ -97,7 +95,6 @@ class SamplerSettings:
     table_floats: int = 2**24
     coordinates_per_fge: float = 2e5
     noise_points: int = 4
-    noise_blocks: int = 64
     noise_share: float = 1.5
     burn_in_noise: float = 0.2
     burn_in_change: float = 0.1

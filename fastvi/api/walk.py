@@ -26,7 +26,7 @@ from fastvi.results.parts import (
     Timings,
     said_by_walkers,
 )
-from fastvi.results.walk_findings import walk_findings
+from fastvi.results.walk_findings import LEAST_SHARE, walk_findings
 from fastvi.results.work import RunWork
 from fastvi.sampling.from_localizer.batches import AbstractReader, DrawnReader, FeedReader
 from fastvi.sampling.from_localizer.setup import WalkSetup
@@ -87,7 +87,9 @@ def chooses_walk(problem: Problem, config: VIConfig, look: LossLook) -> tuple[bo
     is_poor = config.budget is not None and (
         config.budget < bound_fit(problem, plan_estimate(config, problem, None), look)
     )
-    return is_poor or problem.posterior.center.size >= LEAST_DIM, is_poor
+    # a fit and the blocks of its walkers see all data: few examples of much weight among them
+    is_wide = problem.posterior.center.size >= LEAST_DIM and look.effective_share >= LEAST_SHARE
+    return is_poor or is_wide, is_poor
 
 
 def estimate_by_walk(
@@ -129,6 +131,7 @@ def estimate_by_walk(
             settings=settings,
             error=config.error,
             budget=budget - look.sample_gradients,
+            spent=look.sample_gradients,
             must_walk=must_walk,
             report=tell,
             num_data=problem.num_data,

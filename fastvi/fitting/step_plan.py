@@ -156,7 +156,8 @@ def plan_steps(
 
 def frozen(plan: StepPlan) -> StepPlan:
     """Return a plan whose steps leave the parameters as they are."""
+    # at the start of the schedule, whatever the step: beyond its end moments never begin
     rows = plan.rows._replace(
-        rate=np.zeros_like(plan.rows.rate), prunes=np.zeros_like(plan.rows.prunes)
+        **{name: np.zeros_like(getattr(plan.rows, name)) for name in ("rate", "elapsed", "prunes")}
     )
     return plan._replace(rows=rows)

@@ -32,6 +32,7 @@ OF_PROBLEM = (
     "localizer_decides",
     "core_truncated",
     "stiff",
+    "uneven_weights",
     "data_ended",
 )
 # Share of the weight in one component beside others, which then hold one draw in 20.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError
-from fastvi._typing import Keys, PyTree
+from fastvi._typing import Given, Keys, PyTree
 from fastvi._version import __version__
 from fastvi.config import VIConfig
 from fastvi.fitting.run import AbstractKeeper, Course, Snapshot
@@ -59,8 +59,13 @@ class FolderKeeper(AbstractKeeper):
         DataError: If the file is damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]):
-        self.folder = Path(folder)
+    def __init__(self, folder: Given[str | os.PathLike[str]], identity: dict[str, Any]):
+        try:
+            self.folder = Path(folder)
+        except TypeError as error:
+            raise ConfigError(
+                f"resume_from must be a folder, as a string or a path; got {type(folder).__name__}."
+            ) from error
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

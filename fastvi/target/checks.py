@@ -51,12 +51,14 @@ class LossLook(NamedTuple):
         weight_rounding: Nats that rounding w to its dtype adds to nbeta L_n, on average.
         loss_rounding: Nats of nbeta L_n that one unit in the last place of the loss stands for.
         weight_error: Relative error of the mean weight of a weighted loss, found on a sample.
+        effective_share: As many examples of equal weight vary as much, over all.
     """
 
     sample_gradients: float = 0.0
     weight_rounding: float = 0.0
     loss_rounding: float = 0.0
     weight_error: float = 0.0
+    effective_share: float = 1.0
 
 
 class LossPrograms(NamedTuple):

@@ -28,6 +28,7 @@ from fastvi.target.data import AbstractData, Problem, default_max_batch
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.target.losses import (
     LossForm,
+    Weighing,
     find_mean_weight,
     raw_examples,
     weigh_batch,
@@ -77,12 +78,12 @@ def look_at_target(
         raise DataError(
             f"{name} returns (losses, weights), whose mean weight must be known before jit or vmap."
         )
-    weight_error = 0.0
+    weighing = Weighing()
     if is_weighted:
         problem = _with_weight(problem, 1.0)  # any weight gives the program that all share
     loss = _fingerprint(objective, problem, name)
     if is_weighted:
-        problem, weight_error = _weigh(objective, problem, loss, name, stream)
+        problem, weighing = _weigh(objective, problem, loss, name, stream)
     if traced or loss.is_traced:
         return problem, LossLook(), loss
     if fingerprint_loss(objective, problem) != loss:
@@ -108,7 +109,12 @@ def look_at_target(
     spent = look.sample_gradients + WEIGHING_COST * is_weighted * problem.num_data
     if loss_full_flat is not None:
         spent += _check_full_loss(programs, problem, loss_full_flat)
-    return problem, look._replace(sample_gradients=spent, weight_error=weight_error), loss
+    look = look._replace(
+        sample_gradients=spent,
+        weight_error=weighing.error,
+        effective_share=weighing.effective_share,
+    )
+    return problem, look, loss
 
 
 def weigh(objective: Any, problem: Problem, name: str) -> Problem:
@@ -128,21 +134,22 @@ def _fingerprint(objective: Any, problem: Problem, name: str) -> Fingerprint:
 
 def _weigh(
     objective: Any, problem: Problem, loss: Fingerprint, name: str, stream: AbstractStream | None
-) -> tuple[Problem, float]:
+) -> tuple[Problem, Weighing]:
     """Attach the mean weight of an example in place of any, found in one pass over all data.
 
     Returns:
-        The problem, and the relative error of the mean weight where it was found on a sample.
+        The problem, and the weights, whose error is that of a sample where the data are one.
     """
     center, data = problem.posterior.center, problem.data
     weigher = PROGRAMS.find(loss, ("weigh", shapes_of(problem)), (objective,), _weigher)
     pieces = (stream or data).known_pieces()
-    mean_weight, error = find_mean_weight(weigher, center, pieces, name)
-    error = error if (stream or data).is_sample else 0.0
+    weighing = find_mean_weight(weigher, center, pieces, name)
+    if not (stream or data).is_sample:
+        weighing = weighing._replace(error=0.0)
     if stream is None:
-        return _with_weight(problem, mean_weight), error
-    stream.mean_weight, stream.weight_error = mean_weight, error
-    return dataclasses.replace(problem, data=stream.window(0)), error
+        return _with_weight(problem, weighing.mean), weighing
+    stream.mean_weight, stream.weight_error = weighing.mean, weighing.error
+    return dataclasses.replace(problem, data=stream.window(0)), weighing
 
 
 def _signature(objective: Any, problem: Problem, name: str) -> Signature:
@@ -156,10 +163,10 @@ def _with_weight(problem: Problem, mean_weight: float) -> Problem:
     return dataclasses.replace(problem, data=dataclasses.replace(problem.data, examples=examples))
 
 
-def _weigher(objective: Any) -> Callable[[Array, AbstractData], tuple[Array, Array]]:
+def _weigher(objective: Any) -> Callable[[Array, AbstractData], tuple[Array, Array, Array]]:
     """Return `(w, data) -> weight_statistics`, compiled."""
 
-    def of_data(w: Array, data: AbstractData) -> tuple[Array, Array]:
+    def of_data(w: Array, data: AbstractData) -> tuple[Array, Array, Array]:
         return data.mean(lambda batch: weight_statistics(objective.outputs(w, batch), w.dtype))
 
     return jax.jit(of_data, compiler_options=quick_compilation())

@@ -58,7 +58,8 @@ def raw_examples(batch: Batch) -> Batch:
 def mean_loss(value: Any, batch: Batch, dtype: Any) -> Scalar:
     """Reduce what a loss function returned on a batch to its estimate of the mean over the data."""
     losses = example_losses(value, batch, dtype)
-    return value if losses is None else jnp.mean(losses)
+    # a Python number has no axes, which draws side by side need
+    return jnp.asarray(value) if losses is None else jnp.mean(losses)
 
 
 def example_losses(value: Any, batch: Batch, dtype: Any) -> Float[Array, " batch"] | None:
@@ -84,20 +85,37 @@ def weigh_batch(batch: Batch, mean_weight: float, dtype: Any) -> WeightedBatch:
     return WeightedBatch(batch, jnp.full(num_examples(batch), 1 / mean_weight, dtype))
 
 
-def weight_statistics(outputs: Any, dtype: Any) -> tuple[Scalar, Scalar]:
-    """Return the mean weight of an example, and the share of weights that cannot be one."""
+class Weighing(NamedTuple):
+    """What the weights of a loss are on data.
+
+    Attributes:
+        mean: Mean weight of an example.
+        error: Its relative error, were the data a sample.
+        effective_share: `mean^2` over the mean square: that of so many examples with equal weights
+            and all others without, over all examples (Kish's effective sample size).
+    """
+
+    mean: float = 1.0
+    error: float = 0.0
+    effective_share: float = 1.0
+
+
+def weight_statistics(outputs: Any, dtype: Any) -> tuple[Scalar, Scalar, Scalar]:
+    """Return the mean weight of an example, its mean square, and the share of impossible ones."""
     weights = jnp.asarray(outputs[1], dtype)
+    of_example = _per_example(weights, jnp.sum)
     # NaN is not >= 0 either; an infinite weight shows in the mean
-    return jnp.mean(_per_example(weights, jnp.sum)), jnp.mean(~(weights >= 0), dtype=dtype)
+    invalid = jnp.mean(~(weights >= 0), dtype=dtype)
+    return jnp.mean(of_example), jnp.mean(of_example**2), invalid
 
 
 def find_mean_weight(
-    weigh: Callable[[Float[Array, " dim"], Any], tuple[Scalar, Scalar]],
+    weigh: Callable[[Float[Array, " dim"], Any], tuple[Scalar, Scalar, Scalar]],
     center: Float[Array, " dim"],
     pieces: Iterable[Any],
     name: str,
-) -> tuple[float, float]:
-    """Return the mean weight of an example over the pieces, and its relative error as a sample's.
+) -> Weighing:
+    """Return what the weights of an example are over the pieces.
 
     The first piece is read twice, at two points, where the weights must be the same.
 
@@ -124,7 +142,7 @@ def find_mean_weight(
             )
         found.append(here)
         sizes.append(piece.num_examples)
-    mean_weight, invalid = np.average(found, axis=0, weights=sizes)
+    mean_weight, mean_square, invalid = np.average(found, axis=0, weights=sizes)
     if invalid > 0 or not np.isfinite(mean_weight):
         raise DataError(
             f"the weights of {name} must be finite and at least 0; {invalid:.2g} of them are not, "
@@ -132,8 +150,13 @@ def find_mean_weight(
         )
     if mean_weight == 0:
         raise DataError(
-            f"the weights of {name} are all 0, so there is nothing to average. Is the mask "
-            "inverted?"
+            f"the weights of {name} are all 0 on {sum(sizes)} examples, so there is nothing to "
+            "average. Is the mask inverted, or are data that are read once sorted? Then shuffle "
+            "them."
         )
     spread = np.std(found, axis=0, ddof=1)[0] if len(found) > 1 else 0.0
-    return float(mean_weight), float(spread / np.sqrt(len(found)) / mean_weight)
+    return Weighing(
+        float(mean_weight),
+        float(spread / np.sqrt(len(found)) / mean_weight),
+        float(mean_weight**2 / mean_square),
+    )

@@ -131,6 +131,13 @@ def test_a_pruned_component_is_forgotten_by_the_optimiser():
     np.testing.assert_array_equal(cleared[0].mean_square, 7.0)
 
 
+def test_a_start_is_calibrated_beyond_the_end_of_a_short_fit():
+    # the steps of a round outnumber those of the fit; second moments that never began made NaN of
+    # steps that change nothing, and of q a point
+    result = fit_bowl(num_chains=1, steps=10, samples_per_step=1)
+    assert result.llc == pytest.approx(BOWL_LLC, rel=0.05)
+
+
 def test_pruning_in_a_fit_only_ever_removes():
     result = fit_bowl(M=6, r=1, prune_threshold=0.2, steps=400, eval_every=20)
     effective = result.traces["effective_M"]

@@ -10,6 +10,7 @@ from scipy.linalg import solve_discrete_lyapunov
 
 import fastvi
 from fastvi._compilation import PROGRAMS
+from fastvi.api.walk import chooses_walk
 from fastvi.families.moments import LinearMap
 from fastvi.sampling.from_localizer import steps as compiled_steps
 from fastvi.sampling.from_localizer.batches import DrawnReader, FeedReader
@@ -34,6 +35,7 @@ from fastvi.sampling.from_localizer.walk import (
     walk_from_localizer,
 )
 from fastvi.sampling.settings import SamplerSettings
+from fastvi.target.checks import LossLook
 from fastvi.target.data import Problem, hold
 from fastvi.target.feed import Feed
 from fastvi.target.fingerprint import fingerprint_loss
@@ -327,3 +329,46 @@ def test_the_virial_tells_how_much_too_wide_walkers_are():
     assert excess_width(column, 4.0) == pytest.approx(added - 4, rel=0.2)
     assert excess_width(-column, 0.0) == 0
     assert missing_width(column) == 0
+
+
+def test_few_examples_that_count_are_said_to():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(600, 4)).astype(np.float32)
+    weights = np.zeros(600, np.float32)
+    weights[:10] = 5 * rng.random(10)  # most batches have none of them
+
+    def loss(w, batch):
+        return 0.5 * (batch[0] @ w) ** 2, batch[1]
+
+    result = fastvi.estimate_llc(
+        loss,
+        jnp.zeros(4),
+        (x, weights),
+        sampler={"start": "localizer"},
+        budget=2e4,
+        progress=False,
+    )
+    curvature = np.linalg.eigvalsh((x * weights[:, None]).T @ x / weights.sum())
+    expected = 0.5 * np.sum(600 / np.log(600) * curvature / (600 / np.log(600) * curvature + 1))
+    assert abs(result.llc - expected) < 4 * result.llc_sem
+    (found,) = [finding for finding in result.health if finding.name == "uneven_weights"]
+    share = weights.mean() ** 2 / np.mean(weights**2)
+    assert f"as if {100 * share:.2g} %" in found.observed
+
+
+@pytest.mark.parametrize(("share", "walks"), [(0.5, True), (0.01, False)])
+def test_few_examples_that_count_are_left_to_a_fit(share, walks):
+    center = jnp.zeros(3000)
+    problem = Problem(
+        LocalPosterior(center, jnp.float32(10), jnp.float32(1)), hold(jnp.zeros((50, 1))), 50
+    )
+    look = LossLook(effective_share=share)
+    assert chooses_walk(problem, fastvi.VIConfig(), look) == (walks, False)
+
+
+def test_a_budget_that_pays_for_no_walk_is_told_as_it_was_given():
+    words = "budget=300 sample gradients pay for no walk: what is measured before takes"
+    with pytest.raises(fastvi.ConfigError, match=words):
+        fastvi.estimate_llc(
+            loss_fn, PARAMS, POINTS, budget=300, sampler={"start": "localizer"}, progress=False
+        )

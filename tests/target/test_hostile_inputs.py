@@ -236,6 +236,16 @@ CASES = {
         DataError,
         r"bfloat16\[\], too coarse.*mean in float32",
     ),
+    "progress that is no folder": (
+        lambda: estimate(resume_from=3),
+        ConfigError,
+        "resume_from must be a folder.*got int",
+    ),
+    "progress in an earlier result": (
+        lambda: estimate(resume_from=loss),
+        ConfigError,
+        "resume_from must be a folder.*got function",
+    ),
     "nothing varies": (lambda: estimate(param_mask=False), ConfigError, "let some parameter vary"),
     "within jit": (
         lambda: jax.jit(lambda w: estimate(params=w).llc)(CENTER),
@@ -393,3 +403,10 @@ def test_a_stream_may_come_in_another_order():
     found = np.concatenate([np.asarray(piece.examples) for piece in stream.pieces()])
     np.testing.assert_array_equal(np.sort(found[:, 0]), np.arange(0.0, 40, 2))
     assert found.dtype == np.float32
+
+
+def test_a_loss_that_is_a_python_number_is_a_constant():
+    result = fastvi.estimate_llc(
+        lambda w, batch: 1.0, CENTER, X, method="variational", M=1, r=0, progress=False, throw=False
+    )
+    assert "constant_loss" in [finding.name for finding in result.health]

@@ -36,8 +36,10 @@ def masked(w, batch):
 
 
 def weighted(objective, w, data):
-    mean, error = find_mean_weight(_weigher(objective), w, [hold(data)], "loss")
+    mean, error, share = find_mean_weight(_weigher(objective), w, [hold(data)], "loss")
     assert error == 0.0
+    of_example = np.asarray(data[2], float).reshape(len(data[2]), -1).sum(axis=1)
+    assert share == pytest.approx(of_example.mean() ** 2 / np.mean(of_example**2), rel=1e-5)
     return weigh_batch(data, mean, w.dtype), mean
 
 

@@ -195,9 +195,10 @@ def measure_heat(setup: WalkSetup, course: Course) -> Course:
     del there
     curvature = np.einsum("ij,ij->i", noise, bent, dtype=float) / size[:, 0]
     scale2 = np.square(np.asarray(linear_map.scale))
-    localizer = np.einsum("ij,ij,j->i", noise, noise, scale2, dtype=float) / square
-    localizer *= float(setup.posterior.gamma)
-    total = localizer + np.abs(curvature)
+    localizer = np.einsum("ij,ij,j->i", noise, noise, scale2, dtype=float)
+    # the noise is zero where all weights of two batches are
+    localizer *= float(setup.posterior.gamma) / np.maximum(square, TINY)
+    total = np.maximum(localizer + np.abs(curvature), TINY)
     raised = square * position_heat(course.step_size, FRICTION_TIME, total)
     return course._replace(
         state=state,

@@ -39,6 +39,7 @@ class WalkSetup:
         report: Receives the work so far and llc.
         num_data: Examples of all data.
         full_gradient: Returns the gradient of L_n at w*; None where not all data are at hand.
+        spent: Sample gradients that were spent before the walk.
     """
 
     programs: MinibatchPrograms
@@ -54,6 +55,7 @@ class WalkSetup:
     report: Callable[[float, float], None]
     num_data: int
     full_gradient: Callable[[], Float[Array, " dim"]] | None = None
+    spent: float = 0.0
 
     @property
     def dtype(self) -> np.dtype:

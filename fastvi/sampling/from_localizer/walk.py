@@ -149,10 +149,10 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
 def _cannot_begin(setup: WalkSetup, course: Course) -> DataError | ConfigError:
     """Say what was missing for a single step that counts."""
     if course.is_fed:
+        enough = setup.spent + 2 * course.work + setup.cost(LEAST_STEPS, 1)
         return ConfigError(
-            f"budget={setup.budget:.4g} sample gradients pay for no walk: what is measured before "
-            f"took {course.work:.0f}. Give {2 * course.work + setup.cost(LEAST_STEPS, 1):.0f} or "
-            "more."
+            f"budget={setup.spent + setup.budget:.4g} sample gradients pay for no walk: what is "
+            f"measured before takes {setup.spent + course.work:.0f}. {enough:.0f} are enough."
         )
     return DataError(
         f"the data ended after {course.examples} examples, before the walk could begin. Give more "

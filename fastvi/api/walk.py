@@ -12,6 +12,7 @@ import numpy as np
 
 from fastvi._compilation import CompileWatch
 from fastvi._errors import ConfigError
+from fastvi._typing import Batch
 from fastvi.api.plan import bound_fit, plan_estimate
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import Progress
@@ -33,8 +34,10 @@ from fastvi.sampling.from_localizer.setup import WalkSetup
 from fastvi.sampling.from_localizer.steps import minibatch_programs
 from fastvi.sampling.from_localizer.walk import TooStiff, Walk, walk_from_localizer
 from fastvi.target.checks import LossLook
-from fastvi.target.data import Problem
+from fastvi.target.data import Data, Problem
 from fastvi.target.fingerprint import Fingerprint
+from fastvi.target.look import weigher_of
+from fastvi.target.losses import check_weights
 from fastvi.target.ravel import TreeObjective
 from fastvi.target.stream import Feed
 from fastvi.target.work import Work
@@ -113,7 +116,8 @@ def estimate_by_walk(
         problem.data.examples, min(part, problem.data.num_examples)
     )
     if feed is not None:
-        reader = FeedReader(feed, problem.data.examples, part, keys.size, ROUND * FED_PARTS)
+        weigh = _weigh_batches(objective, problem, loss)
+        reader = FeedReader(feed, problem.data.examples, part, keys.size, ROUND * FED_PARTS, weigh)
 
     def tell(work: float, llc: float) -> None:
         if report is not None:
@@ -145,8 +149,24 @@ def estimate_by_walk(
     seconds = time.perf_counter() - began
     timings = Timings(watch.seconds, 0.0, 0.0, 0.0, seconds, seconds)
     result = _estimate(walk, problem, config, setup, look, budget, timings)
-    result = dataclasses.replace(result, health=walk_findings(result, walk, look))
+    drift = reader.weight_drift
+    result = dataclasses.replace(result, health=walk_findings(result, walk, look, drift))
     return dataclasses.replace(result, health=correction_findings(result))
+
+
+def _weigh_batches(
+    objective: TreeObjective, problem: Problem, loss: Fingerprint
+) -> Callable[[Batch], float]:
+    """Return what tells the mean weight of examples that arrive, and refuses impossible ones."""
+    weigher = weigher_of(objective, problem, loss)
+    center, most = problem.posterior.center, problem.data.max_batch
+
+    def weigh(examples: Batch) -> float:
+        mean, _, invalid = map(float, weigher(center, Data(examples, most)))
+        check_weights(mean, invalid, "loss_fn")
+        return mean
+
+    return weigh
 
 
 def _seed(key: Any) -> np.random.SeedSequence:
@@ -173,7 +193,12 @@ def _estimate(
     looking = Work(gradients=look.sample_gradients).fge(num_data)
     return LLCEstimate(
         llc=analysis.llc,
-        llc_sem=math.hypot(analysis.llc_sem, look.weight_error * analysis.llc),
+        # the loss was divided by another mean weight than that of the examples read
+        llc_sem=math.hypot(
+            analysis.llc_sem,
+            look.weight_error * analysis.llc,
+            setup.reader.weight_drift * analysis.llc,
+        ),
         llc_per_chain=analysis.per_walker,
         llc_sem_per_chain=analysis.per_walker_sem,
         elbo=nan,

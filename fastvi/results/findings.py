@@ -33,6 +33,7 @@ OF_PROBLEM = (
     "core_truncated",
     "stiff",
     "uneven_weights",
+    "weights_drift",
     "data_ended",
 )
 # Share of the weight in one component beside others, which then hold one draw in 20.

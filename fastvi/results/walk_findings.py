@@ -8,14 +8,25 @@ from fastvi.target.checks import LossLook
 # Standard errors that a measured gain is above zero: the noise of a few batches passes them in one
 # of 700 estimates.
 GAIN_SIGMAS = 3.0
+# The same for a mean weight that drifts, and a drift that is too small to speak of.
+DRIFT_SIGMAS, NEGLIGIBLE_DRIFT = 4.0, 0.02
 # Effective share of the examples below which walks on fresh minibatches are neither chosen nor
 # trusted. Of the 6,000 examples of a usual walk 120 then count: half leaves 60, and errors that
 # vary by a tenth; double names the masks of text that is mostly padding.
 LEAST_SHARE = 0.02
 
 
-def walk_findings(result: LLCEstimate, walk: Walk, look: LossLook) -> tuple[Finding, ...]:
-    """Return what stands out before and during a walk."""
+def walk_findings(
+    result: LLCEstimate, walk: Walk, look: LossLook, weight_drift: float
+) -> tuple[Finding, ...]:
+    """Return what stands out before and during a walk.
+
+    Args:
+        result: The estimate.
+        walk: The walk that it is of.
+        look: What was seen of the loss before.
+        weight_drift: As of `AbstractReader`.
+    """
     measured = walk.measured
     gain = measured.decrement
     seen = []
@@ -25,6 +36,7 @@ def walk_findings(result: LLCEstimate, walk: Walk, look: LossLook) -> tuple[Find
         not_a_minimum(seen),
         coarse_numbers(abs(result.llc), look.weight_rounding, look.loss_rounding),
         _uneven(look),
+        _sorted(look, weight_drift),
         _stiff(walk),
         _ended(walk),
     )
@@ -57,6 +69,20 @@ def _uneven(look: LossLook) -> Finding | None:
         "small.",
         "Begin at a fit, whose walkers use all data: sampler={'start': 'fit'}. Or leave out "
         "examples of little weight.",
+    )
+
+
+def _sorted(look: LossLook, drift: float) -> Finding | None:
+    if abs(drift) <= DRIFT_SIGMAS * look.weight_error + NEGLIGIBLE_DRIFT:
+        return None
+    return Finding(
+        "warning",
+        "weights_drift",
+        f"The mean weight of the examples read is {1 + drift:.2g} times that of the first ones, "
+        "which the loss is divided by.",
+        "Data that are read once come in an order that their weights depend on. llc is off by up "
+        "to as much, which is part of llc_sem.",
+        "Shuffle the data.",
     )
 
 

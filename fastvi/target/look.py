@@ -141,7 +141,7 @@ def _weigh(
         The problem, and the weights, whose error is that of a sample where the data are one.
     """
     center, data = problem.posterior.center, problem.data
-    weigher = PROGRAMS.find(loss, ("weigh", shapes_of(problem)), (objective,), _weigher)
+    weigher = weigher_of(objective, problem, loss)
     pieces = (stream or data).known_pieces()
     weighing = find_mean_weight(weigher, center, pieces, name)
     if not (stream or data).is_sample:
@@ -163,8 +163,15 @@ def _with_weight(problem: Problem, mean_weight: float) -> Problem:
     return dataclasses.replace(problem, data=dataclasses.replace(problem.data, examples=examples))
 
 
+def weigher_of(
+    objective: Any, problem: Problem, loss: Fingerprint
+) -> Callable[[Array, AbstractData], tuple[Array, Array, Array]]:
+    """Return `(w, data) -> weight_statistics`; objectives that compute the same share it."""
+    return PROGRAMS.find(loss, ("weigh", shapes_of(problem)), (objective,), _weigher)
+
+
 def _weigher(objective: Any) -> Callable[[Array, AbstractData], tuple[Array, Array, Array]]:
-    """Return `(w, data) -> weight_statistics`, compiled."""
+    """Compile it."""
 
     def of_data(w: Array, data: AbstractData) -> tuple[Array, Array, Array]:
         return data.mean(lambda batch: weight_statistics(objective.outputs(w, batch), w.dtype))

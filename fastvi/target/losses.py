@@ -143,11 +143,7 @@ def find_mean_weight(
         found.append(here)
         sizes.append(piece.num_examples)
     mean_weight, mean_square, invalid = np.average(found, axis=0, weights=sizes)
-    if invalid > 0 or not np.isfinite(mean_weight):
-        raise DataError(
-            f"the weights of {name} must be finite and at least 0; {invalid:.2g} of them are not, "
-            f"and their mean is {mean_weight:g}."
-        )
+    check_weights(mean_weight, invalid, name)
     if mean_weight == 0:
         raise DataError(
             f"the weights of {name} are all 0 on {sum(sizes)} examples, so there is nothing to "
@@ -160,3 +156,12 @@ def find_mean_weight(
         float(spread / np.sqrt(len(found)) / mean_weight),
         float(mean_weight**2 / mean_square),
     )
+
+
+def check_weights(mean: float, invalid: float, name: str) -> None:
+    """Raise DataError where some weights are negative or not finite."""
+    if invalid > 0 or not np.isfinite(mean):
+        raise DataError(
+            f"the weights of {name} must be finite and at least 0; {invalid:.2g} of them are not, "
+            f"and their mean is {mean:g}."
+        )

@@ -247,6 +247,42 @@ def test_a_weighted_loss_walks_on_a_stream():
 rng_of_weights = np.random.default_rng(8)
 
 
+@pytest.mark.parametrize("later", [0.2, -1.0])
+def test_weights_that_come_sorted_are_seen(later):
+    def weighted(w, batch):
+        return 0.5 * (batch[0] @ w - batch[1]) ** 2, batch[2]
+
+    weights = np.where(np.arange(COUNT) < COUNT // 2, 1.0, later).astype(np.float32)
+    positive = np.abs(weights)[:, None]
+    minimum = np.linalg.solve((X * positive).T @ X, (X * positive).T @ Y)
+
+    def batches():
+        for start in itertools.chain(*(range(0, COUNT, 500) for _ in range(20))):
+            yield tuple(array[start : start + 500] for array in (X, Y, weights))
+
+    def estimate():
+        return fastvi.estimate_llc(
+            weighted,
+            minimum,
+            batches(),
+            nbeta=20.0,
+            localization=20.0,
+            error=0.05,
+            budget=1e5,
+            progress=False,
+        )
+
+    if later < 0:  # the first batches, which are looked at ahead, have none of these
+        with pytest.raises(fastvi.DataError, match="must be finite and at least 0"):
+            estimate()
+        return
+    result = estimate()
+    assert "weights_drift" in [finding.name for finding in result.health]
+    exact = exact_llc(20.0, weights, localization=20.0)
+    assert abs(result.llc - exact) < 2 * result.llc_sem
+    assert result.llc_sem < 0.6 * exact
+
+
 def test_an_iterator_that_ends_soon_is_held():
     held = fastvi.estimate_llc(loss_fn, W, (X[:5000], Y[:5000]), **ONE_PASS)
     batches = iter(Batches(X[:5000], Y[:5000]))

@@ -5,6 +5,7 @@ more than a part of each walker is in memory at once.
 """
 
 import abc
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -68,10 +69,13 @@ class AbstractReader(abc.ABC):
     Attributes:
         first: A source of the shapes that all have.
         most: Steps times parts, at most, that one source serves.
+        weight_drift: Relative difference of the mean weight of the examples read from the one that
+            the loss divides by.
     """
 
     first: AbstractSource
     most: int
+    weight_drift: float = 0.0
 
     @property
     def part_size(self) -> int:
@@ -104,17 +108,35 @@ class FeedReader(AbstractReader):
         part_size: Examples of a part.
         walkers: Number of walkers.
         most: As in `AbstractReader`.
+        weigh: Returns the mean weight of examples, where the loss is weighted.
     """
 
-    def __init__(self, feed: Feed, like: Batch, part_size: int, walkers: int, most: int):
+    def __init__(
+        self,
+        feed: Feed,
+        like: Batch,
+        part_size: int,
+        walkers: int,
+        most: int,
+        weigh: Callable[[Batch], float] | None = None,
+    ):
         self._feed, self._like, self._walkers = feed, like, walkers
-        self._part_size, self.most = part_size, most
+        self._part_size, self.most, self._weigh = part_size, most, weigh
+        self._read, self._weight = 0, 0.0
         self.first = self._held(take_examples(raw_examples(like), slice(1)), 0)
 
     def read(self, step: int, steps: int, parts: int) -> AbstractSource | None:
         """Return the next examples."""
         batch = self._feed.take(steps * parts * self._walkers * self.part_size)
-        return None if batch is None else self._held(batch, step)
+        if batch is None:
+            return None
+        source, count = self._held(batch, step), num_examples(batch)
+        if isinstance(source.examples, WeightedBatch) and self._weigh is not None:
+            self._weight += count * self._weigh(source.examples)
+            self._read += count
+            taken = float(source.examples.inverse_mean_weight[0])
+            self.weight_drift = self._weight / self._read * taken - 1
+        return source
 
     def _held(self, batch: Batch, step: int) -> Fed:
         """Move examples to the device, in arrays of one size: what is left over repeats some."""

@@ -284,7 +284,8 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
 def begin(setup: RunSetup, walkers: Walkers) -> RunState:
     """Return the run before its first round, by what llc is at the walkers."""
     excess = float(np.mean(np.asarray(walkers.excess)))  # in numpy, which compiles nothing
-    return RunState(walkers, float(setup.problem.posterior.nbeta) * excess)
+    state = RunState(walkers, float(setup.problem.posterior.nbeta) * excess)
+    return state._replace(longest_step=state.step_size)
 
 
 def measure_noise(setup: RunSetup, state: RunState) -> RunState:

@@ -12,7 +12,6 @@ import numpy as np
 
 from fastvi._compilation import CompileWatch
 from fastvi._errors import ConfigError
-from fastvi._typing import Batch
 from fastvi.api.plan import bound_fit, plan_estimate
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import Progress
@@ -37,7 +36,7 @@ from fastvi.target.checks import LossLook
 from fastvi.target.data import Data, Problem
 from fastvi.target.fingerprint import Fingerprint
 from fastvi.target.look import weigher_of
-from fastvi.target.losses import check_weights
+from fastvi.target.losses import WeightedBatch, check_weights
 from fastvi.target.ravel import TreeObjective
 from fastvi.target.stream import Feed
 from fastvi.target.work import Work
@@ -55,6 +54,9 @@ LEAST_EVALUATIONS = 8 * 200
 # Parts of a batch whose round is fed at once; batches of more are fed in shorter rounds. Double
 # holds twice as many examples on the device.
 FED_PARTS = 4
+# Standard errors, and beside them the part of itself, by which a mean weight must differ to be said
+# to drift: chance alone does once in 16,000 estimates.
+DRIFT_SIGMAS, NEGLIGIBLE_DRIFT = 4.0, 0.02
 
 
 def walks_without_fit(config: VIConfig) -> bool:
@@ -116,7 +118,8 @@ def estimate_by_walk(
         problem.data.examples, min(part, problem.data.num_examples)
     )
     if feed is not None:
-        weigh = _weigh_batches(objective, problem, loss)
+        is_weighted = isinstance(problem.data.examples, WeightedBatch)
+        weigh = _weigh_batches(objective, problem, loss) if is_weighted else None
         reader = FeedReader(feed, problem.data.examples, part, keys.size, ROUND * FED_PARTS, weigh)
 
     def tell(work: float, llc: float) -> None:
@@ -148,25 +151,39 @@ def estimate_by_walk(
         return walk
     seconds = time.perf_counter() - began
     timings = Timings(watch.seconds, 0.0, 0.0, 0.0, seconds, seconds)
-    result = _estimate(walk, problem, config, setup, look, budget, timings)
-    drift = reader.weight_drift
+    drift = _weight_drift(reader, look)
+    result = _estimate(walk, problem, config, setup, look, budget, timings, drift)
     result = dataclasses.replace(result, health=walk_findings(result, walk, look, drift))
     return dataclasses.replace(result, health=correction_findings(result))
 
 
 def _weigh_batches(
     objective: TreeObjective, problem: Problem, loss: Fingerprint
-) -> Callable[[Batch], float]:
-    """Return what tells the mean weight of examples that arrive, and refuses impossible ones."""
+) -> Callable[[WeightedBatch], tuple[float, float]]:
+    """Return what tells mean and mean square of weights, over the mean that the loss divides by.
+
+    It refuses impossible weights. It is not counted as work: weights do not depend on parameters,
+    so that XLA leaves the model out.
+    """
     weigher = weigher_of(objective, problem, loss)
     center, most = problem.posterior.center, problem.data.max_batch
 
-    def weigh(examples: Batch) -> float:
-        mean, _, invalid = map(float, weigher(center, Data(examples, most)))
+    def weigh(examples: WeightedBatch) -> tuple[float, float]:
+        mean, square, invalid = map(float, weigher(center, Data(examples, most)))
         check_weights(mean, invalid, "loss_fn")
-        return mean
+        inverse = float(examples.inverse_mean_weight[0])
+        return mean * inverse, square * inverse**2
 
     return weigh
+
+
+def _weight_drift(reader: AbstractReader, look: LossLook) -> float:
+    """Return by how much the mean weight of what was read differs; 0 where it is chance."""
+    said = reader.weights
+    if said is None:
+        return 0.0
+    chance = DRIFT_SIGMAS * math.hypot(look.weight_error, said.noise)
+    return said.drift if abs(said.drift) > chance + NEGLIGIBLE_DRIFT else 0.0
 
 
 def _seed(key: Any) -> np.random.SeedSequence:
@@ -182,6 +199,7 @@ def _estimate(
     look: LossLook,
     budget: float,
     timings: Timings,
+    weight_drift: float,
 ) -> LLCEstimate:
     """Put a finished walk into the form of an estimate; what a fit would say is left empty."""
     posterior, measured = problem.posterior, walk.measured
@@ -193,11 +211,8 @@ def _estimate(
     looking = Work(gradients=look.sample_gradients).fge(num_data)
     return LLCEstimate(
         llc=analysis.llc,
-        # the loss was divided by another mean weight than that of the examples read
         llc_sem=math.hypot(
-            analysis.llc_sem,
-            look.weight_error * analysis.llc,
-            setup.reader.weight_drift * analysis.llc,
+            analysis.llc_sem, math.hypot(look.weight_error, weight_drift) * analysis.llc
         ),
         llc_per_chain=analysis.per_walker,
         llc_sem_per_chain=analysis.per_walker_sem,

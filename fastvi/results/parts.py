@@ -95,10 +95,11 @@ class Correction(NamedTuple):
         steps: Steps of each.
         burn_in: Steps that the averages leave out.
         data_blocks: Parts that the data were split into; 1 where gradients were those of all data.
-        energy_error: Mean square, per effective dimension, that the step size was held at, nats^2.
+        energy_error: Mean square, per effective dimension, that the step size was held at, nats^2,
+            beside `rounding`.
         step_size: Step of the dynamics in the walkers' coordinates.
-        rounding: Root mean square of the energy errors that rounding of the loss makes, in nats; 0
-            where steps have never become so short that it had to be told apart.
+        rounding: Root mean square of the energy errors that were allowed for rounding of the loss,
+            in nats; 0 where no short steps have shown any.
         returned: Steps that were taken back, all walkers together.
         batch: Examples of a walker's minibatch, where each step draws them anew.
         stiffness: Largest eigenvalue of the Hessian of nbeta L_n in the walk's coordinates that a

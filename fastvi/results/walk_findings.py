@@ -8,8 +8,6 @@ from fastvi.target.checks import LossLook
 # Standard errors that a measured gain is above zero: the noise of a few batches passes them in one
 # of 700 estimates.
 GAIN_SIGMAS = 3.0
-# The same for a mean weight that drifts, and a drift that is too small to speak of.
-DRIFT_SIGMAS, NEGLIGIBLE_DRIFT = 4.0, 0.02
 # Effective share of the examples below which walks on fresh minibatches are neither chosen nor
 # trusted. Of the 6,000 examples of a usual walk 120 then count: half leaves 60, and errors that
 # vary by a tenth; double names the masks of text that is mostly padding.
@@ -25,7 +23,8 @@ def walk_findings(
         result: The estimate.
         walk: The walk that it is of.
         look: What was seen of the loss before.
-        weight_drift: As of `AbstractReader`.
+        weight_drift: Relative difference of the mean weight of the examples read from that which
+            the loss divides by; 0 where it is chance.
     """
     measured = walk.measured
     gain = measured.decrement
@@ -36,7 +35,7 @@ def walk_findings(
         not_a_minimum(seen),
         coarse_numbers(abs(result.llc), look.weight_rounding, look.loss_rounding),
         _uneven(look),
-        _sorted(look, weight_drift),
+        _weights_drift(weight_drift),
         _stiff(walk),
         _ended(walk),
     )
@@ -67,19 +66,19 @@ def _uneven(look: LossLook) -> Finding | None:
         "them counted alike and the others not at all.",
         "A walk on fresh minibatches sees few of those that count, so that llc_sem may be too "
         "small.",
-        "Begin at a fit, whose walkers use all data: sampler={'start': 'fit'}. Or leave out "
-        "examples of little weight.",
+        "Hold the data in memory and begin at a fit, whose walkers use all of them: "
+        "sampler={'start': 'fit'}. Or leave out examples of little weight.",
     )
 
 
-def _sorted(look: LossLook, drift: float) -> Finding | None:
-    if abs(drift) <= DRIFT_SIGMAS * look.weight_error + NEGLIGIBLE_DRIFT:
+def _weights_drift(drift: float) -> Finding | None:
+    if drift == 0:
         return None
     return Finding(
         "warning",
         "weights_drift",
-        f"The mean weight of the examples read is {1 + drift:.2g} times that of the first ones, "
-        "which the loss is divided by.",
+        f"The mean weight of the examples read is {1 + drift:.2g} times that which the loss is "
+        "divided by.",
         "Data that are read once come in an order that their weights depend on. llc is off by up "
         "to as much, which is part of llc_sem.",
         "Shuffle the data.",

@@ -142,8 +142,8 @@ def burn_in(llc: np.ndarray) -> int:
         White, An Effective Truncation Heuristic for Bias Reduction in Simulation Output (1997).
     """
     series = llc.mean(axis=0)  # walkers averaged, since they share the transient
-    # about their mean, so that sums of squares keep their digits
-    centred = series - series.mean()
+    # about a mean of what every truncation keeps, so that sums of squares keep their digits
+    centred = series - series[series.size // 2 :].mean()
     left = series.size - np.arange(series.size // 2 + 1)
     sums, squares = (np.cumsum(part[::-1])[left - 1] for part in (centred, centred**2))
     return int(np.argmin((squares - sums**2 / left) / left**2))

@@ -49,6 +49,8 @@ CHECK_GROWTH = 1.15
 REFINE_AT = 0.75
 # On what a new measurement of the noise allows: measurements differ by some 20 % by themselves.
 NOISE_SLACK = 1.5
+# Work of a new measurement of the noise over that of the rounds before it, at most.
+NOISE_WORK = 0.5
 # Part of the measured heat that is taken off llc where the control variates have not, and the
 # standard deviation of the rest: a quadratic loss has all of it, one whose curvature falls with the
 # distance a half, and where the noise grows with the distance it is more.
@@ -120,9 +122,9 @@ class RunState(NamedTuple):
         returned: Steps taken back, all walkers together.
         refinements: Times that the dynamics were made more exact.
         noise_checked: Rounds after which the noise was last measured.
-        rounding: Mean square of the energy errors that rounding makes, in nats^2, where short steps
-            have made it known.
-        longest_step: The longest step size since it was last looked for.
+        rounding: Mean square of the energy errors that steps may make beside those of their
+            length, in nats^2, where short steps have shown that rounding makes them.
+        longest_step: The longest step size since rounding was last looked for.
     """
 
     walkers: Walkers
@@ -322,6 +324,9 @@ def switch_fidelity(setup: RunSetup, state: RunState, fidelity: Fidelity) -> Run
     if fidelity.energy_error != before.energy_error:
         change = fidelity.energy_error / before.energy_error
         walkers = walkers._replace(step_size=step_size_after(change, walkers.step_size))
+        # a step that is made shorter here is not one that has become so
+        longest = state.longest_step * float(walkers.step_size.step) / state.step_size
+        state = state._replace(longest_step=longest)
     if estimate is not None and fidelity.num_blocks == before.num_blocks:
         estimate = estimate._replace(fidelity=fidelity)
         return state._replace(walkers=walkers, estimate=estimate)
@@ -340,12 +345,20 @@ def switch_fidelity(setup: RunSetup, state: RunState, fidelity: Fidelity) -> Run
     return state._replace(work=state.work + spent)
 
 
-def advance(setup: RunSetup, state: RunState) -> tuple[RunState, Record]:
-    """Run one round; look for rounding where steps have become much shorter."""
+def advance(
+    setup: RunSetup, state: RunState, reserve: float | None = None
+) -> tuple[RunState, Record]:
+    """Run one round; look for rounding where steps have become much shorter.
+
+    The look is left out where it would not leave the `reserve` of the budget, by default what the
+    fewest rounds cost.
+    """
     state, record = _run_round(setup, state)
     state = state._replace(longest_step=max(state.longest_step, state.step_size))
     has_fallen = state.step_size < ROUNDING_FALL * state.longest_step
-    if has_fallen and setup.can_pay(state, setup.round_cost(state)):
+    cost = setup.round_cost(state)
+    left = LEAST_ROUNDS * cost if reserve is None else reserve
+    if has_fallen and not setup.is_spent(state) and setup.can_pay(state, cost + left):
         state = tell_rounding(setup, state, _last_error(record))
     return state, record
 
@@ -372,7 +385,7 @@ def tell_rounding(setup: RunSetup, state: RunState, error: float) -> RunState:
     assert state.estimate is not None, "a fidelity is chosen before the first round"
     exact = state.fidelity.energy_error * ROUNDING_TARGET
     estimate = state.estimate._replace(fidelity=state.fidelity._replace(energy_error=exact))
-    after, record = _run_round(setup, state._replace(estimate=estimate))
+    after, record = _run_round(setup, state._replace(estimate=estimate, rounding=0.0))
     state = state._replace(work=after.work, steps=after.steps)
     if not is_rounding(error, _last_error(record), after.step_size / state.step_size):
         return state._replace(longest_step=state.step_size)
@@ -430,7 +443,7 @@ def burn_in(setup: RunSetup, state: RunState) -> RunState:
         and setup.can_pay(state, setup.round_cost(state) + reserve)
         and not has_arrived(means, settings.burn_in_change)
     ):
-        state, record = advance(setup, state)
+        state, record = advance(setup, state, reserve)
         means.append(float(record.llc.mean()))
         setup.report(state.work, means[-1])
     return measure_noise(setup, state._replace(llc=means[-1] if means else state.llc))
@@ -573,10 +586,11 @@ def _choose_fidelity(
     # the noise is measured anew whenever the run has doubled, since the walkers have moved
     if fidelity.num_blocks == 1 or rounds < 2 * state.noise_checked:
         return state, fidelity
-    state = state._replace(noise_checked=rounds)
-    if not setup.can_pay(state, setup.noise_cost(state) + setup.round_cost(state)):
+    # small blocks make rounds that cost less than a look at all of the blocks
+    price, since = setup.noise_cost(state), rounds * setup.round_cost(state)
+    if price > NOISE_WORK * since or not setup.can_pay(state, price + setup.round_cost(state)):
         return state, fidelity
-    state = measure_noise(setup, state)
+    state = measure_noise(setup, state._replace(noise_checked=rounds))
     if setup.max_blocks(state, NOISE_SLACK * state.allowed_bias) >= fidelity.num_blocks:
         return state, fidelity
     blocks = setup.max_blocks(state, state.allowed_bias)

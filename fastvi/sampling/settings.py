@@ -26,7 +26,8 @@ class SamplerSettings:
         start: Where walkers begin. "fit": at draws of a fitted q. "localizer": at those of the
             localizer, in coordinates that a few gradients measure, on fresh minibatches, without a
             fit or a pass over the data. "auto": at the localizer where the posterior is not stiff
-            in its coordinates and the budget, or many dimensions, speak against a fit.
+            in its coordinates and the budget, or many dimensions with weights that are not very
+            uneven, speak against a fit.
         gradients: What a step takes the gradient of. "fresh": a minibatch drawn anew. "anchored":
             such a one, less its gradient at w* and with that of all data in its place. "blocks":
             one of the blocks that the data are split into, in the same way anchored at the mean of
@@ -52,7 +53,8 @@ class SamplerSettings:
             examples costs twice as much where noise would allow more; at double, it costs half.
         min_block: Examples of a block, at least. At half, steps on few data cost half and are
             noisier; at double, the reverse.
-        table_floats: Bound on the numbers in the table of block gradients, `blocks * dim`: 64 MiB.
+        table_floats: Bound on the numbers in a table of block gradients, `blocks * dim`: 64 MiB; a
+            measurement of the noise holds two.
             At half, half the memory and larger blocks in many dimensions; at double, the reverse.
         coordinates_per_fge: Coordinates that walkers may move for each full gradient of the budget,
             which bounds the time where gradients are cheap: ten minutes at 1e5 dimensions. At half,

@@ -116,7 +116,7 @@ def is_rounding(error: float, of_shorter: float, ratio: float) -> bool:
         of_shorter: That of shorter steps.
         ratio: Their size over that of the others.
     """
-    return bool(of_shorter > error * ratio**2)
+    return bool(of_shorter > error * ratio**2 > 0)
 
 
 def is_runaway(

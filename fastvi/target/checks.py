@@ -51,7 +51,8 @@ class LossLook(NamedTuple):
         weight_rounding: Nats that rounding w to its dtype adds to nbeta L_n, on average.
         loss_rounding: Nats of nbeta L_n that one unit in the last place of the loss stands for.
         weight_error: Relative error of the mean weight of a weighted loss, found on a sample.
-        effective_share: As many examples of equal weight vary as much, over all.
+        effective_share: Kish's effective sample size of the weights over the number of examples; 1
+            for equal weights.
     """
 
     sample_gradients: float = 0.0

@@ -154,7 +154,8 @@ def find_mean_weight(
     return Weighing(
         float(mean_weight),
         float(spread / np.sqrt(len(found)) / mean_weight),
-        float(mean_weight**2 / mean_square),
+        # squares of weights may leave the range of their type, and then say nothing
+        float(mean_weight**2 / mean_square) if 0 < mean_square < np.inf else 1.0,
     )
 
 

@@ -135,7 +135,8 @@ def test_a_start_is_calibrated_beyond_the_end_of_a_short_fit():
     # the steps of a round outnumber those of the fit; second moments that never began made NaN of
     # steps that change nothing, and of q a point
     result = fit_bowl(num_chains=1, steps=10, samples_per_step=1)
-    assert result.llc == pytest.approx(BOWL_LLC, rel=0.05)
+    assert np.all(np.isfinite(result.traces["virial"]))
+    assert abs(result.llc - BOWL_LLC) < 4 * np.hypot(result.llc_sem, 0.02 * BOWL_LLC)
 
 
 def test_pruning_in_a_fit_only_ever_removes():

@@ -10,7 +10,7 @@ from fastvi._errors import DataError
 from fastvi.sampling.gradients import split_data
 from fastvi.target.data import hold
 from fastvi.target.look import _weigher
-from fastvi.target.losses import find_mean_weight, weigh_batch
+from fastvi.target.losses import find_mean_weight, weigh_batch, weight_statistics
 from fastvi.target.objective import make_flat_objective
 from fastvi.target.ravel import ravel_loss
 
@@ -174,3 +174,15 @@ def test_an_objective_of_ones_own_returns_the_mean(returned):
         fastvi.fit(
             rng_key=0, objective=Own(), wstar_flat=jnp.zeros(3), data=jnp.ones((50, 1)), **options
         )
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_weights_of_any_size_are_weighed(scale):
+    weights = np.float32([1.0, 2.0, 3.0, 4.0]) * np.float32(scale)
+
+    def weigh(w, piece):
+        return weight_statistics((None, piece.examples), jnp.float32)
+
+    found = find_mean_weight(weigh, jnp.zeros(2), [hold(weights)], "loss")
+    assert found.mean == pytest.approx(2.5 * scale)
+    assert found.effective_share == 1.0  # of squares that leave the range nothing is known

@@ -5,7 +5,9 @@ more than a part of each walker is in memory at once.
 """
 
 import abc
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -63,19 +65,37 @@ class Fed(AbstractSource):
         return first + jnp.arange(walkers * self.part_size).reshape(walkers, self.part_size)
 
 
+class WeightSums(NamedTuple):
+    """Sums over examples: their number, weights and squares of weights, over the taken mean."""
+
+    count: int = 0
+    weight: float = 0.0
+    square: float = 0.0
+
+    @property
+    def drift(self) -> float:
+        """Return the relative difference of the mean weight from the one that was taken."""
+        return self.weight / self.count - 1
+
+    @property
+    def noise(self) -> float:
+        """Return the standard error of `drift`, were the examples drawn at random."""
+        mean = self.weight / self.count
+        return math.sqrt(max(self.square / self.count - mean**2, 0.0) / self.count)
+
+
 class AbstractReader(abc.ABC):
     """Whoever has the examples: gives the source of the batches of some steps.
 
     Attributes:
         first: A source of the shapes that all have.
         most: Steps times parts, at most, that one source serves.
-        weight_drift: Relative difference of the mean weight of the examples read from the one that
-            the loss divides by.
+        weights: What the weights of the examples read were; None where nothing was weighed.
     """
 
     first: AbstractSource
     most: int
-    weight_drift: float = 0.0
+    weights: "WeightSums | None" = None
 
     @property
     def part_size(self) -> int:
@@ -108,7 +128,7 @@ class FeedReader(AbstractReader):
         part_size: Examples of a part.
         walkers: Number of walkers.
         most: As in `AbstractReader`.
-        weigh: Returns the mean weight of examples, where the loss is weighted.
+        weigh: Returns mean and mean square of the weights of examples, where the loss is weighted.
     """
 
     def __init__(
@@ -118,11 +138,10 @@ class FeedReader(AbstractReader):
         part_size: int,
         walkers: int,
         most: int,
-        weigh: Callable[[Batch], float] | None = None,
+        weigh: Callable[[Batch], tuple[float, float]] | None = None,
     ):
         self._feed, self._like, self._walkers = feed, like, walkers
         self._part_size, self.most, self._weigh = part_size, most, weigh
-        self._read, self._weight = 0, 0.0
         self.first = self._held(take_examples(raw_examples(like), slice(1)), 0)
 
     def read(self, step: int, steps: int, parts: int) -> AbstractSource | None:
@@ -131,11 +150,13 @@ class FeedReader(AbstractReader):
         if batch is None:
             return None
         source, count = self._held(batch, step), num_examples(batch)
-        if isinstance(source.examples, WeightedBatch) and self._weigh is not None:
-            self._weight += count * self._weigh(source.examples)
-            self._read += count
-            taken = float(source.examples.inverse_mean_weight[0])
-            self.weight_drift = self._weight / self._read * taken - 1
+        # arrays that are not full repeat examples; those of one step would do so dozens of times
+        if self._weigh is not None and steps > 1:
+            mean, square = self._weigh(source.examples)
+            said = self.weights or WeightSums()
+            self.weights = WeightSums(
+                said.count + count, said.weight + count * mean, said.square + count * square
+            )
         return source
 
     def _held(self, batch: Batch, step: int) -> Fed:

@@ -166,12 +166,12 @@ def _weigh_batches(
     so that XLA leaves the model out.
     """
     weigher = weigher_of(objective, problem, loss)
-    center, most = problem.posterior.center, problem.data.max_batch
+    center, data = problem.posterior.center, problem.data
+    inverse = float(np.asarray(data.examples.inverse_mean_weight)[0])
 
     def weigh(examples: WeightedBatch) -> tuple[float, float]:
-        mean, square, invalid = map(float, weigher(center, Data(examples, most)))
+        mean, square, invalid = map(float, weigher(center, Data(examples, data.max_batch)))
         check_weights(mean, invalid, "loss_fn")
-        inverse = float(examples.inverse_mean_weight[0])
         return mean * inverse, square * inverse**2
 
     return weigh

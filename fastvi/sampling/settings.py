@@ -54,8 +54,8 @@ class SamplerSettings:
         min_block: Examples of a block, at least. At half, steps on few data cost half and are
             noisier; at double, the reverse.
         table_floats: Bound on the numbers in a table of block gradients, `blocks * dim`: 64 MiB; a
-            measurement of the noise holds two.
-            At half, half the memory and larger blocks in many dimensions; at double, the reverse.
+            measurement of the noise holds two. At half, half the memory and larger blocks in many
+            dimensions; at double, the reverse.
         coordinates_per_fge: Coordinates that walkers may move for each full gradient of the budget,
             which bounds the time where gradients are cheap: ten minutes at 1e5 dimensions. At half,
             half the time; at double, twice.

@@ -220,8 +220,8 @@ def test_a_weighted_loss_of_data_that_are_read_once():
     assert result.fitted.fit.outcome.data_error > 0.5 * relative * result.llc
 
 
-def test_a_weighted_loss_walks_on_a_stream():
-    weights = np.where(rng_of_weights.uniform(size=COUNT) < 0.2, 4.0, 0.5).astype(np.float32)
+def walk_on_weighted(batches, weights):
+    """Walk at the minimum of the squares with these weights."""
     minimum = np.linalg.solve((X * weights[:, None]).T @ X, (X * weights[:, None]).T @ Y)
 
     def weighted(w, batch):
@@ -230,7 +230,7 @@ def test_a_weighted_loss_walks_on_a_stream():
     result = fastvi.estimate_llc(
         weighted,
         minimum.astype(np.float32),
-        drawn_batches(X, Y, weights),
+        batches,
         nbeta=20.0,
         localization=20.0,
         error=0.05,
@@ -238,6 +238,12 @@ def test_a_weighted_loss_walks_on_a_stream():
         progress=False,
     )
     assert not result.has_fit
+    return result
+
+
+def test_a_weighted_loss_walks_on_a_stream():
+    weights = np.where(rng_of_weights.uniform(size=COUNT) < 0.2, 4.0, 0.5).astype(np.float32)
+    result = walk_on_weighted(drawn_batches(X, Y, weights), weights)
     exact = exact_llc(20.0, weights, localization=20.0)
     assert abs(result.llc - exact) < 4 * result.llc_sem
     # of the 512 examples whose mean weight stands for that of all
@@ -247,36 +253,26 @@ def test_a_weighted_loss_walks_on_a_stream():
 rng_of_weights = np.random.default_rng(8)
 
 
+class WeightedBatches:
+    """Batches in the order of the data, of some passes."""
+
+    def __init__(self, weights, passes=1):
+        self.weights, self.passes = weights, passes
+
+    def __iter__(self):
+        for start in itertools.chain(*(range(0, COUNT, 500) for _ in range(self.passes))):
+            yield tuple(array[start : start + 500] for array in (X, Y, self.weights))
+
+
 @pytest.mark.parametrize("later", [0.2, -1.0])
 def test_weights_that_come_sorted_are_seen(later):
-    def weighted(w, batch):
-        return 0.5 * (batch[0] @ w - batch[1]) ** 2, batch[2]
-
     weights = np.where(np.arange(COUNT) < COUNT // 2, 1.0, later).astype(np.float32)
-    positive = np.abs(weights)[:, None]
-    minimum = np.linalg.solve((X * positive).T @ X, (X * positive).T @ Y)
-
-    def batches():
-        for start in itertools.chain(*(range(0, COUNT, 500) for _ in range(20))):
-            yield tuple(array[start : start + 500] for array in (X, Y, weights))
-
-    def estimate():
-        return fastvi.estimate_llc(
-            weighted,
-            minimum,
-            batches(),
-            nbeta=20.0,
-            localization=20.0,
-            error=0.05,
-            budget=1e5,
-            progress=False,
-        )
-
+    batches = iter(WeightedBatches(weights, passes=20))
     if later < 0:  # the first batches, which are looked at ahead, have none of these
         with pytest.raises(fastvi.DataError, match="must be finite and at least 0"):
-            estimate()
+            walk_on_weighted(batches, np.abs(weights))
         return
-    result = estimate()
+    result = walk_on_weighted(batches, weights)
     assert "weights_drift" in [finding.name for finding in result.health]
     exact = exact_llc(20.0, weights, localization=20.0)
     # divided by 1, the mean of the first half, where that of all is 0.6
@@ -286,25 +282,7 @@ def test_weights_that_come_sorted_are_seen(later):
 
 def test_weights_of_random_examples_do_not_drift():
     weights = np.where(rng_of_weights.uniform(size=COUNT) < 0.05, 10.0, 0.5).astype(np.float32)
-    root = np.sqrt(weights)[:, None]
-    minimum = np.linalg.lstsq(X * root, Y * root[:, 0], rcond=None)[0]
-
-    class Weighted(Batches):
-        def __iter__(self):
-            for start in range(0, COUNT, 700):
-                yield tuple(array[start : start + 700] for array in (X, Y, weights))
-
-    result = fastvi.estimate_llc(
-        lambda w, batch: (0.5 * (batch[0] @ w - batch[1]) ** 2, batch[2]),
-        minimum.astype(np.float32),
-        Weighted(),
-        nbeta=20.0,
-        localization=20.0,
-        error=0.05,
-        budget=1e5,
-        progress=False,
-    )
-    assert not result.has_fit
+    result = walk_on_weighted(WeightedBatches(weights), weights)
     assert "weights_drift" not in [finding.name for finding in result.health]
     assert abs(result.llc - exact_llc(20.0, weights, localization=20.0)) < 4 * result.llc_sem
 

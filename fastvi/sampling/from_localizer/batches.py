@@ -95,7 +95,7 @@ class AbstractReader(abc.ABC):
 
     first: AbstractSource
     most: int
-    weights: "WeightSums | None" = None
+    weights: WeightSums | None = None
 
     @property
     def part_size(self) -> int:

@@ -44,18 +44,26 @@ def trained_tanh_network(size: int, num_data: int = NUM_DATA, noise: float = 0.3
     return _mean_square(predict), center, (inputs, fitted + noise * (errors - tangent(explained)))
 
 
+def layer_shapes(size: int) -> list[tuple[int, int]]:
+    """Return the shapes of the network's matrices."""
+    width = WIDTHS[size]
+    return [(INPUTS, width), (width, width), (width, 1)]
+
+
+def predict_by_layers(layers, inputs):
+    """Return the network's outputs."""
+    first, second, last = layers
+    return (jnp.tanh(jnp.tanh(inputs @ first) @ second) @ last)[:, 0]
+
+
 def _predictor(size: int):
     """Return `(flat, inputs) -> outputs` and the number of parameters."""
-    width = WIDTHS[size]
-    shapes = [(INPUTS, width), (width, width), (width, 1)]
+    shapes = layer_shapes(size)
     ends = np.cumsum([rows * columns for rows, columns in shapes])
 
     def predict(flat, inputs):
-        first, second, last = (
-            part.reshape(shape)
-            for part, shape in zip(jnp.split(flat, ends[:-1]), shapes, strict=True)
-        )
-        return (jnp.tanh(jnp.tanh(inputs @ first) @ second) @ last)[:, 0]
+        parts = zip(jnp.split(flat, ends[:-1]), shapes, strict=True)
+        return predict_by_layers([part.reshape(shape) for part, shape in parts], inputs)
 
     return predict, int(ends[-1])
 

@@ -164,7 +164,13 @@ def estimate_llc(
     settings.check_asked(overrides)
     if param_mask is not None:
         loss_fn, params = restrict(loss_fn, params, param_mask)
-    may_walk = num_chains is None and resume_from is None
+    of_fits = {"num_chains": num_chains, "resume_from": resume_from}
+    may_walk = not (asked := [name for name, value in of_fits.items() if value is not None])
+    if asked and settings.sampler.chosen_start == "localizer":
+        raise ConfigError(
+            f"{settings.sampler.named_start} makes no fit, and {asked[0]} is of one: leave one of "
+            "them out."
+        )
     target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key), may_walk)
     if may_walk:
         target, result = _walk(target, progress, throw)

@@ -6,12 +6,15 @@ Under `jax_numpy_rank_promotion="raise"` or `jax_numpy_dtype_promotion="strict"`
 traced as they say. `jax_transfer_guard="disallow"` asks that no data pass to a device unasked for;
 data and parameters that are passed to an estimate are asked for. "disallow_explicit" forbids these
 too, and is left alone.
+
+Products of matrices in single precision are products of 11 bits on GPUs and TPUs, by jax's default.
+The package's own are exact; a person's model computes as they say.
 """
 
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -19,6 +22,12 @@ import jax
 P = ParamSpec("P")
 R = TypeVar("R")
 _THEIRS = threading.local()  # the modes outside, while this package's own are on
+# jax's context managers, each of the setting jax_<name>, and what the package runs in
+OWN = {
+    "numpy_rank_promotion": "allow",
+    "numpy_dtype_promotion": "standard",
+    "default_matmul_precision": "highest",
+}
 EXPLICIT = ("disallow_explicit", "log_explicit")
 
 
@@ -36,17 +45,14 @@ def in_own_modes(function: Callable[P, R]) -> Callable[P, R]:
 @contextlib.contextmanager
 def _own_modes() -> Iterator[None]:
     before = getattr(_THEIRS, "modes", None)
-    _THEIRS.modes = before or (
-        jax_setting("jax_numpy_rank_promotion"),
-        jax_setting("jax_numpy_dtype_promotion"),
-    )
+    _THEIRS.modes = before or tuple(jax_setting(f"jax_{name}") for name in OWN)
     guard = (
         contextlib.nullcontext()
         if jax_setting("jax_transfer_guard") in EXPLICIT
         else jax.transfer_guard("allow")
     )
     try:
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), guard:
+        with _modes(OWN.values()), guard:
             yield
     finally:
         _THEIRS.modes = before
@@ -65,5 +71,14 @@ def call_in_their_modes(function: Callable[..., Any], *args: Any) -> Any:
     modes = getattr(_THEIRS, "modes", None)
     if modes is None:
         return function(*args)
-    with jax.numpy_rank_promotion(modes[0]), jax.numpy_dtype_promotion(modes[1]):
+    with _modes(modes):
         return function(*args)
+
+
+@contextlib.contextmanager
+def _modes(values: Iterable[str | None]) -> Iterator[None]:
+    """Set the modes that `OWN` names."""
+    with contextlib.ExitStack() as stack:
+        for name, value in zip(OWN, values, strict=True):
+            stack.enter_context(getattr(jax, name)(value))
+        yield

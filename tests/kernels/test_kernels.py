@@ -234,10 +234,11 @@ def test_show_says_what_runs_and_why():
     dim=st.sampled_from([1, 5, 33]),
     terms=st.integers(1, 3),
     labels=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    label_type=st.sampled_from([np.int32, np.int64]),
 )
 @settings(max_examples=12, deadline=None)
-def test_update_factors(implementation, comp, rank, dim, terms, labels):
-    labels, rng = np.asarray(labels) % comp, np.random.default_rng(comp + 10 * rank)
+def test_update_factors(implementation, comp, rank, dim, terms, labels, label_type):
+    labels, rng = np.asarray(labels, label_type) % comp, np.random.default_rng(comp + 10 * rank)
     sizes = (comp, rank, dim), (len(labels), terms, rank), (len(labels), terms, dim)
     with enable_x64(True):
         arguments = [jnp.asarray(rng.normal(size=size)) for size in sizes]

@@ -69,6 +69,19 @@ def test_gradients_and_start_must_agree():
         )
 
 
+@pytest.mark.parametrize("of_a_fit", [{"num_chains": 2}, {"resume_from": "nowhere"}])
+def test_a_walk_has_no_chains_and_no_checkpoint(of_a_fit):
+    """It ran the fit, and refused what it had found."""
+
+    def never(w, batch):
+        raise AssertionError("the loss was called")
+
+    with pytest.raises(fastvi.ConfigError, match=f"makes no fit, and {next(iter(of_a_fit))} is of"):
+        fastvi.estimate_llc(
+            never, jnp.zeros(DIM), X, sampler={"start": "localizer"}, progress=False, **of_a_fit
+        )
+
+
 def test_few_examples_have_no_blocks():
     with pytest.raises(fastvi.ConfigError, match="two blocks of min_block=16 examples"):
         estimate("blocks", data=X[:20])

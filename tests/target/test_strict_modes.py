@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import fastvi
+from fastvi.families.moments import LinearMap
+from fastvi.kernels.woodbury import xla
 from fastvi.target.objective import call_full_loss, make_flat_objective
 
 X = jax.device_put(np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32))
@@ -94,6 +96,39 @@ def test_a_loss_is_held_to_the_mode_of_its_owner(mode, error, careless):
     assert not isinstance(caught.value, fastvi.DataError)
     assert jax.config.jax_numpy_rank_promotion == "allow"
     assert call_full_loss(lambda w: jnp.sum(w), CENTER, (X,)) == 0
+
+
+@pytest.mark.parametrize("theirs", [None, "bfloat16"])
+@pytest.mark.parametrize("start", ["fit", "localizer"])
+def test_products_of_the_package_are_exact_and_those_of_a_loss_their_owners(
+    start, theirs, monkeypatch
+):
+    """A GPU computes products in single precision with 11 bits, unless it is told."""
+    seen = {"loss": set(), "map": set(), "density": set()}
+
+    def noting(name, function):
+        def call(*args, **options):
+            seen[name].add(jax.config.jax_default_matmul_precision)
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(LinearMap, "project", noting("map", LinearMap.project))
+    monkeypatch.setattr(xla, "draw", noting("density", xla.draw))
+    with jax.default_matmul_precision(theirs):
+        fastvi.estimate_llc(
+            # of its own, since programs of an equal loss would be found
+            noting("loss", lambda w, batch: 0.7 * loss(w, batch)),
+            CENTER,
+            (X,),
+            method="sample",
+            sampler={"start": start},
+            budget=500 * len(X),
+            **{"progress": False, **(SMALL if start == "fit" else {})},
+        )
+    assert seen["loss"] == {theirs}
+    assert seen["map"] == {"highest"}
+    assert seen["density"] == ({"highest"} if start == "fit" else set())
 
 
 @pytest.mark.slow  # op by op, a minute

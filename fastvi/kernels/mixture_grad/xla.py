@@ -96,7 +96,8 @@ def _update(factors, labels, left, right):
     def locate(index):
         """Return where a block's terms are, and its place among the factors."""
         at = (index,) if labels.ndim == 1 else (index // blocks, index % blocks)
-        return at, (*at[:-1], labels[at])
+        # an index of a slice has one type, which the labels' need not be
+        return at, (*at[:-1], labels[at].astype(index.dtype))
 
     def move(index, factors):
         at, place = locate(index)

@@ -18,8 +18,7 @@ ASKED = {"draw": 2.0, "update_factors": 2.0}
 
 
 def mixture(dim):
-    rng = np.random.default_rng(0)
-    factors = jnp.asarray(rng.normal(size=(COMPONENTS, RANK, dim)) / np.sqrt(dim), jnp.float32)
+    factors = jax.random.normal(jax.random.key(2), (COMPONENTS, RANK, dim)) / np.sqrt(dim)
     nothing = jnp.zeros((0, dim), jnp.float32)
     weights = jnp.full(COMPONENTS, -np.log(COMPONENTS), jnp.float32)
     noise = woodbury.Noise(

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from fastvi import kernels
 from fastvi._errors import ConfigError
-from fastvi.kernels import OPS, hutchinson, mixture_grad, noise, triangular, woodbury
+from fastvi.kernels import (
+    OPS,
+    hutchinson,
+    mixture_grad,
+    noise,
+    registry,
+    triangular,
+    woodbury,
+)
 from fastvi.kernels._dispatch import Implementation, Op, current_platform
 from fastvi.kernels.mixture_grad import reference as gradient_reference
 from fastvi.kernels.order import upper_median
@@ -29,7 +37,7 @@ from tests.support.density_draws import with_nan
 def available(op):
     """The implementations that run here, the reference aside.
 
-    Tests/test_triton.py has Triton's, interpreted.
+    Without a GPU, tests/kernels/test_triton.py has Triton's, interpreted.
     """
     return [
         name
@@ -40,6 +48,7 @@ def available(op):
 
 # a draw of an implementation goes to the gradient of the same name
 IMPLEMENTATIONS = sorted(set(available("woodbury")) & set(available("mixture_grad")))
+SHARED_MEANS = ("triton",)  # implementations without means by component
 HUTCHINSON = sorted(available("hutchinson"))
 FLOAT32 = [
     name for name, case in cases.CASES.items() if case.dim > 5 and name != "shared_steep_crossed"
@@ -47,6 +56,29 @@ FLOAT32 = [
 FLOAT32_LIMITS = {
     "shared_steep_crossed": (2.0, 0.1)
 }  # nats of log_prob, relative error of the score
+
+
+def by_implementation(names, *as_users):
+    """Return parameters (name, implementation): all that an implementation takes.
+
+    Those of `as_users` also run compiled as people compile them.
+    """
+    assert set(as_users) <= set(names)
+    return [
+        pytest.param(
+            *(name, implementation), marks=[pytest.mark.as_users_compile] * (name in as_users)
+        )
+        for name in names
+        for implementation in IMPLEMENTATIONS
+        if cases.CASES[name].num_offsets < 2 or implementation not in SHARED_MEANS
+    ]
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """As estimates run: a GPU computes products in single precision with 11 bits by default."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def leaf_pairs(actual, expected):
@@ -184,7 +216,9 @@ def test_an_implementation_that_cannot_run_is_refused_with_the_reason(monkeypatc
         ConfigError, match=r"'absent'.*a_package_of_no_one: pip install 'fastvi\[cuda\]'"
     ):
         op.select("absent")
-    with pytest.raises(ConfigError, match="'elsewhere'.*runs on tpu, and this machine has cpu"):
+    with pytest.raises(
+        ConfigError, match=f"'elsewhere'.*runs on tpu, and this machine has {current_platform()}"
+    ):
         op.select("elsewhere")
     with pytest.raises(ConfigError, match="'removed'.*no_such_part, which this jax does not have"):
         op.select("removed")
@@ -212,7 +246,8 @@ def test_the_default_follows_the_platform_that_the_program_is_for(x64):
     assert "dynamic_update_slice" not in cuda
 
 
-def test_show_says_what_runs_and_why():
+def test_show_says_what_runs_and_why(monkeypatch):
+    monkeypatch.setattr(registry, "current_platform", lambda: "cpu")
     file = io.StringIO()
     kernels.show(file)
     lines = file.getvalue().splitlines()
@@ -295,8 +330,9 @@ def test_update_factors_copies_no_factors_in_a_loop(chains, rank, blocks, fully_
     assert not re.findall(rf"= f32\[(?:\d+,)*{rank},{arguments[0].shape[-1]}\]\S* copy\(.*", text)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", also_as_users_compile(cases.CASES, "shared", "component_masked"))
+@pytest.mark.parametrize(
+    ("name", "implementation"), by_implementation(cases.CASES, "shared", "component_masked")
+)
 def test_mixture_agrees_with_dense_algebra(name, implementation):
     # the dense side solves with P of condition 1e7 and multiplies by it again: 16 - 7 digits
     tolerance = 3e-8 if "steep" in name else 1e-12
@@ -308,8 +344,9 @@ def test_mixture_agrees_with_dense_algebra(name, implementation):
         )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", also_as_users_compile(FLOAT32, "shared", "component_masked"))
+@pytest.mark.parametrize(
+    ("name", "implementation"), by_implementation(FLOAT32, "shared", "component_masked")
+)
 def test_float32_is_as_accurate_as_its_inputs(name, implementation):
     # 4e-6: a few roundings of the largest term; beyond it only what a change of the last input bit
     # can do, which is up to |b| = 3e3 times more in steep directions (B A_m^T cancels), whatever
@@ -326,8 +363,7 @@ def test_float32_is_as_accurate_as_its_inputs(name, implementation):
         np.testing.assert_allclose(got, want, rtol=0, atol=slack, err_msg=path)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", FLOAT32_LIMITS)
+@pytest.mark.parametrize(("name", "implementation"), by_implementation(FLOAT32_LIMITS))
 def test_float32_limits(name, implementation):
     """Factors across steep directions, which a fit avoids.
 
@@ -342,10 +378,11 @@ def test_float32_limits(name, implementation):
     assert (nats, score) <= FLOAT32_LIMITS[name]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
-    "name",
-    ["one_dimension", "core_only", "seeds", "wide_rank", "shared_masked", "component_masked"],
+    ("name", "implementation"),
+    by_implementation(
+        ["one_dimension", "core_only", "seeds", "wide_rank", "shared_masked", "component_masked"]
+    ),
 )
 def test_natural_gradient_is_the_dense_metric_times_the_euclidean(name, implementation):
     mixture = jax.tree_util.tree_map(np.float64, cases.make(cases.CASES[name])[0])
@@ -366,8 +403,7 @@ def test_natural_gradient_is_the_dense_metric_times_the_euclidean(name, implemen
     assert_leaves_close(natural, expected, 1e-12)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("prefix", ["shared", "component"])
+@pytest.mark.parametrize(("prefix", "implementation"), by_implementation(["shared", "component"]))
 def test_vmap_over_chains_equals_a_loop(prefix, implementation, x64):
     names = [prefix, f"{prefix}_masked", f"{prefix}_steep"]
     stacked = jax.tree_util.tree_map(
@@ -384,8 +420,14 @@ def test_vmap_over_chains_equals_a_loop(prefix, implementation, x64):
         )
 
 
-@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-@pytest.mark.parametrize("name", ["shared", "component"])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        ("shared", "reference"),
+        ("component", "reference"),
+        *by_implementation(["shared", "component"]),
+    ],
+)
 def test_nan_in_nan_out(name, implementation, x64):
     mixture, stacked, cotangent = arguments(name, "float64")
     for field in mixture._fields:

@@ -21,13 +21,18 @@ from hypothesis import strategies as st
 
 from fastvi._errors import ConfigError
 from fastvi.kernels import OPS, _triton, woodbury
-from tests.support import triton_interpreter
+from fastvi.kernels._dispatch import current_platform
 from tests.support import woodbury_cases as cases
 from tests.support.density_draws import assert_close, assert_nan_gives_nan, draws
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton: pip install triton", allow_module_level=True)
+if current_platform() == "cuda":  # the interpreter is Triton's for the whole process
+    pytest.skip("test_kernels.py runs the compiled kernels here", allow_module_level=True)
+# before the kernels, which Triton reads when they are imported
+from tests.support import triton_interpreter
 
+# isort: split
 from fastvi.kernels.mixture_grad import reference as gradient_reference
 from fastvi.kernels.mixture_grad import triton as gradient
 from fastvi.kernels.woodbury import reference, xla

@@ -6,9 +6,11 @@ date.
 """
 
 import csv
+import functools
 import pathlib
 import re
 import sys
+import textwrap
 
 import numpy as np
 
@@ -22,10 +24,6 @@ ROOT = RESULTS.parent.parent
 DOCS = ("benchmarks.md", "accuracy.md", "kernels.md", "flows.md", "vi_flow.md")
 PAGES = (*(ROOT / "docs" / name for name in DOCS), ROOT / "README.md")
 SCALED_TO = 1e8  # parameters
-NO_GPU = (
-    "No GPU was available to the authors: "
-    "these rows are empty until someone runs `python -m bench.gpu`."
-)
 
 
 def latest(rows):
@@ -116,24 +114,68 @@ def scale():
     return f"{table}\n\n{law}"
 
 
-def gpu():
-    """Tabulate what `bench.gpu` appended, or say that there is nothing."""
-    path = RESULTS / "gpu.csv"
-    if not path.exists():
-        return NO_GPU
-    with path.open(newline="") as file:
+GPU_COLUMNS = {
+    "gpu": {
+        "kernel": "kernel",
+        "implementation": "implementation",
+        "d": "dim",
+        "multiple of a pass": "ratio",
+        "20 %": "ratio_p20",
+        "80 %": "ratio_p80",
+        "us": "us",
+        "GB/s": "gb_per_s",
+        "a pass, GB/s": "pass_gb_per_s",
+        "largest error": "error",
+    },
+    "gpu_steps": {
+        "": "group",
+        "step": "name",
+        "d": "size",
+        "multiple of": "floor",
+        "measured": "ratio",
+        "ms": "ms",
+        "peak MB": "peak_mb",
+    },
+    "gpu_language_model": {
+        "method": "method",
+        "nbeta": "nbeta",
+        "gamma": "gamma",
+        "long run": "reference",
+        "llc": "llc",
+        "error, %": "median_error_percent",
+        "stated, %": "stated_error_percent",
+        "within two, of 3": "within_two",
+        "sample gradients": "sample_gradients",
+        "s": "other_s",
+    },
+    "gpu_estimates": {
+        "problem": "problem",
+        "key": "key",
+        "right": "right",
+        "llc": "llc",
+        "stated error": "llc_sem",
+        "FGE": "fge",
+        "s": "seconds",
+    },
+}
+
+
+def gpu(name):
+    """Tabulate rows that were measured on a GPU, and say where."""
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    header = [
-        "kernel",
-        "implementation",
-        "d",
-        "device",
-        "ratio to a copy",
-        "largest error",
-        "commit",
-    ]
-    columns = ("kernel", "implementation", "dim", "device", "ratio", "error", "commit")
-    return markdown(header, [[row[column] for column in columns] for row in rows])
+    columns = GPU_COLUMNS[name]
+    last = rows[-1]
+    lines = [[_cell(row[column]) for column in columns.values()] for row in rows]
+    where = f"{last['device']}, jax {last['jax']}, {last['date'][:10]}, commit {last['commit']}."
+    return f"{markdown(list(columns), lines)}\n\n{where}"
+
+
+def _cell(text):
+    try:
+        return number(text)
+    except ValueError:
+        return text
 
 
 def machine():
@@ -154,6 +196,7 @@ TABLES = {
     "machine": machine,
     "speed": speed,
     "step": lambda: ratios("step"),
+    "walkers": lambda: ratios("walkers"),
     "kernels": lambda: ratios("kernels"),
     "peers": lambda: ratios("peers"),
     "scale": scale,
@@ -164,7 +207,7 @@ TABLES = {
     "comparison-details": lambda: compare_report.details(compare_report.Results()),
     "variational": lambda: compare_report.variational(compare_report.Results()),
     "elbo": lambda: ratios("elbo"),
-    "gpu": gpu,
+    **{name: functools.partial(gpu, name) for name in GPU_COLUMNS},
     **flow_report.TABLES,
 }
 
@@ -177,8 +220,14 @@ def filled(text):
         pattern = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
         body = table()
         if body is not None:
+            body = "\n".join(map(_wrapped, body.split("\n")))
             text = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
     return text
+
+
+def _wrapped(line):
+    """Break a line of prose as the pages are broken."""
+    return line if line.startswith(("|", "#")) else textwrap.fill(line, 100, break_long_words=False)
 
 
 def main(arguments):

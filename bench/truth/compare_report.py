@@ -95,7 +95,7 @@ class Results:
         knobs = self.knobs(problem, entry.method)
         if entry.knob == "within=budget":
             knobs = [knob for knob in knobs if knob.split("=")[0] in ("within", "budget")]
-            return max(knobs, key=lambda knob: float(knob.split("=")[1]), default=None)
+            return max(knobs, key=_amount, default=None)
         if entry.knob is not None:
             return entry.knob if entry.knob in knobs else None
         return min(knobs, key=lambda knob: self.error(problem, entry.method, knob), default=None)
@@ -299,6 +299,11 @@ def _reach_cell(results: Results, problem: str, entry: Entry) -> str:
     return f"{to_5} ({to_10})"
 
 
+def _amount(knob: str) -> float:
+    """Return the number of a knob such as `lr=1e-4` or `budget=30 n`."""
+    return float(knob.split("=")[1].removesuffix(" n"))
+
+
 def sensitivity(results: Results) -> str:
     """Return how much a wrong step size costs the two samplers without rejection."""
     lines = [
@@ -318,9 +323,7 @@ def sensitivity(results: Results) -> str:
         cells = [problem]
         for method in ("sgld", "rmsprop_sgld"):
             knobs = results.knobs(problem, method)
-            errors = {
-                float(knob.split("=")[1]): results.error(problem, method, knob) for knob in knobs
-            }
+            errors = {_amount(knob): results.error(problem, method, knob) for knob in knobs}
             if not errors:
                 cells += [""] * 4
                 continue

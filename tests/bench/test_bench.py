@@ -160,6 +160,10 @@ def test_the_trained_network_is_at_a_minimum():
     assert 0.2 < noise < 0.3  # 0.3 less what is along the tangents
 
 
+def test_the_pages_hold_what_the_rows_say(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
 def test_the_report_fills_its_marks_with_the_last_row_of_the_machine(monkeypatch):
     rows = [
         row("1", "3", "3", "3"),

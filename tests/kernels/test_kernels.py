@@ -597,6 +597,17 @@ def test_factor_grams(rank, dim, implementation, x64):
     np.testing.assert_allclose(whitened, np.broadcast_to(np.eye(rank), whitened.shape), atol=1e-10)
 
 
+def test_an_accelerator_multiplies_factors_without_a_loop():
+    factors = jnp.ones((2, 3, 2500))
+
+    def lowered(platform):
+        products = jax.jit(woodbury.factor_grams)
+        return products.trace(factors).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "stablehlo.while" in lowered("cpu")
+    assert "stablehlo.while" not in lowered("cuda")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
 def test_upper_median(size, dtype):

@@ -37,7 +37,7 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
 def factor_grams(factors):
     """Compute A_m A_m^T.
 
-    By pairs of rows for small ranks, else over chunks of dim that stay in cache.
+    By pairs of rows for small ranks, else on CPUs over chunks of dim that stay in cache.
     """
     return _products(
         lambda start, size: jax.lax.dynamic_slice_in_dim(factors, start, size, 2),
@@ -79,17 +79,28 @@ def _products(part, shape, dtype):
             jnp.stack([entry[min(i, j), max(i, j)] for j in range(rank)], -1) for i in range(rank)
         ]
         return jnp.stack(rows, axis=-2)
-    chunks = dim // GRAM_CHUNK
 
     def product(block):
         return jnp.einsum("mrd,msd->mrs", block, block)
 
-    def add(total, index):
-        return total + product(part(index * GRAM_CHUNK, GRAM_CHUNK)), None
+    def at_once():
+        return product(part(0, dim))
 
-    # the ragged end first, then whole chunks in a loop
-    rest = product(part(chunks * GRAM_CHUNK, dim - chunks * GRAM_CHUNK))
-    return jax.lax.scan(add, rest, jnp.arange(chunks))[0] if chunks else rest
+    def by_chunks():
+        chunks = dim // GRAM_CHUNK
+
+        def add(total, index):
+            return total + product(part(index * GRAM_CHUNK, GRAM_CHUNK)), None
+
+        # the ragged end first, then whole chunks in a loop
+        rest = product(part(chunks * GRAM_CHUNK, dim - chunks * GRAM_CHUNK))
+        return jax.lax.scan(add, rest, jnp.arange(chunks))[0]
+
+    if dim < GRAM_CHUNK:
+        return at_once()
+    # an accelerator launches each turn of a loop: on an H200, a thousand turns took 23 ms where
+    # the reads take 0.1 ms
+    return jax.lax.platform_dependent(cpu=by_chunks, default=at_once)
 
 
 def _log_det(triangular):

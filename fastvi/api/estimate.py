@@ -44,6 +44,7 @@ from fastvi.fitting.schedule import elbo_trend
 from fastvi.fitting.stages import Outcome, programs_for
 from fastvi.geometry.minimum import LINE_POINTS, Bottom, look_down, rounding_nats
 from fastvi.geometry.start import newton_decrement, rank_limit
+from fastvi.kernels.noise import split_key
 from fastvi.results.estimate import MOST_SCALES, LLCEstimate, kept_scales
 from fastvi.results.findings import Evidence, health_findings
 from fastvi.results.parts import ChainValues, Curvature, DrawValues, Timings
@@ -340,7 +341,7 @@ def run_estimate(
     check_blocks(problem, settings.sampler)
     plan, num_chains = whole
     early_stop = bool(plan.early_stop)
-    keys = jax.random.split(key, num_chains)
+    keys = split_key(key, num_chains)
     keeper = None
     if resume_from is not None:
         if stream is not None and stream.is_sample:

@@ -23,6 +23,7 @@ from fastvi.api.plan import family_choice, fit_schedule, fit_settings, with_cont
 from fastvi.config import VIConfig
 from fastvi.fitting.run import Fit, run_fit
 from fastvi.fitting.stages import programs_for
+from fastvi.kernels.noise import split_key
 from fastvi.observables.draws import FittedQ
 from fastvi.results.flat import SamplerRunResult
 from fastvi.results.work import RunWork, count_work
@@ -162,7 +163,7 @@ def run_vi(
         loss_full_flat,
         None,
     )
-    run = _run(target, settings, jax.random.split(as_key(key), num_chains))
+    run = _run(target, settings, split_key(as_key(key), num_chains))
     return SamplerRunResult(
         traces=_sampler_traces(run),
         timings={**_stage_seconds(run), "total": time.perf_counter() - began},

@@ -245,7 +245,8 @@ def _choose(
     log_weight = np.asarray(fitted.fit.outcome.evaluation.log_weight, float)
     weights, khat = pareto_smooth(log_weight.ravel())
     if khat < GOOD:
-        weights = np.asarray(jax.nn.softmax(log_weight.ravel()), float)
+        weights = np.exp(log_weight.ravel() - np.max(log_weight))
+        weights /= np.sum(weights)
     method: str = config.method or "auto"
     if method == "auto":
         effective = 1 / np.sum(weights**2)

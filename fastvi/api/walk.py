@@ -15,7 +15,7 @@ from fastvi._errors import ConfigError
 from fastvi.api.plan import bound_fit, plan_estimate
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import Progress
-from fastvi.kernels.noise import streams
+from fastvi.kernels.noise import split_key, streams
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.findings import correction_findings
 from fastvi.results.parts import (
@@ -113,7 +113,7 @@ def estimate_by_walk(
     began, settings = time.perf_counter(), config.sampler
     is_cheap = problem.data.max_batch >= CHEAP and budget > PART_OF_CHEAP * LEAST_EVALUATIONS
     part = PART_OF_CHEAP if is_cheap else PART
-    keys = jax.random.split(streams.derive(key, streams.Purpose.WALKERS), settings.walkers)
+    keys = split_key(streams.derive(key, streams.Purpose.WALKERS), settings.walkers)
     reader: AbstractReader = DrawnReader(
         problem.data.examples, min(part, problem.data.num_examples)
     )

@@ -38,7 +38,7 @@ from fastvi.fitting.step_plan import (
     plan_steps,
 )
 from fastvi.geometry.start import Start, StartSettings, make_start, rank_limit
-from fastvi.kernels.noise import streams
+from fastvi.kernels.noise import split_key, streams
 from fastvi.target.data import AbstractData, Problem, shared_mean
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.target.objective import FlatObjective, call_full_loss
@@ -404,7 +404,7 @@ def fit_inside_a_trace(
 def calibration_keys(num_chains: int) -> Keys:
     """Return a key for each chain's calibration, none of those that the fit draws from."""
     key = streams.derive(streams.shared_key(), streams.Purpose.CALIBRATION)
-    return jax.random.split(key, num_chains)
+    return split_key(key, num_chains)
 
 
 def build_family(

@@ -26,7 +26,7 @@ from fastvi.sampling.gradients import (
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.tuning import HOLD, adapt_step_size
 from fastvi.sampling.virial import parameter_blocks, virial_columns
-from fastvi.sampling.walkers import Walkers, move_walkers, place_walkers
+from fastvi.sampling.walkers import Walkers, keep_walkers, move_walkers, place_walkers
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import Fingerprint, shapes_of
 from fastvi.target.objective import FlatObjective
@@ -200,6 +200,7 @@ class SamplerPrograms(NamedTuple):
         columns: Virial columns of a record.
         place: As `place_walkers`.
         move: As `move_walkers`.
+        keep: As `keep_walkers`.
         anchor: `(problem, linear_map, position, reference_loss, blocks) -> Anchor`: the loss of
             every block at one position.
         noise: As `gradient_noise`.
@@ -210,6 +211,7 @@ class SamplerPrograms(NamedTuple):
     columns: int
     place: Callable[..., Walkers]
     move: Callable[..., Walkers]
+    keep: Callable[..., Walkers]
     anchor: Callable[..., Anchor]
     noise: Callable[..., Scalar]
     advance: Callable[..., tuple[Walkers, Evaluation, Record]]
@@ -262,6 +264,7 @@ def _build(
         len(parts) + 2,
         quick(place_walkers, static_argnames=("num_walkers",)),
         quick(move_walkers),
+        quick(keep_walkers, static_argnames=("number", "chains")),
         quick(anchor),
         quick(gradient_noise),
         jax.jit(advance),

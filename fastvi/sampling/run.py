@@ -35,7 +35,7 @@ from fastvi.sampling.tuning import (
     refine,
     step_size_after,
 )
-from fastvi.sampling.walkers import Walkers, keep_walkers
+from fastvi.sampling.walkers import Walkers
 from fastvi.target.data import Problem
 
 # Bounds of a settled run: split R-hat of llc, that of |w - w*|^2 (whose wide directions llc hardly
@@ -273,7 +273,7 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     wanted = Fidelity(blocks, plan_energy_error(setup.error, setup.settings))
     paid, number = _within_budget(setup, state, wanted)
     if number < state.num_walkers:  # what the others were told goes with them
-        kept = keep_walkers(state.walkers, number, setup.chains)
+        kept = setup.programs.keep(state.walkers, number=number, chains=setup.chains)
         state = state._replace(walkers=kept, estimate=None)
     state = switch_fidelity(setup, state, paid)
     noise = setup.bias(state) * (paid.num_blocks - 1) / max(abs(state.llc), 1e-300)

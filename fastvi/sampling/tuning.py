@@ -4,8 +4,9 @@
 the llc: a quadratic loss has that llc in as many dimensions.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -62,13 +63,13 @@ class StepSize(NamedTuple):
 
 def first_step_size(dim: int, dtype) -> StepSize:
     """Return the step size before the first step."""
-    return fresh_step_size(jnp.asarray(FIRST_STEP * dim**-0.25, dtype))
+    return fresh_step_size(_put(FIRST_STEP * dim**-0.25, dtype))
 
 
 def fresh_step_size(step: Scalar) -> StepSize:
     """Begin the running means anew at a step size."""
-    zero = jnp.zeros_like(step)
-    return StepSize(step, zero, zero + 1e-6, jnp.asarray(0))
+    zero, small = _put(0.0, step.dtype), _put(1e-6, step.dtype)
+    return StepSize(step, zero, small, _put(0, np.int32))
 
 
 def step_size_after(change: float, step_size: StepSize) -> StepSize:
@@ -76,7 +77,13 @@ def step_size_after(change: float, step_size: StepSize) -> StepSize:
 
     The mean square of the energy error grows as the sixth power of the step size.
     """
-    return fresh_step_size(step_size.step * change ** (1 / 6))
+    longer = float(step_size.step) * change ** (1 / 6)
+    return fresh_step_size(_put(longer, step_size.step.dtype))
+
+
+def _put(value: float, dtype: Any) -> Array:
+    """Return a number on the device; nothing is compiled for it."""
+    return jax.device_put(np.asarray(value, dtype))
 
 
 def adapt_step_size(step_size: StepSize, error: Scalar, target: Scalar) -> StepSize:

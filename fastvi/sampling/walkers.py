@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from fastvi._typing import Array, Float, Int, Key, Keys
 from fastvi.families.base import AbstractFamily
 from fastvi.families.moments import LinearMap
-from fastvi.kernels.noise import normal, streams
+from fastvi.kernels.noise import normal, split_key, streams
 from fastvi.sampling.tuning import StepSize, first_step_size, fresh_step_size
 from fastvi.target.data import Problem
 
@@ -70,7 +70,7 @@ def place_walkers(
     position, energies = jax.lax.map(chain, (params, keys, log_weight, excess))
     position = position.reshape(num_walkers, -1)
     shared = streams.derive(keys[0], streams.Purpose.WALKERS)
-    walker_keys = jax.random.split(shared, num_walkers)
+    walker_keys = split_key(shared, num_walkers)
     step_size = first_step_size(position.shape[1], position.dtype)
     momentum = _fresh_momentum(walker_keys, position)
     return Walkers(linear_map, position, momentum, energies.reshape(-1), step_size, walker_keys)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # pyright: ignore[reportPrivateImportUsage]
 
+from fastvi.kernels.noise import streams
 from fastvi.target.data import Problem
 from fastvi.target.objective import (
     AbstractObjective,
@@ -79,7 +80,7 @@ def fingerprint_loss(
         full = None if loss_full_flat is None else call_full_loss(loss_full_flat, w, data)
         return value_and_grad(objective, w, batch), others, full
 
-    batch = jax.eval_shape(problem.next_batch, jax.random.key(0))
+    batch = jax.eval_shape(problem.next_batch, streams.shared_key())
     data = jax.eval_shape(lambda: problem.data.examples)
     center = problem.posterior.center
     reader = _Reader()

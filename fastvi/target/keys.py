@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError
+from fastvi.target.modes import jax_setting
 
 
 def as_key(key: Any) -> Any:
@@ -34,13 +35,16 @@ def as_key(key: Any) -> Any:
 
 
 def _seeded(seed: int) -> Any:
-    """Return the key of a seed; jax without 64-bit types would take it modulo 2^32."""
+    """Return the key of a seed; jax without 64-bit types would take it modulo 2^32.
+
+    Below 2^32 it has the bits of `jax.random.key`, which compiles a program for it.
+    """
     if not 0 <= seed < 2**64:
         raise ConfigError(
             f"key must be a seed in [0, 2**64), or a jax random key; got {seed}: use "
             f"{seed % 2**32}."
         )
-    if seed < 2**32:
+    if seed < 2**32 and jax_setting("jax_default_prng_impl") != "threefry2x32":
         return jax.random.key(seed)
     words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")

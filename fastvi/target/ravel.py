@@ -150,7 +150,7 @@ def ravel_loss(
             dtypes.append(None)
             continue
         array = _float_leaf(leaf, name, dtype)
-        arrays.append(array.ravel())
+        arrays.append(array)
         shapes.append(tuple(leaf.shape))
         dtypes.append(leaf.dtype)
     if not sum(array.size for array in arrays):
@@ -159,7 +159,14 @@ def ravel_loss(
             f"params holds {found}, so there is nothing to vary; pass the trained weights."
         )
     structure = TreeStructure(treedef, tuple(shapes), tuple(dtypes), tuple(static))
-    return TreeObjective(loss_fn, structure), jnp.concatenate(arrays)
+    return TreeObjective(loss_fn, structure), _joined(arrays)
+
+
+def _joined(arrays: list[Array | np.ndarray]) -> Array:
+    """Return one vector; on the host, so that nothing is compiled for it, where that has them."""
+    is_traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+    numpy = jnp if is_traced else np
+    return jnp.asarray(numpy.concatenate([numpy.ravel(array) for array in arrays]))
 
 
 def _settings_of_modules(params: PyTree) -> set[Any]:
@@ -202,7 +209,7 @@ def refuse_python_float(leaf: Any, name: str) -> None:
     )
 
 
-def _float_leaf(leaf: Any, name: str, dtype: Any) -> Array:
+def _float_leaf(leaf: Any, name: str, dtype: Any) -> Array | np.ndarray:
     """Return a leaf in the dtype of the flat vector."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise DataError(
@@ -228,4 +235,4 @@ def _float_leaf(leaf: Any, name: str, dtype: Any) -> Array:
             f'{name} holds numbers too large for {np.dtype(dtype)}. Use dtype="float64", or '
             "rescale."
         )
-    return jax.device_put(cast)
+    return cast

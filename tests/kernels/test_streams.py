@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastvi.kernels.noise import normal, streams
+from fastvi.kernels.noise import normal, split_key, streams
+from fastvi.kernels.noise.threefry import fold_in
 
 
 def blocks_of_steps(steps):
@@ -33,6 +34,29 @@ def test_blocks_of_a_chain_are_disjoint():
 def test_a_block_knows_its_step(step):
     for block in (streams.step_noise(step), streams.step_noise(step) + 1, streams.step_batch(step)):
         assert streams.step_of(jnp.uint32(block)) == step
+
+
+KEYS = {
+    "small": lambda: jax.random.key(3),
+    "large": lambda: jax.random.wrap_key_data(np.array([2**32 - 1, 2**31 + 5], np.uint32)),
+    "another kind": lambda: jax.random.key(3, impl="rbg"),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_of_the_host_are_those_of_jax(name):
+    """Compiled or traced, threefry or not: the same keys."""
+    key, data = KEYS[name](), int(streams.Purpose.WALKERS)
+    numbers = jax.random.key_data
+    for num in (1, 5):
+        expected = jax.random.split(key, num)
+        for found in (split_key(key, num), jax.jit(split_key, static_argnums=1)(key, num)):
+            assert found.dtype == expected.dtype
+            np.testing.assert_array_equal(numbers(found), numbers(expected))
+    expected = jax.random.fold_in(key, data)
+    for found in (fold_in(key, data), jax.jit(fold_in, static_argnums=1)(key, data)):
+        assert (found.shape, found.dtype) == ((), expected.dtype)
+        np.testing.assert_array_equal(numbers(found), numbers(expected))
 
 
 def test_derived_keys_differ_from_each_other_and_from_every_seed():

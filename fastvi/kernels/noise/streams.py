@@ -25,8 +25,10 @@ import enum
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastvi._typing import Array, Key
+from fastvi.kernels.noise.threefry import fold_in
 
 NOISE_BLOCKS = 2  # blocks of normals and of labels; a family that needs more raises the period
 STEP_PERIOD = NOISE_BLOCKS + 1  # blocks of a step: its noise, and its minibatch
@@ -83,9 +85,10 @@ class Purpose(enum.IntEnum):
 
 def derive(key: Key, purpose: Purpose) -> Key:
     """Return the key of a purpose, independent of the key's noise and of other purposes."""
-    return jax.random.fold_in(key, int(purpose))
+    return fold_in(key, int(purpose))
 
 
 def shared_key() -> Key:
     """Return the key of what all fits share, which no seed of a user gives."""
-    return jax.random.wrap_key_data(jnp.asarray(SHARED_WORDS, jnp.uint32), impl="threefry2x32")
+    words = jax.device_put(np.asarray(SHARED_WORDS, np.uint32))
+    return jax.random.wrap_key_data(words, impl="threefry2x32")

@@ -12,10 +12,11 @@ import functools
 import math
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._typing import Array, Float, Key, UInt32
+from fastvi._typing import Array, Float, Key, Keys, UInt32
 
 # Rotation distances of Threefry-2x32 by Salmon et al.; four rounds take one row.
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -55,6 +56,41 @@ def words(key: Key, size: int, *, block: Array | int = 0) -> UInt32[Array, " siz
     return _random_bits(*pair, jnp.uint32(block), size, 4)
 
 
+def split_key(key: Key, num: int) -> Keys:
+    """Return `jax.random.split(key, num)`, hashed on the host where the key is there.
+
+    jax compiles a program for it.
+    """
+    pair = _host_words(key)
+    return jax.random.split(key, num) if pair is None else _hash_key(pair, np.arange(num))
+
+
+def fold_in(key: Key, data: int) -> Key:
+    """Return `jax.random.fold_in(key, data)`, hashed on the host where the key is there."""
+    pair = _host_words(key)
+    return jax.random.fold_in(key, data) if pair is None else _hash_key(pair, np.asarray(data))
+
+
+def _host_words(key: Key) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the words of a threefry key on the host.
+
+    None stands for a key that is traced, or of another kind.
+    """
+    if isinstance(key, jax.core.Tracer) or not _is_threefry(key):
+        return None
+    first, second = np.asarray(jax.random.key_data(key))
+    return np.atleast_1d(first), np.atleast_1d(second)  # scalars would warn where words wrap
+
+
+def _hash_key(pair: tuple[np.ndarray, np.ndarray], counters: np.ndarray) -> Array:
+    """Hash counters of block 0 to keys."""
+    low = np.atleast_1d(counters).astype(np.uint32)
+    hashed = np.stack(_threefry2x32(*pair, np.zeros_like(low), low), axis=-1)
+    return jax.random.wrap_key_data(
+        jnp.asarray(hashed.reshape(*counters.shape, 2)), impl="threefry2x32"
+    )
+
+
 def _block_key(key: Key, block: Array | int) -> Key:
     return key if isinstance(block, int) and block == 0 else jax.random.fold_in(key, block)
 
@@ -64,14 +100,20 @@ def _threefry_words(key: Key) -> tuple[Array, Array] | None:
 
     None stands for a key whose counters jax.random uses in another way.
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
-        return None
-    if str(jax.random.key_impl(key)) not in ("threefry2x32", "fry"):
-        return None
-    if not getattr(jax.config, "jax_threefry_partitionable", False):
+    if not _is_threefry(key):
         return None
     data = jax.random.key_data(key)  # two words of 32 bits
     return data[0], data[1]
+
+
+def _is_threefry(key: Key) -> bool:
+    """Say whether it is a single threefry2x32 key under partitionable counters."""
+    return (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        and key.shape == ()
+        and str(jax.random.key_impl(key)) in ("threefry2x32", "fry")
+        and getattr(jax.config, "jax_threefry_partitionable", False)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), inline=True)

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from fastvi._typing import Float
@@ -55,10 +55,10 @@ def round_map(setup: WalkSetup, curvature: Float[np.ndarray, " leaves"]) -> Line
     """Return the coordinates `sqrt(gamma + curvature)`, one number for each array."""
     posterior, dtype = setup.posterior, setup.posterior.center.dtype
     numbers = np.repeat(1 / np.sqrt(float(posterior.gamma) + curvature), setup.leaf_sizes)
-    scale, dim = jnp.asarray(numbers, dtype), posterior.center.size
-    return LinearMap(
-        jnp.zeros(dim, dtype), scale, jnp.zeros((0, dim), dtype), jnp.zeros((0, 0), dtype)
-    )
+    scale = numbers.astype(dtype)
+    nothing = (np.zeros(shape, dtype) for shape in ((0, scale.size), (0, 0)))
+    # put on the device, for which nothing is compiled
+    return LinearMap(*jax.device_put((np.zeros_like(scale), scale, *nothing)))
 
 
 def plan_step(stiffness: float) -> float:

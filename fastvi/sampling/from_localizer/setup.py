@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from fastvi._typing import Array, Float, Keys
@@ -124,13 +124,13 @@ def call_round(
         source,
         course.anchor,
         setup.keys,
-        jnp.int32(course.parts),
+        jax.device_put(np.int32(course.parts)),  # for which nothing is compiled
     )
     return setup.programs.advance(
         inputs,
         course.state,
-        *(jnp.asarray(value, dtype) for value in (course.step_size, FRICTION_TIME)),
-        *(jnp.int32(value) for value in (course.done, start, stop)),
+        *(np.asarray(value, dtype) for value in (course.step_size, FRICTION_TIME)),
+        *(np.int32(value) for value in (course.done, start, stop)),
     )
 
 

@@ -8,7 +8,7 @@ data and parameters that are passed to an estimate are asked for. "disallow_expl
 too, and is left alone.
 
 Products of matrices in single precision are products of 11 bits on GPUs and TPUs, by jax's default.
-The package's own are exact; a person's model computes as they say.
+The package's own keep all 24; a person's model computes as they say.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 
 - kernels: each implementation in a loop of one program. `ratio` is its time over that of a pass
   that reads and writes the bytes that the kernel must move, `error` the largest difference from
-  float64 on the CPU in units of the largest entry. An implementation becomes the default of a
-  platform (`Op.defaults`) when a row here puts it before XLA. Rows of gpu.csv.
+  float64 on the CPU in units of the largest entry. docs/kernels.md says when an
+  implementation becomes the default of a platform. Rows of gpu.csv.
 - steps: the steps of walkers and of a fit beside the gradients that they contain, as
   `bench_walkers` and `bench_step` measure them. Rows of gpu_steps.csv.
 - estimates: whole estimates of posteriors whose llc is known. Rows of gpu_estimates.csv.
@@ -26,6 +26,7 @@ from bench.bench_kernels import COMPONENTS, RANK, mixture
 from bench.harness import as_text, compared, in_turn, peak_megabytes, record, score
 from bench.problems import BATCH, tanh_network
 from fastvi import LocalPosterior, make_flat_objective
+from fastvi._modes import in_own_modes
 from fastvi.api.estimate import DEFAULT_LOCALIZATION
 from fastvi.demos import digits, quadratic
 from fastvi.kernels import OPS, mixture_grad, show, woodbury
@@ -96,9 +97,15 @@ def least_bytes(kernel, dim):
 
 def passes(least):
     """Return a loop that reads and writes so many bytes each time."""
-    buffer = jnp.ones(least // 8, jnp.float32)
-    loop = jax.jit(lambda array: jax.lax.fori_loop(0, REPEATS, lambda _, kept: kept + 1, array))
-    return lambda: loop(buffer)
+    held = [jnp.ones(least // 8, jnp.float32)]
+    once = functools.partial(jax.lax.fori_loop, 0, REPEATS, lambda _, kept: kept + 1)
+    in_place = jax.jit(once, donate_argnums=0)
+
+    def call():
+        held.append(in_place(held.pop()))
+        return held[0]
+
+    return call
 
 
 def exact(function, arguments):
@@ -231,19 +238,18 @@ def main(parts):
     if jax.default_backend() != "gpu":
         print(f"no GPU: jax sees {jax.devices()}. Nothing was measured and no row written.")
         return 1
-    # as estimates run: products in single precision are exact
-    with jax.default_matmul_precision("highest"):
-        if "kernels" in parts:
-            for dim in SIZES:
-                rows = [row for kernel in KERNELS for row in kernel_rows(kernel, dim)]
+    # in the package's own modes, as estimates run
+    if "kernels" in parts:
+        for dim in SIZES:
+            rows = [row for kernel in KERNELS for row in in_own_modes(kernel_rows)(kernel, dim)]
+            print(as_text(rows), flush=True)
+            record("gpu", rows)
+    if "steps" in parts:
+        for size in STEP_SIZES:
+            for measure in (bench_walkers.measure, fit_step_rows):
+                rows = in_own_modes(measure)(size, STEP_ROUNDS)
                 print(as_text(rows), flush=True)
-                record("gpu", rows)
-        if "steps" in parts:
-            for size in STEP_SIZES:
-                for measure in (bench_walkers.measure, fit_step_rows):
-                    rows = measure(size, STEP_ROUNDS)
-                    print(as_text(rows), flush=True)
-                    record("gpu_steps", rows)
+                record("gpu_steps", rows)
     if "estimates" in parts:
         record("gpu_estimates", estimate_rows())
     return 0

@@ -166,7 +166,8 @@ def gpu(name):
         rows = list(csv.DictReader(file))
     columns = GPU_COLUMNS[name]
     last = rows[-1]
-    lines = [[_cell(row[column]) for column in columns.values()] for row in rows]
+    run = [row for row in rows if all(row[name] == last[name] for name in ("device", "commit"))]
+    lines = [[_cell(row[column]) for column in columns.values()] for row in run]
     where = f"{last['device']}, jax {last['jax']}, {last['date'][:10]}, commit {last['commit']}."
     return f"{markdown(list(columns), lines)}\n\n{where}"
 

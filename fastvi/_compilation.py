@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import monitoring
 
+from fastvi._modes import their_products
+
 BACKEND_EVENT = "/jax/core/compile/backend_compile_duration"
 WAIT_EVENT = "/fastvi/compile/wait_duration"  # for programs that compile in other threads
 COMPILE_EVENTS = (
@@ -32,8 +34,8 @@ WORKERS = 2
 # dimension.
 MOST_LOSSES = 4  # losses of which programs are kept
 MOST_SETS = 16
-# Sets that may be dropped before their memory is looked for, which takes 0.1 to 0.3 s. Half of it
-# looks twice as often, double holds up to 180 MB more.
+# Sets that may be dropped before Python's garbage is collected for their memory, which takes 0.1 to
+# 0.3 s. Half of it collects twice as often, double holds up to 180 MB more.
 MOST_DROPPED = 4
 
 Programs = TypeVar("Programs")
@@ -134,11 +136,13 @@ class BorrowedObjective(Borrowed):
 
     def loss(self, *args: Any) -> Any:
         """Evaluate the loss of the objective."""
-        return self._owner().loss(*args)
+        with their_products():
+            return self._owner().loss(*args)
 
     def grad(self, *args: Any) -> Any:
         """Differentiate the loss of the objective."""
-        return self._owner().grad(*args)
+        with their_products():
+            return self._owner().grad(*args)
 
 
 def _borrow(value: Any) -> Borrowed | None:
@@ -158,10 +162,11 @@ class _Kept:
 
 
 class ProgramStore:
-    """Owner of all compiled programs: what it drops gives its memory back.
+    """Owner of all compiled programs.
 
     It keeps the programs of the losses used last, and drops at once those of losses that nobody
-    holds any more when another loss needs programs.
+    holds any more when another loss needs programs. What it drops gives its memory back after at
+    most `MOST_DROPPED` sets.
     """
 
     def __init__(self, most_losses: int = MOST_LOSSES, most_sets: int = MOST_SETS):

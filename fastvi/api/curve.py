@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError, DataError
+from fastvi._modes import in_own_modes
 from fastvi._typing import Batch, Given, PyTree
 from fastvi.api.arguments import check_count
 from fastvi.api.estimate import assemble, run_estimate
@@ -17,7 +18,6 @@ from fastvi.fitting.protocols import Progress
 from fastvi.results.estimate import LLCEstimate
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
 from fastvi.target.keys import as_key
-from fastvi.target.modes import in_own_modes
 from fastvi.target.ravel import TreeStructure
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastvi._compilation import CompileWatch
 from fastvi._errors import ConfigError, DataError, NonFiniteError
+from fastvi._modes import in_own_modes
 from fastvi._typing import Batch, Given, Key, PyTree
 from fastvi.api.arguments import (
     check_count,
@@ -58,7 +59,6 @@ from fastvi.target.fingerprint import Fingerprint
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
 from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
-from fastvi.target.modes import in_own_modes
 from fastvi.target.ravel import TreeObjective, TreeStructure, ravel_loss
 from fastvi.target.restrict import restrict
 from fastvi.target.stream import (

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError
+from fastvi._modes import in_own_modes
 from fastvi._typing import Array, Batch, Float, Given, Keys
 from fastvi.api.arguments import (
     check_count,
@@ -31,7 +32,6 @@ from fastvi.target.data import Problem, hold
 from fastvi.target.inputs import check_data
 from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
-from fastvi.target.modes import in_own_modes
 from fastvi.target.objective import FlatObjective, make_flat_objective
 
 

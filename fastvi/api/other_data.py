@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from fastvi._compilation import PROGRAMS, quick_compilation
+from fastvi._modes import in_own_modes
 from fastvi._typing import Array, Batch, Float, Given, Keys
 from fastvi.api.resample import Fitted
 from fastvi.evaluation.errors import chain_error, pair_mean
@@ -19,7 +20,6 @@ from fastvi.target.data import Data, Problem, shared_mean
 from fastvi.target.fingerprint import shapes_of
 from fastvi.target.inputs import check_data
 from fastvi.target.look import weigh
-from fastvi.target.modes import in_own_modes
 
 
 class DataLLC(NamedTuple):

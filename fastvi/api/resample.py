@@ -14,6 +14,7 @@ import numpy as np
 
 from fastvi._compilation import CompileWatch
 from fastvi._errors import ConfigError, DataError, NonFiniteError
+from fastvi._modes import in_own_modes
 from fastvi._typing import Array, Float, Given, Keys
 from fastvi.api.plan import check_blocks, default_budget
 from fastvi.config import VIConfig
@@ -35,7 +36,6 @@ from fastvi.sampling.tuning import USUAL_ERROR
 from fastvi.sampling.walkers import Walkers
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss
-from fastvi.target.modes import in_own_modes
 from fastvi.target.ravel import TreeObjective
 from fastvi.target.stream import uncorrected
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastvi._modes import their_products
 from fastvi._typing import Array, Batch, Float, Key, Scalar
 from fastvi.evaluation.control_variate import hessian_columns, regress, regress_one
 from fastvi.evaluation.errors import pair_mean
@@ -234,11 +235,13 @@ def _losses_and_slope(
         losses = jax.vmap(lambda w: objective.loss(w, batch))(points)
         first = points[0]
         return losses, jax.lax.cond(wanted, lambda: objective.grad(first, batch), lambda: slope)
-    losses, pulls = jax.vmap(lambda w: jax.vjp(lambda w: objective.loss(w, batch), w))(points)
+    with their_products():
+        losses, pulls = jax.vmap(lambda w: jax.vjp(lambda w: objective.loss(w, batch), w))(points)
     # of what the forward pass keeps for a gradient, that of the first point alone is used
     pull = jax.tree_util.tree_map(lambda leaf: leaf[0], pulls)
     one = jnp.ones_like(losses[0])
-    return losses, jax.lax.cond(wanted, lambda: pull(one)[0], lambda: slope)
+    with their_products():
+        return losses, jax.lax.cond(wanted, lambda: pull(one)[0], lambda: slope)
 
 
 def draws_at_once(num_draws: int) -> int:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._compilation import Ahead
+from fastvi._modes import jax_setting
 from fastvi._typing import Array, Keys
 from fastvi.evaluation.llc import Beside, error_over_pieces
 from fastvi.families.base import AbstractFamily
@@ -46,7 +47,6 @@ from fastvi.geometry.minimum import LINE_POINTS, descent_line
 from fastvi.geometry.start import Start, rank_limit
 from fastvi.kernels.noise import streams
 from fastvi.target.data import AbstractData, Problem
-from fastvi.target.modes import jax_setting
 from fastvi.target.posterior import LocalPosterior
 from fastvi.target.stream import CHUNK, AbstractStream
 

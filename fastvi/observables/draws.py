@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import DataError
+from fastvi._modes import in_own_modes
 from fastvi._typing import Array, Float, Given, Key, PyTree
 from fastvi.families.base import AbstractFamily
 from fastvi.target.keys import as_key
-from fastvi.target.modes import in_own_modes
 from fastvi.target.ravel import TreeObjective, TreeStructure
 from fastvi.target.restrict import RestrictedLoss
 

@@ -1,11 +1,13 @@
 """A status line on stderr for long work, without a dependency."""
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable
 from typing import TextIO
 
+from fastvi._modes import call_in_their_modes
 from fastvi._typing import Given
 from fastvi.fitting.protocols import Progress
 from fastvi.results.terminal import is_terminal, write_text
@@ -74,4 +76,6 @@ def reporting(
     """
     if progress is True:
         return StatusLine()
-    return contextlib.nullcontext(progress if callable(progress) else None)
+    if not callable(progress):
+        return contextlib.nullcontext(None)
+    return contextlib.nullcontext(functools.partial(call_in_their_modes, progress))

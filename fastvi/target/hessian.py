@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from fastvi._modes import their_products
 from fastvi._typing import Array, Batch, Float
 from fastvi.target.data import AbstractData
 from fastvi.target.objective import FlatObjective
@@ -51,6 +52,12 @@ def hvp_operator(
     def gradient(point):
         return objective.grad(point, batch)
 
+    with their_products():
+        return _product(gradient, w)
+
+
+def _product(gradient: Callable, w: Float[Array, " dim"]) -> Callable:
+    """Return the derivative of the gradient at `w`, in whichever way it has one."""
     try:
         push = jax.linearize(gradient, w)[1]
         # only a batch of tangents finds a function with a VJP alone
@@ -63,8 +70,8 @@ def hvp_operator(
         pull = jax.vjp(gradient, w)[1]
         jax.eval_shape(jax.vmap(pull), w[None])
     except NO_DERIVATIVE:
-        return lambda tangent: _gradient_difference(gradient, w, tangent)
-    return lambda tangent: pull(tangent)[0]
+        return their_products()(lambda tangent: _gradient_difference(gradient, w, tangent))
+    return their_products()(lambda tangent: pull(tangent)[0])
 
 
 def _gradient_difference(

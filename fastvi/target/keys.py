@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError
-from fastvi.target.modes import jax_setting
+from fastvi._modes import jax_setting
 
 
 def as_key(key: Any) -> Any:

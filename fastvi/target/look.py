@@ -15,6 +15,7 @@ import numpy as np
 
 from fastvi._compilation import PROGRAMS, quick_compilation
 from fastvi._errors import DataError
+from fastvi._modes import their_product_eps
 from fastvi._typing import Array, Float, Given
 from fastvi.target.checks import (
     LossLook,
@@ -41,7 +42,6 @@ from fastvi.target.stream import AbstractStream
 from fastvi.target.work import LOSS
 
 NARROW_EPS = 2.0**-7  # relative spacing of bfloat16, the coarsest dtype that a model computes in
-ACCELERATOR_EPS = 2.0**-10  # of products in single precision on GPUs and TPUs, by jax's default
 # Examples on which a full-data loss is compared: all data up to there, else a sample in parts.
 FULL_LOSS_EXAMPLES, FULL_LOSS_PARTS = 2048, 8
 # Of a change of the loss, between a full-data loss that is given and the objective's. Twice as much
@@ -245,7 +245,7 @@ def _resolution(loss: Fingerprint, dtype: Any) -> float:
     if loss.is_narrow:
         return NARROW_EPS
     eps = float(jnp.finfo(dtype).eps)
-    return eps if jax.default_backend() == "cpu" or eps < 1e-10 else ACCELERATOR_EPS
+    return eps if eps < 1e-10 else max(eps, their_product_eps())
 
 
 def _weight_eps(

@@ -13,9 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from fastvi._errors import DataError
+from fastvi._modes import call_in_their_modes, their_products
 from fastvi._typing import Array, Batch, Float, Given, Scalar
 from fastvi.target.losses import example_losses, mean_loss, raw_examples
-from fastvi.target.modes import call_in_their_modes
 
 LossFn = Callable[..., Any]
 
@@ -41,7 +41,10 @@ def value_and_grad(
 ) -> tuple[Scalar, Array]:
     """Evaluate the loss and its gradient, in one pass where the objective can."""
     both = getattr(objective, "value_and_grad", None)
-    return (objective.loss(w, batch), objective.grad(w, batch)) if both is None else both(w, batch)
+    with their_products():
+        if both is None:
+            return objective.loss(w, batch), objective.grad(w, batch)
+        return both(w, batch)
 
 
 class AbstractObjective(abc.ABC):

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import DataError
+from fastvi._modes import call_in_their_modes, in_own_modes
 from fastvi._typing import Array, Float, Given, PyTree
 from fastvi.target.inputs import is_finite
 from fastvi.target.losses import raw_examples
-from fastvi.target.modes import call_in_their_modes, in_own_modes
 from fastvi.target.objective import AbstractObjective, LossFn
 
 
@@ -163,10 +163,16 @@ def ravel_loss(
 
 
 def _joined(arrays: list[Array | np.ndarray]) -> Array:
-    """Return one vector; on the host, so that nothing is compiled for it, where that has them."""
-    is_traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
-    numpy = jnp if is_traced else np
+    """Return one vector, joined on the host, so that nothing is compiled for it.
+
+    Arrays that are traced, or that somebody has put on a device, are joined where they are.
+    """
+    numpy = jnp if any(map(_is_placed, arrays)) else np
     return jnp.asarray(numpy.concatenate([numpy.ravel(array) for array in arrays]))
+
+
+def _is_placed(array: Array | np.ndarray) -> bool:
+    return isinstance(array, jax.Array) and getattr(array, "committed", True)
 
 
 def _settings_of_modules(params: PyTree) -> set[Any]:

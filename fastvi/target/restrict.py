@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError, DataError
+from fastvi._modes import in_own_modes
 from fastvi._typing import Batch, Given, PyTree
-from fastvi.target.modes import in_own_modes
 from fastvi.target.ravel import refuse_python_float
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fastvi
-from fastvi._compilation import CompileWatch, ProgramStore
+from fastvi._compilation import MOST_DROPPED, CompileWatch, ProgramStore
 from fastvi.api.plan import fit_settings
 from fastvi.fitting.stages import programs_for
 from fastvi.target.data import Problem, hold
@@ -446,6 +446,28 @@ def test_programs_of_dead_losses_go_when_another_comes():
     store.find("n", "fit", (host,), lambda one: Programs())
     assert seen() is None
     assert store.find("a", "fit", (alive,), lambda one: Programs()) is kept
+
+
+def test_programs_that_refer_to_each_other_go_after_some_more():
+    """As functions of jax and their caches do, which only a collection of garbage finds."""
+
+    class Programs:
+        def __init__(self):
+            self.itself = self
+
+    gc.collect()
+    gc.disable()
+    try:
+        store, seen = ProgramStore(), []
+        for index in range(MOST_DROPPED + 1):  # each drops the one before it
+            one = function(index)
+            seen.append(weakref.ref(store.find(index, "fit", (one,), lambda _: Programs())))
+            del one
+            alive = [programs() is not None for programs in seen]
+            assert all(alive) == (index < MOST_DROPPED)
+        assert alive == [False] * MOST_DROPPED + [True]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

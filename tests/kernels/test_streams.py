@@ -50,11 +50,19 @@ def test_keys_of_the_host_are_those_of_jax(name):
     numbers = jax.random.key_data
     for num in (1, 5):
         expected = jax.random.split(key, num)
-        for found in (split_key(key, num), jax.jit(split_key, static_argnums=1)(key, num)):
+        for found in (
+            split_key(key, num),
+            jax.jit(split_key, static_argnums=1)(key, num),
+            jax.jit(lambda num=num: split_key(key, num))(),
+        ):
             assert found.dtype == expected.dtype
             np.testing.assert_array_equal(numbers(found), numbers(expected))
     expected = jax.random.fold_in(key, data)
-    for found in (fold_in(key, data), jax.jit(fold_in, static_argnums=1)(key, data)):
+    for found in (
+        fold_in(key, data),
+        jax.jit(fold_in, static_argnums=1)(key, data),
+        jax.jit(lambda: fold_in(key, data))(),
+    ):
         assert (found.shape, found.dtype) == ((), expected.dtype)
         np.testing.assert_array_equal(numbers(found), numbers(expected))
 

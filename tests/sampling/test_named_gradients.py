@@ -71,7 +71,7 @@ def test_gradients_and_start_must_agree():
 
 @pytest.mark.parametrize("of_a_fit", [{"num_chains": 2}, {"resume_from": "nowhere"}])
 def test_a_walk_has_no_chains_and_no_checkpoint(of_a_fit):
-    """It ran the fit, and refused what it had found."""
+    """Before, the fit ran first, and its result was refused then."""
 
     def never(w, batch):
         raise AssertionError("the loss was called")

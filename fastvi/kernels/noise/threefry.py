@@ -59,7 +59,7 @@ def words(key: Key, size: int, *, block: Array | int = 0) -> UInt32[Array, " siz
 def split_key(key: Key, num: int) -> Keys:
     """Return `jax.random.split(key, num)`, hashed on the host where the key is there.
 
-    jax compiles a program for it.
+    `jax.random.split` would compile a program.
     """
     pair = _host_words(key)
     return jax.random.split(key, num) if pair is None else _hash_key(pair, np.arange(num))
@@ -76,9 +76,12 @@ def _host_words(key: Key) -> tuple[np.ndarray, np.ndarray] | None:
 
     None stands for a key that is traced, or of another kind.
     """
-    if isinstance(key, jax.core.Tracer) or not _is_threefry(key):
+    if not _is_threefry(key):
         return None
-    first, second = np.asarray(jax.random.key_data(key))
+    data = jax.random.key_data(key)
+    if isinstance(data, jax.core.Tracer):  # as that of any key is where something is traced
+        return None
+    first, second = np.asarray(data)
     return np.atleast_1d(first), np.atleast_1d(second)  # scalars would warn where words wrap
 
 

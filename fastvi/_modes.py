@@ -7,8 +7,9 @@ traced as they say. `jax_transfer_guard="disallow"` asks that no data pass to a 
 data and parameters that are passed to an estimate are asked for. "disallow_explicit" forbids these
 too, and is left alone.
 
-Products of matrices in single precision are products of 11 bits on GPUs and TPUs, by jax's default.
-The package's own keep all 24; a person's model computes as they say.
+By jax's default, products of matrices in single precision are products of 11 bits on recent NVIDIA
+GPUs, and of 8 on TPUs. The package's own keep all 24; a person's model multiplies as they say,
+forwards and backwards.
 """
 
 import contextlib
@@ -28,6 +29,12 @@ OWN = {
     "numpy_dtype_promotion": "standard",
     "default_matmul_precision": "highest",
 }
+# names of the precision of products that keeps all digits of single precision
+EXACT = ("highest", "float32", "F32_F32_F32")
+BFLOAT16_EPS, TENSORFLOAT_EPS = 2.0**-7, 2.0**-10
+# Of a person who has set none: by name, since jax takes the products of a derivative, traced later,
+# for ones that nobody has set, as the package's own.
+DEFAULT_PRECISION = "default"
 EXPLICIT = ("disallow_explicit", "log_explicit")
 
 
@@ -66,13 +73,40 @@ def jax_setting(name: str) -> Any:
     return getattr(jax.config, name)
 
 
+def their_product_eps() -> float:
+    """Return the relative spacing of what a person's model multiplies in single precision.
+
+    It is 0 where products keep all digits.
+    """
+    modes, backend = getattr(_THEIRS, "modes", None), jax.default_backend()
+    theirs = jax_setting("jax_default_matmul_precision") if modes is None else modes[-1]
+    if backend == "cpu" or theirs in EXACT:
+        return 0.0
+    return BFLOAT16_EPS if backend == "tpu" or theirs == "bfloat16" else TENSORFLOAT_EPS
+
+
 def call_in_their_modes(function: Callable[..., Any], *args: Any) -> Any:
     """Call a person's function in the modes that they have set."""
     modes = getattr(_THEIRS, "modes", None)
     if modes is None:
         return function(*args)
-    with _modes(modes):
+    with _modes((*modes[:-1], modes[-1] or DEFAULT_PRECISION)):
         return function(*args)
+
+
+@contextlib.contextmanager
+def their_products() -> Iterator[None]:
+    """Multiply as a person has set it, where a function of theirs is called or differentiated.
+
+    What jax derives of a function is traced after the function, and so outside of
+    `call_in_their_modes`.
+    """
+    modes = getattr(_THEIRS, "modes", None)
+    if modes is None:
+        yield
+        return
+    with jax.default_matmul_precision(modes[-1] or DEFAULT_PRECISION):
+        yield
 
 
 @contextlib.contextmanager

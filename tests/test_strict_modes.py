@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 import fastvi
+from fastvi._compilation import BorrowedObjective
+from fastvi._modes import in_own_modes, their_product_eps
 from fastvi.families.moments import LinearMap
 from fastvi.kernels.woodbury import xla
-from fastvi.target.objective import call_full_loss, make_flat_objective
+from fastvi.target.hessian import hvp_operator
+from fastvi.target.objective import call_full_loss, make_flat_objective, value_and_grad
 
 X = jax.device_put(np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32))
 CENTER, KEY = jax.device_put(np.zeros(3, np.float32)), jax.random.key(0)
@@ -100,9 +103,7 @@ def test_a_loss_is_held_to_the_mode_of_its_owner(mode, error, careless):
 
 @pytest.mark.parametrize("theirs", [None, "bfloat16"])
 @pytest.mark.parametrize("start", ["fit", "localizer"])
-def test_products_of_the_package_are_exact_and_those_of_a_loss_their_owners(
-    start, theirs, monkeypatch
-):
+def test_products_of_the_package_keep_all_digits(start, theirs, monkeypatch):
     """A GPU computes products in single precision with 11 bits, unless it is told."""
     seen = {"loss": set(), "map": set(), "density": set()}
 
@@ -118,7 +119,7 @@ def test_products_of_the_package_are_exact_and_those_of_a_loss_their_owners(
     with jax.default_matmul_precision(theirs):
         fastvi.estimate_llc(
             # of its own, since programs of an equal loss would be found
-            noting("loss", lambda w, batch: 0.7 * loss(w, batch)),
+            noting("loss", lambda w, batch: (0.7 if theirs else 0.6) * loss(w, batch)),
             CENTER,
             (X,),
             method="sample",
@@ -126,9 +127,82 @@ def test_products_of_the_package_are_exact_and_those_of_a_loss_their_owners(
             budget=500 * len(X),
             **{"progress": False, **(SMALL if start == "fit" else {})},
         )
-    assert seen["loss"] == {theirs}
+    assert seen["loss"] == {theirs or "default"}
     assert seen["map"] == {"highest"}
     assert seen["density"] == ({"highest"} if start == "fit" else set())
+
+
+def precisions(function, *arguments):
+    """Return the precisions of all products that a function computes."""
+    found = set()
+
+    def look(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                found.add(str(equation.params["precision"]).split(".")[-1].rstrip(")"))
+            jax.tree_util.tree_map(
+                lambda value: look(getattr(value, "jaxpr", value)),
+                [value for value in equation.params.values() if hasattr(value, "jaxpr")],
+            )
+
+    look(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return found
+
+
+@jax.custom_vjp
+def product(left, right):
+    """Multiply, with a derivative of its own."""
+    return left @ right
+
+
+product.defvjp(
+    lambda left, right: (left @ right, (left, right)),
+    lambda kept, out: (out @ kept[1].T, kept[0].T @ out),
+)
+
+
+class Given:
+    """A flat objective of somebody's own class."""
+
+    def loss(self, w, batch):
+        return jnp.mean(jnp.tanh(batch @ w.reshape(3, 2)) ** 2)
+
+    def grad(self, w, batch):
+        return jax.grad(self.loss)(w, batch)
+
+
+def with_own_vjp(w, batch):
+    return jnp.mean(jnp.tanh(product(batch, w.reshape(3, 2))) ** 2)
+
+
+OBJECTIVES = {
+    "a function": lambda: make_flat_objective(Given().loss),
+    "a derivative of its own": lambda: make_flat_objective(with_own_vjp),
+    "a class": Given,
+}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"), [(None, "DEFAULT"), ("bfloat16", "DEFAULT"), ("highest", "HIGHEST")]
+)
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_a_loss_multiplies_as_its_owner_says_also_backwards(kind, theirs, expected):
+    objective, w = OBJECTIVES[kind](), jnp.ones(6)
+    borrowed = BorrowedObjective(objective)  # as programs hold it
+
+    @in_own_modes
+    def traced():
+        return [
+            precisions(lambda w, batch: value_and_grad(borrowed, w, batch), w, X),
+            precisions(borrowed.loss, w, X),
+            precisions(lambda w, batch: hvp_operator(borrowed, w, batch)(w), w, X),
+            precisions(lambda w: w @ w, w),
+        ]
+
+    with jax.default_matmul_precision(theirs):
+        *of_loss, own = traced()
+    assert of_loss == [{expected}] * 3
+    assert own == {"HIGHEST"}
 
 
 @pytest.mark.slow  # op by op, a minute
@@ -138,3 +212,22 @@ def test_without_jit_the_estimate_is_the_same():
     with jax.disable_jit():
         plain = fastvi.estimate_llc(loss, CENTER, (X,), **options)
     assert plain.llc == pytest.approx(compiled.llc, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backend", "theirs", "eps"),
+    [
+        ("cpu", None, 0),
+        ("gpu", None, 2**-10),
+        ("gpu", "tensorfloat32", 2**-10),
+        ("gpu", "bfloat16", 2**-7),
+        ("tpu", None, 2**-7),
+        ("gpu", "highest", 0),
+        ("tpu", "float32", 0),
+    ],
+)
+def test_the_digits_of_a_loss_are_those_its_owner_has_set(backend, theirs, eps, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    with jax.default_matmul_precision(theirs):
+        assert their_product_eps() == eps
+        assert in_own_modes(their_product_eps)() == eps

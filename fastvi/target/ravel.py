@@ -241,4 +241,4 @@ def _float_leaf(leaf: Any, name: str, dtype: Any) -> Array | np.ndarray:
             f'{name} holds numbers too large for {np.dtype(dtype)}. Use dtype="float64", or '
             "rescale."
         )
-    return cast
+    return cast if isinstance(cast, jax.Array) else np.asarray(cast)  # a number of numpy's too

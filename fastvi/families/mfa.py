@@ -142,7 +142,7 @@ class MFA(AbstractFamily):
         return cls(
             scale=geometry.scale,
             lr_factor=jnp.ones((), dtype),
-            core_mask=jnp.asarray(
+            core_mask=jax.device_put(
                 (np.arange(geometry.core.shape[0]) < geometry.rank).astype(dtype)
             ),
             ranks=tuple(min(rank, dim) for rank in settings.ranks),

@@ -397,8 +397,8 @@ def _line_points(posterior: LocalPosterior, start: Start) -> Beside:
     points, follows = np.zeros((LINE_POINTS, center.size)), False
     if line is not None and line.is_followed:
         points, follows = line.points, True
-    # of numpy up to here, so that nothing is compiled for it
-    return Beside(jnp.asarray(points.astype(center.dtype)), jnp.asarray(follows))
+    # of numpy, and put on the device as it is, so that nothing is compiled for it
+    return Beside(*jax.device_put((points.astype(center.dtype), np.asarray(follows))))
 
 
 def _finish(

@@ -411,11 +411,13 @@ def build_family(
     choice: FamilyChoice, settings: StartSettings, start: Start, core_rows: int
 ) -> AbstractFamily:
     """Instantiate the family with `core_rows` rows of core, a padding of the rows in use."""
+    # put on the device, for which nothing is compiled
+    scale, core, unit = jax.device_put((start.scale, start.core[:core_rows], start.rest**-0.5))
     geometry = Geometry(
-        scale=jnp.asarray(start.scale),
-        core=jnp.asarray(start.core[:core_rows]),
+        scale=scale,
+        core=core,
         rank=start.rank,
-        unit=jnp.asarray(start.rest**-0.5),
+        unit=unit,
         noise_size=rank_limit(settings, start.scale.size, start.scale.dtype.itemsize),
     )
     return FAMILIES[choice.name].create(choice.settings, geometry)

@@ -47,7 +47,7 @@ def _seeded(seed: int) -> Any:
     if seed < 2**32 and jax_setting("jax_default_prng_impl") != "threefry2x32":
         return jax.random.key(seed)
     words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+    return jax.random.wrap_key_data(jax.device_put(words), impl="threefry2x32")
 
 
 def described(value: Any) -> str:

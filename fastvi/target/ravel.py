@@ -167,8 +167,9 @@ def _joined(arrays: list[Array | np.ndarray]) -> Array:
 
     Arrays that are traced, or that somebody has put on a device, are joined where they are.
     """
-    numpy = jnp if any(map(_is_placed, arrays)) else np
-    return jnp.asarray(numpy.concatenate([numpy.ravel(array) for array in arrays]))
+    if any(map(_is_placed, arrays)):
+        return jnp.concatenate([jnp.ravel(array) for array in arrays])
+    return jax.device_put(np.concatenate([np.ravel(array) for array in arrays]))
 
 
 def _is_placed(array: Array | np.ndarray) -> bool:

@@ -90,7 +90,7 @@ def _hash_key(pair: tuple[np.ndarray, np.ndarray], counters: np.ndarray) -> Arra
     low = np.atleast_1d(counters).astype(np.uint32)
     hashed = np.stack(_threefry2x32(*pair, np.zeros_like(low), low), axis=-1)
     return jax.random.wrap_key_data(
-        jnp.asarray(hashed.reshape(*counters.shape, 2)), impl="threefry2x32"
+        jax.device_put(hashed.reshape(*counters.shape, 2)), impl="threefry2x32"
     )
 
 

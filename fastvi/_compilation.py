@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import monitoring
 
-from fastvi._modes import their_products
+from fastvi._modes import in_own_modes, their_products
 
 BACKEND_EVENT = "/jax/core/compile/backend_compile_duration"
 WAIT_EVENT = "/fastvi/compile/wait_duration"  # for programs that compile in other threads
@@ -265,7 +265,8 @@ class Ahead:
 
     def compile(self, lowered: Any) -> None:
         """Start on one program."""
-        self._futures.append(self._pool.submit(lowered.compile))
+        # a thread begins in jax's modes, and jax 0.7 finds programs by the modes they compile in
+        self._futures.append(self._pool.submit(in_own_modes(lowered.compile)))
 
     def wait(self) -> None:
         """Wait until all are compiled."""

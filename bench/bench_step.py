@@ -202,6 +202,14 @@ def _compile(body, state, steps=STEPS):
     return compiled, lambda: compiled(state, key)
 
 
+def network_problem(size):
+    """Return the objective and the problem of a tanh network of about so many parameters."""
+    loss, center, data = tanh_network(size)
+    num_data = data[1].size
+    posterior = LocalPosterior(center, jnp.float32(num_data / math.log(num_data)), jnp.float32(1.0))
+    return make_flat_objective(loss), Problem(posterior, hold(data), BATCH)
+
+
 METHODS = {"gradient": gradient_scan, "fastvi": fastvi_scan, "sgld": sgld_scan}
 if importlib.util.find_spec("numpyro") is not None:
     METHODS["numpyro"] = functools.partial(numpyro_scan, rank=RANK)
@@ -239,11 +247,8 @@ def peer_rows(samples, dim):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("size", sizes(ASKED))
 def test_step(benchmark, size):
-    loss, center, data = tanh_network(size)
-    num_data = data[1].size
-    posterior = LocalPosterior(center, jnp.float32(num_data / math.log(num_data)), jnp.float32(1.0))
-    problem = Problem(posterior, hold(data), BATCH)
-    objective = make_flat_objective(loss)
+    objective, problem = network_problem(size)
+    center = problem.posterior.center
     methods = dict(METHODS)
     if "numpyro" in methods and size <= LARGEST_DENSE:
         methods["numpyro AutoMultivariateNormal"] = functools.partial(

@@ -24,13 +24,10 @@ import fastvi
 from bench import bench_step, bench_walkers
 from bench.bench_kernels import COMPONENTS, RANK, mixture
 from bench.harness import as_text, compared, in_turn, peak_megabytes, record, score
-from bench.problems import BATCH, tanh_network
-from fastvi import LocalPosterior, make_flat_objective
 from fastvi._modes import in_own_modes
 from fastvi.api.estimate import DEFAULT_LOCALIZATION
 from fastvi.demos import digits, quadratic
 from fastvi.kernels import OPS, mixture_grad, show, woodbury
-from fastvi.target.data import Problem, hold
 
 SIZES = (100_000, 1_000_000, 10_000_000)
 STEP_SIZES = (10_000, 100_000)
@@ -165,10 +162,7 @@ def kernel_rows(kernel, dim):
 
 def fit_step_rows(size, rounds):
     """Time the step of a fit, of SGLD and the gradient."""
-    loss, center, data = tanh_network(size)
-    num_data = data[1].size
-    posterior = LocalPosterior(center, jnp.float32(num_data / math.log(num_data)), jnp.float32(1.0))
-    problem, objective = Problem(posterior, hold(data), BATCH), make_flat_objective(loss)
+    objective, problem = bench_step.network_problem(size)
     builders = {
         "gradient": bench_step.gradient_scan,
         "fastvi": bench_step.fastvi_scan,
@@ -181,7 +175,7 @@ def fit_step_rows(size, rounds):
         score(
             "step",
             name,
-            center.size,
+            problem.posterior.center.size,
             "gradient",
             timings[name],
             peak_mb=peak_megabytes(scans[name][0]),

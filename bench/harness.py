@@ -99,7 +99,7 @@ def score(
     """Make a row of `ratios.csv`, the table that `bench.report` prints and `bench.gate` compares.
 
     Args:
-        group: kernels, step, fit, flows, estimate or scale.
+        group: kernels, step, walkers, fit, flows, estimate or scale.
         name: What was timed.
         size: Dimension.
         floor: What its time is a multiple of.

@@ -32,9 +32,6 @@ OWN = {
 # names of the precision of products that keeps all digits of single precision
 EXACT = ("highest", "float32", "F32_F32_F32")
 BFLOAT16_EPS, TENSORFLOAT_EPS = 2.0**-7, 2.0**-10
-# Of a person who has set none: by name, since jax takes the products of a derivative, traced later,
-# for ones that nobody has set, as the package's own.
-DEFAULT_PRECISION = "default"
 EXPLICIT = ("disallow_explicit", "log_explicit")
 
 
@@ -52,7 +49,9 @@ def in_own_modes(function: Callable[P, R]) -> Callable[P, R]:
 @contextlib.contextmanager
 def _own_modes() -> Iterator[None]:
     before = getattr(_THEIRS, "modes", None)
-    _THEIRS.modes = before or tuple(jax_setting(f"jax_{name}") for name in OWN)
+    # a precision that nobody has set by its name: jax takes products of a derivative, which are
+    # traced later, for ones without a precision, as the package's own
+    _THEIRS.modes = before or tuple(jax_setting(f"jax_{name}") or "default" for name in OWN)
     guard = (
         contextlib.nullcontext()
         if jax_setting("jax_transfer_guard") in EXPLICIT
@@ -90,7 +89,7 @@ def call_in_their_modes(function: Callable[..., Any], *args: Any) -> Any:
     modes = getattr(_THEIRS, "modes", None)
     if modes is None:
         return function(*args)
-    with _modes((*modes[:-1], modes[-1] or DEFAULT_PRECISION)):
+    with _modes(modes):
         return function(*args)
 
 
@@ -105,7 +104,7 @@ def their_products() -> Iterator[None]:
     if modes is None:
         yield
         return
-    with jax.default_matmul_precision(modes[-1] or DEFAULT_PRECISION):
+    with jax.default_matmul_precision(modes[-1]):
         yield
 
 

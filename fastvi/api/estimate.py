@@ -34,7 +34,12 @@ from fastvi.api.plan import (
     start_settings,
 )
 from fastvi.api.resample import Fitted, correct_within, with_method
-from fastvi.api.walk import chooses_walk, estimate_by_walk, walks_without_fit
+from fastvi.api.walk import (
+    chooses_walk,
+    estimate_by_walk,
+    refuse_beside_walk,
+    walks_without_fit,
+)
 from fastvi.config import VIConfig
 from fastvi.evaluation.errors import chain_error
 from fastvi.evaluation.importance import assess_importance
@@ -166,12 +171,9 @@ def estimate_llc(
     if param_mask is not None:
         loss_fn, params = restrict(loss_fn, params, param_mask)
     of_fits = {"num_chains": num_chains, "resume_from": resume_from}
-    may_walk = not (asked := [name for name, value in of_fits.items() if value is not None])
-    if asked and settings.sampler.chosen_start == "localizer":
-        raise ConfigError(
-            f"{settings.sampler.named_start} makes no fit, and {asked[0]} is of one: leave one of "
-            "them out."
-        )
+    asked = [name for name, value in of_fits.items() if value is not None]
+    refuse_beside_walk(settings.sampler, asked)
+    may_walk = not asked
     target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key), may_walk)
     if may_walk:
         target, result = _walk(target, progress, throw)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from fastvi.sampling.from_localizer.batches import AbstractReader, DrawnReader, 
 from fastvi.sampling.from_localizer.setup import WalkSetup
 from fastvi.sampling.from_localizer.steps import minibatch_programs
 from fastvi.sampling.from_localizer.walk import TooStiff, Walk, walk_from_localizer
+from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Data, Problem
 from fastvi.target.fingerprint import Fingerprint
@@ -64,6 +65,19 @@ def walks_without_fit(config: VIConfig) -> bool:
     return config.method in (None, "auto", "sample") and not config.of_a_fit
 
 
+def refuse_beside_walk(sampler: SamplerSettings, of_a_fit: Sequence[str]) -> None:
+    """Refuse what is of a fit where walkers are to begin at the localizer.
+
+    Raises:
+        ConfigError: If there is any of it.
+    """
+    if of_a_fit and sampler.chosen_start == "localizer":
+        raise ConfigError(
+            f"{sampler.named_start} makes no fit, and {of_a_fit[0]} is of one: leave one of them "
+            "out."
+        )
+
+
 def chooses_walk(problem: Problem, config: VIConfig, look: LossLook) -> tuple[bool, bool]:
     """Say whether to try a walk from the localizer, and whether nothing else is possible.
 
@@ -73,10 +87,7 @@ def chooses_walk(problem: Problem, config: VIConfig, look: LossLook) -> tuple[bo
     start, gamma = config.sampler.chosen_start, float(problem.posterior.gamma)
     if start == "localizer":
         asked = config.sampler.named_start
-        if config.of_a_fit:
-            raise ConfigError(
-                f"{asked} makes no fit, and {config.of_a_fit[0]} is of one: leave one of them out."
-            )
+        refuse_beside_walk(config.sampler, config.of_a_fit)
         if not walks_without_fit(config):
             raise ConfigError(
                 f"{asked} walks, and method={config.method!r} does not: leave one of them out."

@@ -47,7 +47,7 @@ def factor_grams(factors):
 
 
 def component_gram(factors, index):
-    """Compute A_m A_m^T of the factor at an index, without a copy of the factor.
+    """Compute A_m A_m^T of the factor at an index, on CPUs without a copy of the factor.
 
     The index has one number for each axis but the last two.
     """

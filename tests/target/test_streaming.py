@@ -142,7 +142,7 @@ def test_a_feed_makes_no_pass_for_the_rows_that_a_window_holds():
     source._draw = lambda number: passes.append(number) or draw(number)
     feed = source.feed()
     first = feed.take(50 * BATCH)[0]
-    assert passes == []
+    assert passes in ([], [1])  # the thread that reads ahead may have gone on to the second window
     rest = feed.take(150 * BATCH)[0]
     feed.close()
     assert passes[0] == 1

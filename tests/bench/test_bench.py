@@ -149,14 +149,14 @@ def test_the_trained_network_is_at_a_minimum():
     nbeta = num_data / np.log(num_data)
     loss, center, data = trained_tanh_network(1_000, num_data)
     noise = jnp.sqrt(2 * loss(center, data))
-    shuffled = data[1] + noise * jax.random.normal(jax.random.key(0), data[1].shape)
+    others = data[1] + noise * jax.random.normal(jax.random.key(0), (16, *data[1].shape))
     gradient = jax.jit(jax.grad(loss))
     # what a move can gain at most under a localizer of 1, in nats
-    gain, of_noise = (
-        0.5 * nbeta**2 * jnp.sum(gradient(center, (data[0], y)) ** 2) for y in (data[1], shuffled)
+    gain, *of_noise = (
+        0.5 * nbeta**2 * jnp.sum(gradient(center, (data[0], y)) ** 2) for y in (data[1], *others)
     )
     assert gain < 0.3
-    assert of_noise > 1.5
+    assert np.mean(of_noise) > 2  # 1.6 to 6 by one draw
     assert 0.2 < noise < 0.3  # 0.3 less what is along the tangents
 
 

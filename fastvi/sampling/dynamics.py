@@ -69,7 +69,8 @@ def first_half_step(
         state: The walkers.
         step: Step size, in standard deviations of q.
         friction_time: Time after which a momentum is forgotten, in the same unit.
-        noise: Independent standard normals.
+        noise: Independent normals: standard ones, but where the noise of gradients stands in for a
+            part of them.
 
     Returns:
         The walkers at the position where the potential is to be evaluated.

@@ -176,8 +176,8 @@ def gradient_noise(
     nbeta: Scalar,
     at_anchor: Float[Array, "blocks dim"],
     at_point: Float[Array, "blocks dim"],
-) -> Scalar:
-    """Return the variance over blocks of the anchored gradient of nbeta L, summed over directions.
+) -> Float[Array, " dim"]:
+    """Return the variance over blocks of the anchored gradient of nbeta L, in each direction.
 
     It is taken in round coordinates. For `count` times fewer blocks it is about `count` times
     smaller.
@@ -189,4 +189,4 @@ def gradient_noise(
         at_point: Block gradients of L at the point where the noise is asked for.
     """
     forces = linear_map.pull_back(nbeta * (at_point - at_anchor))
-    return jnp.sum(jnp.var(forces, axis=0, ddof=1))
+    return jnp.var(forces, axis=0, ddof=1)

@@ -24,7 +24,7 @@ from fastvi.sampling.gradients import (
     make_anchor,
 )
 from fastvi.sampling.settings import SamplerSettings
-from fastvi.sampling.tuning import HOLD, adapt_step_size
+from fastvi.sampling.tuning import HOLD, adapt_step_size, injected_share
 from fastvi.sampling.virial import parameter_blocks, virial_columns
 from fastvi.sampling.walkers import Walkers, keep_walkers, move_walkers, place_walkers
 from fastvi.target.data import Problem
@@ -108,6 +108,7 @@ def run_steps(
     num_blocks: int,
     friction_time: Scalar,
     energy_error: Scalar,
+    variance: Float[Array, " dim"] | None,
     bins: int,
     bin_length: int,
 ) -> tuple[Walkers, Evaluation, Record]:
@@ -125,15 +126,20 @@ def run_steps(
         num_blocks: Blocks that each walker draws one of; it keeps it for `HOLD` steps.
         friction_time: Time after which a momentum is forgotten, in standard deviations of q.
         energy_error: Mean square of the energy error of a step, in nats^2.
+        variance: Of the gradients in round coordinates over the blocks, for which so much less
+            noise is injected; None where there is none.
         bins: Records to keep.
         bin_length: Steps averaged in each.
     """
     held = HOLD if num_blocks > 1 else 1  # all data are the same data at every step
     dim, dtype = walkers.position.shape[1], walkers.position.dtype
 
-    def draw_noise(index):
+    def draw_noise(index, step):
         block = streams.walker_noise(index)
-        return jax.vmap(lambda key: normal(key, (dim,), dtype, block=block))(walkers.keys)
+        noise = jax.vmap(lambda key: normal(key, (dim,), dtype, block=block))(walkers.keys)
+        if variance is None:
+            return noise
+        return noise * jnp.sqrt(injected_share(variance, step, friction_time)).astype(dtype)
 
     def draw_blocks(index):
         block = streams.walker_data(index // held)
@@ -147,7 +153,7 @@ def run_steps(
         step = jnp.where(number < 0, 0, jnp.asarray(step_size.step))
         # a walker draws a block at the start of a hold, so the last step of one has the same data
         is_same_data = index % held == held - 1
-        half = first_half_step(state, step, friction_time, draw_noise(index))
+        half = first_half_step(state, step, friction_time, draw_noise(index, step))
         there = evaluate(half.position, draw_blocks(index))
         state, info = second_half_step(state, half, there, step, is_same_data)
         # a step that was taken back says nothing of how long steps may be
@@ -205,7 +211,7 @@ class SamplerPrograms(NamedTuple):
             every block at one position.
         noise: As `gradient_noise`.
         advance: `(problem, anchor, walkers, here, reference_loss, energy_error, friction_time,
-            first, start, stop) -> (Walkers, Evaluation, Record)`.
+            variance, first, start, stop) -> (Walkers, Evaluation, Record)`.
     """
 
     columns: int
@@ -213,7 +219,7 @@ class SamplerPrograms(NamedTuple):
     move: Callable[..., Walkers]
     keep: Callable[..., Walkers]
     anchor: Callable[..., Anchor]
-    noise: Callable[..., Scalar]
+    noise: Callable[..., Float[Array, " dim"]]
     advance: Callable[..., tuple[Walkers, Evaluation, Record]]
 
 
@@ -240,7 +246,15 @@ def _build(
         return make_anchor(objective, problem, displacement, reference_loss, blocks)
 
     def advance(
-        problem, anchor, walkers, here, reference_loss, energy_error, friction_time, *steps
+        problem,
+        anchor,
+        walkers,
+        here,
+        reference_loss,
+        energy_error,
+        friction_time,
+        variance,
+        *steps,
     ):
         walkers, here, record = run_steps(
             make_evaluate(
@@ -252,6 +266,7 @@ def _build(
             num_blocks=1 if anchor is None else anchor.rows.shape[0],
             friction_time=friction_time,
             energy_error=energy_error,
+            variance=variance,
             bins=bins,
             bin_length=bin_length,
         )

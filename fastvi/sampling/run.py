@@ -24,6 +24,7 @@ from fastvi.sampling.tuning import (
     LESS_NOISE,
     USUAL_ERROR,
     Fidelity,
+    Heat,
     effective_dimensions,
     fresh_step_size,
     is_rounding,
@@ -31,6 +32,7 @@ from fastvi.sampling.tuning import (
     noise_bias,
     plan_energy_error,
     plan_friction_time,
+    plan_heat,
     plan_walkers,
     refine,
     step_size_after,
@@ -51,10 +53,13 @@ REFINE_AT = 0.75
 NOISE_SLACK = 1.5
 # Work of a new measurement of the noise over that of the rounds before it, at most.
 NOISE_WORK = 0.5
-# Part of the measured heat that is taken off llc where the control variates have not, and the
-# standard deviation of the rest: a quadratic loss has all of it, one whose curvature falls with the
-# distance a half, and where the noise grows with the distance it is more.
+# Part of the heat that is not compensated which is taken off llc where the control variates have
+# not, and the standard deviation of the rest: a quadratic loss has all of it, one whose curvature
+# falls with the distance a half, and where the noise grows with the distance it is more.
 HEAT_SHARE, HEAT_DOUBT = 0.65, 0.4
+# Standard deviation of what compensation leaves of the heat, over the heat: two measurements of the
+# variance differ by as much.
+COMPENSATION_DOUBT = 0.2
 # Rounds that a budget has to pay for, with as many walkers as it can: the fewest that are averaged.
 LEAST_ROUNDS = 3
 # Step size, over the longest so far, at which rounding is looked for, and the energy error, over
@@ -112,11 +117,12 @@ class RunState(NamedTuple):
     Attributes:
         walkers: Where they are.
         llc: The latest value of llc, by which bias is judged.
+        block_noise: Variance of the gradient in each direction, for each block of data that it
+            leaves out.
         estimate: The gradient estimate; None until a fidelity has been chosen.
-        block_noise: Variance of the gradient for each block of data that it leaves out.
         allowed_bias: What noise may add to llc.
         width: Root mean square of the positions, 1 before the first step.
-        heat: What noise adds to llc by the latest friction time.
+        heat: What noise would add to llc by the latest friction time.
         work: Sample gradients spent.
         steps: Steps made.
         returned: Steps taken back, all walkers together.
@@ -129,11 +135,11 @@ class RunState(NamedTuple):
 
     walkers: Walkers
     llc: float
+    block_noise: Float[np.ndarray, " dim"]
     estimate: Estimate | None = None
-    block_noise: float = 0.0
     allowed_bias: float = 0.0
     width: float = 1.0
-    heat: float = 0.0
+    heat: Heat = Heat()
     work: float = 0.0
     steps: int = 0
     returned: float = 0.0
@@ -237,13 +243,13 @@ class RunSetup:
         return max(self.noise_cost(state) + self.run_cost(blocks, self.fewest), allows)
 
     def allowed_bias(self, llc: float) -> float:
-        """Return what noise may add to the llc of steps that are averaged."""
+        """Return what noise might add to the llc of steps that are averaged."""
         return self.settings.noise_share * self.error * abs(llc)
 
     def bias(self, state: RunState, friction_time: float | None = None) -> float:
-        """Return what noise adds to llc, for each block of data that a gradient leaves out."""
+        """Return what noise would add to llc, for each block of data that a gradient leaves out."""
         time = self.settings.friction_time if friction_time is None else friction_time
-        return noise_bias(state.block_noise, state.step_size, time)
+        return noise_bias(float(state.block_noise.sum()), state.step_size, time)
 
     def energy_error(self, state: RunState) -> float:
         """Return the mean square of the energy errors that steps may make, in nats^2."""
@@ -258,10 +264,11 @@ class RunSetup:
 def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     """Run the walkers until the error of llc is small and they agree, or the budget is spent.
 
-    Gradients come from blocks of the data as small as their noise allows. Noise may add
-    `burn_in_noise` to llc while the walkers burn in, and `noise_share` of the wanted error
-    afterwards. What the virial columns take off llc measures what noise and step size have added to
-    it. Where that is too much, blocks are made larger and steps shorter.
+    Gradients come from blocks of the data as small as their noise allows. So much less noise is
+    injected as theirs brings, but its variance is known by measurement alone: uncompensated, it
+    might add `burn_in_noise` to llc while the walkers burn in, and `noise_share` of the wanted
+    error afterwards. What the virial columns take off llc measures what noise and step size have
+    added to it. Where that is too much, blocks are made larger and steps shorter.
 
     The budget must pay for a run: `setup.pays(begin(setup, walkers))`.
     """
@@ -286,7 +293,8 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
 def begin(setup: RunSetup, walkers: Walkers) -> RunState:
     """Return the run before its first round, by what llc is at the walkers."""
     excess = float(np.mean(np.asarray(walkers.excess)))  # in numpy, which compiles nothing
-    state = RunState(walkers, float(setup.problem.posterior.nbeta) * excess)
+    noise = np.zeros(walkers.position.shape[1], walkers.position.dtype)
+    state = RunState(walkers, float(setup.problem.posterior.nbeta) * excess, noise)
     return state._replace(longest_step=state.step_size)
 
 
@@ -307,11 +315,11 @@ def measure_noise(setup: RunSetup, state: RunState) -> RunState:
     # position zero is the mean of q, the anchor that blocks would have
     at_anchor, nbeta = gradients(np.zeros_like(points[0])), setup.problem.posterior.nbeta
     noise = [
-        float(setup.programs.noise(linear_map, nbeta, at_anchor, gradients(point)))
+        np.asarray(setup.programs.noise(linear_map, nbeta, at_anchor, gradients(point)))
         for point in points
     ]
     return state._replace(
-        block_noise=float(np.mean(noise)) / (blocks.rows.shape[0] - 1),
+        block_noise=np.mean(noise, axis=0) / (blocks.rows.shape[0] - 1),
         work=state.work + setup.noise_cost(state),
     )
 
@@ -405,7 +413,8 @@ def _call(setup: RunSetup, state: RunState, start: int, stop: int) -> tuple[RunS
     """Call the compiled program that moves walkers."""
     assert state.estimate is not None, "a fidelity is chosen before the first round"
     fidelity, anchor, here = state.estimate
-    per_time = setup.bias(state, 1.0) * (fidelity.num_blocks - 1)
+    left_out = fidelity.num_blocks - 1
+    per_time, variance = setup.bias(state, 1.0) * left_out, state.block_noise * left_out
     time = plan_friction_time(state.width, state.allowed_bias, per_time, setup.settings)
     walkers, here, record = setup.programs.advance(
         setup.problem,
@@ -415,10 +424,12 @@ def _call(setup: RunSetup, state: RunState, start: int, stop: int) -> tuple[RunS
         setup.reference_loss,
         np.float32(setup.energy_error(state) + state.rounding),
         np.float32(time),
+        None if anchor is None else variance,
         *map(np.int32, (state.steps, start, stop)),
     )
     estimate = Estimate(fidelity, anchor, here)
-    return state._replace(walkers=walkers, estimate=estimate, heat=per_time * time), record
+    heat = plan_heat(variance, state.step_size, time)
+    return state._replace(walkers=walkers, estimate=estimate, heat=heat), record
 
 
 def burn_in(setup: RunSetup, state: RunState) -> RunState:
@@ -510,13 +521,13 @@ def _gather(
             return state, records
 
 
-def check_records(setup: RunSetup, records: tuple[Record, ...], heat: float) -> Check:
+def check_records(setup: RunSetup, records: tuple[Record, ...], heat: Heat) -> Check:
     """Average records, and compare them with the criteria.
 
     Args:
         setup: Of the run.
         records: What its rounds have kept.
-        heat: What the noise of gradients adds to llc, by its measured variance.
+        heat: What the noise of gradients would add to llc, by its measured variance.
     """
     llc, virial, radius2 = (
         np.concatenate([getattr(record, name) for record in records], axis=1)
@@ -533,14 +544,15 @@ def check_records(setup: RunSetup, records: tuple[Record, ...], heat: float) -> 
     )
 
 
-def without_heat(analysis: Analysis, heat: float) -> Analysis:
-    """Take off llc a part of the heat that the control variates have left, and add its doubt."""
-    left = max(0.0, heat - max(0.0, analysis.added))
+def without_heat(analysis: Analysis, heat: Heat) -> Analysis:
+    """Take off llc a part of the heat that nothing else has taken off, and add its doubt."""
+    left = max(0.0, heat.left - max(0.0, analysis.added))
+    doubt = math.hypot(HEAT_DOUBT * left, COMPENSATION_DOUBT * heat.compensated)
     return dataclasses.replace(
         analysis,
         llc=analysis.llc - HEAT_SHARE * left,
-        llc_sem=math.hypot(analysis.llc_sem, HEAT_DOUBT * left),
-        systematic=math.hypot(analysis.systematic, HEAT_DOUBT * left),
+        llc_sem=math.hypot(analysis.llc_sem, doubt),
+        systematic=math.hypot(analysis.systematic, doubt),
         per_walker=analysis.per_walker - HEAT_SHARE * left,
     )
 

@@ -61,10 +61,9 @@ class SamplerSettings:
             half the time; at double, twice.
         noise_points: Walkers at which the noise of gradients is measured. At half, a measurement
             costs half and is noisier by 1.4; at double, the reverse.
-        noise_share: Heat by gradient noise that is allowed before control variates, over the
-            relative error that was asked for; what these leave of it is in part taken off, in part
-            doubted. At half, blocks are twice as large; at double, half as large, and more of llc's
-            error is systematic.
+        noise_share: What gradient noise might add to llc were it not compensated, over the error
+            that was asked for: a fifth of it is doubted. At half, blocks are twice as large; at
+            double, half as large, and more of llc's error is systematic.
         burn_in_noise: The same while walkers burn in, as a share of llc. At half, burn-in costs up
             to twice as much; at double, the walkers arrive too hot.
         burn_in_change: Change of llc from one half of the burn-in to the next, relative to llc,
@@ -97,7 +96,7 @@ class SamplerSettings:
     table_floats: int = 2**24
     coordinates_per_fge: float = 2e5
     noise_points: int = 4
-    noise_share: float = 1.5
+    noise_share: float = 3.0
     burn_in_noise: float = 0.2
     burn_in_change: float = 0.1
     max_burn_in: int = 20

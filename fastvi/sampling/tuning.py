@@ -1,7 +1,7 @@
 """The plan of a run, chosen by small pure functions of measured numbers.
 
-*Noise bias* is what noise of the gradient estimate adds to llc. *Effective dimensions* are twice
-the llc: a quadratic loss has that llc in as many dimensions.
+*Noise bias* is what noise of the gradient estimate would add to llc. *Effective dimensions* are
+twice the llc: a quadratic loss has that llc in as many dimensions.
 """
 
 from typing import Any, NamedTuple
@@ -31,6 +31,9 @@ FIRST_MEMORY, LAST_MEMORY = 20.0, 100.0
 # Nats, and one for each dimension, at which a step is taken back. At home, errors are a small part
 # of d, so half or double takes back the same steps: a wall shows orders of magnitude more.
 RUNAWAY_ENERGY = 1e3
+# Part of the injected noise that gradient noise may stand in for, at most. At half, blocks are
+# larger where a few directions are noisy; at 1, momenta in these have no other noise than that.
+MOST_COMPENSATED = 0.9
 # Relative error of llc that the settings are made for.
 USUAL_ERROR = 0.02
 # Effective dimensions, at least, for each dimension. Below it, a llc near zero would stop walkers.
@@ -50,6 +53,13 @@ class Fidelity(NamedTuple):
 
     num_blocks: int
     energy_error: float
+
+
+class Heat(NamedTuple):
+    """What the noise of gradients would add to llc: the part that is compensated, and the rest."""
+
+    compensated: float = 0.0
+    left: float = 0.0
 
 
 class StepSize(NamedTuple):
@@ -140,19 +150,45 @@ def is_runaway(
     return ~((jnp.minimum(jnp.abs(error), kick) < bound) & jnp.isfinite(error))
 
 
-def noise_bias(variance: float, step: float, friction_time: float) -> float:
+def noise_bias(variance: Any, step: Any, friction_time: Any) -> Any:
     """Return what gradient noise adds to llc: `step variance friction_time / 2`.
 
     Noise of this variance, held for `HOLD` steps, adds `HOLD step variance friction_time / 2` to
     the mean squares of the positions, summed over directions; half of that is llc.
 
     Args:
-        variance: Of the gradient in round coordinates, over draws of the data, summed over
-            directions.
+        variance: Of the gradient in round coordinates, over draws of the data: in each direction,
+            or summed over them.
         step: Step size.
         friction_time: Time after which a momentum is forgotten.
     """
     return HOLD * variance * step * friction_time / 4
+
+
+def injected_share(
+    variance: Float[Array, " dim"], step: Scalar | float, friction_time: Scalar | float
+) -> Float[Array, " dim"]:
+    """Return the share of its variance that injected noise keeps in each direction.
+
+    Gradient noise raises the temperature of a direction by twice its noise bias. Where so much less
+    is injected, positions are as wide as without it.
+
+    Args:
+        variance: Of the gradient in round coordinates, over draws of the data.
+        step: Step size.
+        friction_time: Time after which a momentum is forgotten.
+
+    References:
+        Chen, Fox & Guestrin, Stochastic gradient Hamiltonian Monte Carlo (2014).
+    """
+    return 1 - jnp.minimum(2 * noise_bias(variance, step, friction_time), MOST_COMPENSATED)
+
+
+def plan_heat(variance: Float[np.ndarray, " dim"], step: float, friction_time: float) -> Heat:
+    """Return the heat of gradient noise of this variance, as `injected_share` compensates it."""
+    bias = noise_bias(variance, step, friction_time)
+    compensated = float(np.minimum(bias, MOST_COMPENSATED / 2).sum())
+    return Heat(compensated, float(bias.sum()) - compensated)
 
 
 def max_blocks_within(bias: float, bias_per_block: float, counts: tuple[int, ...]) -> int:

@@ -32,7 +32,7 @@ from fastvi.sampling.averages import (
 from fastvi.sampling.programs import sampler_programs
 from fastvi.sampling.run import unmet_by
 from fastvi.sampling.settings import SamplerSettings
-from fastvi.sampling.tuning import is_rounding
+from fastvi.sampling.tuning import Heat, is_rounding
 from fastvi.sampling.virial import parameter_blocks, virial_columns
 from fastvi.sampling.walkers import resample
 from tests.support.mixtures import MEANS, dense, make
@@ -505,12 +505,16 @@ def test_heat_that_the_columns_leave_is_taken_off_and_doubted():
     """Heat 5 of which the columns took 1, of llc 100 with an error of 1."""
     known = analyse(np.full((2, 8), 100.0), np.zeros((2, 8, 0)))
     known = dataclasses.replace(known, llc_sem=1.0, added=1.0, systematic=0.0)
-    cool = run.without_heat(known, 5.0)
+    cool = run.without_heat(known, Heat(left=5.0))
     assert cool.llc == pytest.approx(100 - 4 * run.HEAT_SHARE)
     assert cool.llc_sem == pytest.approx(math.hypot(1.0, 4 * run.HEAT_DOUBT))
     assert cool.systematic == pytest.approx(4 * run.HEAT_DOUBT)
     np.testing.assert_allclose(cool.per_walker, cool.llc)
-    assert run.without_heat(known, 0.5).llc == known.llc
+    assert run.without_heat(known, Heat(left=0.5)).llc == known.llc
+    # of what is compensated nothing is taken off, and a part is doubted
+    doubted = run.without_heat(known, Heat(compensated=5.0))
+    assert doubted.llc == known.llc
+    assert doubted.systematic == pytest.approx(5 * run.COMPENSATION_DOUBT)
 
 
 @pytest.mark.slow

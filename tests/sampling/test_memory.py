@@ -43,7 +43,8 @@ def round_of_walkers(num_blocks):
     anchor = make_anchor(OBJECTIVE, problem, point, number, blocks) if num_blocks > 1 else None
     steps = map(jnp.int32, (0, 0, 16))
     here = blank_evaluation(walkers, PROGRAMS.columns)
-    return problem, anchor, walkers, here, number, number, number, *steps
+    variance = None if anchor is None else point
+    return problem, anchor, walkers, here, number, number, number, variance, *steps
 
 
 PROGRAMS = _build(OBJECTIVE, (DIM,), 4, 4)

@@ -9,21 +9,36 @@ from fastvi.sampling.costs import anchor_cost, run_cost, step_cost
 from fastvi.sampling.run import has_arrived
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.tuning import (
+    MOST_COMPENSATED,
     Fidelity,
     adapt_step_size,
     effective_dimensions,
     first_step_size,
+    injected_share,
     is_runaway,
     max_blocks_within,
     noise_bias,
     plan_energy_error,
     plan_friction_time,
+    plan_heat,
     plan_walkers,
     refine,
     step_size_after,
 )
 
 SETTINGS = SamplerSettings()
+
+
+def test_injected_noise_leaves_room_for_that_of_gradients():
+    """A temperature of one is what both give together, and llc is half of it in a direction."""
+    variance, step, time = np.array([0.0, 0.5, 1e4]), 0.2, 5.0
+    bias = noise_bias(variance, step, time)
+    share = np.asarray(injected_share(jnp.asarray(variance), step, time))
+    np.testing.assert_allclose(share, [1, 1 - 2 * bias[1], 1 - MOST_COMPENSATED], rtol=1e-5)
+    heat = plan_heat(variance, step, time)
+    assert heat.compensated == pytest.approx(bias[1] + MOST_COMPENSATED / 2)
+    assert sum(heat) == pytest.approx(bias.sum())
+    assert plan_heat(variance[:2], step, time).left == 0
 
 
 def test_noise_bias_is_half_of_step_variance_and_friction_time():

@@ -101,7 +101,7 @@ def blocks_scan(case: Case):
     )
     here = blank_evaluation(walkers, programs.columns)
     first, start, stop = np.int32(0), np.int32(0), np.int32(STEPS)
-    variance = np.zeros(case.dim, np.float32)  # of which nothing depends on the values
+    variance = np.zeros(case.dim, np.float32)  # any variance takes the same time
     rest = zero, np.float32(5e-4), np.float32(2.0), variance, first, start, stop
     arguments = case.problem, anchor, walkers, here, *rest
     compiled = programs.advance.lower(*arguments).compile()

@@ -96,7 +96,7 @@ def x64():
 def pytest_configure(config):
     """Keep compiled programs where JAX_COMPILATION_CACHE_DIR names a folder, apart for each worker.
 
-    jax does not lock the folder. Without it, hashing all programs would take a twentieth more.
+    jax does not lock the folder. By default there is none: hashing all programs takes a twentieth.
     """
     if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         worker = os.environ.get("PYTEST_XDIST_WORKER", "main")

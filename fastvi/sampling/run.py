@@ -117,9 +117,9 @@ class RunState(NamedTuple):
     Attributes:
         walkers: Where they are.
         llc: The latest value of llc, by which bias is judged.
-        block_noise: Variance of the gradient in each direction, for each block of data that it
-            leaves out.
         estimate: The gradient estimate; None until a fidelity has been chosen.
+        block_noise: Variance of the gradient in each direction, for each block of data that it
+            leaves out; empty until it has been measured.
         allowed_bias: What noise may add to llc.
         width: Root mean square of the positions, 1 before the first step.
         heat: What noise would add to llc by the latest friction time.
@@ -135,8 +135,8 @@ class RunState(NamedTuple):
 
     walkers: Walkers
     llc: float
-    block_noise: Float[np.ndarray, " dim"]
     estimate: Estimate | None = None
+    block_noise: Float[np.ndarray, " directions"] = np.zeros(0)
     allowed_bias: float = 0.0
     width: float = 1.0
     heat: Heat = Heat()
@@ -246,10 +246,10 @@ class RunSetup:
         """Return what noise might add to the llc of steps that are averaged."""
         return self.settings.noise_share * self.error * abs(llc)
 
-    def bias(self, state: RunState, friction_time: float | None = None) -> float:
+    def bias(self, state: RunState) -> float:
         """Return what noise would add to llc, for each block of data that a gradient leaves out."""
-        time = self.settings.friction_time if friction_time is None else friction_time
-        return noise_bias(float(state.block_noise.sum()), state.step_size, time)
+        variance = float(state.block_noise.sum())
+        return noise_bias(variance, state.step_size, self.settings.friction_time)
 
     def energy_error(self, state: RunState) -> float:
         """Return the mean square of the energy errors that steps may make, in nats^2."""
@@ -293,8 +293,7 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
 def begin(setup: RunSetup, walkers: Walkers) -> RunState:
     """Return the run before its first round, by what llc is at the walkers."""
     excess = float(np.mean(np.asarray(walkers.excess)))  # in numpy, which compiles nothing
-    noise = np.zeros(walkers.position.shape[1], walkers.position.dtype)
-    state = RunState(walkers, float(setup.problem.posterior.nbeta) * excess, noise)
+    state = RunState(walkers, float(setup.problem.posterior.nbeta) * excess)
     return state._replace(longest_step=state.step_size)
 
 
@@ -413,8 +412,8 @@ def _call(setup: RunSetup, state: RunState, start: int, stop: int) -> tuple[RunS
     """Call the compiled program that moves walkers."""
     assert state.estimate is not None, "a fidelity is chosen before the first round"
     fidelity, anchor, here = state.estimate
-    left_out = fidelity.num_blocks - 1
-    per_time, variance = setup.bias(state, 1.0) * left_out, state.block_noise * left_out
+    variance = state.block_noise * (fidelity.num_blocks - 1)
+    per_time = noise_bias(float(variance.sum()), state.step_size, 1.0)
     time = plan_friction_time(state.width, state.allowed_bias, per_time, setup.settings)
     walkers, here, record = setup.programs.advance(
         setup.problem,

@@ -30,7 +30,8 @@ def stage_rows():
     config = with_draws(VIConfig(), center.size, 1.0)
     settings, schedule = fit_settings(config), fit_schedule(config)
     objective = make_flat_objective(loss)
-    programs = programs_for(objective, problem, settings).compiled
+    draws = STEPS * settings.step.num_draws * CHAINS
+    programs = programs_for(objective, problem, settings).for_work(draws, problem)
     key, keys = jax.random.key(0), jax.random.split(jax.random.key(1), CHAINS)
     plan = plan_steps(schedule, fixed_phases(schedule), 0, CHUNK, CHUNK, np.float32)
     rows = []

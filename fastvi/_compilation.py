@@ -28,7 +28,22 @@ COMPILE_EVENTS = (
     BACKEND_EVENT,
     WAIT_EVENT,
 )
-QUICK_OPTIONS: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}
+# XLA's options for programs that run once or a few times. Measured on CPU, jax 0.10: XLA's older
+# emitters and LLVM's first level compile in half of the time and run at 0.6 to 0.8 of the speed.
+# Without LLVM a program compiles in a fifth of the time, and runs at a third of the speed but for
+# products of matrices.
+QUICK_OPTIONS: dict[str, Any] = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_backend_optimization_level": 1,
+}
+ONCE_OPTIONS: dict[str, Any] = {**QUICK_OPTIONS, "xla_backend_optimization_level": 0}
+# Bytes that a program computes in its life, up to which each of the two pays: a gigabyte takes half
+# a second more without LLVM, ten of them a second more by the quick options, and so long is what
+# they save. Half as much compiles longer for less, double runs up to as many seconds longer.
+ONCE_BYTES, QUICK_BYTES = 1e9, 4e10
+# Bytes computed for a coordinate of a draw from q, of its density and of its gradient, by a mixture
+# of a few components of a few factors.
+DRAW_BYTES = 400.0
 WORKERS = 2
 # A set of programs is those of a fit or of a walk. On CPU the two take 45 and 30 MB, whatever the
 # dimension.
@@ -85,22 +100,32 @@ def _listen_to_jax() -> None:
     monitoring.register_event_duration_secs_listener(tell)
 
 
-@functools.cache
-def quick_compilation() -> dict[str, Any] | None:
-    """Return compiler options for programs that run once or twice.
+def options_by_speed() -> tuple[dict[str, Any] | None, ...]:
+    """Return compiler options from those that compile soonest to those that run fastest.
 
-    They are None where this XLA does not know them.
-
-    Measured on CPU, jax 0.10: XLA's older emitters compile in 0.6 of the time and run at 0.8 of the
-    speed.
+    All are None, XLA's own, on other devices than CPU and where this XLA does not know them.
     """
-    if jax.default_backend() != "cpu":
-        return None
+    is_known = jax.default_backend() == "cpu" and _knows_options()
+    return (ONCE_OPTIONS, QUICK_OPTIONS, None) if is_known else (None, None, None)
+
+
+def speed_for(computed: float) -> int:
+    """Return which of `options_by_speed` suit a program that computes so many bytes in its life."""
+    return (computed > ONCE_BYTES) + (computed > QUICK_BYTES)
+
+
+def compiler_options(computed: float) -> dict[str, Any] | None:
+    """Return compiler options for a program that computes so many bytes in its life."""
+    return options_by_speed()[speed_for(computed)]
+
+
+@functools.cache
+def _knows_options() -> bool:
     try:
-        jax.jit(jnp.negative).lower(jnp.float32(0)).compile(compiler_options=QUICK_OPTIONS)
+        jax.jit(jnp.negative).lower(jnp.float32(0)).compile(compiler_options=ONCE_OPTIONS)
     except (jax.errors.JaxRuntimeError, ValueError):  # "No such compile option"
-        return None
-    return QUICK_OPTIONS
+        return False
+    return True
 
 
 class Borrowed:

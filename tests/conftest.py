@@ -70,12 +70,11 @@ def quick_jit(function, **options):
 
     Half the time to compile, but where tests compile fully.
     """
-    from fastvi._compilation import quick_compilation
+    from fastvi._compilation import compiler_options
 
     if not jax.config.read("jax_disable_most_optimizations"):
         return jax.jit(function, **options)
-    least = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(function, compiler_options={**least, **(quick_compilation() or {})}, **options)
+    return jax.jit(function, compiler_options=compiler_options(0), **options)
 
 
 def also_as_users_compile(cases, *chosen):
@@ -130,12 +129,13 @@ def use_quick_options():
     XLA reads its flags when the first program compiles, and ends a process for one that it does not
     know, so another process tries them first.
     """
-    from fastvi._compilation import QUICK_OPTIONS
+    from fastvi._compilation import ONCE_OPTIONS, QUICK_OPTIONS
 
     # a program in one piece takes a fifth less of the processor; pieces in parallel are sooner on
     # idle cores
-    QUICK_OPTIONS["xla_cpu_parallel_codegen_split_count"] = 1
-    flags = [f"--{name}={str(value).lower()}" for name, value in QUICK_OPTIONS.items()]
+    ONCE_OPTIONS["xla_cpu_parallel_codegen_split_count"] = 1
+    QUICK_OPTIONS.update(ONCE_OPTIONS)
+    flags = [f"--{name}={str(value).lower()}" for name, value in ONCE_OPTIONS.items()]
     given = os.environ.get("XLA_FLAGS", "")
     if flags[0] in given:  # a worker has them from the process that started it
         return

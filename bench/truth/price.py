@@ -90,10 +90,7 @@ def fits(name: str) -> list[dict]:
         arguments = smooth, problem.posterior, subset, problem.next_data, settings.start
         return make_start(*arguments, key, scale)
 
-    forms = {
-        form: getattr(stages, form)._replace(prepare=prepare) for form in ("quick", "compiled")
-    }
-    averaged = fit(stages._replace(**forms), SECOND)
+    averaged = fit(stages._replace(compiled=stages.compiled._replace(prepare=prepare)), SECOND)
     per_step = 2 * problem.batch_size / source.n_data * CHAINS
     hvp = 2 * min(settings.start.examples, source.n_data) / source.n_data
     extra = float(averaged.start.num_hvp) * hvp * SHIFTS

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fastvi._compilation import PROGRAMS, quick_compilation
+from fastvi._compilation import DRAW_BYTES, PROGRAMS, compiler_options
 from fastvi._modes import in_own_modes
 from fastvi._typing import Array, Batch, Float, Given, Keys
 from fastvi.api.resample import Fitted
@@ -112,7 +112,9 @@ class _Programs(NamedTuple):
 
 
 def _programs(fitted: Fitted, problem: Problem) -> _Programs:
-    num_draws = fitted.fit.outcome.evaluation.excess.shape[1]
+    chains, num_draws = fitted.fit.outcome.evaluation.excess.shape
+    of_draw = fitted.loss.computed * problem.num_data + DRAW_BYTES * problem.posterior.center.size
+    computed = chains * num_draws * of_draw
 
     def build(objective: Any) -> _Programs:
         def at_draws(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,7 +126,7 @@ def _programs(fitted: Fitted, problem: Problem) -> _Programs:
                 return jax.lax.map(chain, (params, keys))
 
             # it runs once for each set of data
-            return jax.jit(run, compiler_options=quick_compilation())
+            return jax.jit(run, compiler_options=compiler_options(computed))
 
         return _Programs(
             at_draws(functools.partial(_losses, objective)),

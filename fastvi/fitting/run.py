@@ -173,7 +173,7 @@ def run_fit(
         )(problem, chain_keys, whitener_scale)
         return Fit(**whole, seconds=clock.seconds, converged=None)
     draws = schedule.steps * stages.settings.step.num_draws * chain_keys.size
-    programs = stages.for_work(draws, problem.posterior.center.size)
+    programs = stages.for_work(draws, problem)
     report = options.report or _silent
     report(Progress("curvature", 0, schedule.steps, float("nan")))
     with clock.stage("adaptation"):

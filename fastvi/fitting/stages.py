@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._compilation import PROGRAMS, quick_compilation
+from fastvi._compilation import (
+    DRAW_BYTES,
+    PROGRAMS,
+    compiler_options,
+    options_by_speed,
+    speed_for,
+)
 from fastvi._typing import Array, Float, Key, Keys, PyTree, Scalar
 from fastvi.evaluation.llc import (
     Beside,
@@ -37,15 +43,11 @@ from fastvi.fitting.step_plan import (
     frozen,
     plan_steps,
 )
-from fastvi.geometry.start import Start, StartSettings, make_start, rank_limit
+from fastvi.geometry.start import Start, StartSettings, make_start, most_products, rank_limit
 from fastvi.kernels.noise import split_key, streams
 from fastvi.target.data import AbstractData, Problem, shared_mean
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss, shapes_of
 from fastvi.target.objective import FlatObjective, call_full_loss
-
-# Draws of all steps and chains times dim up to which a second of compilation outweighs a quarter of
-# the steps' time. Half of it compiles longer for fits of a few seconds, double runs them slower.
-QUICK_WORK = 1e8
 
 
 class FitSettings(NamedTuple):
@@ -138,26 +140,28 @@ class Stages(NamedTuple):
     """One set of stages in all forms.
 
     Attributes:
-        quick: Compiled sooner, run slower.
-        compiled: Compiled for speed.
+        compiled: For calls from the host.
+        steps: The steps alone, compiled by each of `options_by_speed`.
         plain: Not compiled, for use inside a trace.
         settings: What they are made for.
         loss: What the loss computes; where it closes over values of an enclosing trace only
             `plain` can be used.
     """
 
-    quick: Programs
     compiled: Programs
+    steps: tuple[Callable[..., Any], ...]
     plain: Programs
     settings: FitSettings
     loss: Fingerprint
 
-    def for_work(self, draws: int, dim: int) -> Programs:
-        """Return the compiled stages.
+    def for_work(self, draws: int, problem: Problem) -> Programs:
+        """Return the compiled stages, whose steps make so many draws from q in all.
 
-        Where the steps make few draws, theirs compile sooner and run slower.
+        Where these are few, the steps compile sooner and run slower.
         """
-        return self.quick if draws * dim <= QUICK_WORK else self.compiled
+        of_draw = DRAW_BYTES * problem.posterior.center.size
+        computed = draws * (of_draw + problem.batch_size * self.loss.computed)
+        return self.compiled._replace(steps=self.steps[speed_for(computed)])
 
 
 def programs_for(
@@ -184,16 +188,23 @@ def programs_for(
     """
     loss = loss or fingerprint_loss(objective, problem, loss_full_flat)
     if loss.is_traced:
-        return _build(objective, settings, loss_full_flat, loss)
+        return _build(objective, problem, settings, loss_full_flat, loss)
     key = ("fit", settings, shapes_of(problem))
     functions = (objective, loss_full_flat)
     return PROGRAMS.find(
-        loss, key, functions, lambda objective, full: _build(objective, settings, full, loss)
+        loss,
+        key,
+        functions,
+        lambda objective, full: _build(objective, problem, settings, full, loss),
     )
 
 
 def _build(
-    objective: Any, settings: FitSettings, loss_full_flat: Callable | None, loss: Fingerprint
+    objective: Any,
+    problem: Problem,
+    settings: FitSettings,
+    loss_full_flat: Callable | None,
+    loss: Fingerprint,
 ) -> Stages:
     def prepare(problem: Problem, key: Key, whitener_scale: Float[Array, " dim"] | None) -> Start:
         key_subset, key_start = (
@@ -231,7 +242,7 @@ def _build(
     )
     finish = _evaluation(objective, settings.evaluation, loss_full_flat)
     plain = Programs(prepare, launch, steps, finish, nothing)
-    return _compiled(plain, settings, loss)
+    return _compiled(plain, settings, problem, loss)
 
 
 def _evaluation(
@@ -334,18 +345,33 @@ def nothing_seen(
     )
 
 
-def _compiled(plain: Programs, settings: FitSettings, loss: Fingerprint) -> Stages:
-    once = quick_compilation()
-    quickly = functools.partial(jax.jit, compiler_options=once)
-    jit_steps = functools.partial(jax.jit, plain.steps, donate_argnames=("state",))
-    quick = Programs(*map(quickly, plain))._replace(
-        steps=jit_steps(compiler_options=once),
-        nothing_seen=plain.nothing_seen,
-        finish=quickly(
-            functools.partial(plain.finish, spread=True), static_argnames=("concludes",)
-        ),
+def _compiled(
+    plain: Programs, settings: FitSettings, problem: Problem, loss: Fingerprint
+) -> Stages:
+    center = problem.posterior.center
+    products = most_products(settings.start, center.size, center.dtype.itemsize)
+    examples = min(settings.start.examples, problem.num_data)
+    # a Hessian product computes about what two gradients do
+    of_start = products * (2 * loss.computed * examples + DRAW_BYTES * center.size)
+    of_draw = loss.computed * problem.num_data + DRAW_BYTES * center.size
+    of_evaluation = settings.evaluation.num_draws * of_draw
+
+    def jit(function: Callable, computed: float, **options: Any) -> Callable:
+        return jax.jit(function, compiler_options=compiler_options(computed), **options)
+
+    steps = tuple(
+        jax.jit(plain.steps, donate_argnames=("state",), compiler_options=one)
+        for one in options_by_speed()
     )
-    return Stages(quick, quick._replace(steps=jit_steps()), plain, settings, loss)
+    finish = functools.partial(plain.finish, spread=True)
+    compiled = Programs(
+        prepare=jit(plain.prepare, of_start),
+        launch=jit(plain.launch, DRAW_BYTES * center.size),
+        steps=steps[-1],
+        finish=jit(finish, of_evaluation, static_argnames=("concludes",)),
+        nothing_seen=plain.nothing_seen,
+    )
+    return Stages(compiled, steps, plain, settings, loss)
 
 
 def fit_inside_a_trace(

@@ -97,19 +97,17 @@ def run_steps(
         `settings.num_draws` minibatch gradients for each step and chain.
     """
     rows = jax.tree_util.tree_map(jnp.asarray, plan.rows)
-    # traced once, though the loop's traces are sized by tracing a step before it
-    copies = keys.size
-    evaluate = jax.jit(
-        lambda problem, displacement, batch: evaluate_target(
-            objective, problem, displacement, batch, copies
-        ),
-        inline=True,
-    )
-    one_chain = functools.partial(_step, family, evaluate, problem, settings, plan)
 
-    def step(state, ahead, row):
+    def evaluate(problem, displacement, batch):
+        return evaluate_target(objective, problem, displacement, batch, keys.size)
+
+    def of_all(shared, keys, state, ahead, row):
+        family, problem, plan = shared
+        one_chain = functools.partial(_step, family, evaluate, problem, settings, plan)
         return jax.vmap(one_chain, in_axes=(0, 0, 0, None))(state, ahead, keys, row)
 
+    # traced once, though the loop's traces are sized by tracing a step before it
+    step = functools.partial(jax.jit(of_all, inline=True), (family, problem, plan), keys)
     # noise is drawn one step ahead: as part of the carry it is computed once, not again by each of
     # its readers
     ahead = jax.vmap(lambda key: _noise(family, settings, key, rows.step[0]))(keys)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._compilation import PROGRAMS, quick_compilation
+from fastvi._compilation import DRAW_BYTES, PROGRAMS, compiler_options
 from fastvi._typing import Array, Float, Int, Scalar
 from fastvi.kernels.noise import normal, streams, words
 from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_half_step
@@ -199,6 +199,18 @@ def _make_record(kept: tuple[Array, ...], shape: tuple[int, int], width: Scalar)
     return Record(llc, radius2, virial, jnp.nanmean(error, axis=1), returned.mean(1), width)
 
 
+# Draws and walkers that are placed, and anchors that are made, in one or a few runs. At half and
+# double, programs compile longer and run faster, or the reverse, for twice or half as large models.
+MOST_PLACED, MOST_ANCHORS = 64, 8
+
+
+class Computed(NamedTuple):
+    """Bytes that are computed where walkers are placed and moved, and for anchors."""
+
+    walkers: float
+    anchors: float
+
+
 class SamplerPrograms(NamedTuple):
     """Compiled stages of a run.
 
@@ -233,11 +245,19 @@ def sampler_programs(
     parts = parameter_blocks(objective.structure.leaf_sizes, settings.max_columns)
     shaping = (parts, settings.bins, settings.bin_length)
     key = ("sampler", shaping, shapes_of(problem))
-    return PROGRAMS.find(loss, key, (objective,), lambda one: _build(one, *shaping))
+    computed = Computed(
+        DRAW_BYTES * MOST_PLACED * problem.posterior.center.size,
+        MOST_ANCHORS * loss.computed * problem.num_data,
+    )
+    return PROGRAMS.find(loss, key, (objective,), lambda one: _build(one, computed, *shaping))
 
 
 def _build(
-    objective: FlatObjective, parts: tuple[int, ...], bins: int, bin_length: int
+    objective: FlatObjective,
+    computed: Computed,
+    parts: tuple[int, ...],
+    bins: int,
+    bin_length: int,
 ) -> SamplerPrograms:
     columns_fn = virial_columns(parts)
 
@@ -273,14 +293,14 @@ def _build(
         llc = problem.posterior.learning_coefficient(record.llc)
         return walkers, here, record._replace(llc=llc)
 
-    # what runs a few times compiles quickly; `advance` runs thousands of times, so it does not
-    quick = functools.partial(jax.jit, compiler_options=quick_compilation())
+    # what runs a few times compiles sooner; `advance` runs thousands of times, so it does not
+    of_walkers = functools.partial(jax.jit, compiler_options=compiler_options(computed.walkers))
     return SamplerPrograms(
         len(parts) + 2,
-        quick(place_walkers, static_argnames=("num_walkers",)),
-        quick(move_walkers),
-        quick(keep_walkers, static_argnames=("number", "chains")),
-        quick(anchor),
-        quick(gradient_noise),
+        of_walkers(place_walkers, static_argnames=("num_walkers",)),
+        of_walkers(move_walkers),
+        of_walkers(keep_walkers, static_argnames=("number", "chains")),
+        jax.jit(anchor, compiler_options=compiler_options(computed.anchors)),
+        of_walkers(gradient_noise),
         jax.jit(advance),
     )

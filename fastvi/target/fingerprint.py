@@ -25,6 +25,7 @@ from fastvi.target.objective import (
     call_full_loss,
     value_and_grad,
 )
+from fastvi.target.signature import computed_bytes
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype)
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
@@ -41,12 +42,14 @@ class Fingerprint(NamedTuple):
         is_traced: Whether values of an enclosing trace of jax are closed over; then nothing else is
             equal to it.
         is_narrow: Whether a number of 16 bits or fewer is computed with.
+        computed: Bytes that loss and gradient compute for one example.
     """
 
     digest: str
     objects: tuple[Hashable, ...]
     is_traced: bool
     is_narrow: bool
+    computed: float
 
 
 class Identity:
@@ -75,20 +78,25 @@ def fingerprint_loss(
     """
     ours = isinstance(objective, AbstractObjective)  # one method says all of these
 
-    def everything(w, batch, data):
+    def of_batch(w, batch):
         others = () if ours else (objective.loss(w, batch), objective.grad(w, batch))
-        full = None if loss_full_flat is None else call_full_loss(loss_full_flat, w, data)
-        return value_and_grad(objective, w, batch), others, full
+        return value_and_grad(objective, w, batch), others
 
     batch = jax.eval_shape(problem.next_batch, streams.shared_key())
-    data = jax.eval_shape(lambda: problem.data.examples)
-    center = problem.posterior.center
+    w = jax.eval_shape(lambda: problem.posterior.center)
     reader = _Reader()
-    reader.value(
-        jax.make_jaxpr(everything)(jax.ShapeDtypeStruct(center.shape, center.dtype), batch, data)
-    )
+    traced = jax.make_jaxpr(of_batch)(w, batch)
+    reader.value(traced)
+    if loss_full_flat is not None:
+        data = jax.eval_shape(lambda: problem.data.examples)
+        of_data = functools.partial(call_full_loss, loss_full_flat)
+        reader.value(jax.make_jaxpr(of_data)(w, data))
     return Fingerprint(
-        reader.digest.hexdigest(), tuple(reader.objects), reader.is_traced, reader.is_narrow
+        reader.digest.hexdigest(),
+        tuple(reader.objects),
+        reader.is_traced,
+        reader.is_narrow,
+        computed_bytes(traced.jaxpr) / problem.batch_size,
     )
 
 

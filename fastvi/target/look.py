@@ -13,7 +13,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._compilation import PROGRAMS, quick_compilation
+from fastvi._compilation import PROGRAMS, compiler_options
 from fastvi._errors import DataError
 from fastvi._modes import their_product_eps
 from fastvi._typing import Array, Float, Given
@@ -167,16 +167,15 @@ def weigher_of(
     objective: Any, problem: Problem, loss: Fingerprint
 ) -> Callable[[Array, AbstractData], tuple[Array, Array, Array]]:
     """Return `(w, data) -> weight_statistics`; objectives that compute the same share it."""
-    return PROGRAMS.find(loss, ("weigh", shapes_of(problem)), (objective,), _weigher)
 
+    def build(objective: Any) -> Callable[[Array, AbstractData], tuple[Array, Array, Array]]:
+        def of_data(w: Array, data: AbstractData) -> tuple[Array, Array, Array]:
+            return data.mean(lambda batch: weight_statistics(objective.outputs(w, batch), w.dtype))
 
-def _weigher(objective: Any) -> Callable[[Array, AbstractData], tuple[Array, Array, Array]]:
-    """Compile it."""
+        computed = loss.computed * problem.num_data
+        return jax.jit(of_data, compiler_options=compiler_options(computed))
 
-    def of_data(w: Array, data: AbstractData) -> tuple[Array, Array, Array]:
-        return data.mean(lambda batch: weight_statistics(objective.outputs(w, batch), w.dtype))
-
-    return jax.jit(of_data, compiler_options=quick_compilation())
+    return PROGRAMS.find(loss, ("weigh", shapes_of(problem)), (objective,), build)
 
 
 def _check_full_loss(
@@ -231,7 +230,9 @@ def _programs(objective: FlatObjective, problem: Problem, loss: Fingerprint) -> 
     """Return the loss and its gradient, compiled; objectives that compute the same share them."""
 
     def build(objective: Any) -> LossPrograms:
-        jit = functools.partial(jax.jit, compiler_options=quick_compilation())
+        # at two points, and on a few small batches
+        computed = 4 * loss.computed * FULL_LOSS_EXAMPLES
+        jit = functools.partial(jax.jit, compiler_options=compiler_options(computed))
         return LossPrograms(
             jit(lambda w, batch: value_and_grad(objective, w, batch)),
             jit(lambda w, batch: objective.loss(w, batch)),

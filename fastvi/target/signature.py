@@ -72,7 +72,7 @@ def check_loss(
                 f"the gradient of {name} must have shape {w.shape}; got "
                 f"{getattr(grad, 'shape', grad)}."
             )
-    most, least = (_computed_bytes(jaxpr.jaxpr) for jaxpr, _ in traced)
+    most, least = (computed_bytes(jaxpr.jaxpr) for jaxpr, _ in traced)
     # what grows with the batch; of one example alone nothing can be told apart, so all counts
     grown = (most - least) / (sizes[0] - sizes[1]) if sizes[0] > sizes[1] else most
     return Signature(form, max(grown, 0.0))
@@ -105,7 +105,7 @@ def error_note(name: str, batch: PyTree) -> ErrorNote:
     return ErrorNote(f"fastvi: raised by {name} on a batch of shapes {_shapes(batch)}.")
 
 
-def _computed_bytes(jaxpr: Any) -> float:
+def computed_bytes(jaxpr: Any) -> float:
     """Count the bytes of all that a program computes, loops as often as they run."""
     total = 0.0
     for equation in jaxpr.eqns:
@@ -113,7 +113,7 @@ def _computed_bytes(jaxpr: Any) -> float:
         inner = [getattr(one, "jaxpr", one) for one in parameters if isinstance(one, PROGRAM)]
         if inner:  # a call, a loop or a branch: what it returns is computed inside
             repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-            total += repeats * max(map(_computed_bytes, inner))
+            total += repeats * max(map(computed_bytes, inner))
         else:
             total += sum(_bytes(variable.aval) for variable in equation.outvars)
     return total

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 
 import fastvi
-from fastvi._compilation import MOST_DROPPED, CompileWatch, ProgramStore
+from fastvi._compilation import (
+    MOST_DROPPED,
+    ONCE_BYTES,
+    QUICK_BYTES,
+    CompileWatch,
+    ProgramStore,
+    compiler_options,
+    options_by_speed,
+)
 from fastvi.api.plan import fit_settings
 from fastvi.fitting.stages import programs_for
 from fastvi.target.data import Problem, hold
@@ -579,3 +587,27 @@ def growth(count, options, *flags):
 @pytest.mark.parametrize("flags", [(), ("--forget",)], ids=["kept", "forgotten"])
 def test_forty_losses_take_bounded_memory(flags):
     assert growth(40, {}, *flags) < 300
+
+
+def test_programs_that_compute_little_compile_soonest():
+    once, quick, full = options_by_speed()
+    given = [compiler_options(computed) for computed in (0.0, 2 * ONCE_BYTES, 2 * QUICK_BYTES)]
+    assert given == [once, quick, full]
+    assert full is None  # XLA's own
+
+
+def test_a_fingerprint_counts_what_loss_and_gradient_compute_for_an_example():
+    def computed(width, rows):
+        def loss(w, batch):
+            return jnp.mean(jnp.sum((batch[0][:, None] * w) ** 2, axis=-1))
+
+        target = LocalPosterior(jnp.zeros(width), jnp.float32(1.0), jnp.float32(1.0))
+        data = hold((np.zeros(rows, np.float32),))
+        objective = fastvi.make_flat_objective(loss)
+        return fingerprint_loss(objective, Problem(target, data, rows)).computed
+
+    # an example's products and their squares are `width` numbers of four bytes each, and gradients
+    # pass through both; the sum over examples and the mean are all that is beside them
+    assert 4 * 4 * 256 <= computed(256, 64) <= 8 * 4 * 256
+    assert computed(256, 64) / computed(64, 64) == pytest.approx(4, rel=0.05)
+    assert computed(64, 128) == pytest.approx(computed(64, 64), rel=0.05)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._compilation import PROGRAMS, quick_compilation
+from fastvi._compilation import PROGRAMS, QUICK_BYTES, compiler_options
 from fastvi._typing import Array, Float, Int, Keys, Scalar
 from fastvi.families.moments import LinearMap
 from fastvi.kernels.noise import normal, streams
@@ -157,8 +157,9 @@ def minibatch_programs(
             center = problem.posterior.center
             return problem.data.mean(lambda batch: value_and_grad(objective, center, batch)[1])
 
-        once = jax.jit(full_gradient, compiler_options=quick_compilation())
-        return MinibatchPrograms(_advance(objective, length), once, length)
+        # it runs once, on data whose number is not known here
+        quick = jax.jit(full_gradient, compiler_options=compiler_options(QUICK_BYTES))
+        return MinibatchPrograms(_advance(objective, length), quick, length)
 
     return PROGRAMS.find(loss, key, (objective,), build)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float
-from fastvi.target.losses import num_examples
+from fastvi.target.losses import example_bytes, num_examples
 from fastvi.target.work import LOSS, Work
 
 # The look takes at most so many sample gradients, full gradients, and parts of the budget. Half of
@@ -186,7 +186,7 @@ def _choose_rows(data: Batch, half: int) -> _Rows:
     """
     size = num_examples(data)
     rng = np.random.default_rng(DISPLACEMENT_SEED)
-    most = max(2 * half, min(RANKED_ROWS, RANKED_BYTES * size // max(_bytes(data), 1)))
+    most = max(2 * half, min(RANKED_ROWS, RANKED_BYTES // max(example_bytes(data), 1)))
     candidates = np.arange(size) if size <= most else np.sort(rng.choice(size, most, replace=False))
     sample = on_host(data, candidates)
     ranks = [
@@ -204,10 +204,6 @@ def _choose_rows(data: Batch, half: int) -> _Rows:
             break
     both = [*low, *high]
     return _Rows(*(take_rows(sample, chosen) for chosen in (low, high, both, both[::-1])))
-
-
-def _bytes(data: Batch) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(data))
 
 
 def _row_sums(leaf: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ Three verbs read examples: `minibatch` draws some, `subset` chooses some, `mean`
 """
 
 import abc
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from fastvi._typing import Array, Batch, Float, Int, Key
 from fastvi.kernels.noise import streams, words
-from fastvi.target.losses import num_examples, take_examples
+from fastvi.target.losses import example_bytes, num_examples, take_examples
 from fastvi.target.objective import FlatObjective, value_and_grad
 from fastvi.target.posterior import LocalPosterior
 
@@ -38,9 +37,7 @@ def default_max_batch(examples: Batch, computed: float | None = None) -> int:
         computed: Bytes that a forward pass computes of each; where they are not known, a pass takes
             `MOST_EXAMPLES` at the most.
     """
-    leaves = jax.tree_util.tree_leaves(examples)
-    size = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in leaves)
-    most = int(PASS_BYTES / max(size + (computed or 0), 1))
+    most = int(PASS_BYTES / max(example_bytes(examples) + (computed or 0), 1))
     return max(1, most if computed else min(most, MOST_EXAMPLES))
 
 

@@ -206,28 +206,25 @@ def _has_equality(value: Any) -> bool:
     return True
 
 
-_CONTENTS: dict[
-    int, tuple[weakref.ref, str]
-] = {}  # digests of jax's arrays, which do not change, by id
+# Digests of jax's arrays by id: they do not change, so each is copied to the host once.
+_CONTENTS: dict[int, tuple[weakref.ref, str]] = {}
 
 
 def _content(array: Any) -> str:
     """Digest an array; that of jax once only."""
     if not isinstance(array, jax.Array):
         return _digest(np.asarray(array))
-    known, digest = _CONTENTS.get(id(array), (lambda: None, ""))
+    number = id(array)
+    known, digest = _CONTENTS.get(number, (lambda: None, ""))
+    # Python gives the number of an array that is gone to another one.
     if known() is array:
         return digest
-    number = id(array)
-    digest = _digest_on_device(array)
+    # A random key has no bytes of its own, and its type says which generator reads its words.
+    is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    words = jax.random.key_data(array) if is_key else array
+    digest = f"{array.dtype}{_digest(jax.device_get(words))}"
     _CONTENTS[number] = weakref.ref(array, lambda _: _CONTENTS.pop(number, None)), digest
     return digest
-
-
-def _digest_on_device(array: jax.Array) -> str:
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return f"{array.dtype}{_digest(jax.device_get(jax.random.key_data(array)))}"
-    return _digest(jax.device_get(array))
 
 
 def _digest(array: np.ndarray) -> str:

@@ -20,13 +20,8 @@ POINTS = 3  # near w*: one could miss a change in some of the weights
 DISPLACEMENT = 0.1
 # Relative. Other devices and versions round otherwise, by some 1e-6 of a mean loss in float32.
 TOLERANCE = 1e-5
-AT, NEAR, SLOPES, STEEPNESS = (
-    "loss at w*",
-    "loss near w*",
-    "slopes near w*",
-    "gradient norms near w*",
-)
-LOSS = (AT, NEAR, SLOPES, STEEPNESS)
+LOSS = ("loss at w*", "loss near w*", "slopes near w*", "gradient norms near w*")
+AT, NEAR, SLOPES, STEEPNESS = LOSS
 
 
 def observe_loss(

@@ -13,6 +13,13 @@ from fastvi._typing import Array, Batch, Given
 
 # alike in shape, that data may be a list or tuple of: more are taken for examples, not stacked
 FEW_ARRAYS = 8
+# What to pass in place of something that iterates, but over no batches.
+_FIXES_OF_ITERABLES = (
+    ((str, bytes), "Load the file first, and pass its arrays."),
+    (Mapping, "Pass a dict of arrays, such as {name: np.asarray(data[name]) for name in data}."),
+    ((Set, ValuesView), "Pass a tuple or a dict of arrays."),
+    (range, "Pass an array, such as np.arange(n)."),
+)
 
 
 def is_stream(data: Any) -> bool:
@@ -23,28 +30,16 @@ def is_stream(data: Any) -> bool:
     """
     if not isinstance(data, Iterable) or hasattr(data, "dtype") or is_frame(data):
         return False
-    if isinstance(data, Iterator):
-        return True
-    leaves = jax.tree_util.tree_leaves(data, is_leaf=_warned_of)
-    if not (len(leaves) == 1 and leaves[0] is data):
+    # A container of arrays iterates too: only what jax takes for one leaf can give batches.
+    structure = jax.tree_util.tree_structure(data, is_leaf=_warned_of)
+    if not jax.tree_util.treedef_is_leaf(structure):
         return False
-    fix = _fix_of_iterable(data)
+    fix = next((fix for kinds, fix in _FIXES_OF_ITERABLES if isinstance(data, kinds)), None)
     if fix is not None:
         raise DataError(
             f"data must be a pytree of arrays or give batches; got {kind_of(data)}. {fix}"
         )
     return True
-
-
-def _fix_of_iterable(data: Any) -> str | None:
-    """Return what to pass in place of something that iterates, but over no batches."""
-    if isinstance(data, (str, bytes)):
-        return "Load the file first, and pass its arrays."
-    if isinstance(data, Mapping):
-        return "Pass a dict of arrays, such as {name: np.asarray(data[name]) for name in data}."
-    if isinstance(data, (Set, ValuesView)):
-        return "Pass a tuple or a dict of arrays."
-    return "Pass an array, such as np.arange(n)." if isinstance(data, range) else None
 
 
 def is_frame(data: Any) -> bool:
@@ -124,11 +119,11 @@ def on_device(leaf: Any, name: str, dtype: Any = None) -> Array:
 def numeric(leaf: Any, name: str) -> Any:
     """Return a leaf as an array of numbers or booleans, a device's one as it is."""
     array = leaf if isinstance(leaf, jax.Array) else _as_array(leaf, name)
-    kinds = (jnp.number, jnp.bool_)
     is_time = jnp.issubdtype(array.dtype, np.timedelta64)  # which numpy counts among the integers
-    if is_time or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+    if is_time or not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.number, jnp.bool_)):
+        origin = "" if is_array(leaf) else f" as numpy reads {kind_of(leaf)}"
         raise DataError(
-            f"{name} has dtype {array.dtype}{_origin(leaf)}; data must be numeric arrays. Encode "
+            f"{name} has dtype {array.dtype}{origin}; data must be numeric arrays. Encode "
             "strings and objects first, and stack sequences of arrays."
         )
     return array
@@ -194,18 +189,13 @@ def _as_array(leaf: Any, name: str) -> np.ndarray:
         )
     try:
         return np.asarray(leaf)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # as a torch tensor on a GPU or with a gradient
-        fix = (
-            "Pass x.detach().cpu().float()."
-            if hasattr(leaf, "detach")
-            else "Make it a numpy array first."
-        )
+    # Torch raises these for a tensor on a GPU or with a gradient.
+    except (TypeError, ValueError, RuntimeError) as error:
+        is_tensor = hasattr(leaf, "detach")
+        fix = "Pass x.detach().cpu().float()." if is_tensor else "Make it a numpy array first."
+        said = str(error).split("\n")[0]
         raise DataError(
-            f"{name} is {kind_of(leaf)}, which numpy cannot read: {_first_line(error)} {fix}"
+            f"{name} is {kind_of(leaf)}, which numpy cannot read: {said} {fix}"
         ) from error
 
 
@@ -265,19 +255,12 @@ def _warned_of(node: Any) -> bool:
     return isinstance(node, (Iterator, ValuesView))
 
 
-def _origin(leaf: Any) -> str:
-    return (
-        ""
-        if isinstance(leaf, (jax.Array, np.ndarray, np.generic))
-        else f" as numpy reads {kind_of(leaf)}"
-    )
+def is_array(value: Any) -> bool:
+    """Say whether a value is an array, or a number that numpy holds as one."""
+    return isinstance(value, (jax.Array, np.ndarray, np.generic))
 
 
 def kind_of(value: Any) -> str:
     """Name the type of a value."""
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")

@@ -10,6 +10,7 @@ an unbiased estimate.
 """
 
 import enum
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -43,6 +44,19 @@ class WeightedBatch(NamedTuple):
 def num_examples(batch: PyTree) -> int:
     """Count the examples of a batch, of data, or of their shapes."""
     return jax.tree_util.tree_leaves(batch)[0].shape[0]
+
+
+def example_bytes(batch: PyTree) -> int:
+    """Count the bytes of one example."""
+    leaves = jax.tree_util.tree_leaves(batch)
+    return sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def describe_arrays(batch: PyTree, first_axis: int = 0) -> str:
+    """Name the arrays of a batch by dtype and shape, from an axis on."""
+    return str(
+        jax.tree_util.tree_map(lambda leaf: f"{leaf.dtype}{list(leaf.shape[first_axis:])}", batch)
+    )
 
 
 def take_examples(batch: Batch, rows: Any) -> Batch:

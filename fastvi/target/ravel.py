@@ -14,7 +14,7 @@ import numpy as np
 from fastvi._errors import DataError
 from fastvi._modes import call_in_their_modes, in_own_modes
 from fastvi._typing import Array, Float, Given, PyTree
-from fastvi.target.inputs import is_finite
+from fastvi.target.inputs import is_array, is_finite
 from fastvi.target.losses import raw_examples
 from fastvi.target.objective import AbstractObjective, LossFn
 
@@ -149,8 +149,7 @@ def ravel_loss(
             shapes.append(None)
             dtypes.append(None)
             continue
-        array = _float_leaf(leaf, name, dtype)
-        arrays.append(array)
+        arrays.append(_float_leaf(leaf, name, dtype))
         shapes.append(tuple(leaf.shape))
         dtypes.append(leaf.dtype)
     if not sum(array.size for array in arrays):
@@ -167,13 +166,10 @@ def _joined(arrays: list[Array | np.ndarray]) -> Array:
 
     Arrays that are traced, or that somebody has put on a device, are joined where they are.
     """
-    if any(map(_is_placed, arrays)):
+    # An array that is not committed lies where jax puts new ones, so copying it moves nothing.
+    if any(isinstance(array, jax.Array) and getattr(array, "committed", True) for array in arrays):
         return jnp.concatenate([jnp.ravel(array) for array in arrays])
     return jax.device_put(np.concatenate([np.ravel(array) for array in arrays]))
-
-
-def _is_placed(array: Array | np.ndarray) -> bool:
-    return isinstance(array, jax.Array) and getattr(array, "committed", True)
 
 
 def _settings_of_modules(params: PyTree) -> set[Any]:
@@ -196,7 +192,7 @@ def _is_carried(leaf: Any, name: str, is_setting: bool) -> bool:
 
     Whether a Python float is one, only a module that holds it says.
     """
-    if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+    if is_array(leaf):
         return False
     if isinstance(leaf, (float, complex)) and not is_setting:
         refuse_python_float(leaf, name)

@@ -47,13 +47,11 @@ def idle_fields(config: Any, dim: int | None = None) -> dict[str, Idle]:
             "an alpha_temperature other than 1",
         ),
     }
-    for name, (is_met, what) in conditions.items():
-        if not is_met:
-            found.setdefault(
-                name,
-                Idle(f"left out without {what}, which alone reads it", f"add {what}, or drop it"),
-            )
-    return found
+    return found | {
+        name: Idle(f"left out without {what}, which alone reads it", f"add {what}, or drop it")
+        for name, (is_met, what) in conditions.items()
+        if not is_met and name not in found
+    }
 
 
 def _of_other_families(config: Any) -> dict[str, Idle]:
@@ -99,7 +97,6 @@ def may_cover_all(config: Any, dim: int) -> bool:
     filled, latent = config.filled, config.family_settings.latent_dim(dim)
     rank = None if config.curvature_rank == "auto" else config.curvature_rank
     core = 0 if filled.lift == "injective" else rank_limit(StartSettings(rank), dim, itemsize=4)
-    own = (
-        latent if filled.latent_basis != "curvature" else 0
-    )  # along the curvature, the core's rows come first
+    # Along the curvature the flow's directions are rows of the core, elsewhere its own.
+    own = 0 if filled.latent_basis == "curvature" else latent
     return max(latent, own + core) >= dim

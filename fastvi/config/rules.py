@@ -66,18 +66,10 @@ def integer(name: str, value: Any, fix: str, minimum: int = 1) -> int:
     return int(value)
 
 
-def auto_or_integer(name: str, value: Any, fix: str) -> int | str:
-    """Require "auto" or a natural number."""
-    return (
-        "auto"
-        if isinstance(value, str) and value == "auto"
-        else integer(name, value, fix, minimum=0)
-    )
-
-
-def auto_or_positive(name: str, value: Any, fix: str) -> int | str:
-    """Require "auto" or a positive integer."""
-    return "auto" if isinstance(value, str) and value == "auto" else integer(name, value, fix)
+def auto_or_integer(name: str, value: Any, fix: str, minimum: int = 0) -> int | str:
+    """Require "auto" or an integer of at least `minimum`."""
+    is_auto = isinstance(value, str) and value == "auto"
+    return "auto" if is_auto else integer(name, value, fix, minimum)
 
 
 def number(name: str, value: Any, fix: str, bound: str, holds: Callable[[float], bool]) -> float:
@@ -151,6 +143,7 @@ def basis(name: str, value: Any, fix: str) -> "str | Basis":
 ranks = partial(integers, minimum=0)
 widths = partial(integers, minimum=1)
 natural = partial(integer, minimum=0)
+auto_or_positive = partial(auto_or_integer, minimum=1)
 positive = partial(number, bound="> 0", holds=lambda x: x > 0)
 nonnegative = partial(number, bound=">= 0", holds=lambda x: x >= 0)
 fraction = partial(number, bound="in [0, 1)", holds=lambda x: 0 <= x < 1)

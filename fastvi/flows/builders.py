@@ -175,8 +175,9 @@ def build_realnvp(
     Raises:
         ConfigError: If an option is unknown, out of range or at odds with another.
     """
-    affine, shared = _read_options(options, BoundedAffine)
-    return _build_couplings(key, dim, num_layers, hidden_dim, n_hidden_layers, affine, shared)
+    return _build_couplings(
+        BoundedAffine, key, dim, num_layers, hidden_dim, n_hidden_layers, options
+    )
 
 
 def build_spline_realnvp(
@@ -200,8 +201,9 @@ def build_spline_realnvp(
     Raises:
         ConfigError: If an option is unknown, out of range or at odds with another.
     """
-    spline, shared = _read_options(options, RationalQuadratic)
-    return _build_couplings(key, dim, num_layers, hidden_dim, n_hidden_layers, spline, shared)
+    return _build_couplings(
+        RationalQuadratic, key, dim, num_layers, hidden_dim, n_hidden_layers, options
+    )
 
 
 def build_maf(
@@ -234,9 +236,8 @@ def build_maf(
     Raises:
         ConfigError: If an option is unknown, out of range or at odds with another.
     """
-    affine, shared = _read_options(options, BoundedAffine, "fast")
     return _build_autoregressive(
-        key, dim, num_layers, hidden_dim, n_hidden_layers, affine, fast, shared
+        BoundedAffine, key, dim, num_layers, hidden_dim, n_hidden_layers, fast, options
     )
 
 
@@ -255,13 +256,14 @@ def build_spline_maf(
     Arguments are those of `build_maf`; `options` are the fields of `RationalQuadratic` and of
     `BuilderOptions`.
     """
-    spline, shared = _read_options(options, RationalQuadratic, "fast")
     return _build_autoregressive(
-        key, dim, num_layers, hidden_dim, n_hidden_layers, spline, fast, shared
+        RationalQuadratic, key, dim, num_layers, hidden_dim, n_hidden_layers, fast, options
     )
 
 
-def _build_couplings(key, dim, num_layers, hidden_dim, n_hidden_layers, elementwise, options):
+def _build_couplings(kind, key, dim, num_layers, hidden_dim, n_hidden_layers, given):
+    elementwise, options = _read_options(given, kind)
+
     def make_layer(layer_key, parity):
         mask = make_alternating_mask(dim, parity)
         return Coupling.create(
@@ -277,9 +279,9 @@ def _build_couplings(key, dim, num_layers, hidden_dim, n_hidden_layers, elementw
     return _build(key, dim, num_layers, make_layer, options, reversal_alternates=dim % 2 == 0)
 
 
-def _build_autoregressive(
-    key, dim, num_layers, hidden_dim, n_hidden_layers, elementwise, fast, options
-):
+def _build_autoregressive(kind, key, dim, num_layers, hidden_dim, n_hidden_layers, fast, given):
+    elementwise, options = _read_options(given, kind, "fast")
+
     def make_layer(layer_key, parity):
         return MaskedAutoregressive.create(
             layer_key,

@@ -111,5 +111,5 @@ def _longest_run(kinds, orders, start):
 
 def _continues(kinds, orders, start, period, length):
     here, earlier = start + length, start + length - period
-    same_order = length == period or orders[here] == orders[earlier]
-    return kinds[here] == kinds[earlier] and same_order
+    # The order before the first repetition belongs to what comes before the loop.
+    return kinds[here] == kinds[earlier] and (length == period or orders[here] == orders[earlier])

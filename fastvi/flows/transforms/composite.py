@@ -46,8 +46,8 @@ class CompositeTransform(AbstractTransform):
     @property
     def context_dim(self) -> int | None:
         """Return the size of the context that the conditional blocks take."""
-        sizes = [block.context_dim for block in self.blocks if block.context_dim is not None]
-        return max(sizes) if sizes else None
+        sizes = (block.context_dim for block in self.blocks if block.context_dim is not None)
+        return max(sizes, default=None)
 
     def init_params(self, key: Key, context_dim: int = 0) -> list[Any]:
         """Return a list with the parameters of each block, all identities."""

@@ -202,12 +202,10 @@ class Flow(AbstractFamily):
         frame_noise = noise @ self.lift.frame.T
         base, other = frame_noise[:, : self.latent_dim], frame_noise[:, self.latent_dim :]
 
-        def push(flow):
-            z, log_prob = self.backend.sample_and_log_prob(flow, base)
-            return z, log_prob
-
         # cotangents of the draws come later, so the pull-back is kept with the draws
-        z, pull, log_prob = jax.vjp(push, params.flow, has_aux=True)
+        z, pull, log_prob = jax.vjp(
+            lambda flow: self.backend.sample_and_log_prob(flow, base), params.flow, has_aux=True
+        )
         # the score is that of a density whose parameters are held
         frozen = jax.lax.stop_gradient(params.flow)
         z_score = jax.grad(lambda z: jnp.sum(self.backend.log_prob(frozen, z)))(z)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._typing import Array, Float, Key, Scalar
+from fastvi._typing import Array, Bool, Float, Key, Scalar
 from fastvi.families.base import AbstractFamily, Draws, Geometry, TargetValues, slow_start_factor
 from fastvi.families.moments import LinearMap, SecondMoment, symmetric_root
 from fastvi.families.updates import Blocks, UpdateRules
@@ -228,17 +228,18 @@ class MFA(AbstractFamily):
     def _mask(self, factors):
         if len(set(self.ranks)) == 1:
             return factors  # all columns are in use
-        return factors * self._rank_mask(factors.dtype)[..., None]
+        return factors * self._used[..., None]
 
     def _mask_rows(self, noise: Noise) -> Float[Array, "draws rank"]:
         """Zero the entries of z whose columns the drawn component does not use."""
         if len(set(self.ranks)) == 1:
             return noise.z
-        return noise.z * self._rank_mask(noise.z.dtype)[noise.label]
+        return noise.z * jnp.asarray(self._used)[noise.label]
 
-    def _rank_mask(self, dtype):
-        columns = np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]
-        return jnp.asarray(columns, dtype)
+    @property
+    def _used(self) -> Bool[np.ndarray, "comp rank"]:
+        """Return which columns each component uses; the others are padding."""
+        return np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]
 
     def make_cache(self, params: MFAParams):
         """Return A_m A_m^T for every component.
@@ -396,7 +397,7 @@ class MFA(AbstractFamily):
         factors, products = mixture_grad.update_factors(params.factors, *update)
         if len(set(self.ranks)) > 1:
             # the products of columns that are not in use count as zero, as in `make_cache`
-            used = self._rank_mask(products.dtype)[update.index]
+            used = jnp.asarray(self._used)[update.index]
             products = products * used[:, :, None] * used[:, None, :]
         for label, product in zip(update.index, products, strict=True):
             cache = cache.at[label].set(product, mode="promise_in_bounds")
@@ -535,9 +536,7 @@ class MFA(AbstractFamily):
 
     def slow_statistics(self, params: MFAParams):
         """Trace the spread of D^{1/2} in model coordinates and the largest factor row."""
-        norms = jnp.sqrt(self._factor_norm2(params))[
-            np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]
-        ]
+        norms = jnp.sqrt(self._factor_norm2(params))[self._used]
         largest = {"A_col_norm_max": jnp.max(norms, initial=0.0)}
         if norms.size:
             largest["A_col_norm_p95"] = jnp.quantile(norms, 0.95)

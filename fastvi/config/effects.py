@@ -82,6 +82,7 @@ def _of_the_flow(filled: Any, dim: int | None) -> dict[str, Idle]:
         found["flow.bins"] = Idle(
             rule, "use flow.template='nsf_ar' or 'spline_coupling', or drop it"
         )
+    # In all coordinates nothing is off the flow's subspace.
     if dim is not None and filled.family_settings.latent_dim(dim) == dim:
         rule = (
             f"left out where the flow acts on all d = {dim} dimensions: nothing is left for the "

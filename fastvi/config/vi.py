@@ -248,6 +248,7 @@ class VIConfig(CheckedFields):
             raise checks.refusal("antithetic", rule, True, f"use samples_per_step={draws + 1}")
 
     def _check_options(self) -> None:
+        # What is a field of this class too is given as one, where its rule checks it.
         own = fields_of_family(self.family) - {field.name for field in fields(self)}
         for name, value in self.options:
             if name not in own:
@@ -272,6 +273,7 @@ class VIConfig(CheckedFields):
             ConfigError: If the source cannot be read, a name is unknown or a value impossible.
         """
         base, changes = _canonical(sources.read(source)), _canonical(overrides)
+        # Both sides are dicts of the entries that they name.
         for name in {"flow", "sampler", "options"} & base.keys() & changes.keys():
             changes[name] = base[name] | changes[name]
         return cls(**base | changes)
@@ -359,6 +361,7 @@ class VIConfig(CheckedFields):
         )
 
     def _gives(self, name: str) -> bool:
+        # A flow or a sampler of defaults alone says no more than one that is left out.
         return self._value(name) not in (None, FlowConfig(), SamplerSettings())
 
     def _value(self, name: str) -> Any:
@@ -482,8 +485,10 @@ def _filled(config: VIConfig) -> VIConfig:
     }
     if config.M is None and config.r_per_component is not None:
         changes["M"] = len(config.r_per_component)
+    # The default belongs to a cap: without one, only a threshold that is given prunes.
     if config.mixture_cap is None:
         changes.pop("prune_threshold", None)
+    # Noise about a subspace through w* has its mean there.
     if config.means is None and config.family == "flow" and config.lift == "injective":
         changes["means"] = "center"
     return replace(config, flow=config.flow.filled, **changes)
@@ -503,6 +508,7 @@ def _canonical(given: Mapping[Any, Any]) -> dict[str, Any]:
         cls, target = (
             (VIConfig, found) if name == full else (FlowConfig, found.setdefault("flow", {}))
         )
+        # A field may be given under two names where they agree.
         if name in target and checked(cls, name, target[name]) != checked(cls, name, value):
             raise checks.refusal(
                 alias, f"equal to {full}={target[name]!r}", value, f"give {full} alone"

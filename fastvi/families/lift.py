@@ -63,6 +63,7 @@ class Lift(eqx.Module):
             # sigma E^T E xi is taken off on the frame, so that xi is read once
             noise, on_frame = sigma * xi, on_frame - sigma * frame_noise
         u = params.offsets.sum(0) + noise + on_frame @ self.frame
+        # The frame is orthonormal, so what lies off it has the rest of the squared length.
         square = jnp.sum(xi**2, -1) - jnp.sum(frame_noise**2, -1)
         log_prob = latent_log_prob + self._complement_log_prob(square) - self.log_det(params)
         return Lifted(u, xi, frame_noise, log_prob)

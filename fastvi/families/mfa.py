@@ -232,6 +232,7 @@ class MFA(AbstractFamily):
 
     def _mask_rows(self, noise: Noise) -> Float[Array, "draws rank"]:
         """Zero the entries of z whose columns the drawn component does not use."""
+        # Padding of a factor is zero in its draws, and must be zero in its gradient too.
         if len(set(self.ranks)) == 1:
             return noise.z
         return noise.z * jnp.asarray(self._used)[noise.label]
@@ -251,6 +252,7 @@ class MFA(AbstractFamily):
     def draw_noise(self, key: Key, num: int, block: Array | int = 0) -> Normals:
         """Draw noise; see `AbstractFamily.draw_noise`."""
         dtype, size = self.scale.dtype, self.scale.size + max(self.ranks) + self.noise_size
+        # Normals take the first block, so that labels share no words with them.
         # 24 bits are all that float32 holds below 1
         quantile = (words(key, num, block=block + 1) >> 8).astype(dtype) * 2**-24
         return Normals(quantile, normal(key, (num, size), dtype, block=block))
@@ -341,6 +343,7 @@ class MFA(AbstractFamily):
             factors = _as_blocks(label, left, right, groups)
         else:
             factors = _written_out(label, left, right, self.num_components)
+        # Beyond the bound a scale does not move q.
         inside = jnp.abs(params.log_scale) <= LOG_SCALE_BOUND
         return MFAParams(
             logits=self._logit_gradient(params, draws, target, groups),
@@ -377,6 +380,7 @@ class MFA(AbstractFamily):
         log_scale = jnp.clip(
             params.log_scale + updates.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND
         )
+        # Natural directions of the means are in units of D^{1/2}, docs/math.md "Gradients".
         scale = jnp.exp(bounded)
         factors, cache = self._moved_factors(params, cache, updates.factors)
         params = MFAParams(
@@ -465,6 +469,7 @@ class MFA(AbstractFamily):
         """Return the root of q's covariance about its mean; see `AbstractFamily.linear_map`."""
         mixture, dim = self.mixture(params), self.scale.size
         weights = jnp.exp(mixture.log_weights)
+        # The covariance of a mixture is the weighted mean of those of its components.
         factors = (mixture.factors * jnp.sqrt(weights)[:, None, None]).reshape(-1, dim)
         # outside the span of core and factors the covariance is D
         basis = jnp.linalg.qr(jnp.concatenate([mixture.core, factors]).T)[0].T

@@ -39,6 +39,7 @@ def analyze_mask_coverage(blocks: Sequence[AbstractTransform], dim: int) -> None
     Raises:
         ConfigError: If so.
     """
+    # The feature at place i is number origin[i] of the input.
     origin, moved = np.arange(dim), np.zeros(dim, int)
     for block in blocks:
         if isinstance(block, Coupling):

@@ -147,6 +147,7 @@ def _read_options(
             near = difflib.get_close_matches(name, [*own, *shape, *shared], 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"This builder has no option {name!r}.{hint}")
+    # Checked here, because the options cannot tell their default from a value that was given.
     if "context_extractor_n_layers" in given and not given.get("context_extractor_hidden_dim"):
         raise ConfigError(
             "context_extractor_n_layers needs the network: give context_extractor_hidden_dim."
@@ -276,6 +277,7 @@ def _build_couplings(kind, key, dim, num_layers, hidden_dim, n_hidden_layers, gi
             **options.network,
         )
 
+    # Reversed, an alternating mask is the other one if the number of features is even.
     return _build(key, dim, num_layers, make_layer, options, reversal_alternates=dim % 2 == 0)
 
 
@@ -294,6 +296,7 @@ def _build_autoregressive(kind, key, dim, num_layers, hidden_dim, n_hidden_layer
             **options.network,
         )
 
+    # Reversed features come in the other order, whatever their number.
     return _build(key, dim, num_layers, make_layer, options, reversal_alternates=True)
 
 

@@ -130,4 +130,5 @@ def draw_noise(key: Key, shape: tuple[int, ...], dtype: Any = None) -> Float[Arr
 
 def standard_log_prob(z: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
     """Return the log density of N(0, I)."""
+    # An axis of size zero is a distribution of nothing, with a density of one.
     return -0.5 * jnp.sum(z * z, axis=-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)

@@ -82,6 +82,7 @@ class ResNet(eqx.Module):
             names, sizes[:-1], sizes[1:], jax.random.split(key, len(names)), strict=True
         ):
             kernel = jax.random.truncated_normal(layer_key, -2, 2, (fan_in, fan_out), dtype)
+            # A coupling that passes no feature has a network without inputs.
             spread = 1 / np.sqrt(max(fan_in, 1))
             gain = RESIDUAL_GAIN / (self.res_scale or 1) if name.endswith("_dense1") else 1
             bias = jax.random.uniform(
@@ -141,6 +142,7 @@ class ResNet(eqx.Module):
         self, params: Params, hidden: Float[Array, "hidden size"], index: Array
     ) -> Float[Array, "_ size"]:
         """Run the last layer for one ordered input, whose index may be traced."""
+        # Outputs lie parameter by parameter, each for all features in turn.
         groups = (-1, self.autoregressive)
         kernel = self._kernel(params, "dense_out").reshape(self.hidden_dim, *groups)[:, :, index]
         return _matmul(kernel, hidden) + params["dense_out"]["bias"].reshape(groups)[:, index, None]
@@ -166,6 +168,7 @@ class ResNet(eqx.Module):
         inputs = np.concatenate([np.arange(1, ordered + 1), np.zeros(free, int)])
         # Degree 0 sees the context alone: without it the first output would not depend on it.
         least = 0 if free or ordered == 1 else 1
+        # Degrees go round, so that all are equally frequent among the units.
         hidden = least + np.arange(self.hidden_dim) % (ordered - least)
         if name == "dense_in":
             return inputs[:, None] <= hidden

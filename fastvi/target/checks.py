@@ -139,6 +139,7 @@ def look_at_loss(
     """
     size = num_examples(data)
     allowed = min(MOST_FGE * size, MOST_EXAMPLES, BUDGET_SHARE * budget_fge * size)
+    # The loss at w* itself is looked at in any case, on two rows at least.
     half = int(min(HALF_ROWS, size // 2, max_batch // 2, allowed // _FULL_COST)) or 1
     if min(size, max_batch) > 1:
         rows = _choose_rows(data, half)
@@ -192,6 +193,7 @@ def _choose_rows(data: Batch, half: int) -> _Rows:
     ranks = [
         np.argsort(_row_sums(leaf), kind="stable") for leaf in jax.tree_util.tree_leaves(sample)
     ]
+    # Each array takes turns to name its lowest and highest row, so that none decides alone.
     low: list[int] = []
     high: list[int] = []
     for place in range(candidates.size):
@@ -228,6 +230,7 @@ def displacement(
     center: Float[np.ndarray, " dim"], nbeta: float, localization: float
 ) -> Float[np.ndarray, " dim"]:
     """Return a random step as long as the posterior is wide where the loss curves by about one."""
+    # The posterior of a loss with curvature h has the variance 1 / (nbeta h + localization).
     width = 1 / np.sqrt(nbeta + localization)
     values = np.asarray(center, np.float64)
     typical = np.sqrt(np.mean(values**2))
@@ -305,6 +308,7 @@ def _check_mean(
         0.5 * (first + second),
         max(least, relative * max(abs(first), abs(second), abs(together))),
     )
+    # An overflow near w* says nothing of the form of the loss.
     if not np.isfinite(mean) or abs(together - mean) <= tolerance:
         return
     _check_deterministic(meter, w, rows.union, together, tolerance, name)  # noise fails here too
@@ -362,6 +366,7 @@ def _check_gradient(
     change = displaced[0] - at_center[0]
     simpson = (slopes[0] + 4 * slopes[1] + slopes[2]) / 6
     trapezoid = (slopes[0] + slopes[2]) / 2
+    # Where the slope is smooth, Simpson's rule errs by less than the two rules differ.
     noise = tolerance * max(abs(value) for value, _ in ends_and_middle)
     allowed = MISMATCH * max(abs(change), abs(simpson)) + 4 * abs(simpson - trapezoid) + noise
     if abs(simpson - change) > allowed:
@@ -384,13 +389,16 @@ def _weight_rounding(
     """
     if not meter.affords(batch, 2.0):
         return 0.0
+    # The mean over random signs is that of independent errors: the diagonal of H (Hutchinson).
     units = _last_place(center, eps)
     direction = units * np.random.default_rng(DISPLACEMENT_SEED + 1).choice([-1.0, 1.0], units.size)
     length = float(np.linalg.norm(direction))
     if length == 0:
         return 0.0
+    # One unit in the last place is too short a way for a difference of two gradients.
     factor = max(1.0, float(np.linalg.norm(step.astype(np.float64))) / length)
     ahead, behind = (center + (s * factor * direction).astype(center.dtype) for s in (1.0, -1.0))
     (_, up), (_, down) = (meter.value_and_grad(point, batch) for point in (ahead, behind))
     curvature = float((up - down) @ direction) / (2 * factor)
+    # An error that is uniform over one unit has the variance 1/12.
     return nbeta / 2 * max(curvature, 0.0) / 12 if np.isfinite(curvature) else 0.0

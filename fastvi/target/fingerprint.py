@@ -26,7 +26,9 @@ from fastvi.target.objective import (
     value_and_grad,
 )
 
+# Types whose repr says all of a value.
 PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype)
+# Callables whose code and closure can be read.
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 # Operations with derivative rules of their own, which a gradient has applied.
 WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
@@ -80,6 +82,7 @@ def fingerprint_loss(
         full = None if loss_full_flat is None else call_full_loss(loss_full_flat, w, data)
         return value_and_grad(objective, w, batch), others, full
 
+    # Shapes are enough for a trace: no example is read.
     batch = jax.eval_shape(problem.next_batch, streams.shared_key())
     data = jax.eval_shape(lambda: problem.data.examples)
     center = problem.posterior.center
@@ -105,6 +108,7 @@ class _Reader:
         self.digest = hashlib.blake2b(digest_size=20)
         self.objects: list[Hashable] = []
         self.is_traced = self.is_narrow = False
+        # A function that calls itself holds itself in its closure, and is read once.
         self._functions: set[int] = set()
 
     def text(self, *parts: Any) -> None:
@@ -145,6 +149,7 @@ class _Reader:
 
         Its operations with the variables numbered, and the arrays it closes over.
         """
+        # Each trace has variables of its own: their numbers agree, in order of appearance.
         numbers: dict[Any, int] = {}
 
         def variables(atoms) -> list:
@@ -162,6 +167,7 @@ class _Reader:
             name = equation.primitive.name
             self.text(name, variables(equation.invars), variables(equation.outvars))
             self.is_narrow |= any(map(_is_narrow, (*equation.invars, *equation.outvars)))
+            # A derivative rule is a new object in each trace, and the gradient says what it does.
             for key, parameter in sorted(equation.params.items()):
                 if not name.startswith(WITH_RULES) or isinstance(parameter, ClosedJaxpr):
                     self.text(key)

@@ -35,6 +35,7 @@ def observe_loss(
     Cost:
         A loss, and `POINTS` losses and gradients, on one batch.
     """
+    # One seed for all runs, so that what was observed in another run can be compared.
     random = np.random.default_rng(0)
     scale = float(jnp.sqrt(jnp.mean(center.astype(jnp.float32) ** 2))) or 1.0
     seen: dict[str, Any] = {
@@ -71,6 +72,7 @@ def _is_same(name: str, now: Mapping[str, Any], kept: Mapping[str, Any]) -> bool
     )
     if old.shape != new.shape:
         return False
+    # A loss that overflows in both runs agrees: infinities differ by NaN, which is not near.
     near = np.abs(old - new) <= TOLERANCE * (scale + np.abs(new))
     return bool(np.all(near | (old == new) | (np.isnan(old) & np.isnan(new))))
 

@@ -52,6 +52,7 @@ def is_frame(data: Any) -> bool:
 
 def by_columns(frame: Any) -> dict[Any, np.ndarray]:
     """Read a table as a dict of its columns."""
+    # The columns become a dict, whose keys jax sorts: names of two types cannot be.
     names = list(frame.columns)
     if len(set(names)) < len(names) or len({type(name) for name in names}) > 1:
         raise DataError(
@@ -153,6 +154,7 @@ def as_held(array: Any, name: str, dtype: Any = None) -> Any:
 
 def _check_range(array: Any, name: str, kept: Any) -> None:
     """Refuse integers that would wrap around."""
+    # A type as wide as the array's own holds all of its values.
     if array.size == 0 or np.dtype(kept).itemsize >= array.dtype.itemsize:
         return
     least, most, bounds = int(array.min()), int(array.max()), jnp.iinfo(kept)
@@ -225,9 +227,11 @@ def refuse_examples_in_a_list(data: Any, is_batch: bool = False) -> None:
     """
 
     def look(node: Any) -> bool:
+        # The fields of a named tuple have names, so they are meant as columns.
         if isinstance(node, (list, tuple)) and not hasattr(node, "_fields"):
             kinds = {str(jax.tree_util.tree_map(np.shape, entry)) for entry in node}
             length = max((np.shape(leaf)[0] for leaf in jax.tree_util.tree_leaves(node)), default=0)
+            # Two arrays, such as inputs and targets, may be all of a data set of one example.
             most = FEW_ARRAYS if is_batch else max(2, min(FEW_ARRAYS, length))
             if len(kinds) == 1 and len(node) > most:
                 raise DataError(
@@ -242,6 +246,7 @@ def refuse_examples_in_a_list(data: Any, is_batch: bool = False) -> None:
 
 def refuse_a_trace(*arguments: Any) -> None:
     """Refuse to estimate inside a transformation of jax, which has no numbers to look at."""
+    # Inside a trace of jit a constant is traced too, which shows a trace that no argument is of.
     leaves = [*jax.tree_util.tree_leaves(arguments, is_leaf=_warned_of), jnp.zeros(())]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise UnavailableError(

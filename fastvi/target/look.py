@@ -144,6 +144,7 @@ def _weigh(
     source = stream or problem.data
     weigher = weigher_of(objective, problem, loss)
     weighing = find_mean_weight(weigher, problem.posterior.center, source.known_pieces(), name)
+    # All data were weighed, so the mean is exact.
     if not source.is_sample:
         weighing = weighing._replace(error=0.0)
     if stream is None:
@@ -197,6 +198,7 @@ def _check_full_loss(
     given = [
         float(call_full_loss(loss_full_flat, point, problem.data.examples)) for point in points
     ]
+    # The seed is fixed, so that a loss is refused on every run or on none.
     order = np.random.default_rng(0).permutation(size)[:FULL_LOSS_EXAMPLES]
     sample = on_host(problem.data.examples, order)
     # The spread over parts is the error of a sample; no part is larger than a pass.
@@ -239,6 +241,7 @@ def _resolution(loss: Fingerprint, dtype: Any) -> float:
     if loss.is_narrow:
         return NARROW_EPS
     eps = float(jnp.finfo(dtype).eps)
+    # The precision of products is a setting of single precision alone.
     return eps if eps < 1e-10 else max(eps, their_product_eps())
 
 

@@ -144,6 +144,7 @@ def find_mean_weight(
         DataError: If a weight is negative or not finite, all are zero, or they depend on the
             parameters.
     """
+    # Every parameter moves, those at zero among them.
     found, sizes, nudged = [], [], center + 0.01 * (1 + jnp.abs(center))
     for piece in pieces:
         # sums over pieces are taken on the host in float64

@@ -62,6 +62,7 @@ class RestrictedLoss:
                 is_repeated = axes is not None and is_array(kept)
                 leaves.append(jnp.broadcast_to(kept, (*lead, *kept.shape)) if is_repeated else kept)
             else:
+                # One array has one dtype, that of the values: a fit may compute in more digits.
                 values = next(free)
                 flat = jnp.broadcast_to(kept.astype(values.dtype).ravel(), (*lead, kept.size))
                 flat = flat.at[..., np.flatnonzero(which.array)].set(values)

@@ -112,6 +112,7 @@ def _computed_bytes(jaxpr: Any) -> float:
         parameters = jax.tree_util.tree_leaves(list(equation.params.values()))
         inner = [getattr(one, "jaxpr", one) for one in parameters if isinstance(one, PROGRAM)]
         if inner:  # a call, a loop or a branch: what it returns is computed inside
+            # Of the branches of a condition one runs, at worst the largest.
             repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
             total += repeats * max(map(_computed_bytes, inner))
         else:

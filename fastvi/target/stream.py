@@ -240,6 +240,7 @@ class OnePassStream(AbstractStream):
             raise DataError("data has no examples: the iterator of batches was empty.")
         self._step, self._window = 0, concatenate(first)
         self.num_data = self._num_read = num_examples(self._window)
+        # An iterator that gave less than was asked for has given all that there is.
         self.is_sample = self.num_data == SAMPLE_PIECES * size
         self.fits = not self.is_sample
         self.max_batch = default_max_batch(self._window)
@@ -324,6 +325,7 @@ def uncorrected(method: str | None, is_sample: bool) -> str:
 
 def _fingerprint(batch: Batch) -> int:
     """Sum a checksum of each example, which no other order or division into batches changes."""
+    # The arrays of an example are joined first, so that mixed-up pairs change the sum.
     rows = [
         np.ascontiguousarray(leaf).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
         for leaf in jax.tree_util.tree_leaves(batch)
@@ -336,6 +338,7 @@ def _regrouped(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
     waiting, missing = [], size
     for batch in batches:
         start, length = 0, num_examples(batch)
+        # A batch may fill several of the asked size, or only a part of one.
         while length - start >= missing:
             waiting.append(take_examples(batch, slice(start, start + missing)))
             yield concatenate(waiting)

@@ -69,6 +69,7 @@ def _orders(blocks, dim):
 
     There is an order before each of these blocks, and one at the end.
     """
+    # Row i holds the feature that the next block knows as number layout[i].
     layout, places, orders = np.arange(dim), [], []
 
     def arrange(wanted):
@@ -79,6 +80,7 @@ def _orders(blocks, dim):
 
     for place, block in enumerate(blocks):
         if isinstance(block, Permutation):
+            # A permutation moves no row: it gives the features other numbers.
             layout = np.argsort(np.asarray(block.perm))[layout]
             continue
         places.append(place)

@@ -87,6 +87,7 @@ class LinearTransform(AbstractTransform):
             raw = raw + self.conditioner.output(network, self.conditioner.hidden(network, inputs))
         diagonal = jax.nn.softplus(raw)
         gate = jnp.ones(1, raw.dtype) if condition.gate is None else condition.gate
+        # A gated diagonal lies between that of the map and 1, and so stays positive.
         return (
             jnp.tril(params["lower"], -1),
             jnp.triu(params["upper"], 1),

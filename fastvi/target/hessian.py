@@ -49,12 +49,8 @@ def hvp_operator(
     Cost:
         2 gradients of the batch per tangent.
     """
-
-    def gradient(point):
-        return objective.grad(point, batch)
-
     with their_products():
-        return _product(gradient, w)
+        return _product(lambda point: objective.grad(point, batch), w)
 
 
 def _product(gradient: Callable, w: Float[Array, " dim"]) -> Callable:

@@ -1,6 +1,7 @@
 """Parameter pytrees as flat vectors: the only place that ravels or unravels a model."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -57,16 +58,14 @@ class TreeStructure:
         return self._rebuilt(w, lambda dtype: dtype)
 
     def _rebuilt(self, w: Float[Array, "*axes dim"], leaf_dtype: Callable[[Any], Any]) -> PyTree:
-        leaves, start, static = [], 0, iter(self.static_leaves)
-        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
-            if shape is None:
-                leaves.append(next(static))
-                continue
-            stop = start + math.prod(shape)
-            leaves.append(
-                w[..., start:stop].reshape(*w.shape[:-1], *shape).astype(leaf_dtype(dtype))
-            )
-            start = stop
+        bounds = itertools.pairwise(itertools.accumulate(self.leaf_sizes, initial=0))
+        parts, static = (w[..., start:stop] for start, stop in bounds), iter(self.static_leaves)
+        leaves = [
+            next(static)
+            if shape is None
+            else next(parts).reshape(*w.shape[:-1], *shape).astype(leaf_dtype(dtype))
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
 
     def ravel(self, params: PyTree, dtype: Any) -> Float[Array, "*axes dim"]:

@@ -103,7 +103,7 @@ class Record(NamedTuple):
 class Flow(AbstractFamily):
     """q of u = T(a, xi) with T linear and a flow on the leading coordinates of a.
 
-    See docs/math.md, "Flow family".
+    See docs/vi_flow.md, "The map".
 
     Attributes:
         scale: S^{-1}, the model-space length of one whitened unit.
@@ -309,6 +309,7 @@ class Flow(AbstractFamily):
         lift, count = params.lift, self.latent_dim
         sigma = jnp.exp(lift.log_sigma)
         draws = self._latent_draws(params, MOMENT_DRAWS)
+        # A flow is not symmetric, so mirrored noise leaves a mean.
         mean = jnp.mean(draws, axis=0)
         # the covariance along the frame: by draws where the flow acts, exact beside it
         by_flow, other = (draws - mean) @ lift.root[:, :count].T, lift.root[:, count:]

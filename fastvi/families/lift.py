@@ -1,4 +1,4 @@
-"""The linear map from latent coordinates and noise to displacements, docs/math.md "Flow family"."""
+"""The linear map from latent coordinates and noise to displacements, docs/vi_flow.md "The map"."""
 
 from typing import Any, NamedTuple
 
@@ -149,6 +149,7 @@ def make_frame(
     They hold the span of `core` if it fits, and random directions after it.
     """
     dim = core.shape[1]
+    # The random rows come last, and QR keeps of them what the rows before leave out.
     fill = jax.random.normal(key, (size, dim), core.dtype)
     rows = jnp.concatenate([leading, core, fill])[: max(size, 1)]
     lengths: Array = jnp.linalg.norm(rows, axis=1, keepdims=True)

@@ -311,8 +311,9 @@ class MFA(AbstractFamily):
 
         See `AbstractUpdateRules.ascent`.
         """
-        few = groups <= MAX_BLOCKS
-        return self._gradient(params, draws, target, groups, "natural", as_blocks=few)
+        return self._gradient(
+            params, draws, target, groups, "natural", as_blocks=groups <= MAX_BLOCKS
+        )
 
     def _gradient(
         self,

@@ -312,6 +312,7 @@ def _build(
     """Put layers, the optional blocks around them, the extractor and the base together."""
     if dim < 1 or num_layers < 1:
         raise ConfigError(f"dim and num_layers must be positive, not {dim} and {num_layers}.")
+    # The layers draw the same numbers with and without an extractor.
     key_features, key_layers = jax.random.split(key)
     blocks = _blocks(key_layers, dim, num_layers, make_layer, options, reversal_alternates)
     extractor = features = None
@@ -338,6 +339,7 @@ def _blocks(key, dim, num_layers, make_layer, options, reversal_alternates):
     # Reversing the features may already alternate what a layer moves; alternating masks would
     # cancel it.
     fixed = options.use_permutation and reversal_alternates
+    # Without a context the linear map has no network, and so needs no key.
     blocks: list[Block] = [LinearTransform.create(None, dim)] if options.use_linear else []
     for index, layer_key in enumerate(jax.random.split(key, num_layers)):
         if options.use_permutation and index:

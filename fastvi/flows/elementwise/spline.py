@@ -148,8 +148,6 @@ def _spline_bwd(spline, backward, kept, cotangents):
 
     The rule that JAX derives from the loop over bins is 10 times as slow.
     """
-    start_bar: Array
-    end_bar: Array
     raw, x, found, index, log_sums = kept
     bins, bound = spline.num_bins, spline.tail_bound
     _, pull = jax.vjp(functools.partial(_curve, spline, backward), *found.numbers, x)

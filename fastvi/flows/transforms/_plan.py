@@ -41,8 +41,7 @@ class Plan(NamedTuple):
 
 def make_plan(blocks: Sequence[AbstractTransform], params: Sequence[Any]) -> Plan:
     """Find the orders of rows between blocks, and runs of equal structure and shapes."""
-    dim = blocks[0].dim
-    places, orders = _orders(blocks, dim)
+    places, orders = _orders(blocks, blocks[0].dim)
     cores = [blocks[place].core() for place in places]
     kinds = [(core, _shapes(params[place])) for core, place in zip(cores, places, strict=True)]
     segments, start = [], 0

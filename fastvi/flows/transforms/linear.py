@@ -59,6 +59,7 @@ class LinearTransform(AbstractTransform):
     def push(self, params, columns, condition):
         """Multiply by U + diag(s), then by L."""
         lower, upper, diagonal, gate = self._factors(params, condition)
+        # L has ones on its diagonal, so that of U + diag(s) is all of the determinant.
         inner = diagonal * columns + gate * (upper @ columns)
         return inner + gate * (lower @ inner), jnp.sum(jnp.log(diagonal), axis=0)
 

@@ -62,6 +62,7 @@ class MaskedAutoregressive(AbstractConditioned):
 
     def core(self) -> "MaskedAutoregressive":
         """Return the layer that counts from the first feature."""
+        # `order` has reversed the rows already.
         return dataclasses.replace(self, reverse=False)
 
     def push(self, params, columns, condition):

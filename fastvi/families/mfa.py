@@ -149,6 +149,7 @@ class MFA(AbstractFamily):
             means=settings.means,
             noise_size=geometry.noise_size,
             prunes=settings.prunes,
+            # Arrays, so that other values need no other program.
             temperature=jnp.asarray(1.0 if falls else settings.alpha_temperature, dtype),
             dirichlet=jnp.asarray(1.0 if prior is None else prior, dtype),
             entropy_bonus=jnp.asarray(0.0 if ends else settings.entropy_bonus, dtype),

@@ -123,6 +123,7 @@ def draw_noise(key: Key, shape: tuple[int, ...], dtype: Any = None) -> Float[Arr
 
     The fused generator draws it where it applies.
     """
+    # A raw key is of the generator that jax is set to.
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return noise.normal(key, shape, jnp.result_type(float) if dtype is None else dtype)

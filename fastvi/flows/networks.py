@@ -117,6 +117,7 @@ class ResNet(eqx.Module):
             0,
             params["dense_in"]["bias"][:, None],
         )
+        # The parts are multiplied apart, so that a column that all share is multiplied once.
         for part in inputs:
             total = total + _matmul(kernel[row : row + part.shape[0]], part)
             row += part.shape[0]

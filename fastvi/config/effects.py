@@ -47,13 +47,11 @@ def idle_fields(config: Any, dim: int | None = None) -> dict[str, Idle]:
             "an alpha_temperature other than 1",
         ),
     }
-    for name, (is_met, what) in conditions.items():
-        if not is_met:
-            found.setdefault(
-                name,
-                Idle(f"left out without {what}, which alone reads it", f"add {what}, or drop it"),
-            )
-    return found
+    return found | {
+        name: Idle(f"left out without {what}, which alone reads it", f"add {what}, or drop it")
+        for name, (is_met, what) in conditions.items()
+        if not is_met and name not in found
+    }
 
 
 def _of_other_families(config: Any) -> dict[str, Idle]:
@@ -84,6 +82,7 @@ def _of_the_flow(filled: Any, dim: int | None) -> dict[str, Idle]:
         found["flow.bins"] = Idle(
             rule, "use flow.template='nsf_ar' or 'spline_coupling', or drop it"
         )
+    # In all coordinates nothing is off the flow's subspace.
     if dim is not None and filled.family_settings.latent_dim(dim) == dim:
         rule = (
             f"left out where the flow acts on all d = {dim} dimensions: nothing is left for the "
@@ -99,7 +98,6 @@ def may_cover_all(config: Any, dim: int) -> bool:
     filled, latent = config.filled, config.family_settings.latent_dim(dim)
     rank = None if config.curvature_rank == "auto" else config.curvature_rank
     core = 0 if filled.lift == "injective" else rank_limit(StartSettings(rank), dim, itemsize=4)
-    own = (
-        latent if filled.latent_basis != "curvature" else 0
-    )  # along the curvature, the core's rows come first
+    # Along the curvature the flow's directions are rows of the core, elsewhere its own.
+    own = 0 if filled.latent_basis == "curvature" else latent
     return max(latent, own + core) >= dim

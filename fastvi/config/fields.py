@@ -69,6 +69,7 @@ def rules_of(cls: type[Any]) -> dict[str, tuple[Rule, bool, str]]:
     hints, rules = get_type_hints(cls, include_extras=True), {}
     for field in fields(cls):
         hint = hints[field.name]
+        # A bare annotation is that of a choice, which gets its rule below, or of a bool.
         kind, rule = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, checks.boolean)
         optional = type(None) in get_args(kind)
         alone = [one for one in get_args(kind) if one is not type(None)] if optional else [kind]
@@ -93,6 +94,7 @@ def refuse_unknown(
 ) -> None:
     """Raise ConfigError for a name that is neither a field nor in `also`."""
     known = rules_of(cls)
+    # `nearest` compares in lower case: `m` is close to `M`.
     candidates = {name.lower(): name for name in known} | {**cls.aliases}
     for name, value in given.items():
         if name not in known and name not in also:

@@ -70,6 +70,7 @@ def _hashable(value: Any) -> Any:
 
 def nested_entries(name: str, value: Any) -> dict[Any, Any]:
     """Return the entries of a mapping, none of None; pairs are those of options."""
+    # Pairs are what `options_entry` keeps of a mapping.
     pairs = isinstance(value, tuple) and all(isinstance(one, tuple) for one in value)
     return sources.entries(name, dict(value or ()) if pairs or value is None else value, "names")
 
@@ -94,6 +95,7 @@ def sampler_entry(name: str, value: Any, fix: str) -> SamplerSettings:
             rule = checks.natural if key in ("max_burn_in", "max_refinements") else checks.integer
         entries[key] = rule(f"{name}.{key}", checks.plain(item), f"for example {usual[key]!r}")
     settings = SamplerSettings(**entries)
+    # Some gradients go with one start alone, which another start would contradict.
     implied = START_OF_GRADIENTS[settings.gradients]
     if "auto" not in (settings.start, implied) and settings.start != implied:
         rule = f"{implied!r} beside {name}.gradients={settings.gradients!r}"

@@ -47,10 +47,12 @@ def plain(value: Any) -> Any:
 
 def _spelled(value: Any) -> float:
     """The number that `value` is or spells; NaN where there is none."""
+    # Python counts a bool among the integers.
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
         return math.nan
     try:
         return float(value)
+    # An int may be too large for a float.
     except (ValueError, OverflowError):
         return math.nan
 
@@ -66,18 +68,10 @@ def integer(name: str, value: Any, fix: str, minimum: int = 1) -> int:
     return int(value)
 
 
-def auto_or_integer(name: str, value: Any, fix: str) -> int | str:
-    """Require "auto" or a natural number."""
-    return (
-        "auto"
-        if isinstance(value, str) and value == "auto"
-        else integer(name, value, fix, minimum=0)
-    )
-
-
-def auto_or_positive(name: str, value: Any, fix: str) -> int | str:
-    """Require "auto" or a positive integer."""
-    return "auto" if isinstance(value, str) and value == "auto" else integer(name, value, fix)
+def auto_or_integer(name: str, value: Any, fix: str, minimum: int = 0) -> int | str:
+    """Require "auto" or an integer of at least `minimum`."""
+    is_auto = isinstance(value, str) and value == "auto"
+    return "auto" if is_auto else integer(name, value, fix, minimum)
 
 
 def number(name: str, value: Any, fix: str, bound: str, holds: Callable[[float], bool]) -> float:
@@ -94,7 +88,9 @@ def number(name: str, value: Any, fix: str, bound: str, holds: Callable[[float],
 def choice(name: str, value: Any, fix: str, choices: tuple[str, ...]) -> str:
     """Require one of the choices."""
     if isinstance(value, str) and value in choices:
+        # The choice itself: what came may be of a subclass of str.
         return choices[choices.index(value)]
+    # YAML 1.1 reads `null` as None, and `off` or `no` as False.
     written = "none" if value is None or value is False else str(value).lower()
     close = difflib.get_close_matches(written, choices, 1, 0.5)
     fix = f"did you mean {close[0]!r}?" if close else fix
@@ -137,7 +133,7 @@ def basis(name: str, value: Any, fix: str) -> "str | Basis":
     try:
         columns: Any = np.asarray(value, float)
     except (TypeError, ValueError):
-        columns = np.zeros(0)
+        columns = np.zeros(0)  # which has no two axes, as is asked below
     if (
         columns.ndim != 2
         or not np.all(np.isfinite(columns))
@@ -151,6 +147,7 @@ def basis(name: str, value: Any, fix: str) -> "str | Basis":
 ranks = partial(integers, minimum=0)
 widths = partial(integers, minimum=1)
 natural = partial(integer, minimum=0)
+auto_or_positive = partial(auto_or_integer, minimum=1)
 positive = partial(number, bound="> 0", holds=lambda x: x > 0)
 nonnegative = partial(number, bound=">= 0", holds=lambda x: x >= 0)
 fraction = partial(number, bound="in [0, 1)", holds=lambda x: 0 <= x < 1)

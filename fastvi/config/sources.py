@@ -109,9 +109,8 @@ def _strict_loader(yaml: Any) -> Any:
 
     class StrictLoader(yaml.SafeLoader):
         def compose_mapping_node(self, anchor: Any) -> Any:
-            node = super().compose_mapping_node(
-                anchor
-            )  # before `<<` puts other mappings' names beside its own
+            # Here `<<` has not yet put other mappings' names beside the node's own.
+            node = super().compose_mapping_node(anchor)
             scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             keys = [
                 key.value if key.tag.endswith(":merge") else self.construct_object(key)

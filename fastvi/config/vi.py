@@ -32,13 +32,13 @@ from fastvi.families.basis import Basis
 from fastvi.fitting.step_plan import FINAL_RATE
 from fastvi.sampling.settings import SamplerSettings
 
-__all__ = ["FlowConfig", "VIConfig"]
-
-_ALIASES = {"algo": "family"}
-_ALIASES |= {"flow_type": "flow.template", "flow_depth": "flow.depth", "flow_hidden": "flow.hidden"}
-_ALIASES |= {
-    name: name
-    for name in ("flow.template", "flow.depth", "flow.hidden", "flow.bins", "flow.init_scale")
+# Names that `create` reads, and the fields that they stand for.
+_ALIASES = {
+    "algo": "family",
+    "flow_type": "flow.template",
+    "flow_depth": "flow.depth",
+    "flow_hidden": "flow.hidden",
+    **{name: name for name in (f"flow.{field.name}" for field in fields(FlowConfig))},
 }
 # Draws of a chain where neither a person nor a plan says how many. At half, the error of q's
 # average is 1.4 times as large; at double, the evaluation costs twice as much.
@@ -64,10 +64,8 @@ _DEFAULTS: dict[str, Any] = {
     "lift": "core",
     "latent_basis": "curvature",
 }
-_USUAL = {
-    "antithetic": True,
-    "control_variate": "auto",
-}  # of fields that stay None: the counts of draws decide
+# The same of fields that stay None in `filled`, because the counts of draws decide.
+_USUAL = {"antithetic": True, "control_variate": "auto"}
 
 
 @final
@@ -250,6 +248,7 @@ class VIConfig(CheckedFields):
             raise checks.refusal("antithetic", rule, True, f"use samples_per_step={draws + 1}")
 
     def _check_options(self) -> None:
+        # What is a field of this class too is given as one, where its rule checks it.
         own = fields_of_family(self.family) - {field.name for field in fields(self)}
         for name, value in self.options:
             if name not in own:
@@ -274,6 +273,7 @@ class VIConfig(CheckedFields):
             ConfigError: If the source cannot be read, a name is unknown or a value impossible.
         """
         base, changes = _canonical(sources.read(source)), _canonical(overrides)
+        # Both sides are dicts of the entries that they name.
         for name in {"flow", "sampler", "options"} & base.keys() & changes.keys():
             changes[name] = base[name] | changes[name]
         return cls(**base | changes)
@@ -287,6 +287,7 @@ class VIConfig(CheckedFields):
         plain = asdict(
             self, dict_factory=lambda items: {name: sources.written(value) for name, value in items}
         )
+        # Options are kept as pairs, so that a configuration can be hashed.
         return {**plain, "options": dict(self.options)}
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
@@ -360,6 +361,7 @@ class VIConfig(CheckedFields):
         )
 
     def _gives(self, name: str) -> bool:
+        # A flow or a sampler of defaults alone says no more than one that is left out.
         return self._value(name) not in (None, FlowConfig(), SamplerSettings())
 
     def _value(self, name: str) -> Any:
@@ -388,26 +390,18 @@ class VIConfig(CheckedFields):
     @property
     def step_draws(self) -> int:
         """Draws of one step."""
-        return (
-            (2 if self.antithetic else 1)
-            if self.samples_per_step is None
-            else self.samples_per_step
-        )
+        return self.samples_per_step or (2 if self.antithetic else 1)
 
     @property
     def evaluation_draws(self) -> int:
         """Draws of the final estimate: an even number, mirrored pairs."""
-        draws = _DEFAULT_EVALUATION_DRAWS if self.eval_samples is None else self.eval_samples
+        draws = self.eval_samples or _DEFAULT_EVALUATION_DRAWS
         return draws - draws % 2
 
     @property
     def hessian_examples(self) -> int:
         """Examples of the Hessian at w*, before they are cut to the data."""
-        return (
-            _DEFAULT_CURVATURE_EXAMPLES
-            if self.curvature_examples is None
-            else self.curvature_examples
-        )
+        return self.curvature_examples or _DEFAULT_CURVATURE_EXAMPLES
 
     @property
     def rank(self) -> int:
@@ -491,8 +485,10 @@ def _filled(config: VIConfig) -> VIConfig:
     }
     if config.M is None and config.r_per_component is not None:
         changes["M"] = len(config.r_per_component)
+    # The default belongs to a cap: without one, only a threshold that is given prunes.
     if config.mixture_cap is None:
         changes.pop("prune_threshold", None)
+    # Noise about a subspace through w* has its mean there.
     if config.means is None and config.family == "flow" and config.lift == "injective":
         changes["means"] = "center"
     return replace(config, flow=config.flow.filled, **changes)
@@ -512,6 +508,7 @@ def _canonical(given: Mapping[Any, Any]) -> dict[str, Any]:
         cls, target = (
             (VIConfig, found) if name == full else (FlowConfig, found.setdefault("flow", {}))
         )
+        # A field may be given under two names where they agree.
         if name in target and checked(cls, name, target[name]) != checked(cls, name, value):
             raise checks.refusal(
                 alias, f"equal to {full}={target[name]!r}", value, f"give {full} alone"

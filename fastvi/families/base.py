@@ -92,6 +92,7 @@ def num_groups(num_draws: int, antithetic: bool) -> int:
 
 def slow_start_factor(slow: Bool[Array, ""], dtype: Any) -> Scalar:
     """Return the factor on learning rates for `AbstractFamily.with_slow_start`."""
+    # `slow` is a value of the program, which so holds for either rate.
     return jnp.where(slow, SLOW_START_RATE, 1.0).astype(dtype)
 
 

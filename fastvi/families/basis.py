@@ -11,6 +11,7 @@ class Basis:
 
     def __init__(self, columns: Any):
         self.columns = np.asarray(columns, float)
+        # The hash is that of the numbers, so they must not change.
         self.columns.flags.writeable = False
 
     def __eq__(self, other: object) -> bool:

@@ -103,7 +103,7 @@ class Record(NamedTuple):
 class Flow(AbstractFamily):
     """q of u = T(a, xi) with T linear and a flow on the leading coordinates of a.
 
-    See docs/math.md, "Flow family".
+    See docs/vi_flow.md, "The map".
 
     Attributes:
         scale: S^{-1}, the model-space length of one whitened unit.
@@ -140,6 +140,7 @@ class Flow(AbstractFamily):
             lift=Lift(_frame(settings, geometry)),
             lr_factor=jnp.ones((), dtype),
             backend=_make_backend(settings, geometry.scale.size),
+            # An injective lift keeps w* as its mean.
             free_mean=settings.means != "center" and settings.lift == "core",
             learn_sigma=settings.learn_sigma_perp,
             sigma=settings.sigma_perp,
@@ -174,7 +175,7 @@ class Flow(AbstractFamily):
     def init(self, key, core, log_scale) -> FlowParams:
         """Start at the given core and mean log scale, the flow near the identity."""
         dtype, dim = self.scale.dtype, self.scale.size
-        # one number for all directions off the frame
+        # One number stands for all directions off the frame.
         shift = jnp.mean(log_scale)
         sigma = shift if self.sigma is None else jnp.log(self.sigma / self.unit)
         offsets = jnp.zeros((1 if self.free_mean else 0, dim), dtype)
@@ -202,12 +203,10 @@ class Flow(AbstractFamily):
         frame_noise = noise @ self.lift.frame.T
         base, other = frame_noise[:, : self.latent_dim], frame_noise[:, self.latent_dim :]
 
-        def push(flow):
-            z, log_prob = self.backend.sample_and_log_prob(flow, base)
-            return z, log_prob
-
         # cotangents of the draws come later, so the pull-back is kept with the draws
-        z, pull, log_prob = jax.vjp(push, params.flow, has_aux=True)
+        z, pull, log_prob = jax.vjp(
+            lambda flow: self.backend.sample_and_log_prob(flow, base), params.flow, has_aux=True
+        )
         # the score is that of a density whose parameters are held
         frozen = jax.lax.stop_gradient(params.flow)
         z_score = jax.grad(lambda z: jnp.sum(self.backend.log_prob(frozen, z)))(z)
@@ -286,11 +285,13 @@ class Flow(AbstractFamily):
             else jnp.zeros_like(lift.log_sigma)
         )
         by_flow, other = lift.root[:, :count], lift.root[:, count:]
+        # The diagonal counts sigma^2 along the frame already.
         weights, vectors = jnp.linalg.eigh(
             other @ other.T - sigma2 * jnp.eye(other.shape[0], dtype=other.dtype)
         )
         rows = jnp.concatenate([by_flow.T, vectors.T]) @ self.lift.frame
         draws = self._latent_draws(params, MOMENT_DRAWS)
+        # The mean is in every draw, and directions with a weight of their own are in none.
         ones = jnp.ones((MOMENT_DRAWS, 1), draws.dtype)
         none = jnp.zeros((MOMENT_DRAWS, vectors.shape[0]), draws.dtype)
         return SecondMoment(
@@ -308,6 +309,7 @@ class Flow(AbstractFamily):
         lift, count = params.lift, self.latent_dim
         sigma = jnp.exp(lift.log_sigma)
         draws = self._latent_draws(params, MOMENT_DRAWS)
+        # A flow is not symmetric, so mirrored noise leaves a mean.
         mean = jnp.mean(draws, axis=0)
         # the covariance along the frame: by draws where the flow acts, exact beside it
         by_flow, other = (draws - mean) @ lift.root[:, :count].T, lift.root[:, count:]
@@ -395,6 +397,7 @@ def _frame(settings: FlowSettings, geometry: Geometry) -> Float[Array, "frame di
     )
     leading = jnp.zeros((0, dim), dtype)
     if isinstance(settings.latent_basis, Basis):
+        # The columns are in model coordinates, and the frame in whitened ones.
         leading = jnp.asarray(settings.latent_basis.columns.T, dtype) / geometry.scale
     elif settings.latent_basis == "random":
         leading = normal(key, (latent, dim), dtype)

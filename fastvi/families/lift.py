@@ -1,4 +1,4 @@
-"""The linear map from latent coordinates and noise to displacements, docs/math.md "Flow family"."""
+"""The linear map from latent coordinates and noise to displacements, docs/vi_flow.md "The map"."""
 
 from typing import Any, NamedTuple
 
@@ -63,6 +63,7 @@ class Lift(eqx.Module):
             # sigma E^T E xi is taken off on the frame, so that xi is read once
             noise, on_frame = sigma * xi, on_frame - sigma * frame_noise
         u = params.offsets.sum(0) + noise + on_frame @ self.frame
+        # The frame is orthonormal, so what lies off it has the rest of the squared length.
         square = jnp.sum(xi**2, -1) - jnp.sum(frame_noise**2, -1)
         log_prob = latent_log_prob + self._complement_log_prob(square) - self.log_det(params)
         return Lifted(u, xi, frame_noise, log_prob)
@@ -148,6 +149,7 @@ def make_frame(
     They hold the span of `core` if it fits, and random directions after it.
     """
     dim = core.shape[1]
+    # The random rows come last, and QR keeps of them what the rows before leave out.
     fill = jax.random.normal(key, (size, dim), core.dtype)
     rows = jnp.concatenate([leading, core, fill])[: max(size, 1)]
     lengths: Array = jnp.linalg.norm(rows, axis=1, keepdims=True)

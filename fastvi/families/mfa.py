@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._typing import Array, Float, Key, Scalar
+from fastvi._typing import Array, Bool, Float, Key, Scalar
 from fastvi.families.base import AbstractFamily, Draws, Geometry, TargetValues, slow_start_factor
 from fastvi.families.moments import LinearMap, SecondMoment, symmetric_root
 from fastvi.families.updates import Blocks, UpdateRules
@@ -149,6 +149,7 @@ class MFA(AbstractFamily):
             means=settings.means,
             noise_size=geometry.noise_size,
             prunes=settings.prunes,
+            # Arrays, so that other values need no other program.
             temperature=jnp.asarray(1.0 if falls else settings.alpha_temperature, dtype),
             dirichlet=jnp.asarray(1.0 if prior is None else prior, dtype),
             entropy_bonus=jnp.asarray(0.0 if ends else settings.entropy_bonus, dtype),
@@ -228,17 +229,19 @@ class MFA(AbstractFamily):
     def _mask(self, factors):
         if len(set(self.ranks)) == 1:
             return factors  # all columns are in use
-        return factors * self._rank_mask(factors.dtype)[..., None]
+        return factors * self._used[..., None]
 
     def _mask_rows(self, noise: Noise) -> Float[Array, "draws rank"]:
         """Zero the entries of z whose columns the drawn component does not use."""
+        # Padding of a factor is zero in its draws, and must be zero in its gradient too.
         if len(set(self.ranks)) == 1:
             return noise.z
-        return noise.z * self._rank_mask(noise.z.dtype)[noise.label]
+        return noise.z * jnp.asarray(self._used)[noise.label]
 
-    def _rank_mask(self, dtype):
-        columns = np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]
-        return jnp.asarray(columns, dtype)
+    @property
+    def _used(self) -> Bool[np.ndarray, "comp rank"]:
+        """Return which columns each component uses; the others are padding."""
+        return np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]
 
     def make_cache(self, params: MFAParams):
         """Return A_m A_m^T for every component.
@@ -250,6 +253,7 @@ class MFA(AbstractFamily):
     def draw_noise(self, key: Key, num: int, block: Array | int = 0) -> Normals:
         """Draw noise; see `AbstractFamily.draw_noise`."""
         dtype, size = self.scale.dtype, self.scale.size + max(self.ranks) + self.noise_size
+        # Normals take the first block, so that labels share no words with them.
         # 24 bits are all that float32 holds below 1
         quantile = (words(key, num, block=block + 1) >> 8).astype(dtype) * 2**-24
         return Normals(quantile, normal(key, (num, size), dtype, block=block))
@@ -308,8 +312,9 @@ class MFA(AbstractFamily):
 
         See `AbstractUpdateRules.ascent`.
         """
-        few = groups <= MAX_BLOCKS
-        return self._gradient(params, draws, target, groups, "natural", as_blocks=few)
+        return self._gradient(
+            params, draws, target, groups, "natural", as_blocks=groups <= MAX_BLOCKS
+        )
 
     def _gradient(
         self,
@@ -340,6 +345,7 @@ class MFA(AbstractFamily):
             factors = _as_blocks(label, left, right, groups)
         else:
             factors = _written_out(label, left, right, self.num_components)
+        # Beyond the bound a scale does not move q.
         inside = jnp.abs(params.log_scale) <= LOG_SCALE_BOUND
         return MFAParams(
             logits=self._logit_gradient(params, draws, target, groups),
@@ -376,6 +382,7 @@ class MFA(AbstractFamily):
         log_scale = jnp.clip(
             params.log_scale + updates.log_scale, -LOG_SCALE_BOUND, LOG_SCALE_BOUND
         )
+        # Natural directions of the means are in units of D^{1/2}, docs/math.md "Gradients".
         scale = jnp.exp(bounded)
         factors, cache = self._moved_factors(params, cache, updates.factors)
         params = MFAParams(
@@ -396,7 +403,7 @@ class MFA(AbstractFamily):
         factors, products = mixture_grad.update_factors(params.factors, *update)
         if len(set(self.ranks)) > 1:
             # the products of columns that are not in use count as zero, as in `make_cache`
-            used = self._rank_mask(products.dtype)[update.index]
+            used = jnp.asarray(self._used)[update.index]
             products = products * used[:, :, None] * used[:, None, :]
         for label, product in zip(update.index, products, strict=True):
             cache = cache.at[label].set(product, mode="promise_in_bounds")
@@ -464,6 +471,7 @@ class MFA(AbstractFamily):
         """Return the root of q's covariance about its mean; see `AbstractFamily.linear_map`."""
         mixture, dim = self.mixture(params), self.scale.size
         weights = jnp.exp(mixture.log_weights)
+        # The covariance of a mixture is the weighted mean of those of its components.
         factors = (mixture.factors * jnp.sqrt(weights)[:, None, None]).reshape(-1, dim)
         # outside the span of core and factors the covariance is D
         basis = jnp.linalg.qr(jnp.concatenate([mixture.core, factors]).T)[0].T
@@ -535,9 +543,7 @@ class MFA(AbstractFamily):
 
     def slow_statistics(self, params: MFAParams):
         """Trace the spread of D^{1/2} in model coordinates and the largest factor row."""
-        norms = jnp.sqrt(self._factor_norm2(params))[
-            np.arange(max(self.ranks)) < np.asarray(self.ranks)[:, None]
-        ]
+        norms = jnp.sqrt(self._factor_norm2(params))[self._used]
         largest = {"A_col_norm_max": jnp.max(norms, initial=0.0)}
         if norms.size:
             largest["A_col_norm_p95"] = jnp.quantile(norms, 0.95)

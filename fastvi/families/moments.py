@@ -23,6 +23,7 @@ class SecondMoment(NamedTuple):
 
     def marginal(self) -> Float[Array, " dim"]:
         """Return the diagonal of E_q[v v^T]."""
+        # Without coefficients the sum of their products is zero, whatever it is divided by.
         count = max(self.coefficients.shape[0], 1)
         inner = jnp.diag(self.weights) + self.coefficients.T @ self.coefficients / count
         return self.diagonal + jnp.sum((inner @ self.factors) * self.factors, axis=0)
@@ -52,6 +53,7 @@ class LinearMap(eqx.Module):
         """Invert `displacement`."""
         x = (displacement - self.center) / self.scale
         identity = jnp.eye(self.stretch.shape[0], dtype=self.stretch.dtype)
+        # (I + F^T E F)^-1 = I + F^T ((I + E)^-1 - I) F, with F the basis and E the stretch.
         inverse = jnp.linalg.inv(identity + self.stretch) - identity
         return x + self.project(x) @ inverse @ self.basis
 

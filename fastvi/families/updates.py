@@ -26,10 +26,12 @@ class Blocks(NamedTuple):
 
     def scaled(self, factor: Array | float) -> "Blocks":
         """Multiply by a number, or by one for each row of each matrix, shape (blocks, 1, rank)."""
+        # A factor on the left side is one on the products, and that side is the short one.
         return self._replace(left=self.left * factor)
 
     def row_squares(self) -> Float[Array, "blocks rank"]:
         """Return the squared norm of every row."""
+        # |sum_t l_t r_t|^2 = sum_ts l_t l_s (r_t . r_s), so no matrix is written out.
         inner = jnp.einsum("btd,bsd->bts", self.right, self.right)
         squares = jnp.einsum("btr,bsr,bts->br", self.left, self.left, inner)
         return jnp.maximum(squares, 0.0)  # where the terms cancel, rounding goes below zero

@@ -41,7 +41,7 @@ def rows_in_order(columns: Float[Array, "dim size"], order: Order) -> Float[Arra
     """
     breaks = [i for i in range(1, len(order)) if order[i] != order[i - 1] + 1]
     starts, ends = [0, *breaks], [*breaks, len(order)]
-    if len(order) < 2 or not breaks:
+    if not breaks:  # the order as it is
         return columns
     if len(starts) <= 4:  # beyond, a gather is the shorter program
         return jnp.concatenate(
@@ -126,6 +126,7 @@ def gate_columns(gate: Array | None, batch: tuple[int, ...]) -> Float[Array, " s
 
 
 def _check_broadcast(name, own, batch):
+    # As numpy broadcasts: axes are matched from the last, and may be missing in front.
     fits = len(own) <= len(batch) and all(
         a in (1, b) for a, b in zip(own[::-1], batch[::-1], strict=False)
     )

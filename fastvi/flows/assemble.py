@@ -39,6 +39,7 @@ def analyze_mask_coverage(blocks: Sequence[AbstractTransform], dim: int) -> None
     Raises:
         ConfigError: If so.
     """
+    # The feature at place i is number origin[i] of the input.
     origin, moved = np.arange(dim), np.zeros(dim, int)
     for block in blocks:
         if isinstance(block, Coupling):
@@ -108,6 +109,7 @@ def assemble_bijection(
     if not pairs or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         raise ConfigError("blocks_and_params must hold at least one pair (transform, params).")
     transform = CompositeTransform(tuple(block for block, _ in pairs))
+    # Without a coupling each block moves all features, and there is nothing to cover.
     if validate and any(isinstance(block, Coupling) for block in transform.blocks):
         analyze_mask_coverage(transform.blocks, transform.dim)
     params: Params = {"transform": [values for _, values in pairs]}

@@ -147,6 +147,7 @@ def _read_options(
             near = difflib.get_close_matches(name, [*own, *shape, *shared], 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"This builder has no option {name!r}.{hint}")
+    # Checked here, because the options cannot tell their default from a value that was given.
     if "context_extractor_n_layers" in given and not given.get("context_extractor_hidden_dim"):
         raise ConfigError(
             "context_extractor_n_layers needs the network: give context_extractor_hidden_dim."
@@ -175,8 +176,9 @@ def build_realnvp(
     Raises:
         ConfigError: If an option is unknown, out of range or at odds with another.
     """
-    affine, shared = _read_options(options, BoundedAffine)
-    return _build_couplings(key, dim, num_layers, hidden_dim, n_hidden_layers, affine, shared)
+    return _build_couplings(
+        BoundedAffine, key, dim, num_layers, hidden_dim, n_hidden_layers, options
+    )
 
 
 def build_spline_realnvp(
@@ -200,8 +202,9 @@ def build_spline_realnvp(
     Raises:
         ConfigError: If an option is unknown, out of range or at odds with another.
     """
-    spline, shared = _read_options(options, RationalQuadratic)
-    return _build_couplings(key, dim, num_layers, hidden_dim, n_hidden_layers, spline, shared)
+    return _build_couplings(
+        RationalQuadratic, key, dim, num_layers, hidden_dim, n_hidden_layers, options
+    )
 
 
 def build_maf(
@@ -234,9 +237,8 @@ def build_maf(
     Raises:
         ConfigError: If an option is unknown, out of range or at odds with another.
     """
-    affine, shared = _read_options(options, BoundedAffine, "fast")
     return _build_autoregressive(
-        key, dim, num_layers, hidden_dim, n_hidden_layers, affine, fast, shared
+        BoundedAffine, key, dim, num_layers, hidden_dim, n_hidden_layers, fast, options
     )
 
 
@@ -255,13 +257,14 @@ def build_spline_maf(
     Arguments are those of `build_maf`; `options` are the fields of `RationalQuadratic` and of
     `BuilderOptions`.
     """
-    spline, shared = _read_options(options, RationalQuadratic, "fast")
     return _build_autoregressive(
-        key, dim, num_layers, hidden_dim, n_hidden_layers, spline, fast, shared
+        RationalQuadratic, key, dim, num_layers, hidden_dim, n_hidden_layers, fast, options
     )
 
 
-def _build_couplings(key, dim, num_layers, hidden_dim, n_hidden_layers, elementwise, options):
+def _build_couplings(kind, key, dim, num_layers, hidden_dim, n_hidden_layers, given):
+    elementwise, options = _read_options(given, kind)
+
     def make_layer(layer_key, parity):
         mask = make_alternating_mask(dim, parity)
         return Coupling.create(
@@ -274,12 +277,13 @@ def _build_couplings(key, dim, num_layers, hidden_dim, n_hidden_layers, elementw
             **options.network,
         )
 
+    # Reversed, an alternating mask is the other one if the number of features is even.
     return _build(key, dim, num_layers, make_layer, options, reversal_alternates=dim % 2 == 0)
 
 
-def _build_autoregressive(
-    key, dim, num_layers, hidden_dim, n_hidden_layers, elementwise, fast, options
-):
+def _build_autoregressive(kind, key, dim, num_layers, hidden_dim, n_hidden_layers, fast, given):
+    elementwise, options = _read_options(given, kind, "fast")
+
     def make_layer(layer_key, parity):
         return MaskedAutoregressive.create(
             layer_key,
@@ -292,6 +296,7 @@ def _build_autoregressive(
             **options.network,
         )
 
+    # Reversed features come in the other order, whatever their number.
     return _build(key, dim, num_layers, make_layer, options, reversal_alternates=True)
 
 
@@ -307,6 +312,7 @@ def _build(
     """Put layers, the optional blocks around them, the extractor and the base together."""
     if dim < 1 or num_layers < 1:
         raise ConfigError(f"dim and num_layers must be positive, not {dim} and {num_layers}.")
+    # The layers draw the same numbers with and without an extractor.
     key_features, key_layers = jax.random.split(key)
     blocks = _blocks(key_layers, dim, num_layers, make_layer, options, reversal_alternates)
     extractor = features = None
@@ -333,6 +339,7 @@ def _blocks(key, dim, num_layers, make_layer, options, reversal_alternates):
     # Reversing the features may already alternate what a layer moves; alternating masks would
     # cancel it.
     fixed = options.use_permutation and reversal_alternates
+    # Without a context the linear map has no network, and so needs no key.
     blocks: list[Block] = [LinearTransform.create(None, dim)] if options.use_linear else []
     for index, layer_key in enumerate(jax.random.split(key, num_layers)):
         if options.use_permutation and index:

@@ -17,14 +17,17 @@ class AbstractBase(eqx.Module):
     """A distribution of vectors that a map takes from standard normals.
 
     Laws: `sample(params, key, shape)` is `from_noise(params, draw_noise(key, shape))`, and
-        `log_prob` is the
-    normalised density of what `from_noise` returns.
+    `log_prob` is the normalised density of what `from_noise` returns.
 
     Attributes:
         dim: Features.
     """
 
     dim: eqx.AbstractVar[int]
+
+    def __check_init__(self):
+        if self.dim < 1:
+            raise ConfigError(f"dim must be positive, not {self.dim}.")
 
     @abc.abstractmethod
     def init_params(self) -> Any:
@@ -63,9 +66,6 @@ class StandardNormal(AbstractBase):
 
     dim: int = eqx.field(static=True)
 
-    def __check_init__(self):
-        _check_dim(self.dim)
-
     def init_params(self) -> dict[str, Array]:
         """Return an empty dict."""
         return {}
@@ -89,9 +89,6 @@ class DiagNormal(AbstractBase):
     """
 
     dim: int = eqx.field(static=True)
-
-    def __check_init__(self):
-        _check_dim(self.dim)
 
     def init_params(self) -> dict[str, Array]:
         """Return zeros."""
@@ -126,6 +123,7 @@ def draw_noise(key: Key, shape: tuple[int, ...], dtype: Any = None) -> Float[Arr
 
     The fused generator draws it where it applies.
     """
+    # A raw key is of the generator that jax is set to.
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return noise.normal(key, shape, jnp.result_type(float) if dtype is None else dtype)
@@ -133,9 +131,5 @@ def draw_noise(key: Key, shape: tuple[int, ...], dtype: Any = None) -> Float[Arr
 
 def standard_log_prob(z: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
     """Return the log density of N(0, I)."""
+    # An axis of size zero is a distribution of nothing, with a density of one.
     return -0.5 * jnp.sum(z * z, axis=-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
-
-
-def _check_dim(dim):
-    if dim < 1:
-        raise ConfigError(f"dim must be positive, not {dim}.")

@@ -165,6 +165,7 @@ class Flow(eqx.Module):
             DataError: If a shape or dtype does not fit.
         """
         try:
+            # `_sample` is compiled for each shape, which must be hashable.
             shape = tuple(int(size) for size in shape)
         except TypeError as error:
             raise DataError(
@@ -229,5 +230,6 @@ def _from_noise(flow, params, noise, context):
 
 
 def _push(flow, params, z, context):
+    # The density at x is that of z over the volume that the map stretches to: no inverse is needed.
     x, log_det = flow.forward(params, z, context)
     return x, flow.base_dist.log_prob(params["base"], z) - log_det

@@ -61,15 +61,6 @@ class ResNet(eqx.Module):
                 f"autoregressive={self.autoregressive}."
             )
 
-    def _layers(self) -> list[tuple[str, int, int]]:
-        names = [f"res_{i}_dense{j}" for i in range(self.n_hidden_layers) for j in (0, 1)]
-        inner = [(name, self.hidden_dim, self.hidden_dim) for name in names]
-        return [
-            ("dense_in", self.in_dim, self.hidden_dim),
-            *inner,
-            ("dense_out", self.hidden_dim, self.out_dim),
-        ]
-
     def init_params(self, key: Key, *, out_bias: np.ndarray | None = None) -> Params:
         """Draw kernels of variance 1 / fan-in and biases uniform within 1 / sqrt(fan-in).
 
@@ -83,18 +74,21 @@ class ResNet(eqx.Module):
             key: Random key.
             out_bias: Makes the output constant: the last kernel is zero and its bias this vector.
         """
-        layers, dtype = self._layers(), jnp.result_type(float)
-        params = {}
-        for (name, fan_in, fan_out), layer_key in zip(
-            layers, jax.random.split(key, len(layers)), strict=True
+        inner = [f"res_{i}_dense{j}" for i in range(self.n_hidden_layers) for j in (0, 1)]
+        names = ["dense_in", *inner, "dense_out"]
+        sizes = [self.in_dim, *[self.hidden_dim] * (len(inner) + 1), self.out_dim]
+        params, dtype = {}, jnp.result_type(float)
+        for name, fan_in, fan_out, layer_key in zip(
+            names, sizes[:-1], sizes[1:], jax.random.split(key, len(names)), strict=True
         ):
             kernel = jax.random.truncated_normal(layer_key, -2, 2, (fan_in, fan_out), dtype)
-            # 0.8796 is the standard deviation of a standard normal truncated at 2.
+            # A coupling that passes no feature has a network without inputs.
             spread = 1 / np.sqrt(max(fan_in, 1))
             gain = RESIDUAL_GAIN / (self.res_scale or 1) if name.endswith("_dense1") else 1
             bias = jax.random.uniform(
                 jax.random.fold_in(layer_key, 1), (fan_out,), dtype, -spread, spread
             )
+            # 0.8796 is the standard deviation of a standard normal truncated at 2.
             params[name] = {
                 "kernel": (kernel * (gain * spread / 0.87962566103423978)).astype(dtype),
                 "bias": bias,
@@ -123,6 +117,7 @@ class ResNet(eqx.Module):
             0,
             params["dense_in"]["bias"][:, None],
         )
+        # The parts are multiplied apart, so that a column that all share is multiplied once.
         for part in inputs:
             total = total + _matmul(kernel[row : row + part.shape[0]], part)
             row += part.shape[0]
@@ -148,6 +143,7 @@ class ResNet(eqx.Module):
         self, params: Params, hidden: Float[Array, "hidden size"], index: Array
     ) -> Float[Array, "_ size"]:
         """Run the last layer for one ordered input, whose index may be traced."""
+        # Outputs lie parameter by parameter, each for all features in turn.
         groups = (-1, self.autoregressive)
         kernel = self._kernel(params, "dense_out").reshape(self.hidden_dim, *groups)[:, :, index]
         return _matmul(kernel, hidden) + params["dense_out"]["bias"].reshape(groups)[:, index, None]
@@ -173,6 +169,7 @@ class ResNet(eqx.Module):
         inputs = np.concatenate([np.arange(1, ordered + 1), np.zeros(free, int)])
         # Degree 0 sees the context alone: without it the first output would not depend on it.
         least = 0 if free or ordered == 1 else 1
+        # Degrees go round, so that all are equally frequent among the units.
         hidden = least + np.arange(self.hidden_dim) % (ordered - least)
         if name == "dense_in":
             return inputs[:, None] <= hidden

@@ -4,7 +4,6 @@ Three verbs read examples: `minibatch` draws some, `subset` chooses some, `mean`
 """
 
 import abc
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from fastvi._typing import Array, Batch, Float, Int, Key
 from fastvi.kernels.noise import streams, words
-from fastvi.target.losses import num_examples, take_examples
+from fastvi.target.losses import example_bytes, num_examples, take_examples
 from fastvi.target.objective import FlatObjective, value_and_grad
 from fastvi.target.posterior import LocalPosterior
 
@@ -38,9 +37,8 @@ def default_max_batch(examples: Batch, computed: float | None = None) -> int:
         computed: Bytes that a forward pass computes of each; where they are not known, a pass takes
             `MOST_EXAMPLES` at the most.
     """
-    leaves = jax.tree_util.tree_leaves(examples)
-    size = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in leaves)
-    most = int(PASS_BYTES / max(size + (computed or 0), 1))
+    most = int(PASS_BYTES / max(example_bytes(examples) + (computed or 0), 1))
+    # A pass takes one example even if that alone is too large.
     return max(1, most if computed else min(most, MOST_EXAMPLES))
 
 
@@ -146,12 +144,14 @@ class AbstractData(eqx.Module):
             return statistic(self.examples)
         starts = jnp.arange(count // size) * size
         found = jax.lax.map(lambda start: statistic(self._read(rows, start, size)), starts)
+        # The slices lead, and the values of each follow on axis 1.
         found, covered = found.reshape(-1, *found.shape[2:]), found.shape[0] * size
         if covered == count:
             return found
         return jnp.concatenate([found, statistic(self._read(rows, covered, count - covered))])
 
     def _slice_size(self, count: int, copies: int) -> int:
+        # Copies side by side share the memory of one pass.
         return slice_size(count, max(1, self.max_batch // copies))
 
     def _read(self, rows: Array | None, start: Any = 0, length: int | None = None) -> Batch:
@@ -176,6 +176,7 @@ class Data(AbstractData):
 
     def minibatch(self, key: Key, size: int, block: Array | int = 0) -> Batch:
         """Draw examples with replacement, or return all of them where `size` is that large."""
+        # The mean over all examples has no noise, which draws with replacement would have.
         if size >= self.num_examples:
             return self.examples
         # uneven by at most num_examples / 2^32, and a third of the work of randint
@@ -245,6 +246,7 @@ def slice_size(count: int, most: int) -> int:
     """
     if count <= most:
         return count
+    # The largest divisor is taken: each slice is a pass with a cost of its own.
     sizes = (size for size in range(most, max(1, most // 4) - 1, -1) if count % size == 0)
     return next(sizes, most)
 
@@ -324,6 +326,7 @@ def evaluate_target(
             return jax.tree_util.tree_map(lambda leaf: leaf[None], one(displacement[0]))
         return jax.vmap(one)(displacement)
 
+    # Every draw sees the same slice, so that a slice is read once for all of them.
     loss, grad = Data(batch, problem.data.max_batch).mean(all_draws, copies=copies * draws)
     value = jax.vmap(posterior.log_density)(displacement, loss)
     slope = jax.vmap(posterior.log_density_grad)(displacement, grad)

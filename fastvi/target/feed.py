@@ -19,6 +19,7 @@ class Feed:
 
     def __init__(self, batches: Iterator[Batch]):
         self._batches, self._waiting = batches, []
+        # One thread, because an iterator gives its batches in order and to one caller at a time.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="fastvi-feed")
         self._next = self._reader.submit(next, self._batches, None)
 
@@ -45,6 +46,7 @@ class Feed:
 
     def close(self) -> None:
         """Read no more."""
+        # The reader may be in the person's iterator, which nothing can interrupt.
         self._reader.shutdown(wait=False, cancel_futures=True)
 
 

@@ -27,7 +27,9 @@ from fastvi.target.objective import (
 )
 from fastvi.target.signature import computed_bytes
 
+# Types whose repr says all of a value.
 PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype)
+# Callables whose code and closure can be read.
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 # Operations with derivative rules of their own, which a gradient has applied.
 WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
@@ -82,6 +84,7 @@ def fingerprint_loss(
         others = () if ours else (objective.loss(w, batch), objective.grad(w, batch))
         return value_and_grad(objective, w, batch), others
 
+    # Shapes are enough for a trace: no example is read.
     batch = jax.eval_shape(problem.next_batch, streams.shared_key())
     w = jax.eval_shape(lambda: problem.posterior.center)
     reader = _Reader()
@@ -113,6 +116,7 @@ class _Reader:
         self.digest = hashlib.blake2b(digest_size=20)
         self.objects: list[Hashable] = []
         self.is_traced = self.is_narrow = False
+        # A function that calls itself holds itself in its closure, and is read once.
         self._functions: set[int] = set()
 
     def text(self, *parts: Any) -> None:
@@ -153,6 +157,7 @@ class _Reader:
 
         Its operations with the variables numbered, and the arrays it closes over.
         """
+        # Each trace has variables of its own: their numbers agree, in order of appearance.
         numbers: dict[Any, int] = {}
 
         def variables(atoms) -> list:
@@ -170,6 +175,7 @@ class _Reader:
             name = equation.primitive.name
             self.text(name, variables(equation.invars), variables(equation.outvars))
             self.is_narrow |= any(map(_is_narrow, (*equation.invars, *equation.outvars)))
+            # A derivative rule is a new object in each trace, and the gradient says what it does.
             for key, parameter in sorted(equation.params.items()):
                 if not name.startswith(WITH_RULES) or isinstance(parameter, ClosedJaxpr):
                     self.text(key)
@@ -214,28 +220,25 @@ def _has_equality(value: Any) -> bool:
     return True
 
 
-_CONTENTS: dict[
-    int, tuple[weakref.ref, str]
-] = {}  # digests of jax's arrays, which do not change, by id
+# Digests of jax's arrays by id: they do not change, so each is copied to the host once.
+_CONTENTS: dict[int, tuple[weakref.ref, str]] = {}
 
 
 def _content(array: Any) -> str:
     """Digest an array; that of jax once only."""
     if not isinstance(array, jax.Array):
         return _digest(np.asarray(array))
-    known, digest = _CONTENTS.get(id(array), (lambda: None, ""))
+    number = id(array)
+    known, digest = _CONTENTS.get(number, (lambda: None, ""))
+    # Python gives the number of an array that is gone to another one.
     if known() is array:
         return digest
-    number = id(array)
-    digest = _digest_on_device(array)
+    # A random key has no bytes of its own, and its type says which generator reads its words.
+    is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    words = jax.random.key_data(array) if is_key else array
+    digest = f"{array.dtype}{_digest(jax.device_get(words))}"
     _CONTENTS[number] = weakref.ref(array, lambda _: _CONTENTS.pop(number, None)), digest
     return digest
-
-
-def _digest_on_device(array: jax.Array) -> str:
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return f"{array.dtype}{_digest(jax.device_get(jax.random.key_data(array)))}"
-    return _digest(jax.device_get(array))
 
 
 def _digest(array: np.ndarray) -> str:

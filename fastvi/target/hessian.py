@@ -28,6 +28,7 @@ def data_hvp(
     Cost:
         2 gradients of the data per tangent; 3 where one pass does not take all examples.
     """
+    # One linearisation serves all tangents; slices are linearised anew for each.
     if data.fits_a_pass(copies):
         return hvp_operator(objective, w, data.examples)
     return lambda tangent: data.mean(
@@ -48,12 +49,8 @@ def hvp_operator(
     Cost:
         2 gradients of the batch per tangent.
     """
-
-    def gradient(point):
-        return objective.grad(point, batch)
-
     with their_products():
-        return _product(gradient, w)
+        return _product(lambda point: objective.grad(point, batch), w)
 
 
 def _product(gradient: Callable, w: Float[Array, " dim"]) -> Callable:
@@ -83,5 +80,6 @@ def _gradient_difference(
     errors of rounding and of the third derivative balance.
     """
     relative: Array = jnp.linalg.norm(tangent / jnp.maximum(jnp.abs(w), 1.0))
+    # The product with a tangent of zero is zero, whatever the step is.
     step = jnp.cbrt(jnp.finfo(w.dtype).eps).astype(w.dtype) / jnp.where(relative > 0, relative, 1.0)
     return (gradient(w + step * tangent) - gradient(w - step * tangent)) / (2 * step)

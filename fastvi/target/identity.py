@@ -20,13 +20,8 @@ POINTS = 3  # near w*: one could miss a change in some of the weights
 DISPLACEMENT = 0.1
 # Relative. Other devices and versions round otherwise, by some 1e-6 of a mean loss in float32.
 TOLERANCE = 1e-5
-AT, NEAR, SLOPES, STEEPNESS = (
-    "loss at w*",
-    "loss near w*",
-    "slopes near w*",
-    "gradient norms near w*",
-)
-LOSS = (AT, NEAR, SLOPES, STEEPNESS)
+LOSS = ("loss at w*", "loss near w*", "slopes near w*", "gradient norms near w*")
+AT, NEAR, SLOPES, STEEPNESS = LOSS
 
 
 def observe_loss(
@@ -40,6 +35,7 @@ def observe_loss(
     Cost:
         A loss, and `POINTS` losses and gradients, on one batch.
     """
+    # One seed for all runs, so that what was observed in another run can be compared.
     random = np.random.default_rng(0)
     scale = float(jnp.sqrt(jnp.mean(center.astype(jnp.float32) ** 2))) or 1.0
     seen: dict[str, Any] = {
@@ -76,6 +72,7 @@ def _is_same(name: str, now: Mapping[str, Any], kept: Mapping[str, Any]) -> bool
     )
     if old.shape != new.shape:
         return False
+    # A loss that overflows in both runs agrees: infinities differ by NaN, which is not near.
     near = np.abs(old - new) <= TOLERANCE * (scale + np.abs(new))
     return bool(np.all(near | (old == new) | (np.isnan(old) & np.isnan(new))))
 

@@ -13,6 +13,13 @@ from fastvi._typing import Array, Batch, Given
 
 # alike in shape, that data may be a list or tuple of: more are taken for examples, not stacked
 FEW_ARRAYS = 8
+# What to pass in place of something that iterates, but over no batches.
+_FIXES_OF_ITERABLES = (
+    ((str, bytes), "Load the file first, and pass its arrays."),
+    (Mapping, "Pass a dict of arrays, such as {name: np.asarray(data[name]) for name in data}."),
+    ((Set, ValuesView), "Pass a tuple or a dict of arrays."),
+    (range, "Pass an array, such as np.arange(n)."),
+)
 
 
 def is_stream(data: Any) -> bool:
@@ -23,28 +30,16 @@ def is_stream(data: Any) -> bool:
     """
     if not isinstance(data, Iterable) or hasattr(data, "dtype") or is_frame(data):
         return False
-    if isinstance(data, Iterator):
-        return True
-    leaves = jax.tree_util.tree_leaves(data, is_leaf=_warned_of)
-    if not (len(leaves) == 1 and leaves[0] is data):
+    # A container of arrays iterates too: only what jax takes for one leaf can give batches.
+    structure = jax.tree_util.tree_structure(data, is_leaf=_warned_of)
+    if not jax.tree_util.treedef_is_leaf(structure):
         return False
-    fix = _fix_of_iterable(data)
+    fix = next((fix for kinds, fix in _FIXES_OF_ITERABLES if isinstance(data, kinds)), None)
     if fix is not None:
         raise DataError(
             f"data must be a pytree of arrays or give batches; got {kind_of(data)}. {fix}"
         )
     return True
-
-
-def _fix_of_iterable(data: Any) -> str | None:
-    """Return what to pass in place of something that iterates, but over no batches."""
-    if isinstance(data, (str, bytes)):
-        return "Load the file first, and pass its arrays."
-    if isinstance(data, Mapping):
-        return "Pass a dict of arrays, such as {name: np.asarray(data[name]) for name in data}."
-    if isinstance(data, (Set, ValuesView)):
-        return "Pass a tuple or a dict of arrays."
-    return "Pass an array, such as np.arange(n)." if isinstance(data, range) else None
 
 
 def is_frame(data: Any) -> bool:
@@ -57,6 +52,7 @@ def is_frame(data: Any) -> bool:
 
 def by_columns(frame: Any) -> dict[Any, np.ndarray]:
     """Read a table as a dict of its columns."""
+    # The columns become a dict, whose keys jax sorts: names of two types cannot be.
     names = list(frame.columns)
     if len(set(names)) < len(names) or len({type(name) for name in names}) > 1:
         raise DataError(
@@ -124,11 +120,11 @@ def on_device(leaf: Any, name: str, dtype: Any = None) -> Array:
 def numeric(leaf: Any, name: str) -> Any:
     """Return a leaf as an array of numbers or booleans, a device's one as it is."""
     array = leaf if isinstance(leaf, jax.Array) else _as_array(leaf, name)
-    kinds = (jnp.number, jnp.bool_)
     is_time = jnp.issubdtype(array.dtype, np.timedelta64)  # which numpy counts among the integers
-    if is_time or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+    if is_time or not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.number, jnp.bool_)):
+        origin = "" if is_array(leaf) else f" as numpy reads {kind_of(leaf)}"
         raise DataError(
-            f"{name} has dtype {array.dtype}{_origin(leaf)}; data must be numeric arrays. Encode "
+            f"{name} has dtype {array.dtype}{origin}; data must be numeric arrays. Encode "
             "strings and objects first, and stack sequences of arrays."
         )
     return array
@@ -158,6 +154,7 @@ def as_held(array: Any, name: str, dtype: Any = None) -> Any:
 
 def _check_range(array: Any, name: str, kept: Any) -> None:
     """Refuse integers that would wrap around."""
+    # A type as wide as the array's own holds all of its values.
     if array.size == 0 or np.dtype(kept).itemsize >= array.dtype.itemsize:
         return
     least, most, bounds = int(array.min()), int(array.max()), jnp.iinfo(kept)
@@ -194,18 +191,13 @@ def _as_array(leaf: Any, name: str) -> np.ndarray:
         )
     try:
         return np.asarray(leaf)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # as a torch tensor on a GPU or with a gradient
-        fix = (
-            "Pass x.detach().cpu().float()."
-            if hasattr(leaf, "detach")
-            else "Make it a numpy array first."
-        )
+    # Torch raises these for a tensor on a GPU or with a gradient.
+    except (TypeError, ValueError, RuntimeError) as error:
+        is_tensor = hasattr(leaf, "detach")
+        fix = "Pass x.detach().cpu().float()." if is_tensor else "Make it a numpy array first."
+        said = str(error).split("\n")[0]
         raise DataError(
-            f"{name} is {kind_of(leaf)}, which numpy cannot read: {_first_line(error)} {fix}"
+            f"{name} is {kind_of(leaf)}, which numpy cannot read: {said} {fix}"
         ) from error
 
 
@@ -235,9 +227,11 @@ def refuse_examples_in_a_list(data: Any, is_batch: bool = False) -> None:
     """
 
     def look(node: Any) -> bool:
+        # The fields of a named tuple have names, so they are meant as columns.
         if isinstance(node, (list, tuple)) and not hasattr(node, "_fields"):
             kinds = {str(jax.tree_util.tree_map(np.shape, entry)) for entry in node}
             length = max((np.shape(leaf)[0] for leaf in jax.tree_util.tree_leaves(node)), default=0)
+            # Two arrays, such as inputs and targets, may be all of a data set of one example.
             most = FEW_ARRAYS if is_batch else max(2, min(FEW_ARRAYS, length))
             if len(kinds) == 1 and len(node) > most:
                 raise DataError(
@@ -252,6 +246,7 @@ def refuse_examples_in_a_list(data: Any, is_batch: bool = False) -> None:
 
 def refuse_a_trace(*arguments: Any) -> None:
     """Refuse to estimate inside a transformation of jax, which has no numbers to look at."""
+    # Inside a trace of jit a constant is traced too, which shows a trace that no argument is of.
     leaves = [*jax.tree_util.tree_leaves(arguments, is_leaf=_warned_of), jnp.zeros(())]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise UnavailableError(
@@ -265,19 +260,12 @@ def _warned_of(node: Any) -> bool:
     return isinstance(node, (Iterator, ValuesView))
 
 
-def _origin(leaf: Any) -> str:
-    return (
-        ""
-        if isinstance(leaf, (jax.Array, np.ndarray, np.generic))
-        else f" as numpy reads {kind_of(leaf)}"
-    )
+def is_array(value: Any) -> bool:
+    """Say whether a value is an array, or a number that numpy holds as one."""
+    return isinstance(value, (jax.Array, np.ndarray, np.generic))
 
 
 def kind_of(value: Any) -> str:
     """Name the type of a value."""
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")

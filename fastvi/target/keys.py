@@ -27,6 +27,7 @@ def as_key(key: Any) -> Any:
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if typed and shape == ():
         return key
+    # Two words are a raw key of threefry: those of the other generators have four.
     if dtype is not None and not typed and dtype == np.uint32 and shape == (2,):
         return jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
     raise ConfigError(
@@ -44,6 +45,7 @@ def _seeded(seed: int) -> Any:
             f"key must be a seed in [0, 2**64), or a jax random key; got {seed}: use "
             f"{seed % 2**32}."
         )
+    # The other generators make a key of a seed in ways of their own.
     if seed < 2**32 and jax_setting("jax_default_prng_impl") != "threefry2x32":
         return jax.random.key(seed)
     words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)

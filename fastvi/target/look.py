@@ -78,12 +78,10 @@ def look_at_target(
         raise DataError(
             f"{name} returns (losses, weights), whose mean weight must be known before jit or vmap."
         )
-    weighing = Weighing()
     if is_weighted:
-        problem = _with_weight(problem, 1.0)  # any weight gives the program that all share
-    loss = _fingerprint(objective, problem, name)
-    if is_weighted:
-        problem, weighing = _weigh(objective, problem, loss, name, stream)
+        problem, weighing, loss = _weigh(objective, problem, name, stream)
+    else:
+        weighing, loss = Weighing(), _fingerprint(objective, problem, name)
     if traced or loss.is_traced:
         return problem, LossLook(), loss
     if fingerprint_loss(objective, problem) != loss:
@@ -121,8 +119,7 @@ def weigh(objective: Any, problem: Problem, name: str) -> Problem:
     """Return the problem with its data weighed, where the loss is weighted."""
     if _signature(objective, problem, name).form is not LossForm.WEIGHTED:
         return problem
-    problem = _with_weight(problem, 1.0)
-    return _weigh(objective, problem, _fingerprint(objective, problem, name), name, None)[0]
+    return _weigh(objective, problem, name, None)[0]
 
 
 def _fingerprint(objective: Any, problem: Problem, name: str) -> Fingerprint:
@@ -133,23 +130,27 @@ def _fingerprint(objective: Any, problem: Problem, name: str) -> Fingerprint:
 
 
 def _weigh(
-    objective: Any, problem: Problem, loss: Fingerprint, name: str, stream: AbstractStream | None
-) -> tuple[Problem, Weighing]:
-    """Attach the mean weight of an example in place of any, found in one pass over all data.
+    objective: Any, problem: Problem, name: str, stream: AbstractStream | None
+) -> tuple[Problem, Weighing, Fingerprint]:
+    """Attach the mean weight of an example, found in one pass over all data.
 
     Returns:
-        The problem, and the weights, whose error is that of a sample where the data are one.
+        The problem, the weights, whose error is that of a sample where the data are one, and what
+        the loss computes.
     """
-    center, data = problem.posterior.center, problem.data
+    # The weight is an array of the program, so that any gives the program that all share.
+    problem = _with_weight(problem, 1.0)
+    loss = _fingerprint(objective, problem, name)
+    source = stream or problem.data
     weigher = weigher_of(objective, problem, loss)
-    pieces = (stream or data).known_pieces()
-    weighing = find_mean_weight(weigher, center, pieces, name)
-    if not (stream or data).is_sample:
+    weighing = find_mean_weight(weigher, problem.posterior.center, source.known_pieces(), name)
+    # All data were weighed, so the mean is exact.
+    if not source.is_sample:
         weighing = weighing._replace(error=0.0)
     if stream is None:
-        return _with_weight(problem, weighing.mean), weighing
+        return _with_weight(problem, weighing.mean), weighing, loss
     stream.mean_weight, stream.weight_error = weighing.mean, weighing.error
-    return dataclasses.replace(problem, data=stream.window(0)), weighing
+    return dataclasses.replace(problem, data=stream.window(0)), weighing, loss
 
 
 def _signature(objective: Any, problem: Problem, name: str) -> Signature:
@@ -196,28 +197,23 @@ def _check_full_loss(
     given = [
         float(call_full_loss(loss_full_flat, point, problem.data.examples)) for point in points
     ]
+    # The seed is fixed, so that a loss is refused on every run or on none.
     order = np.random.default_rng(0).permutation(size)[:FULL_LOSS_EXAMPLES]
-    sample, parts = (
-        on_host(problem.data.examples, order),
-        np.array_split(
-            np.arange(order.size),
-            min(size, max(FULL_LOSS_PARTS, -(-order.size // problem.data.max_batch))),
-        ),
-    )
+    sample = on_host(problem.data.examples, order)
+    # The spread over parts is the error of a sample; no part is larger than a pass.
+    count = min(size, max(FULL_LOSS_PARTS, -(-order.size // problem.data.max_batch)))
+    parts = np.array_split(np.arange(order.size), count)
     changes = []
     for part in parts:
-        rows = take_rows(sample, part)
-        changes.append(
-            float(programs.loss(points[1], rows)) - float(programs.loss(points[0], rows))
-        )
-    weights = np.array([part.size for part in parts])
-    change = float(np.average(changes, weights=weights))
-    is_all = order.size == size
-    error = 0.0 if is_all else float(np.std(changes, ddof=1) / np.sqrt(len(changes)))
+        before, after = (float(programs.loss(w, take_rows(sample, part))) for w in points)
+        changes.append(after - before)
+    change = float(np.average(changes, weights=[part.size for part in parts]))
+    error = 0.0 if order.size == size else float(np.std(changes, ddof=1) / np.sqrt(len(changes)))
+    # Both losses are sums of many terms in this dtype, and their difference is small beside them.
     rounding = 1e3 * float(jnp.finfo(posterior.center.dtype).eps) * max(map(abs, given))
-    if not np.isfinite(change) or not all(map(np.isfinite, given)):
-        return 2 * LOSS * order.size
-    if abs(given[1] - given[0] - change) > FULL_LOSS_MISMATCH * abs(change) + 5 * error + rounding:
+    is_finite = np.isfinite(change) and all(map(np.isfinite, given))
+    allowed = FULL_LOSS_MISMATCH * abs(change) + 5 * error + rounding
+    if is_finite and abs(given[1] - given[0] - change) > allowed:
         raise DataError(
             "loss_full_flat is another loss than the objective: from w* to a point near it they "
             f"change by {given[1] - given[0]:.5g} and {change:.5g}. It must be the objective's "
@@ -246,6 +242,7 @@ def _resolution(loss: Fingerprint, dtype: Any) -> float:
     if loss.is_narrow:
         return NARROW_EPS
     eps = float(jnp.finfo(dtype).eps)
+    # The precision of products is a setting of single precision alone.
     return eps if eps < 1e-10 else max(eps, their_product_eps())
 
 
@@ -257,8 +254,10 @@ def _weight_eps(
     if not isinstance(objective, TreeObjective):
         return eps
     structure = objective.structure
-    dtypes = [dtype for dtype in structure.dtypes if dtype is not None]
+    # `unravel` gives back half precision alone; the other leaves compute in the type of w.
     narrow = [
-        max(eps, float(jnp.finfo(dtype).eps)) if dtype.itemsize <= 2 else eps for dtype in dtypes
+        max(eps, float(jnp.finfo(dtype).eps)) if dtype.itemsize <= 2 else eps
+        for dtype in structure.dtypes
+        if dtype is not None
     ]
     return np.repeat(narrow, structure.leaf_sizes)

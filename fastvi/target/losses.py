@@ -10,6 +10,7 @@ an unbiased estimate.
 """
 
 import enum
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -43,6 +44,19 @@ class WeightedBatch(NamedTuple):
 def num_examples(batch: PyTree) -> int:
     """Count the examples of a batch, of data, or of their shapes."""
     return jax.tree_util.tree_leaves(batch)[0].shape[0]
+
+
+def example_bytes(batch: PyTree) -> int:
+    """Count the bytes of one example."""
+    leaves = jax.tree_util.tree_leaves(batch)
+    return sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def describe_arrays(batch: PyTree, first_axis: int = 0) -> str:
+    """Name the arrays of a batch by dtype and shape, from an axis on."""
+    return str(
+        jax.tree_util.tree_map(lambda leaf: f"{leaf.dtype}{list(leaf.shape[first_axis:])}", batch)
+    )
 
 
 def take_examples(batch: Batch, rows: Any) -> Batch:
@@ -130,6 +144,7 @@ def find_mean_weight(
         DataError: If a weight is negative or not finite, all are zero, or they depend on the
             parameters.
     """
+    # Every parameter moves, those at zero among them.
     found, sizes, nudged = [], [], center + 0.01 * (1 + jnp.abs(center))
     for piece in pieces:
         # sums over pieces are taken on the host in float64

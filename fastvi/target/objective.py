@@ -99,6 +99,7 @@ class CallableObjective(AbstractObjective):
         """Differentiate the loss: by the given function if there is one."""
         if self.grad_fn is None:
             return super().grad(w, batch)
+        # A weighted loss may have no gradient of its own, so the batch is as it was given.
         return call_in_their_modes(self.grad_fn, w, batch)
 
     def value_and_grad(self, w, batch):

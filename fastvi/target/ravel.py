@@ -1,6 +1,7 @@
 """Parameter pytrees as flat vectors: the only place that ravels or unravels a model."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from fastvi._errors import DataError
 from fastvi._modes import call_in_their_modes, in_own_modes
 from fastvi._typing import Array, Float, Given, PyTree
-from fastvi.target.inputs import is_finite
+from fastvi.target.inputs import is_array, is_finite
 from fastvi.target.losses import raw_examples
 from fastvi.target.objective import AbstractObjective, LossFn
 
@@ -57,16 +58,14 @@ class TreeStructure:
         return self._rebuilt(w, lambda dtype: dtype)
 
     def _rebuilt(self, w: Float[Array, "*axes dim"], leaf_dtype: Callable[[Any], Any]) -> PyTree:
-        leaves, start, static = [], 0, iter(self.static_leaves)
-        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
-            if shape is None:
-                leaves.append(next(static))
-                continue
-            stop = start + math.prod(shape)
-            leaves.append(
-                w[..., start:stop].reshape(*w.shape[:-1], *shape).astype(leaf_dtype(dtype))
-            )
-            start = stop
+        bounds = itertools.pairwise(itertools.accumulate(self.leaf_sizes, initial=0))
+        parts, static = (w[..., start:stop] for start, stop in bounds), iter(self.static_leaves)
+        leaves = [
+            next(static)
+            if shape is None
+            else next(parts).reshape(*w.shape[:-1], *shape).astype(leaf_dtype(dtype))
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
 
     def ravel(self, params: PyTree, dtype: Any) -> Float[Array, "*axes dim"]:
@@ -149,8 +148,7 @@ def ravel_loss(
             shapes.append(None)
             dtypes.append(None)
             continue
-        array = _float_leaf(leaf, name, dtype)
-        arrays.append(array)
+        arrays.append(_float_leaf(leaf, name, dtype))
         shapes.append(tuple(leaf.shape))
         dtypes.append(leaf.dtype)
     if not sum(array.size for array in arrays):
@@ -167,13 +165,10 @@ def _joined(arrays: list[Array | np.ndarray]) -> Array:
 
     Arrays that are traced, or that somebody has put on a device, are joined where they are.
     """
-    if any(map(_is_placed, arrays)):
+    # An array that is not committed lies where jax puts new ones, so copying it moves nothing.
+    if any(isinstance(array, jax.Array) and getattr(array, "committed", True) for array in arrays):
         return jnp.concatenate([jnp.ravel(array) for array in arrays])
     return jax.device_put(np.concatenate([np.ravel(array) for array in arrays]))
-
-
-def _is_placed(array: Array | np.ndarray) -> bool:
-    return isinstance(array, jax.Array) and getattr(array, "committed", True)
 
 
 def _settings_of_modules(params: PyTree) -> set[Any]:
@@ -196,7 +191,7 @@ def _is_carried(leaf: Any, name: str, is_setting: bool) -> bool:
 
     Whether a Python float is one, only a module that holds it says.
     """
-    if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+    if is_array(leaf):
         return False
     if isinstance(leaf, (float, complex)) and not is_setting:
         refuse_python_float(leaf, name)

@@ -1,7 +1,7 @@
 """Estimates of a part of the weights: the others stay where they are."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from fastvi._errors import ConfigError, DataError
 from fastvi._modes import in_own_modes
 from fastvi._typing import Batch, Given, PyTree
+from fastvi.target.inputs import is_array
 from fastvi.target.ravel import refuse_python_float
 
 
@@ -58,9 +59,10 @@ class RestrictedLoss:
             if which is True:
                 leaves.append(next(free))
             elif which is False:
-                is_repeated = axes is not None and _is_array(kept)
+                is_repeated = axes is not None and is_array(kept)
                 leaves.append(jnp.broadcast_to(kept, (*lead, *kept.shape)) if is_repeated else kept)
             else:
+                # One array has one dtype, that of the values: a fit may compute in more digits.
                 values = next(free)
                 flat = jnp.broadcast_to(kept.astype(values.dtype).ravel(), (*lead, kept.size))
                 flat = flat.at[..., np.flatnonzero(which.array)].set(values)
@@ -80,17 +82,7 @@ class RestrictedLoss:
             raise DataError(
                 f"w must have the structure of the parameters, {self.treedef}; got {treedef}."
             )
-        free = []
-        for leaf, which in zip(leaves, self.varying, strict=True):
-            if which is True:
-                free.append(leaf)
-            elif which is not False:
-                mask: Any = which.array
-                rows = jnp.asarray(leaf).reshape(
-                    *np.shape(leaf)[: np.ndim(leaf) - mask.ndim], mask.size
-                )
-                free.append(rows[..., np.flatnonzero(mask)])
-        return tuple(free)
+        return _free_entries(leaves, self.varying)
 
 
 @in_own_modes
@@ -127,13 +119,7 @@ def restrict(
     varying = [
         _read(name, mask, leaf) for name, mask, leaf in zip(names, chosen, leaves, strict=True)
     ]
-    free = tuple(
-        jnp.asarray(leaf)
-        if which is True
-        else jnp.asarray(leaf).ravel()[np.flatnonzero(which.array)]
-        for leaf, which in zip(leaves, varying, strict=True)
-        if which is not False
-    )
+    free = _free_entries(leaves, varying)
     if not free:
         raise ConfigError(
             f"param_mask must let some parameter vary; it is False for all of {', '.join(names)}."
@@ -141,10 +127,25 @@ def restrict(
     # a leaf that varies as a whole is not needed again, and would keep restrictions from sharing
     # programs
     whole = [
-        leaf if not _is_array(leaf) else None if which is True else Frozen(leaf)
+        leaf if not is_array(leaf) else None if which is True else Frozen(leaf)
         for leaf, which in zip(leaves, varying, strict=True)
     ]
     return RestrictedLoss(loss_fn, treedef, tuple(whole), tuple(varying)), free
+
+
+def _free_entries(leaves: Sequence[Any], varying: Sequence[Any]) -> tuple[jax.Array, ...]:
+    """Return what varies of each leaf, after any leading axes; nothing of leaves that do not."""
+
+    def read(leaf: Any, which: Any) -> jax.Array:
+        array = jnp.asarray(leaf)
+        if which is True:
+            return array
+        mask = which.array
+        rows = array.reshape(*array.shape[: array.ndim - mask.ndim], mask.size)
+        return rows[..., np.flatnonzero(mask)]
+
+    pairs = zip(leaves, varying, strict=True)
+    return tuple(read(leaf, which) for leaf, which in pairs if which is not False)
 
 
 def _spread(mask: PyTree, params: PyTree) -> list[Any]:
@@ -164,7 +165,7 @@ def _spread(mask: PyTree, params: PyTree) -> list[Any]:
 
 
 def _read(name: str, mask: Any, leaf: Any) -> bool | Frozen:
-    if not _is_array(leaf):
+    if not is_array(leaf):
         if isinstance(leaf, (float, complex)) and np.any(mask):
             refuse_python_float(leaf, "params" + name)
         return False
@@ -177,7 +178,3 @@ def _read(name: str, mask: Any, leaf: Any) -> bool | Frozen:
     if which.all() or not which.any():
         return bool(which.all())
     return Frozen(which)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))

@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr  # pyright: ignore[reportPrivateI
 
 from fastvi._errors import DataError, ErrorNote
 from fastvi._typing import Array, Float, Given, PyTree
-from fastvi.target.losses import LossForm, num_examples
+from fastvi.target.losses import LossForm, describe_arrays, num_examples
 from fastvi.target.objective import FlatObjective
 
 AUXILIARY_FIX = (
@@ -102,7 +102,7 @@ def leading(batch: PyTree, size: int) -> PyTree:
 
 def error_note(name: str, batch: PyTree) -> ErrorNote:
     """Return a block that says of what is raised in it by whom, on what batch."""
-    return ErrorNote(f"fastvi: raised by {name} on a batch of shapes {_shapes(batch)}.")
+    return ErrorNote(f"fastvi: raised by {name} on a batch of shapes {describe_arrays(batch)}.")
 
 
 def computed_bytes(jaxpr: Any) -> float:
@@ -112,6 +112,7 @@ def computed_bytes(jaxpr: Any) -> float:
         parameters = jax.tree_util.tree_leaves(list(equation.params.values()))
         inner = [getattr(one, "jaxpr", one) for one in parameters if isinstance(one, PROGRAM)]
         if inner:  # a call, a loop or a branch: what it returns is computed inside
+            # Of the branches of a condition one runs, at worst the largest.
             repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
             total += repeats * max(map(computed_bytes, inner))
         else:
@@ -123,10 +124,6 @@ def _bytes(value: Any) -> float:
     # tokens of effects have no shape, and keys of random numbers no size in bytes
     shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", None)
     return math.prod(shape) * getattr(dtype, "itemsize", 4)
-
-
-def _shapes(batch: PyTree) -> str:
-    return str(jax.tree_util.tree_map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", batch))
 
 
 def classify_loss(shapes: Any, sizes: tuple[int, int], name: str) -> LossForm:
@@ -148,10 +145,10 @@ def classify_loss(shapes: Any, sizes: tuple[int, int], name: str) -> LossForm:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise _refusal(name, f"got {describe_value(value)}. A loss is floating-point, in nats.")
     if value.shape == () and value.dtype.itemsize < 4:
-        fix = "Take the mean in float32: losses.astype(jnp.float32).mean()."
         raise _refusal(
             name,
-            f"got {describe_value(value)}, too coarse for the differences that make up llc. {fix}",
+            f"got {describe_value(value)}, too coarse for the differences that make up llc. "
+            "Take the mean in float32: losses.astype(jnp.float32).mean().",
         )
     if value.shape == ():
         return LossForm.MEAN
@@ -192,19 +189,14 @@ def _classify_pair(value: Any, other: Any, sizes: tuple[int, int], name: str) ->
             name,
             f"{came} for {sizes[0]} examples; both need the batch axis first; {AUXILIARY_FIX}.",
         )
-    if not (
-        jnp.issubdtype(weights.dtype, jnp.floating) or weights.dtype == bool or _is_integer(weights)
-    ):
+    real = (jnp.floating, jnp.integer, jnp.bool_)
+    if not any(jnp.issubdtype(weights.dtype, kind) for kind in real):
         raise _refusal(name, f"{came}; weights are numbers of at least 0.")
     return LossForm.WEIGHTED
 
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2
-
-
-def _is_integer(value: Any) -> bool:
-    return jnp.issubdtype(value.dtype, jnp.integer)
 
 
 def _is_array(value: Any) -> bool:

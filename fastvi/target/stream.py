@@ -19,7 +19,13 @@ from fastvi._typing import Batch
 from fastvi.target.data import SAMPLE_PIECES, AbstractData, Data, Window, default_max_batch
 from fastvi.target.feed import Feed, concatenate
 from fastvi.target.inputs import as_held, kind_of, numeric, refuse_examples_in_a_list, refuse_sparse
-from fastvi.target.losses import num_examples, take_examples, weigh_batch
+from fastvi.target.losses import (
+    describe_arrays,
+    example_bytes,
+    num_examples,
+    take_examples,
+    weigh_batch,
+)
 
 # Steps of a fit between looks at its traces, at most; half of that at least. Half of it looks, and
 # waits for the host, twice as often; twice as many stop later.
@@ -90,15 +96,15 @@ def one_kind(batches: Iterable[Any], dtype: Any) -> Iterator[Batch]:
         if len(lengths) != 1 or lengths == {()}:
             raise DataError(
                 f"all arrays of a batch need the same leading axis (examples); after {count} "
-                f"examples {kind_of(batches)} gave {_kind(batch, 0)}. Make it give batches of "
-                "arrays."
+                f"examples {kind_of(batches)} gave {describe_arrays(batch)}. "
+                "Make it give batches of arrays."
             )
         refuse_examples_in_a_list(batch, is_batch=True)
         first = batch if first is None else first
-        if _kind(batch) != _kind(first):
-            raise DataError(
-                f"batches differ: {_kind(first)} first, {_kind(batch)} after {count} examples."
-            )
+        # Batches may differ in their number of examples, so the first axis is left out.
+        wanted, found = describe_arrays(first, 1), describe_arrays(batch, 1)
+        if found != wanted:
+            raise DataError(f"batches differ: {wanted} first, {found} after {count} examples.")
         count += num_examples(batch)
         yield batch
 
@@ -127,12 +133,10 @@ class HostStream(AbstractStream):
         self._seed = [int(word) for word in np.ravel(np.asarray(jax.random.key_data(seed)))]
         self.num_data, self._fingerprint, self._example = self._survey()
         self.max_batch = default_max_batch(self._example)
-        bytes_each = sum(
-            math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
-            for leaf in jax.tree_util.tree_leaves(self._example)
-        )
         most_bytes = WINDOW_BYTES if most_bytes is None else most_bytes
-        self._steps = CHUNK * max(1, most_bytes // max(bytes_each, 1) // (batch_size * CHUNK))
+        most_rows = most_bytes // max(example_bytes(self._example), 1)
+        # A window lasts for whole chunks, so that no chunk of steps reads from two windows.
+        self._steps = CHUNK * max(1, most_rows // (batch_size * CHUNK))
         self.num_rows = min(self.num_data, self._steps * batch_size)
         self.fits = self.num_rows == self.num_data
         self._window: tuple[int, Batch] | None = None
@@ -235,37 +239,37 @@ class OnePassStream(AbstractStream):
         if not first:
             raise DataError("data has no examples: the iterator of batches was empty.")
         self._step, self._window = 0, concatenate(first)
-        self.num_data = self._cursor = num_examples(self._window)
+        self.num_data = self._num_read = num_examples(self._window)
+        # An iterator that gave less than was asked for has given all that there is.
         self.is_sample = self.num_data == SAMPLE_PIECES * size
         self.fits = not self.is_sample
         self.max_batch = default_max_batch(self._window)
 
-    def next(self, cursor: int) -> tuple[Batch, int]:
-        """Return the examples after the first `cursor` ones, and the cursor behind them.
+    def _next(self) -> Batch:
+        """Return the next part; refuse to go beyond the last."""
+        batch = next(self._parts, None)
+        if batch is None:
+            raise DataError(
+                f"the iterator of batches ended after {self._num_read} examples, and more are "
+                "wanted. Take fewer steps or a smaller batch_size, or pass data that can be read "
+                "again."
+            )
+        self._num_read += num_examples(batch)
+        return batch
+
+    def window(self, step: int) -> AbstractData:
+        """Return examples for the steps from `step` on.
 
         Raises:
-            DataError: If they have been read before, or there are no more.
+            DataError: If those of an earlier step are asked for, or there are no more.
         """
-        if cursor != self._cursor:
+        if step < self._step:
             raise DataError(
                 f"data is a {kind_of(self._batches)}, which can be read only once. Pass an object "
                 "whose __iter__ begins anew each time, such as a torch DataLoader."
             )
-        batch = next(self._parts, None)
-        if batch is None:
-            raise DataError(
-                f"the iterator of batches ended after {cursor} examples, and more are wanted. Take "
-                "fewer steps or a smaller batch_size, or pass data that can be read again."
-            )
-        self._cursor += num_examples(batch)
-        return batch, self._cursor
-
-    def window(self, step: int) -> AbstractData:
-        """Return examples for the steps from `step` on, which may not go back."""
-        if step != self._step:  # every chunk of steps has examples of its own
-            if step < self._step:
-                self.next(0)  # which says that they are gone
-            self._window = concatenate([self.next(self._cursor)[0] for _ in range(SAMPLE_PIECES)])
+        if step > self._step:  # every chunk of steps has examples of its own
+            self._window = concatenate([self._next() for _ in range(SAMPLE_PIECES)])
             self._step = step
         examples = self._held(self._window)
         if self.fits:
@@ -274,7 +278,7 @@ class OnePassStream(AbstractStream):
 
     def pieces(self) -> Iterator[AbstractData]:
         """Yield the next examples, as many as a window has."""
-        return (self._piece(self.next(self._cursor)[0]) for _ in range(SAMPLE_PIECES))
+        return (self._piece(self._next()) for _ in range(SAMPLE_PIECES))
 
     def known_pieces(self) -> Iterator[AbstractData]:
         """Yield the window in pieces: nothing is read."""
@@ -319,12 +323,9 @@ def uncorrected(method: str | None, is_sample: bool) -> str:
     return method or "variational"
 
 
-def _kind(batch: Batch, axes: int = 1) -> str:
-    return str(jax.tree_util.tree_map(lambda leaf: f"{leaf.dtype}{list(leaf.shape[axes:])}", batch))
-
-
 def _fingerprint(batch: Batch) -> int:
     """Sum a checksum of each example, which no other order or division into batches changes."""
+    # The arrays of an example are joined first, so that mixed-up pairs change the sum.
     rows = [
         np.ascontiguousarray(leaf).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
         for leaf in jax.tree_util.tree_leaves(batch)
@@ -337,6 +338,7 @@ def _regrouped(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
     waiting, missing = [], size
     for batch in batches:
         start, length = 0, num_examples(batch)
+        # A batch may fill several of the asked size, or only a part of one.
         while length - start >= missing:
             waiting.append(take_examples(batch, slice(start, start + missing)))
             yield concatenate(waiting)

@@ -16,7 +16,8 @@ from fastvi._optional import import_optional
 from fastvi.families.backends.base import SPLINE_BOUND, AbstractBackend
 from fastvi.flows.distributions import standard_log_prob
 
-LAST_LAYER = re.compile(r"\.(?:conditioner|masked_autoregressive_mlp)\.layers\[(\d+)\]")
+# The number of a conditioner's layer in the path of its parameters.
+LAYER = re.compile(r"\.(?:conditioner|masked_autoregressive_mlp)\.layers\[(\d+)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +38,13 @@ class FlowJAXBackend(AbstractBackend):
 
     def init(self, key):
         """Return FlowJAX's parameters, last layers times `init_scale`."""
-        leaves, structure = jax.tree_util.tree_flatten_with_path(_partition(self._build(key))[0])
-        last = str(len(self.settings.hidden))
-        scaled = []
-        for path, leaf in leaves:
-            found = LAST_LAYER.search(jax.tree_util.keystr(path))
-            scaled.append(leaf * self.settings.init_scale if found and found[1] == last else leaf)
-        return jax.tree_util.tree_unflatten(structure, scaled)
+
+        def scaled(path, leaf):
+            found = LAYER.search(jax.tree_util.keystr(path))
+            is_last = found is not None and int(found[1]) == len(self.settings.hidden)
+            return leaf * self.settings.init_scale if is_last else leaf
+
+        return jax.tree_util.tree_map_with_path(scaled, _partition(self._build(key))[0])
 
     def sample_and_log_prob(self, params, noise):
         """Map the noise forward."""

@@ -63,6 +63,7 @@ class NativeBackend(AbstractBackend):
     @functools.cached_property
     def _flow(self) -> Flow:
         built = []
+        # The structure alone is wanted: nothing of the parameters is computed.
         jax.eval_shape(lambda key: built.append(self._build(key)[0]), jax.random.key(0))
         return built[0]
 

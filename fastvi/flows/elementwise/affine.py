@@ -52,4 +52,5 @@ class BoundedAffine(AbstractElementwise):
         max_shift = float(np.exp(self.max_log_scale)) if self.max_shift is None else self.max_shift
         shift = jnp.tanh(raw[0] / max_shift) * max_shift
         log_scale = jnp.tanh(raw[1] / self.max_log_scale) * self.max_log_scale
+        # A gated scale is exp(g s), which stays positive.
         return (shift, log_scale) if gate is None else (gate * shift, gate * log_scale)

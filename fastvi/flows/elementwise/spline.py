@@ -120,6 +120,7 @@ class RationalQuadratic(AbstractElementwise):
         return self._apply(True, raw, y, gate)
 
     def _apply(self, backward, raw, x, gate):
+        # Raw parameters are mixed, not images: the result is a spline too, which has an inverse.
         if gate is not None:
             identity = jnp.asarray(self.identity(), raw.dtype)[:, None, None]
             raw = (1 - gate) * identity + gate * raw
@@ -147,8 +148,6 @@ def _spline_bwd(spline, backward, kept, cotangents):
 
     The rule that JAX derives from the loop over bins is 10 times as slow.
     """
-    start_bar: Array
-    end_bar: Array
     raw, x, found, index, log_sums = kept
     bins, bound = spline.num_bins, spline.tail_bound
     _, pull = jax.vjp(functools.partial(_curve, spline, backward), *found.numbers, x)
@@ -172,6 +171,7 @@ def _spline_bwd(spline, backward, kept, cotangents):
     logits_bar = weights * (every + jnp.where(numbers < index, before, 0)) + jnp.where(
         numbers == index, here, 0
     )
+    # An inner knot ends one bin and starts the next.
     inner = numbers[1:]
     derivatives_bar = jnp.where(inner == index, start_bar, 0) + jnp.where(
         inner == index + 1, end_bar, 0

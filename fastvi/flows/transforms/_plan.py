@@ -41,8 +41,7 @@ class Plan(NamedTuple):
 
 def make_plan(blocks: Sequence[AbstractTransform], params: Sequence[Any]) -> Plan:
     """Find the orders of rows between blocks, and runs of equal structure and shapes."""
-    dim = blocks[0].dim
-    places, orders = _orders(blocks, dim)
+    places, orders = _orders(blocks, blocks[0].dim)
     cores = [blocks[place].core() for place in places]
     kinds = [(core, _shapes(params[place])) for core, place in zip(cores, places, strict=True)]
     segments, start = [], 0
@@ -69,6 +68,7 @@ def _orders(blocks, dim):
 
     There is an order before each of these blocks, and one at the end.
     """
+    # Row i holds the feature that the next block knows as number layout[i].
     layout, places, orders = np.arange(dim), [], []
 
     def arrange(wanted):
@@ -79,6 +79,7 @@ def _orders(blocks, dim):
 
     for place, block in enumerate(blocks):
         if isinstance(block, Permutation):
+            # A permutation moves no row: it gives the features other numbers.
             layout = np.argsort(np.asarray(block.perm))[layout]
             continue
         places.append(place)
@@ -111,5 +112,5 @@ def _longest_run(kinds, orders, start):
 
 def _continues(kinds, orders, start, period, length):
     here, earlier = start + length, start + length - period
-    same_order = length == period or orders[here] == orders[earlier]
-    return kinds[here] == kinds[earlier] and same_order
+    # The order before the first repetition belongs to what comes before the loop.
+    return kinds[here] == kinds[earlier] and (length == period or orders[here] == orders[earlier])

@@ -46,8 +46,9 @@ class CompositeTransform(AbstractTransform):
     @property
     def context_dim(self) -> int | None:
         """Return the size of the context that the conditional blocks take."""
-        sizes = [block.context_dim for block in self.blocks if block.context_dim is not None]
-        return max(sizes) if sizes else None
+        # A block that ignores any context says None, and asks for nothing.
+        sizes = (block.context_dim for block in self.blocks if block.context_dim is not None)
+        return max(sizes, default=None)
 
     def init_params(self, key: Key, context_dim: int = 0) -> list[Any]:
         """Return a list with the parameters of each block, all identities."""
@@ -108,6 +109,7 @@ class CompositeTransform(AbstractTransform):
                 f"The parameters must be a list with an entry for each of {len(self.blocks)} "
                 f"blocks: {found}."
             )
+        # A plan folds permutations away, so that they cannot refuse a gate themselves.
         if any(isinstance(block, Permutation) for block in self.blocks):
             refuse_gate(condition)
         return make_plan(self.blocks, params)

@@ -71,6 +71,7 @@ class AbstractConditioned(AbstractTransform):
         self, params: Any, features: Float[Array, "seen size"], context: Array | None
     ) -> Float[Array, "hidden size"]:
         """Run all but the last layer of the network."""
+        # The context stays a part of its own: one column of it is multiplied once for the batch.
         seen = self.elementwise.seen(features)
         return self.conditioner.hidden(params, *((seen,) if context is None else (seen, context)))
 

@@ -59,6 +59,7 @@ class LinearTransform(AbstractTransform):
     def push(self, params, columns, condition):
         """Multiply by U + diag(s), then by L."""
         lower, upper, diagonal, gate = self._factors(params, condition)
+        # L has ones on its diagonal, so that of U + diag(s) is all of the determinant.
         inner = diagonal * columns + gate * (upper @ columns)
         return inner + gate * (lower @ inner), jnp.sum(jnp.log(diagonal), axis=0)
 
@@ -87,6 +88,7 @@ class LinearTransform(AbstractTransform):
             raw = raw + self.conditioner.output(network, self.conditioner.hidden(network, inputs))
         diagonal = jax.nn.softplus(raw)
         gate = jnp.ones(1, raw.dtype) if condition.gate is None else condition.gate
+        # A gated diagonal lies between that of the map and 1, and so stays positive.
         return (
             jnp.tril(params["lower"], -1),
             jnp.triu(params["upper"], 1),

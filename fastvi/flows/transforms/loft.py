@@ -73,6 +73,7 @@ class LoftTransform(AbstractFixed):
             residual = x + gate * (self._loft(x) - x) - y
             return x - residual * jnp.exp(-self._gated_log_slope(x, gate)), None
 
+        # A fixed number of steps, so that the inverse can be differentiated backwards.
         return jax.lax.scan(step, y, length=_NEWTON_STEPS)[0]
 
     @classmethod

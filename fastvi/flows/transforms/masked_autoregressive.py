@@ -52,20 +52,8 @@ class MaskedAutoregressive(AbstractConditioned):
         if self.dim < 1:
             raise ConfigError(f"dim must be positive, not {self.dim}.")
 
-    @property
-    def num_seen(self) -> int:
-        """Count the features."""
-        return self.dim
-
-    @property
-    def num_moved(self) -> int:
-        """Count the features."""
-        return self.dim
-
-    @property
-    def num_ordered(self) -> int:
-        """Count the features."""
-        return self.dim
+    # The network sees, orders and moves all features; its masks hide the later ones.
+    num_seen = num_moved = num_ordered = property(lambda self: self.dim)
 
     @property
     def order(self) -> Order:
@@ -74,19 +62,18 @@ class MaskedAutoregressive(AbstractConditioned):
 
     def core(self) -> "MaskedAutoregressive":
         """Return the layer that counts from the first feature."""
+        # `order` has reversed the rows already.
         return dataclasses.replace(self, reverse=False)
 
     def push(self, params, columns, condition):
         """Map forward."""
-        if self.fast == "forward":
-            return self._at_once(params["mlp"], columns, condition)
-        return self._in_turn(params["mlp"], columns, condition)
+        move = self._at_once if self.fast == "forward" else self._in_turn
+        return move(params["mlp"], columns, condition)
 
     def pull(self, params, columns, condition):
         """Map back."""
-        if self.fast == "forward":
-            return self._in_turn(params["mlp"], columns, condition)
-        return self._at_once(params["mlp"], columns, condition)
+        move = self._at_once if self.fast == "inverse" else self._in_turn
+        return move(params["mlp"], columns, condition)
 
     def _at_once(self, params, columns, condition):
         raw = self.raw(params, columns, condition.context)

@@ -17,7 +17,7 @@ from fastvi.target.data import Problem, hold
 from fastvi.target.stream import CHUNK
 
 SIZE, NUM_DATA = 10_000, 2_000
-CHAINS = 4  # default of estimate_llc
+CHAINS = 1  # of a fit that walkers begin at
 STEPS = 2 * CHUNK  # the programs are those of a fit of any length
 ASKED = {"first estimate": 4.0, "second estimate": 0.0}  # seconds
 

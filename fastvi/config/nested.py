@@ -68,11 +68,17 @@ def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
+
+
 def nested_entries(name: str, value: Any) -> dict[Any, Any]:
     """Return the entries of a mapping, none of None; pairs are those of options."""
     # Pairs are what `options_entry` keeps of a mapping.
-    pairs = isinstance(value, tuple) and all(isinstance(one, tuple) for one in value)
-    return sources.entries(name, dict(value or ()) if pairs or value is None else value, "names")
+    pairs = isinstance(value, tuple) and all(map(_is_pair, value))
+    return sources.entries(
+        name, dict(value or ()) if pairs or value is None else value, "give names with values"
+    )
 
 
 def sampler_entry(name: str, value: Any, fix: str) -> SamplerSettings:

@@ -168,15 +168,20 @@ def weigher_of(
     objective: Any, problem: Problem, loss: Fingerprint
 ) -> Callable[[Array, AbstractData], tuple[Array, Array, Array]]:
     """Return `(w, data) -> weight_statistics`; objectives that compute the same share it."""
-
-    def build(objective: Any) -> Callable[[Array, AbstractData], tuple[Array, Array, Array]]:
-        def of_data(w: Array, data: AbstractData) -> tuple[Array, Array, Array]:
-            return data.mean(lambda batch: weight_statistics(objective.outputs(w, batch), w.dtype))
-
-        computed = loss.computed * problem.num_data
-        return jax.jit(of_data, compiler_options=compiler_options(computed))
-
+    computed = loss.computed * problem.num_data
+    build = functools.partial(_weigher, computed=computed)
     return PROGRAMS.find(loss, ("weigh", shapes_of(problem)), (objective,), build)
+
+
+def _weigher(
+    objective: Any, *, computed: float = 0.0
+) -> Callable[[Array, AbstractData], tuple[Array, Array, Array]]:
+    """Compile it for a pass that computes so many bytes."""
+
+    def of_data(w: Array, data: AbstractData) -> tuple[Array, Array, Array]:
+        return data.mean(lambda batch: weight_statistics(objective.outputs(w, batch), w.dtype))
+
+    return jax.jit(of_data, compiler_options=compiler_options(computed))
 
 
 def _check_full_loss(

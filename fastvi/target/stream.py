@@ -239,37 +239,38 @@ class OnePassStream(AbstractStream):
         if not first:
             raise DataError("data has no examples: the iterator of batches was empty.")
         self._step, self._window = 0, concatenate(first)
-        self.num_data = self._num_read = num_examples(self._window)
+        self.num_data = self._cursor = num_examples(self._window)
         # An iterator that gave less than was asked for has given all that there is.
         self.is_sample = self.num_data == SAMPLE_PIECES * size
         self.fits = not self.is_sample
         self.max_batch = default_max_batch(self._window)
 
-    def _next(self) -> Batch:
-        """Return the next part; refuse to go beyond the last."""
-        batch = next(self._parts, None)
-        if batch is None:
-            raise DataError(
-                f"the iterator of batches ended after {self._num_read} examples, and more are "
-                "wanted. Take fewer steps or a smaller batch_size, or pass data that can be read "
-                "again."
-            )
-        self._num_read += num_examples(batch)
-        return batch
-
-    def window(self, step: int) -> AbstractData:
-        """Return examples for the steps from `step` on.
+    def next(self, cursor: int) -> tuple[Batch, int]:
+        """Return the examples after the first `cursor` ones, and the cursor behind them.
 
         Raises:
-            DataError: If those of an earlier step are asked for, or there are no more.
+            DataError: If they have been read before, or there are no more.
         """
-        if step < self._step:
+        if cursor != self._cursor:
             raise DataError(
                 f"data is a {kind_of(self._batches)}, which can be read only once. Pass an object "
                 "whose __iter__ begins anew each time, such as a torch DataLoader."
             )
-        if step > self._step:  # every chunk of steps has examples of its own
-            self._window = concatenate([self._next() for _ in range(SAMPLE_PIECES)])
+        batch = next(self._parts, None)
+        if batch is None:
+            raise DataError(
+                f"the iterator of batches ended after {cursor} examples, and more are wanted. Take "
+                "fewer steps or a smaller batch_size, or pass data that can be read again."
+            )
+        self._cursor += num_examples(batch)
+        return batch, self._cursor
+
+    def window(self, step: int) -> AbstractData:
+        """Return examples for the steps from `step` on, which may not go back."""
+        if step != self._step:  # every chunk of steps has examples of its own
+            if step < self._step:
+                self.next(0)  # which says that they are gone
+            self._window = concatenate([self.next(self._cursor)[0] for _ in range(SAMPLE_PIECES)])
             self._step = step
         examples = self._held(self._window)
         if self.fits:
@@ -278,7 +279,7 @@ class OnePassStream(AbstractStream):
 
     def pieces(self) -> Iterator[AbstractData]:
         """Yield the next examples, as many as a window has."""
-        return (self._piece(self._next()) for _ in range(SAMPLE_PIECES))
+        return (self._piece(self.next(self._cursor)[0]) for _ in range(SAMPLE_PIECES))
 
     def known_pieces(self) -> Iterator[AbstractData]:
         """Yield the window in pieces: nothing is read."""

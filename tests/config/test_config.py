@@ -390,6 +390,9 @@ BAD = [
     ({"gamma": -1.0}, "gamma", "null"),
     ({"backend": "flow_jax"}, "backend", "did you mean 'flowjax'"),
     ({"sigma_perp": 0}, "sigma_perp", "for example None"),
+    ({"options": ((1, 2, 3),)}, "options", "give names with values"),
+    ({"options": (([], 2),)}, "options", "give names with values"),
+    ({"sampler": ((1, 2, 3),)}, "sampler", "give names with values"),
 ]
 
 

@@ -109,7 +109,7 @@ def plot_panels(result: LLCEstimate, *names: str) -> "Figure":
             f"this estimate has nothing to show in {', '.join(names)}; it has {there or 'no panel'}"
             "."
         )
-    columns = min(2, len(chosen))
+    columns = min(2, len(chosen))  # one panel alone takes the whole width
     rows = -(-len(chosen) // columns)
     with styled_figure((5.5 * columns, 3.7 * rows), layout="constrained") as figure:
         grid = figure.subplots(rows, columns, squeeze=False)

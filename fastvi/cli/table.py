@@ -34,18 +34,18 @@ def format_table(rows: Sequence[Row], width: int = WIDTH) -> list[str]:
     names = list(rows[0])
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
     lines = [names, *[[row[name] for name in names] for row in rows]]
-    text = [
-        "  ".join(f"{cell:<{widths[name]}}" for name, cell in zip(names, line, strict=True))
+    text = (
+        "  ".join(
+            f"{cell:<{widths[name]}}" for name, cell in zip(names, line, strict=True)
+        ).rstrip()
         for line in lines
-    ]
-    return [
-        line.rstrip() if len(line.rstrip()) <= width else line[: width - 1].rstrip() + "…"
-        for line in text
-    ]
+    )
+    return [line if len(line) <= width else line[: width - 1].rstrip() + "…" for line in text]
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write the rows with a header."""
+    # The csv module writes its own line ends.
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

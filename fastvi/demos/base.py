@@ -90,6 +90,7 @@ class AbstractDemo(abc.ABC):
             self.localization,
         )
         given = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "method")}
+        # None is what was not given, and does not override the file.
         settings = VIConfig.create(self.config, **{k: v for k, v in given.items() if v is not None})
         settings.check_available()
         check_packages(settings)

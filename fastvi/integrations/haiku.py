@@ -40,6 +40,7 @@ def haiku_loss(
             "its applies)."
         )
     apply = transformed.apply
+    # haiku's order is params, state, key, inputs; what a function has no use for is left out.
     before = (state,) if with_state else ()
     if _takes_key(apply, 1 + len(before)):
         before = (*before, rng)

@@ -112,9 +112,9 @@ class Compare:
     def _names(self) -> list[str]:
         """Name each run by its folder, or where two have the same name by the end of its path."""
         short = [folder.resolve().name for folder in self.run_folders]
-        paths = [str(folder) for folder in self.run_folders]
         full = [
-            path if len(path) <= LONGEST_NAME else "…" + path[1 - LONGEST_NAME :] for path in paths
+            path if len(path) <= LONGEST_NAME else "…" + path[1 - LONGEST_NAME :]
+            for path in map(str, self.run_folders)
         ]
         return short if len(set(short)) == len(short) else full
 

@@ -183,13 +183,18 @@ def run_cell(
         return Outcome(row, f"failed, {said.split('. ')[0]}", cell.values, failed=True)
     if kept.trouble is not None:
         warn(f"fastvi: warning: {kept.trouble}")
-    outcome = _outcome(
-        cell, result, f"{reason}, " if reason else "", f", {time.perf_counter() - began:.0f} s"
+    return _outcome(
+        cell,
+        result,
+        f"{reason}, " if reason else "",
+        f", {time.perf_counter() - began:.0f} s",
+        failed=kept.trouble is not None,
     )
-    return dataclasses.replace(outcome, failed=kept.trouble is not None)
 
 
-def _outcome(cell: Cell, result: LLCEstimate, before: str, after: str = "") -> Outcome:
+def _outcome(
+    cell: Cell, result: LLCEstimate, before: str, after: str = "", *, failed: bool = False
+) -> Outcome:
     """Take from an estimate what the table and the figure show.
 
     The fit, with its parameters and data, is let go.
@@ -199,6 +204,7 @@ def _outcome(cell: Cell, result: LLCEstimate, before: str, after: str = "") -> O
         f"{before}llc {result.llc_text}{after}",
         cell.values,
         dataclasses.replace(result, fitted=None),
+        failed,
     )
 
 

@@ -12,7 +12,6 @@ WIDTH = 80  # columns of a terminal that nobody has widened
 
 def describe(result: LLCEstimate) -> dict[str, str]:
     """Return what a table says of a run."""
-    worst = [finding.name for finding in result.health if finding.severity != "note"]
     of_q = {"q alone": "-", "elbo": "-", "k-hat": "-"}
     if result.has_fit:
         of_q = {
@@ -25,7 +24,8 @@ def describe(result: LLCEstimate) -> dict[str, str]:
         **of_q,
         "FGE": f"{result.work.total_fge:.0f}",
         "s": f"{result.timings.total:.0f}",
-        "findings": " ".join(worst) or "-",
+        # A note asks for nothing, and the column is narrow.
+        "findings": " ".join(one.name for one in result.health if one.severity != "note") or "-",
     }
 
 

@@ -160,10 +160,9 @@ def _failed(target: str, error: BaseException) -> DataError:
         if isinstance(error, SystemExit)
         else first_line(error)
     )
-    frames = traceback.extract_tb(error.__traceback__)
     places = " < ".join(
         f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
-        for frame in reversed(frames)
+        for frame in reversed(traceback.extract_tb(error.__traceback__))
         # The steps of an import are Python's, and say nothing of the person's code.
         if frame.filename != __file__ and "importlib" not in frame.filename
     )

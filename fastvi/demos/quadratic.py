@@ -129,8 +129,6 @@ def comparison(result: LLCEstimate, exact: Exact) -> str:
     lines = [f"{'':<15}{'estimate ± sem':>22}{'exact':>20}{'relative error':>18}"]
     for name, exact_name, estimate, sem, value in rows:
         error = f"{100 * (estimate - value) / abs(value):+.3f} %" if value else "-"
-        given = with_error(estimate, sem)
-        lines.append(
-            f"{name:<15}{given:>22}{exact_name + ' ' + format(value, '.5g'):>20}{error:>18}"
-        )
+        given, known = with_error(estimate, sem), f"{exact_name} {value:.5g}"
+        lines.append(f"{name:<15}{given:>22}{known:>20}{error:>18}")
     return "\n".join(lines)

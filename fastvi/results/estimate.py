@@ -210,13 +210,10 @@ class LLCEstimate:
         if not self.log_weights.size or not np.all(np.isfinite(self.log_weights)):
             return float("nan")
         excess, weights = (
-            np.asarray(self.draws.excess_loss, float),
-            np.asarray(self.log_weights, float),
+            np.asarray(values, float) - np.mean(values, axis=1, keepdims=True, dtype=float)
+            for values in (self.draws.excess_loss, self.log_weights)
         )
-        apart = (excess - excess.mean(axis=1, keepdims=True)) * (
-            weights - weights.mean(axis=1, keepdims=True)
-        )
-        return abs(float(self.nbeta * np.mean(apart)))
+        return abs(float(self.nbeta * np.mean(excess * weights)))
 
     @property
     def llc_text(self) -> str:

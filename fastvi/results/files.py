@@ -72,17 +72,12 @@ def read_bytes(path: Path, fix: str) -> bytes:
         raise damaged(path, f"cannot be read ({first_line(error)})", fix) from error
 
 
-def read_text(path: Path, fix: str) -> str:
-    """Read a UTF-8 file, or raise DataError."""
-    try:
-        return read_bytes(path, fix).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise damaged(path, f"is not UTF-8 text ({first_line(error)})", fix) from error
-
-
 def read_object(path: Path, fix: str) -> dict[str, Any]:
     """Read a JSON object whose names are all different, or raise DataError."""
-    text = read_text(path, fix)
+    try:
+        text = read_bytes(path, fix).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise damaged(path, f"is not UTF-8 text ({first_line(error)})", fix) from error
     if not text.strip():
         raise damaged(path, "is empty: it was not written to its end", fix)
     try:

@@ -65,11 +65,14 @@ class Origin:
             "localization": checks.nonnegative(
                 "localization", self.localization, "for example 1.0"
             ),
+            # The estimate chooses these two where they are None.
+            "nbeta": None
+            if self.nbeta is None
+            else checks.positive("nbeta", self.nbeta, "leave it out for n / log n"),
+            "num_chains": None
+            if self.num_chains is None
+            else checks.integer("num_chains", self.num_chains, "for example 4"),
         }
-        if self.nbeta is not None:
-            checked["nbeta"] = checks.positive("nbeta", self.nbeta, "leave it out for n / log n")
-        if self.num_chains is not None:
-            checked["num_chains"] = checks.integer("num_chains", self.num_chains, "for example 4")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -205,16 +208,16 @@ def write_run_somewhere(
         trouble = f"the run could not be written to {folder} ({files.first_line(error)})"
     try:
         refuge = Path(tempfile.mkdtemp(prefix="fastvi-"))
-        write_run(result, refuge, origin, settings, fingerprint)
+        return WrittenRun(
+            write_run(result, refuge, origin, settings, fingerprint),
+            f"{trouble}. It is in {refuge} instead: move it before it is cleaned away.",
+        )
     except OSError as error:
         return WrittenRun(
             None,
             f"{trouble}, nor to a temporary folder ({files.first_line(error)}): what is printed "
             "is all.",
         )
-    return WrittenRun(
-        refuge, f"{trouble}. It is in {refuge} instead: move it before it is cleaned away."
-    )
 
 
 def write_and_print(

@@ -49,14 +49,12 @@ RULES = {
 def write_estimate(result: Any, folder: Path) -> None:
     """Write both files, tied by a digest; the estimate is complete when result.json is there."""
     values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    values |= {"config": result.config.to_dict(), "draws": result.draws._asdict()}
     # It holds the loss and the data, which are the caller's own.
     del values["fitted"]
     arrays: dict[str, Any] = {name: np.asarray(values.pop(name)) for name in SINGLE_ARRAYS}
     for group, prefix in ARRAY_GROUPS.items():
-        found = values.pop(group)
-        found = found._asdict() if isinstance(found, DrawValues) else found
-        arrays |= {prefix + name: np.asarray(array) for name, array in found.items()}
-    values["config"] = result.config.to_dict()
+        arrays |= {prefix + name: np.asarray(array) for name, array in values.pop(group).items()}
     # The digest is of the arrays, not of the archive, whose bytes tell the time of writing.
     header = dict(zip(HEADER, (FORMAT, VERSION, files.digest_arrays(arrays)), strict=True))
     with files.staged(folder) as staging:
@@ -140,13 +138,13 @@ def _check_arrays(place: Path, arrays: Mapping[str, np.ndarray], values: dict[st
     # Without a chain there is no fit, whose arrays the others are.
     unknown = [
         name
-        for name in arrays
-        if name not in needed
+        for name, array in arrays.items()
+        if array.dtype.kind not in "fiub"
+        or name not in needed
         and (not chains or name.startswith("draw_") or not name.startswith(prefixes))
     ]
-    textual = [name for name, array in arrays.items() if array.dtype.kind not in "fiub"]
     wrong = [f"lacks the array {name!r}" for name in needed if name not in arrays]
-    wrong += [f"holds {name!r}, no array of it" for name in (*unknown, *textual)]
+    wrong += [f"holds {name!r}, no array of it" for name in unknown]
     if wrong:
         raise files.damaged(place, wrong[0], WAY_OUT)
     weights = arrays["log_weights"].shape

@@ -88,10 +88,9 @@ def wrong_field(
         prefix: Names of the fields that the values lie in, each with a point.
     """
     hints = {name: hint for name, hint in get_type_hints(cls).items() if name not in elsewhere}
-    for name in hints:
+    for name in (*hints, *values):
         if name not in values:
             return f"lacks {prefix + name!r}"
-    for name in values:
         if name not in hints and name not in elsewhere:
             return f"holds {prefix + name!r}, which is no field of it"
     return next(

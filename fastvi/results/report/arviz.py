@@ -13,6 +13,7 @@ from fastvi.results.estimate import LLCEstimate
 from fastvi.target.work import LOSS
 
 ENOUGH_WALK = 4  # records of a walker that are worth a posterior
+CONSTANTS = ("n_data", "dim", "nbeta", "localization", "init_loss")
 
 
 def to_arviz(result: LLCEstimate) -> Any:
@@ -45,7 +46,7 @@ def to_arviz(result: LLCEstimate) -> Any:
     groups = {
         "posterior": _dataset(xarray, posterior, ("chain", "draw"), _attributes(result)),
         "sample_stats": _dataset(xarray, sample_stats, ("chain", "draw")),
-        "constant_data": _dataset(xarray, _constants(result), ()),
+        "constant_data": _dataset(xarray, {name: getattr(result, name) for name in CONSTANTS}, ()),
     }
     if result.has_fit:
         groups["variational"] = _dataset(xarray, draws | statistics, ("chain", "draw"))
@@ -59,8 +60,8 @@ def to_arviz(result: LLCEstimate) -> Any:
 
 def _draws_of_q(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return LLC and loss of q's draws, and their statistics, mirrored draws side by side."""
-    found = {**result.draws._asdict(), "log_weight": result.log_weights}
-    found = {name: _side_by_side(np.asarray(array, float)) for name, array in found.items()}
+    arrays = result.draws._asdict() | {"log_weight": result.log_weights}
+    found = {name: _side_by_side(np.asarray(array, float)) for name, array in arrays.items()}
     excess, log_q, log_weight = (found[name] for name in ("excess_loss", "log_q", "log_weight"))
     fitted = np.asarray(result.traces["cumulative_fge"], float)[:, -1:]
     # Each draw took one loss on all data.
@@ -102,11 +103,6 @@ def _walk(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
     )
 
 
-def _constants(result: LLCEstimate) -> dict[str, np.ndarray]:
-    names = ("n_data", "dim", "nbeta", "localization", "init_loss")
-    return {name: np.asarray(getattr(result, name)) for name in names}
-
-
 def _attributes(result: LLCEstimate) -> dict[str, Any]:
     """Collect what netCDF can hold: numbers and text."""
     return {
@@ -134,7 +130,7 @@ def _attributes_of_q(result: LLCEstimate) -> dict[str, Any]:
 
 
 def _dataset(
-    xarray: Any, arrays: dict[str, np.ndarray], dims: tuple[str, ...], attrs: dict | None = None
+    xarray: Any, arrays: dict[str, Any], dims: tuple[str, ...], attrs: dict | None = None
 ) -> Any:
     variables = {name: (dims, np.asarray(array)) for name, array in arrays.items()}
     lengths = next(iter(variables.values()))[1].shape

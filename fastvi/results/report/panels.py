@@ -114,15 +114,15 @@ def draw_radius(axes: "Axes", result: LLCEstimate) -> None:
     means = draw_chains(axes, values)
     if result.localization > 0:
         # A Gaussian of precision gamma has the mean squared radius d / gamma.
-        prior = result.dim / result.localization
-        axes.axhline(prior, label=r"$d/\gamma$: the localizer alone", **GUIDE)
+        axes.axhline(
+            result.dim / result.localization, label=r"$d/\gamma$: the localizer alone", **GUIDE
+        )
         axes.legend(loc="lower right")
     finite = means[np.isfinite(means) & (means > 0)]
     if finite.size:
-        axes.set_yscale("log")
         bulk = values[np.isfinite(values) & (values > 0)]
         # One step close to w* would otherwise stretch the axis over decades.
-        axes.set_ylim(float(0.5 * np.percentile(bulk, 1)), None)
+        axes.set(yscale="log", ylim=(float(0.5 * np.percentile(bulk, 1)), None))
         low, high = axes.get_ylim()
         if high < NARROW_RANGE * low:
             _label_plainly(axes)
@@ -161,11 +161,10 @@ def draw_spectrum(axes: "Axes", result: LLCEstimate) -> None:
     plain = result.config.whitening == "none"
     if plain and result.localization > 0:
         axes.axhline(result.localization, label="localization", **GUIDE)
-    axes.set_yscale("log")
+    title = r"leading spectrum of $n\beta H + \gamma$ at $w^*$" + ("" if plain else ", whitened")
+    axes.set(title=title, ylabel="eigenvalue", xlabel=f"index, of {result.dim:,}", yscale="log")
     if values.max() < NARROW_RANGE * values.min():
         _label_plainly(axes)
-    title = r"leading spectrum of $n\beta H + \gamma$ at $w^*$" + ("" if plain else ", whitened")
-    axes.set(title=title, ylabel="eigenvalue", xlabel=f"index, of {result.dim:,}")
     axes.legend(loc="upper right")
 
 

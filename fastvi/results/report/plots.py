@@ -48,12 +48,12 @@ def plot_traces(result: LLCEstimate) -> "Figure":
         else:
             draw_learning_rate(last, result)
         chains, steps = result.traces["elbo"].shape
-        aid = f"running mean of {window_of(steps)} steps"
         _frame(
             figure,
             result,
             f"{chains} chains × {steps:,} steps",
-            f"faint: single steps, on minibatches;  solid: {aid}",
+            "faint: single steps, on minibatches;  solid: running mean of "
+            f"{window_of(steps)} steps",
         )
     return figure
 

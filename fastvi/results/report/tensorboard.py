@@ -102,10 +102,7 @@ def _write_walk(events: "Events", result: LLCEstimate) -> None:
     length = result.config.filled.sampler.bin_length
     last = result.walk_llc.shape[1] * length - 1
     for place, values in enumerate(np.asarray(result.walk_llc, float).T):
-        step = (place + 1) * length - 1
-        events.write_scalars("mean", step, {"walk_llc": values.mean()})
-        for walker, value in enumerate(values):
-            events.write_scalars(f"walker_{walker}", step, {"walk_llc": value})
+        events.write_each("walker", (place + 1) * length - 1, {"walk_llc": values})
     events.write_scalars("mean", last, _headline(result))
     if PANELS["walk"].applies(result):
         events.write_images(last, {"walk": render("walk", result, IMAGE_DPI)})
@@ -125,9 +122,8 @@ def _write_estimate(events: "Events", result: LLCEstimate, every: int) -> None:
         events.write_images(
             step, _images(dataclasses.replace(early, traces=upto), (*SHAPES, "radius2_trace"))
         )
-    events.write_scalars("mean", last, _final_mean(result))
-    for chain in range(len(result.evaluation.llc)):
-        events.write_scalars(f"chain_{chain}", last, _final_of_chain(result, chain))
+    events.write_scalars("mean", last, _headline(result) | {"khat": result.importance.khat})
+    events.write_each("chain", last, _final_of_q(result))
     events.write_images(last, _images(result, IMAGES))
 
 
@@ -170,7 +166,7 @@ def _write_row_lengths(events: "Events", step: int, result: LLCEstimate) -> None
         for m, rank in enumerate(result.config.ranks)
         if rank
     }
-    events.write_chains(step, lengths)
+    events.write_each("chain", step, lengths)
 
 
 class Events:
@@ -194,15 +190,14 @@ class Events:
         """Write traces of shape (chains, steps), one record for every `every` steps."""
         windows = reduce_traces(traces, every, first_step)
         for index, step in enumerate(windows.steps):
-            self.write_chains(
-                int(step), {name: values[:, index] for name, values in windows.values.items()}
-            )
+            each = {name: values[:, index] for name, values in windows.values.items()}
+            self.write_each("chain", int(step), each)
 
-    def write_chains(self, step: int, values: Mapping[str, np.ndarray]) -> None:
-        """Write values of shape (chains,): their mean, and those of each chain beside it."""
-        self.write_scalars("mean", step, {name: each.mean() for name, each in values.items()})
-        for chain, each in enumerate(zip(*values.values(), strict=True)):
-            self.write_scalars(f"chain_{chain}", step, dict(zip(values, each, strict=True)))
+    def write_each(self, kind: str, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Write the mean of values of shape (chains,), and each beside it, as `kind_0`, ..."""
+        self.write_scalars("mean", step, {name: row.mean() for name, row in values.items()})
+        for place, one in enumerate(zip(*values.values(), strict=True)):
+            self.write_scalars(f"{kind}_{place}", step, dict(zip(values, one, strict=True)))
 
     def write_scalars(self, run: str, step: int, values: Mapping[str, float]) -> None:
         """Write one event that holds all values of a step."""
@@ -298,22 +293,14 @@ def reduce_traces(traces: Mapping[str, Any], every: int, first_step: int = 0) ->
     return Windows(first_step + ends - 1, values)
 
 
-def _final_mean(result: LLCEstimate) -> dict[str, float]:
-    """Values of the finished estimate.
-
-    The headline as llc_mean and lambda_hat_mean, q's own beside it.
-    """
-    mean = {
-        name: float(np.mean(getattr(result.evaluation, name)))
-        for name in ("llc", "llc_mc", "variance_reduction")
-    }
+def _final_of_q(result: LLCEstimate) -> dict[str, np.ndarray]:
+    """Values of q's own, of shape (chains,)."""
+    own = {name: np.asarray(values, float) for name, values in result.evaluation._asdict().items()}
     return {
-        **_headline(result),
-        "llc_vi": result.llc_vi,
-        "Eq_Ln_mc": result.init_loss + mean["llc_mc"] / result.nbeta,
-        "Eq_Ln_cv": result.init_loss + mean["llc"] / result.nbeta,
-        "variance_reduction": mean["variance_reduction"],
-        "khat": result.importance.khat,
+        "llc_vi": own["llc"],
+        "Eq_Ln_mc": result.init_loss + own["llc_mc"] / result.nbeta,
+        "Eq_Ln_cv": result.init_loss + own["llc"] / result.nbeta,
+        "variance_reduction": own["variance_reduction"],
     }
 
 
@@ -327,14 +314,4 @@ def _headline(result: LLCEstimate) -> dict[str, float]:
         "L0": result.init_loss,
         "Ln_wstar": result.init_loss,
         "Eq_Ln_final": result.init_loss + result.llc / result.nbeta,
-    }
-
-
-def _final_of_chain(result: LLCEstimate, chain: int) -> dict[str, float]:
-    llc, values = result.evaluation.llc[chain], result.evaluation
-    return {
-        "llc_vi": llc,
-        "Eq_Ln_mc": result.init_loss + values.llc_mc[chain] / result.nbeta,
-        "Eq_Ln_cv": result.init_loss + llc / result.nbeta,
-        "variance_reduction": values.variance_reduction[chain],
     }

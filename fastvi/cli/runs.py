@@ -49,8 +49,7 @@ class Report:
         # A folder that cannot be written does not keep the summary back.
         finally:
             say(result.summary())
-        say("")
-        say(f"written: {path}")
+        say(f"\nwritten: {path}")
 
     def _write(self, result: LLCEstimate) -> Path:
         """Write the page.
@@ -151,6 +150,6 @@ def _draw_elbo(axes: "Axes", fitted: dict[int, LLCEstimate]) -> None:
         )
         axes.axhline(fitted[place].elbo, **GUIDE | {"color": chain_color(place), "linewidth": 0.8})
     axes.set(title="ELBO,  running mean over chains;  dashed: final", xlabel="step", ylabel="nats")
-    # The first fifth of a fit rises by more than all that follows.
+    # The rise at the start is left out, so that the ends can be compared.
     bulks = [np.percentile(trace[:, trace.shape[1] // 5 :], [5, 95]) for trace in traces.values()]
     axes.set_ylim(np.min(bulks), np.max(bulks))

@@ -90,8 +90,7 @@ class Sweep:
                 tell("")
                 for line in format_table([outcome.row for outcome in outcomes]):
                     say(line)
-        tell("")
-        tell(f"written: {', '.join(map(str, written)) or 'nothing'}")
+        tell(f"\nwritten: {', '.join(map(str, written)) or 'nothing'}")
         if trouble is not None:
             warn(f"fastvi: warning: {trouble}")
         return int(trouble is not None or any(outcome.failed for outcome in outcomes))
@@ -215,7 +214,7 @@ def finished(
 
     Else why it is run again.
     """
-    # An empty folder is what an interrupted run may leave: there is nothing to tell of it.
+    # An empty folder holds no run whose loss is to be told.
     if not folder.is_dir() or not any(folder.iterdir()):
         return None, ""
     try:
@@ -232,6 +231,7 @@ def finished(
 
 def _begin(folder: Path, plan: SweepPlan) -> None:
     """Mark the folder as a sweep's, and withdraw the table and the figure of an earlier one."""
+    # A table of an earlier grid beside the runs of this one would be taken for theirs.
     for name in (TABLE_FILE, FIGURE_FILE):
         (folder / name).unlink(missing_ok=True)
     content = files.json_bytes({"format": SWEEP, "version": VERSION, "target": plan.target})
@@ -323,6 +323,7 @@ def _check_given_once(path: Path, given: Mapping[str, Any], grid: Mapping[str, A
 
     One of them would not be what a row was computed with.
     """
+    # Another type of base is refused where the configuration is made.
     base = given.get("base")
     places = {
         "at the top": [name for name in RUN_OPTIONS if name in given],

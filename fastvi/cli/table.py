@@ -24,7 +24,7 @@ def describe(result: LLCEstimate) -> dict[str, str]:
         **of_q,
         "FGE": f"{result.work.total_fge:.0f}",
         "s": f"{result.timings.total:.0f}",
-        # A note asks for nothing, and the column is narrow.
+        # The column is narrow: notes are left to the summary.
         "findings": " ".join(one.name for one in result.health if one.severity != "note") or "-",
     }
 
@@ -40,6 +40,7 @@ def format_table(rows: Sequence[Row], width: int = WIDTH) -> list[str]:
         ).rstrip()
         for line in lines
     )
+    # An ellipsis tells that something was cut; a line that wraps would break the columns.
     return [line if len(line) <= width else line[: width - 1].rstrip() + "…" for line in text]
 
 

@@ -169,6 +169,7 @@ class FittedQ(eqx.Module):
             if flat.ndim == 0 or flat.shape[-1] != self.center.size:
                 raise DataError(f"w must have shape (..., {self.center.size}); got {flat.shape}.")
             return flat
+        # What is held fixed has no density.
         if self.form == "whole" and self.restriction is not None:
             w = self.restriction.take(w)
         return self.structure.ravel(w, self.center.dtype)
@@ -190,6 +191,7 @@ def fitted_q(
         objective: The loss, which knows the pytree of the parameters.
         is_masked: Whether the caller passed all parameters and a mask, not a restricted loss.
     """
+    # A mask restricts the loss inside the package: the caller knows all parameters alone.
     restriction = objective.loss_fn if isinstance(objective.loss_fn, RestrictedLoss) else None
     form = "whole" if is_masked or restriction is None else "varying"
     return FittedQ(family, params, center, objective.structure, restriction, form)
@@ -246,4 +248,5 @@ def _each_log_prob(family, params, displacement) -> Float[Array, "chains draws"]
 
 def _mixed(log_probs: Float[Array, "chains draws"]) -> Float[Array, " draws"]:
     """Mix densities with equal weights."""
+    # Densities of many dimensions leave the range of floats; their logarithms do not.
     return jax.scipy.special.logsumexp(log_probs, axis=0) - math.log(log_probs.shape[0])

@@ -58,7 +58,7 @@ def claimed(
 def _make(folder: Path) -> list[Path]:
     """Make a folder and return what had to be made, innermost first."""
     try:
-        # A dangling link counts as there: mkdir refuses it, and rmdir must not see it.
+        # A dangling link is there, whatever `exists` says, and was not made here.
         missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:

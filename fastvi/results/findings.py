@@ -149,6 +149,7 @@ def correction_findings(result: Any) -> tuple[Finding, ...]:
 
     Those of its fit that still matter, and its own.
     """
+    # Findings of the fit speak of q, which no longer is the estimate.
     kept = (finding for finding in result.health if finding.name in OF_PROBLEM)
     checks = (
         _non_finite_value,
@@ -253,8 +254,10 @@ def _why_unsettled(unmet: dict[str, Unmet], result: Any) -> tuple[str, str]:
             f"Raise budget to {math.ceil(result.correction.least_budget)} or more.",
         )
     if set(unmet) == {ERROR}:
+        # The error falls as the root of the budget.
         wanted = budget * (unmet[ERROR].value / unmet[ERROR].bound) ** 2
-        digit = 10.0 ** math.floor(math.log10(wanted))  # rounded up, so never to what it was
+        # Rounded up to one digit, so never to what it was.
+        digit = 10.0 ** math.floor(math.log10(wanted))
         return (
             "The walkers agree; their records are too few for the error that was asked for.",
             f"Raise budget to about {math.ceil(wanted / digit) * digit:.0e}, or error to what is "
@@ -291,7 +294,7 @@ def _rounded_loss(result: Any) -> Iterator[Finding]:
 
 def _q_was_off(result: Any) -> Iterator[Finding]:
     gap, noise = result.llc_vi - result.llc, np.hypot(result.llc_vi_sem, result.llc_sem)
-    # NaN, where there is no q, is no gap
+    # NaN, where there is no q, is no gap.
     if abs(gap) > max(3 * noise, 0.05 * abs(result.llc)):
         yield Finding(
             "note",
@@ -428,6 +431,7 @@ def coarse_numbers(llc: float, weights: float, loss: float) -> Iterator[Finding]
         ),
     }
     seen = [words for words, is_seen in signs.items() if is_seen]
+    # Nothing is small beside an llc of zero.
     if seen and llc != 0:
         yield Finding(
             "warning",
@@ -442,6 +446,7 @@ def coarse_numbers(llc: float, weights: float, loss: float) -> Iterator[Finding]
 
 
 def _not_converged(evidence: Evidence) -> Iterator[Finding]:
+    # The stopping rule allows the same 0.5 nats (docs/math.md, Stopping).
     if not evidence.converged and not evidence.elbo_gain <= max(2 * evidence.elbo_gain_error, 0.5):
         yield Finding(
             "warning",
@@ -469,6 +474,7 @@ def _virial(evidence: Evidence) -> Iterator[Finding]:
 
 def _chains_disagree(evidence: Evidence) -> Iterator[Finding]:
     values, errors = evidence.llc_per_chain, evidence.llc_sem_per_chain
+    # One fit has no spread.
     if values.size < 2:
         return
     spread, expected = float(np.std(values, ddof=1)), float(np.sqrt(np.mean(errors**2)))
@@ -526,11 +532,12 @@ def _khat(evidence: Evidence) -> Iterator[Finding]:
 
 def _radius_rising(evidence: Evidence) -> Iterator[Finding]:
     steps, quarter = evidence.radius2.shape[1], evidence.radius2.shape[1] // 4
+    # The mean of fewer than ten steps is mostly their noise.
     if quarter < 10:
         return
     before = evidence.radius2[:, steps // 2 : -quarter].mean(axis=1)
     rise = evidence.radius2[:, -quarter:].mean(axis=1) - before
-    # one chain alone has no error, and is never named
+    # One chain alone has no error, and is never named.
     error = float(np.std(rise, ddof=1) / np.sqrt(rise.size)) if rise.size > 1 else float("inf")
     if not rise.mean() <= max(DRIFT_SHARE * before.mean(), DRIFT_SIGMAS * error):
         yield Finding(
@@ -545,7 +552,9 @@ def _radius_rising(evidence: Evidence) -> Iterator[Finding]:
 
 def _localizer_decides(evidence: Evidence) -> Iterator[Finding]:
     radius2 = float(np.mean(evidence.radius2[:, -max(1, evidence.radius2.shape[1] // 4) :]))
+    # Along a direction that the localizer alone bounds, gamma v^2 is 1 on average.
     decided = evidence.dim - evidence.localization * radius2
+    # Their sum is chi-squared with dim degrees of freedom, of variance 2 dim.
     error = evidence.dim * np.sqrt(2 / (evidence.dim * max(evidence.radius2.size // 4, 1)))
     if not decided + 2 * error >= min(DECIDED_DIRECTIONS, DECIDED_SHARE * evidence.dim):
         yield Finding(

@@ -74,6 +74,7 @@ def write_report(result: LLCEstimate, path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     value = result.llc_text
+    # Words of an estimate are escaped: a run folder may be anybody's.
     page = PAGE.format(
         title=f"llc {value}",
         style=STYLE,

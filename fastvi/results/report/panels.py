@@ -176,6 +176,7 @@ def draw_learning_rate(axes: "Axes", result: LLCEstimate) -> None:
 
 def draw_weights(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the mixture weights of each chain, heaviest first."""
+    # Components have no order of their own, and differ from chain to chain.
     weights = np.sort(np.asarray(result.family_arrays["pi"], float), axis=1)[:, ::-1]
     chains, components = weights.shape
     places = np.arange(1, min(components, MOST_BARS) + 1)
@@ -279,8 +280,10 @@ def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
         ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$",
         xlabel="bin of steps",
     )
+    # A short walk has few bins, and no half of one.
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     low, high = axes.get_ylim()
+    # Walkers fill the whole width, so that a legend finds no free corner.
     axes.set_ylim(low, high + LEGEND_SHARE * (high - low))
     axes.legend(loc="upper right", ncols=2)
 

@@ -83,6 +83,7 @@ def _frame(figure: "Figure", result: LLCEstimate, length: str, legend: str) -> N
     figure.text(0.012, 0.955, estimate, fontsize=14, ha="left", va="center", color=INK)
     figure.text(0.988, 0.955, problem, fontsize=9.5, ha="right", va="center", color=INK)
     figure.text(0.988, 0.012, legend, fontsize=8.5, ha="right", va="bottom", color=FAINT)
+    # The rectangle leaves the lines of text above and below free.
     figure.set_layout_engine(
         "constrained", rect=(0.004, 0.035, 0.992, 0.885), w_pad=0.1, h_pad=0.08
     )
@@ -115,6 +116,7 @@ def plot_panels(result: LLCEstimate, *names: str) -> "Figure":
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, name in zip(grid.flat, chosen, strict=False):
             PANELS[name].draw(axes, result)
+        # An odd number of panels leaves the last place empty.
         for axes in figure.axes[len(chosen) :]:
             axes.set_axis_off()
     return figure

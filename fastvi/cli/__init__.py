@@ -37,10 +37,9 @@ DESCRIPTION = (
 
 # Defaults that a help text does not tell: the option's own description says what happens then.
 UNTOLD_DEFAULTS = (None, False, (), dataclasses.MISSING)
-FAILURE, INTERRUPTED = (
-    2,
-    130,
-)  # exit statuses; a shell gives the second to a process ended by Ctrl-C
+# Exit statuses; a shell gives the second to a process ended by Ctrl-C.
+FAILURE, INTERRUPTED = 2, 130
+# Errors that are told on one line. Any other is a fault of fastvi, whose traceback is wanted.
 EXPECTED_ERRORS = (
     ConfigError,
     DataError,
@@ -69,12 +68,14 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return _run(args)
     finally:
-        sys.path[:] = path  # a target's folder is on it while its command runs
+        # A target's folder is on the path while its command runs.
+        sys.path[:] = path
         flush_streams()
 
 
 def _run(args: Sequence[str]) -> int:
     printer = Printer()
+    # Before tyro is imported: the version can be told without the extra.
     if args[:1] == ["--version"]:
         printer(f"fastvi {__version__}")
         return 0
@@ -82,7 +83,7 @@ def _run(args: Sequence[str]) -> int:
         command = _parse(args)
         try:
             status = command.run(printer)
-        # the model's own code may call sys.exit, which is not the exit of this command
+        # The model's own code may call sys.exit, which is not the exit of this command.
         except SystemExit as stop:
             raise DataError(
                 f"the model called sys.exit({stop.code!r}) before there was an estimate."
@@ -154,7 +155,8 @@ def _choice(tyro: Any, commands: Mapping[str, Any]) -> Any:
         else:
             described = _with_described_arguments(tyro, command)
             members.append(Annotated[described, tyro.conf.subcommand(name)])
-    if len(members) == 1:  # tyro makes no subcommand of a union of one
+    # tyro makes no subcommand of a union of one.
+    if len(members) == 1:
         members.append(Annotated[None, tyro.conf.Suppress])
     return Union[tuple(members)]  # noqa: UP007  # built at run time
 
@@ -167,8 +169,10 @@ def _with_described_arguments(tyro: Any, command: Any) -> type:
     """
     hints, annotations = get_type_hints(command), {}
     for field in dataclasses.fields(command):
+        # By identity: 0 equals False, and is to be told.
         hint = "" if any(field.default is default for default in UNTOLD_DEFAULTS) else None
         markers = (tyro.conf.arg(metavar=field.metadata.get("metavar"), help_behavior_hint=hint),)
+        # Without it a repeated option would replace what it gave before.
         if field.metadata.get("repeated"):
             markers += (tyro.conf.UseAppendAction,)
         annotations[field.name] = Annotated[(hints[field.name], *markers)]
@@ -187,7 +191,3 @@ def _fold(text: str) -> str:
         if is_terminal(sys.stderr)
         else text
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -62,6 +62,7 @@ class Llc:
     def run(self, say: Say) -> int:
         """Claim a folder, load, estimate, write, tell."""
         began = time.perf_counter()
+        # Whatever can be refused is refused before the folder is made and the model loaded.
         check_packages()
         resolved = resolve(self.target, trust=self.trust)
         asked = parse_settings([pair for pairs in self.set for pair in pairs])
@@ -71,6 +72,7 @@ class Llc:
         config.check_available()
         config.check_asked(asked)
         check_packages(config)
+        # gamma is kept in the origin alone: it is the localization under another name.
         origin, config = self._origin(resolved, config), config.replace(gamma=None)
         with claimed(
             self.out or _default_folder(self.target, redo=resolved.before is not None)
@@ -87,7 +89,9 @@ class Llc:
             )
 
     def _origin(self, resolved: Resolved, config: VIConfig) -> Origin:
-        base = resolved.origin or Origin(resolved.target, 0, 1.0, None, None)
+        # The options given now override those of the run that is done again.
+        before = resolved.before
+        base = Origin(resolved.target, 0, 1.0, None, None) if before is None else before.origin
         return Origin(
             target=resolved.target,
             seed=base.seed if self.seed is None else self.seed,
@@ -127,6 +131,7 @@ def observe_problem(problem: ModelArguments, config: VIConfig) -> dict[str, Any]
         if is_stream(problem.data)
         else hold(check_data(problem.data, dtype=dtype)[0])
     )
+    # nbeta and localization are those of the run, not of what its target computes.
     target = make_problem(center, data, 1.0, 1.0, config, "nbeta")
     weighed = weigh(objective, target, "loss_fn").data.examples
     first = take_examples(weighed, slice(DEFAULT_BATCH_SIZE))
@@ -150,6 +155,7 @@ def _tell_changes(now: dict[str, Any], before: dict[str, Any] | None) -> None:
 def _default_folder(target: str, *, redo: bool) -> Path:
     if redo:
         folder = Path(target)
-        whole = folder.resolve()  # of "." too, which has no name of its own
+        # Resolved, for "." and ".." have no name of their own.
+        whole = folder.resolve()
         return (whole if folder.name in ("", "..") else folder).with_name(f"{whole.name}-redo")
     return Path("runs") / target.replace(":", "-")

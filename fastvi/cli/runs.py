@@ -13,7 +13,7 @@ from fastvi.results import files
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.report.page import write_report
 from fastvi.results.report.style import (
-    DASHED,
+    GUIDE,
     INK,
     chain_color,
     running_mean,
@@ -46,10 +46,10 @@ class Report:
         result = LLCEstimate.load(self.run_folder)
         try:
             path = self._write(result)
-        finally:  # a folder that cannot be written does not keep the summary back
+        # A folder that cannot be written does not keep the summary back.
+        finally:
             say(result.summary())
-        say("")
-        say(f"written: {path}")
+        say(f"\nwritten: {path}")
 
     def _write(self, result: LLCEstimate) -> Path:
         """Write the page.
@@ -87,7 +87,10 @@ class Compare:
             for name, folder in zip(self._names(), self.run_folders, strict=True)
         ]
         try:
-            self._draw(results)
+            if self.out is not None:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                draw_comparison(results).savefig(self.out, dpi=150)
+        # A figure that fails does not keep the table back.
         finally:
             self._tell(results, say)
         if self.out is not None:
@@ -105,17 +108,12 @@ class Compare:
                 "different targets"
             )
 
-    def _draw(self, results: list[tuple[str, LLCEstimate]]) -> None:
-        if self.out is not None:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            draw_comparison(results).savefig(self.out, dpi=150)
-
     def _names(self) -> list[str]:
         """Name each run by its folder, or where two have the same name by the end of its path."""
         short = [folder.resolve().name for folder in self.run_folders]
-        paths = [str(folder) for folder in self.run_folders]
         full = [
-            path if len(path) <= LONGEST_NAME else "…" + path[1 - LONGEST_NAME :] for path in paths
+            path if len(path) <= LONGEST_NAME else "…" + path[1 - LONGEST_NAME :]
+            for path in map(str, self.run_folders)
         ]
         return short if len(set(short)) == len(short) else full
 
@@ -127,7 +125,7 @@ def draw_comparison(results: list[tuple[str, LLCEstimate]]) -> "Figure":
     panels = 2 if fitted else 1  # walks without a fit have no ELBO
     with styled_figure((5.5 * panels, height), layout="constrained") as figure:
         llc, *others = figure.subplots(1, panels, squeeze=False)[0]
-        for place, result in enumerate(result for _, result in results):
+        for place, (_, result) in enumerate(results):
             color = chain_color(place)
             llc.errorbar(result.llc, place, xerr=result.llc_sem, fmt="o", color=color, capsize=3)
             llc.plot(result.llc_vi, place, "|", color=color, markersize=12)
@@ -145,15 +143,13 @@ def _draw_elbo(axes: "Axes", fitted: dict[int, LLCEstimate]) -> None:
     for place, trace in traces.items():
         values, window = trace.mean(axis=0, keepdims=True), window_of(trace.shape[1])
         axes.plot(
+            # A mean stands in the middle of its window.
             np.arange(values.shape[1] - window + 1) + window / 2,
             running_mean(values, window)[0],
             color=chain_color(place),
         )
-        axes.axhline(fitted[place].elbo, color=chain_color(place), linewidth=0.8, linestyle=DASHED)
+        axes.axhline(fitted[place].elbo, **GUIDE | {"color": chain_color(place), "linewidth": 0.8})
     axes.set(title="ELBO,  running mean over chains;  dashed: final", xlabel="step", ylabel="nats")
-    axes.set_ylim(*_bulk([*traces.values()]))
-
-
-def _bulk(traces: list[np.ndarray]) -> tuple[float, float]:
-    late = [np.percentile(trace[:, trace.shape[1] // 5 :], [5, 95]) for trace in traces]
-    return min(low for low, _ in late), max(high for _, high in late)
+    # The rise at the start is left out, so that the ends can be compared.
+    bulks = [np.percentile(trace[:, trace.shape[1] // 5 :], [5, 95]) for trace in traces.values()]
+    axes.set_ylim(np.min(bulks), np.max(bulks))

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -77,23 +76,21 @@ class Sweep:
         with claimed(self.out or plan.out or Path("runs") / self.config.stem, SWEEP) as folder:
             _begin(folder, plan)
             problem = load(plan.target)
-            outcomes, observe = (
-                [],
-                functools.cache(lambda dtype: observe_problem(problem, VIConfig(dtype=dtype))),
-            )
-            for place, cell in enumerate(plan.cells):
-                label = f"[{place + 1}/{len(plan.cells)}] {cell.name}"
+            # Cached: what the problem computes depends on no other setting than the dtype.
+            observe = functools.cache(lambda dtype: observe_problem(problem, VIConfig(dtype=dtype)))
+            outcomes = []
+            for place, cell in enumerate(plan.cells, 1):
                 outcome = run_cell(cell, folder, problem, observe, progress=not self.quiet)
-                tell(f"{label}: {outcome.words}")
+                tell(f"[{place}/{len(plan.cells)}] {cell.name}: {outcome.words}")
                 outcomes.append(outcome)
             try:
                 written, trouble = _write(outcomes, folder)
-            finally:  # whatever a figure fails with, the table is told
+            # Whatever a figure fails with, the table is told.
+            finally:
                 tell("")
                 for line in format_table([outcome.row for outcome in outcomes]):
                     say(line)
-        tell("")
-        tell(f"written: {', '.join(map(str, written)) or 'nothing'}")
+        tell(f"\nwritten: {', '.join(map(str, written)) or 'nothing'}")
         if trouble is not None:
             warn(f"fastvi: warning: {trouble}")
         return int(trouble is not None or any(outcome.failed for outcome in outcomes))
@@ -115,11 +112,12 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of the run's folder, different where the values are."""
-        name = quote(
-            ",".join(f"{name}={value}" for name, value in self.shown.items()), safe=",=[]+ '"
-        )
+        shown = ",".join(f"{name}={value}" for name, value in self.shown.items())
+        # A value may hold a slash, or a letter that some file system refuses.
+        name = quote(shown, safe=",=[]+ '")
         if len(name) <= LONGEST_NAME:
             return name
+        # Names that begin alike are told apart by their digest.
         return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
@@ -176,35 +174,36 @@ def run_cell(
             result = estimate_origin(problem, cell.origin, cell.config, progress=progress)
             kept = write_run_somewhere(result, place, cell.origin, cell.config, fingerprint)
     except FAILURES as error:
+        said = files.first_line(error)
+        # A divergence is known by the name of its finding.
         is_broken = isinstance(error, NonFiniteError)
-        said = f"{type(error).__name__}: {files.first_line(error)}"
-        row = {
-            **cell.shown,
-            **dict.fromkeys(COLUMNS, "-"),
-            "findings": "non_finite" if is_broken else said,
-        }
-        return Outcome(
-            row, f"failed, {files.first_line(error).split('. ')[0]}", cell.values, failed=True
-        )
+        findings = "non_finite" if is_broken else f"{type(error).__name__}: {said}"
+        row = cell.shown | dict.fromkeys(COLUMNS, "-") | {"findings": findings}
+        return Outcome(row, f"failed, {said.split('. ')[0]}", cell.values, failed=True)
     if kept.trouble is not None:
         warn(f"fastvi: warning: {kept.trouble}")
-    outcome = _outcome(
-        cell, result, f"{reason}, " if reason else "", f", {time.perf_counter() - began:.0f} s"
+    return _outcome(
+        cell,
+        result,
+        f"{reason}, " if reason else "",
+        f", {time.perf_counter() - began:.0f} s",
+        failed=kept.trouble is not None,
     )
-    return dataclasses.replace(outcome, failed=kept.trouble is not None)
 
 
-def _outcome(cell: Cell, result: LLCEstimate, before: str, after: str = "") -> Outcome:
+def _outcome(
+    cell: Cell, result: LLCEstimate, before: str, after: str = "", *, failed: bool = False
+) -> Outcome:
     """Take from an estimate what the table and the figure show.
 
     The fit, with its parameters and data, is let go.
     """
-    words = f"{before}llc {result.llc_text}{after}"
     return Outcome(
-        {**cell.shown, **describe(result)},
-        words,
+        cell.shown | describe(result),
+        f"{before}llc {result.llc_text}{after}",
         cell.values,
         dataclasses.replace(result, fitted=None),
+        failed,
     )
 
 
@@ -215,18 +214,16 @@ def finished(
 
     Else why it is run again.
     """
+    # An empty folder holds no run whose loss is to be told.
     if not folder.is_dir() or not any(folder.iterdir()):
         return None, ""
     try:
         record, config = read_record(folder), read_settings(folder)
         if record.origin != cell.origin or config != cell.config:
             return None, "run again under other settings"
-        names = differing(fingerprint, record.fingerprint or {})
+        names = ", ".join(differing(fingerprint, record.fingerprint or {}))
         if names:
-            return (
-                None,
-                f"run again because the target computes something else ({', '.join(names)})",
-            )
+            return None, f"run again because the target computes something else ({names})"
         return LLCEstimate.load(folder), ""
     except (ConfigError, DataError) as error:
         return None, f"run again because {str(error).split('. ')[0]}"
@@ -234,6 +231,7 @@ def finished(
 
 def _begin(folder: Path, plan: SweepPlan) -> None:
     """Mark the folder as a sweep's, and withdraw the table and the figure of an earlier one."""
+    # A table of an earlier grid beside the runs of this one would be taken for theirs.
     for name in (TABLE_FILE, FIGURE_FILE):
         (folder / name).unlink(missing_ok=True)
     content = files.json_bytes({"format": SWEEP, "version": VERSION, "target": plan.target})
@@ -252,6 +250,7 @@ def _write(outcomes: list[Outcome], folder: Path) -> tuple[list[Path], str | Non
     try:
         with files.staged(folder) as staging:
             write_csv([outcome.row for outcome in outcomes], staging / TABLE_FILE)
+            # Published before the figure is drawn, which may fail.
             files.publish(staging, folder, (TABLE_FILE,))
             written.append(folder / TABLE_FILE)
             if results:
@@ -259,10 +258,8 @@ def _write(outcomes: list[Outcome], folder: Path) -> tuple[list[Path], str | Non
                 files.publish(staging, folder, (FIGURE_FILE,))
                 written.append(folder / FIGURE_FILE)
     except OSError as error:
-        return (
-            written,
-            f"the table or the figure could not be written to {folder} ({files.first_line(error)})",
-        )
+        said = f"the table or the figure could not be written to {folder}"
+        return written, f"{said} ({files.first_line(error)})"
     return written, None
 
 
@@ -299,10 +296,10 @@ def read_plan(path: Path, *, trust: bool = False) -> SweepPlan:
     target = resolve(given["target"], trust=trust).target
     base = VIConfig.create(given.get("base"))
     shared = {name: given[name] for name in RUN_OPTIONS if name in given}
-    combinations = (
-        dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
-    )
-    cells = [_cell(target, base, shared, values) for values in combinations]
+    cells = [
+        _cell(target, base, shared, dict(zip(grid, values, strict=True)))
+        for values in itertools.product(*grid.values())
+    ]
     check_packages(cells[0].config)
     return SweepPlan(target, cells, Path(given["out"]) if "out" in given else None)
 
@@ -326,6 +323,7 @@ def _check_given_once(path: Path, given: Mapping[str, Any], grid: Mapping[str, A
 
     One of them would not be what a row was computed with.
     """
+    # Another type of base is refused where the configuration is made.
     base = given.get("base")
     places = {
         "at the top": [name for name in RUN_OPTIONS if name in given],
@@ -336,17 +334,16 @@ def _check_given_once(path: Path, given: Mapping[str, Any], grid: Mapping[str, A
     for place, names in places.items():
         for name in names:
             meant = LOCALIZATION[0] if name in LOCALIZATION else name
-            now = f"{name} {place}"
             if meant in seen:
                 raise ConfigError(
-                    f"{path} gives one setting in two places: {seen[meant]} and {now}. Leave one "
-                    "out."
+                    f"{path} gives one setting in two places: {seen[meant]} and {name} {place}. "
+                    "Leave one out."
                 )
-            seen[meant] = now
+            seen[meant] = f"{name} {place}"
 
 
 def _cell(target: str, base: VIConfig, shared: dict[str, Any], values: dict[str, Any]) -> Cell:
-    options = {**shared, **{name: value for name, value in values.items() if name in RUN_OPTIONS}}
+    options = shared | {name: values[name] for name in RUN_OPTIONS if name in values}
     asked = {name: value for name, value in values.items() if name not in RUN_OPTIONS}
     config = base.replace(**asked)
     config.check_available()
@@ -360,17 +357,14 @@ def _cell(target: str, base: VIConfig, shared: dict[str, Any], values: dict[str,
             nbeta=options.get("nbeta"),
             num_chains=options.get("num_chains"),
         ),
-        config=config.replace(gamma=None),  # the localization alone needs no program of its own
+        # Kept out of the configuration: the localization alone needs no program of its own.
+        config=config.replace(gamma=None),
     )
 
 
 def _text(value: Any) -> str:
     """Spell a value so that different ones are spelled differently; 5.0 is 5."""
-    if (
-        isinstance(value, float)
-        and math.isfinite(value)
-        and value.is_integer()
-        and abs(value) < 1e16
-    ):
+    # From 1e16 on, repr is the shorter spelling; infinity and NaN are no integers.
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e16:
         return str(int(value))
     return value if isinstance(value, str) else repr(value).replace(" ", "")

@@ -29,26 +29,26 @@ def draw_sweep(results: list[tuple[dict[str, Any], LLCEstimate]]) -> "Figure":
     for place, (values, _) in enumerate(results):
         others = ", ".join(f"{name} {value}" for name, value in values.items() if name != first)
         lines.setdefault(others or "llc", []).append(place)
-    # walks without a fit have no ELBO
-    titles = ("llc ± sem", "work, FGE", "ELBO, nats")[: 3 if _has_fits(results) else 2]
+    # Walks without a fit have no ELBO.
+    has_fits = any(result.has_fit for _, result in results)
+    titles = ("llc ± sem", "work, FGE", "ELBO, nats")[: 3 if has_fits else 2]
     with styled_figure((4 * len(titles), 4), layout="constrained") as figure:
         panels = figure.subplots(1, len(titles))
         for color, (label, places) in enumerate(lines.items()):
             at = _beside(positions, color - 0.5 * (len(lines) - 1))[places]
             kept = [results[place][1] for place in places]
             style = {"color": chain_color(color), "linewidth": 1.4, "markersize": 4}
-            sems = [result.llc_sem for result in kept]
             panels[0].errorbar(
                 at,
                 [result.llc for result in kept],
-                yerr=sems,
+                yerr=[result.llc_sem for result in kept],
                 fmt="o-",
                 capsize=3,
                 label=label,
                 **style,
             )
             panels[1].plot(at, [result.work.total_fge for result in kept], "o-", **style)
-            if len(titles) == 3:
+            if has_fits:
                 panels[2].plot(at, [result.elbo for result in kept], "o-", **style)
         for axes, title in zip(panels, titles, strict=True):
             axes.set(title=title, xlabel=first)
@@ -58,12 +58,9 @@ def draw_sweep(results: list[tuple[dict[str, Any], LLCEstimate]]) -> "Figure":
     return figure
 
 
-def _has_fits(results: list[tuple[dict[str, Any], LLCEstimate]]) -> bool:
-    return any(result.has_fit for _, result in results)
-
-
 def _positions(values: list[Any]) -> tuple[np.ndarray, list[str] | None]:
     """Place numbers where they are, anything else side by side with labels."""
+    # A bool is an int to Python, and True is no place on an axis.
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         return np.asarray(values, float), None
     labels = list(dict.fromkeys(map(str, values)))

@@ -12,7 +12,6 @@ WIDTH = 80  # columns of a terminal that nobody has widened
 
 def describe(result: LLCEstimate) -> dict[str, str]:
     """Return what a table says of a run."""
-    worst = [finding.name for finding in result.health if finding.severity != "note"]
     of_q = {"q alone": "-", "elbo": "-", "k-hat": "-"}
     if result.has_fit:
         of_q = {
@@ -25,7 +24,8 @@ def describe(result: LLCEstimate) -> dict[str, str]:
         **of_q,
         "FGE": f"{result.work.total_fge:.0f}",
         "s": f"{result.timings.total:.0f}",
-        "findings": " ".join(worst) or "-",
+        # The column is narrow: notes are left to the summary.
+        "findings": " ".join(one.name for one in result.health if one.severity != "note") or "-",
     }
 
 
@@ -34,18 +34,19 @@ def format_table(rows: Sequence[Row], width: int = WIDTH) -> list[str]:
     names = list(rows[0])
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
     lines = [names, *[[row[name] for name in names] for row in rows]]
-    text = [
-        "  ".join(f"{cell:<{widths[name]}}" for name, cell in zip(names, line, strict=True))
+    text = (
+        "  ".join(
+            f"{cell:<{widths[name]}}" for name, cell in zip(names, line, strict=True)
+        ).rstrip()
         for line in lines
-    ]
-    return [
-        line.rstrip() if len(line.rstrip()) <= width else line[: width - 1].rstrip() + "…"
-        for line in text
-    ]
+    )
+    # An ellipsis tells that something was cut; a line that wraps would break the columns.
+    return [line if len(line) <= width else line[: width - 1].rstrip() + "…" for line in text]
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write the rows with a header."""
+    # The csv module writes its own line ends.
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

@@ -15,7 +15,6 @@ from fastvi.config.sources import parse_yaml
 from fastvi.results.files import first_line
 from fastvi.results.runs import (
     CONFIG_FILE,
-    Origin,
     RunRecord,
     check_target,
     read_record,
@@ -37,11 +36,6 @@ class Resolved(NamedTuple):
     target: str
     before: RunRecord | None = None
     config: VIConfig | None = None
-
-    @property
-    def origin(self) -> Origin | None:
-        """What the run before was made of."""
-        return None if self.before is None else self.before.origin
 
 
 def resolve(target: str, *, trust: bool) -> Resolved:
@@ -97,8 +91,10 @@ def load(target: str) -> ModelArguments:
             parameters and data.
     """
     module_name, _, name = target.partition(":")
+    # Entries of sys.path may be relative, as "" is.
     if os.getcwd() not in map(os.path.abspath, sys.path):
         sys.path.append(os.getcwd())
+    # The finders remember what a folder held, and the file may be newer.
     importlib.invalidate_caches()
     _check_not_hidden(target, module_name.partition(".")[0])
     # What runs here is the person's own code, which may raise anything, or leave by sys.exit. All
@@ -107,6 +103,7 @@ def load(target: str) -> ModelArguments:
         module = importlib.import_module(module_name)
         function = getattr(module, name, None)
     except ModuleNotFoundError as error:
+        # Only the target or a package that it is in is for the person to find.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise _failed(target, error) from error
         raise ConfigError(
@@ -115,9 +112,10 @@ def load(target: str) -> ModelArguments:
     except (Exception, SystemExit) as error:
         raise _failed(target, error) from error
     if not callable(function):
-        raise ConfigError(
-            f"TARGET {target!r}: {module_name} has no function {name!r}{_place(module)}."
-        )
+        # A namespace package and a built-in module have no file.
+        file = getattr(module, "__file__", None)
+        place = f" in {file}" if file else ""
+        raise ConfigError(f"TARGET {target!r}: {module_name} has no function {name!r}{place}.")
     try:
         found: Any = function()
     except (Exception, SystemExit) as error:
@@ -162,24 +160,16 @@ def _failed(target: str, error: BaseException) -> DataError:
         if isinstance(error, SystemExit)
         else first_line(error)
     )
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        frame
-        for frame in frames
-        if frame.filename != __file__ and "importlib" not in frame.filename
-    ]
     places = " < ".join(
-        f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in reversed(own)
+        f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+        for frame in reversed(traceback.extract_tb(error.__traceback__))
+        # The steps of an import are Python's, and say nothing of the person's code.
+        if frame.filename != __file__ and "importlib" not in frame.filename
     )
     return DataError(
         f"TARGET {target!r} failed: {type(error).__name__}: {words}"
         + (f" ({places})" if places else "")
     )
-
-
-def _place(module: Any) -> str:
-    file = getattr(module, "__file__", None)
-    return f" in {file}" if file else ""
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:

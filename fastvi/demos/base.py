@@ -55,12 +55,14 @@ class AbstractDemo(abc.ABC):
             MissingExtraError: If a package is missing.
         """
         began = time.perf_counter()
+        # Before the folder is claimed, so that a wrong option leaves none behind.
         self.check_options()
         config = self.prepare()
         with claimed(self.out) as folder:
             result, more = self.produce(config, say)
             origin = Origin(None, self.seed, self.localization, None, self.num_chains)
             status = write_and_print(result, folder, origin, say=say, began=began, more=more)
+        # A run that was written elsewhere is not read from here.
         if status == 0:
             say(f"read again with fastvi.LLCEstimate.load({str(self.out)!r})")
         return status
@@ -90,6 +92,7 @@ class AbstractDemo(abc.ABC):
             self.localization,
         )
         given = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "method")}
+        # None is what was not given, and does not override the file.
         settings = VIConfig.create(self.config, **{k: v for k, v in given.items() if v is not None})
         settings.check_available()
         check_packages(settings)

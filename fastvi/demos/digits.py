@@ -16,7 +16,7 @@ from fastvi.config import VIConfig
 from fastvi.demos.base import AbstractDemo, Say, check
 from fastvi.results.estimate import LLCEstimate
 
-# scikit-learn's digits: 8 x 8 pixels, of 0 to 16
+# scikit-learn's digits: 8 x 8 pixels, of 0 to 16.
 PIXELS, CLASSES, BRIGHTEST = 64, 10, 16
 
 
@@ -52,6 +52,7 @@ class DigitsDemo(AbstractDemo):
             f"digits, {self.train_steps:,} full-batch steps ..."
         )
         trained_at = time.perf_counter()
+        # jax returns before the work is done, and the seconds are those of the work.
         params = jax.block_until_ready(train(params, data, self.train_steps, self.train_lr))
         seconds = time.perf_counter() - trained_at
         loss, right = float(cross_entropy(params, data)), float(accuracy(params, data))
@@ -114,6 +115,7 @@ def accuracy(params: PyTree, batch: Batch) -> Scalar:
 @partial(jax.jit, static_argnames="steps")
 def train(params: PyTree, data: Batch, steps: int, lr: Scalar | float) -> PyTree:
     """Minimise the cross-entropy on all data by Adam with a cosine decay."""
+    # A rate that has decayed to zero leaves w* at a minimum, where llc is defined.
     optimizer = optax.adam(lambda count: lr * optax.cosine_decay_schedule(1.0, steps)(count))
 
     def step(carry, _):

@@ -81,6 +81,7 @@ def make_regression(
     R; the targets are met exactly at w*, so `L_n(w*) = 0`.
     """
     rng, dim = np.random.default_rng(seed), spectrum.size
+    # Orthonormal columns: the Hessian is then what was asked for, not a sample of it.
     columns, _ = np.linalg.qr(rng.normal(size=(num_data, dim)))
     rotation, _ = np.linalg.qr(rng.normal(size=(dim, dim)))
     inputs = math.sqrt(num_data) * (columns * np.sqrt(spectrum)) @ rotation.T
@@ -114,6 +115,7 @@ def elbo_sem(result: LLCEstimate) -> float:
 
     Of its pairs of mirrored draws, or the spread of the chains.
     """
+    # Mirrored draws are dependent: a pair is the unit of the error (docs/math.md, Estimate).
     pairs = pair_mean(result.log_weights.astype(float), axis=1)
     return chain_error(pairs.mean(axis=1), pairs.std(axis=1, ddof=1) / math.sqrt(pairs.shape[1]))
 
@@ -121,13 +123,12 @@ def elbo_sem(result: LLCEstimate) -> float:
 def comparison(result: LLCEstimate, exact: Exact) -> str:
     """Set estimates beside exact values; the ELBO is a lower bound of log Z."""
     rows = [("llc", "llc", result.llc, result.llc_sem, exact.llc)]
+    # A walk from the localizer has no ELBO.
     if result.has_fit:
         rows.append(("elbo", "log Z", result.elbo, elbo_sem(result), exact.log_z))
     lines = [f"{'':<15}{'estimate ± sem':>22}{'exact':>20}{'relative error':>18}"]
     for name, exact_name, estimate, sem, value in rows:
         error = f"{100 * (estimate - value) / abs(value):+.3f} %" if value else "-"
-        given = with_error(estimate, sem)
-        lines.append(
-            f"{name:<15}{given:>22}{exact_name + ' ' + format(value, '.5g'):>20}{error:>18}"
-        )
+        given, known = with_error(estimate, sem), f"{exact_name} {value:.5g}"
+        lines.append(f"{name:<15}{given:>22}{known:>20}{error:>18}")
     return "\n".join(lines)

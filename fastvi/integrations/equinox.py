@@ -27,6 +27,7 @@ def equinox_loss(
     params, fixed = eqx.partition(model, filter_spec)
 
     def apply(params: PyTree, inputs: Any) -> Any:
+        # An equinox module takes one example by convention.
         whole = eqx.combine(params, fixed)
         return whole(inputs) if batched else jax.vmap(whole)(inputs)
 

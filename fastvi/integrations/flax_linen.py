@@ -29,6 +29,7 @@ def linen_loss(
         MissingExtraError: If flax is not installed.
     """
     linen = import_optional("flax.linen", extra="flax", distribution="flax", purpose="linen_loss")
+    # An nnx module has no `apply`, and would fail within the estimate.
     if not isinstance(module, linen.Module):
         raise DataError(
             f"module must be a flax.linen.Module; got {type(module).__name__}. For nnx use "

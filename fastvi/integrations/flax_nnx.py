@@ -25,6 +25,7 @@ def nnx_loss(model: Any, loss: OutputLoss) -> tuple[ParamsLoss, PyTree]:
         MissingExtraError: If flax is not installed.
     """
     nnx = import_optional("flax.nnx", extra="flax", distribution="flax", purpose="nnx_loss")
+    # The last filter takes what is left: statistics of batches, keys, caches.
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def apply(params: PyTree, inputs: Any) -> Any:

@@ -1,7 +1,6 @@
 """A transformed haiku function as `fastvi.estimate_llc` takes it."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from fastvi._errors import DataError
@@ -40,8 +39,11 @@ def haiku_loss(
             "its applies)."
         )
     apply = transformed.apply
+    # haiku's order is params, state, key, inputs; what a function has no use for is left out.
     before = (state,) if with_state else ()
-    if _takes_key(apply, 1 + len(before)):
+    # All take a key in the next place but those of `hk.without_apply_rng`.
+    names = list(inspect.signature(apply).parameters)
+    if names[1 + len(before) :][:1] == ["rng"]:
         before = (*before, rng)
     elif rng is not None:
         raise DataError(
@@ -59,12 +61,3 @@ def haiku_loss(
         return outputs[0] if with_state else outputs
 
     return loss_of_params(outputs_of, loss)
-
-
-def _takes_key(apply: Callable[..., Any], place: int) -> bool:
-    """Say whether an apply function takes a key at a place.
-
-    All do but those of `hk.without_apply_rng`.
-    """
-    names = list(inspect.signature(apply).parameters)
-    return names[place : place + 1] == ["rng"]

@@ -8,6 +8,7 @@ can be traced.
 """
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +23,8 @@ from fastvi.families import FAMILIES
 
 ALGORITHMS = ("mfa", "flow")
 # What lambda_hat does itself or says by an argument: the whitening pre-pass, TensorBoard, gamma,
-# the dtype of w*.
+# the dtype of w*. Its sigma_perp of 1e-3 in every run would leave the directions off the flow out;
+# fastvi begins at the posterior's own width there.
 _CLIENTS_OWN = {
     "algo",
     "family",
@@ -32,10 +34,9 @@ _CLIENTS_OWN = {
     "tensorboard",
     "gamma",
     "dtype",
+    "sigma_perp",
 }
-# Its 1e-3 in every run would leave the directions off the flow out; fastvi begins at the
-# posterior's own width there.
-_CLIENTS_OWN |= {"sigma_perp"}
+# Evaluation draws come in mirrored pairs, and an error takes two of these.
 _LEAST_DRAWS = 4
 
 Factory = Callable[[], Any]
@@ -97,9 +98,8 @@ class Algorithm:
             result["traces"]["d_latent"] = jnp.full_like(
                 elbo, config.family_settings.latent_dim(wstar_flat.size)
             )
-        del result["extras"][
-            "q"
-        ]  # lambda_hat, which maps over keys, would hold all of q for every chain
+        # lambda_hat, which maps over keys, would hold all of q for every chain.
+        del result["extras"]["q"]
         return {**result, "work": {**result["work"], "sampler_flavour": self.name}}
 
 
@@ -121,28 +121,19 @@ def translate(vi_cfg: Any, algorithm: str, num_data: int, dtype: Any) -> VIConfi
         "flow_depth",
         "flow_hidden",
     }
-    given = {
-        name: value
-        for name in names - _CLIENTS_OWN
-        if (value := _entry(vi_cfg, name)) is not _MISSING
-    }
-    if algorithm != "flow":
-        given = {name: value for name, value in given.items() if "flow" not in name}
+    wanted = {name for name in names - _CLIENTS_OWN if algorithm == "flow" or "flow" not in name}
+    # A DictConfig is a mapping, whose entries alone are settings: it has methods besides.
+    if isinstance(vi_cfg, Mapping):
+        given = {name: vi_cfg[name] for name in wanted if name in vi_cfg}
+    else:
+        given = {name: getattr(vi_cfg, name) for name in wanted if hasattr(vi_cfg, name)}
     if isinstance(draws := given.get("eval_samples"), int):
         given["eval_samples"] = max(_LEAST_DRAWS, draws + draws % 2)
     if isinstance(batch := given.get("batch_size"), int):
         given["batch_size"] = min(batch, num_data)
+    # `fastvi.fit` refuses any other.
     given.setdefault("method", "variational")
     return VIConfig.create(given, family=algorithm, dtype=str(jnp.dtype(dtype))).recorded
-
-
-_MISSING = object()
-
-
-def _entry(source: Any, name: str) -> Any:
-    if isinstance(source, Mapping):
-        return source[name] if name in source else _MISSING
-    return getattr(source, name, _MISSING)
 
 
 def install() -> tuple[str, ...]:
@@ -157,10 +148,9 @@ def install() -> tuple[str, ...]:
     registry = _registry()
     names = tuple(name for name in ALGORITHMS if name in FAMILIES)
     for name in names:
-        current = registry._REGISTRY.get(name)
-        if name not in _replaced:
-            _replaced[name] = current
-        registry.register(name, _factory(name))
+        # A second call finds fastvi's own there, which is not to be put back.
+        _replaced.setdefault(name, registry._REGISTRY.get(name))
+        registry.register(name, functools.partial(Algorithm, name))
     return names
 
 
@@ -183,10 +173,6 @@ def uninstall() -> None:
             registry.register(name, factory)
 
 
-def _factory(name: str) -> Factory:
-    return lambda: Algorithm(name)
-
-
 def _registry() -> Any:
     """Return lambda_hat's registry, its own algorithms registered.
 
@@ -194,8 +180,10 @@ def _registry() -> Any:
     """
     try:
         registry = importlib.import_module("lambda_hat.vi.registry")
+        # Its import registers lambda_hat's own algorithms.
         importlib.import_module("lambda_hat.vi.flow")
     except ModuleNotFoundError as error:
+        # A package that lambda_hat lacks is named by its own error.
         if error.name != "lambda_hat":
             raise
         url = "git+https://github.com/danmackinlay/lambda_hat@variational"

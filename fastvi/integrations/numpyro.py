@@ -42,14 +42,17 @@ def numpyro_loss(
 
     def log_likelihood(params: PyTree, batch: Batch) -> Any:
         values = infer.constrain_fn(model, tuple(batch), {}, params)
+        # Without its latent sites the model's density is that of what it observes.
         observed = handlers.block(handlers.substitute(model, data=values), hide_fn=_is_latent)
         return infer.log_density(observed, tuple(batch), {}, {})[0]
 
     def loss_fn(params: PyTree, batch: Batch) -> Any:
         likelihood = log_likelihood(params, batch)
+        # The potential energy is that of prior and likelihood together.
         prior_energy = infer.potential_energy(model, tuple(batch), {}, params) + likelihood
         return (prior_energy / num_data if prior else 0.0) - likelihood / _length(batch)
 
+    # A model may draw while it is traced; no value of the loss depends on this key.
     seeded = handlers.seed(model, jax.random.key(0))
     return loss_fn, infer.unconstrain_fn(seeded, tuple(data), {}, dict(params))
 

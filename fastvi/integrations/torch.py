@@ -27,6 +27,7 @@ def torch_loss(module: Any, loss: OutputLoss) -> tuple[ParamsLoss, PyTree]:
     torchax = import_optional(
         "torchax", extra="torch", distribution="torchax", purpose="torch_loss"
     )
+    # torchax's states are parameters and buffers together.
     states, apply = torchax.extract_jax(module)
     names = {name for name, _ in module.named_parameters()}
     fixed = {name: state for name, state in states.items() if name not in names}

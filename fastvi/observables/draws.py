@@ -57,8 +57,10 @@ class FittedQ(eqx.Module):
 
     def chain(self, index: Given[int]) -> "FittedQ":
         """Return the q of one chain."""
+        # jax takes the nearest index where one is out of range.
         if not -self.num_chains <= index < self.num_chains:
             raise DataError(f"index must be that of one of {self.num_chains} chains; got {index}.")
+        # The axis of chains stays, with one chain in it.
         one = jax.tree_util.tree_map(lambda leaf: leaf[index][None], self.params)
         return dataclasses.replace(self, params=one)
 
@@ -112,7 +114,8 @@ class FittedQ(eqx.Module):
         self._check_one()
         axes, key = _axes(shape), as_key(key)
         num, dim, dtype = math.prod(axes), self.center.size, self.center.dtype
-        w, log_prob = jnp.zeros((0, dim), dtype), jnp.zeros(0, dtype)  # of a shape with a 0 in it
+        # A shape with a 0 in it asks for no draw.
+        w, log_prob = jnp.zeros((0, dim), dtype), jnp.zeros(0, dtype)
         if num:
             w, log_prob = _draw(self.family, self.params, self.center, key, num)
         return self._formed(w.reshape(*axes, dim)), log_prob.reshape(axes)
@@ -137,10 +140,9 @@ class FittedQ(eqx.Module):
         """
         self._check_one()
         flat = self._flattened(w)
-        displacement = (
-            flat.reshape(math.prod(flat.shape[:-1]), self.center.size) - self.center[None]
-        )
-        return _log_prob(self.family, self.params, displacement).reshape(flat.shape[:-1])
+        axes = flat.shape[:-1]
+        displacement = flat.reshape(math.prod(axes), self.center.size) - self.center
+        return _log_prob(self.family, self.params, displacement).reshape(axes)
 
     def _check_one(self) -> None:
         if self.center.ndim != 1:
@@ -167,6 +169,7 @@ class FittedQ(eqx.Module):
             if flat.ndim == 0 or flat.shape[-1] != self.center.size:
                 raise DataError(f"w must have shape (..., {self.center.size}); got {flat.shape}.")
             return flat
+        # What is held fixed has no density.
         if self.form == "whole" and self.restriction is not None:
             w = self.restriction.take(w)
         return self.structure.ravel(w, self.center.dtype)
@@ -188,6 +191,7 @@ def fitted_q(
         objective: The loss, which knows the pytree of the parameters.
         is_masked: Whether the caller passed all parameters and a mask, not a restricted loss.
     """
+    # A mask restricts the loss inside the package: the caller knows all parameters alone.
     restriction = objective.loss_fn if isinstance(objective.loss_fn, RestrictedLoss) else None
     form = "whole" if is_masked or restriction is None else "varying"
     return FittedQ(family, params, center, objective.structure, restriction, form)
@@ -195,6 +199,7 @@ def fitted_q(
 
 def _axes(shape: Given[int | Sequence[int]]) -> tuple[int, ...]:
     axes = (shape,) if isinstance(shape, (int, np.integer)) else shape
+    # A bool is an int to Python, and True would be one draw.
     if not isinstance(axes, Sequence) or any(
         isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0
         for size in axes
@@ -208,7 +213,8 @@ def _draw(
     family: AbstractFamily, params: PyTree, center: Float[Array, " dim"], key: Key, num: int
 ) -> tuple[Float[Array, "draws dim"], Float[Array, " draws"]]:
     """Draw `num` times: every chain turns all of the noise, and a label picks among them."""
-    key_label, key_noise = jax.random.split(key)  # labels and noise must be independent
+    # Labels and noise are to be independent.
+    key_label, key_noise = jax.random.split(key)
     chains = jax.tree_util.tree_leaves(params)[0].shape[0]
     noise = family.draw_noise(key_noise, num)
 
@@ -216,17 +222,15 @@ def _draw(
         drawn = family.transform(chain_params, noise, mirror=False)
         return drawn.displacement, drawn.log_prob
 
-    own: Array
-    # one chain after the other: side by side they would need the memory of all
+    # One chain after the other: side by side they would need the memory of all.
     displacements, own = jax.lax.map(one, params)
     if chains == 1:
         return center[None] + displacements[0], own[0]
     label = jax.random.randint(key_label, (num,), 0, chains)
     displacement = displacements[label, jnp.arange(num)]
     each = _each_log_prob(family, params, displacement)
-    each = jnp.where(
-        jnp.arange(chains)[:, None] == label[None], own, each
-    )  # a draw knows its own density best
+    # A draw's own density comes from its noise, without the rounding of an inverse.
+    each = jnp.where(jnp.arange(chains)[:, None] == label, own, each)
     return center[None] + displacement, _mixed(each)
 
 
@@ -236,6 +240,7 @@ def _log_prob(family: AbstractFamily, params: PyTree, displacement: Float[Array,
 
 
 def _each_log_prob(family, params, displacement) -> Float[Array, "chains draws"]:
+    # One chain after the other, as in `_draw`.
     return jax.lax.map(
         lambda one: jax.vmap(lambda v: family.log_prob(one, v))(displacement), params
     )
@@ -243,4 +248,5 @@ def _each_log_prob(family, params, displacement) -> Float[Array, "chains draws"]
 
 def _mixed(log_probs: Float[Array, "chains draws"]) -> Float[Array, " draws"]:
     """Mix densities with equal weights."""
+    # Densities of many dimensions leave the range of floats; their logarithms do not.
     return jax.scipy.special.logsumexp(log_probs, axis=0) - math.log(log_probs.shape[0])

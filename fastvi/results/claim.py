@@ -10,7 +10,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fastvi._errors import ConfigError, DataError
 from fastvi.results import files
@@ -18,11 +17,9 @@ from fastvi.results import files
 LOCK_FILE = ".fastvi.lock"
 ORIGIN_FILE = "run.json"  # what makes a folder fastvi's own
 RUN, SWEEP = "fastvi run", "fastvi sweep"
-BUSY = (
-    errno.EAGAIN,
-    errno.EACCES,
-    errno.EWOULDBLOCK,
-)  # what flock says of a file that somebody holds
+# What flock says of a file that somebody holds. Where a file system emulates it by locks on ranges
+# of bytes, as NFS does, POSIX allows either of the first two.
+BUSY = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
 
 
 @contextlib.contextmanager
@@ -53,13 +50,15 @@ def claimed(
             yield folder
     finally:
         for path in made:
-            with contextlib.suppress(OSError):  # it holds something by now
+            # rmdir refuses a folder that holds something by now, which is to stay.
+            with contextlib.suppress(OSError):
                 path.rmdir()
 
 
 def _make(folder: Path) -> list[Path]:
     """Make a folder and return what had to be made, innermost first."""
     try:
+        # A dangling link is there, whatever `exists` says, and was not made here.
         missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -80,6 +79,7 @@ def _check_owner(folder: Path, kind: str) -> None:
         held = sorted(
             path.name
             for path in folder.iterdir()
+            # A killed process leaves these behind, which says nothing of the owner.
             if not path.name.startswith((files.PARTIAL, LOCK_FILE))
         )
     except OSError as error:
@@ -98,10 +98,9 @@ def _check_owner(folder: Path, kind: str) -> None:
 def is_ours(folder: Path, kind: str) -> bool:
     """Say whether a folder's run.json says that fastvi wrote it, of any version."""
     try:
-        found: dict[str, Any] = files.read_object(folder / ORIGIN_FILE, "")
+        return files.read_object(folder / ORIGIN_FILE, "").get("format") == kind
     except DataError:
         return False
-    return found.get("format") == kind
 
 
 @contextlib.contextmanager
@@ -110,20 +109,21 @@ def _locked(folder: Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     handle = _open_lock(path)
     try:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without the words
+        # On a full disk the lock holds without the words.
+        with contextlib.suppress(OSError):
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        path.unlink(
-            missing_ok=True
-        )  # before others can have it, else they would hold a file that is gone
+        # The lock is still held here, else another process could lock the file that then goes.
+        path.unlink(missing_ok=True)
         os.close(handle)
 
 
 def _open_lock(path: Path) -> int:
     while True:
         try:
+            # O_NOFOLLOW: a link in a folder of somebody else's could name any file to truncate.
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         except OSError as error:
             raise ConfigError(
@@ -146,6 +146,7 @@ def _take(handle: int) -> bool:
     """Lock an open file; False where another process holds it."""
     if sys.platform == "win32":
         return True
+    # Windows has no such module.
     import fcntl
 
     try:

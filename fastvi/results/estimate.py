@@ -138,15 +138,20 @@ class LLCEstimate:
             self.converged
         ]
         khat, word, effective = self.importance
+        draws, limit = self.log_weights.shape[-1], self.config.clip_global_norm
+        has_variate = self.config.control_variate != "none"
+        # The option's name says a norm; its value is a multiple (docs/math.md, Optimiser).
+        clipping = "" if limit is None else f", norms clipped at {limit:g} x usual"
         return [
             f"elbo           {self.elbo:.4f} nats",
             f"importance     k-hat {khat:.2g} ({word}), {effective:.3g} effective of "
             f"{self.log_weights.size} draws",
-            *self._without_control_variate,
+            # An evaluation of few draws has none where nothing was asked for.
+            *([] if has_variate else [f"evaluation     {draws} draws, no control variate"]),
             f"core           rank {self.curvature.rank} of {self.dim:,}, explains "
             f"{100 * self.curvature.explained:.3g} % of the precision's trace at w*",
             f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} "
-            f"({stop}){self._clipping}",
+            f"({stop}){clipping}",
             f"work           {self.sample_gradients:,.0f} sample gradients, "
             f"{self.work.total_fge:.0f} FGE: curvature {self.work.fge_curvature:.0f}, "
             f"fit {self.work.fge_fit:.0f}, evaluation {self.work.fge_evaluation:.0f}"
@@ -183,6 +188,7 @@ class LLCEstimate:
         """
         if self.fitted is not None:
             return self.fitted
+        # The two ways out differ: a walk needs another start, a loaded estimate only a new run.
         if not self.has_fit:
             raise DataError(
                 f"this estimate is a walk from the localizer: it has no fit to {purpose}. Run "
@@ -200,20 +206,19 @@ class LLCEstimate:
 
         It is the covariance, over draws of q, of the excess loss and log p - log q.
         """
+        # One infinite weight leaves no covariance, and a walk has no q.
         if not self.log_weights.size or not np.all(np.isfinite(self.log_weights)):
             return float("nan")
         excess, weights = (
-            np.asarray(self.draws.excess_loss, float),
-            np.asarray(self.log_weights, float),
+            np.asarray(values, float) - np.mean(values, axis=1, keepdims=True, dtype=float)
+            for values in (self.draws.excess_loss, self.log_weights)
         )
-        apart = (excess - excess.mean(axis=1, keepdims=True)) * (
-            weights - weights.mean(axis=1, keepdims=True)
-        )
-        return abs(float(self.nbeta * np.mean(apart)))
+        return abs(float(self.nbeta * np.mean(excess * weights)))
 
     @property
     def llc_text(self) -> str:
         """`llc` with its error, and no more digits than the error and `distance` allow."""
+        # A corrected value is the posterior's own, however far q is from it.
         return with_error(self.llc, self.llc_sem, 0.0 if self.correction else self.distance)
 
     @property
@@ -240,27 +245,11 @@ class LLCEstimate:
         return assess_importance(self.log_weights)
 
     @property
-    def _without_control_variate(self) -> list[str]:
-        """Say that the evaluation had no control variate: it may have had too few draws for one."""
-        draws = self.log_weights.shape[-1]
-        return (
-            [f"evaluation     {draws} draws, no control variate"]
-            if self.config.control_variate == "none"
-            else []
-        )
-
-    @property
-    def _clipping(self) -> str:
-        """Say what `clip_global_norm` is, which its name does not."""
-        limit = self.config.clip_global_norm
-        return "" if limit is None else f", norms clipped at {limit:g} x usual"
-
-    @property
     def walk_burn_in(self) -> int:
         """Records of `walk_llc` that the corrected value leaves out."""
         if self.correction is None or not self.correction.steps:
             return 0
-        # in integers: a share in floating point is now and then one record short
+        # In integers: a share in floating point is now and then one record short.
         return (self.correction.burn_in or 0) * self.walk_llc.shape[-1] // self.correction.steps
 
     @property
@@ -271,6 +260,7 @@ class LLCEstimate:
         if not self.has_fit:
             return "Langevin dynamics from the localizer"
         methods = {"reweight": "reweighted draws of q", "sample": "Langevin dynamics from q"}
+        # A fit that only prepares sampling has a fixed length (docs/math.md, Sampling).
         short = " after a short fit" if self.converged is None else ""
         alone = f"q alone{short} {with_error(self.llc_vi, self.llc_vi_sem)}"
         return f"{methods[self.correction.method]}; {alone}"
@@ -302,7 +292,7 @@ def with_error(value: float, sem: float, resolution: float = 0.0) -> str:
 
     `22.296 ± 0.073`; or as `resolution`, if that is coarser.
     """
-    # two digits of the error at most: its own relative error is rarely below 10 %
+    # Two digits of the error at most: its own relative error is rarely below 10 %.
     coarsest = max(sem, resolution) if math.isfinite(resolution) else sem
     if not (math.isfinite(value) and math.isfinite(sem) and coarsest > 0):
         return f"{value:.4g} ± {sem:.2g}"
@@ -314,6 +304,7 @@ def with_error(value: float, sem: float, resolution: float = 0.0) -> str:
 def _folded(line: str) -> str:
     """Break a line of the summary where it is too long, but not around `=` and `±`."""
     wrap = TextWrapper(width=SUMMARY_WIDTH, subsequent_indent=15 * " ", break_on_hyphens=False)
+    # TextWrapper does not break at a space that does not break.
     for sign in ("=", "±"):
         line = line.replace(f" {sign} ", f"\u00a0{sign}\u00a0")
     return wrap.fill(line).replace("\u00a0", " ")
@@ -329,4 +320,5 @@ def kept_scales(deviations: np.ndarray, most: int = MOST_SCALES) -> np.ndarray:
     ordered = np.sort(deviations, axis=1)
     if ordered.shape[1] <= most:
         return ordered
+    # The first and the last are the extremes, between which the histogram's bins lie.
     return ordered[:, np.linspace(0, ordered.shape[1] - 1, most).round().astype(int)]

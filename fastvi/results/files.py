@@ -60,7 +60,8 @@ def read_bytes(path: Path, fix: str) -> bytes:
     """
     try:
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # a pipe would wait for ever, a device may never end
+        # A pipe would wait for ever, and a device may never end.
+        if not stat.S_ISREG(mode):
             what = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
             raise damaged(path, f"is {what} where a file is wanted", fix)
         return path.read_bytes()
@@ -71,21 +72,18 @@ def read_bytes(path: Path, fix: str) -> bytes:
         raise damaged(path, f"cannot be read ({first_line(error)})", fix) from error
 
 
-def read_text(path: Path, fix: str) -> str:
-    """Read a UTF-8 file, or raise DataError."""
-    try:
-        return read_bytes(path, fix).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise damaged(path, f"is not UTF-8 text ({first_line(error)})", fix) from error
-
-
 def read_object(path: Path, fix: str) -> dict[str, Any]:
     """Read a JSON object whose names are all different, or raise DataError."""
-    text = read_text(path, fix)
+    try:
+        text = read_bytes(path, fix).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise damaged(path, f"is not UTF-8 text ({first_line(error)})", fix) from error
     if not text.strip():
         raise damaged(path, "is empty: it was not written to its end", fix)
     try:
+        # Python's json takes the last of two equal names, and NaN, neither of which JSON has.
         found = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    # A file of ten thousand brackets is a RecursionError.
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"is no JSON, or not all of it ({first_line(error)})", fix) from error
     if not isinstance(found, dict):
@@ -112,18 +110,13 @@ def check_format(path: Path, found: Mapping[str, Any], name: str, version: int, 
     if found.get("format") != name:
         raise damaged(path, f"is not of the format {name!r}, as fastvi writes it", fix)
     given = found.get("version")
+    # A bool is an int to Python, and True would pass for version 1.
     if isinstance(given, bool) or not isinstance(given, int):
         raise damaged(path, f"has no version of the format that could be read: {given!r}", fix)
-    if given > version:
-        raise damaged(
-            path,
-            f"is of version {given} of its format, this fastvi reads {version}",
-            "Upgrade fastvi.",
-        )
-    if given < version:
-        raise damaged(
-            path, f"is of the old version {given} of its format, this fastvi reads {version}", fix
-        )
+    if given != version:
+        age, fix = ("", "Upgrade fastvi.") if given > version else ("the old ", fix)
+        wrong = f"is of {age}version {given} of its format, this fastvi reads {version}"
+        raise damaged(path, wrong, fix)
 
 
 def read_arrays(path: Path, fix: str) -> dict[str, np.ndarray]:
@@ -140,6 +133,7 @@ def read_arrays(path: Path, fix: str) -> dict[str, np.ndarray]:
         wrong = f"is no archive of arrays, or not all of it ({first_line(error)})"
         raise damaged(path, wrong, fix) from error
     for name, array in arrays.items():
+        # A member that is no .npy file comes back as its bytes.
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiubU":
             raise damaged(path, f"holds {name!r}, which is no array of numbers", fix)
     return arrays
@@ -148,6 +142,7 @@ def read_arrays(path: Path, fix: str) -> dict[str, np.ndarray]:
 def digest_arrays(arrays: Mapping[str, Any]) -> str:
     """Condense names, dtypes, shapes and numbers, whatever archive they lie in."""
     digest = hashlib.sha256()
+    # An archive may hold the same arrays in any order.
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
@@ -172,6 +167,7 @@ def staged(folder: Path) -> Iterator[Path]:
     It is on the same file system, so that `publish` can move its files, and is removed afterwards.
     """
     remove_abandoned(folder)
+    # A name of its own keeps two processes in one folder apart.
     staging = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
     try:
         yield staging
@@ -189,12 +185,15 @@ def publish(staging: Path, folder: Path, names: Sequence[str]) -> None:
     file's place is replaced, not followed.
     """
     for name in names:
+        # Windows syncs a file only where it is open for writing.
         with open(staging / name, "rb+") as file:
             os.fsync(file.fileno())
-    if len(names) > 1:  # a file alone is replaced at one stroke
+    # A file alone is replaced at one stroke, and needs no mark.
+    if len(names) > 1:
         (folder / names[-1]).unlink(missing_ok=True)
         sync_folder(folder)
     for name in names:
+        # A power cut may otherwise keep the mark and lose the name of a file before it.
         if name == names[-1]:
             sync_folder(folder)
         os.replace(staging / name, folder / name)
@@ -205,17 +204,13 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a file beside its place and move it there once it is on the disk."""
     with staged(path.parent) as staging:
         (staging / path.name).write_bytes(content)
-        with open(staging / path.name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(staging / path.name, path)
-    sync_folder(path.parent)
+        publish(staging, path.parent, (path.name,))
 
 
 def sync_folder(folder: Path) -> None:
     """Put the names in a folder on the disk, where the system can."""
-    with contextlib.suppress(
-        OSError
-    ):  # Windows opens no folders, and some network file systems sync none
+    # Windows opens no folders, and some network file systems sync none.
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -226,6 +221,8 @@ def sync_folder(folder: Path) -> None:
 def remove_abandoned(folder: Path) -> None:
     """Remove what processes that were killed left behind."""
     for path in folder.glob(f"{PARTIAL}*"):
-        with contextlib.suppress(OSError):  # another process may do the same
+        # Another process may remove the same folder meanwhile.
+        with contextlib.suppress(OSError):
+            # lstat, so that a link tells its own age and not that of what it names.
             if time.time() - path.lstat().st_mtime > ABANDONED:
                 shutil.rmtree(path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -118,12 +119,11 @@ class Evidence:
 
 def health_findings(evidence: Evidence) -> tuple[Finding, ...]:
     """Return what stands out, gravest first."""
-    broken = [
-        finding for check in (_improper, _non_finite) if (finding := check(evidence)) is not None
-    ]
-    # a q that is not finite, or stands for nothing, would trigger checks that say nothing
+    broken = (*_improper(evidence), *_non_finite(evidence))
+    # A q that is not finite, or stands for nothing, triggers checks that say nothing.
     if any(finding.severity == "error" for finding in broken):
-        return tuple(broken)
+        return broken
+    # The checks ask `not x <= bound` where a NaN is to be named.
     checks = (
         _improper,
         _constant_loss,
@@ -141,8 +141,7 @@ def health_findings(evidence: Evidence) -> tuple[Finding, ...]:
         _rank_unused,
         _core_truncated,
     )
-    found = [finding for check in checks if (finding := check(evidence)) is not None]
-    return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
+    return _by_severity(finding for check in checks for finding in check(evidence))
 
 
 def correction_findings(result: Any) -> tuple[Finding, ...]:
@@ -150,7 +149,8 @@ def correction_findings(result: Any) -> tuple[Finding, ...]:
 
     Those of its fit that still matter, and its own.
     """
-    kept = [finding for finding in result.health if finding.name in OF_PROBLEM]
+    # Findings of the fit speak of q, which no longer is the estimate.
+    kept = (finding for finding in result.health if finding.name in OF_PROBLEM)
     checks = (
         _non_finite_value,
         _negative_llc,
@@ -159,55 +159,57 @@ def correction_findings(result: Any) -> tuple[Finding, ...]:
         _rounded_loss,
         _q_was_off,
     )
-    found = [finding for check in checks if (finding := check(result)) is not None]
-    return tuple(sorted([*kept, *found], key=lambda finding: SEVERITIES.index(finding.severity)))
+    found = (finding for check in checks for finding in check(result))
+    return _by_severity((*kept, *found))
 
 
-def _non_finite_value(result: Any) -> Finding | None:
-    if math.isfinite(result.llc) and math.isfinite(result.llc_sem):
-        return None
-    return Finding(
-        "error",
-        "non_finite",
-        f"NaN or infinity appeared in the correction (method {result.correction.method}).",
-        "The loss or its gradient overflows where the posterior reaches beyond q, or steps were "
-        "too long.",
-        "Check that loss and gradient are finite a few standard deviations around w*; raise "
-        "localization.",
-    )
+def _by_severity(found: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Sort findings, gravest first; equals keep the order of their checks."""
+    return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
-def _negative_llc(result: Any) -> Finding | None:
-    if not result.llc < -NEGATIVE_SIGMAS * result.llc_sem:
-        return None
-    return Finding(
-        "error",
-        "negative_llc",
-        f"The corrected llc is negative: {result.llc:.4g} ± {result.llc_sem:.2g}.",
-        "The posterior lies where the loss is below that at w*, so w* is not its minimum.",
-        TRAIN_LONGER,
-    )
+def _non_finite_value(result: Any) -> Iterator[Finding]:
+    if not (math.isfinite(result.llc) and math.isfinite(result.llc_sem)):
+        yield Finding(
+            "error",
+            "non_finite",
+            f"NaN or infinity appeared in the correction (method {result.correction.method}).",
+            "The loss or its gradient overflows where the posterior reaches beyond q, or steps "
+            "were too long.",
+            "Check that loss and gradient are finite a few standard deviations around w*; raise "
+            "localization.",
+        )
 
 
-def _importance_unreliable(result: Any) -> Finding | None:
+def _negative_llc(result: Any) -> Iterator[Finding]:
+    if result.llc < -NEGATIVE_SIGMAS * result.llc_sem:
+        yield Finding(
+            "error",
+            "negative_llc",
+            f"The corrected llc is negative: {result.llc:.4g} ± {result.llc_sem:.2g}.",
+            "The posterior lies where the loss is below that at w*, so w* is not its minimum.",
+            TRAIN_LONGER,
+        )
+
+
+def _importance_unreliable(result: Any) -> Iterator[Finding]:
     details = result.correction
-    if details.method != "reweight" or details.khat < USABLE:
-        return None
-    return Finding(
-        "warning",
-        "importance_unreliable",
-        f"The importance weights have k-hat {details.khat:.2g}, above {USABLE}.",
-        "q misses part of the posterior, so a few draws carry the estimate.",
-        SAMPLE if details.in_memory else FIT_BETTER,
-    )
+    if details.method == "reweight" and not details.khat < USABLE:
+        yield Finding(
+            "warning",
+            "importance_unreliable",
+            f"The importance weights have k-hat {details.khat:.2g}, above {USABLE}.",
+            "q misses part of the posterior, so a few draws carry the estimate.",
+            SAMPLE if details.in_memory else FIT_BETTER,
+        )
 
 
-def _walk_unsettled(result: Any) -> Finding | None:
+def _walk_unsettled(result: Any) -> Iterator[Finding]:
     details = result.correction
     if details.settled or not math.isfinite(result.llc):
-        return None
+        return
     if details.method == "reweight":
-        return Finding(
+        yield Finding(
             "warning",
             "walk_unsettled",
             f"A budget of {result.config.budget:.4g} sample gradients pays for no walk: llc is "
@@ -215,14 +217,13 @@ def _walk_unsettled(result: Any) -> Finding | None:
             f"The shortest walk takes {details.least_budget:.0f}.",
             f"Raise budget to {math.ceil(details.least_budget)} or more.",
         )
+        return
     unmet = {one.criterion: one for one in details.unmet}
     said = [f"{one.criterion} {one.value:.3g} ({one.bound:.3g} is asked)" for one in unmet.values()]
-    cause, next_step = _why_unsettled(unmet, result)
-    has_ended = any(finding.name == "data_ended" for finding in result.health)
-    end = "data" if has_ended else "budget"
-    if has_ended:
-        next_step = "Give more examples, or ask for a larger error."
-    return Finding(
+    end, (cause, next_step) = "budget", _why_unsettled(unmet, result)
+    if any(finding.name == "data_ended" for finding in result.health):
+        end, next_step = "data", "Give more examples, or ask for a larger error."
+    yield Finding(
         "warning",
         "walk_unsettled",
         f"Sampling came to the end of its {end} after {details.steps} steps of {details.walkers} "
@@ -253,8 +254,10 @@ def _why_unsettled(unmet: dict[str, Unmet], result: Any) -> tuple[str, str]:
             f"Raise budget to {math.ceil(result.correction.least_budget)} or more.",
         )
     if set(unmet) == {ERROR}:
+        # The error falls as the root of the budget.
         wanted = budget * (unmet[ERROR].value / unmet[ERROR].bound) ** 2
-        digit = 10.0 ** math.floor(math.log10(wanted))  # rounded up, so never to what it was
+        # Rounded up to one digit, so never to what it was.
+        digit = 10.0 ** math.floor(math.log10(wanted))
         return (
             "The walkers agree; their records are too few for the error that was asked for.",
             f"Raise budget to about {math.ceil(wanted / digit) * digit:.0e}, or error to what is "
@@ -274,43 +277,49 @@ def _why_unsettled(unmet: dict[str, Unmet], result: Any) -> tuple[str, str]:
     )
 
 
-def _rounded_loss(result: Any) -> Finding | None:
+def _rounded_loss(result: Any) -> Iterator[Finding]:
     rounding = result.correction.rounding or 0.0
-    if not rounding > ROUNDED_SHARE * abs(result.llc):
-        return None
-    return Finding(
-        "note",
-        "rounded_loss",
-        f"Rounding of the loss changes the energy of a walker by {rounding:.2g} nats at every "
-        "step, however short it is.",
-        "The model or its loss computes in few digits (bfloat16, float16), or the loss is large "
-        "beside its changes. Step sizes were chosen by what is left without that.",
-        "llc is that of the loss as it is computed. Compute it in float32, or float64, to see what "
-        "rounding adds.",
-    )
+    if rounding > ROUNDED_SHARE * abs(result.llc):
+        yield Finding(
+            "note",
+            "rounded_loss",
+            f"Rounding of the loss changes the energy of a walker by {rounding:.2g} nats at every "
+            "step, however short it is.",
+            "The model or its loss computes in few digits (bfloat16, float16), or the loss is "
+            "large beside its changes. Step sizes were chosen by what is left without that.",
+            "llc is that of the loss as it is computed. Compute it in float32, or float64, to see "
+            "what rounding adds.",
+        )
 
 
-def _q_was_off(result: Any) -> Finding | None:
+def _q_was_off(result: Any) -> Iterator[Finding]:
     gap, noise = result.llc_vi - result.llc, np.hypot(result.llc_vi_sem, result.llc_sem)
-    # NaN, where there is no q, is no gap
-    if not abs(gap) > max(3 * noise, 0.05 * abs(result.llc)):
-        return None
-    return Finding(
-        "note",
-        "corrected",
-        f"q alone gives {result.llc_vi:.4g}, the correction {result.llc:.4g}.",
-        "q and the draws of the correction weigh the neighbourhood of w* differently.",
-        "llc is that of the correction; llc_vi keeps that of q.",
-    )
+    # NaN, where there is no q, is no gap.
+    if abs(gap) > max(3 * noise, 0.05 * abs(result.llc)):
+        yield Finding(
+            "note",
+            "corrected",
+            f"q alone gives {result.llc_vi:.4g}, the correction {result.llc:.4g}.",
+            "q and the draws of the correction weigh the neighbourhood of w* differently.",
+            "llc is that of the correction; llc_vi keeps that of q.",
+        )
 
 
-def _improper(evidence: Evidence) -> Finding | None:
+def _improper(evidence: Evidence) -> Iterator[Finding]:
     bottom = evidence.bottom
-    if bottom.level == 0:
-        return None
     level = f"{bottom.level} of {evidence.dim} directions"
-    if not bottom.is_flat:
-        return Finding(
+    if bottom.level and bottom.is_flat:
+        yield Finding(
+            "error",
+            "improper_posterior",
+            f"The posterior is improper: localization is 0, and the loss is flat along {level}.",
+            "Nothing bounds w there, so the posterior cannot be normalised and no draw stands for "
+            "it.",
+            "Set localization > 0 (1.0 is the default), or leave these parameters out "
+            "(param_mask).",
+        )
+    elif bottom.level:
+        yield Finding(
             "note",
             "unlocalized",
             f"localization is 0, and the loss has no curvature at w* along {level}.",
@@ -318,49 +327,42 @@ def _improper(evidence: Evidence) -> Finding | None:
             "would not.",
             "Set localization > 0 unless the loss is known to rise along all of them.",
         )
-    return Finding(
-        "error",
-        "improper_posterior",
-        f"The posterior is improper: localization is 0, and the loss is flat along {level}.",
-        "Nothing bounds w there, so the posterior cannot be normalised and no draw stands for it.",
-        "Set localization > 0 (1.0 is the default), or leave these parameters out (param_mask).",
-    )
 
 
-def _constant_loss(evidence: Evidence) -> Finding | None:
-    if not np.all(np.abs(evidence.excess) <= evidence.rounding / ROUNDING_UNITS):
-        return None
-    return Finding(
-        "error",
-        "constant_loss",
-        f"The loss is constant: at {evidence.excess.size} draws of q it is what it is at w*.",
-        "It does not depend on the parameters that vary, or rounding hides by how much it does.",
-        "Let loss_fn use the parameters that it is given (no stop_gradient, no weights of a "
-        "closure); subtract a large "
-        'constant, or use dtype="float64".',
-    )
+def _constant_loss(evidence: Evidence) -> Iterator[Finding]:
+    if np.all(np.abs(evidence.excess) <= evidence.rounding / ROUNDING_UNITS):
+        yield Finding(
+            "error",
+            "constant_loss",
+            f"The loss is constant: at {evidence.excess.size} draws of q it is what it is at w*.",
+            "It does not depend on the parameters that vary, or rounding hides by how much it "
+            "does.",
+            "Let loss_fn use the parameters that it is given (no stop_gradient, no weights of a "
+            "closure); subtract a large "
+            'constant, or use dtype="float64".',
+        )
 
 
-def _negative_curvature(evidence: Evidence) -> Finding | None:
+def _negative_curvature(evidence: Evidence) -> Iterator[Finding]:
     bottom = evidence.bottom
-    if not bottom.fall > 0:
-        return None
-    curvature = bottom.curvature + evidence.localization
-    return Finding(
-        "warning",
-        "negative_curvature",
-        f"w* is a saddle or a maximum: along one direction n beta L_n falls by {bottom.fall:.2g} "
-        f"nats or more on both sides (curvature of n beta L_n + localizer {curvature:.3g}, without "
-        f"the localizer {bottom.curvature:.3g}).",
-        "The learning coefficient is defined at a local minimum; this direction enters llc with a "
-        "negative sign.",
-        TRAIN_LONGER,
-    )
+    if bottom.fall > 0:
+        yield Finding(
+            "warning",
+            "negative_curvature",
+            "w* is a saddle or a maximum: along one direction n beta L_n falls by "
+            f"{bottom.fall:.2g} nats or more on both sides (curvature of n beta L_n + localizer "
+            f"{bottom.curvature + evidence.localization:.3g}, without the localizer "
+            f"{bottom.curvature:.3g}).",
+            "The learning coefficient is defined at a local minimum; this direction enters llc "
+            "with a negative sign.",
+            TRAIN_LONGER,
+        )
 
 
-def _non_finite(evidence: Evidence) -> Finding | None:
+def _non_finite(evidence: Evidence) -> Iterator[Finding]:
+    bad = ~np.isfinite(evidence.elbo)
     if not math.isfinite(evidence.init_loss):
-        return Finding(
+        yield Finding(
             "error",
             "non_finite",
             f"L_n(w*), the loss of all data at w* itself, is {evidence.init_loss}.",
@@ -368,25 +370,23 @@ def _non_finite(evidence: Evidence) -> Finding | None:
             "Evaluate the loss example by example at w* to find it, and clean the data or the "
             "loss.",
         )
-    bad = ~np.isfinite(evidence.elbo)
-    if not bad.any() and np.all(np.isfinite(evidence.llc_per_chain)):
-        return None
-    where = "in the final evaluation"
-    if bad.any():
-        step = int(np.argmax(bad.any(axis=0)))
-        chains = ", ".join(str(chain) for chain in np.flatnonzero(bad[:, step]))
-        where = f"first at step {step}, chain {chains}"
-    return Finding(
-        "error",
-        "non_finite",
-        f"NaN or infinity appeared, {where}.",
-        "The loss overflows somewhere under q (exp, log or division), or the fit diverged.",
-        "Check that the loss is finite a few standard deviations around w*; raise localization or "
-        "lower lr.",
-    )
+    elif bad.any() or not np.all(np.isfinite(evidence.llc_per_chain)):
+        where = "in the final evaluation"
+        if bad.any():
+            step = int(np.argmax(bad.any(axis=0)))
+            chains = ", ".join(map(str, np.flatnonzero(bad[:, step])))
+            where = f"first at step {step}, chain {chains}"
+        yield Finding(
+            "error",
+            "non_finite",
+            f"NaN or infinity appeared, {where}.",
+            "The loss overflows somewhere under q (exp, log or division), or the fit diverged.",
+            "Check that the loss is finite a few standard deviations around w*; raise localization "
+            "or lower lr.",
+        )
 
 
-def _not_a_minimum(evidence: Evidence) -> Finding | None:
+def _not_a_minimum(evidence: Evidence) -> Iterator[Finding]:
     error = float(np.sqrt(np.mean(evidence.llc_sem_per_chain**2)))
     negative = evidence.llc_per_chain.mean() < -NEGATIVE_SIGMAS * error
     lower = -float(np.min(evidence.excess, initial=0.0)) - evidence.rounding
@@ -402,26 +402,25 @@ def _not_a_minimum(evidence: Evidence) -> Finding | None:
     return not_a_minimum(seen, bool(negative))
 
 
-def not_a_minimum(seen: list[str], negative: bool = False) -> Finding | None:
+def not_a_minimum(seen: list[str], negative: bool = False) -> Iterator[Finding]:
     """Say that w* is not a minimum, by the signs that were seen."""
-    if not seen:
-        return None
-    return Finding(
-        "error" if negative else "warning",
-        "not_a_minimum",
-        f"w* is not a minimum: {', and '.join(seen)}.",
-        "The learning coefficient is defined at a local minimum; elsewhere the loss falls away "
-        "from w*, and llc is too small by about as many nats.",
-        TRAIN_LONGER,
-    )
+    if seen:
+        yield Finding(
+            "error" if negative else "warning",
+            "not_a_minimum",
+            f"w* is not a minimum: {', and '.join(seen)}.",
+            "The learning coefficient is defined at a local minimum; elsewhere the loss falls away "
+            "from w*, and llc is too small by about as many nats.",
+            TRAIN_LONGER,
+        )
 
 
-def _coarse_numbers(evidence: Evidence) -> Finding | None:
+def _coarse_numbers(evidence: Evidence) -> Iterator[Finding]:
     llc = abs(float(evidence.llc_per_chain.mean()))
     return coarse_numbers(llc, evidence.weight_rounding, evidence.loss_rounding)
 
 
-def coarse_numbers(llc: float, weights: float, loss: float) -> Finding | None:
+def coarse_numbers(llc: float, weights: float, loss: float) -> Iterator[Finding]:
     """Hold the rounding of weights and loss, in nats of n beta L_n, against |llc|."""
     signs = {
         f"rounding w to its dtype adds about {weights:.2g} nats to n beta L_n": (
@@ -432,169 +431,163 @@ def coarse_numbers(llc: float, weights: float, loss: float) -> Finding | None:
         ),
     }
     seen = [words for words, is_seen in signs.items() if is_seen]
-    if not seen or llc == 0:
-        return None
-    return Finding(
-        "warning",
-        "coarse_numbers",
-        f"Numbers are too coarse for this posterior: {' and '.join(seen)}, where llc is {llc:.3g}.",
-        "The posterior is narrow beside the spacing of floating-point numbers near w*, or the loss "
-        "is large beside its changes.",
-        'Use dtype="float64" with jax_enable_x64 (and parameters and data of that dtype); '
-        "subtract a large constant from the loss; shift parameters that are far from 0.",
-    )
+    # Nothing is small beside an llc of zero.
+    if seen and llc != 0:
+        yield Finding(
+            "warning",
+            "coarse_numbers",
+            f"Numbers are too coarse for this posterior: {' and '.join(seen)}, where llc is "
+            f"{llc:.3g}.",
+            "The posterior is narrow beside the spacing of floating-point numbers near w*, or the "
+            "loss is large beside its changes.",
+            'Use dtype="float64" with jax_enable_x64 (and parameters and data of that dtype); '
+            "subtract a large constant from the loss; shift parameters that are far from 0.",
+        )
 
 
-def _not_converged(evidence: Evidence) -> Finding | None:
-    if evidence.converged or evidence.elbo_gain <= max(2 * evidence.elbo_gain_error, 0.5):
-        return None
-    return Finding(
-        "warning",
-        "elbo_rising",
-        f"The ELBO still rises: {evidence.elbo_gain:.3g} ± {evidence.elbo_gain_error:.2g} nats "
-        "over the last half.",
-        "The fit ran out of steps.",
-        "Raise steps, or lr if grad_norm is small and steady.",
-    )
+def _not_converged(evidence: Evidence) -> Iterator[Finding]:
+    # The stopping rule allows the same 0.5 nats (docs/math.md, Stopping).
+    if not evidence.converged and not evidence.elbo_gain <= max(2 * evidence.elbo_gain_error, 0.5):
+        yield Finding(
+            "warning",
+            "elbo_rising",
+            f"The ELBO still rises: {evidence.elbo_gain:.3g} ± {evidence.elbo_gain_error:.2g} nats "
+            "over the last half.",
+            "The fit ran out of steps.",
+            "Raise steps, or lr if grad_norm is small and steady.",
+        )
 
 
-def _virial(evidence: Evidence) -> Finding | None:
+def _virial(evidence: Evidence) -> Iterator[Finding]:
     mean = float(np.mean(evidence.virial))
     error = float(np.std(evidence.virial) / np.sqrt(max(evidence.virial.size, 1)))
-    if abs(mean - 1) <= max(VIRIAL_TOLERANCE, 3 * error):
-        return None
-    direction = "wide" if mean > 1 else "narrow"
-    return Finding(
-        "warning",
-        "virial",
-        f"The virial is {mean:.3g}, and 1 at the best fit.",
-        f"q is too {direction}: the fit has not converged, or its gradients are dominated by "
-        "outliers.",
-        "Raise steps or samples_per_step.",
-    )
+    if not abs(mean - 1) <= max(VIRIAL_TOLERANCE, 3 * error):
+        yield Finding(
+            "warning",
+            "virial",
+            f"The virial is {mean:.3g}, and 1 at the best fit.",
+            f"q is too {'wide' if mean > 1 else 'narrow'}: the fit has not converged, or its "
+            "gradients are dominated by outliers.",
+            "Raise steps or samples_per_step.",
+        )
 
 
-def _chains_disagree(evidence: Evidence) -> Finding | None:
+def _chains_disagree(evidence: Evidence) -> Iterator[Finding]:
     values, errors = evidence.llc_per_chain, evidence.llc_sem_per_chain
+    # One fit has no spread.
     if values.size < 2:
-        return None
+        return
     spread, expected = float(np.std(values, ddof=1)), float(np.sqrt(np.mean(errors**2)))
-    if spread <= max(CHAIN_SPREAD_SIGMAS * expected, 0.02 * abs(values.mean())):
-        return None
-    return Finding(
-        "warning",
-        "chains_disagree",
-        f"Chains differ by {spread:.3g} (standard deviation) where their own errors are "
-        f"{expected:.2g}.",
-        "The fits ended at different q: not converged, or several optima.",
-        "Raise steps; llc_sem is the spread between chains and covers this.",
-    )
+    if not spread <= max(CHAIN_SPREAD_SIGMAS * expected, 0.02 * abs(values.mean())):
+        yield Finding(
+            "warning",
+            "chains_disagree",
+            f"Chains differ by {spread:.3g} (standard deviation) where their own errors are "
+            f"{expected:.2g}.",
+            "The fits ended at different q: not converged, or several optima.",
+            "Raise steps; llc_sem is the spread between chains and covers this.",
+        )
 
 
-def _far_from_posterior(evidence: Evidence) -> Finding | None:
+def _far_from_posterior(evidence: Evidence) -> Iterator[Finding]:
     spread = float(np.mean(evidence.log_weight_sd))
-    if spread <= LOG_WEIGHT_SD_FAR:
-        return None
-    return Finding(
-        "warning",
-        "far_from_posterior",
-        f"q is far from the posterior: log p - log q varies by {spread:.3g} nats over draws from "
-        "q.",
-        "The local posterior is not a mixture of Gaussians (a singular or strongly curved "
-        "minimum), so this variational llc is biased, as a rule upwards.",
-        f"{SAMPLE if evidence.in_memory else FIT_BETTER} Until then read it as an upper estimate.",
-    )
+    if not spread <= LOG_WEIGHT_SD_FAR:
+        yield Finding(
+            "warning",
+            "far_from_posterior",
+            f"q is far from the posterior: log p - log q varies by {spread:.3g} nats over draws "
+            "from q.",
+            "The local posterior is not a mixture of Gaussians (a singular or strongly curved "
+            "minimum), so this variational llc is biased, as a rule upwards.",
+            f"{SAMPLE if evidence.in_memory else FIT_BETTER} Until then read it as an upper "
+            "estimate.",
+        )
 
 
-def _core_truncated(evidence: Evidence) -> Finding | None:
-    if (
-        evidence.wanted_rank < evidence.rank_limit
-        or evidence.rank_limit == 0
-        or evidence.wanted_rank <= evidence.rank
-    ):
-        return None
-    return Finding(
-        "note",
-        "core_truncated",
-        f"The core is full ({evidence.rank} rows); {evidence.wanted_rank} or more directions are "
-        "steeper.",
-        "More steep directions than the core has rows; the diagonal has to cover those left out.",
-        "Raise curvature_rank if memory allows.",
-    )
+def _core_truncated(evidence: Evidence) -> Iterator[Finding]:
+    if evidence.wanted_rank >= evidence.rank_limit > 0 and evidence.wanted_rank > evidence.rank:
+        yield Finding(
+            "note",
+            "core_truncated",
+            f"The core is full ({evidence.rank} rows); {evidence.wanted_rank} or more directions "
+            "are steeper.",
+            "More steep directions than the core has rows; the diagonal has to cover those left "
+            "out.",
+            "Raise curvature_rank if memory allows.",
+        )
 
 
-def _khat(evidence: Evidence) -> Finding | None:
+def _khat(evidence: Evidence) -> Iterator[Finding]:
     khat, word, effective = evidence.importance
-    if khat < USABLE:
-        return None
-    return Finding(
-        "warning",
-        "khat",
-        f"Importance weights of q's draws are {word}: k-hat {khat:.2g}, {effective:.3g} effective "
-        "draws.",
-        "The posterior reaches where q hardly goes.",
-        f"{SAMPLE} {FIT_BETTER}" if evidence.in_memory else FIT_BETTER,
-    )
+    if not khat < USABLE:
+        yield Finding(
+            "warning",
+            "khat",
+            f"Importance weights of q's draws are {word}: k-hat {khat:.2g}, {effective:.3g} "
+            "effective draws.",
+            "The posterior reaches where q hardly goes.",
+            f"{SAMPLE} {FIT_BETTER}" if evidence.in_memory else FIT_BETTER,
+        )
 
 
-def _radius_rising(evidence: Evidence) -> Finding | None:
-    steps = evidence.radius2.shape[1]
-    late = evidence.radius2[:, -(steps // 4) :].mean(axis=1) if steps >= 40 else None
-    if late is None:
-        return None
-    before = evidence.radius2[:, steps // 2 : -(steps // 4)].mean(axis=1)
-    rise, chains = late - before, late.size
-    error = float(np.std(rise, ddof=1) / np.sqrt(chains)) if chains > 1 else float("inf")
-    if rise.mean() <= max(DRIFT_SHARE * before.mean(), DRIFT_SIGMAS * error):
-        return None
-    return Finding(
-        "warning",
-        "radius_rising",
-        f"|w - w*|^2 still grows: by {100 * rise.mean() / before.mean():.3g} % within the last "
-        "half.",
-        "Directions in which the loss is flat widen slowly, or q is leaving the minimum.",
-        "Raise steps; raise localization if the radius is out of bounds.",
-    )
+def _radius_rising(evidence: Evidence) -> Iterator[Finding]:
+    steps, quarter = evidence.radius2.shape[1], evidence.radius2.shape[1] // 4
+    # The mean of fewer than ten steps is mostly their noise.
+    if quarter < 10:
+        return
+    before = evidence.radius2[:, steps // 2 : -quarter].mean(axis=1)
+    rise = evidence.radius2[:, -quarter:].mean(axis=1) - before
+    # One chain alone has no error, and is never named.
+    error = float(np.std(rise, ddof=1) / np.sqrt(rise.size)) if rise.size > 1 else float("inf")
+    if not rise.mean() <= max(DRIFT_SHARE * before.mean(), DRIFT_SIGMAS * error):
+        yield Finding(
+            "warning",
+            "radius_rising",
+            f"|w - w*|^2 still grows: by {100 * rise.mean() / before.mean():.3g} % within the last "
+            "half.",
+            "Directions in which the loss is flat widen slowly, or q is leaving the minimum.",
+            "Raise steps; raise localization if the radius is out of bounds.",
+        )
 
 
-def _localizer_decides(evidence: Evidence) -> Finding | None:
+def _localizer_decides(evidence: Evidence) -> Iterator[Finding]:
     radius2 = float(np.mean(evidence.radius2[:, -max(1, evidence.radius2.shape[1] // 4) :]))
+    # Along a direction that the localizer alone bounds, gamma v^2 is 1 on average.
     decided = evidence.dim - evidence.localization * radius2
+    # Their sum is chi-squared with dim degrees of freedom, of variance 2 dim.
     error = evidence.dim * np.sqrt(2 / (evidence.dim * max(evidence.radius2.size // 4, 1)))
-    if decided + 2 * error >= min(DECIDED_DIRECTIONS, DECIDED_SHARE * evidence.dim):
-        return None
-    return Finding(
-        "note",
-        "localizer_decides",
-        "The localizer sets the width of q: gamma E|w - w*|^2 is "
-        f"{evidence.localization * radius2:.4g} of d = {evidence.dim}.",
-        "n beta times the curvature of the loss is far below the localization in every direction.",
-        "Lower localization, or raise nbeta (more data), for an llc that speaks of the loss.",
-    )
+    if not decided + 2 * error >= min(DECIDED_DIRECTIONS, DECIDED_SHARE * evidence.dim):
+        yield Finding(
+            "note",
+            "localizer_decides",
+            "The localizer sets the width of q: gamma E|w - w*|^2 is "
+            f"{evidence.localization * radius2:.4g} of d = {evidence.dim}.",
+            "n beta times the curvature of the loss is far below the localization in every "
+            "direction.",
+            "Lower localization, or raise nbeta (more data), for an llc that speaks of the loss.",
+        )
 
 
-def _weights_collapsed(evidence: Evidence) -> Finding | None:
-    if evidence.num_components < 2 or evidence.dominant_weight < DOMINANT_WEIGHT:
-        return None
-    return Finding(
-        "note",
-        "weights_collapsed",
-        f"One of {evidence.num_components} components has {100 * evidence.dominant_weight:.3g} % "
-        "of the weight.",
-        "The others found nothing to add, or lost an early race.",
-        "Set alpha_dirichlet_prior to 1.05 to 1.2, or alpha_temperature=1.5 with "
-        "alpha_temperature_frac=0.2; a smaller M does as well if llc stays the same.",
-    )
+def _weights_collapsed(evidence: Evidence) -> Iterator[Finding]:
+    if evidence.num_components > 1 and not evidence.dominant_weight < DOMINANT_WEIGHT:
+        yield Finding(
+            "note",
+            "weights_collapsed",
+            f"One of {evidence.num_components} components has "
+            f"{100 * evidence.dominant_weight:.3g} % of the weight.",
+            "The others found nothing to add, or lost an early race.",
+            "Set alpha_dirichlet_prior to 1.05 to 1.2, or alpha_temperature=1.5 with "
+            "alpha_temperature_frac=0.2; a smaller M does as well if llc stays the same.",
+        )
 
 
-def _rank_unused(evidence: Evidence) -> Finding | None:
-    if evidence.longest_factor is None or evidence.longest_factor > UNUSED_VARIANCE:
-        return None
-    return Finding(
-        "note",
-        "rank_unused",
-        f"The scree is flat: no factor adds more than {100 * evidence.longest_factor:.2g} % to the "
-        "variance of any direction.",
-        "The core and the diagonal already describe q.",
-        "Go back to a smaller r, which is cheaper; it changes nothing.",
-    )
+def _rank_unused(evidence: Evidence) -> Iterator[Finding]:
+    if evidence.longest_factor is not None and not evidence.longest_factor > UNUSED_VARIANCE:
+        yield Finding(
+            "note",
+            "rank_unused",
+            f"The scree is flat: no factor adds more than {100 * evidence.longest_factor:.2g} % "
+            "to the variance of any direction.",
+            "The core and the diagonal already describe q.",
+            "Go back to a smaller r, which is cheaper; it changes nothing.",
+        )

@@ -151,6 +151,7 @@ def said_by_walkers(check: Check, bin_length: int) -> dict[str, Any]:
         "variance_reduction": analysis.variance_reduction,
         "systematic": analysis.systematic,
         "walkers": llc.shape[0],
+        # The look is at means over bins.
         "steps": llc.shape[1] * bin_length,
         "burn_in": analysis.burn_in * bin_length,
     }

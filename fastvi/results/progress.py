@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,14 @@ from fastvi.results.terminal import is_terminal, write_text
 MIN_SECONDS = 0.2
 # Seconds between lines of a log, which keeps them all.
 LOG_SECONDS = 10.0
+# What a stage tells beside its name. The other stages have no steps of their own.
+TOLD = {
+    "fit": " {step}/{steps} steps, elbo {value:.2f}",
+    "correction": " {step}/{steps} FGE at most, llc {value:.4g}",
+    "walk": " {step:,}/{steps:,} sample gradients at most, llc {value:.4g}",
+}
+# Carriage return, and the sequence that terminals clear a line by (ECMA-48, EL).
+CLEARED = "\r\x1b[K"
 
 
 class StatusLine:
@@ -28,7 +37,7 @@ class StatusLine:
         self.stream = sys.stderr if stream is None else stream
         self.interactive = is_terminal(self.stream)
         self.began = time.monotonic()
-        self.shown = -1e9
+        self.shown = -math.inf  # the first report is shown at once
         self.stage = ""
 
     def __call__(self, progress: Progress) -> None:
@@ -38,21 +47,9 @@ class StatusLine:
         if progress.stage == self.stage and now - self.shown < pause:
             return
         self.stage, self.shown = progress.stage, now
-        text = f"fastvi: {progress.stage}"
-        if progress.stage == "fit":
-            text += f" {progress.step}/{progress.steps} steps, elbo {progress.value:.2f}"
-        if progress.stage == "correction":
-            text += f" {progress.step}/{progress.steps} FGE at most, llc {progress.value:.4g}"
-        if progress.stage == "walk":
-            text += f" {progress.step:,}/{progress.steps:,} sample gradients at most, llc "
-            text += f"{progress.value:.4g}"
-        text += f" [{now - self.began:.0f} s]"
-        self._write(f"\r\x1b[K{text}" if self.interactive else f"{text}\n")
-
-    def close(self) -> None:
-        """End the line."""
-        if self.interactive and self.stage:
-            self._write("\r\x1b[K")
+        numbers = TOLD.get(progress.stage, "").format_map(progress._asdict())
+        text = f"fastvi: {progress.stage}{numbers} [{now - self.began:.0f} s]"
+        self._write(f"{CLEARED}{text}" if self.interactive else f"{text}\n")
 
     def __enter__(self) -> "StatusLine":
         """Return itself."""
@@ -60,7 +57,8 @@ class StatusLine:
 
     def __exit__(self, *exception: object) -> None:
         """End the line, however the work ended."""
-        self.close()
+        if self.interactive and self.stage:
+            self._write(CLEARED)
 
     def _write(self, text: str) -> None:
         if self.stream is not None and write_text(self.stream, text) is not None:

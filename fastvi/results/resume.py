@@ -3,6 +3,7 @@
 A fit that was interrupted ends at the same bits as one that was not.
 """
 
+import itertools
 import json
 import os
 import time
@@ -29,7 +30,7 @@ from fastvi.target.losses import take_examples
 from fastvi.target.objective import FlatObjective
 
 PROGRESS_FILE = "progress.npz"
-FORMAT, VERSION = "fastvi progress", 2
+FORMAT, VERSION = "fastvi progress", 2  # raised where the file's entries change their meaning
 # Share of a fit's time that may go into saving. At half an interruption loses twice the steps.
 SAVING_SHARE = 0.05
 WAY_OUT = "Delete it, and the fit begins anew."
@@ -74,14 +75,14 @@ class FolderKeeper(AbstractKeeper):
                 f"{files.first_line(error)}"
             ) from error
         self.identity = identity
-        self._due = 0.0
+        self._due = 0.0  # the first report is kept, whatever the clock says
         self._has_warned = False
         path = self.folder / PROGRESS_FILE
         self._kept: tuple[dict[str, Any], Mapping[str, np.ndarray]] | None = None
         if os.path.lexists(path):
             stored = files.read_arrays(path, WAY_OUT)
             self._kept = _read_meta(path, stored.get("meta")), stored
-            # another fit is refused before anything compiles
+            # Another fit is refused here, before anything compiles.
             self._compare(self._kept[0]["identity"])
 
     def restore(self, course: Course) -> Course:
@@ -92,8 +93,9 @@ class FolderKeeper(AbstractKeeper):
         """
         if self._kept is None:
             return course
+        # The arrays are let go here: they are as large as the fit.
         path, (kept, stored), self._kept = self.folder / PROGRESS_FILE, self._kept, None
-        template = jax.tree_util.tree_leaves(_arrays(course))
+        template, structure = jax.tree_util.tree_flatten(_arrays(course))
         leaves = [stored.get(f"leaf_{i}") for i in range(kept["num_leaves"])]
         traces = {
             name.removeprefix("trace_"): array
@@ -103,9 +105,8 @@ class FolderKeeper(AbstractKeeper):
         snapshots = _read_snapshots(path, stored)
         _check_leaves(path, leaves, template)
         _check_course(path, kept, traces)
-        structure = jax.tree_util.tree_structure(_arrays(course))
-        restored = structure.unflatten([jnp.asarray(leaf) for leaf in leaves])
-        family, state, start = restored
+        family, state, start = structure.unflatten([jnp.asarray(leaf) for leaf in leaves])
+        ends = itertools.accumulate(kept["lengths"], initial=0)
         warmup, decay_start, end = kept["phases"]
         return course._replace(
             family=family,
@@ -113,8 +114,8 @@ class FolderKeeper(AbstractKeeper):
             start=start,
             snapshots=snapshots,
             parts=tuple(
-                {name: trace[:, at] for name, trace in traces.items()}
-                for at in _slices(kept["lengths"])
+                {name: trace[:, begin:end] for name, trace in traces.items()}
+                for begin, end in itertools.pairwise(ends)
             ),
             phases=Phases(warmup, decay_start, int(end)),
             **{name: kept[name] for name in COUNTS},
@@ -134,6 +135,7 @@ class FolderKeeper(AbstractKeeper):
             self._write(course)
         except OSError as error:
             self._warn(error)
+        # A failed write counts too: on a full disk the fit is not to try at every report.
         ended = time.monotonic()
         self._due = ended + (ended - began) / SAVING_SHARE
 
@@ -148,10 +150,9 @@ class FolderKeeper(AbstractKeeper):
             "phases": course.phases,
             **{name: getattr(course, name) for name in COUNTS},
         }
-        names = course.parts[0]
         traces = {
             f"trace_{name}": np.concatenate([part[name] for part in course.parts], axis=1)
-            for name in names
+            for name in course.parts[0]
         }
         shapes = {
             f"snapshot_{one.step}_{name}": array
@@ -176,6 +177,7 @@ class FolderKeeper(AbstractKeeper):
             )
 
     def _compare(self, kept: dict[str, Any]) -> None:
+        # The kept one went through JSON, which turns tuples to lists.
         now = json.loads(json.dumps(self.identity))
         names = differing(now, kept)
         if names:
@@ -193,6 +195,7 @@ def identify(
 ) -> dict:
     """Name all that the bits of a fit depend on: configuration, key, w*, data, loss, versions."""
     posterior, given = problem.posterior, config.to_dict()
+    # The data are compared by their digest, so that one batch is enough for the loss.
     first = take_examples(problem.data.examples, slice(problem.batch_size))
     return {
         **{name: value for name, value in given.items() if name not in AFTER_THE_FIT},
@@ -204,6 +207,7 @@ def identify(
         "nbeta": float(posterior.nbeta),
         "localization": float(posterior.gamma),
         **observe_loss(objective, posterior.center, first),
+        # Another version may round otherwise, and a fit is to end at the same bits.
         "jax": jax.__version__,
         "fastvi": __version__,
     }
@@ -218,6 +222,7 @@ def _read_meta(path: Path, stored: Any) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise files.damaged(path, "is not the progress of a fit", WAY_OUT)
     files.check_format(path, meta, FORMAT, VERSION, WAY_OUT)
+    # No hint of META fits a tuple, which JSON has not, so that a missing name is a wrong one.
     wrong = [name for name, hint in META.items() if not fits(meta.get(name, ()), hint)]
     if wrong:
         raise files.damaged(path, f"has an impossible {wrong[0]!r}", WAY_OUT)
@@ -238,6 +243,7 @@ def _read_snapshots(path: Path, stored: Mapping[str, np.ndarray]) -> tuple[Snaps
 
 
 def _check_leaves(path: Path, leaves: list[Any], template: list[Any]) -> None:
+    # The program of the fit is compiled for these shapes and dtypes.
     kinds = [None if leaf is None else (leaf.shape, leaf.dtype) for leaf in leaves]
     if kinds != [(leaf.shape, leaf.dtype) for leaf in template]:
         raise files.damaged(path, "lacks arrays of the fit, or has them in other shapes", WAY_OUT)
@@ -265,8 +271,3 @@ def _check_course(path: Path, kept: dict[str, Any], traces: dict[str, np.ndarray
 
 def _arrays(course: Course) -> PyTree:
     return course.family, course.state, course.start
-
-
-def _slices(lengths: list[int]) -> list[slice]:
-    ends = np.cumsum(lengths)
-    return [slice(int(end - length), int(end)) for end, length in zip(ends, lengths, strict=True)]

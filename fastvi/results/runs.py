@@ -65,17 +65,21 @@ class Origin:
             "localization": checks.nonnegative(
                 "localization", self.localization, "for example 1.0"
             ),
+            # The estimate chooses these two where they are None.
+            "nbeta": None
+            if self.nbeta is None
+            else checks.positive("nbeta", self.nbeta, "leave it out for n / log n"),
+            "num_chains": None
+            if self.num_chains is None
+            else checks.integer("num_chains", self.num_chains, "for example 4"),
         }
-        if self.nbeta is not None:
-            checked["nbeta"] = checks.positive("nbeta", self.nbeta, "leave it out for n / log n")
-        if self.num_chains is not None:
-            checked["num_chains"] = checks.integer("num_chains", self.num_chains, "for example 4")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
 
 def check_target(target: Any) -> str:
     """Return a target of the form `module:function`, or raise ConfigError."""
+    # The target of a run.json may be of any type.
     module, _, function = target.partition(":") if isinstance(target, str) else ("", "", "")
     is_path = module.endswith(".py") or "/" in module
     if (
@@ -140,10 +144,12 @@ def write_run(
     with files.staged(folder) as staging:
         result.save(staging)
         (result.config if settings is None else settings).to_yaml(staging / CONFIG_FILE)
+        # Everything that may fail is finished before anything of an earlier run is touched.
         plot_traces(result).savefig(staging / FIGURE_FILE, dpi=FIGURE_DPI)
         write_report(result, staging / REPORT_FILE)
         if result.config.tensorboard:
             write_events(result, staging / EVENTS_FOLDER)
+        # These two are read again; a traces.npz is tied to its result.json by a digest there.
         digests = {
             name: files.digest_bytes((staging / name).read_bytes())
             for name in (RESULT_FILE, CONFIG_FILE)
@@ -165,6 +171,7 @@ def _mark(folder: Path, **record: Any) -> None:
 
 def _replace_events(new: Path, place: Path) -> None:
     """Put the events of this run, if it has some, where those of an earlier one are."""
+    # rmtree refuses a link, and what it names may be somebody else's.
     if place.is_symlink():
         place.unlink()
     elif place.is_dir():
@@ -201,16 +208,16 @@ def write_run_somewhere(
         trouble = f"the run could not be written to {folder} ({files.first_line(error)})"
     try:
         refuge = Path(tempfile.mkdtemp(prefix="fastvi-"))
-        write_run(result, refuge, origin, settings, fingerprint)
+        return WrittenRun(
+            write_run(result, refuge, origin, settings, fingerprint),
+            f"{trouble}. It is in {refuge} instead: move it before it is cleaned away.",
+        )
     except OSError as error:
         return WrittenRun(
             None,
             f"{trouble}, nor to a temporary folder ({files.first_line(error)}): what is printed "
             "is all.",
         )
-    return WrittenRun(
-        refuge, f"{trouble}. It is in {refuge} instead: move it before it is cleaned away."
-    )
 
 
 def write_and_print(
@@ -242,9 +249,11 @@ def write_and_print(
         The exit status: 1 where the folder could not be written.
     """
     kept = WrittenRun(None, None)
+    # Written first: a terminal that is gone cannot keep a run from its folder.
     try:
         kept = write_run_somewhere(result, folder, origin, settings, fingerprint)
-    finally:  # an error of another kind, in a figure for example, does not take the number with it
+    # An error of another kind, in a figure for example, does not take the number with it.
+    finally:
         if quiet:
             say(f"llc {result.llc_text}  {kept.folder or '-'}")
         else:
@@ -285,6 +294,7 @@ def read_record(folder: str | os.PathLike[str]) -> RunRecord:
         origin = Origin(**{name: found[name] for name in names})
     except ConfigError as error:
         raise files.damaged(path, f"has an impossible value: {error}", WAY_OUT) from error
+    # A file that was put here from elsewhere would be taken for what the run computed.
     for name in (RESULT_FILE, CONFIG_FILE):
         if files.digest_bytes(files.read_bytes(folder / name, WAY_OUT)) != digests.get(name):
             raise files.damaged(

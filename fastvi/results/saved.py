@@ -49,13 +49,13 @@ RULES = {
 def write_estimate(result: Any, folder: Path) -> None:
     """Write both files, tied by a digest; the estimate is complete when result.json is there."""
     values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    values |= {"config": result.config.to_dict(), "draws": result.draws._asdict()}
+    # It holds the loss and the data, which are the caller's own.
     del values["fitted"]
     arrays: dict[str, Any] = {name: np.asarray(values.pop(name)) for name in SINGLE_ARRAYS}
     for group, prefix in ARRAY_GROUPS.items():
-        found = values.pop(group)
-        found = found._asdict() if isinstance(found, DrawValues) else found
-        arrays |= {prefix + name: np.asarray(array) for name, array in found.items()}
-    values["config"] = result.config.to_dict()
+        arrays |= {prefix + name: np.asarray(array) for name, array in values.pop(group).items()}
+    # The digest is of the arrays, not of the archive, whose bytes tell the time of writing.
     header = dict(zip(HEADER, (FORMAT, VERSION, files.digest_arrays(arrays)), strict=True))
     with files.staged(folder) as staging:
         np.savez_compressed(staging / TRACES_FILE, **arrays)
@@ -73,7 +73,7 @@ def read_estimate(cls: Any, folder: Path) -> dict[str, Any]:
     values = files.read_object(place, f"Pass the folder given to save(). {WAY_OUT}")
     files.check_format(place, values, FORMAT, VERSION, "Run the estimate again with this fastvi.")
     digest = values.get("arrays_digest")
-    # NaN is no JSON: numbers are restored before they are checked, else a NaN would be a wrong type
+    # NaN is no JSON: it is restored before the check of types, which its stand-in would not pass.
     values = _restored({name: value for name, value in values.items() if name not in HEADER}, place)
     arrays = files.read_arrays(folder / TRACES_FILE, WAY_OUT)
     if files.digest_arrays(arrays) != digest:
@@ -95,27 +95,35 @@ def read_estimate(cls: Any, folder: Path) -> dict[str, Any]:
 
 def _check_values(cls: Any, place: Path, values: dict[str, Any]) -> None:
     """Check what lies in result.json, and make the configuration."""
-    wrong = wrong_field(cls, values, RULES, ELSEWHERE)
-    if wrong is None and not values["evaluation"]["llc"]:
-        wrong = _wrong_walk(values["correction"])
-    config = values.get("config")
-    if wrong is None and not isinstance(config, dict):
-        wrong = "lacks 'config', the settings of the fit"
-    if wrong is None and isinstance(config, dict):
-        lacking = [field.name for field in dataclasses.fields(VIConfig) if field.name not in config]
-        wrong = f"lacks 'config.{lacking[0]}'" if lacking else None
-    if wrong is not None:
+    # The second reads fields that the first has found to be there.
+    wrong = (
+        wrong_field(cls, values, RULES, ELSEWHERE)
+        or _wrong_walk(values["evaluation"], values["correction"])
+        or _wrong_config(values.get("config"))
+    )
+    if wrong:
         raise files.damaged(place, wrong, WAY_OUT)
     try:
-        values["config"] = VIConfig.create(config)
+        values["config"] = VIConfig.create(values["config"])
     except ConfigError as error:
         raise files.damaged(place, f"has an impossible config: {error}", WAY_OUT) from error
 
 
-def _wrong_walk(correction: Mapping[str, Any] | None) -> str | None:
+def _wrong_config(config: Any) -> str | None:
+    if not isinstance(config, dict):
+        return "lacks 'config', the settings of the fit"
+    # A setting left out would take this version's default, which the run may not have had.
+    lacking = [field.name for field in dataclasses.fields(VIConfig) if field.name not in config]
+    return f"lacks 'config.{lacking[0]}'" if lacking else None
+
+
+def _wrong_walk(evaluation: Mapping[str, Any], correction: Mapping[str, Any] | None) -> str | None:
     """Say what keeps an estimate without a fit from being a walk; None where nothing does."""
+    if evaluation["llc"]:
+        return None
     if correction is None or correction["method"] != "sample":
         return "has neither a fit in evaluation.llc nor a walk in correction"
+    # Summary and page print these of a walk.
     told = ("walkers", "steps", "burn_in", "batch", "step_size", "rhat", "variance_reduction")
     lacking = [name for name in told if correction[name] is None]
     return f"has correction.{lacking[0]} = None, though it is a walk" if lacking else None
@@ -127,22 +135,18 @@ def _check_arrays(place: Path, arrays: Mapping[str, np.ndarray], values: dict[st
     draws = [f"draw_{name}" for name in DrawValues._fields]
     chains = len(values["evaluation"]["llc"])
     needed = (*SINGLE_ARRAYS, *draws, *(["trace_elbo"] if chains else []))
-    lacking = [name for name in needed if name not in arrays]
-    # without a chain there is no fit, whose arrays the others are
+    # Without a chain there is no fit, whose arrays the others are.
     unknown = [
         name
-        for name in arrays
-        if name not in needed
+        for name, array in arrays.items()
+        if array.dtype.kind not in "fiub"
+        or name not in needed
         and (not chains or name.startswith("draw_") or not name.startswith(prefixes))
     ]
-    textual = [name for name, array in arrays.items() if array.dtype.kind not in "fiub"]
-    if lacking or unknown or textual:
-        wrong = (
-            f"lacks the array {lacking[0]!r}"
-            if lacking
-            else f"holds {[*unknown, *textual][0]!r}, no array of it"
-        )
-        raise files.damaged(place, wrong, WAY_OUT)
+    wrong = [f"lacks the array {name!r}" for name in needed if name not in arrays]
+    wrong += [f"holds {name!r}, no array of it" for name in unknown]
+    if wrong:
+        raise files.damaged(place, wrong[0], WAY_OUT)
     weights = arrays["log_weights"].shape
     shapes = {
         **{f"trace_{name}": (chains, arrays["trace_elbo"].shape[-1]) for name in values["traces"]},
@@ -189,6 +193,7 @@ def _plain(value: Any) -> Any:
 def _restored(value: Any, place: Path) -> Any:
     """Undo `_plain` where JSON lacks a value."""
     if isinstance(value, dict):
+        # No class of an estimate has a field of this name.
         if set(value) != {"non_finite"}:
             return {name: _restored(item, place) for name, item in value.items()}
         if value["non_finite"] not in NON_FINITE:

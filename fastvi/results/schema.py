@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-PLAIN = {bool: bool, str: str, type(None): type(None), dict: dict, list: list}
 SHOWN = 60  # letters of a value that an error quotes
 
 
@@ -29,22 +28,26 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+# How a value of JSON shows that it is of a type that has no types within.
+PLAIN: dict[Any, Callable[[Any], bool]] = {
+    Any: lambda value: True,
+    float: is_number,
+    # A bool is an int to Python.
+    int: lambda value: isinstance(value, int) and not isinstance(value, bool),
+    np.ndarray: lambda value: isinstance(value, list) and all(map(is_number, value)),
+}
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Say whether a value of JSON is what an annotation promises.
 
     Arrays are lists of numbers there, dataclasses and named tuples are objects.
     """
     origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if hint is float:
-        return is_number(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
     if hint in PLAIN:
-        return isinstance(value, PLAIN[hint])
-    if hint is np.ndarray:
-        return isinstance(value, list) and all(map(is_number, value))
+        return PLAIN[hint](value)
+    if hint in (bool, str, types.NoneType, dict, list):
+        return isinstance(value, hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
     if origin in (list, tuple):
@@ -57,7 +60,7 @@ def fits(value: Any, hint: Any) -> bool:
 def build(value: Any, hint: Any) -> Any:
     """Turn a value of JSON that fits an annotation into what the annotation names."""
     origin, arguments = get_origin(hint), get_args(hint)
-    # the first type that fits: `X | None` has one that does
+    # The first type that fits: a value was checked before, so that one does.
     if origin in (Union, types.UnionType):
         return build(value, next(argument for argument in arguments if fits(value, argument)))
     if origin is tuple:
@@ -85,10 +88,9 @@ def wrong_field(
         prefix: Names of the fields that the values lie in, each with a point.
     """
     hints = {name: hint for name, hint in get_type_hints(cls).items() if name not in elsewhere}
-    for name in hints:
+    for name in (*hints, *values):
         if name not in values:
             return f"lacks {prefix + name!r}"
-    for name in values:
         if name not in hints and name not in elsewhere:
             return f"holds {prefix + name!r}, which is no field of it"
     return next(
@@ -104,7 +106,7 @@ def wrong_field(
 def _wrong_value(name: str, value: Any, hint: Any, rule: Rule | None) -> str | None:
     """Say what is wrong with one field: its type, its rule, or a field within it."""
     record = next((one for one in (hint, *get_args(hint)) if _is_record(one)), None)
-    # a field within a record is named by its whole path, which says more than the record's type
+    # A field within a record is named by its whole path, which says more than the record's type.
     is_inner = record is not None and isinstance(value, dict)
     text = repr(value)
     said = f"has {name} = {text if len(text) <= SHOWN else text[: SHOWN - 3] + '...'}, which is "

@@ -24,24 +24,25 @@ def spell(text: str, encoding: str | None) -> str:
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
+        # Only here: a terminal that has the letters shows them.
         plain = "".join(SPELLED.get(letter, letter) for letter in text)
         return plain.encode(encoding, "replace").decode(encoding)
-    except LookupError:  # an encoding that Python does not know
+    # A stream may name an encoding that Python does not know.
+    except LookupError:
         return spell(text, "ascii")
     return text
 
 
 def write_text(stream: TextIO | None, text: str) -> str | None:
     """Write and flush; return why it could not be done, None where it was."""
-    if stream is None:  # the process was started with the descriptor closed
+    # Python has no stream where the process was started with the descriptor closed.
+    if stream is None:
         return "it is closed"
     try:
         stream.write(spell(text, getattr(stream, "encoding", None)))
         stream.flush()
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a broken pipe or a full disk; a closed stream is a ValueError
+    # A broken pipe or a full disk is an OSError, a closed stream a ValueError.
+    except (OSError, ValueError) as error:
         return str(error) or type(error).__name__
     return None
 
@@ -66,9 +67,8 @@ def flush_streams() -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and write_text(stream, "") is not None:
-            with contextlib.suppress(
-                OSError, ValueError
-            ):  # streams without a descriptor, or closed ones
+            # A stream may have no descriptor, or be closed.
+            with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())
                 os.close(nowhere)

@@ -115,6 +115,7 @@ def bound_work(
     """Return the most work that a fit of `estimate_llc` with this configuration can take."""
     filled, center = config.filled, problem.posterior.center
     products = 0 if is_warm else most_products(start, center.size, center.dtype.itemsize)
+    # The line that follows the least curvature has w* beside its points.
     beside = losses_beside(LINE_POINTS, filled.evaluation_draws)
     counts = FitCounts(filled.steps, MAX_ROUNDS, products, center.size, True, beside, is_warm)
     return _price(counts, problem, config, num_chains, look)
@@ -127,27 +128,28 @@ def _price(
     config, num_data, dim = config.filled, problem.num_data, problem.posterior.center.size
     draws = config.evaluation_draws
     gradients = counts.steps * config.step_draws * num_chains
+    # A fit that began at another took its whitening, which that one has paid for.
     whitening = "" if counts.is_warm else config.whitening
     moment = MOMENT_GRADIENTS if whitening in ("rmsprop", "adam") else 0
     start_hvp = counts.start_products + DIAGONAL_PROBES * (whitening == "hvp_diag")
-    evaluation_hvp = 0
-    if config.control_variate == "hvp":
-        rows = min(counts.moment_rows, dim)
-        evaluation_hvp = num_chains * (draws + rows + config.trace_probes)
-    # of each chain: every group of draws has w* beside it, the first one with the gradient there
+    # One product for each draw, and the trace: the rows exactly, what they leave by probes.
+    products = draws + min(counts.moment_rows, dim) + config.trace_probes
+    evaluation_hvp = num_chains * products * (config.control_variate == "hvp")
+    # Every group of a chain's draws has w* beside it, the first one with the gradient there.
     groups = draws // draws_at_once(draws)
-    own = Work(losses=draws + 1)
-    if counts.has_slope:
-        own = Work(losses=draws + groups - 1, gradients=1)
+    beside = Work(losses=groups - 1, gradients=1) if counts.has_slope else Work(losses=1)
     calibration = calibration_steps(num_chains, config.step_draws) * num_chains * config.step_draws
     minibatches = moment + calibration * counts.calibration_rounds
     curvature = Work(
         gradients=problem.batch_size * minibatches,
         losses=num_data * counts.descent_losses,
+        # The start's Hessian is of a part of the data (docs/math.md, Start).
         hessian_products=min(num_data, config.hessian_examples) * start_hvp,
     )
-    # of evaluations on all data, one is a full-gradient equivalent times its price
-    evaluation = Work(num_chains * own.gradients, num_chains * own.losses, evaluation_hvp)
+    # Of evaluations on all data, one is a full-gradient equivalent times its price.
+    evaluation = Work(
+        num_chains * beside.gradients, num_chains * (draws + beside.losses), evaluation_hvp
+    )
     stages = {
         "fge_look": Work(gradients=look.sample_gradients).fge(num_data),
         "fge_curvature": curvature.fge(num_data),
@@ -169,5 +171,6 @@ def _concrete(value: Any) -> Any:
     """Return a Python int where the value is known."""
     try:
         return int(value)
-    except TypeError:  # jax's concretisation errors are TypeErrors: the run is being traced
+    # jax's concretisation errors are TypeErrors: the run is being traced.
+    except TypeError:
         return value

@@ -13,6 +13,7 @@ from fastvi.results.estimate import LLCEstimate
 from fastvi.target.work import LOSS
 
 ENOUGH_WALK = 4  # records of a walker that are worth a posterior
+CONSTANTS = ("n_data", "dim", "nbeta", "localization", "init_loss")
 
 
 def to_arviz(result: LLCEstimate) -> Any:
@@ -40,34 +41,30 @@ def to_arviz(result: LLCEstimate) -> Any:
     arviz = import_optional("arviz", extra="arviz", distribution="arviz", purpose="to_arviz")
     xarray = import_optional("xarray", extra="arviz", distribution="xarray", purpose="to_arviz")
     draws, statistics = _draws_of_q(result) if result.has_fit else ({}, {})
-    walks = _has_walk(result) or not result.has_fit
+    walks = result.walk_llc.shape[1] >= ENOUGH_WALK or not result.has_fit
     posterior, sample_stats = _walk(result) if walks else (draws, statistics)
     groups = {
         "posterior": _dataset(xarray, posterior, ("chain", "draw"), _attributes(result)),
         "sample_stats": _dataset(xarray, sample_stats, ("chain", "draw")),
-        "constant_data": _dataset(xarray, _constants(result), ()),
+        "constant_data": _dataset(xarray, {name: getattr(result, name) for name in CONSTANTS}, ()),
     }
     if result.has_fit:
         groups["variational"] = _dataset(xarray, draws | statistics, ("chain", "draw"))
         groups["optimization"] = _dataset(xarray, dict(result.traces), ("chain", "step"))
-    container = vars(arviz).get(
-        "InferenceData"
-    )  # to ask arviz 1 for an attribute that it gave up warns
+    # To ask arviz 1 for an attribute that it gave up warns.
+    container = vars(arviz).get("InferenceData")
     if container is None:
         return xarray.DataTree.from_dict(groups)
     return container(**groups)
 
 
-def _has_walk(result: LLCEstimate) -> bool:
-    return result.walk_llc.ndim == 2 and result.walk_llc.shape[1] >= ENOUGH_WALK
-
-
 def _draws_of_q(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return LLC and loss of q's draws, and their statistics, mirrored draws side by side."""
-    found = {**result.draws._asdict(), "log_weight": result.log_weights}
-    found = {name: _side_by_side(np.asarray(array, float)) for name, array in found.items()}
+    arrays = result.draws._asdict() | {"log_weight": result.log_weights}
+    found = {name: _side_by_side(np.asarray(array, float)) for name, array in arrays.items()}
     excess, log_q, log_weight = (found[name] for name in ("excess_loss", "log_q", "log_weight"))
     fitted = np.asarray(result.traces["cumulative_fge"], float)[:, -1:]
+    # Each draw took one loss on all data.
     work = fitted + LOSS * np.arange(1, excess.shape[1] + 1)
     return (
         {"llc": result.nbeta * excess, "L": result.init_loss + excess},
@@ -95,6 +92,7 @@ def _walk(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
     burn, (walkers, length) = result.walk_burn_in, result.walk_llc.shape
     llc = np.asarray(result.walk_llc, float)[:, burn:]
     before = result.work.total_fge - result.work.fge_correction
+    # The walkers share what was spent before, and their own work is even along the walk.
     work = (
         before / walkers
         + result.work.fge_correction / walkers * np.arange(burn + 1, length + 1) / length
@@ -103,17 +101,6 @@ def _walk(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
         {"llc": llc, "L": result.init_loss + llc / result.nbeta},
         {"cumulative_fge": np.broadcast_to(work, llc.shape), "diverging": ~np.isfinite(llc)},
     )
-
-
-def _constants(result: LLCEstimate) -> dict[str, np.ndarray]:
-    values = {
-        "n_data": result.n_data,
-        "dim": result.dim,
-        "nbeta": result.nbeta,
-        "localization": result.localization,
-        "init_loss": result.init_loss,
-    }
-    return {name: np.asarray(value) for name, value in values.items()}
 
 
 def _attributes(result: LLCEstimate) -> dict[str, Any]:
@@ -125,7 +112,7 @@ def _attributes(result: LLCEstimate) -> dict[str, Any]:
         "method": "variational" if result.correction is None else result.correction.method,
         **(_attributes_of_q(result) if result.has_fit else {}),
         "total_fge": float(result.work.total_fge),
-        "converged": str(result.converged),
+        "converged": str(result.converged),  # netCDF has neither None nor a bool
         "findings": " ".join(finding.name for finding in result.health),
         "config": json.dumps(result.config.to_dict()),
     }
@@ -143,7 +130,7 @@ def _attributes_of_q(result: LLCEstimate) -> dict[str, Any]:
 
 
 def _dataset(
-    xarray: Any, arrays: dict[str, np.ndarray], dims: tuple[str, ...], attrs: dict | None = None
+    xarray: Any, arrays: dict[str, Any], dims: tuple[str, ...], attrs: dict | None = None
 ) -> Any:
     variables = {name: (dims, np.asarray(array)) for name, array in arrays.items()}
     lengths = next(iter(variables.values()))[1].shape

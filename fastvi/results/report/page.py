@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from fastvi.results.estimate import NO_FINDINGS, LLCEstimate, with_error
+from fastvi.results.findings import Finding
 from fastvi.results.report.panels import PANELS, render
 
-REPORT_DPI = 110
+REPORT_DPI = 110  # a panel is then 704 pixels wide, for columns of 440 and more
 SEVERITY_COLORS = {"error": "#b00020", "warning": "#a65b00", "note": "#00629b"}
 PAGE = """<!doctype html>
 <html lang="en">
@@ -73,6 +74,7 @@ def write_report(result: LLCEstimate, path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     value = result.llc_text
+    # Words of an estimate are escaped: a run folder may be anybody's.
     page = PAGE.format(
         title=f"llc {value}",
         style=STYLE,
@@ -97,22 +99,23 @@ def write_report(result: LLCEstimate, path: str | os.PathLike[str]) -> Path:
 def _findings(result: LLCEstimate) -> str:
     if not result.health:
         return f"<p>{html.escape(NO_FINDINGS.capitalize())}.</p>"
-    parts = []
-    for finding in result.health:
-        color = SEVERITY_COLORS[finding.severity]
-        name, said, cause, fix = map(
-            html.escape, (finding.name, finding.observed, finding.cause, finding.next_step)
-        )
-        parts.append(
-            f'<div class="finding" style="border-color: {color}"><b style="color: '
-            f'{color}">{finding.severity} · '
-            f"{name}</b><br>{said} {cause}<br><i>{fix}</i></div>"
-        )
-    return "\n".join(parts)
+    return "\n".join(map(_finding, result.health))
+
+
+def _finding(finding: Finding) -> str:
+    color = SEVERITY_COLORS[finding.severity]
+    name, said, cause, fix = map(
+        html.escape, (finding.name, finding.observed, finding.cause, finding.next_step)
+    )
+    return (
+        f'<div class="finding" style="border-color: {color}"><b style="color: '
+        f'{color}">{finding.severity} · '
+        f"{name}</b><br>{said} {cause}<br><i>{fix}</i></div>"
+    )
 
 
 def _figure(name: str, result: LLCEstimate) -> str:
-    # images inside the page: it stays whole when it is mailed or moved
+    # Images are inside the page: it stays whole when it is mailed or moved.
     encoded = base64.b64encode(render(name, result, REPORT_DPI)).decode("ascii")
     reading = html.escape(PANELS[name].reading)
     image = f'<img alt="{name}" src="data:image/png;base64,{encoded}">'
@@ -130,8 +133,9 @@ def _numbers(result: LLCEstimate) -> dict[str, str]:
     if result.has_fit:
         numbers["factorisations that took a ridge"] = str(result.work.n_cholesky_ridge)
     details = {} if result.correction is None else result.correction._asdict()
+    # Of draws of q, which a walk has not.
     if not result.has_fit:
-        del details["khat"]  # of draws of q
+        del details["khat"]
     stage = "correction" if result.has_fit else "walk"
     return numbers | {
         f"{stage}: {name}": _text(value) for name, value in details.items() if value is not None

@@ -2,15 +2,15 @@
 
 import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.report.style import (
     CHAIN_COLORS,
-    DASHED,
     FAINT,
+    GUIDE,
     INK,
     chain_color,
     draw_chains,
@@ -26,8 +26,6 @@ MOST_BARS = 64  # of a chain: with four chains a bar is then two pixels of the p
 # Largest over smallest value below which a logarithmic axis has plain numbers. Above three decades
 # 1, 2, 5 of each no longer fit.
 NARROW_RANGE = 1000
-
-
 LEGEND_SHARE = 0.12  # of the height, for a legend of one line above lines that are everywhere
 
 
@@ -72,7 +70,7 @@ def draw_elbo(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the ELBO with its noise."""
     values = np.asarray(result.traces["elbo"], float)
     means = draw_chains(axes, values, label_chains=True, band=True)
-    axes.axhline(result.elbo, color=INK, linewidth=1, linestyle=DASHED, label="final, all data")
+    axes.axhline(result.elbo, label="final, all data", **GUIDE)
     set_limits(axes, values, means, include=(result.elbo,))
     axes.set(title="ELBO:  mean ± standard deviation of steps", ylabel="nats", xlabel="step")
     axes.legend(loc="lower right", ncols=2 if len(values) > 2 else 1)
@@ -88,17 +86,13 @@ def draw_llc(axes: "Axes", result: LLCEstimate) -> None:
     axes.axhspan(low, high, color=INK, alpha=0.18, linewidth=0, zorder=3, label=label)
     axes.axhline(result.llc, color=INK, linewidth=1, zorder=3)
     if result.correction:
-        axes.axhline(
-            result.llc_vi,
-            color=INK,
-            linewidth=1,
-            linestyle=DASHED,
-            zorder=3,
-            label="q alone, all data",
-        )
+        axes.axhline(result.llc_vi, zorder=3, label="q alone, all data", **GUIDE)
     set_limits(axes, values, means, include=(low, high, result.llc_vi))
-    title = r"llc on minibatches:  $n\beta\,(L_B(w) - L_n(w^*))$"
-    axes.set(title=title, ylabel="nats", xlabel="full-gradient equivalents of one chain")
+    axes.set(
+        title=r"llc on minibatches:  $n\beta\,(L_B(w) - L_n(w^*))$",
+        ylabel="nats",
+        xlabel="full-gradient equivalents of one chain",
+    )
     axes.legend(loc="upper right")
 
 
@@ -106,7 +100,7 @@ def draw_virial(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the virial, 1 at the best fit."""
     values = np.asarray(result.traces["virial"], float)
     means = draw_chains(axes, values)
-    axes.axhline(1, color=INK, linewidth=1, linestyle=DASHED, label="1 at the best fit")
+    axes.axhline(1, label="1 at the best fit", **GUIDE)
     set_limits(axes, values, means, include=(0.9, 1.1))
     axes.set(
         title="virial:  above 1, q is too wide; below, too narrow", ylabel="virial", xlabel="step"
@@ -119,20 +113,16 @@ def draw_radius(axes: "Axes", result: LLCEstimate) -> None:
     values = np.asarray(result.traces["radius2"], float)
     means = draw_chains(axes, values)
     if result.localization > 0:
-        prior = result.dim / result.localization
+        # A Gaussian of precision gamma has the mean squared radius d / gamma.
         axes.axhline(
-            prior,
-            color=INK,
-            linewidth=1,
-            linestyle=DASHED,
-            label=r"$d/\gamma$: the localizer alone",
+            result.dim / result.localization, label=r"$d/\gamma$: the localizer alone", **GUIDE
         )
         axes.legend(loc="lower right")
     finite = means[np.isfinite(means) & (means > 0)]
     if finite.size:
-        axes.set_yscale("log")
         bulk = values[np.isfinite(values) & (values > 0)]
-        axes.set_ylim(float(0.5 * np.percentile(bulk, 1)), None)
+        # One step close to w* would otherwise stretch the axis over decades.
+        axes.set(yscale="log", ylim=(float(0.5 * np.percentile(bulk, 1)), None))
         low, high = axes.get_ylim()
         if high < NARROW_RANGE * low:
             _label_plainly(axes)
@@ -155,57 +145,52 @@ def draw_spectrum(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the leading eigenvalues of the precision at w*, those in the core filled."""
     values, rank = spectrum_of(result), int(result.curvature.rank)
     index = np.arange(1, values.size + 1)
-    blue, white = CHAIN_COLORS[0], "white"
+    label = f"in the core, rank {rank}"
+    axes.plot(index[:rank], values[:rank], "o", color=CHAIN_COLORS[0], markersize=4, label=label)
     axes.plot(
-        index[:rank],
-        values[:rank],
+        index[rank:],
+        values[rank:],
         "o",
-        color=blue,
+        color=FAINT,
         markersize=4,
-        label=f"in the core, rank {rank}",
+        markerfacecolor="white",
+        label="covered by the diagonal",
     )
-    (rest,) = axes.plot(
-        index[rank:], values[rank:], "o", color=FAINT, markersize=4, markerfacecolor=white
-    )
-    rest.set_label("covered by the diagonal")
-    axes.axvline(rank + 0.5, color=blue, linewidth=0.8, linestyle=(0, (1, 2)))
+    axes.axvline(rank + 0.5, color=CHAIN_COLORS[0], linewidth=0.8, linestyle=(0, (1, 2)))
+    # The localization is in model coordinates, in which a whitened spectrum is not.
     plain = result.config.whitening == "none"
     if plain and result.localization > 0:
-        axes.axhline(
-            result.localization, color=INK, linewidth=1, linestyle=DASHED, label="localization"
-        )
-    axes.set_yscale("log")
+        axes.axhline(result.localization, label="localization", **GUIDE)
+    title = r"leading spectrum of $n\beta H + \gamma$ at $w^*$" + ("" if plain else ", whitened")
+    axes.set(title=title, ylabel="eigenvalue", xlabel=f"index, of {result.dim:,}", yscale="log")
     if values.max() < NARROW_RANGE * values.min():
         _label_plainly(axes)
-    title = r"leading spectrum of $n\beta H + \gamma$ at $w^*$" + ("" if plain else ", whitened")
-    axes.set(title=title, ylabel="eigenvalue", xlabel=f"index, of {result.dim:,}")
     axes.legend(loc="upper right")
 
 
 def draw_learning_rate(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the schedule."""
     axes.plot(np.asarray(result.traces["lr"])[0], color=CHAIN_COLORS[0], linewidth=1.6)
-    axes.set(title="learning rate", ylabel="lr", xlabel="step")
-    axes.set_ylim(bottom=0)
+    axes.set(title="learning rate", ylabel="lr", xlabel="step", ylim=(0, None))
 
 
 def draw_weights(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the mixture weights of each chain, heaviest first."""
+    # Components have no order of their own, and differ from chain to chain.
     weights = np.sort(np.asarray(result.family_arrays["pi"], float), axis=1)[:, ::-1]
-    equal = 1 / weights.shape[1]
-    weights = weights[:, :MOST_BARS]
-    chains, count = weights.shape
-    width = 0.8 / chains
+    chains, components = weights.shape
+    places = np.arange(1, min(components, MOST_BARS) + 1)
+    width = 0.8 / chains  # a fifth of each place stays free between components
     for chain, row in enumerate(weights):
-        at = np.arange(1, count + 1) - 0.4 + width * (chain + 0.5)
-        axes.bar(at, row, width=width, color=chain_color(chain), linewidth=0)
-    axes.axhline(equal, color=INK, linewidth=1, linestyle=DASHED, label="equal weights")
+        at = places - 0.4 + width * (chain + 0.5)
+        axes.bar(at, row[:MOST_BARS], width=width, color=chain_color(chain), linewidth=0)
+    axes.axhline(1 / components, label="equal weights", **GUIDE)
     axes.set(
         title=r"mixture weights $\pi$, sorted, by chain",
         ylabel="weight",
         xlabel="component, heaviest first",
+        xticks=places[:: max(1, places.size // 16)],
     )
-    axes.set_xticks(np.arange(1, count + 1, max(1, count // 16)))
     axes.legend(loc="upper right")
 
 
@@ -213,26 +198,24 @@ def draw_scree(axes: "Axes", result: LLCEstimate) -> None:
     """Draw the variance that each factor row adds, for each component of the first chain."""
     norms = np.asarray(result.family_arrays["factor_norm2"], float)[0]
     weights = np.asarray(result.family_arrays["pi"], float)[0]
-    ordered = -np.sort(-norms, axis=1)
-    order = np.argsort(-weights)
+    # A row of length 0 has no place on a logarithmic axis.
+    ordered = np.maximum(-np.sort(-norms, axis=1), 1e-12)
     index = np.arange(1, norms.shape[1] + 1)
-    for place, component in enumerate(order[: len(CHAIN_COLORS)]):
-        label = f"component {component}, weight {weights[component]:.2f}"
-        axes.plot(
-            index,
-            np.maximum(ordered[component], 1e-12),
-            "o-",
-            color=chain_color(place),
-            markersize=4,
-            label=label,
-        )
-    for component in order[len(CHAIN_COLORS) :]:
-        axes.plot(index, np.maximum(ordered[component], 1e-12), "-", color=FAINT, linewidth=0.8)
-    axes.axhline(1, color=INK, linewidth=1, linestyle=DASHED)
-    axes.set_yscale("log")
-    axes.set_xticks(index[:: max(1, index.size // 12)])
-    title = "scree:  variance that each factor adds, 1 = the diagonal's"
-    axes.set(title=title, ylabel=r"$|A_m\ \mathrm{row}|^2$", xlabel="rank, longest first")
+    for place, component in enumerate(np.argsort(-weights)):
+        style: dict[str, Any] = {"color": FAINT, "linewidth": 0.8}
+        # Beyond the colours of the palette components are not told apart.
+        if place < len(CHAIN_COLORS):
+            label = f"component {component}, weight {weights[component]:.2f}"
+            style = {"color": chain_color(place), "marker": "o", "markersize": 4, "label": label}
+        axes.plot(index, ordered[component], **style)
+    axes.axhline(1, **GUIDE)
+    axes.set(
+        title="scree:  variance that each factor adds, 1 = the diagonal's",
+        ylabel=r"$|A_m\ \mathrm{row}|^2$",
+        xlabel="rank, longest first",
+        yscale="log",
+        xticks=index[:: max(1, index.size // 12)],
+    )
     axes.legend(loc="best", fontsize=7.5)
 
 
@@ -241,27 +224,16 @@ def draw_scales(axes: "Axes", result: LLCEstimate) -> None:
     scales = np.asarray(result.family_arrays["D_sqrt"], float)
     kept = scales[np.isfinite(scales) & (scales > 0)]
     if kept.size:
-        low, high = kept.min(), kept.max()
-        bins = np.geomspace(low / 1.05, high * 1.05, 41)
+        # The margin keeps two edges apart where all scales are one.
+        bins = np.geomspace(kept.min() / 1.05, kept.max() * 1.05, 41)
+        look = {"bins": bins, "histtype": "step", "linewidth": 1.4}
         for chain, row in enumerate(scales):
+            # Shares, so that the axis does not depend on the number of parameters.
             weights = np.full(row.size, 1 / row.size)
-            axes.hist(
-                row,
-                bins=bins,
-                weights=weights,
-                histtype="step",
-                color=chain_color(chain),
-                linewidth=1.4,
-            )
+            axes.hist(row, weights=weights, color=chain_color(chain), **look)
         axes.set_xscale("log")
     if result.localization > 0:
-        axes.axvline(
-            result.localization**-0.5,
-            color=INK,
-            linewidth=1,
-            linestyle=DASHED,
-            label=r"$\gamma^{-1/2}$",
-        )
+        axes.axvline(result.localization**-0.5, label=r"$\gamma^{-1/2}$", **GUIDE)
         axes.legend(loc="upper left")
     axes.set(
         title=r"standard deviations $D^{1/2}$ of the diagonal",
@@ -276,16 +248,13 @@ def draw_importance(axes: "Axes", result: LLCEstimate) -> None:
     log_weights = np.sort(np.ravel(np.asarray(result.log_weights, float)))[::-1]
     finite = log_weights[np.isfinite(log_weights)]
     if finite.size:
+        # Softmax: the largest is taken off, for float64 ends at exp(709).
         shares = np.exp(finite - finite[0])
         shares /= shares.sum()
         index = np.arange(1, finite.size + 1)
         axes.plot(index, np.maximum(shares, 1e-8), ".", color=CHAIN_COLORS[0], markersize=4)
-        axes.axhline(
-            1 / finite.size, color=INK, linewidth=1, linestyle=DASHED, label="equal weights"
-        )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_ylim(1e-8, 2)
+        axes.axhline(1 / finite.size, label="equal weights", **GUIDE)
+        axes.set(xscale="log", yscale="log", ylim=(1e-8, 2))
         axes.legend(loc="lower left")
     title = f"importance weights:  k-hat {khat:.2g} ({word}), {effective:.3g} effective draws"
     axes.set(title=title, ylabel="share of the weight", xlabel="draw of q, heaviest first")
@@ -299,34 +268,22 @@ def draw_walk(axes: "Axes", result: LLCEstimate) -> None:
     means = draw_chains(axes, values)
     burn = result.walk_burn_in
     axes.axvspan(0, burn, color=FAINT, alpha=0.12, linewidth=0, label="burn-in")
-    axes.axhspan(
-        result.llc - result.llc_sem,
-        result.llc + result.llc_sem,
-        color=INK,
-        alpha=0.3,
-        zorder=3,
-        linewidth=0,
-    )
-    axes.axhline(
-        result.llc,
-        color=INK,
-        linewidth=1,
-        zorder=3,
-        label=f"{'corrected ' if result.has_fit else ''}llc ± sem",
-    )
-    set_limits(
-        axes,
-        values[:, burn:],
-        means[:, burn:] if means.shape[1] > burn else means,
-        include=(result.llc,),
-    )
+    low, high = result.llc - result.llc_sem, result.llc + result.llc_sem
+    axes.axhspan(low, high, color=INK, alpha=0.3, zorder=3, linewidth=0)
+    label = f"{'corrected ' if result.has_fit else ''}llc ± sem"
+    axes.axhline(result.llc, color=INK, linewidth=1, zorder=3, label=label)
+    # The running mean is shorter than the walk, and may end within the burn-in.
+    late = means[:, burn:] if means.shape[1] > burn else means
+    set_limits(axes, values[:, burn:], late, include=(result.llc,))
     axes.set(
         title=f"walkers:  {_said_of_walk(result)}",
         ylabel=r"$n\beta\,(L_n(w) - L_n(w^*))$",
         xlabel="bin of steps",
     )
+    # A short walk has few bins, and no half of one.
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     low, high = axes.get_ylim()
+    # Walkers fill the whole width, so that a legend finds no free corner.
     axes.set_ylim(low, high + LEGEND_SHARE * (high - low))
     axes.legend(loc="upper right", ncols=2)
 

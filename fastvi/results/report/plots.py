@@ -48,12 +48,12 @@ def plot_traces(result: LLCEstimate) -> "Figure":
         else:
             draw_learning_rate(last, result)
         chains, steps = result.traces["elbo"].shape
-        aid = f"running mean of {window_of(steps)} steps"
         _frame(
             figure,
             result,
             f"{chains} chains × {steps:,} steps",
-            f"faint: single steps, on minibatches;  solid: {aid}",
+            "faint: single steps, on minibatches;  solid: running mean of "
+            f"{window_of(steps)} steps",
         )
     return figure
 
@@ -83,6 +83,7 @@ def _frame(figure: "Figure", result: LLCEstimate, length: str, legend: str) -> N
     figure.text(0.012, 0.955, estimate, fontsize=14, ha="left", va="center", color=INK)
     figure.text(0.988, 0.955, problem, fontsize=9.5, ha="right", va="center", color=INK)
     figure.text(0.988, 0.012, legend, fontsize=8.5, ha="right", va="bottom", color=FAINT)
+    # The rectangle leaves the lines of text above and below free.
     figure.set_layout_engine(
         "constrained", rect=(0.004, 0.035, 0.992, 0.885), w_pad=0.1, h_pad=0.08
     )
@@ -109,12 +110,13 @@ def plot_panels(result: LLCEstimate, *names: str) -> "Figure":
             f"this estimate has nothing to show in {', '.join(names)}; it has {there or 'no panel'}"
             "."
         )
-    columns = min(2, len(chosen))
+    columns = min(2, len(chosen))  # one panel alone takes the whole width
     rows = -(-len(chosen) // columns)
     with styled_figure((5.5 * columns, 3.7 * rows), layout="constrained") as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, name in zip(grid.flat, chosen, strict=False):
             PANELS[name].draw(axes, result)
+        # An odd number of panels leaves the last place empty.
         for axes in figure.axes[len(chosen) :]:
             axes.set_axis_off()
     return figure

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette without yellow: told apart in most kinds of colour blindness.
 CHAIN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, FAINT = "#222222", "#777777"
-DASHED = (0, (4, 3))
+# The look of a line that values are held against.
+GUIDE: dict[str, Any] = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 3))}
 RAW_ALPHA = 0.18  # opacity of single steps, behind the mean that is read
 # Windows of the running mean in a run: half hides a turn near the end, double shows noise.
 NUM_WINDOWS = 25
@@ -29,7 +30,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
+    "axes.formatter.useoffset": False,  # a value is read off the axis, without a sum
     "grid.color": "#e8e8e8",
     "grid.linewidth": 0.8,
     "xtick.color": FAINT,
@@ -61,6 +62,7 @@ def styled_figure(size: tuple[float, float], **options: Any) -> "Iterator[Figure
         MissingExtraError: If matplotlib is not installed.
     """
     matplotlib = import_matplotlib()
+    # `Figure` itself, not pyplot: that would keep every figure and may ask for a display.
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
@@ -104,12 +106,15 @@ def draw_chains(
     where = np.arange(steps) if where is None else where
     window = window_of(steps)
     means = running_mean(values, window)
+    # Rounding can leave a variance below zero where the steps are alike.
     spread = np.sqrt(np.maximum(running_mean(values**2, window) - means**2, 0)) if band else None
     centers = running_mean(where[None, :].astype(float), window)[0]
     for chain, (row, mean) in enumerate(zip(values, means, strict=True)):
         color = chain_color(chain)
+        # A label for each colour: beyond them one would stand for several chains.
         label = f"chain {chain}" if label_chains and chain < len(CHAIN_COLORS) else None
         if spread is None:
+            # Rasterized: thousands of segments would make a vector file slow to show.
             axes.plot(
                 where, row, color=color, alpha=RAW_ALPHA, linewidth=0.6, zorder=1, rasterized=True
             )
@@ -119,8 +124,9 @@ def draw_chains(
                 centers, low, high, color=color, alpha=0.6 * RAW_ALPHA, linewidth=0, zorder=1
             )
         axes.plot(centers, mean, color=color, linewidth=1.6, zorder=2.5, label=label)
-    # matplotlib raises on limits that are not finite, as work is after a fit that diverged
+    # matplotlib raises on limits that are not finite, as work is after a fit that diverged.
     if np.all(np.isfinite(where[[0, -1]])):
+        # A run of one step has both limits at one place, of which matplotlib warns.
         axes.set_xlim(where[0], max(where[-1], where[0] + 1e-9))
     return means
 
@@ -129,17 +135,14 @@ def set_limits(
     axes: "Axes", values: np.ndarray, means: np.ndarray, include: tuple[float, ...]
 ) -> None:
     """Show the bulk of the later single steps, all but the start of the means, and `include`."""
-    late = means[:, means.shape[1] // 10 :]
-    late = late[np.isfinite(late)]
-    bulk = values[:, values.shape[1] // 2 :]
-    bulk = bulk[np.isfinite(bulk)]
     shown = [value for value in include if np.isfinite(value)]
-    if bulk.size:
-        shown += np.percentile(bulk, [1, 99]).tolist()
-    if late.size:
-        shown += np.percentile(late, [1, 99]).tolist()
+    for rows in (values[:, values.shape[1] // 2 :], means[:, means.shape[1] // 10 :]):
+        finite = rows[np.isfinite(rows)]
+        if finite.size:
+            # Percentiles: one wild step of a hundred does not flatten the others.
+            shown += np.percentile(finite, [1, 99]).tolist()
     if not shown:
         return
     low, high = min(shown), max(shown)
-    margin = 0.05 * (high - low) or 0.5
+    margin = 0.05 * (high - low) or 0.5  # matplotlib warns of limits that are equal
     axes.set_ylim(low - margin, high + margin)

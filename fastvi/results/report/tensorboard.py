@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,51 +75,55 @@ def write_events(
         raise DataError(
             f"write_events takes what estimate_llc or run_vi returned; got {type(result).__name__}."
         )
-    folder, config = Path(folder), result.config if isinstance(result, LLCEstimate) else VIConfig()
-    if isinstance(result, LLCEstimate) and not result.has_fit:
-        return _write_walk(result, folder)
-    every = config.eval_every if every is None else every
-    last = result.traces["elbo"].shape[1] - 1
     events = Events(folder)
-    events.write_traces(_sampled(result.traces), every=every)
-    if isinstance(result, LLCEstimate):
-        _write_estimate(events, result, every, last)
+    if isinstance(result, SamplerRunResult):
+        _write_chains(events, result, VIConfig().eval_every if every is None else every)
+    elif result.has_fit:
+        _write_estimate(events, result, result.config.eval_every if every is None else every)
     else:
-        events.write_scalars("mean", last, _final_run(result))
+        _write_walk(events, result)
     events.close()
-    return folder
+    return Path(folder)
 
 
-def _write_walk(result: LLCEstimate, folder: Path) -> Path:
+def _write_chains(events: "Events", result: SamplerRunResult, every: int) -> None:
+    """Write what `run_vi` returned, under the tags of an estimate."""
+    # VI does not sample `Ln`, which is NaN for the contract of a sampler alone.
+    traces = {name: trace for name, trace in result.traces.items() if name != "Ln"}
+    events.write_traces(traces, every=every)
+    names = ("lambda_hat_mean", "lambda_hat_std", "Eq_Ln_mean", "Ln_wstar", "total_fge")
+    final = {name: float(result.work[name]) for name in names}
+    last = result.traces["elbo"].shape[1] - 1
+    events.write_scalars("mean", last, final | {"llc_mean": final["lambda_hat_mean"]})
+
+
+def _write_walk(events: "Events", result: LLCEstimate) -> None:
     """Write the walkers of an estimate without a fit, and its final values and figure."""
-    events, length = Events(folder), result.config.filled.sampler.bin_length
+    length = result.config.filled.sampler.bin_length
     last = result.walk_llc.shape[1] * length - 1
     for place, values in enumerate(np.asarray(result.walk_llc, float).T):
-        step = (place + 1) * length - 1
-        events.write_scalars("mean", step, {"walk_llc": values.mean()})
-        for walker, value in enumerate(values):
-            events.write_scalars(f"walker_{walker}", step, {"walk_llc": value})
+        events.write_each("walker", (place + 1) * length - 1, {"walk_llc": values})
     events.write_scalars("mean", last, _headline(result))
     if PANELS["walk"].applies(result):
         events.write_images(last, {"walk": render("walk", result, IMAGE_DPI)})
-    events.close()
-    return folder
 
 
-def _write_estimate(events: "Events", result: LLCEstimate, every: int, last: int) -> None:
-    """Write an estimate's figures along the fit, and its final values and figures."""
+def _write_estimate(events: "Events", result: LLCEstimate, every: int) -> None:
+    """Write an estimate's traces, its figures along the fit, and its final values and figures."""
+    events.write_traces(result.traces, every=every)
+    last = result.traces["elbo"].shape[1] - 1
     moments = _moments(result)
     for step, moment in moments.items():
         _write_row_lengths(events, step, moment)
     for step in _image_steps(last + 1, every):
+        # A fit that kept nothing on its way has the shape of its end alone, which is not this one.
         early = moments.get(step, dataclasses.replace(result, family_arrays={}))
         upto = {name: trace[:, : step + 1] for name, trace in result.traces.items()}
         events.write_images(
             step, _images(dataclasses.replace(early, traces=upto), (*SHAPES, "radius2_trace"))
         )
-    events.write_scalars("mean", last, _final_mean(result))
-    for chain in range(len(result.evaluation.llc)):
-        events.write_scalars(f"chain_{chain}", last, _final_of_chain(result, chain))
+    events.write_scalars("mean", last, _headline(result) | {"khat": result.importance.khat})
+    events.write_each("chain", last, _final_of_q(result))
     events.write_images(last, _images(result, IMAGES))
 
 
@@ -138,6 +142,7 @@ def _moments(result: LLCEstimate) -> dict[int, LLCEstimate]:
 
 def _image_steps(length: int, every: int) -> range:
     """Return steps before the last, evenly spaced, each the end of a record."""
+    # Rounded up, so that there are at most `MOST_IMAGES` of them.
     stride = every * -(-length // (every * (MOST_IMAGES + 1)))
     return range(stride - 1, length - 1, stride)
 
@@ -155,18 +160,13 @@ def _write_row_lengths(events: "Events", step: int, result: LLCEstimate) -> None
     if "factor_norm2" not in result.family_arrays:
         return
     ordered = np.sqrt(-np.sort(-np.asarray(result.family_arrays["factor_norm2"], float), axis=2))
-    ranks = [min(rank, ordered.shape[2]) for rank in result.config.ranks]
+    # Components of a smaller rank are filled up with rows of length 0, which are left out.
     lengths = {
-        m: np.quantile(ordered[:, m, :rank], 0.95, axis=1) for m, rank in enumerate(ranks) if rank
+        f"A_col_norm_p95_{m}": np.quantile(ordered[:, m, :rank], 0.95, axis=1)
+        for m, rank in enumerate(result.config.ranks)
+        if rank
     }
-    runs = {
-        "mean": slice(None),
-        **{f"chain_{chain}": slice(chain, chain + 1) for chain in range(len(ordered))},
-    }
-    for run, chains in runs.items():
-        events.write_scalars(
-            run, step, {f"A_col_norm_p95_{m}": found[chains].mean() for m, found in lengths.items()}
-        )
+    events.write_each("chain", step, lengths)
 
 
 class Events:
@@ -176,18 +176,13 @@ class Events:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self._proto = import_optional(
-            "tensorboardX.proto.summary_pb2",
-            extra="tensorboard",
-            distribution="tensorboardX",
-            purpose="TensorBoard",
-        )
-        self._writer = import_optional(
-            "tensorboardX.writer",
-            extra="tensorboard",
-            distribution="tensorboardX",
-            purpose="TensorBoard",
-        ).FileWriter
+        named = {
+            "extra": "tensorboard",
+            "distribution": "tensorboardX",
+            "purpose": "TensorBoard",
+        }
+        self._proto = import_optional("tensorboardX.proto.summary_pb2", **named)
+        self._writer = import_optional("tensorboardX.writer", **named).FileWriter
         self._folder = Path(folder)
         self._files: dict[str, Any] = {}
 
@@ -195,12 +190,14 @@ class Events:
         """Write traces of shape (chains, steps), one record for every `every` steps."""
         windows = reduce_traces(traces, every, first_step)
         for index, step in enumerate(windows.steps):
-            per_chain = {name: values[:, index] for name, values in windows.values.items()}
-            mean = {name: float(values.mean()) for name, values in per_chain.items()}
-            self.write_scalars("mean", int(step), mean)
-            for chain in range(len(next(iter(per_chain.values())))):
-                values = {name: float(values[chain]) for name, values in per_chain.items()}
-                self.write_scalars(f"chain_{chain}", int(step), values)
+            each = {name: values[:, index] for name, values in windows.values.items()}
+            self.write_each("chain", int(step), each)
+
+    def write_each(self, kind: str, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Write the mean of values of shape (chains,), and each beside it, as `kind_0`, ..."""
+        self.write_scalars("mean", step, {name: row.mean() for name, row in values.items()})
+        for place, one in enumerate(zip(*values.values(), strict=True)):
+            self.write_scalars(f"{kind}_{place}", step, dict(zip(values, one, strict=True)))
 
     def write_scalars(self, run: str, step: int, values: Mapping[str, float]) -> None:
         """Write one event that holds all values of a step."""
@@ -213,8 +210,9 @@ class Events:
         """Write PNG images beside the means."""
         summary = self._proto.Summary()
         for name, png in images.items():
-            # a PNG's header has them at bytes 16 and 20, so that no image library is needed
+            # A PNG's header has them at bytes 16 and 20, so that no image library is needed.
             width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+            # A colorspace of 4 is RGBA to TensorBoard.
             image = self._proto.Summary.Image(
                 width=width, height=height, colorspace=4, encoded_image_string=png
             )
@@ -253,6 +251,7 @@ class LiveEvents:
 
     def __call__(self, progress: Progress) -> None:
         """Write the steps since the last report."""
+        # Other stages than the fit have none.
         if progress.traces:
             steps = next(iter(progress.traces.values())).shape[1]
             self._events.write_traces(
@@ -287,46 +286,21 @@ def reduce_traces(traces: Mapping[str, Any], every: int, first_step: int = 0) ->
     if "radius2" in arrays:
         for level in RADIUS_QUANTILES:
             columns = [
-                np.quantile(arrays["radius2"][:, a:b], level, axis=1)
-                for a, b in _pairs(starts, ends)
+                np.quantile(arrays["radius2"][:, begin:end], level, axis=1)
+                for begin, end in zip(starts, ends, strict=True)
             ]
             values[f"radius2_q{100 * level:02.0f}"] = np.stack(columns, axis=1)
     return Windows(first_step + ends - 1, values)
 
 
-def _pairs(starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
-    return zip(starts.tolist(), ends.tolist(), strict=True)
-
-
-def _sampled(traces: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what VI does not sample, the NaN that the contract of a sampler asks for."""
-    return {name: trace for name, trace in traces.items() if name != "Ln"}
-
-
-def _final_run(result: SamplerRunResult) -> dict[str, float]:
-    """Values of finished chains, under the tags of an estimate."""
-    names = ("lambda_hat_mean", "lambda_hat_std", "Eq_Ln_mean", "Ln_wstar", "total_fge")
-    return {name: float(result.work[name]) for name in names} | {
-        "llc_mean": float(result.work["lambda_hat_mean"])
-    }
-
-
-def _final_mean(result: LLCEstimate) -> dict[str, float]:
-    """Values of the finished estimate.
-
-    The headline as llc_mean and lambda_hat_mean, q's own beside it.
-    """
-    mean = {
-        name: float(np.mean(getattr(result.evaluation, name)))
-        for name in ("llc", "llc_mc", "variance_reduction")
-    }
+def _final_of_q(result: LLCEstimate) -> dict[str, np.ndarray]:
+    """Values of q's own, of shape (chains,)."""
+    own = {name: np.asarray(values, float) for name, values in result.evaluation._asdict().items()}
     return {
-        **_headline(result),
-        "llc_vi": result.llc_vi,
-        "Eq_Ln_mc": result.init_loss + mean["llc_mc"] / result.nbeta,
-        "Eq_Ln_cv": result.init_loss + mean["llc"] / result.nbeta,
-        "variance_reduction": mean["variance_reduction"],
-        "khat": result.importance.khat,
+        "llc_vi": own["llc"],
+        "Eq_Ln_mc": result.init_loss + own["llc_mc"] / result.nbeta,
+        "Eq_Ln_cv": result.init_loss + own["llc"] / result.nbeta,
+        "variance_reduction": own["variance_reduction"],
     }
 
 
@@ -340,14 +314,4 @@ def _headline(result: LLCEstimate) -> dict[str, float]:
         "L0": result.init_loss,
         "Ln_wstar": result.init_loss,
         "Eq_Ln_final": result.init_loss + result.llc / result.nbeta,
-    }
-
-
-def _final_of_chain(result: LLCEstimate, chain: int) -> dict[str, float]:
-    llc, values = result.evaluation.llc[chain], result.evaluation
-    return {
-        "llc_vi": llc,
-        "Eq_Ln_mc": result.init_loss + values.llc_mc[chain] / result.nbeta,
-        "Eq_Ln_cv": result.init_loss + llc / result.nbeta,
-        "variance_reduction": values.variance_reduction[chain],
     }

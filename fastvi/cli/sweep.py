@@ -300,7 +300,8 @@ def read_plan(path: Path, *, trust: bool = False) -> SweepPlan:
         _cell(target, base, shared, dict(zip(grid, values, strict=True)))
         for values in itertools.product(*grid.values())
     ]
-    check_packages(cells[0].config)
+    for cell in cells:  # before the first of them runs
+        check_packages(cell.config)
     return SweepPlan(target, cells, Path(given["out"]) if "out" in given else None)
 
 

@@ -158,6 +158,15 @@ def test_a_wrong_sweep_is_refused_before_it_runs(entries, message, tmp_path):
     assert message in errors
 
 
+def test_what_any_run_of_a_sweep_needs_is_asked_for_before_the_first(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    entries = {"target": "cli_model:target", "grid": {"tensorboard": [False, True]}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(entries))
+    status, _, errors = run(["sweep", "--config", str(tmp_path / "sweep.yaml")])
+    assert status == 2
+    assert 'pip install "fastvi[tensorboard]"' in errors
+
+
 def test_an_interrupted_sweep_goes_on(model, monkeypatch, tmp_path):
     base = {
         "r": 0,

@@ -764,6 +764,8 @@ def test_events_of_run_vi(tmp_path):
     assert "vi/Ln" not in events.Tags()["scalars"]
     with pytest.raises(DataError, match="what estimate_llc or run_vi returned; got dict"):
         write_events({}, tmp_path)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(DataError, match="every must be an integer >= 1; got 0"):
+        write_events(result, tmp_path, every=0)
 
 
 def described(cls):

@@ -68,13 +68,15 @@ def write_events(
         The folder.
 
     Raises:
-        DataError: If it is another thing.
+        DataError: If it is another thing, or `every` is not at least 1.
         MissingExtraError: If tensorboardX or matplotlib is not installed.
     """
     if not isinstance(result, (LLCEstimate, SamplerRunResult)):
         raise DataError(
             f"write_events takes what estimate_llc or run_vi returned; got {type(result).__name__}."
         )
+    if every is not None and every < 1:
+        raise DataError(f"every must be an integer >= 1; got {every!r}: leave it out.")
     events = Events(folder)
     if isinstance(result, SamplerRunResult):
         _write_chains(events, result, VIConfig().eval_every if every is None else every)

@@ -63,12 +63,17 @@ class Probe:
     def gradient(
         self,
         linear_map: LinearMap,
-        position: Float[np.ndarray, "walkers dim"],
+        position: Float[Array | np.ndarray, "walkers dim"],
         batch: tuple[int, AbstractSource],
         anchor: Float[Array, " dim"] | None = None,
     ) -> Float[np.ndarray, "walkers dim"]:
         """Return the estimate of the gradient of nbeta L_n of each walker in round coordinates."""
-        return self.evaluate(linear_map, blank_state(position), batch, anchor)[1]
+        state = blank_state(position)
+        del position  # the state has a copy
+        state = self._call(linear_map, state, batch, anchor)
+        position, gradient = state.position, state.here.gradient
+        del state  # its momenta are wanted no more
+        return self._of_loss(linear_map, position, gradient)
 
     def evaluate(
         self,
@@ -78,15 +83,27 @@ class Probe:
         anchor: Float[Array, " dim"] | None = None,
     ) -> tuple[State, Float[np.ndarray, "walkers dim"]]:
         """Evaluate walkers where they are, whose state is used up; return the gradient too."""
+        state = self._call(linear_map, state, batch, anchor)
+        return state, self._of_loss(linear_map, state.position, state.here.gradient)
+
+    def _call(self, linear_map: LinearMap, state: State, batch, anchor) -> State:
         step, source = batch
         course = Course(state, linear_map, 0.0, anchor, done=step)
-        state, _ = call_round(self.setup, course, source, -1, 0)
         self.work += self.setup.cost(1, 1, course.is_anchored)
+        return call_round(self.setup, course, source, -1, 0)[0]
+
+    def _of_loss(
+        self,
+        linear_map: LinearMap,
+        position: Float[Array, "walkers dim"],
+        gradient: Float[Array, "walkers dim"],
+    ) -> Float[np.ndarray, "walkers dim"]:
+        """Take the localizer's part off a gradient."""
         of_localizer = np.square(np.asarray(linear_map.scale)) * float(self.setup.posterior.gamma)
-        gradient, position = np.array(state.here.gradient), np.asarray(state.position)
-        for mine, at in zip(gradient, position, strict=True):  # one row after the other, in place
+        found = np.array(gradient)
+        for mine, at in zip(found, np.asarray(position), strict=True):  # row by row, in place
             mine -= of_localizer * at
-        return state, gradient
+        return found
 
 
 def measure_curvature(setup: WalkSetup, rng: np.random.Generator) -> tuple[Measured, float, int]:
@@ -103,10 +120,11 @@ def measure_curvature(setup: WalkSetup, rng: np.random.Generator) -> tuple[Measu
     probe, at_first = Probe(setup, CURVATURE_PROBES), copy.deepcopy(rng)
     localizer = round_map(setup, np.zeros(len(setup.leaf_sizes)))
     first, second = probe.batch(), probe.batch()
-    zero, direction = np.zeros(setup.shape, setup.dtype), standard_normal(setup, rng)
+    zero = np.zeros(setup.shape, setup.dtype)
     here = probe.gradient(localizer, zero, first)
-    bent = probe.gradient(localizer, direction, first)
+    bent = probe.gradient(localizer, standard_normal(setup, rng), first)
     bent -= here
+    direction = standard_normal(setup, copy.deepcopy(at_first))
     curvature = leaf_curvature(direction, bent, setup.leaf_sizes) * float(setup.posterior.gamma)
     del bent, direction
     noise = probe.gradient(localizer, zero, second)
@@ -133,9 +151,8 @@ def measure_curvature(setup: WalkSetup, rng: np.random.Generator) -> tuple[Measu
     is_noisy = wanted_parts(setup, measured) > MOST_RAW_PARTS
     if wanted == "anchored" or (is_noisy and wanted == "auto"):
         # noise that is left where the gradient at w* on the same examples is taken off
-        direction = standard_normal(setup, at_first)
-        there = probe.gradient(linear_map, direction, first)
-        there -= probe.gradient(linear_map, direction, second)
+        there = probe.gradient(linear_map, standard_normal(setup, copy.deepcopy(at_first)), first)
+        there -= probe.gradient(linear_map, standard_normal(setup, at_first), second)
         there /= math.sqrt(2)
         there -= noise
         measured = measured._replace(anchored_noise=mean_square(there))
@@ -156,9 +173,9 @@ def _largest_eigenvalue(
     image, stiffness = noise, 0.0
     for _ in range(STIFFNESS_PRODUCTS):
         sizes = np.maximum(np.linalg.norm(image, axis=1, keepdims=True), TINY)
-        start = blank_state(jnp.asarray(image / sizes))
+        start = jnp.asarray(image / sizes)
         del image
-        image = probe.evaluate(linear_map, start, batch)[1]
+        image = probe.gradient(linear_map, start, batch)
         image -= here
         sizes = np.linalg.norm(image, axis=1)
         stiffness = max(stiffness, float(np.quantile(sizes, STIFFNESS_QUANTILE)))

@@ -139,11 +139,14 @@ def blank_state(
     It uses up a position on the device.
     """
     # each an array of its own, since a donated one may be given once alone
-    count, momentum = position.shape[0], np.zeros_like(position) if momentum is None else momentum
-    each = [jnp.zeros(count, position.dtype) for _ in range(5)]
+    each = [jnp.zeros(position.shape[0], position.dtype) for _ in range(5)]
     blank = Evaluation(each[0], jnp.zeros_like(position), Observed(*each[1:]))
-    position = position if isinstance(position, jax.Array) else jnp.array(position)
-    return State(position, jnp.array(momentum), blank)
+    # copied once: `jnp.array` copies in numpy first, and lets go of that late
+    copied = functools.partial(jax.device_put, may_alias=False)
+    position = position if isinstance(position, jax.Array) else copied(position)
+    return State(
+        position, jnp.zeros_like(position) if momentum is None else copied(momentum), blank
+    )
 
 
 def minibatch_programs(

@@ -143,10 +143,9 @@ def blank_state(
     blank = Evaluation(each[0], jnp.zeros_like(position), Observed(*each[1:]))
     # copied once: `jnp.array` copies in numpy first, and lets go of that late
     copied = functools.partial(jax.device_put, may_alias=False)
-    position = position if isinstance(position, jax.Array) else copied(position)
-    return State(
-        position, jnp.zeros_like(position) if momentum is None else copied(momentum), blank
-    )
+    start = position if isinstance(position, jax.Array) else copied(position)
+    rest = jnp.zeros_like(start) if momentum is None else copied(momentum)
+    return State(start, rest, blank)
 
 
 def minibatch_programs(

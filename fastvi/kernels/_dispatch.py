@@ -39,6 +39,7 @@ class Implementation(NamedTuple):
 
     def obstacle(self, platform: str) -> str | None:
         """Say what keeps it from running on this machine, None if nothing does."""
+        # Packages are looked for without being imported: what nobody chose is not loaded.
         missing = [
             package for package in self.packages if importlib.util.find_spec(package) is None
         ]
@@ -79,6 +80,7 @@ class Op(NamedTuple):
         if implementation is not None:
             return getattr(self.select(implementation), function)(*args, **options)
 
+        # `platform_dependent` passes arrays alone, so that options are bound before.
         def of(name: str) -> Callable[..., Any]:
             return functools.partial(
                 getattr(self.implementations[name].load(), function), **options

@@ -42,6 +42,7 @@ def inverse_root(gram: Float[Array, "*batch n n"]) -> InverseRoot:
 @inverse_root.defjvp
 def _inverse_root_jvp(primals, tangents):
     found = inverse_root(*primals)
+    # With X = L^{-1}, dX = -Phi(X dG X^T) X: Phi keeps the lower triangle and halves its diagonal.
     inner = jnp.tril(found.root @ tangents[0] @ jnp.swapaxes(found.root, -1, -2))
     half = inner * (1 - 0.5 * jnp.eye(inner.shape[-1], dtype=inner.dtype))
     return found, InverseRoot(-half @ found.root, jnp.zeros_like(found.ridged))
@@ -71,6 +72,7 @@ def _factorise(gram):
     identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     matrix = identity + gram
     root = cholesky(matrix)
+    # A matrix that is not finite has another fault, which no ridge mends.
     failed = jnp.isnan(root).any(axis=(-2, -1)) & jnp.isfinite(matrix).all(axis=(-2, -1))
 
     def again():
@@ -101,6 +103,7 @@ def lower_inverse(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n 
     if size == 0:
         return matrix
     padded = 1 << (size - 1).bit_length()
+    # Ones on the padded part of the diagonal keep the matrix invertible.
     widths = [(0, 0)] * len(batch) + [(0, padded - size)] * 2
     whole = jnp.pad(matrix, widths) + jnp.diag((jnp.arange(padded) >= size).astype(matrix.dtype))
     diagonal = jnp.diagonal(whole, axis1=-2, axis2=-1)

@@ -66,6 +66,7 @@ def block_size(num_data: int, count: int) -> int:
         return num_data
     wanted = num_data / count
     sizes = range(max(1, int((1 - TOLERANCE) * wanted)), int((1 + TOLERANCE) * wanted) + 1)
+    # An example that is left over is in no block, so that only the anchor knows it.
     return min(sizes, key=lambda size: (num_data % size, abs(size - wanted)))
 
 

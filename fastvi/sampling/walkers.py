@@ -59,6 +59,7 @@ def place_walkers(
 
     def chain(inputs):
         chain_params, key, weights, energies = inputs
+        # The key makes the draws of the evaluation anew, which `weights` are of.
         draws = family.sample(
             chain_params, key, num_draws, antithetic=True, block=streams.EVALUATION
         )
@@ -128,6 +129,7 @@ def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int
     # a draw where the loss is not finite never becomes a walker
     log_weight = jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf)
     log_weight = log_weight - jnp.max(log_weight)
+    # The power of zero makes weights equal where no halving leaves enough candidates.
     powers = jnp.append(2.0 ** -jnp.arange(10), 0.0).astype(log_weight.dtype)
     flattened = jnp.where(jnp.isfinite(log_weight), powers[:, None] * log_weight, -jnp.inf)
     weights = jax.nn.softmax(flattened, axis=-1)

@@ -23,6 +23,7 @@ def pullback(
     h_x = scale * cotangent
     core_l = woodbury.solve(grams.core_half, mixture.core @ h_x)  # B l = C_B^{-1} B h_x
     l_x = h_x - core_l @ mixture.core
+    # The vectors and products are those of docs/math.md, section "Gradients".
     if metric == "natural":
         y = drawn.x_core + drawn.core_x @ mixture.core  # P x_core
         offset, factor_right, core_left, core_right = l_x, l_x, h_x, y
@@ -34,6 +35,7 @@ def pullback(
         offset, factor_right, core_left, core_right = cotangent, h_x, l_x, drawn.x_core
         moved = 0.0
     shift = noise.zeta - drawn.core_x
+    # A mean of a component moves with its own draws, a shared one with every draw.
     rows = (
         jnp.arange(num_components) == noise.label
         if num_offsets > 1

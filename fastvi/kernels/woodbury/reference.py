@@ -63,6 +63,7 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
         cross=cross,
         factor_half=jnp.linalg.inv(jnp.linalg.cholesky(identity + factor)),
         log_det=jnp.linalg.slogdet(covariances(mixture))[1],
+        # The definition raises no diagonal: a matrix that is indefinite is NaN here.
         ridged=jnp.zeros((), mixture.log_scale.dtype),
     )
 

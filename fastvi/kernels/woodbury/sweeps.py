@@ -45,6 +45,7 @@ def draw(sweeps: Sweeps, mixture: Mixture, small: Grams, noise: Noise) -> Draw:
         mixture, small, core_full, projected, square
     )
     scale = jnp.exp(mixture.log_scale)
+    # The offsets have no row or one: their sum is zero, or the mean that all share.
     return Draw(
         x=x,
         x_core=x_core,
@@ -56,6 +57,7 @@ def draw(sweeps: Sweeps, mixture: Mixture, small: Grams, noise: Noise) -> Draw:
     )
 
 
+# A custom kernel has no derivative of its own.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def log_prob(sweeps: Sweeps, mixture: Mixture, small: Grams, displacement):
     """Evaluate the log density; its derivative is that of the XLA implementation."""

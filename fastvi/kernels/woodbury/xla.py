@@ -51,10 +51,8 @@ def component_gram(factors, index):
     rank, dim = factors.shape[-2:]
 
     def part(start, size):
-        found = jax.lax.dynamic_slice(
-            factors, (*index, 0, start), (*(1 for _ in index), rank, size)
-        )
-        return found.reshape(1, rank, size)
+        sizes = (*(1 for _ in index), rank, size)
+        return jax.lax.dynamic_slice(factors, (*index, 0, start), sizes).reshape(1, rank, size)
 
     return _products(part, (1, rank, dim), factors.dtype)[0]
 
@@ -106,6 +104,7 @@ def _log_det(triangular):
 
 def precision_root(core, eps, zeta):
     """Compute `eps - B^T C_B^{-1} (B eps - zeta)` for rows of eps and zeta."""
+    # This is x_core of `draw`, for many rows.
     half = inverse_root(core @ core.T).root
     return eps - ((eps @ core.T - zeta) @ half.T @ half) @ core
 
@@ -119,6 +118,7 @@ def draw(mixture: Mixture, grams: Grams, noise: Noise) -> Draw:
     core, scale = mixture.core, jnp.exp(mixture.log_scale)
     correction = solve(grams.core_half, core @ noise.eps - noise.zeta)
     x_core = noise.eps - correction @ core
+    # B x_core needs no product over dim, since B B^T = C_B - I.
     core_x = noise.zeta + correction
     x = x_core + noise.z @ mixture.factors[noise.label]
     core_full = core_x + grams.cross[noise.label] @ noise.z
@@ -213,5 +213,6 @@ def _combine(mixture: Mixture, grams: Grams, common, own):
 
 def solve(half, right):
     """Return C^{-1} right given L^{-1} of C = L L^T, batched over leading axes."""
+    # Products with L^{-1} batch over chains, where a triangular solve would expand.
     inner = jnp.einsum("...ij,...j->...i", half, right)
     return jnp.einsum("...ji,...j->...i", half, inner)

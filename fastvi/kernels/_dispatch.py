@@ -89,7 +89,7 @@ class Op(NamedTuple):
         branches = {platform: of(name) for platform, name in self.defaults.items()}
         if not branches:
             return of("xla")(*args)
-        # the platform is that of the lowering, which need not be the default of this machine
+        # The platform is that of the lowering, which need not be the default of this machine.
         return jax.lax.platform_dependent(*args, **branches, default=of("xla"))
 
     def select(self, implementation: str) -> ModuleType:

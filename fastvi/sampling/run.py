@@ -284,7 +284,7 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
 def begin(setup: RunSetup, walkers: Walkers) -> RunState:
     """Return the run before its first round, by what llc is at the walkers."""
     excess = float(np.mean(np.asarray(walkers.excess)))  # in numpy, which compiles nothing
-    # the first step size is that of the energy error of a burn-in
+    # The first step size is that of the energy error of a burn-in.
     untold = Estimate(
         Fidelity(0, setup.settings.energy_error),
         None,

@@ -59,7 +59,7 @@ def place_walkers(
 
     def chain(inputs):
         chain_params, key, weights, energies = inputs
-        # The key makes the draws of the evaluation anew, which `weights` are of.
+        # The key makes the draws of the evaluation anew, whose weights and energies are at hand.
         draws = family.sample(
             chain_params, key, num_draws, antithetic=True, block=streams.EVALUATION
         )

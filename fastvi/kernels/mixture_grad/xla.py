@@ -91,8 +91,8 @@ def _over_chains(size, batched, *arrays):
         leaf if has_axis else jnp.broadcast_to(leaf, (size, *leaf.shape))
         for leaf, has_axis in zip(arrays, batched, strict=True)
     ]
-    chains = stacked[1].shape[:-1]  # labels have one more axis, of blocks
-    # two axes of chains are taken for one; a reshape to the same shape is none
+    chains = stacked[1].shape[:-1]  # Labels have one more axis, of blocks.
+    # Two axes of chains are taken for one. For one axis the reshape is none, and copies nothing.
     flat = (leaf.reshape(math.prod(chains), *leaf.shape[len(chains) :]) for leaf in stacked)
     found = update_factors(*flat)
     return tuple(leaf.reshape(*chains, *leaf.shape[1:]) for leaf in found), (True, True)

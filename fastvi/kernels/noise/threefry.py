@@ -77,7 +77,8 @@ def _host_words(key: Key) -> tuple[np.ndarray, np.ndarray] | None:
     None stands for a key that is traced, or of another kind.
     """
     pair = _threefry_words(key)
-    if pair is None or isinstance(pair, jax.core.Tracer):  # as any key is where one is traced
+    # Where something is traced, the words of any key are tracers.
+    if pair is None or isinstance(pair, jax.core.Tracer):
         return None
     first, second = np.asarray(pair)
     return np.atleast_1d(first), np.atleast_1d(second)  # scalars would warn where words wrap

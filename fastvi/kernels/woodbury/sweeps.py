@@ -64,7 +64,7 @@ def log_prob(sweeps: Sweeps, mixture: Mixture, small: Grams, displacement):
     _check(sweeps, mixture)
     x = (displacement - mixture.offsets.sum(0)) / jnp.exp(mixture.log_scale)
     num_core, rank = mixture.core.shape[0], mixture.factors.shape[1]
-    # no noise and no correction: the sweep then leaves x as it is
+    # Without noise and correction the sweep leaves x as it is.
     still = jnp.zeros(num_core, x.dtype), jnp.zeros(rank, x.dtype), jnp.asarray(0)
     _, _, projected, square = sweeps.project(x, mixture, *still)
     return xla.shared_density(mixture, small, mixture.core @ x, projected, square)[0]

@@ -127,7 +127,8 @@ def draw(mixture: Mixture, grams: Grams, noise: Noise) -> Draw:
         apart = (offset - mixture.offsets) / scale
         density = _density_separate(mixture, grams, x + apart, core_full + apart @ core.T)
     else:
-        offset = mixture.offsets.sum(0)  # of no row or one: zero, or the mean that all share
+        # The offsets have no row or one: their sum is zero, or the mean that all share.
+        offset = mixture.offsets.sum(0)
         density = _density_shared(mixture, grams, x, core_full)
     log_prob, responsibilities, score = density
     return Draw(

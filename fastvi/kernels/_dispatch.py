@@ -6,7 +6,7 @@ By platform, or a named one, which is honoured or refused with the reason.
 import functools
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ class Implementation(NamedTuple):
 
     def obstacle(self, platform: str) -> str | None:
         """Say what keeps it from running on this machine, None if nothing does."""
+        # Packages are looked for without being imported: what nobody chose is not loaded.
         missing = [
             package for package in self.packages if importlib.util.find_spec(package) is None
         ]
@@ -78,20 +79,18 @@ class Op(NamedTuple):
         """
         if implementation is not None:
             return getattr(self.select(implementation), function)(*args, **options)
-        branches = {
-            platform: functools.partial(
+
+        # `platform_dependent` passes arrays alone, so that options are bound before.
+        def of(name: str) -> Callable[..., Any]:
+            return functools.partial(
                 getattr(self.implementations[name].load(), function), **options
             )
-            for platform, name in self.defaults.items()
-        }
-        fallback = functools.partial(
-            getattr(self.implementations["xla"].load(), function), **options
-        )
-        return (
-            jax.lax.platform_dependent(*args, **branches, default=fallback)
-            if branches
-            else fallback(*args)
-        )
+
+        branches = {platform: of(name) for platform, name in self.defaults.items()}
+        if not branches:
+            return of("xla")(*args)
+        # The platform is that of the lowering, which need not be the default of this machine.
+        return jax.lax.platform_dependent(*args, **branches, default=of("xla"))
 
     def select(self, implementation: str) -> ModuleType:
         """Return the module that implements the kernel.
@@ -121,17 +120,8 @@ def jax_implementations(op: str) -> dict[str, Implementation]:
 
 def triton_implementation(op: str) -> dict[str, Implementation]:
     """Return the implementation by Triton kernels."""
-    packages = ("triton", "jax_triton")
-    return {"triton": Implementation(f"fastvi.kernels.{op}.triton", ("cuda",), packages, "cuda")}
-
-
-def pallas_implementation(op: str) -> dict[str, Implementation]:
-    """Return the implementation by Pallas kernels."""
-    return {
-        "pallas": Implementation(
-            f"fastvi.kernels.{op}.pallas", ("cuda",), ("jax.experimental.pallas.triton",)
-        )
-    }
+    module, packages = f"fastvi.kernels.{op}.triton", ("triton", "jax_triton")
+    return {"triton": Implementation(module, ("cuda",), packages, extra="cuda")}
 
 
 def current_platform() -> str:

@@ -63,6 +63,7 @@ def over_chains(stacked: Callable[..., Any]) -> Callable[..., Any]:
         )
         return split, jax.tree_util.tree_map(lambda _: True, split)
 
+    # A single chain is an axis of one, so that it takes the same kernel.
     def one(*args):
         return jax.tree_util.tree_map(lambda leaf: leaf[0], launched(*(arg[None] for arg in args)))
 

@@ -20,8 +20,10 @@ def upper_median(values: Float[Array, " size"]) -> Scalar:
     word = jnp.dtype(f"uint{bits}")
     keys, rank = jax.lax.bitcast_convert_type(values, word), values.size // 2
 
+    # NaN's bits are above those of infinity, so that NaN comes last.
     def decide_bit(index, found):
         trial = found | (jnp.ones((), word) << jnp.asarray(bits - 1 - index, word))
+        # Where at most `rank` keys are below a number, the entry of that rank is not.
         return jnp.where(jnp.sum(keys < trial, dtype=jnp.int32) <= rank, trial, found)
 
     found = jax.lax.fori_loop(0, bits, decide_bit, jnp.zeros((), word))

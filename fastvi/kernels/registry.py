@@ -20,18 +20,14 @@ def show(file: io.TextIOBase | None = None) -> None:
     platform = current_platform()
     lines = [f"platform {platform}"]
     for op in OPS.values():
+        default = op.default(platform)
+        verdicts = {
+            "reference": "runs where asked for: the definition, dense, for tests",
+            default: f"runs by default on {platform}",
+        }
+        other = f"runs where asked for: no recorded benchmark puts it before {default}"
         for name, implementation in op.implementations.items():
-            obstacle = implementation.obstacle(platform)
-            if name == op.default(platform):
-                verdict = f"runs by default on {platform}"
-            elif obstacle is not None:
-                verdict = f"cannot run: {obstacle}"
-            elif name == "reference":
-                verdict = "runs where asked for: the definition, dense, for tests"
-            else:
-                verdict = (
-                    "runs where asked for: no recorded benchmark puts it before "
-                    f"{op.default(platform)}"
-                )
+            obstacle = None if name == default else implementation.obstacle(platform)
+            verdict = f"cannot run: {obstacle}" if obstacle else verdicts.get(name, other)
             lines.append(f"{op.name:<14}{name:<11}{verdict}")
     (file or sys.stdout).write("\n".join(lines) + "\n")

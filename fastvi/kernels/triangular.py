@@ -42,6 +42,7 @@ def inverse_root(gram: Float[Array, "*batch n n"]) -> InverseRoot:
 @inverse_root.defjvp
 def _inverse_root_jvp(primals, tangents):
     found = inverse_root(*primals)
+    # With X = L^{-1}, dX = -Phi(X dG X^T) X: Phi keeps the lower triangle and halves its diagonal.
     inner = jnp.tril(found.root @ tangents[0] @ jnp.swapaxes(found.root, -1, -2))
     half = inner * (1 - 0.5 * jnp.eye(inner.shape[-1], dtype=inner.dtype))
     return found, InverseRoot(-half @ found.root, jnp.zeros_like(found.ridged))
@@ -60,24 +61,23 @@ def _inverse_root_of_many(gram):
     return lower_inverse(root), ridged
 
 
-@_inverse_root_of_many.def_vmap
-def _(axis_size, in_batched, gram):
-    """Keep the second attempt behind one condition for all chains."""
-    del axis_size, in_batched
-    return _inverse_root_of_many(gram), (True, True)
+# Under vmap, the second attempt stays behind one condition for all chains.
+_inverse_root_of_many.def_vmap(
+    lambda size, batched, gram: (_inverse_root_of_many(gram), (True, True))
+)
 
 
 def _factorise(gram):
     """Return the Cholesky factor of `I + gram` and whether it took a ridge."""
-    matrix = jnp.eye(gram.shape[-1], dtype=gram.dtype) + gram
+    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    matrix = identity + gram
     root = cholesky(matrix)
+    # A matrix that is not finite has another fault, which no ridge mends.
     failed = jnp.isnan(root).any(axis=(-2, -1)) & jnp.isfinite(matrix).all(axis=(-2, -1))
 
     def again():
-        diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)[..., None] * jnp.eye(
-            gram.shape[-1], dtype=gram.dtype
-        )
-        return jnp.where(failed[..., None, None], cholesky(matrix + RIDGE * diagonal), root)
+        raised = matrix + RIDGE * (matrix * identity)
+        return jnp.where(failed[..., None, None], cholesky(raised), root)
 
     return jax.lax.cond(failed.any(), again, lambda: root), failed.astype(gram.dtype)
 
@@ -103,6 +103,7 @@ def lower_inverse(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n 
     if size == 0:
         return matrix
     padded = 1 << (size - 1).bit_length()
+    # Ones on the padded part of the diagonal keep the matrix invertible.
     widths = [(0, 0)] * len(batch) + [(0, padded - size)] * 2
     whole = jnp.pad(matrix, widths) + jnp.diag((jnp.arange(padded) >= size).astype(matrix.dtype))
     diagonal = jnp.diagonal(whole, axis1=-2, axis2=-1)
@@ -116,7 +117,6 @@ def lower_inverse(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n 
         pairs = inverse.reshape(*batch, count, 2, width, width)
         first, second = pairs[..., 0, :, :], pairs[..., 1, :, :]
         corner = -second @ below @ first
-        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-        inverse = jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+        inverse = jnp.block([[first, jnp.zeros_like(first)], [corner, second]])
         width *= 2
     return inverse.reshape(*batch, padded, padded)[..., :size, :size]

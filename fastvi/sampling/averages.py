@@ -183,14 +183,13 @@ def standard_error(values: Float[np.ndarray, "walkers bins"]) -> float:
 
     From the spread of the walkers or the correlation within them, if larger.
     """
-    length = values.shape[1]
     correlation = autocorrelation(values)
     if correlation.size == 0:  # walkers that do not move have no error to speak of
         return 0.0
     # initial positive sequence
     ends = np.flatnonzero(correlation[1:] < NEGLIGIBLE_CORRELATION)
     time = 1 + 2 * correlation[1 : ends[0] + 1 if ends.size else None].sum()
-    return chain_error(values.mean(axis=1), np.sqrt(values.var() * time / length))
+    return chain_error(values.mean(axis=1), np.sqrt(values.var() * time / values.shape[1]))
 
 
 def autocorrelation(values: Float[np.ndarray, "walkers bins"]) -> Float[np.ndarray, " lags"]:

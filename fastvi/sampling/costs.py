@@ -6,6 +6,7 @@ from fastvi.target.work import GRADIENT
 
 def step_cost(num_data: int, num_blocks: int, walkers: int) -> float:
     """Price one step of all walkers: each takes the gradient of a block of its own."""
+    # A loss that is evaluated with its gradient costs nothing more.
     return GRADIENT * walkers * block_size(num_data, num_blocks)
 
 

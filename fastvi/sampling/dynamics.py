@@ -79,6 +79,7 @@ def first_half_step(
     # the exact solution of friction and noise over the step: momenta stay standard normal
     kept = jnp.exp(-step / jnp.asarray(friction_time))
     after = kept * before + jnp.sqrt(1 - kept**2) * noise
+    # Both halves of the drift at once: friction acts between them and moves nothing.
     position = state.position + 0.5 * step * (before + after)
     return HalfStep(position, after, kinetic_energy(after) - kinetic_energy(before))
 

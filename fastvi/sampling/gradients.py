@@ -52,13 +52,12 @@ def block_counts(num_data: int, dim: int, settings: SamplerSettings) -> tuple[in
     if settings.gradients == "full":
         return (1,)
     halvings = range(settings.max_blocks.bit_length() - 1)
-    counts = [settings.max_blocks >> halving for halving in halvings]
-    possible = [
+    possible = tuple(
         count
-        for count in counts
+        for count in (settings.max_blocks >> halving for halving in halvings)
         if count * settings.min_block <= num_data and count * dim <= settings.table_floats
-    ]
-    return tuple(possible) if settings.gradients == "blocks" and possible else (*possible, 1)
+    )
+    return possible if settings.gradients == "blocks" and possible else (*possible, 1)
 
 
 def block_size(num_data: int, count: int) -> int:
@@ -67,6 +66,7 @@ def block_size(num_data: int, count: int) -> int:
         return num_data
     wanted = num_data / count
     sizes = range(max(1, int((1 - TOLERANCE) * wanted)), int((1 + TOLERANCE) * wanted) + 1)
+    # An example that is left over is in no block, so that only the anchor knows it.
     return min(sizes, key=lambda size: (num_data % size, abs(size - wanted)))
 
 

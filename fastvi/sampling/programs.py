@@ -71,6 +71,7 @@ def make_evaluate(
         excess, slope, surrogate = estimate_value_and_grad(
             objective, problem, anchor, reference_loss, displacement, block, copies
         )
+        # The gradient is the exact one of the surrogate, so that a step keeps that energy.
         gradient = -posterior.log_density_grad(displacement, slope)
         return excess, -posterior.log_density(displacement, surrogate), gradient
 
@@ -166,8 +167,7 @@ def run_steps(
             lambda new, old: jnp.where(is_same_data & (number >= 0), new, old), adapted, step_size
         )
         error = jnp.where(is_same_data, error, jnp.nan)
-        excess, radius2, virial = state.here.observed
-        values = (excess, radius2, virial, error, jnp.mean(info.is_returned))
+        values = (*state.here.observed, error, jnp.mean(info.is_returned))
         kept = tuple(
             all_steps.at[number].set(value) for all_steps, value in zip(kept, values, strict=True)
         )
@@ -204,13 +204,6 @@ def _make_record(kept: tuple[Array, ...], shape: tuple[int, int], width: Scalar)
 MOST_PLACED, MOST_ANCHORS = 64, 8
 
 
-class Computed(NamedTuple):
-    """Bytes that are computed where walkers are placed and moved, and for anchors."""
-
-    walkers: float
-    anchors: float
-
-
 class SamplerPrograms(NamedTuple):
     """Compiled stages of a run.
 
@@ -242,23 +235,26 @@ def sampler_programs(
 
     Objectives that compute the same share them, compiled, for the same shapes and settings.
     """
+    # Neighbouring leaves share a column, since each coefficient takes records to be fitted.
     parts = parameter_blocks(objective.structure.leaf_sizes, settings.max_columns)
     shaping = (parts, settings.bins, settings.bin_length)
     key = ("sampler", shaping, shapes_of(problem))
-    computed = Computed(
-        DRAW_BYTES * MOST_PLACED * problem.posterior.center.size,
-        MOST_ANCHORS * loss.computed * problem.num_data,
+    placed = DRAW_BYTES * MOST_PLACED * problem.posterior.center.size
+    anchored = MOST_ANCHORS * loss.computed * problem.num_data
+    return PROGRAMS.find(
+        loss, key, (objective,), lambda one: _build(one, placed, anchored, *shaping)
     )
-    return PROGRAMS.find(loss, key, (objective,), lambda one: _build(one, computed, *shaping))
 
 
 def _build(
     objective: FlatObjective,
-    computed: Computed,
+    placed: float,
+    anchored: float,
     parts: tuple[int, ...],
     bins: int,
     bin_length: int,
 ) -> SamplerPrograms:
+    """Compile for bytes that are computed where walkers are placed and moved, and for anchors."""
     columns_fn = virial_columns(parts)
 
     def anchor(problem, linear_map, position, reference_loss, blocks: Blocks):
@@ -290,17 +286,18 @@ def _build(
             bins=bins,
             bin_length=bin_length,
         )
+        # Steps average the excess loss, of which llc is a multiple.
         llc = problem.posterior.learning_coefficient(record.llc)
         return walkers, here, record._replace(llc=llc)
 
     # what runs a few times compiles sooner; `advance` runs thousands of times, so it does not
-    of_walkers = functools.partial(jax.jit, compiler_options=compiler_options(computed.walkers))
+    of_walkers = functools.partial(jax.jit, compiler_options=compiler_options(placed))
     return SamplerPrograms(
         len(parts) + 2,
         of_walkers(place_walkers, static_argnames=("num_walkers",)),
         of_walkers(move_walkers),
         of_walkers(keep_walkers, static_argnames=("number", "chains")),
-        jax.jit(anchor, compiler_options=compiler_options(computed.anchors)),
+        jax.jit(anchor, compiler_options=compiler_options(anchored)),
         of_walkers(gradient_noise),
         jax.jit(advance),
     )

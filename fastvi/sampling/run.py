@@ -103,7 +103,7 @@ class SamplerResult(NamedTuple):
 class Estimate(NamedTuple):
     """The gradient estimate in use, and what it has told the walkers where they are.
 
-    Without an anchor it is all data at once.
+    Without an anchor it is all data at once, or nothing yet where `num_blocks` is zero.
     """
 
     fidelity: Fidelity
@@ -117,7 +117,7 @@ class RunState(NamedTuple):
     Attributes:
         walkers: Where they are.
         llc: The latest value of llc, by which bias is judged.
-        estimate: The gradient estimate; None until a fidelity has been chosen.
+        estimate: The gradient estimate, of no blocks until a fidelity has been chosen.
         block_noise: Variance of the gradient in each direction, for each block of data that it
             leaves out; empty until it has been measured.
         allowed_bias: What noise may add to llc.
@@ -135,7 +135,7 @@ class RunState(NamedTuple):
 
     walkers: Walkers
     llc: float
-    estimate: Estimate | None = None
+    estimate: Estimate
     block_noise: Float[np.ndarray, " directions"] = np.zeros(0)
     allowed_bias: float = 0.0
     width: float = 1.0
@@ -161,7 +161,6 @@ class RunState(NamedTuple):
     @property
     def fidelity(self) -> Fidelity:
         """Return the fidelity in use."""
-        assert self.estimate is not None, "a fidelity is chosen before the first round"
         return self.estimate.fidelity
 
 
@@ -194,30 +193,25 @@ class RunSetup:
     agreed_before: bool = False
 
     @property
-    def num_data(self) -> int:
-        """Count the examples."""
-        return self.problem.num_data
-
-    @property
     def counts(self) -> tuple[int, ...]:
         """Return the numbers of blocks to choose from, most first."""
-        return block_counts(self.num_data, self.problem.posterior.center.size, self.settings)
+        dim = self.problem.posterior.center.size
+        return block_counts(self.problem.num_data, dim, self.settings)
 
     def noise_cost(self, state: RunState) -> float:
         """Price a measurement of the noise, which all data at once do not need."""
         points = min(self.settings.noise_points, state.num_walkers)
-        return (1 + points) * anchor_cost(self.num_data, self.counts[0])
+        return (1 + points) * anchor_cost(self.problem.num_data, self.counts[0])
 
     def run_cost(self, num_blocks: int, walkers: int, rounds: int = LEAST_ROUNDS) -> float:
         """Price a run of some rounds that begins with blocks."""
         steps = rounds * self.settings.round_length
-        return run_cost(self.num_data, num_blocks, walkers, steps)
+        return run_cost(self.problem.num_data, num_blocks, walkers, steps)
 
     def round_cost(self, state: RunState) -> float:
         """Price another round."""
-        blocks = state.fidelity.num_blocks
-        step = step_cost(self.num_data, blocks, state.num_walkers)
-        return self.settings.round_length * step
+        blocks, walkers = state.fidelity.num_blocks, state.num_walkers
+        return self.settings.round_length * step_cost(self.problem.num_data, blocks, walkers)
 
     def can_pay(self, state: RunState, cost: float) -> bool:
         """Whether what is left of the budget covers a cost."""
@@ -226,7 +220,7 @@ class RunSetup:
     def is_spent(self, state: RunState) -> bool:
         """Whether another round would exceed the budget, or the numbers that walkers may move."""
         moved = (state.steps + self.settings.round_length) * state.walkers.position.size
-        most = self.settings.coordinates_per_fge * self.budget / self.num_data
+        most = self.settings.coordinates_per_fge * self.budget / self.problem.num_data
         return moved > most or not self.can_pay(state, self.round_cost(state))
 
     def pays(self, state: RunState) -> bool:
@@ -239,7 +233,7 @@ class RunSetup:
         Where the numbers that walkers move are what counts, it is the budget that allows as many.
         """
         moved = LEAST_ROUNDS * self.settings.round_length * state.walkers.position.size
-        allows = moved / self.settings.coordinates_per_fge * self.num_data
+        allows = moved / self.settings.coordinates_per_fge * self.problem.num_data
         return max(self.noise_cost(state) + self.run_cost(blocks, self.fewest), allows)
 
     def allowed_bias(self, llc: float) -> float:
@@ -250,11 +244,6 @@ class RunSetup:
         """Return what noise would add to llc, for each block of data that a gradient leaves out."""
         variance = float(state.block_noise.sum())
         return noise_bias(variance, state.step_size, self.settings.friction_time)
-
-    def energy_error(self, state: RunState) -> float:
-        """Return the mean square of the energy errors that steps may make, in nats^2."""
-        dimensions = effective_dimensions(state.llc, self.problem.posterior.center.size)
-        return state.fidelity.energy_error * dimensions
 
     def max_blocks(self, state: RunState, bias: float) -> int:
         """Return the most blocks with which noise adds no more than `bias` to llc."""
@@ -279,9 +268,11 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     blocks = setup.max_blocks(state, state.allowed_bias)
     wanted = Fidelity(blocks, plan_energy_error(setup.error, setup.settings))
     paid, number = _within_budget(setup, state, wanted)
-    if number < state.num_walkers:  # what the others were told goes with them
+    if number < state.num_walkers:
         kept = setup.programs.keep(state.walkers, number=number, chains=setup.chains)
-        state = state._replace(walkers=kept, estimate=None)
+        # What all walkers were told is of another shape: these are told anew.
+        told = Estimate(state.fidelity._replace(num_blocks=0), None, state.estimate.here)
+        state = state._replace(walkers=kept, estimate=told)
     state = switch_fidelity(setup, state, paid)
     noise = setup.bias(state) * (paid.num_blocks - 1) / max(abs(state.llc), 1e-300)
     unmet = (Unmet(GRADIENT_NOISE, noise, share),) if noise > share else ()
@@ -293,7 +284,13 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
 def begin(setup: RunSetup, walkers: Walkers) -> RunState:
     """Return the run before its first round, by what llc is at the walkers."""
     excess = float(np.mean(np.asarray(walkers.excess)))  # in numpy, which compiles nothing
-    state = RunState(walkers, float(setup.problem.posterior.nbeta) * excess)
+    # The first step size is that of the energy error of a burn-in.
+    untold = Estimate(
+        Fidelity(0, setup.settings.energy_error),
+        None,
+        blank_evaluation(walkers, setup.programs.columns),
+    )
+    state = RunState(walkers, float(setup.problem.posterior.nbeta) * excess, untold)
     return state._replace(longest_step=state.step_size)
 
 
@@ -301,7 +298,8 @@ def measure_noise(setup: RunSetup, state: RunState) -> RunState:
     """Measure the noise of gradients on the smallest blocks, for each block of data left out."""
     if setup.counts[0] == 1:
         return state
-    blocks, linear_map = split_data(setup.num_data, setup.counts[0]), state.walkers.linear_map
+    blocks = split_data(setup.problem.num_data, setup.counts[0])
+    linear_map = state.walkers.linear_map
     # of all blocks: what a few heavy examples do is in few of them
     some = blocks._replace(rest=blocks.rest[:0])
     points = np.asarray(state.walkers.position)[: setup.settings.noise_points]
@@ -325,21 +323,19 @@ def measure_noise(setup: RunSetup, state: RunState) -> RunState:
 
 def switch_fidelity(setup: RunSetup, state: RunState, fidelity: Fidelity) -> RunState:
     """Go on by another number of blocks or energy error."""
-    estimate, walkers = state.estimate, state.walkers
-    # the first step size is that of the energy error of a burn-in
-    before = Fidelity(0, setup.settings.energy_error) if estimate is None else estimate.fidelity
+    walkers, before = state.walkers, state.fidelity
     if fidelity.energy_error != before.energy_error:
         change = fidelity.energy_error / before.energy_error
         walkers = walkers._replace(step_size=step_size_after(change, walkers.step_size))
         # a step that is made shorter here is not one that has become so
         longest = state.longest_step * float(walkers.step_size.step) / state.step_size
         state = state._replace(longest_step=longest)
-    if estimate is not None and fidelity.num_blocks == before.num_blocks:
-        estimate = estimate._replace(fidelity=fidelity)
+    if fidelity.num_blocks == before.num_blocks:
+        estimate = state.estimate._replace(fidelity=fidelity)
         return state._replace(walkers=walkers, estimate=estimate)
     anchor = None
     if fidelity.num_blocks > 1:
-        blocks = split_data(setup.num_data, fidelity.num_blocks)
+        blocks = split_data(setup.problem.num_data, fidelity.num_blocks)
         center = np.mean(np.asarray(walkers.position), axis=0)
         anchor = setup.programs.anchor(
             setup.problem, walkers.linear_map, center, setup.reference_loss, blocks
@@ -389,7 +385,6 @@ def tell_rounding(setup: RunSetup, state: RunState, error: float) -> RunState:
 
     Steps of a round that shrink all the way say so. The walkers stay where they are.
     """
-    assert state.estimate is not None, "a fidelity is chosen before the first round"
     exact = state.fidelity.energy_error * ROUNDING_TARGET
     estimate = state.estimate._replace(fidelity=state.fidelity._replace(energy_error=exact))
     after, record = _run_round(setup, state._replace(estimate=estimate, rounding=0.0))
@@ -410,8 +405,9 @@ def _last_error(record: Record) -> float:
 
 def _call(setup: RunSetup, state: RunState, start: int, stop: int) -> tuple[RunState, Record]:
     """Call the compiled program that moves walkers."""
-    assert state.estimate is not None, "a fidelity is chosen before the first round"
     fidelity, anchor, here = state.estimate
+    assert fidelity.num_blocks, "a fidelity is chosen before the first round"
+    dimensions = effective_dimensions(state.llc, setup.problem.posterior.center.size)
     variance = state.block_noise * (fidelity.num_blocks - 1)
     per_time = noise_bias(float(variance.sum()), state.step_size, 1.0)
     time = plan_friction_time(state.width, state.allowed_bias, per_time, setup.settings)
@@ -421,7 +417,7 @@ def _call(setup: RunSetup, state: RunState, start: int, stop: int) -> tuple[RunS
         state.walkers,
         here,
         setup.reference_loss,
-        np.float32(setup.energy_error(state) + state.rounding),
+        np.float32(fidelity.energy_error * dimensions + state.rounding),
         np.float32(time),
         None if anchor is None else variance,
         *map(np.int32, (state.steps, start, stop)),
@@ -595,16 +591,15 @@ def _choose_fidelity(
         if setup.can_pay(state, setup.run_cost(finer.num_blocks, state.num_walkers)):
             return state._replace(refinements=state.refinements + 1), finer
     # the noise is measured anew whenever the run has doubled, since the walkers have moved
-    if fidelity.num_blocks == 1 or rounds < 2 * state.noise_checked:
-        return state, fidelity
+    is_due = fidelity.num_blocks > 1 and rounds >= 2 * state.noise_checked
+    price, round_cost = setup.noise_cost(state), setup.round_cost(state)
     # small blocks make rounds that cost less than a look at all of the blocks
-    price, since = setup.noise_cost(state), rounds * setup.round_cost(state)
-    if price > NOISE_WORK * since or not setup.can_pay(state, price + setup.round_cost(state)):
+    is_cheap = price <= NOISE_WORK * rounds * round_cost
+    if not (is_due and is_cheap and setup.can_pay(state, price + round_cost)):
         return state, fidelity
     state = measure_noise(setup, state._replace(noise_checked=rounds))
-    if setup.max_blocks(state, NOISE_SLACK * state.allowed_bias) >= fidelity.num_blocks:
-        return state, fidelity
+    is_quiet = setup.max_blocks(state, NOISE_SLACK * state.allowed_bias) >= fidelity.num_blocks
     blocks = setup.max_blocks(state, state.allowed_bias)
-    if not setup.can_pay(state, setup.run_cost(blocks, state.num_walkers)):
+    if is_quiet or not setup.can_pay(state, setup.run_cost(blocks, state.num_walkers)):
         return state, fidelity
     return state._replace(noise_checked=1), fidelity._replace(num_blocks=blocks)

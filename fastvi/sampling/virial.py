@@ -31,7 +31,9 @@ def virial_columns(blocks: tuple[int, ...]) -> Callable[..., Float[Array, "walke
         inside = linear_map.project(position)
         pulled = linear_map.project(linear_map.scale * gradient)
         pulled += pulled @ linear_map.stretch  # since the rows of the basis are orthonormal
+        # The trace of a projection is its rank, here the number of rows of the basis.
         core = linear_map.basis.shape[0] - jnp.sum(inside * pulled, axis=-1)
+        # The gradient has mean zero, and so has its slope along any fixed direction.
         return jnp.stack([*each, core, gradient @ linear_map.center], axis=-1)
 
     return columns

@@ -59,6 +59,7 @@ def place_walkers(
 
     def chain(inputs):
         chain_params, key, weights, energies = inputs
+        # The key makes the draws of the evaluation anew, whose weights and energies are at hand.
         draws = family.sample(
             chain_params, key, num_draws, antithetic=True, block=streams.EVALUATION
         )
@@ -69,8 +70,7 @@ def place_walkers(
     # one chain after the other, since all draws of all chains need not fit the memory
     position, energies = jax.lax.map(chain, (params, keys, log_weight, excess))
     position = position.reshape(num_walkers, -1)
-    shared = streams.derive(keys[0], streams.Purpose.WALKERS)
-    walker_keys = split_key(shared, num_walkers)
+    walker_keys = split_key(streams.derive(keys[0], streams.Purpose.WALKERS), num_walkers)
     step_size = first_step_size(position.shape[1], position.dtype)
     momentum = _fresh_momentum(walker_keys, position)
     return Walkers(linear_map, position, momentum, energies.reshape(-1), step_size, walker_keys)
@@ -97,8 +97,12 @@ def move_walkers(
     linear_map = _common_map(family, params)
     displacement = walkers.linear_map.displacement(walkers.position)
     position = linear_map.round(displacement + (center - problem.posterior.center))
+
+    def moved_key(key):
+        return jax.random.fold_in(streams.derive(key, streams.Purpose.WALKERS), shift)
+
     # other keys, else the noise of the earlier run would be used twice
-    keys = jax.vmap(lambda key: _moved_key(key, shift))(walkers.keys)
+    keys = jax.vmap(moved_key)(walkers.keys)
     # the old step size is a better guess than none, its running means are of another posterior
     step_size = fresh_step_size(walkers.step_size.step)
     return Walkers(
@@ -125,6 +129,7 @@ def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int
     # a draw where the loss is not finite never becomes a walker
     log_weight = jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf)
     log_weight = log_weight - jnp.max(log_weight)
+    # The power of zero makes weights equal where no halving leaves enough candidates.
     powers = jnp.append(2.0 ** -jnp.arange(10), 0.0).astype(log_weight.dtype)
     flattened = jnp.where(jnp.isfinite(log_weight), powers[:, None] * log_weight, -jnp.inf)
     weights = jax.nn.softmax(flattened, axis=-1)
@@ -137,10 +142,6 @@ def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int
 def _common_map(family: AbstractFamily, params: Any) -> LinearMap:
     """Return the coordinates of the first chain's q, which all walkers share."""
     return family.linear_map(jax.tree_util.tree_map(lambda leaf: leaf[0], params))
-
-
-def _moved_key(key: Key, shift: Int[Array, ""]) -> Key:
-    return jax.random.fold_in(streams.derive(key, streams.Purpose.WALKERS), shift)
 
 
 def _fresh_momentum(keys: Keys, position: Float[Array, "walkers dim"]):

@@ -7,7 +7,7 @@ import pytest
 from fastvi import LocalPosterior, make_flat_objective
 from fastvi.families.moments import LinearMap
 from fastvi.sampling.gradients import Blocks, make_anchor, split_data
-from fastvi.sampling.programs import Computed, _build, blank_evaluation
+from fastvi.sampling.programs import _build, blank_evaluation
 from fastvi.sampling.tuning import first_step_size
 from fastvi.sampling.walkers import Walkers
 from fastvi.target.data import Problem, hold
@@ -47,7 +47,7 @@ def round_of_walkers(num_blocks):
     return problem, anchor, walkers, here, number, number, number, variance, *steps
 
 
-PROGRAMS = _build(OBJECTIVE, Computed(0.0, 0.0), (DIM,), 4, 4)
+PROGRAMS = _build(OBJECTIVE, 0.0, 0.0, (DIM,), 4, 4)
 
 
 @pytest.mark.usefixtures("fully_optimised")

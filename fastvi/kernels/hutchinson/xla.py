@@ -10,6 +10,7 @@ def diagonal(probes, operator):
     def add(total, probe):
         return total + probe * operator(probe), None
 
+    # A scan keeps one product at a time, a map would keep those of all probes.
     total, _ = jax.lax.scan(add, jnp.zeros_like(probes[0]), probes)
     return total / probes.shape[0]
 

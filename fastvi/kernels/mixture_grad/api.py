@@ -6,8 +6,6 @@ from fastvi.kernels._dispatch import Op, jax_implementations, triton_implementat
 from fastvi.kernels.mixture_grad.types import Gradient
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
-__all__ = ["METRICS", "OP", "pullback", "update_factors"]
-
 OP = Op("mixture_grad", jax_implementations("mixture_grad") | triton_implementation("mixture_grad"))
 METRICS = ("euclidean", "natural")
 

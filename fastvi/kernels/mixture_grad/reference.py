@@ -18,7 +18,7 @@ def pullback(
     grad = dense(mixture, grams, noise, cotangent, metric)
     factor = jnp.exp(mixture.log_scale) * cotangent
     if metric == "natural":
-        factor = jnp.linalg.solve(_precision(mixture), factor)
+        factor = jnp.linalg.solve(reference.precision(mixture), factor)
     return Gradient(grad.offsets, grad.log_scale, grad.core, factor)
 
 
@@ -34,7 +34,7 @@ def dense(mixture: Mixture, grams: Grams, noise: Noise, cotangent, metric: str) 
 
 def natural(mixture: Mixture, grad: Mixture) -> Mixture:
     """Multiply a Euclidean gradient by the metric of `api.pullback`."""
-    precision = _precision(mixture)
+    precision = reference.precision(mixture)
     covariance = jnp.linalg.inv(precision)
     return grad._replace(
         offsets=grad.offsets * jnp.exp(mixture.log_scale) @ covariance,
@@ -42,11 +42,6 @@ def natural(mixture: Mixture, grad: Mixture) -> Mixture:
         core=grad.core @ precision,
         factors=grad.factors @ covariance,
     )
-
-
-def _precision(mixture: Mixture):
-    """Return P = I + B^T B."""
-    return jnp.eye(mixture.core.shape[1], dtype=mixture.core.dtype) + mixture.core.T @ mixture.core
 
 
 def update_factors(factors, labels, left, right):

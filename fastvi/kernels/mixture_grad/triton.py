@@ -15,7 +15,7 @@ pullback = xla.pullback
 def update_factors(factors, labels, left, right):
     """Move factors in place; see `api.update_factors`."""
     rank = factors.shape[1]
-    if rank == 0:
+    if rank == 0:  # An array without entries has no address to give a kernel.
         return xla.update_factors(factors, labels, left, right)
     moved, grams = _triton.over_chains(_stacked)(labels, left, right, factors)
     # where a label comes twice, the earlier block saw it half way
@@ -34,13 +34,13 @@ def _stacked(labels, left, right, factors):
             jax.ShapeDtypeStruct(factors.shape, factors.dtype),
         ),
         grid=(programs, chains),
-        aliases={3: 1},
+        aliases={3: 1},  # The factors that come in have the memory of those that come out.
         dim=dim,
         num_components=num_components,
         num_blocks=num_blocks,
         num_terms=left.shape[2],
         rank=rank,
-        padded=1 << (rank - 1).bit_length(),
+        padded=1 << (rank - 1).bit_length(),  # Triton's ranges are powers of two.
         block=_triton.BLOCK,
     )
     return moved, jnp.sum(partial, axis=1)

@@ -30,6 +30,7 @@ def update(
     entry = tl.program_id(0) * block + tl.arange(0, block)
     row = tl.arange(0, padded)
     used = row < rank
+    # Offsets have 64 bits, since arrays may have more than 2^31 entries.
     sums = (
         partial
         + (chain * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * num_blocks * rank * rank
@@ -47,6 +48,7 @@ def update(
             long = tl.load(right + pair.to(tl.int64) * dim + entry, mask=entry < dim, other=0.0)
             moved += short[:, None] * long[None, :]
         tl.store(factors + at, moved, mask=mask)
+        # Sums of products by element instead of `tl.dot` keep TF32 out.
         for other in range(rank):
             single = tl.sum(tl.where((row == other)[:, None], moved, 0.0), axis=0)
             inner = tl.sum(moved * single[None, :], axis=1)

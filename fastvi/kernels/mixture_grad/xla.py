@@ -23,6 +23,7 @@ def pullback(
     h_x = scale * cotangent
     core_l = woodbury.solve(grams.core_half, mixture.core @ h_x)  # B l = C_B^{-1} B h_x
     l_x = h_x - core_l @ mixture.core
+    # The vectors and products are those of docs/math.md, section "Gradients".
     if metric == "natural":
         y = drawn.x_core + drawn.core_x @ mixture.core  # P x_core
         offset, factor_right, core_left, core_right = l_x, l_x, h_x, y
@@ -34,6 +35,7 @@ def pullback(
         offset, factor_right, core_left, core_right = cotangent, h_x, l_x, drawn.x_core
         moved = 0.0
     shift = noise.zeta - drawn.core_x
+    # A mean of a component moves with its own draws, a shared one with every draw.
     rows = (
         jnp.arange(num_components) == noise.label
         if num_offsets > 1
@@ -51,42 +53,7 @@ def pullback(
 def update_factors(factors, labels, left, right):
     """Add the products one after another, then read the blocks that moved.
 
-    Each product is fused into its update in place.
-    """
-    return _update(factors, labels, left, right)
-
-
-@jax.custom_batching.custom_vmap
-def _update_chains(factors, labels, left, right):
-    """Do the same for each entry of a leading axis."""
-    return _update(factors, labels, left, right)
-
-
-@update_factors.def_vmap
-def _over_chains(size, batched, *arrays):
-    """Update one chain after another in place, where vmap would scatter."""
-    return _update_chains(*_stacked(size, batched, arrays)), (True, True)
-
-
-@_update_chains.def_vmap
-def _over_more_chains(size, batched, *arrays):
-    """Take two axes of chains for one."""
-    arrays = _stacked(size, batched, arrays)
-    shape = arrays[0].shape[:2]
-    flat = _update_chains(*(leaf.reshape(math.prod(shape), *leaf.shape[2:]) for leaf in arrays))
-    return tuple(leaf.reshape(*shape, *leaf.shape[1:]) for leaf in flat), (True, True)
-
-
-def _stacked(size, batched, arrays):
-    return [
-        leaf if has_axis else jnp.broadcast_to(leaf, (size, *leaf.shape))
-        for leaf, has_axis in zip(arrays, batched, strict=True)
-    ]
-
-
-def _update(factors, labels, left, right):
-    """Do as `update_factors`, with or without a leading axis of chains.
-
+    Each product is fused into its update in place. All arrays may have a leading axis of chains.
     Nothing stands between the updates and what follows, no reshape and no read: for either XLA
     would copy all factors.
     """
@@ -115,3 +82,17 @@ def _update(factors, labels, left, right):
         lambda index: woodbury.component_gram(factors, locate(index)[1]), jnp.arange(count)
     )
     return factors, grams.reshape(*labels.shape, *grams.shape[1:])
+
+
+@update_factors.def_vmap
+def _over_chains(size, batched, *arrays):
+    """Update one chain after another in place, where vmap would scatter."""
+    stacked = [
+        leaf if has_axis else jnp.broadcast_to(leaf, (size, *leaf.shape))
+        for leaf, has_axis in zip(arrays, batched, strict=True)
+    ]
+    chains = stacked[1].shape[:-1]  # Labels have one more axis, of blocks.
+    # Two axes of chains are taken for one. For one axis the reshape is none, and copies nothing.
+    flat = (leaf.reshape(math.prod(chains), *leaf.shape[len(chains) :]) for leaf in stacked)
+    found = update_factors(*flat)
+    return tuple(leaf.reshape(*chains, *leaf.shape[1:]) for leaf in found), (True, True)

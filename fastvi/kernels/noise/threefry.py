@@ -37,11 +37,11 @@ def normal(
     References:
         Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
     """
-    words, size, dtype = _threefry_words(key), math.prod(shape), np.dtype(dtype)
+    pair, size, dtype = _threefry_words(key), math.prod(shape), np.dtype(dtype)
     fits = 0 < size < 2**32 and dtype in (np.float32, np.float64)
-    if words is None or not fits:
+    if pair is None or not fits:
         return jax.random.normal(_block_key(key, block), shape, dtype)
-    bits = _random_bits(*words, jnp.uint32(block), size, dtype.itemsize)
+    bits = _random_bits(pair, jnp.uint32(block), size, dtype.itemsize)
     return jnp.asarray(_inverse_cdf(bits, dtype)).reshape(shape)
 
 
@@ -53,7 +53,7 @@ def words(key: Key, size: int, *, block: Array | int = 0) -> UInt32[Array, " siz
     pair = _threefry_words(key)
     if pair is None or not 0 < size < 2**32:
         return jax.random.bits(_block_key(key, block), (size,), jnp.uint32)
-    return _random_bits(*pair, jnp.uint32(block), size, 4)
+    return _random_bits(pair, jnp.uint32(block), size, 4)
 
 
 def split_key(key: Key, num: int) -> Keys:
@@ -76,12 +76,11 @@ def _host_words(key: Key) -> tuple[np.ndarray, np.ndarray] | None:
 
     None stands for a key that is traced, or of another kind.
     """
-    if not _is_threefry(key):
+    pair = _threefry_words(key)
+    # Where something is traced, the words of any key are tracers.
+    if pair is None or isinstance(pair, jax.core.Tracer):
         return None
-    data = jax.random.key_data(key)
-    if isinstance(data, jax.core.Tracer):  # as that of any key is where something is traced
-        return None
-    first, second = np.asarray(data)
+    first, second = np.asarray(pair)
     return np.atleast_1d(first), np.atleast_1d(second)  # scalars would warn where words wrap
 
 
@@ -98,30 +97,24 @@ def _block_key(key: Key, block: Array | int) -> Key:
     return key if isinstance(block, int) and block == 0 else jax.random.fold_in(key, block)
 
 
-def _threefry_words(key: Key) -> tuple[Array, Array] | None:
-    """Return the two words of a typed threefry2x32 key.
+def _threefry_words(key: Key) -> UInt32[Array, "2"] | None:
+    """Return the two words of a single threefry2x32 key under partitionable counters.
 
     None stands for a key whose counters jax.random uses in another way.
     """
-    if not _is_threefry(key):
-        return None
-    data = jax.random.key_data(key)  # two words of 32 bits
-    return data[0], data[1]
-
-
-def _is_threefry(key: Key) -> bool:
-    """Say whether it is a single threefry2x32 key under partitionable counters."""
-    return (
+    is_known = (
         jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         and key.shape == ()
         and str(jax.random.key_impl(key)) in ("threefry2x32", "fry")
         and getattr(jax.config, "jax_threefry_partitionable", False)
     )
+    return jax.random.key_data(key) if is_known else None
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
-def _random_bits(first, second, block, size, itemsize):
-    high, low = _threefry2x32(first, second, block, jax.lax.iota(np.uint32, size))
+# Inlined, so that the hash fuses with what the caller's program does to the bits.
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _random_bits(pair, block, size, itemsize):
+    high, low = _threefry2x32(pair[0], pair[1], block, jax.lax.iota(np.uint32, size))
     if itemsize == 4:
         return high ^ low
     return (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64)

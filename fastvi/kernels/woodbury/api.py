@@ -2,32 +2,21 @@
 
 from fastvi._typing import Array, Float, Scalar
 from fastvi.kernels._dispatch import (
+    Implementation,
     Op,
     jax_implementations,
-    pallas_implementation,
     triton_implementation,
 )
 from fastvi.kernels.woodbury import xla
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
-__all__ = [
-    "OP",
-    "Draw",
-    "Grams",
-    "Mixture",
-    "Noise",
-    "draw",
-    "factor_grams",
-    "grams",
-    "log_prob",
-    "precision_root",
-]
-
+# Pallas is a part of jax, of which not every version has the lowering by way of Triton.
+_PALLAS = Implementation(
+    "fastvi.kernels.woodbury.pallas", ("cuda",), ("jax.experimental.pallas.triton",)
+)
 OP = Op(
     "woodbury",
-    jax_implementations("woodbury")
-    | triton_implementation("woodbury")
-    | pallas_implementation("woodbury"),
+    jax_implementations("woodbury") | triton_implementation("woodbury") | {"pallas": _PALLAS},
 )
 
 

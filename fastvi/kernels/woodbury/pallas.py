@@ -38,6 +38,7 @@ def _project_kernel(
         return _
 
     _each(num_rows, project, jnp.int32(0))
+    # The sum of squares is one by element too: TF32 never enters.
     partial[program, num_rows] = jnp.sum(value * value)
 
 
@@ -70,6 +71,7 @@ def _combine(weights, matrix, first, count, at, inside):
 
 
 def _each(count, body, start):
+    # Under x64 a loop of Python's integers would count in 64 bits, unlike the program's index.
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), body, start)
 
 

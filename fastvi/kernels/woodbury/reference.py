@@ -7,7 +7,8 @@ from jax.scipy.special import logsumexp
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
 
-def _precision_core(mixture: Mixture):
+def precision(mixture: Mixture):
+    """Build P = I + B^T B."""
     return (
         jnp.eye(mixture.log_scale.size, dtype=mixture.log_scale.dtype)
         + mixture.core.T @ mixture.core
@@ -17,7 +18,7 @@ def _precision_core(mixture: Mixture):
 def covariances(mixture: Mixture):
     """Build Sigma_m as dense matrices of shape (comp, dim, dim)."""
     scale = jnp.exp(mixture.log_scale)
-    inner = jnp.linalg.inv(_precision_core(mixture)) + jnp.einsum(
+    inner = jnp.linalg.inv(precision(mixture)) + jnp.einsum(
         "mri,mrj->mij", mixture.factors, mixture.factors
     )
     return scale[:, None] * inner * scale
@@ -62,6 +63,7 @@ def grams(mixture: Mixture, factor_products=None) -> Grams:
         cross=cross,
         factor_half=jnp.linalg.inv(jnp.linalg.cholesky(identity + factor)),
         log_det=jnp.linalg.slogdet(covariances(mixture))[1],
+        # The definition raises no diagonal: a matrix that is indefinite is NaN here.
         ridged=jnp.zeros((), mixture.log_scale.dtype),
     )
 
@@ -74,7 +76,7 @@ def log_prob(mixture: Mixture, grams: Grams, displacement):
 def draw(mixture: Mixture, grams: Grams, noise: Noise) -> Draw:
     """Draw by a dense solve; the score is the autodiff gradient of `log_prob`."""
     y = noise.eps + mixture.core.T @ noise.zeta
-    x_core = jnp.linalg.solve(_precision_core(mixture), y)
+    x_core = jnp.linalg.solve(precision(mixture), y)
     x = x_core + mixture.factors[noise.label].T @ noise.z
     displacement = means(mixture)[noise.label] + jnp.exp(mixture.log_scale) * x
     logits = component_log_probs(mixture, displacement)

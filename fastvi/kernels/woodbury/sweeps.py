@@ -41,10 +41,11 @@ def draw(sweeps: Sweeps, mixture: Mixture, small: Grams, noise: Noise) -> Draw:
     )
     core_x = noise.zeta + correction
     core_full = core_x + small.cross[noise.label] @ noise.z
-    log_prob, weights, solved = xla.shared_log_prob(mixture, small, core_full, projected, square)
-    weighted = weights[:, None] * solved
-    core_residual = core_full - jnp.einsum("mkr,mr->k", small.cross, weighted)
+    log_prob, weights, weighted, core_t = xla.shared_density(
+        mixture, small, core_full, projected, square
+    )
     scale = jnp.exp(mixture.log_scale)
+    # The offsets have no row or one: their sum is zero, or the mean that all share.
     return Draw(
         x=x,
         x_core=x_core,
@@ -52,35 +53,32 @@ def draw(sweeps: Sweeps, mixture: Mixture, small: Grams, noise: Noise) -> Draw:
         displacement=mixture.offsets.sum(0) + scale * x,
         log_prob=log_prob,
         responsibilities=weights,
-        score=sweeps.residual(x, mixture.core, mixture.factors, core_residual, weighted) / scale,
+        score=sweeps.residual(x, mixture.core, mixture.factors, core_t, weighted) / scale,
     )
 
 
+# A custom kernel has no derivative of its own.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def log_prob(sweeps: Sweeps, mixture: Mixture, small: Grams, displacement):
     """Evaluate the log density; its derivative is that of the XLA implementation."""
     _check(sweeps, mixture)
-    return _log_prob(sweeps, mixture, small, displacement)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_prob(sweeps: Sweeps, mixture: Mixture, small: Grams, displacement):
     x = (displacement - mixture.offsets.sum(0)) / jnp.exp(mixture.log_scale)
     num_core, rank = mixture.core.shape[0], mixture.factors.shape[1]
+    # Without noise and correction the sweep leaves x as it is.
     still = jnp.zeros(num_core, x.dtype), jnp.zeros(rank, x.dtype), jnp.asarray(0)
     _, _, projected, square = sweeps.project(x, mixture, *still)
-    return xla.shared_log_prob(mixture, small, mixture.core @ x, projected, square)[0]
+    return xla.shared_density(mixture, small, mixture.core @ x, projected, square)[0]
 
 
-def _log_prob_forward(sweeps, mixture, small, displacement):
-    return _log_prob(sweeps, mixture, small, displacement), (mixture, small, displacement)
+def _log_prob_forward(sweeps, *given):
+    return log_prob(sweeps, *given), given
 
 
-def _log_prob_backward(sweeps, saved, cotangent):
-    del sweeps
+def _log_prob_backward(_, saved, cotangent):
     return jax.vjp(xla.log_prob, *saved)[1](cotangent)
 
 
-_log_prob.defvjp(_log_prob_forward, _log_prob_backward)
+log_prob.defvjp(_log_prob_forward, _log_prob_backward)
 
 
 def _check(sweeps: Sweeps, mixture: Mixture) -> None:

@@ -42,6 +42,7 @@ def combine(
         index = start + tl.arange(0, tile)
         weight = tl.load(weights + index, mask=index < count, other=0.0)
         rows = rows_at(matrix, first + start, first + count, dim, block, tile)
+        # A sum of products by element instead of `tl.dot` keeps TF32 out.
         value += sign * tl.sum(weight[:, None] * rows, axis=0)
     return value
 
@@ -69,6 +70,7 @@ def project(
     chain = tl.program_id(1)
     entry = tl.program_id(0) * block + tl.arange(0, block)
     inside = entry < dim
+    # Offsets have 64 bits, since arrays may have more than 2^31 entries.
     own = chain.to(tl.int64) * dim + entry
     value = tl.load(eps + own, mask=inside, other=0.0)
     value = combine(

@@ -4,13 +4,10 @@ Symbols follow docs/math.md, section "Family": B = core, A_m = factors[m], C_B =
 C_m = I + A_m A_m^T + (B A_m^T)^T (B A_m^T).
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
-from fastvi._typing import Array, Float, Scalar
 from fastvi.kernels.triangular import inverse_root
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
@@ -54,10 +51,8 @@ def component_gram(factors, index):
     rank, dim = factors.shape[-2:]
 
     def part(start, size):
-        found = jax.lax.dynamic_slice(
-            factors, (*index, 0, start), (*(1 for _ in index), rank, size)
-        )
-        return found.reshape(1, rank, size)
+        sizes = (*(1 for _ in index), rank, size)
+        return jax.lax.dynamic_slice(factors, (*index, 0, start), sizes).reshape(1, rank, size)
 
     return _products(part, (1, rank, dim), factors.dtype)[0]
 
@@ -109,6 +104,7 @@ def _log_det(triangular):
 
 def precision_root(core, eps, zeta):
     """Compute `eps - B^T C_B^{-1} (B eps - zeta)` for rows of eps and zeta."""
+    # This is x_core of `draw`, for many rows.
     half = inverse_root(core @ core.T).root
     return eps - ((eps @ core.T - zeta) @ half.T @ half) @ core
 
@@ -122,28 +118,27 @@ def draw(mixture: Mixture, grams: Grams, noise: Noise) -> Draw:
     core, scale = mixture.core, jnp.exp(mixture.log_scale)
     correction = solve(grams.core_half, core @ noise.eps - noise.zeta)
     x_core = noise.eps - correction @ core
+    # B x_core needs no product over dim, since B B^T = C_B - I.
     core_x = noise.zeta + correction
     x = x_core + noise.z @ mixture.factors[noise.label]
     core_full = core_x + grams.cross[noise.label] @ noise.z
-    num_offsets = mixture.offsets.shape[0]
-    offset = (
-        mixture.offsets[noise.label if num_offsets > 1 else slice(None)].reshape(-1, x.size).sum(0)
-    )
-    displacement = offset + scale * x
-    if num_offsets > 1:
-        x_all = x + (offset - mixture.offsets) / scale
-        core_all = core_full + ((offset - mixture.offsets) / scale) @ core.T
-        density = _density_separate(mixture, grams, x_all, core_all)
+    if mixture.offsets.shape[0] > 1:
+        offset = mixture.offsets[noise.label]
+        apart = (offset - mixture.offsets) / scale
+        density = _density_separate(mixture, grams, x + apart, core_full + apart @ core.T)
     else:
+        # The offsets have no row or one: their sum is zero, or the mean that all share.
+        offset = mixture.offsets.sum(0)
         density = _density_shared(mixture, grams, x, core_full)
+    log_prob, responsibilities, score = density
     return Draw(
         x=x,
         x_core=x_core,
         core_x=core_x,
-        displacement=displacement,
-        log_prob=density.log_prob,
-        responsibilities=density.responsibilities,
-        score=density.score / scale,
+        displacement=offset + scale * x,
+        log_prob=log_prob,
+        responsibilities=responsibilities,
+        score=score / scale,
     )
 
 
@@ -152,47 +147,43 @@ def log_prob(mixture: Mixture, grams: Grams, displacement):
     scale = jnp.exp(mixture.log_scale)
     if mixture.offsets.shape[0] > 1:
         x_all = (displacement - mixture.offsets) / scale
-        return _density_separate(mixture, grams, x_all, x_all @ mixture.core.T).log_prob
+        return _density_separate(mixture, grams, x_all, x_all @ mixture.core.T)[0]
     x = (displacement - mixture.offsets.sum(0)) / scale
-    return _density_shared(mixture, grams, x, mixture.core @ x).log_prob
+    return _density_shared(mixture, grams, x, mixture.core @ x)[0]
 
 
-class Density(NamedTuple):
-    """Log density, responsibilities and, in units of D^{1/2}, the score at a point."""
+def _density_shared(mixture: Mixture, grams: Grams, x, core_x):
+    """Return log density, responsibilities and score, where all components share their mean.
 
-    log_prob: Scalar
-    responsibilities: Float[Array, " comp"]
-    score: Float[Array, " dim"]
-
-
-def _density_shared(mixture: Mixture, grams: Grams, x, core_x) -> Density:
-    """Evaluate the density where all components share their mean."""
+    The score is in units of D^{1/2}.
+    """
     num_components, rank, dim = mixture.factors.shape
     flat = mixture.factors.reshape(num_components * rank, dim)
     projected = (flat @ x).reshape(num_components, rank)
     # a sum, not a dot: that of jax 0.7 on CPUs loses a few 1e-4 of a million squares
     square = jnp.sum(x**2)
-    log_prob, weights, solved = shared_log_prob(mixture, grams, core_x, projected, square)
-    weighted = weights[:, None] * solved
+    log_prob, weights, weighted, core_t = shared_density(mixture, grams, core_x, projected, square)
     residual = x - weighted.reshape(-1) @ flat
-    core_residual = core_x - jnp.einsum("mkr,mr->k", grams.cross, weighted)
-    return Density(log_prob, weights, -(residual + core_residual @ mixture.core))
+    return log_prob, weights, -(residual + core_t @ mixture.core)
 
 
-def shared_log_prob(mixture: Mixture, grams: Grams, core_x, projected, square):
-    """Return log density, weights and C_m^{-1} (A_m P x) where all means agree.
+def shared_density(mixture: Mixture, grams: Grams, core_x, projected, square):
+    """Return log density and responsibilities where all means agree, and what the score is made of.
 
-    Given are B x, A_m x and |x|^2.
+    Given are B x, A_m x and |x|^2. The score is `-(t + B^T B t)` with `t = x - sum_m A_m^T w_m`, of
+    which w and B t are returned.
     """
     full = projected + jnp.einsum("mkr,k->mr", grams.cross, core_x)
     solved = solve(grams.factor_half, full)
-    return (
-        *_combine(mixture, grams, square + core_x @ core_x, -jnp.sum(full * solved, axis=-1)),
-        solved,
+    log_prob, weights = _combine(
+        mixture, grams, square + core_x @ core_x, -jnp.sum(full * solved, axis=-1)
     )
+    weighted = weights[:, None] * solved
+    core_t = core_x - jnp.einsum("mkr,mr->k", grams.cross, weighted)
+    return log_prob, weights, weighted, core_t
 
 
-def _density_separate(mixture: Mixture, grams: Grams, x_all, core_all) -> Density:
+def _density_separate(mixture: Mixture, grams: Grams, x_all, core_all):
     """Do the same where each component has its own mean.
 
     X_all (comp, dim), core_all (comp, core).
@@ -206,7 +197,7 @@ def _density_separate(mixture: Mixture, grams: Grams, x_all, core_all) -> Densit
     weighted = weights[:, None] * solved
     residual = weights @ x_all - jnp.einsum("mr,mrd->d", weighted, mixture.factors)
     core_residual = weights @ core_all - jnp.einsum("mkr,mr->k", grams.cross, weighted)
-    return Density(log_prob, weights, -(residual + core_residual @ mixture.core))
+    return log_prob, weights, -(residual + core_residual @ mixture.core)
 
 
 def _combine(mixture: Mixture, grams: Grams, common, own):
@@ -223,5 +214,6 @@ def _combine(mixture: Mixture, grams: Grams, common, own):
 
 def solve(half, right):
     """Return C^{-1} right given L^{-1} of C = L L^T, batched over leading axes."""
+    # Products with L^{-1} batch over chains, where a triangular solve would expand.
     inner = jnp.einsum("...ij,...j->...i", half, right)
     return jnp.einsum("...ji,...j->...i", half, inner)

@@ -32,11 +32,9 @@ def clip_by_typical_norm(max_ratio: float) -> optax.GradientTransformation:
     """
 
     def init(params):
-        del params
         return TypicalNormState(jnp.zeros(()), jnp.zeros(()))
 
     def update(updates, state, params=None):
-        del params
         norm = gradient_norm(updates)
         typical = jnp.sqrt(
             state.mean_square / jnp.maximum(1 - TYPICAL_NORM_DECAY**state.count, 1e-9)
@@ -110,26 +108,25 @@ def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArg
     """
 
     def init(params):
-        def mean(leaf, blocked):
-            return jnp.zeros(0, leaf.dtype) if blocked else jnp.zeros_like(leaf)
-
-        def block_unseen(leaf, blocked):
-            return jnp.ones(leaf.shape[0] if blocked else 0, leaf.dtype)
-
         zero = jax.tree_util.tree_map(jnp.zeros_like, params)
-        square = jax.tree_util.tree_map(_square, zero, rules.shared_rows)
         return MomentState(
-            jax.tree_util.tree_map(mean, params, rules.blocked),
-            square,
-            (jnp.ones(()), jnp.ones(())),
-            jax.tree_util.tree_map(block_unseen, params, rules.blocked),
+            mean=jax.tree_util.tree_map(
+                lambda leaf, blocked: jnp.zeros(0, leaf.dtype) if blocked else leaf,
+                zero,
+                rules.blocked,
+            ),
+            square=jax.tree_util.tree_map(_square, zero, rules.shared_rows),
+            unseen=(jnp.ones(()), jnp.ones(())),
+            block_unseen=jax.tree_util.tree_map(
+                lambda leaf, blocked: jnp.ones(leaf.shape[0] if blocked else 0, leaf.dtype),
+                params,
+                rules.blocked,
+            ),
         )
 
     def update(updates, state, params=None, **extra_args):
-        del params
-        elapsed = jnp.asarray(extra_args["elapsed"])
         # goes to zero with the schedule, at which second moments stand still
-        gain = (1 - ADAM_B2) * (1 - elapsed) ** 2
+        gain = (1 - ADAM_B2) * (1 - jnp.asarray(extra_args["elapsed"])) ** 2
         unseen = (
             ADAM_B1 * state.unseen[0],
             ((1 - gain) * state.unseen[1]).astype(state.unseen[1].dtype),

@@ -3,10 +3,11 @@
 import abc
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -97,9 +98,6 @@ class Course(NamedTuple):
     converged: bool | None = None
 
 
-T = TypeVar("T")
-
-
 class AbstractKeeper(abc.ABC):
     """Keeps the progress of a fit."""
 
@@ -165,33 +163,28 @@ def run_fit(
         The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are
         zero.
     """
-    clock = Clock()
+    seconds = {"adaptation": 0.0, "sampling": 0.0, "evaluation": 0.0}
     leaves = jax.tree_util.tree_leaves((problem, chain_keys, whitener_scale))
     if stages.loss.is_traced or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         whole = jax.jit(
             lambda *arguments: fit_inside_a_trace(stages, choice, schedule, *arguments)
         )(problem, chain_keys, whitener_scale)
-        return Fit(**whole, seconds=clock.seconds, converged=None)
+        return Fit(**whole, seconds=seconds, converged=None)
     draws = schedule.steps * stages.settings.step.num_draws * chain_keys.size
     programs = stages.for_work(draws, problem)
     report = options.report or _silent
     report(Progress("curvature", 0, schedule.steps, float("nan")))
-    with clock.stage("adaptation"):
+    with _timed(seconds, "adaptation"):
         course = _begin(
             stages, programs, problem, choice, schedule, chain_keys, whitener_scale, options
         )
         jax.block_until_ready(course.state)
     if options.keeper is not None:
         course = options.keeper.restore(course)
-    course = _run_chunks(programs, problem, schedule, course, chain_keys, clock, options)
+    course = _run_chunks(programs, problem, schedule, course, chain_keys, seconds, options)
     report(Progress("evaluation", schedule.steps, schedule.steps, float("nan")))
-    arguments, source = (
-        (course.family, problem, course.state.params, chain_keys),
-        options.stream or problem.data,
-    )
-    with clock.stage("evaluation"):
-        beside = _line_points(problem.posterior, course.start) if options.looks_down else None
-        outcome = jax.block_until_ready(_finish(programs, arguments, source, beside))
+    with _timed(seconds, "evaluation"):
+        outcome = jax.block_until_ready(_finish(programs, problem, course, chain_keys, options))
     return Fit(
         family=course.family,
         params=course.state.params,
@@ -202,7 +195,7 @@ def run_fit(
             for name in course.parts[0]
         },
         calibration_rounds=course.calibration_rounds,
-        seconds=clock.seconds,
+        seconds=seconds,
         converged=course.converged,
         warm=options.warm is not None,
         snapshots=course.snapshots,
@@ -222,11 +215,10 @@ def _begin(
     """Start from the curvature at w*, or from another fit's q moved to w*."""
     phases, settings = fixed_phases(schedule), stages.settings
     if options.early_stop:
-        phases = Phases(
-            min(phases.warmup, MAX_ADAPTIVE_WARMUP),
-            schedule.steps / (1 + DECAY_FRACTION),
-            schedule.steps,
-        )
+        # The last possible decay still fits in: it takes this fraction of the steps before it.
+        decay_start = schedule.steps / (1 + DECAY_FRACTION)
+        warmup = min(phases.warmup, MAX_ADAPTIVE_WARMUP)
+        phases = Phases(warmup, decay_start, schedule.steps)
     if options.warm is not None:
         start = _known_before(options.warm.start)
         origin = FromFit(options.warm.family, options.warm.params)
@@ -235,6 +227,7 @@ def _begin(
         limit = rank_limit(
             settings.start, problem.posterior.center.size, problem.posterior.center.dtype.itemsize
         )
+        # Whole blocks of rows: starts of nearly one rank share their compiled steps.
         rank = min(limit, -(-int(start.rank) // BLOCK) * BLOCK)
         here = jax.tree_util.tree_map(np.asarray, start)  # in numpy, which compiles nothing
         family = build_family(choice, settings.start, here, rank)
@@ -244,8 +237,9 @@ def _begin(
     family, state, rounds = _calibrate(
         programs, origin, problem, schedule, settings.step.num_draws, keys.size
     )
-    converged = False if options.early_stop else None
-    return Course(family, state, start, rounds, phases, converged=converged)
+    return Course(
+        family, state, start, rounds, phases, converged=False if options.early_stop else None
+    )
 
 
 def _known_before(start: Start) -> Start:
@@ -318,7 +312,7 @@ def _run_chunks(
     schedule: ScheduleSettings,
     course: Course,
     keys: Keys,
-    clock: "Clock",
+    seconds: dict[str, float],
     options: Options,
 ) -> Course:
     """Run the steps.
@@ -330,7 +324,7 @@ def _run_chunks(
         if options.stream is not None and course.done:
             problem = dataclasses.replace(problem, data=options.stream.window(course.done))
         end = min(course.done + CHUNK, course.phases.end)
-        with clock.stage("sampling"):
+        with _timed(seconds, "sampling"):
             course = _advance(programs, schedule, course, problem, keys, end, options)
         part = course.parts[-1]
         elbo = np.concatenate([part["elbo"] for part in course.parts], axis=1)
@@ -403,20 +397,25 @@ def _line_points(posterior: LocalPosterior, start: Start) -> Beside:
 
 def _finish(
     programs: Programs,
-    arguments: tuple,
-    source: AbstractData | AbstractStream,
-    beside: Beside | None,
+    problem: Problem,
+    course: Course,
+    keys: Keys,
+    options: Options,
 ) -> Outcome:
     """Evaluate q on all data, or a sample of them, piece by piece."""
-    _, problem, _, keys = arguments
-    posterior, means = problem.posterior, []
-    outcome, losses, count = None, programs.nothing_seen(problem, keys.size, beside), 0
-    for piece, is_last in _with_last(source.pieces()):
+    posterior, source = problem.posterior, options.stream or problem.data
+    beside = _line_points(posterior, course.start) if options.looks_down else None
+    arguments = (course.family, problem, course.state.params, keys)
+    outcome, losses = None, programs.nothing_seen(problem, keys.size, beside)
+    count, means = 0, []
+    # One piece is read ahead: the last is the one that nothing follows.
+    for piece, following in itertools.pairwise(itertools.chain(source.pieces(), [None])):
+        assert piece is not None
         count += piece.num_examples
         share = jnp.asarray(piece.num_examples / count, posterior.center.dtype)
         # what follows from the losses, Hessian products among it, is computed once
         outcome, losses = programs.finish(
-            *arguments, piece, losses, share, beside, concludes=is_last
+            *arguments, piece, losses, share, beside, concludes=following is None
         )
         means.append(np.mean(np.asarray(losses.excess)))
     assert outcome is not None  # no source is empty
@@ -427,28 +426,12 @@ def _finish(
     return outcome._replace(data_error=math.hypot(error_over_pieces(running), of_weight))
 
 
-def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Yield each item, and whether it is the last."""
-    ahead = iter(items)
-    item = next(ahead)
-    for following in ahead:
-        yield item, False
-        item = following
-    yield item, True
-
-
-class Clock:
-    """Sum the seconds of each stage."""
-
-    def __init__(self):
-        self.seconds = {"adaptation": 0.0, "sampling": 0.0, "evaluation": 0.0}
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add what a block takes, which waits for its results."""
-        began = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - began
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add what a block takes, which waits for its results, to the seconds of its stage."""
+    began = time.perf_counter()
+    yield
+    seconds[stage] += time.perf_counter() - began
 
 
 def _silent(progress: Progress) -> None:

@@ -189,12 +189,10 @@ def programs_for(
     loss = loss or fingerprint_loss(objective, problem, loss_full_flat)
     if loss.is_traced:
         return _build(objective, problem, settings, loss_full_flat, loss)
-    key = ("fit", settings, shapes_of(problem))
-    functions = (objective, loss_full_flat)
     return PROGRAMS.find(
         loss,
-        key,
-        functions,
+        ("fit", settings, shapes_of(problem)),
+        (objective, loss_full_flat),
         lambda objective, full: _build(objective, problem, settings, full, loss),
     )
 
@@ -235,13 +233,17 @@ def _build(
 
         return over_devices(stage, (family, problem, plan), (state, keys))
 
-    nothing = functools.partial(
-        nothing_seen,
-        num_draws=settings.evaluation.num_draws,
-        has_slope=loss_full_flat is None,
+    plain = Programs(
+        prepare,
+        launch,
+        steps,
+        finish=_evaluation(objective, settings.evaluation, loss_full_flat),
+        nothing_seen=functools.partial(
+            nothing_seen,
+            num_draws=settings.evaluation.num_draws,
+            has_slope=loss_full_flat is None,
+        ),
     )
-    finish = _evaluation(objective, settings.evaluation, loss_full_flat)
-    plain = Programs(prepare, launch, steps, finish, nothing)
     return _compiled(plain, settings, problem, loss)
 
 
@@ -363,12 +365,15 @@ def _compiled(
         jax.jit(plain.steps, donate_argnames=("state",), compiler_options=one)
         for one in options_by_speed()
     )
-    finish = functools.partial(plain.finish, spread=True)
     compiled = Programs(
         prepare=jit(plain.prepare, of_start),
         launch=jit(plain.launch, DRAW_BYTES * center.size),
         steps=steps[-1],
-        finish=jit(finish, of_evaluation, static_argnames=("concludes",)),
+        finish=jit(
+            functools.partial(plain.finish, spread=True),
+            of_evaluation,
+            static_argnames=("concludes",),
+        ),
         nothing_seen=plain.nothing_seen,
     )
     return Stages(compiled, steps, plain, settings, loss)
@@ -390,8 +395,7 @@ def fit_inside_a_trace(
         family, params, start, outcome, traces, calibration_rounds.
     """
     plain, settings, center = stages.plain, stages.settings, problem.posterior.center
-    key = streams.shared_key()
-    start = plain.prepare(problem, key, whitener_scale)
+    start = plain.prepare(problem, streams.shared_key(), whitener_scale)
     rank = rank_limit(settings.start, center.size, center.dtype.itemsize)
     family = build_family(choice, settings.start, start, rank)
     origin = FromCurvature(family, start.core[:rank], keys)
@@ -429,8 +433,7 @@ def fit_inside_a_trace(
 
 def calibration_keys(num_chains: int) -> Keys:
     """Return a key for each chain's calibration, none of those that the fit draws from."""
-    key = streams.derive(streams.shared_key(), streams.Purpose.CALIBRATION)
-    return split_key(key, num_chains)
+    return split_key(streams.derive(streams.shared_key(), streams.Purpose.CALIBRATION), num_chains)
 
 
 def build_family(

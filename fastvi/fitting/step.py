@@ -149,8 +149,9 @@ def _step(
     baseline = jnp.where(row.step == 0, jnp.mean(value - draws.log_prob), state.baseline)
     target = TargetValues(value, grad, baseline)
     ascent = family.ascent(state.params, draws, target, groups=settings.groups)
-    optimizer = make_optimizer(settings.max_ratio, rules)
-    updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=row.elapsed)
+    updates, opt_state = make_optimizer(settings.max_ratio, rules).update(
+        ascent, state.opt_state, elapsed=row.elapsed
+    )
     updates = _scaled(updates, rules.rates, row.rate)
     params, cache = family.apply_updates(state.params, state.cache, updates)
     if settings.prunes:
@@ -167,8 +168,12 @@ def _step(
     )
     objective_value = jnp.mean(value - family.entropy_weight * draws.log_prob)
     baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * objective_value
-    trace = {**_statistics(draws, value, grad), "grad_norm": gradient_norm(ascent)}
-    trace |= {**family.step_statistics(params, draws), **slow}
+    trace = {
+        **_statistics(draws, value, grad),
+        "grad_norm": gradient_norm(ascent),
+        **family.step_statistics(params, draws),
+        **slow,
+    }
     ahead = _noise(family, settings, key, row.step + 1)
     return State(params, opt_state, baseline, cache, slow), ahead, trace
 
@@ -186,8 +191,8 @@ def _statistics(draws: Draws, value, grad) -> dict[str, Scalar]:
 
 def _scaled(updates, factors, rate):
     """Multiply each update by the learning rate and its factor."""
-
-    def one(factor, update):
-        return scale(update, jnp.asarray(rate * factor).astype(update.dtype))
-
-    return jax.tree_util.tree_map(one, factors, updates)
+    return jax.tree_util.tree_map(
+        lambda factor, update: scale(update, jnp.asarray(rate * factor).astype(update.dtype)),
+        factors,
+        updates,
+    )

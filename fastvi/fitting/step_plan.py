@@ -107,10 +107,11 @@ def learning_rate(
     """Evaluate the schedule: a linear rise, the peak, a decay to `end_fraction` of it, zero."""
     warm = np.minimum(1.0, (step + 1) / max(phases.warmup, 1))
     elapsed = elapsed_decay(phases, step)
-    if schedule.decay == "cosine":
-        left = 0.5 * (1 + np.cos(np.pi * elapsed))
-    else:
-        left = 1 - elapsed if schedule.decay == "linear_decay" else np.ones_like(elapsed)
+    left = {
+        "cosine": 0.5 * (1 + np.cos(np.pi * elapsed)),
+        "linear_decay": 1 - elapsed,
+        "none": np.ones_like(elapsed),
+    }[schedule.decay]
     rate = schedule.rate * warm * (schedule.end_fraction + (1 - schedule.end_fraction) * left)
     return np.where(step < phases.end, rate, 0.0)
 
@@ -124,10 +125,9 @@ def annealing(
     """
     cooling = schedule.temperature_fraction * schedule.steps
     left = np.maximum(1 - step / cooling, 0.0) if cooling > 0 else np.ones(step.shape)
-    stays = schedule.entropy_bonus_steps is None
-    bonus = np.full(step.shape, schedule.entropy_bonus)
-    ended = np.zeros(step.shape, bool) if stays else step >= schedule.entropy_bonus_steps
-    return 1 + (schedule.temperature - 1) * left, np.where(ended, 0.0, bonus)
+    ends = np.inf if schedule.entropy_bonus_steps is None else schedule.entropy_bonus_steps
+    bonus = np.where(step < ends, schedule.entropy_bonus, 0.0)
+    return 1 + (schedule.temperature - 1) * left, bonus
 
 
 def plan_steps(

@@ -10,8 +10,8 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -276,33 +276,20 @@ def _holder(function: Any) -> Callable[[], Any]:
     return _weakly(function)
 
 
-class Ahead:
-    """Compile programs in the background while earlier ones compile or run.
+def compile_ahead(lowered: Iterable[Any]) -> None:
+    """Compile programs in the background, each while the next ones are lowered or compile.
 
     Lowering, which runs the user's Python, stays in the caller's thread; a later call of the jitted
     function finds the compiled program in jax's own cache.
     """
-
-    def __init__(self):
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="fastvi-compile")
-        self._futures: list[Future] = []
-
-    def compile(self, lowered: Any) -> None:
-        """Start on one program."""
-        # a thread begins in jax's modes, and jax 0.7 finds programs by the modes they compile in
-        self._futures.append(self._pool.submit(in_own_modes(lowered.compile)))
-
-    def wait(self) -> None:
-        """Wait until all are compiled."""
+    pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="fastvi-compile")
+    try:
+        # A thread begins in jax's modes, and jax 0.7 finds programs by the modes they compile in.
+        compiling = [pool.submit(in_own_modes(program.compile)) for program in lowered]
         began = time.perf_counter()
-        for future in self._futures:
+        for future in compiling:
             future.result()
         monitoring.record_event_duration_secs(WAIT_EVENT, time.perf_counter() - began)
-
-    def __enter__(self) -> "Ahead":
-        """Return itself."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Let the threads go; what has not begun by then is not wanted."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    finally:
+        # After an error, what has not begun is not wanted.
+        pool.shutdown(wait=False, cancel_futures=True)

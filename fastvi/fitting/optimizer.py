@@ -36,18 +36,19 @@ def clip_by_typical_norm(max_ratio: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         norm = gradient_norm(updates)
+        # The zeros of the start weigh decay^count in the running mean, as in Adam.
         typical = jnp.sqrt(
             state.mean_square / jnp.maximum(1 - TYPICAL_NORM_DECAY**state.count, 1e-9)
         )
         growth = jnp.sqrt(jnp.maximum(1.0, state.count / TRUNCATION_STEPS))
         # nothing is known before the first gradient, which passes as it is
         bound = jnp.where(state.count > 0, max_ratio * growth * typical, norm)
+        # A NaN exceeds no bound: it passes, and shows.
         factor = jnp.where(norm > bound, bound / norm, 1.0)
         # an outlier raises the typical norm no further than to the bound
         square = jnp.minimum(norm, bound) ** 2
         mean_square = TYPICAL_NORM_DECAY * state.mean_square + (1 - TYPICAL_NORM_DECAY) * square
-        clipped = scale(updates, factor.astype(norm.dtype))
-        return clipped, TypicalNormState(
+        return scale(updates, factor.astype(norm.dtype)), TypicalNormState(
             mean_square.astype(state.mean_square.dtype), state.count + 1
         )
 
@@ -183,6 +184,7 @@ def _step_blocks(gradient: Blocks, mean, square, unseen, shared, damping, gain):
         raise ValueError("blocks need second moments that their rows share.")
     factors, gain = [], gain.astype(square.dtype)
     squares = gradient.row_squares()[..., None] / gradient.right.shape[-1]
+    # In turn, since two draws may be of one component.
     for index, own in zip(gradient.index, squares, strict=True):
         left = _read(unseen, index) * (1 - gain)
         moment = _read(square, index)
@@ -196,6 +198,7 @@ def _step_blocks(gradient: Blocks, mean, square, unseen, shared, damping, gain):
 
 
 def _read(whole, index):
+    # The family draws the index of a component that exists.
     return whole.at[index].get(mode="promise_in_bounds")
 
 

@@ -187,6 +187,7 @@ def programs_for(
             traced anew when left out.
     """
     loss = loss or fingerprint_loss(objective, problem, loss_full_flat)
+    # Programs that close over values of a trace end with it, and are not kept.
     if loss.is_traced:
         return _build(objective, problem, settings, loss_full_flat, loss)
     return PROGRAMS.find(
@@ -209,11 +210,10 @@ def _build(
             streams.derive(key, purpose)
             for purpose in (streams.Purpose.SUBSET, streams.Purpose.CURVATURE)
         )
-        subset = problem.data.subset(key_subset, settings.start.examples)
         return make_start(
             objective,
             problem.posterior,
-            subset,
+            problem.data.subset(key_subset, settings.start.examples),
             problem.next_data,
             settings.start,
             key_start,
@@ -298,6 +298,7 @@ def _evaluation(
         if not concludes:
             return None, found
         evaluation, losses, arrays = found
+        # What is said of w* itself is the same for all chains.
         _, reference, slope, at_beside = jax.tree_util.tree_map(lambda leaf: leaf[0], losses)
         return Outcome(evaluation, reference, slope, arrays, beside=at_beside), losses
 
@@ -323,7 +324,9 @@ def _losses_on(
     def at_points(center, displacement, beside, batch):
         return losses_at(objective, center, displacement, batch, beside)
 
+    # What runs inside a trace of the caller's is not spread over devices.
     mean = data_parallel_mean if spread else shared_mean
+    # A pass takes w* beside a group of draws.
     return mean(at_points, data, points, 1 + draws_at_once(displacement.shape[0]))
 
 
@@ -361,6 +364,7 @@ def _compiled(
     def jit(function: Callable, computed: float, **options: Any) -> Callable:
         return jax.jit(function, compiler_options=compiler_options(computed), **options)
 
+    # The state holds q and its moments: donated, the new one takes the memory of the old.
     steps = tuple(
         jax.jit(plain.steps, donate_argnames=("state",), compiler_options=one)
         for one in options_by_speed()
@@ -372,6 +376,7 @@ def _compiled(
         finish=jit(
             functools.partial(plain.finish, spread=True),
             of_evaluation,
+            # The pieces before the last take a program without the evaluation.
             static_argnames=("concludes",),
         ),
         nothing_seen=plain.nothing_seen,
@@ -407,8 +412,9 @@ def fit_inside_a_trace(
     def adjust(carry):
         shift, rounds, _ = carry
         family, state = plain.launch(origin, shift, jnp.asarray(False))
-        rows = probe.rows._replace(step=probe.rows.step + rounds * length)
-        measured = probe._replace(rows=rows)
+        # Each round draws by the numbers of other steps.
+        step = probe.rows.step + rounds * length
+        measured = probe._replace(rows=probe.rows._replace(step=step))
         traces = plain.steps(family, problem, state, calibration_keys(keys.size), measured)[1]
         less = narrowing(jnp.mean(traces["virial"]), jnp).astype(shift.dtype)
         return shift - less, rounds + 1, less > 0

@@ -57,10 +57,10 @@ class State(NamedTuple):
 def init_state(family: AbstractFamily, params: PyTree, settings: StepSettings) -> State:
     """Return the state before the first step."""
     dtype = jax.tree_util.tree_leaves(params)[0].dtype
-    rules = family.update_rules(params, settings.groups)
+    optimizer = make_optimizer(settings.max_ratio, family.update_rules(params, settings.groups))
     return State(
         params=params,
-        opt_state=make_optimizer(settings.max_ratio, rules).init(params),
+        opt_state=optimizer.init(params),
         baseline=jnp.zeros((), dtype),
         cache=family.make_cache(params),
         slow=family.slow_statistics(params),
@@ -143,9 +143,11 @@ def _step(
         family = family.annealed(row.temperature, row.entropy_bonus)
     rules = family.update_rules(state.params, settings.groups)
     batch = problem.next_batch(key, streams.step_batch(row.step))
-    mirror = settings.groups < settings.num_draws
-    draws = family.transform(state.params, noise, mirror=mirror, cache=state.cache)
+    draws = family.transform(
+        state.params, noise, mirror=settings.groups < settings.num_draws, cache=state.cache
+    )
     value, grad = evaluate(problem, draws.displacement, batch)
+    # Before the first step there is no past: its own value stands in.
     baseline = jnp.where(row.step == 0, jnp.mean(value - draws.log_prob), state.baseline)
     target = TargetValues(value, grad, baseline)
     ascent = family.ascent(state.params, draws, target, groups=settings.groups)
@@ -163,6 +165,7 @@ def _step(
             params,
             opt_state,
         )
+    # Between records the last ones are repeated.
     slow = jax.lax.cond(
         row.records, lambda p: family.slow_statistics(p), lambda _: state.slow, params
     )

@@ -50,10 +50,10 @@ class ScheduleSettings(NamedTuple):
     @property
     def anneal_until(self) -> int:
         """The step from which temperature and entropy bonus stay as they are."""
-        falls = self.temperature != 1 and self.temperature_fraction > 0
-        cooled = math.ceil(self.temperature_fraction * self.steps) if falls else 0
-        ends = self.entropy_bonus > 0 and self.entropy_bonus_steps is not None
-        return max(cooled, min(self.entropy_bonus_steps or 0, self.steps) if ends else 0)
+        cooled = math.ceil(self.temperature_fraction * self.steps) if self.temperature != 1 else 0
+        # A bonus without an end never changes.
+        ended = min(self.entropy_bonus_steps or 0, self.steps) if self.entropy_bonus > 0 else 0
+        return max(cooled, ended)
 
 
 class Phases(NamedTuple):
@@ -113,6 +113,7 @@ def learning_rate(
         "none": np.ones_like(elapsed),
     }[schedule.decay]
     rate = schedule.rate * warm * (schedule.end_fraction + (1 - schedule.end_fraction) * left)
+    # Steps beyond the end leave the parameters as they are.
     return np.where(step < phases.end, rate, 0.0)
 
 
@@ -142,6 +143,7 @@ def plan_steps(
         rate=rate.astype(dtype),
         elapsed=elapsed_decay(phases, step).astype(dtype),
         records=step % schedule.record_every == 0,
+        # Where the rate is zero, nothing may change.
         prunes=((step + 1) % schedule.record_every == 0) & (rate > 0),
         temperature=temperature.astype(dtype),
         entropy_bonus=bonus.astype(dtype),

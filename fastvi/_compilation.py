@@ -10,8 +10,8 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -139,10 +139,7 @@ class Borrowed:
 
     def lend(self, value: Any) -> None:
         """Use this one from now on."""
-        try:
-            self._owner: Callable[[], Any] = weakref.ref(value)
-        except TypeError:  # it has slots, or is a tuple
-            self._owner = lambda: value
+        self._owner = _weakly(value)
 
     def __call__(self, *args: Any) -> Any:
         """Call it."""
@@ -170,6 +167,14 @@ class BorrowedObjective(Borrowed):
             return self._owner().grad(*args)
 
 
+def _weakly(value: Any) -> Callable[[], Any]:
+    """Return what gives the value for as long as somebody else holds it."""
+    try:
+        return weakref.ref(value)
+    except TypeError:  # it has slots, or is a tuple
+        return lambda: value
+
+
 def _borrow(value: Any) -> Borrowed | None:
     if value is None:
         return None
@@ -178,10 +183,9 @@ def _borrow(value: Any) -> Borrowed | None:
 
 @dataclasses.dataclass
 class _Kept:
-    """Programs, their loss, what they borrow, and whether people still hold the function."""
+    """Programs, what they borrow, and whether people still hold the function."""
 
     programs: Any
-    loss: Hashable
     borrowed: tuple[Borrowed | None, ...]
     is_held: Callable[[], Any]
 
@@ -196,7 +200,8 @@ class ProgramStore:
 
     def __init__(self, most_losses: int = MOST_LOSSES, most_sets: int = MOST_SETS):
         self._most_losses, self._most_sets = most_losses, most_sets
-        self._kept: dict[Hashable, _Kept] = {}  # in the order of use
+        # By loss and key, in the order of use.
+        self._kept: dict[tuple[Hashable, Hashable], _Kept] = {}
         self._dropped = 0  # sets whose memory has not been looked for
         self._lock = threading.RLock()
 
@@ -221,7 +226,7 @@ class ProgramStore:
             if kept is None:
                 self._make_room(loss)
                 borrowed = tuple(map(_borrow, functions))
-                kept = _Kept(build(*borrowed), loss, borrowed, lambda: None)
+                kept = _Kept(build(*borrowed), borrowed, lambda: None)
             for borrowed, function in zip(kept.borrowed, functions, strict=True):
                 if borrowed is not None:
                     borrowed.lend(function)
@@ -236,14 +241,13 @@ class ProgramStore:
             self._collect()
 
     def _make_room(self, loss: Hashable) -> None:
-        others = list(
-            dict.fromkeys(one.loss for one in reversed(self._kept.values()) if one.loss != loss)
-        )
-        recent = {loss, *others[: self._most_losses - 1]}
+        others = list(dict.fromkeys(other for other, _ in reversed(self._kept) if other != loss))
+        # The loss that asks is one of the most that stay.
+        recent = others[: self._most_losses - 1]
         wanted = {
-            key: one
-            for key, one in self._kept.items()
-            if one.loss == loss or (one.loss in recent and one.is_held() is not None)
+            (other, key): one
+            for (other, key), one in self._kept.items()
+            if other == loss or (other in recent and one.is_held() is not None)
         }
         stay = dict(list(wanted.items())[-(self._most_sets - 1) :])
         self._dropped += len(self._kept) - len(stay)
@@ -262,48 +266,30 @@ PROGRAMS = ProgramStore()
 
 def _holder(function: Any) -> Callable[[], Any]:
     """Return a weak reference to the function, or the object of a method, that people hold."""
-    while True:
-        if isinstance(function, types.MethodType):
-            function = function.__self__
-        elif isinstance(function, functools.partial):
-            function = function.func
-        elif hasattr(function, "loss_fn"):
-            function = function.loss_fn
-        else:
-            break
-    try:
-        return weakref.ref(function)
-    except TypeError:  # it has slots, or is a tuple
-        return lambda: function
+    if isinstance(function, types.MethodType):
+        # Each access makes a bound method anew: a weak reference to one would be dead at once.
+        return _holder(function.__self__)
+    if isinstance(function, functools.partial):
+        return _holder(function.func)
+    if hasattr(function, "loss_fn"):
+        return _holder(function.loss_fn)
+    return _weakly(function)
 
 
-class Ahead:
-    """Compile programs in the background while earlier ones compile or run.
+def compile_ahead(lowered: Iterable[Any]) -> None:
+    """Compile programs in the background, each while the next ones are lowered or compile.
 
     Lowering, which runs the user's Python, stays in the caller's thread; a later call of the jitted
     function finds the compiled program in jax's own cache.
     """
-
-    def __init__(self):
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="fastvi-compile")
-        self._futures: list[Future] = []
-
-    def compile(self, lowered: Any) -> None:
-        """Start on one program."""
-        # a thread begins in jax's modes, and jax 0.7 finds programs by the modes they compile in
-        self._futures.append(self._pool.submit(in_own_modes(lowered.compile)))
-
-    def wait(self) -> None:
-        """Wait until all are compiled."""
+    pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="fastvi-compile")
+    try:
+        # A thread begins in jax's modes, and jax 0.7 finds programs by the modes they compile in.
+        compiling = [pool.submit(in_own_modes(program.compile)) for program in lowered]
         began = time.perf_counter()
-        for future in self._futures:
+        for future in compiling:
             future.result()
         monitoring.record_event_duration_secs(WAIT_EVENT, time.perf_counter() - began)
-
-    def __enter__(self) -> "Ahead":
-        """Return itself."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Let the threads go; what has not begun by then is not wanted."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    finally:
+        # After an error, what has not begun is not wanted.
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -65,12 +65,12 @@ def make_problem(
     posterior = LocalPosterior(
         center, jnp.asarray(nbeta, center.dtype), jnp.asarray(gamma, center.dtype)
     )
-    batch_size = config.batch_size or min(DEFAULT_BATCH_SIZE, data.num_data)
-    return Problem(posterior, data, batch_size)
+    return Problem(posterior, data, config.batch_size or min(DEFAULT_BATCH_SIZE, data.num_data))
 
 
 def check_count(name: str, value: Any) -> int:
     """Return an integer of at least 1."""
+    # To Python a bool is an int.
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ConfigError(
             f"{name} must be an integer >= 1; got {value!r} ({type(value).__name__})."
@@ -81,8 +81,10 @@ def check_count(name: str, value: Any) -> int:
 def _scalar(name: str, value: Any, rule: str, holds: Callable[[Any], Any]) -> Any:
     """Check a number; a traced one is NaN where it turns out to be out of range."""
     if isinstance(value, jax.core.Tracer) and value.shape == ():
+        # Integers have no NaN.
         value = value.astype(jnp.result_type(value, jnp.float32))
         return jnp.where(jnp.isfinite(value) & holds(value), value, jnp.nan)
+    # Texts and booleans convert to float, but are mistakes.
     if isinstance(value, (bool, str)) or value is None or np.shape(value) != ():
         raise ConfigError(f"{name} must be a number {rule}; got {described(value)}.")
     number = float(value)
@@ -132,4 +134,5 @@ def whitener_scale(whitener: Any, center: Float[Array, " dim"]) -> Float[Array, 
         )
     if np.shape(root) == ():
         return None
+    # The overall scale of q is found by the start.
     return normalized_scale(jnp.asarray(root, center.dtype) ** 2)

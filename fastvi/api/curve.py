@@ -121,22 +121,20 @@ def llc_curve(
         )
     data = data if is_stream(data) else check_data(data, dtype=jnp.dtype(first.dtype))[0]
     remaining, estimates, structure, before = iter(checkpoints), [], None, None
-    while True:
-        with _AtCheckpoint(estimates):
-            params = next(remaining, _NO_MORE)
-            if params is _NO_MORE:
-                break
-            settings = later if before else first
+    try:
+        for params in remaining:
             target = assemble(
                 loss_fn,
                 params,
                 data,
                 nbeta,
                 localization,
-                settings,
+                # Until a fit is finite, there is no q to begin at.
+                later if before else first,
                 as_key(key),
                 may_walk=False,
-                check_structure=functools.partial(_check_same, structure, len(estimates)),
+                check_structure=structure
+                and functools.partial(_check_same, structure, len(estimates)),
             )
             structure = target.objective.structure
             estimate = run_estimate(
@@ -146,47 +144,29 @@ def llc_curve(
                 throw=throw,
                 warm=before if warm_start else None,
             )
-        before = estimate.fitted if np.isfinite(estimate.llc) else before
-        estimates[:] = [*(dataclasses.replace(one, fitted=None) for one in estimates), estimate]
+            before = estimate.fitted if np.isfinite(estimate.llc) else before
+            # `fitted` holds data and walkers on the device: the last estimate alone keeps it.
+            estimates = [*(dataclasses.replace(one, fitted=None) for one in estimates), estimate]
+    except BaseException as error:
+        error.add_note(
+            f"fastvi: at checkpoint {len(estimates)} (from 0); `partial` of this error holds those "
+            "before it."
+        )
+        error.partial = LLCCurve(tuple(estimates))  # pyright: ignore[reportAttributeAccessIssue]
+        raise
     if not estimates:
         raise DataError("llc_curve needs at least one checkpoint; got none.")
     return LLCCurve(tuple(estimates))
 
 
-_NO_MORE = object()
-
-
-class _AtCheckpoint:
-    """Let an error name its checkpoint, and carry the estimates of those before."""
-
-    def __init__(self, estimates: list[LLCEstimate]):
-        self.estimates = estimates
-
-    def __enter__(self) -> None:
-        """Begin the block."""
-
-    def __exit__(self, kind: object, error: Any, traceback: object) -> None:
-        """Add both to the error, which passes."""
-        if error is not None:
-            number = len(self.estimates)
-            error.add_note(
-                f"fastvi: at checkpoint {number} (from 0); `partial` of this error holds those "
-                "before it."
-            )
-            error.partial = LLCCurve(tuple(self.estimates))
-
-
-def _check_same(expected: TreeStructure | None, number: int, structure: TreeStructure) -> None:
+def _check_same(expected: TreeStructure, number: int, structure: TreeStructure) -> None:
     """Refuse a checkpoint whose parameters are not of the structure before."""
-    if expected is not None and structure.num_parameters != expected.num_parameters:
+    if structure.num_parameters != expected.num_parameters:
         raise DataError(
             f"checkpoint {number} has {structure.num_parameters} parameters, the one before "
             f"{expected.num_parameters}; they must be checkpoints of one model."
         )
-    if expected is not None and (structure.treedef, structure.shapes) != (
-        expected.treedef,
-        expected.shapes,
-    ):
+    if (structure.treedef, structure.shapes) != (expected.treedef, expected.shapes):
         raise DataError(
             f"checkpoint {number} has parameters {structure.treedef} of shapes {structure.shapes}, "
             f"the one before {expected.treedef} of shapes {expected.shapes}; they must be "
@@ -196,11 +176,10 @@ def _check_same(expected: TreeStructure | None, number: int, structure: TreeStru
 
 def _later(settings: VIConfig, warm_start: Given[bool], warm_steps: Given[int | None]) -> VIConfig:
     """Return the configuration of the fits after the first."""
-    if warm_steps is not None:
-        if not warm_start:
-            raise ConfigError(
-                "warm_steps is of fits that begin at another's q; got warm_start=False. Leave one "
-                "out."
-            )
-        return settings.replace(steps=check_count("warm_steps", warm_steps))
-    return settings
+    if warm_steps is None:
+        return settings
+    if not warm_start:
+        raise ConfigError(
+            "warm_steps is of fits that begin at another's q; got warm_start=False. Leave one out."
+        )
+    return settings.replace(steps=check_count("warm_steps", warm_steps))

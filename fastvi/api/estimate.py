@@ -173,6 +173,7 @@ def estimate_llc(
     of_fits = {"num_chains": num_chains, "resume_from": resume_from}
     asked = [name for name, value in of_fits.items() if value is not None]
     refuse_beside_walk(settings.sampler, asked)
+    # A walk makes no fits that there could be several of, and keeps no progress.
     may_walk = not asked
     target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key), may_walk)
     if may_walk:
@@ -196,8 +197,7 @@ def _walk(
         The target, with the work of an attempt in its look, and the estimate if there is one.
     """
     objective, problem, config, key, stream, look, loss, feed = target
-    num_data = None if problem.data.is_sample else problem.num_data
-    budget = config.budget or default_budget(num_data)
+    budget = config.budget or default_budget(None if problem.data.is_sample else problem.num_data)
     tries, must_walk = chooses_walk(problem, config, look)
     if feed is not None:
         # data that are read once leave nothing else: what was read is gone
@@ -215,6 +215,7 @@ def _walk(
         if feed is not None:
             feed.close()
     if isinstance(found, TooStiff):
+        # What the attempt has cost is counted as looking.
         spent = look._replace(sample_gradients=look.sample_gradients + found.work)
         if stream is not None:
             config = config.replace(method=uncorrected(config.method, stream.is_sample))
@@ -257,8 +258,9 @@ def assemble(
     objective, center = ravel_loss(loss_fn, params, dtype)
     if check_structure is not None:
         check_structure(objective.structure)
-    given = _read(data, dtype, key, config, may_walk and bool(localization), nbeta is None)
-    data, config, stream, feed = given
+    data, config, stream, feed = _read(
+        data, dtype, key, config, may_walk and bool(localization), nbeta is None
+    )
     num_data = data.num_data
     if nbeta is None:
         if num_data < 2:
@@ -271,6 +273,7 @@ def assemble(
     # minibatches of the size that the fit takes: the loss is then traced for both at once
     batch_size = plan_estimate(config, problem, None).config.batch_size
     problem = dataclasses.replace(problem, batch_size=batch_size)
+    # The look counts in passes over the data.
     budget = (config.budget or default_budget(None if data.is_sample else num_data)) / num_data
     problem, look, loss = look_at_target(
         objective, problem, stream, "loss_fn", budget_fge=budget, max_batch=config.max_batch
@@ -278,21 +281,16 @@ def assemble(
     return Target(objective, problem, config, key, stream, look, loss, feed)
 
 
-class _Given(NamedTuple):
-    """Data as the estimate reads them: on the device, or what its windows and batches come from."""
-
-    data: AbstractData
-    config: VIConfig
-    stream: AbstractStream | None = None
-    feed: Feed | None = None
-
-
 def _read(
     data: Any, dtype: Any, key: Key, config: VIConfig, may_walk: bool, wants_size: bool
-) -> _Given:
-    """Check the data; of a stream, read what a look needs and no more."""
+) -> tuple[AbstractData, VIConfig, AbstractStream | None, Feed | None]:
+    """Check the data; of a stream, read what a look needs and no more.
+
+    Returns:
+        The data on the device, the configuration, and what windows and batches come from.
+    """
     if not is_stream(data):
-        return _Given(hold(check_data(data, dtype=dtype)[0]), config)
+        return hold(check_data(data, dtype=dtype)[0]), config, None, None
     is_once = isinstance(data, Iterator)
     if wants_size and is_once:
         raise DataError(
@@ -300,6 +298,7 @@ def _read(
             "only once. Pass nbeta, or an object whose __iter__ begins anew each time."
         )
     walks = may_walk and walks_without_fit(config) and config.sampler.chosen_start != "fit"
+    # A walk goes on where the look has stopped reading, and needs no second pass.
     if walks and is_once:
         feed = feed_once(data, dtype)
         first = feed.peek(FIRST_EXAMPLES)
@@ -307,21 +306,22 @@ def _read(
             raise DataError("data has no examples: the iterator of batches was empty.")
         on_device = hold(jax.tree_util.tree_map(jnp.asarray, first))
         if on_device.num_examples < FIRST_EXAMPLES:
-            return _Given(on_device, config)
+            # All were read, which makes them data in memory.
+            return on_device, config, None, None
         window = Window(on_device.examples, on_device.max_batch, FIRST_EXAMPLES, True)
-        return _Given(window, config, None, feed)
+        return window, config, None, feed
     stream = open_stream(data, dtype, key, config.batch_size or DEFAULT_BATCH_SIZE)
     if stream.fits:
-        return _Given(stream.window(0), config)
+        return stream.window(0), config, None, None
     if config.sampler.chosen_start == "fit":
         raise ConfigError(
             "walkers that start at a fit take gradients of blocks of all data, which a stream does "
             "not hold: pass arrays, or leave out sampler.start and sampler.gradients."
         )
     if walks and isinstance(stream, HostStream):
-        return _Given(stream.window(0), config, stream, stream.feed())
+        return stream.window(0), config, stream, stream.feed()
     config = config.replace(method=uncorrected(config.method, stream.is_sample))
-    return _Given(stream.window(0), config, stream)
+    return stream.window(0), config, stream, None
 
 
 def run_estimate(
@@ -339,6 +339,7 @@ def run_estimate(
         check_count("num_chains", num_chains)
     objective, problem, settings, key, stream, look, loss, _ = target
     whole = plan_estimate(settings, problem, num_chains)
+    # What can be refused is refused before anything compiles.
     check_budget(problem, whole, look, is_warm=warm is not None)
     check_blocks(problem, settings.sampler)
     plan, num_chains = whole
@@ -348,6 +349,7 @@ def run_estimate(
     if resume_from is not None:
         if stream is not None and stream.is_sample:
             raise DataError("resume_from needs data that can be read again; got an iterator.")
+        # A folder keeps the progress of one problem, plan and key.
         keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
     stages = programs_for(objective, problem, fit_settings(plan), loss=loss)
     with CompileWatch() as watch, reporting(progress) as report:
@@ -380,6 +382,7 @@ def run_estimate(
     result = dataclasses.replace(
         result, fitted=Fitted(fit, problem, objective, stages.loss, keys, warm and warm.previous)
     )
+    # A q that is not finite has no draws to start at, and an improper posterior no mean.
     if plan.method == "variational" or _has(result, "non_finite", "improper_posterior"):
         return result
     recorded = with_method(result, plan.method, settings.error, settings.budget, settings.sampler)
@@ -405,9 +408,9 @@ def _estimate(
     outcome, start = jax.device_get(fit.outcome), fit.start
     evaluation = outcome.evaluation
     traces = {name: np.asarray(trace) for name, trace in fit.traces.items()}
-    steps = traces["elbo"].shape[1]
+    shape = traces["elbo"].shape
     traces["cumulative_fge"] = np.broadcast_to(
-        work.fge_per_step * np.arange(1, steps + 1), traces["elbo"].shape
+        work.fge_per_step * np.arange(1, shape[1] + 1), shape
     )
     # chains share the sample that data which are read once are evaluated on
     llc_sem = math.hypot(chain_error(evaluation.llc, evaluation.llc_sem), outcome.data_error)
@@ -430,8 +433,10 @@ def _estimate(
             wanted_rank=int(start.wanted_rank),
             explained=float(start.explained),
             trace=float(start.trace),
+            # The values beyond those computed are padding.
             spectrum=np.asarray(start.spectrum, float)[: int(start.num_values)].tolist(),
             newton_decrement=evidence.newton_decrement,
+            # The localizer adds its strength to every curvature.
             lowest=bottom.curvature + float(posterior.gamma),
         ),
         evaluation=ChainValues(

@@ -35,11 +35,9 @@ from fastvi.target.look import look_at_target
 from fastvi.target.objective import FlatObjective, make_flat_objective
 
 
+@jax.tree_util.register_static
 class _StaticText(str):
     """Text inside a result that `jax.jit` may return: a pytree node without leaves."""
-
-
-jax.tree_util.register_static(_StaticText)
 
 
 @in_own_modes
@@ -86,11 +84,9 @@ def fit(
         ConfigError: If an option is unknown or impossible.
         DataError: If the data, w* or the objective cannot be used.
     """
-    run = _run(
-        _Target(objective, wstar_flat, data, n_data, beta, gamma, loss_full_flat, whitener),
-        VIConfig.create(vi_cfg),
-        as_key(rng_key)[None],
-    )
+    problem, config = _pose(wstar_flat, data, n_data, beta, gamma, VIConfig.create(vi_cfg))
+    run = _run(objective, problem, config, as_key(rng_key)[None], loss_full_flat, whitener)
+    # There is one chain, whose axis goes.
     llc, traces, extras = jax.tree_util.tree_map(
         lambda leaf: leaf[0], (run.llc, run.traces, run.extras)
     )
@@ -99,7 +95,7 @@ def fit(
         "traces": traces,
         "extras": {**extras, "q": run.q},
         "timings": _stage_seconds(run),
-        "work": {"sampler_flavour": _StaticText(run.config.family), **run.work._asdict()},
+        "work": {"sampler_flavour": _StaticText(config.family), **run.work._asdict()},
     }
 
 
@@ -153,22 +149,15 @@ def run_vi(
     check_count("num_chains", num_chains)
     objective = make_flat_objective(loss_minibatch_flat, grad_loss_minibatch)
     num_data = check_data(data, n_data)[1]
-    target = _Target(
-        objective,
-        getattr(posterior, "flat0", posterior),
-        data,
-        num_data,
-        beta,
-        gamma,
-        loss_full_flat,
-        None,
+    problem, filled = _pose(
+        getattr(posterior, "flat0", posterior), data, num_data, beta, gamma, settings
     )
-    run = _run(target, settings, split_key(as_key(key), num_chains))
+    run = _run(objective, problem, filled, split_key(as_key(key), num_chains), loss_full_flat)
     return SamplerRunResult(
         traces=_sampler_traces(run),
         timings={**_stage_seconds(run), "total": time.perf_counter() - began},
         work={
-            "sampler_flavour": run.config.family,
+            "sampler_flavour": filled.family,
             **run.work._asdict(),
             "lambda_hat_mean": float(jnp.mean(run.llc)),
             "lambda_hat_std": float(jnp.std(run.llc)),
@@ -177,7 +166,7 @@ def run_vi(
             "Ln_wstar": float(run.extras["Ln_wstar"][0]),
             "beta": float(beta),
             "n_data": num_data,
-            "steps": run.config.steps,
+            "steps": filled.steps,
         },
     )
 
@@ -204,63 +193,52 @@ def _sampler_traces(run: "_Run") -> dict[str, Any]:
 
 def _stage_seconds(run: "_Run") -> dict[str, float]:
     """Return the seconds of the two stages that the contracts name."""
-    seconds = run.seconds
     return {
-        "adaptation": seconds["adaptation"],
-        "sampling": seconds["sampling"] + seconds["evaluation"],
+        "adaptation": run.seconds["adaptation"],
+        "sampling": run.seconds["sampling"] + run.seconds["evaluation"],
     }
 
 
-class _Target(NamedTuple):
-    """What is fitted, as the callers pass it."""
-
-    objective: FlatObjective
-    wstar_flat: Any
-    data: Batch
-    n_data: int
-    beta: Any
-    gamma: Any
-    loss_full_flat: Callable | None
-    whitener: Any
-
-
 class _Run(NamedTuple):
-    """Finished chains.
-
-    Llc (chains,), traces (chains, steps), extras with a leading axis of chains; their q.
-    """
+    """Finished chains: all arrays have a leading axis of chains."""
 
     llc: Float[Array, " chains"]
     traces: dict[str, Array]
     extras: dict[str, Any]
     seconds: dict[str, float]
     work: RunWork
-    config: VIConfig
     q: FittedQ
 
 
-def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
-    """Check the arguments, run all steps, and collect what the contracts name."""
-    problem, config = _pose_problem(target, config)
-    full, center = target.loss_full_flat, problem.posterior.center
+def _run(
+    objective: Given[FlatObjective],
+    problem: Problem,
+    config: VIConfig,
+    chain_keys: Keys,
+    loss_full_flat: Given[Callable[..., Array] | None],
+    whitener: Any = None,
+) -> _Run:
+    """Look at the objective, run all steps, and collect what the contracts name."""
+    center = problem.posterior.center
     problem, look, loss = look_at_target(
-        target.objective,
+        objective,
         problem,
         None,
         "objective",
+        # The look may take a share of the passes over the data that the fit takes.
         budget_fge=config.steps * config.step_draws * problem.batch_size / problem.num_data,
-        loss_full_flat=full,
+        loss_full_flat=loss_full_flat,
         max_batch=config.max_batch,
     )
     # the look traces no loss on all data of the caller's own, which is one more to be traced
-    known = loss if full is None else None
+    known = loss if loss_full_flat is None else None
     finished = run_fit(
-        programs_for(target.objective, problem, fit_settings(config), full, loss=known),
+        programs_for(objective, problem, fit_settings(config), loss_full_flat, loss=known),
         problem,
         family_choice(config),
         fit_schedule(config),
         chain_keys,
-        whitener_scale=whitener_scale(target.whitener, center),
+        whitener_scale=whitener_scale(whitener, center),
     )
     work = count_work(finished, problem, config, chain_keys.size, look)
     shape = finished.traces["elbo"].shape
@@ -275,53 +253,60 @@ def _run(target: _Target, config: VIConfig, chain_keys: Keys) -> _Run:
         extras=_extras(finished, problem),
         seconds=finished.seconds,
         work=work,
-        config=config,
         q=FittedQ(finished.family, finished.params, center),
     )
 
 
-def _pose_problem(target: _Target, config: VIConfig) -> tuple[Problem, VIConfig]:
+def _pose(
+    wstar_flat: Any, data: Any, n_data: Any, beta: Any, gamma: Any, config: VIConfig
+) -> tuple[Problem, VIConfig]:
     """Check the arguments; return target and data, and the configuration filled in for them."""
     dtype = check_dtype(config)
     _refuse_options_of_estimates(config)
-    center = flat_vector(target.wstar_flat, dtype)
-    data = hold(check_data(target.data, check_count("n_data", target.n_data), dtype)[0])
-    applied = config.replace(method="variational").applied(center.size)
-    config = with_control_variate(applied, center.size)
-    nbeta = positive_scalar("beta", target.beta) * data.num_data
-    gamma = choose_localization(target.gamma, config)
-    return make_problem(center, data, nbeta, gamma, config, "beta"), config.filled
+    center = flat_vector(wstar_flat, dtype)
+    held = hold(check_data(data, check_count("n_data", n_data), dtype)[0])
+    config = with_control_variate(
+        config.replace(method="variational").applied(center.size), center.size
+    )
+    nbeta = positive_scalar("beta", beta) * held.num_data
+    gamma = choose_localization(gamma, config)
+    return make_problem(center, held, nbeta, gamma, config, "beta"), config.filled
 
 
 def _refuse_options_of_estimates(config: VIConfig) -> None:
     """Refuse what `estimate_llc` alone can do."""
-    if config.tensorboard:
-        raise ConfigError(
+    refused = (
+        (
+            config.tensorboard,
             "tensorboard must be False in fit and run_vi, which write to no folder: pass what "
-            "run_vi returns to fastvi.results.report.tensorboard.write_events(result, folder)."
-        )
-    if config.method not in (None, "variational"):
-        raise ConfigError(
+            "run_vi returns to fastvi.results.report.tensorboard.write_events(result, folder).",
+        ),
+        (
+            config.method not in (None, "variational"),
             f"method must be 'variational' in fit and run_vi; got {config.method!r}. Use "
-            "estimate_llc for it."
-        )
-    if config.early_stop:
-        raise ConfigError(
+            "estimate_llc for it.",
+        ),
+        (
+            config.early_stop,
             "early_stop must be off in fit, whose traces have a fixed length: use estimate_llc "
-            "for it."
-        )
+            "for it.",
+        ),
+    )
+    for is_asked, message in refused:
+        if is_asked:
+            raise ConfigError(message)
 
 
 def _extras(finished: Fit, problem: Problem) -> dict[str, Any]:
     """Collect values beside the estimate, each with a leading axis of chains."""
     evaluation, nbeta = finished.outcome.evaluation, problem.posterior.nbeta
     reference_loss = finished.outcome.reference_loss.astype(evaluation.llc.dtype)
-    mean_loss, plain_loss = (
-        reference_loss + evaluation.llc / nbeta,
-        reference_loss + evaluation.llc_mc / nbeta,
-    )
+    mean_loss = reference_loss + evaluation.llc / nbeta
+    plain_loss = reference_loss + evaluation.llc_mc / nbeta
+    # Nothing can be raised under a trace. NaN in either term makes the sum NaN.
     finite = jnp.isfinite(evaluation.llc + finished.traces["elbo"][:, -1])
     return {
+        # The contract has two names for the corrected mean.
         "Eq_Ln": mean_loss,
         "Ln_wstar": jnp.broadcast_to(reference_loss, mean_loss.shape),
         "Eq_Ln_mc": plain_loss,

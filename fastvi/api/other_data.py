@@ -56,13 +56,13 @@ def llc_on(result: LLCEstimate, data: Given[Batch]) -> DataLLC:
     Cost:
         As many losses of the data as the evaluation had draws.
     """
-    fitted = _fitted(result)
-    problem = _on_other_data(fitted, data)
-    losses = jax.device_get(_programs(fitted, problem).losses(*_arguments(fitted, problem)))
-    llc = float(problem.posterior.nbeta) * np.asarray(losses.excess, float)
+    programs, arguments = _at_other_data(result, data)
+    losses = jax.device_get(programs.losses(*arguments))
+    llc = result.nbeta * np.asarray(losses.excess, float)
     # draws come in mirrored pairs, which are not independent of each other
     pairs, chains = pair_mean(llc, axis=1), llc.mean(axis=1)
     sem = chain_error(chains, pairs.std(axis=1, ddof=1) / np.sqrt(pairs.shape[1]))
+    # The loss at w* is the same for all chains.
     return DataLLC(float(chains.mean()), sem, chains, float(losses.reference[0]))
 
 
@@ -85,23 +85,8 @@ def example_losses(
         DataError: If the result is a walk without a fit or was loaded from disk, the loss has
             changed since, or the data cannot be used.
     """
-    fitted = _fitted(result)
-    problem = _on_other_data(fitted, data)
-    return np.asarray(_programs(fitted, problem).by_example(*_arguments(fitted, problem)))
-
-
-def _fitted(result: LLCEstimate) -> Fitted:
-    fitted: Fitted = result.fit_for("draw from")
-    fitted.check_unchanged()
-    return fitted
-
-
-def _on_other_data(fitted: Fitted, data: Given[Batch]) -> Problem:
-    """Return the problem of the fit with other data, weighed where the loss is weighted."""
-    dtype = fitted.problem.posterior.center.dtype
-    held = Data(check_data(data, dtype=dtype)[0], fitted.problem.data.max_batch)
-    problem = dataclasses.replace(fitted.problem, data=held)
-    return weigh(fitted.objective, problem, "loss_fn")
+    programs, arguments = _at_other_data(result, data)
+    return np.asarray(programs.by_example(*arguments))
 
 
 class _Programs(NamedTuple):
@@ -109,6 +94,18 @@ class _Programs(NamedTuple):
 
     losses: Callable[..., DataLosses]
     by_example: Callable[..., Float[Array, "chains draws examples"]]
+
+
+def _at_other_data(result: LLCEstimate, data: Given[Batch]) -> tuple[_Programs, tuple[Any, ...]]:
+    """Return the programs and their arguments: the fit, and its problem with other data."""
+    fitted: Fitted = result.fit_for("draw from")
+    fitted.check_unchanged()
+    dtype = fitted.problem.posterior.center.dtype
+    held = Data(check_data(data, dtype=dtype)[0], fitted.problem.data.max_batch)
+    # A weighted loss is divided by the mean weight of these data, not of those of the fit.
+    problem = weigh(fitted.objective, dataclasses.replace(fitted.problem, data=held), "loss_fn")
+    arguments = (fitted.fit.family, problem, fitted.fit.params, fitted.keys)
+    return _programs(fitted, problem), arguments
 
 
 def _programs(fitted: Fitted, problem: Problem) -> _Programs:
@@ -133,14 +130,18 @@ def _programs(fitted: Fitted, problem: Problem) -> _Programs:
             at_draws(functools.partial(_by_example, objective)),
         )
 
-    key = ("other data", num_draws, shapes_of(problem))
-    return PROGRAMS.find(fitted.loss, key, (fitted.objective,), build)
+    return PROGRAMS.find(
+        fitted.loss, ("other data", num_draws, shapes_of(problem)), (fitted.objective,), build
+    )
 
 
 def _losses(objective: Any, problem: Problem, displacement: Array) -> DataLosses:
-    shared = (problem.posterior.center, displacement)
-    copies = 1 + draws_at_once(displacement.shape[0])
-    return shared_mean(functools.partial(losses_at, objective), problem.data, shared, copies)
+    return shared_mean(
+        functools.partial(losses_at, objective),
+        problem.data,
+        (problem.posterior.center, displacement),
+        1 + draws_at_once(displacement.shape[0]),
+    )
 
 
 def _by_example(
@@ -165,7 +166,3 @@ def _one_by_one(objective: Any, point: Array, batch: Batch) -> Float[Array, " ba
         return objective.loss(point, jax.tree_util.tree_map(lambda leaf: leaf[None], example))
 
     return jax.vmap(one)(batch)
-
-
-def _arguments(fitted: Fitted, problem: Problem) -> tuple[Any, ...]:
-    return fitted.fit.family, problem, fitted.fit.params, fitted.keys

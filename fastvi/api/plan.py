@@ -76,8 +76,10 @@ def plan_estimate(config: VIConfig, problem: Problem, num_chains: int | None) ->
         # gradients that are named are not for draws to be reweighted instead
         "method": config.method or ("auto" if config.sampler.gradients == "auto" else "sample"),
         "curvature_examples": changes.get("curvature_examples", config.hessian_examples),
+        # Covariance has no more directions than dimensions.
         "r": min(config.filled.r, dim),
     }
+    # What was given is honoured or refused, never replaced.
     open_fields = {name: value for name, value in changes.items() if getattr(config, name) is None}
     config = config.replace(**open_fields)
     share = min((config.batch_size or num_data) / num_data, 1.0)
@@ -89,8 +91,9 @@ def bound_fit(
     problem: Problem, plan: Plan, look: LossLook = LossLook(), is_warm: bool = False
 ) -> float:
     """Return the most sample gradients that fit and evaluation can take, the look's among them."""
-    start = start_settings(plan.config)
-    work = bound_work(problem, plan.config, start, plan.num_chains, look, is_warm)
+    work = bound_work(
+        problem, plan.config, start_settings(plan.config), plan.num_chains, look, is_warm
+    )
     return float(work.total_fge * problem.num_data)
 
 
@@ -135,13 +138,16 @@ def with_draws(config: VIConfig, dim: int, share: float) -> VIConfig:
     """
     step = 2 * few_dimensions_factor(dim, MAX_STEP_FACTOR)
     if dim > 2:
+        # Even, since draws come in mirrored pairs.
         step = max(2, min(step, 2 * int(MOST_STEP_GRADIENTS / share / 2)))
     more = config.evaluation_draws * few_dimensions_factor(dim, MAX_EVALUATION_FACTOR)
     if config.family == "flow":
         whole = config.family_settings.latent_dim(dim) == dim
         step, more = max(step, FLOW_STEP_DRAWS[whole]), max(more, FLOW_EVALUATION_DRAWS[whole])
-    given = config.samples_per_step, config.eval_samples
-    return config.replace(samples_per_step=given[0] or step, eval_samples=given[1] or more)
+    return config.replace(
+        samples_per_step=config.samples_per_step or step,
+        eval_samples=config.eval_samples or more,
+    )
 
 
 def with_control_variate(config: VIConfig, dim: int) -> VIConfig:
@@ -153,6 +159,7 @@ def with_control_variate(config: VIConfig, dim: int) -> VIConfig:
     wanted, pairs = config.control_variate or "auto", config.evaluation_draws // 2
     if wanted == "none":
         return config
+    # Where no polynomials are afforded, the family's own columns are taken.
     columns = 1 if wanted == "hvp" else even_monomials(dim, pairs).shape[0] or FAMILY_COLUMNS
     if pairs >= pairs_for(columns):
         return config.replace(control_variate=wanted)
@@ -189,6 +196,7 @@ def fit_settings(config: VIConfig) -> FitSettings:
 def family_choice(config: VIConfig) -> FamilyChoice:
     """Return the family, whose temperature and bonus are left out where they change."""
     filled = config.filled
+    # Programs are made for a family; what changes from step to step reaches them as numbers.
     changing: dict[str, Any] = {}
     if filled.entropy_bonus_steps is not None:
         changing |= {"entropy_bonus": 0.0, "entropy_bonus_steps": None}
@@ -204,6 +212,7 @@ def start_settings(config: VIConfig) -> StartSettings:
     """Return what the start of a fit is made for."""
     filled, rank = config.filled, config.curvature_rank
     return StartSettings(
+        # The only text is "auto".
         rank=None if isinstance(rank, str) else rank,
         examples=filled.hessian_examples,
         whitening=filled.whitening,

@@ -147,8 +147,13 @@ def correct(
         pays for no walk, draws of q are reweighted, and a finding says how much would do.
     """
     result.fit_for("go on from")
-    recorded = with_method(result, method, error, budget, sampler)
-    return correct_within(result, recorded, 0.0, progress=progress, throw=throw)
+    return correct_within(
+        result,
+        with_method(result, method, error, budget, sampler),
+        0.0,
+        progress=progress,
+        throw=throw,
+    )
 
 
 def correct_within(
@@ -166,16 +171,17 @@ def correct_within(
     check_blocks(fitted.problem, recorded.sampler)
     config = recorded.filled
     if not fitted.problem.holds_all:
+        # Called for what it refuses.
         uncorrected(config.method, fitted.problem.data.is_sample)
     began = time.perf_counter()
     with CompileWatch() as watch:
         method, weights, khat = _choose(fitted, config)
         values = _reweight(fitted, weights) if method == "reweight" else None
         too_rough = values is not None and values.llc_sem > config.error * abs(values.llc)
+        # Reweighting that was asked for by name stays, whatever its error.
         if values is None or (too_rough and config.method == "auto"):
             with reporting(progress) as report:
                 method, values = "sample", _sample(fitted, config, weights, spent, report)
-    details = Correction(**{"method": method, "khat": khat, **values.details})
     seconds, before = time.perf_counter() - began, result.timings
     timings = before._replace(
         correction=before.correction + seconds,
@@ -188,7 +194,8 @@ def correct_within(
         llc_sem=values.llc_sem,
         llc_per_chain=values.per_chain,
         llc_sem_per_chain=values.sem_per_chain,
-        correction=details,
+        # An unpaid run names the method that stands in for it.
+        correction=Correction(**{"method": method, "khat": khat, **values.details}),
         walk_llc=values.walk,
         work=result.work.with_correction(values.work),
         timings=timings,
@@ -249,10 +256,8 @@ def _choose(
         weights /= np.sum(weights)
     method: str = config.method or "auto"
     if method == "auto":
-        effective = 1 / np.sum(weights**2)
-        method = (
-            "reweight" if khat < GOOD and effective >= EFFECTIVE_SHARE * weights.size else "sample"
-        )
+        counts = 1 / np.sum(weights**2) >= EFFECTIVE_SHARE * weights.size
+        method = "reweight" if khat < GOOD and counts else "sample"
     return method, weights.reshape(log_weight.shape), khat
 
 
@@ -265,21 +270,24 @@ def _reweight(fitted: Fitted, weights: Float[np.ndarray, "chains draws"]) -> _Va
     evaluation = fitted.fit.outcome.evaluation
     llc = float(fitted.problem.posterior.nbeta) * np.asarray(evaluation.excess, float)
     columns, dtype = np.asarray(evaluation.columns, float), fitted.problem.posterior.center.dtype
+    doubt = np.asarray(evaluation.expectation_variance, float)
     pairs, value = llc.shape[1] // 2, float(np.sum(weights * llc))
     means = variances = np.zeros(llc.shape[0])
     for _ in range(RELINEARISATIONS):
+        # Weights of mean one turn the weighted mean into a plain one, as `regress` takes it.
         influence = weights * weights.size * (llc - value)
         fits = [
             regress(jnp.asarray(y, dtype), jnp.asarray(x, dtype))
             for y, x in zip(pair_mean(influence, axis=1), columns, strict=True)
         ]
         means = value + np.array([float(fit.mean) for fit in fits])
-        doubt = np.asarray(evaluation.expectation_variance, float)
-        noise = [
-            np.sum(np.asarray(fit.coefficients) ** 2 * own)
-            for fit, own in zip(fits, doubt, strict=True)
-        ]
-        variances = np.array([float(fit.residual_variance) / pairs for fit in fits]) + noise
+        variances = np.array(
+            [
+                float(fit.residual_variance) / pairs
+                + np.sum(np.asarray(fit.coefficients) ** 2 * own)
+                for fit, own in zip(fits, doubt, strict=True)
+            ]
+        )
         value = float(means.mean())
     sem = max(chain_error(means, np.sqrt(variances)), ROUNDING * abs(value))
     details = {
@@ -308,8 +316,9 @@ def _sample(
             most = int((config.budget - spent) / num_data)
             report(Progress("correction", int(done / num_data), most, llc))
 
-    loss = fitted.check_unchanged()
-    programs = sampler_programs(fitted.objective, loss, fitted.problem, settings)
+    programs = sampler_programs(
+        fitted.objective, fitted.check_unchanged(), fitted.problem, settings
+    )
     setup = RunSetup(
         programs,
         fitted.problem,
@@ -330,7 +339,6 @@ def _sample(
     run = sample_posterior(setup, walkers)
     means, errors = _per_chain(run, chains, settings.walkers)
     number = 1 if previous is None else previous.number + 1
-    center = fitted.problem.posterior.center
     return _Values(
         run.check.analysis.llc,
         run.check.analysis.llc_sem,
@@ -339,7 +347,7 @@ def _sample(
         run.check.llc,
         run.end.work / num_data,
         {**_run_details(run, settings, spent), "narrow_dtype": _narrow_dtype(fitted)},
-        PreviousRun(run.end.walkers, center, number, not run.check.unmet),
+        PreviousRun(run.end.walkers, fitted.problem.posterior.center, number, not run.check.unmet),
     )
 
 
@@ -350,6 +358,7 @@ def _walkers_per_chain(fitted: Fitted, error: float, settings: SamplerSettings) 
     """
     share = min(1.0, (USUAL_ERROR / error) ** 2)
     most = max(1, round(settings.walkers_in_few_dimensions * share))
+    # Rounded up, so that every chain has the same number.
     factor = few_dimensions_factor(fitted.problem.posterior.center.size, most)
     return -(-settings.walkers * factor // fitted.keys.size)
 
@@ -369,14 +378,14 @@ def _per_chain(
 
 def _unpaid(values: _Values, least_budget: float, settings: SamplerSettings) -> _Values:
     """Say of reweighted draws that they stand in for a run."""
-    unmet = (Unmet(LENGTH, 0, settings.min_bins * settings.bin_length),)
     details = {
         "method": "reweight",
         "settled": False,
-        "unmet": unmet,
+        "unmet": (Unmet(LENGTH, 0, settings.min_bins * settings.bin_length),),
         "least_budget": least_budget,
+        "narrow_dtype": None,
     }
-    return values._replace(details={**values.details, **details, "narrow_dtype": None})
+    return values._replace(details={**values.details, **details})
 
 
 def _start_walkers(
@@ -385,8 +394,9 @@ def _start_walkers(
     """Place walkers at draws of q, or take over those of the previous run."""
     common = (fitted.fit.family, fitted.problem, fitted.fit.params)
     if previous is not None:
-        shift = jnp.int32(previous.number)
-        return programs.move(*common, previous.walkers, previous.center, shift)
+        # The number of runs so far gives their keys other noise than before.
+        number = jnp.int32(previous.number)
+        return programs.move(*common, previous.walkers, previous.center, number)
     evaluation = fitted.fit.outcome.evaluation
     return programs.place(
         *common, fitted.keys, evaluation.log_weight, evaluation.excess, num_walkers=num_walkers
@@ -409,6 +419,7 @@ def _run_details(run: SamplerResult, settings: SamplerSettings, spent: float) ->
 def _narrow_dtype(fitted: Fitted) -> str | None:
     """Name the half-precision type of a parameter or of the loss, if there is one."""
     problem = fitted.problem
+    # Shapes and dtypes alone, so that nothing is computed.
     loss = jax.eval_shape(fitted.objective.loss, problem.posterior.center, problem.data.examples)
     dtypes = [
         loss.dtype,

@@ -133,8 +133,9 @@ def virial_llc(
     displacement = points - at
     force = nbeta * slopes + localization * displacement
     sizes = tuple(int(np.size(leaf)) for leaf in jax.tree_util.tree_leaves(center) if np.size(leaf))
-    blocks = parameter_blocks(sizes, SamplerSettings().max_columns)
-    each = block_virials(displacement * force, blocks)
+    each = block_virials(
+        displacement * force, parameter_blocks(sizes, SamplerSettings().max_columns)
+    )
     radius2 = np.sum(displacement**2, axis=-1)
     llc = nbeta * (energies - _number("init_loss", init_loss))
     burn = _discarded(discard, llc, radius2)
@@ -166,8 +167,8 @@ def _energies(losses: Any) -> Float[np.ndarray, "chains draws"]:
     if chains > draws and _neighbours(values) > max(SWAPPED, OFF_SIGMAS / np.sqrt(chains)):
         raise DataError(
             f"losses must have shape (chains, draws); got {values.shape}, and each row is like "
-            "the one before, as the "
-            "draws of a chain are. Swap the axes of losses, samples and gradients."
+            "the one before, as the draws of a chain are. Swap the axes of losses, samples and "
+            "gradients."
         )
     return values
 
@@ -220,6 +221,7 @@ def _flat(
 def _real(leaf: Any, name: str) -> np.ndarray:
     """Return a leaf in double precision: of draws, an array of floats of at least 4 bytes."""
     array = np.asarray(leaf)
+    # A center of integers loses nothing; draws of integers have been rounded.
     floating = jnp.issubdtype(array.dtype, jnp.floating)
     if not floating and not (
         name.startswith("center") and jnp.issubdtype(array.dtype, jnp.integer)
@@ -272,13 +274,14 @@ def _slope(force: np.ndarray, along: np.ndarray, burn: int) -> Float[np.ndarray,
     not have mean zero.
     """
     chains, draws, _ = force.shape
-    by_time = chains == 1
-    first = (
-        (np.arange(draws) < (draws + burn) // 2)[None, :]
-        if by_time
-        else (np.arange(chains) % 2 == 0)[:, None]
+    # A row over time, or a column over chains.
+    half = (
+        np.arange(draws) < (draws + burn) // 2
+        if chains == 1
+        else np.arange(chains)[:, None] % 2 == 0
     )
-    first = np.broadcast_to(first, (chains, draws))
+    first = np.broadcast_to(half, (chains, draws))
+    # Draws that are discarded say nothing of the mean.
     late = np.arange(draws) >= burn
-    of_rest, of_first = (along[half & late].mean(axis=0) for half in (~first, first))
+    of_rest, of_first = (along[part & late].mean(axis=0) for part in (~first, first))
     return np.where(first, force @ of_rest, force @ of_first)

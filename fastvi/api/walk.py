@@ -145,9 +145,10 @@ def estimate_by_walk(
             leaf_sizes=tuple(objective.structure.leaf_sizes),
             reader=reader,
             keys=keys,
-            seed=_seed(key),
+            seed=np.random.SeedSequence(np.ravel(jax.random.key_data(key)).tolist()),
             settings=settings,
             error=config.error,
+            # The look is paid for by the same budget.
             budget=budget - look.sample_gradients,
             spent=look.sample_gradients,
             must_walk=must_walk,
@@ -197,11 +198,6 @@ def _weight_drift(reader: AbstractReader, look: LossLook) -> float:
     return said.drift if abs(said.drift) > chance + NEGLIGIBLE_DRIFT else 0.0
 
 
-def _seed(key: Any) -> np.random.SeedSequence:
-    words = np.ravel(np.asarray(jax.random.key_data(key)))
-    return np.random.SeedSequence([int(word) for word in words])
-
-
 def _estimate(
     walk: Walk,
     problem: Problem,
@@ -222,6 +218,7 @@ def _estimate(
     looking = Work(gradients=look.sample_gradients).fge(num_data)
     return LLCEstimate(
         llc=analysis.llc,
+        # A mean weight that is off scales the loss, and llc with it.
         llc_sem=math.hypot(
             analysis.llc_sem, math.hypot(look.weight_error, weight_drift) * analysis.llc
         ),

@@ -62,10 +62,8 @@ def _coefficients(values, columns):
     centred = columns - jnp.mean(columns, axis=0)
     spread = jnp.sqrt(jnp.mean(centred**2, axis=0))
     spread = jnp.where(spread > 0, spread, 1.0)
-    solution = jnp.linalg.lstsq(centred / spread, values - jnp.mean(values), rcond=RELATIVE_CUTOFF)[
-        0
-    ]
-    return solution / spread
+    target = values - jnp.mean(values)
+    return jnp.linalg.lstsq(centred / spread, target, rcond=RELATIVE_CUTOFF)[0] / spread
 
 
 def regress_one(
@@ -81,9 +79,8 @@ def regress_one(
     if units < pairs_for(1):
         return Regression(jnp.mean(values), jnp.var(values, ddof=1), jnp.zeros(1, values.dtype))
     x, y, weight = column - jnp.mean(column), values - jnp.mean(values), units / (units - 1)
-    xx, xy, yy = (
-        jnp.sum(a * b) - weight * a * b for a, b in ((x, x), (x, y), (y, y))
-    )  # without the unit
+    # One entry for each unit, about the means of the others.
+    xx, xy, yy = (jnp.sum(a * b) - weight * a * b for a, b in ((x, x), (x, y), (y, y)))
     floor = RELATIVE_CUTOFF * jnp.sum(x**2)
     slope = jnp.where(
         xx > floor,
@@ -106,23 +103,22 @@ def hessian_columns(
     key: Key,
     num_probes: int,
 ) -> tuple[Float[Array, "draws 1"], Float[Array, " 1"], Float[Array, " 1"]]:
-    """Return `nbeta v .
+    """Return `nbeta v.H v / 2`, its expectation under q and the variance of that.
 
-    H v / 2` with H the Hessian at w*, its expectation under q and the variance of that.
-
-    The trace covers the whole second moment D + F^T W F: exactly on the span of F D^{-1/2}, where a
-    steep H would make large terms that cancel, and by probes, independent of the draws, on what
-    that leaves of D^{1/2} H D^{1/2}.
+    H is the Hessian at w*. The trace covers the whole second moment D + F^T W F: exactly on the
+    span of F D^{-1/2}, where a steep H would make large terms that cancel, and by probes,
+    independent of the draws, on what that leaves of D^{1/2} H D^{1/2}.
 
     Cost:
         One Hessian-vector product on all data for each draw, each direction of the span (as many as
         `second_moment` has factor rows, at most the dimension) and each probe.
     """
-    posterior = problem.posterior
-    hvp = data_hvp(objective, posterior.center, problem.data)
+    nbeta = problem.posterior.nbeta
+    hvp = data_hvp(objective, problem.posterior.center, problem.data)
     moment = family.second_moment(params)
     values = 0.5 * jax.lax.map(lambda direction: direction @ hvp(direction), draws.displacement)
     deviation = jnp.sqrt(moment.diagonal)
+    # Where q has no diagonal, any positive root does: it divides out again.
     root = jnp.where(moment.diagonal > 0, deviation, family.scale)
     basis = jnp.linalg.qr((moment.factors / root).T)[0].T
     inner = jax.lax.map(lambda row: basis @ (root * hvp(root * row)), basis)
@@ -133,7 +129,6 @@ def hessian_columns(
     beyond, beyond_variance = _trace_beyond(basis, lambda z: deviation * hvp(deviation * z), probes)
     expected = 0.5 * (low_rank + share * jnp.trace(inner) + beyond)
     variance = 0.25 * (beyond_variance + low_rank_variance)
-    nbeta = posterior.nbeta
     return nbeta * values[:, None], nbeta * expected[None], nbeta**2 * variance[None]
 
 
@@ -171,6 +166,5 @@ def _expected_form(
     pairs = moment.coefficients.shape[0] // 2
     if pairs == 0:
         return exact, jnp.zeros_like(exact)
-    forms = jnp.sum((moment.coefficients @ gram) * moment.coefficients, axis=-1)
-    forms = pair_mean(forms)
+    forms = pair_mean(jnp.sum((moment.coefficients @ gram) * moment.coefficients, axis=-1))
     return exact + jnp.mean(forms), jnp.var(forms, ddof=1) / pairs

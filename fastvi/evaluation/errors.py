@@ -39,6 +39,7 @@ def chain_error(
     chains = len(means)
     within = np.sqrt(np.mean(np.square(sems, dtype=float)) / chains)
     between = np.std(means, ddof=1, dtype=float) / np.sqrt(chains) if chains > 1 else 0.0
+    # Python's `max` would drop a NaN that comes second.
     return float(np.maximum(within, between))
 
 

@@ -56,6 +56,7 @@ def pareto_smooth(
     """
     shifted = np.asarray(log_weights, float) - np.max(log_weights)
     count = shifted.size
+    # The tail of Vehtari et al. (2024): 3 sqrt(n) of n draws, a fifth where they are few.
     tail = int(min(np.ceil(0.2 * count), np.ceil(3 * np.sqrt(count))))
     order = np.argsort(shifted)
     cutoff = shifted[order[-tail - 1]] if tail < count else -np.inf
@@ -67,11 +68,13 @@ def pareto_smooth(
         else:
             shape, scale = fit_pareto(excess)
             quantiles = (np.arange(tail) + 0.5) / tail
+            # The second form is the limit of the first at shape 0.
             smooth = (
                 scale * np.expm1(-shape * np.log1p(-quantiles)) / shape
                 if shape
                 else -scale * np.log1p(-quantiles)
             )
+            # No smoothed weight exceeds the largest raw one, which is 1 here.
             shifted[order[-tail:]] = np.minimum(np.log(smooth + np.exp(cutoff)), 0.0)
     weights = np.exp(shifted)
     return weights / weights.sum(), float(shape)
@@ -87,7 +90,9 @@ def fit_pareto(excess: Float[np.ndarray, " tail"]) -> tuple[float, float]:
     """
     count = excess.size
     grid = 30 + int(np.sqrt(count))
+    # Candidates for -shape / scale, where Zhang & Stephens place them.
     theta = 1 - np.sqrt(grid / (np.arange(grid) + 0.5))
+    # Where a quarter is tied at zero, the smallest positive value is the scale.
     quartile = max(
         excess[int(count / 4 + 0.5) - 1], np.min(excess, where=excess > 0, initial=excess[-1])
     )
@@ -97,5 +102,4 @@ def fit_pareto(excess: Float[np.ndarray, " tail"]) -> tuple[float, float]:
     weights = np.exp(profile - profile.max())
     theta_hat = float(np.sum(theta * weights) / np.sum(weights))
     shape = float(np.mean(np.log1p(-theta_hat * excess)))
-    scale = -shape / theta_hat
-    return (shape * count + 0.5 * 10) / (count + 10), scale
+    return (shape * count + 0.5 * 10) / (count + 10), -shape / theta_hat

@@ -125,29 +125,29 @@ def evaluate(
             streams.derive(key, streams.Purpose.PROBES),
             trace_probes,
         )
-    elif control_variate == "auto":
-        columns, expected = quadratic_columns(family, params, draws, pairs)
     else:
         columns, expected = (
-            jnp.zeros((2 * pairs, 0), contribution.dtype),
-            jnp.zeros(0, contribution.dtype),
+            quadratic_columns(family, params, draws, pairs)
+            if control_variate == "auto"
+            else (jnp.zeros((2 * pairs, 0), contribution.dtype), jnp.zeros(0, contribution.dtype))
         )
-    if control_variate != "hvp":
+        # The family's own columns have expectations that are known exactly.
         trace_variance = jnp.zeros(columns.shape[1], contribution.dtype)
     units, centred = pair_mean(contribution), pair_mean(columns - expected)
     fit = (
+        # Probes leave the expectation uncertain, which makes the coefficient smaller.
         regress_one(units, centred[:, 0], trace_variance[0])
         if control_variate == "hvp"
         else regress(units, centred)
     )
-    plain_variance = jnp.var(units, ddof=1)
-    variance = fit.residual_variance
+    plain_variance, variance = jnp.var(units, ddof=1), fit.residual_variance
     trace_error = jnp.sum(fit.coefficients**2 * trace_variance)
     log_weight = log_density - draws.log_prob
     return Evaluation(
         llc=fit.mean,
         llc_sem=jnp.sqrt(variance / pairs + trace_error),
         llc_mc=jnp.mean(contribution),
+        # The bound keeps a regression that leaves nothing from an infinite quotient.
         variance_reduction=plain_variance
         / jnp.maximum(variance + pairs * trace_error, 1e-12 * plain_variance + 1e-30),
         trace_term=jnp.sum(fit.coefficients * expected),
@@ -206,12 +206,14 @@ def losses_at(
 
     zero = jnp.zeros_like(center)
     blank = jnp.zeros(groups.shape[:2], center.dtype), zero[0], zero
+    # The number of groups is a value: those beside the draws cost nothing where not wanted.
     excess, reference, slope = jax.lax.fori_loop(0, used, one_group, blank)
     excess = excess.reshape(-1)
     if beside is None:
         return DataLosses(excess, reference, slope)
-    found = excess[count : count + beside.displacement.shape[0]]
-    return DataLosses(excess[:count], reference, slope, found)
+    # What fills up the last group has displacement zero, and is nobody's.
+    at_beside = excess[count : count + beside.displacement.shape[0]]
+    return DataLosses(excess[:count], reference, slope, at_beside)
 
 
 def _groups_beside(points: int, draws: int) -> int:
@@ -237,10 +239,9 @@ def _losses_and_slope(
         return losses, jax.lax.cond(wanted, lambda: objective.grad(first, batch), lambda: slope)
     with their_products():
         losses, pulls = jax.vmap(lambda w: jax.vjp(lambda w: objective.loss(w, batch), w))(points)
-    # of what the forward pass keeps for a gradient, that of the first point alone is used
-    pull = jax.tree_util.tree_map(lambda leaf: leaf[0], pulls)
-    one = jnp.ones_like(losses[0])
-    with their_products():
+        # of what the forward pass keeps for a gradient, that of the first point alone is used
+        pull = jax.tree_util.tree_map(lambda leaf: leaf[0], pulls)
+        one = jnp.ones_like(losses[0])
         return losses, jax.lax.cond(wanted, lambda: pull(one)[0], lambda: slope)
 
 
@@ -275,8 +276,8 @@ def quadratic_columns(family: AbstractFamily, params, draws: Draws, pairs: int):
     if exponents.shape[0] == 0:
         return family.control_variates(params, draws)
     center = jnp.mean(draws.displacement, axis=0)
-    moment = family.second_moment(params)
-    spread = moment.marginal()
+    spread = family.second_moment(params).marginal()
+    # Monomials of high degree need coordinates of order one; the bound keeps off a negative root.
     unit = jnp.sqrt(jnp.maximum(spread - center**2, 1e-6 * spread))
     columns = stein_columns((draws.displacement - center) / unit, draws.score * unit, exponents)
     return columns, jnp.zeros(exponents.shape[0], columns.dtype)

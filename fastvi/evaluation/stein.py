@@ -13,24 +13,25 @@ from fastvi._typing import Array, Float
 # Of the polynomials: under a Gaussian q they take all variance off a loss of their own degree. Half
 # leaves what is beyond a cubic; twice has more columns than draws of the default evaluation.
 MAX_DEGREE = 6
+# Dimensions up to which polynomials replace the family's own columns (docs/math.md, "Estimate").
+# Their number grows as dim^degree.
+MAX_DIM = 4
 # Independent units for each regression coefficient: their noise adds a tenth to the variance that
 # is left, at half a fifth; twice as many allow half the columns.
 UNITS_PER_COLUMN = 10
 
 
 def even_monomials(dim: int, units: int) -> np.ndarray:
-    """Return exponents (columns, dim) of all monomials of degree 2, 4, ...
+    """Return exponents (columns, dim) of the monomials of even degree that `units` can afford.
 
-    that `units` can afford; maybe none.
+    All those of a degree or none, from degree 2 on.
     """
     found: list[tuple[int, ...]] = []
-    for degree in range(2, MAX_DEGREE + 1, 2):
-        more = (
-            [e for e in itertools.product(range(degree + 1), repeat=dim) if sum(e) == degree]
-            if dim <= 4
-            else []
-        )
-        if not more or len(found) + len(more) > units // UNITS_PER_COLUMN:
+    degrees = range(2, MAX_DEGREE + 1, 2) if dim <= MAX_DIM else ()
+    for degree in degrees:
+        powers = itertools.product(range(degree + 1), repeat=dim)
+        more = [exponents for exponents in powers if sum(exponents) == degree]
+        if len(found) + len(more) > units // UNITS_PER_COLUMN:
             break
         found += more
     return np.asarray(found, int).reshape(-1, dim)
@@ -62,13 +63,11 @@ def stein_columns(
         return jnp.prod(jnp.stack(factors), axis=0).T
 
     total = jnp.zeros((x.shape[0], exponents.shape[0]), x.dtype)
-    for i in range(x.shape[1]):
-        power, unit = exponents[:, i], np.eye(x.shape[1], dtype=int)[i]
-        total += (
-            jnp.asarray(power, x.dtype)
-            * monomial(np.maximum(exponents - unit, 0))
-            * score[:, i : i + 1]
-        )
+    for i, unit in enumerate(np.eye(x.shape[1], dtype=int)):
+        power = exponents[:, i]
+        # Where an exponent falls below zero, its factor is zero too.
+        slope = jnp.asarray(power, x.dtype) * monomial(np.maximum(exponents - unit, 0))
         curvature = jnp.asarray(power * (power - 1), x.dtype)
+        total += slope * score[:, i : i + 1]
         total += curvature * monomial(np.maximum(exponents - 2 * unit, 0))
     return total

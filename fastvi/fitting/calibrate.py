@@ -25,6 +25,7 @@ def narrowing(virial: Any, xp: Any) -> Any:
         virial: The mean over draws.
         xp: `numpy`, or `jax.numpy` for a value that is traced.
     """
+    # Not `virial > WIDE`, which a NaN would fail.
     wide = ~(virial <= WIDE)
-    step = xp.clip(0.25 * xp.log(xp.where(wide, virial, 1.0)), 0.05, 1.0)
+    step = xp.minimum(0.25 * xp.log(xp.where(wide, virial, 1.0)), 1.0)
     return xp.where(wide, xp.where(xp.isnan(step), 1.0, step), 0.0)

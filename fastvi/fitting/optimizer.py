@@ -32,24 +32,23 @@ def clip_by_typical_norm(max_ratio: float) -> optax.GradientTransformation:
     """
 
     def init(params):
-        del params
         return TypicalNormState(jnp.zeros(()), jnp.zeros(()))
 
     def update(updates, state, params=None):
-        del params
         norm = gradient_norm(updates)
+        # The zeros of the start weigh decay^count in the running mean, as in Adam.
         typical = jnp.sqrt(
             state.mean_square / jnp.maximum(1 - TYPICAL_NORM_DECAY**state.count, 1e-9)
         )
         growth = jnp.sqrt(jnp.maximum(1.0, state.count / TRUNCATION_STEPS))
         # nothing is known before the first gradient, which passes as it is
         bound = jnp.where(state.count > 0, max_ratio * growth * typical, norm)
+        # A NaN exceeds no bound: it passes, and shows.
         factor = jnp.where(norm > bound, bound / norm, 1.0)
         # an outlier raises the typical norm no further than to the bound
         square = jnp.minimum(norm, bound) ** 2
         mean_square = TYPICAL_NORM_DECAY * state.mean_square + (1 - TYPICAL_NORM_DECAY) * square
-        clipped = scale(updates, factor.astype(norm.dtype))
-        return clipped, TypicalNormState(
+        return scale(updates, factor.astype(norm.dtype)), TypicalNormState(
             mean_square.astype(state.mean_square.dtype), state.count + 1
         )
 
@@ -110,26 +109,25 @@ def scale_by_moments(rules: UpdateRules) -> optax.GradientTransformationExtraArg
     """
 
     def init(params):
-        def mean(leaf, blocked):
-            return jnp.zeros(0, leaf.dtype) if blocked else jnp.zeros_like(leaf)
-
-        def block_unseen(leaf, blocked):
-            return jnp.ones(leaf.shape[0] if blocked else 0, leaf.dtype)
-
         zero = jax.tree_util.tree_map(jnp.zeros_like, params)
-        square = jax.tree_util.tree_map(_square, zero, rules.shared_rows)
         return MomentState(
-            jax.tree_util.tree_map(mean, params, rules.blocked),
-            square,
-            (jnp.ones(()), jnp.ones(())),
-            jax.tree_util.tree_map(block_unseen, params, rules.blocked),
+            mean=jax.tree_util.tree_map(
+                lambda leaf, blocked: jnp.zeros(0, leaf.dtype) if blocked else leaf,
+                zero,
+                rules.blocked,
+            ),
+            square=jax.tree_util.tree_map(_square, zero, rules.shared_rows),
+            unseen=(jnp.ones(()), jnp.ones(())),
+            block_unseen=jax.tree_util.tree_map(
+                lambda leaf, blocked: jnp.ones(leaf.shape[0] if blocked else 0, leaf.dtype),
+                params,
+                rules.blocked,
+            ),
         )
 
     def update(updates, state, params=None, **extra_args):
-        del params
-        elapsed = jnp.asarray(extra_args["elapsed"])
         # goes to zero with the schedule, at which second moments stand still
-        gain = (1 - ADAM_B2) * (1 - elapsed) ** 2
+        gain = (1 - ADAM_B2) * (1 - jnp.asarray(extra_args["elapsed"])) ** 2
         unseen = (
             ADAM_B1 * state.unseen[0],
             ((1 - gain) * state.unseen[1]).astype(state.unseen[1].dtype),
@@ -186,6 +184,7 @@ def _step_blocks(gradient: Blocks, mean, square, unseen, shared, damping, gain):
         raise ValueError("blocks need second moments that their rows share.")
     factors, gain = [], gain.astype(square.dtype)
     squares = gradient.row_squares()[..., None] / gradient.right.shape[-1]
+    # In turn, since two draws may be of one component.
     for index, own in zip(gradient.index, squares, strict=True):
         left = _read(unseen, index) * (1 - gain)
         moment = _read(square, index)
@@ -199,6 +198,7 @@ def _step_blocks(gradient: Blocks, mean, square, unseen, shared, damping, gain):
 
 
 def _read(whole, index):
+    # The family draws the index of a component that exists.
     return whole.at[index].get(mode="promise_in_bounds")
 
 

@@ -47,8 +47,7 @@ def prune(
     Returns:
         The parameters and the optimiser's state.
     """
-    weights = jnp.exp(family.log_weights(params))
-    keep = kept_components(weights, least_weight, most)
+    keep = kept_components(jnp.exp(family.log_weights(params)), least_weight, most)
     forgotten = jax.tree_util.tree_map(
         lambda node: _forget(node, keep, per_component) if _is_moments(node) else node,
         opt_state,
@@ -66,10 +65,11 @@ def _forget(moments: MomentState, keep: Bool[Array, " comp"], per_component) -> 
 
     def reset(tree: PyTree, initial: float) -> PyTree:
         def choose(leaf, has_components):
+            # Leaves that are updated block by block have no first moment, and an empty leaf for it.
             if not has_components or leaf.shape[0] == 0:
                 return leaf
-            wide = keep.reshape(-1, *[1] * (leaf.ndim - 1))
-            return jnp.where(wide, leaf, jnp.asarray(initial, leaf.dtype))
+            kept = jnp.expand_dims(keep, tuple(range(1, leaf.ndim)))
+            return jnp.where(kept, leaf, jnp.asarray(initial, leaf.dtype))
 
         return jax.tree_util.tree_map(choose, tree, per_component)
 

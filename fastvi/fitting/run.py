@@ -3,17 +3,18 @@
 import abc
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._compilation import Ahead
+from fastvi._compilation import compile_ahead
 from fastvi._modes import jax_setting
 from fastvi._typing import Array, Keys
 from fastvi.evaluation.llc import Beside, error_over_pieces
@@ -97,9 +98,6 @@ class Course(NamedTuple):
     converged: bool | None = None
 
 
-T = TypeVar("T")
-
-
 class AbstractKeeper(abc.ABC):
     """Keeps the progress of a fit."""
 
@@ -165,33 +163,30 @@ def run_fit(
         The fit. Under a trace of jax (jit, vmap) nothing is looked at on the host and `seconds` are
         zero.
     """
-    clock = Clock()
+    seconds = {"adaptation": 0.0, "sampling": 0.0, "evaluation": 0.0}
     leaves = jax.tree_util.tree_leaves((problem, chain_keys, whitener_scale))
+    # A loss that closes over traced values belongs to the trace around it, whatever the arguments.
     if stages.loss.is_traced or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         whole = jax.jit(
             lambda *arguments: fit_inside_a_trace(stages, choice, schedule, *arguments)
         )(problem, chain_keys, whitener_scale)
-        return Fit(**whole, seconds=clock.seconds, converged=None)
+        return Fit(**whole, seconds=seconds, converged=None)
     draws = schedule.steps * stages.settings.step.num_draws * chain_keys.size
     programs = stages.for_work(draws, problem)
     report = options.report or _silent
     report(Progress("curvature", 0, schedule.steps, float("nan")))
-    with clock.stage("adaptation"):
+    with _timed(seconds, "adaptation"):
         course = _begin(
             stages, programs, problem, choice, schedule, chain_keys, whitener_scale, options
         )
+        # jax returns before it has computed, and the next stage would be charged for this one.
         jax.block_until_ready(course.state)
     if options.keeper is not None:
         course = options.keeper.restore(course)
-    course = _run_chunks(programs, problem, schedule, course, chain_keys, clock, options)
+    course = _run_chunks(programs, problem, schedule, course, chain_keys, seconds, options)
     report(Progress("evaluation", schedule.steps, schedule.steps, float("nan")))
-    arguments, source = (
-        (course.family, problem, course.state.params, chain_keys),
-        options.stream or problem.data,
-    )
-    with clock.stage("evaluation"):
-        beside = _line_points(problem.posterior, course.start) if options.looks_down else None
-        outcome = jax.block_until_ready(_finish(programs, arguments, source, beside))
+    with _timed(seconds, "evaluation"):
+        outcome = jax.block_until_ready(_finish(programs, problem, course, chain_keys, options))
     return Fit(
         family=course.family,
         params=course.state.params,
@@ -202,7 +197,7 @@ def run_fit(
             for name in course.parts[0]
         },
         calibration_rounds=course.calibration_rounds,
-        seconds=clock.seconds,
+        seconds=seconds,
         converged=course.converged,
         warm=options.warm is not None,
         snapshots=course.snapshots,
@@ -222,11 +217,10 @@ def _begin(
     """Start from the curvature at w*, or from another fit's q moved to w*."""
     phases, settings = fixed_phases(schedule), stages.settings
     if options.early_stop:
-        phases = Phases(
-            min(phases.warmup, MAX_ADAPTIVE_WARMUP),
-            schedule.steps / (1 + DECAY_FRACTION),
-            schedule.steps,
-        )
+        # The last possible decay still fits in: it takes this fraction of the steps before it.
+        decay_start = schedule.steps / (1 + DECAY_FRACTION)
+        warmup = min(phases.warmup, MAX_ADAPTIVE_WARMUP)
+        phases = Phases(warmup, decay_start, schedule.steps)
     if options.warm is not None:
         start = _known_before(options.warm.start)
         origin = FromFit(options.warm.family, options.warm.params)
@@ -235,17 +229,20 @@ def _begin(
         limit = rank_limit(
             settings.start, problem.posterior.center.size, problem.posterior.center.dtype.itemsize
         )
+        # Whole blocks of rows: starts of nearly one rank share their compiled steps.
         rank = min(limit, -(-int(start.rank) // BLOCK) * BLOCK)
         here = jax.tree_util.tree_map(np.asarray, start)  # in numpy, which compiles nothing
         family = build_family(choice, settings.start, here, rank)
         origin = FromCurvature(family, jnp.asarray(here.core[:rank]), keys)
         beside = _line_points(problem.posterior, start) if options.looks_down else None
-        _compile_ahead(programs, origin, problem, schedule, options.stream, beside)
+        if not jax_setting("jax_disable_jit"):  # then nothing is to be compiled
+            compile_ahead(_lowered(programs, origin, problem, schedule, options.stream, beside))
     family, state, rounds = _calibrate(
         programs, origin, problem, schedule, settings.step.num_draws, keys.size
     )
-    converged = False if options.early_stop else None
-    return Course(family, state, start, rounds, phases, converged=converged)
+    return Course(
+        family, state, start, rounds, phases, converged=False if options.early_stop else None
+    )
 
 
 def _known_before(start: Start) -> Start:
@@ -253,35 +250,35 @@ def _known_before(start: Start) -> Start:
 
     It says nothing of the spectrum at this w*.
     """
-    none, unknown = jnp.zeros_like(start.num_hvp), jnp.full_like(start.lowest, jnp.nan)
-    return dataclasses.replace(start, num_values=none, num_hvp=none, lowest=unknown)
+    return dataclasses.replace(
+        start,
+        num_values=jnp.zeros_like(start.num_values),
+        num_hvp=jnp.zeros_like(start.num_hvp),
+        lowest=jnp.full_like(start.lowest, jnp.nan),
+    )
 
 
-def _compile_ahead(
+def _lowered(
     programs: Programs,
     origin: FromCurvature,
     problem: Problem,
     schedule: ScheduleSettings,
     stream: AbstractStream | None,
     beside: Beside | None,
-) -> None:
-    """Compile the later stages side by side."""
-    if jax_setting("jax_disable_jit"):  # then nothing is to be compiled
-        return
+) -> Iterator[Any]:
+    """Lower the later stages one after another."""
     dtype, keys = problem.posterior.center.dtype, origin.keys
-    with Ahead() as ahead:
-        traced = programs.launch.trace(origin, dtype.type(0), np.bool_(False))
-        family, state = traced.out_info
-        plan = plan_steps(schedule, fixed_phases(schedule), 0, CHUNK, CHUNK, dtype)
-        ahead.compile(programs.steps.lower(family, problem, state, keys, plan))
-        ahead.compile(traced.lower())
-        if stream is None:
-            nothing = programs.nothing_seen(problem, keys.size, beside)
-            common = family, problem, state.params, keys, problem.data, nothing
-            share = jax.ShapeDtypeStruct((), dtype)
-            # said as it is said below: jax takes what is left out for another program
-            ahead.compile(programs.finish.lower(*common, share, beside, concludes=True))
-        ahead.wait()
+    traced = programs.launch.trace(origin, dtype.type(0), np.bool_(False))
+    family, state = traced.out_info
+    plan = plan_steps(schedule, fixed_phases(schedule), 0, CHUNK, CHUNK, dtype)
+    yield programs.steps.lower(family, problem, state, keys, plan)
+    yield traced.lower()
+    if stream is None:
+        nothing = programs.nothing_seen(problem, keys.size, beside)
+        common = family, problem, state.params, keys, problem.data, nothing
+        share = jax.ShapeDtypeStruct((), dtype)
+        # said as it is said below: jax takes what is left out for another program
+        yield programs.finish.lower(*common, share, beside, concludes=True)
 
 
 def _calibrate(
@@ -306,8 +303,10 @@ def _calibrate(
         family, state = programs.launch(origin, dtype.type(shift), np.bool_(False))
         plan = plan_steps(schedule, fixed_phases(schedule), rounds * length, length, CHUNK, dtype)
         _, traces = programs.steps(family, problem, state, keys, frozen(plan))
+        # Rows beyond the plan's length are not run, and hold zeros.
         less = float(narrowing(np.mean(np.asarray(traces["virial"])[:, :length]), np))
         shift, rounds, narrows = shift - less, rounds + 1, less > 0
+    # A single round has found nothing to narrow: such a start learns slowly (docs/math.md, Start).
     family, state = programs.launch(origin, dtype.type(shift), np.bool_(rounds == 1))
     return family, state, rounds
 
@@ -318,7 +317,7 @@ def _run_chunks(
     schedule: ScheduleSettings,
     course: Course,
     keys: Keys,
-    clock: "Clock",
+    seconds: dict[str, float],
     options: Options,
 ) -> Course:
     """Run the steps.
@@ -327,10 +326,11 @@ def _run_chunks(
     """
     report = options.report or _silent
     while course.done < course.phases.end:
+        # The problem came with the first window.
         if options.stream is not None and course.done:
             problem = dataclasses.replace(problem, data=options.stream.window(course.done))
         end = min(course.done + CHUNK, course.phases.end)
-        with clock.stage("sampling"):
+        with _timed(seconds, "sampling"):
             course = _advance(programs, schedule, course, problem, keys, end, options)
         part = course.parts[-1]
         elbo = np.concatenate([part["elbo"] for part in course.parts], axis=1)
@@ -364,6 +364,7 @@ def _advance(
         pieces.append({name: np.asarray(trace)[:, :length] for name, trace in traces.items()})
         course = course._replace(state=state, done=stop)
         if options.keeps_snapshots and stop % every == 0:
+            # A snapshot bears the number of the step that it follows.
             shape = Snapshot(stop - 1, jax.device_get(_described(course.family, state.params)))
             course = course._replace(snapshots=(*course.snapshots, shape))
     part = {name: np.concatenate([piece[name] for piece in pieces], axis=1) for name in pieces[0]}
@@ -379,6 +380,7 @@ def _check_convergence(
     course: Course, elbo: np.ndarray, schedule: ScheduleSettings, dim: int
 ) -> Course:
     """Begin the decay where the ELBO was flat at looks in a row."""
+    # While temperature or bonus change, the ELBO follows another objective at every step.
     if not max(MIN_WINDOW, schedule.anneal_until) <= course.done < course.phases.decay_start:
         return course
     negligible = negligible_nats(course.family.negligible_gain, dim)
@@ -386,6 +388,7 @@ def _check_convergence(
     looks = course.flat_looks + 1 if is_flat else 0
     if looks < FLAT_LOOKS:
         return course._replace(flat_looks=looks)
+    # The host looks between whole chunks only.
     decay = -(-decay_length(course.done, dim) // CHUNK) * CHUNK
     phases = Phases(course.phases.warmup, course.done, min(schedule.steps, course.done + decay))
     return course._replace(flat_looks=looks, converged=True, phases=phases)
@@ -403,52 +406,44 @@ def _line_points(posterior: LocalPosterior, start: Start) -> Beside:
 
 def _finish(
     programs: Programs,
-    arguments: tuple,
-    source: AbstractData | AbstractStream,
-    beside: Beside | None,
+    problem: Problem,
+    course: Course,
+    keys: Keys,
+    options: Options,
 ) -> Outcome:
     """Evaluate q on all data, or a sample of them, piece by piece."""
-    _, problem, _, keys = arguments
-    posterior, means = problem.posterior, []
-    outcome, losses, count = None, programs.nothing_seen(problem, keys.size, beside), 0
-    for piece, is_last in _with_last(source.pieces()):
+    posterior, source = problem.posterior, options.stream or problem.data
+    beside = _line_points(posterior, course.start) if options.looks_down else None
+    arguments = (course.family, problem, course.state.params, keys)
+    outcome, losses = None, programs.nothing_seen(problem, keys.size, beside)
+    count, means = 0, []
+    # One piece is read ahead: the last is the one that nothing follows.
+    for piece, following in itertools.pairwise(itertools.chain(source.pieces(), [None])):
+        assert piece is not None
         count += piece.num_examples
+        # A running mean over pieces of any size moves by the share of the latest.
         share = jnp.asarray(piece.num_examples / count, posterior.center.dtype)
         # what follows from the losses, Hessian products among it, is computed once
         outcome, losses = programs.finish(
-            *arguments, piece, losses, share, beside, concludes=is_last
+            *arguments, piece, losses, share, beside, concludes=following is None
         )
         means.append(np.mean(np.asarray(losses.excess)))
     assert outcome is not None  # no source is empty
+    # A mean over all data has no sampling error.
     if isinstance(source, AbstractData) or not source.is_sample:
         return outcome
     running = np.asarray(posterior.learning_coefficient(jnp.asarray(means))).tolist()
+    # The mean weight divides every loss, so that its relative error is one of llc.
     of_weight = abs(running[-1]) * source.weight_error
     return outcome._replace(data_error=math.hypot(error_over_pieces(running), of_weight))
 
 
-def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Yield each item, and whether it is the last."""
-    ahead = iter(items)
-    item = next(ahead)
-    for following in ahead:
-        yield item, False
-        item = following
-    yield item, True
-
-
-class Clock:
-    """Sum the seconds of each stage."""
-
-    def __init__(self):
-        self.seconds = {"adaptation": 0.0, "sampling": 0.0, "evaluation": 0.0}
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add what a block takes, which waits for its results."""
-        began = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - began
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add what a block takes, which waits for its results, to the seconds of its stage."""
+    began = time.perf_counter()
+    yield
+    seconds[stage] += time.perf_counter() - began
 
 
 def _silent(progress: Progress) -> None:

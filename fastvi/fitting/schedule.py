@@ -41,12 +41,14 @@ def elbo_trend(elbo: np.ndarray) -> Trend:
     steps = elbo.shape[1]
     window = max(min(MIN_WINDOW, steps), int(WINDOW_FRACTION * steps))
     window -= window % NUM_BLOCKS
+    # Fewer steps than blocks say nothing of a trend.
     if window == 0:
         return Trend(np.inf, 0.0, 0)
     blocks = np.mean(elbo[:, steps - window :], axis=0).reshape(NUM_BLOCKS, -1).mean(axis=1)
     time = np.linspace(-0.5, 0.5, NUM_BLOCKS)
     slope = float(time @ blocks / (time @ time))
     residual = blocks - blocks.mean() - slope * time
+    # The line has taken two degrees of freedom.
     error = float(np.sqrt(residual @ residual / (NUM_BLOCKS - 2) / (time @ time)))
     return Trend(slope, error, window)
 

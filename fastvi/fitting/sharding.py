@@ -31,7 +31,7 @@ def over_devices(stage: Callable[[Any, Any], Any], shared: Any, stacked: Any) ->
         shared: Arguments of all chains.
         stacked: Arguments with a first axis of chains.
     """
-    mesh = device_mesh(_length(stacked))
+    mesh = device_mesh(jax.tree_util.tree_leaves(stacked)[0].shape[0])
     if mesh is None:
         return stage(shared, stacked)
     spread: Any = jax.shard_map(
@@ -70,7 +70,3 @@ def data_parallel_mean(
         return mean
     left, portion = shared_mean(statistic, rest, shared, copies), whole / size
     return jax.tree_util.tree_map(lambda a, b: portion * a + (1 - portion) * b, mean, left)
-
-
-def _length(tree: Any) -> int:
-    return jax.tree_util.tree_leaves(tree)[0].shape[0]

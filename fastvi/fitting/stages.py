@@ -187,14 +187,13 @@ def programs_for(
             traced anew when left out.
     """
     loss = loss or fingerprint_loss(objective, problem, loss_full_flat)
+    # Programs that close over values of a trace end with it, and are not kept.
     if loss.is_traced:
         return _build(objective, problem, settings, loss_full_flat, loss)
-    key = ("fit", settings, shapes_of(problem))
-    functions = (objective, loss_full_flat)
     return PROGRAMS.find(
         loss,
-        key,
-        functions,
+        ("fit", settings, shapes_of(problem)),
+        (objective, loss_full_flat),
         lambda objective, full: _build(objective, problem, settings, full, loss),
     )
 
@@ -211,11 +210,10 @@ def _build(
             streams.derive(key, purpose)
             for purpose in (streams.Purpose.SUBSET, streams.Purpose.CURVATURE)
         )
-        subset = problem.data.subset(key_subset, settings.start.examples)
         return make_start(
             objective,
             problem.posterior,
-            subset,
+            problem.data.subset(key_subset, settings.start.examples),
             problem.next_data,
             settings.start,
             key_start,
@@ -235,13 +233,17 @@ def _build(
 
         return over_devices(stage, (family, problem, plan), (state, keys))
 
-    nothing = functools.partial(
-        nothing_seen,
-        num_draws=settings.evaluation.num_draws,
-        has_slope=loss_full_flat is None,
+    plain = Programs(
+        prepare,
+        launch,
+        steps,
+        finish=_evaluation(objective, settings.evaluation, loss_full_flat),
+        nothing_seen=functools.partial(
+            nothing_seen,
+            num_draws=settings.evaluation.num_draws,
+            has_slope=loss_full_flat is None,
+        ),
     )
-    finish = _evaluation(objective, settings.evaluation, loss_full_flat)
-    plain = Programs(prepare, launch, steps, finish, nothing)
     return _compiled(plain, settings, problem, loss)
 
 
@@ -296,6 +298,7 @@ def _evaluation(
         if not concludes:
             return None, found
         evaluation, losses, arrays = found
+        # What is said of w* itself is the same for all chains.
         _, reference, slope, at_beside = jax.tree_util.tree_map(lambda leaf: leaf[0], losses)
         return Outcome(evaluation, reference, slope, arrays, beside=at_beside), losses
 
@@ -321,7 +324,9 @@ def _losses_on(
     def at_points(center, displacement, beside, batch):
         return losses_at(objective, center, displacement, batch, beside)
 
+    # What runs inside a trace of the caller's is not spread over devices.
     mean = data_parallel_mean if spread else shared_mean
+    # A pass takes w* beside a group of draws.
     return mean(at_points, data, points, 1 + draws_at_once(displacement.shape[0]))
 
 
@@ -359,16 +364,21 @@ def _compiled(
     def jit(function: Callable, computed: float, **options: Any) -> Callable:
         return jax.jit(function, compiler_options=compiler_options(computed), **options)
 
+    # The state holds q and its moments: donated, the new one takes the memory of the old.
     steps = tuple(
         jax.jit(plain.steps, donate_argnames=("state",), compiler_options=one)
         for one in options_by_speed()
     )
-    finish = functools.partial(plain.finish, spread=True)
     compiled = Programs(
         prepare=jit(plain.prepare, of_start),
         launch=jit(plain.launch, DRAW_BYTES * center.size),
         steps=steps[-1],
-        finish=jit(finish, of_evaluation, static_argnames=("concludes",)),
+        finish=jit(
+            functools.partial(plain.finish, spread=True),
+            of_evaluation,
+            # The pieces before the last take a program without the evaluation.
+            static_argnames=("concludes",),
+        ),
         nothing_seen=plain.nothing_seen,
     )
     return Stages(compiled, steps, plain, settings, loss)
@@ -390,8 +400,7 @@ def fit_inside_a_trace(
         family, params, start, outcome, traces, calibration_rounds.
     """
     plain, settings, center = stages.plain, stages.settings, problem.posterior.center
-    key = streams.shared_key()
-    start = plain.prepare(problem, key, whitener_scale)
+    start = plain.prepare(problem, streams.shared_key(), whitener_scale)
     rank = rank_limit(settings.start, center.size, center.dtype.itemsize)
     family = build_family(choice, settings.start, start, rank)
     origin = FromCurvature(family, start.core[:rank], keys)
@@ -403,8 +412,9 @@ def fit_inside_a_trace(
     def adjust(carry):
         shift, rounds, _ = carry
         family, state = plain.launch(origin, shift, jnp.asarray(False))
-        rows = probe.rows._replace(step=probe.rows.step + rounds * length)
-        measured = probe._replace(rows=rows)
+        # Each round draws by the numbers of other steps.
+        step = probe.rows.step + rounds * length
+        measured = probe._replace(rows=probe.rows._replace(step=step))
         traces = plain.steps(family, problem, state, calibration_keys(keys.size), measured)[1]
         less = narrowing(jnp.mean(traces["virial"]), jnp).astype(shift.dtype)
         return shift - less, rounds + 1, less > 0
@@ -429,8 +439,7 @@ def fit_inside_a_trace(
 
 def calibration_keys(num_chains: int) -> Keys:
     """Return a key for each chain's calibration, none of those that the fit draws from."""
-    key = streams.derive(streams.shared_key(), streams.Purpose.CALIBRATION)
-    return split_key(key, num_chains)
+    return split_key(streams.derive(streams.shared_key(), streams.Purpose.CALIBRATION), num_chains)
 
 
 def build_family(

@@ -57,10 +57,10 @@ class State(NamedTuple):
 def init_state(family: AbstractFamily, params: PyTree, settings: StepSettings) -> State:
     """Return the state before the first step."""
     dtype = jax.tree_util.tree_leaves(params)[0].dtype
-    rules = family.update_rules(params, settings.groups)
+    optimizer = make_optimizer(settings.max_ratio, family.update_rules(params, settings.groups))
     return State(
         params=params,
-        opt_state=make_optimizer(settings.max_ratio, rules).init(params),
+        opt_state=optimizer.init(params),
         baseline=jnp.zeros((), dtype),
         cache=family.make_cache(params),
         slow=family.slow_statistics(params),
@@ -143,14 +143,17 @@ def _step(
         family = family.annealed(row.temperature, row.entropy_bonus)
     rules = family.update_rules(state.params, settings.groups)
     batch = problem.next_batch(key, streams.step_batch(row.step))
-    mirror = settings.groups < settings.num_draws
-    draws = family.transform(state.params, noise, mirror=mirror, cache=state.cache)
+    draws = family.transform(
+        state.params, noise, mirror=settings.groups < settings.num_draws, cache=state.cache
+    )
     value, grad = evaluate(problem, draws.displacement, batch)
+    # Before the first step there is no past: its own value stands in.
     baseline = jnp.where(row.step == 0, jnp.mean(value - draws.log_prob), state.baseline)
     target = TargetValues(value, grad, baseline)
     ascent = family.ascent(state.params, draws, target, groups=settings.groups)
-    optimizer = make_optimizer(settings.max_ratio, rules)
-    updates, opt_state = optimizer.update(ascent, state.opt_state, elapsed=row.elapsed)
+    updates, opt_state = make_optimizer(settings.max_ratio, rules).update(
+        ascent, state.opt_state, elapsed=row.elapsed
+    )
     updates = _scaled(updates, rules.rates, row.rate)
     params, cache = family.apply_updates(state.params, state.cache, updates)
     if settings.prunes:
@@ -162,13 +165,18 @@ def _step(
             params,
             opt_state,
         )
+    # Between records the last ones are repeated.
     slow = jax.lax.cond(
         row.records, lambda p: family.slow_statistics(p), lambda _: state.slow, params
     )
     objective_value = jnp.mean(value - family.entropy_weight * draws.log_prob)
     baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * objective_value
-    trace = {**_statistics(draws, value, grad), "grad_norm": gradient_norm(ascent)}
-    trace |= {**family.step_statistics(params, draws), **slow}
+    trace = {
+        **_statistics(draws, value, grad),
+        "grad_norm": gradient_norm(ascent),
+        **family.step_statistics(params, draws),
+        **slow,
+    }
     ahead = _noise(family, settings, key, row.step + 1)
     return State(params, opt_state, baseline, cache, slow), ahead, trace
 
@@ -186,8 +194,8 @@ def _statistics(draws: Draws, value, grad) -> dict[str, Scalar]:
 
 def _scaled(updates, factors, rate):
     """Multiply each update by the learning rate and its factor."""
-
-    def one(factor, update):
-        return scale(update, jnp.asarray(rate * factor).astype(update.dtype))
-
-    return jax.tree_util.tree_map(one, factors, updates)
+    return jax.tree_util.tree_map(
+        lambda factor, update: scale(update, jnp.asarray(rate * factor).astype(update.dtype)),
+        factors,
+        updates,
+    )

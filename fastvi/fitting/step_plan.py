@@ -50,10 +50,10 @@ class ScheduleSettings(NamedTuple):
     @property
     def anneal_until(self) -> int:
         """The step from which temperature and entropy bonus stay as they are."""
-        falls = self.temperature != 1 and self.temperature_fraction > 0
-        cooled = math.ceil(self.temperature_fraction * self.steps) if falls else 0
-        ends = self.entropy_bonus > 0 and self.entropy_bonus_steps is not None
-        return max(cooled, min(self.entropy_bonus_steps or 0, self.steps) if ends else 0)
+        cooled = math.ceil(self.temperature_fraction * self.steps) if self.temperature != 1 else 0
+        # A bonus without an end never changes.
+        ended = min(self.entropy_bonus_steps or 0, self.steps) if self.entropy_bonus > 0 else 0
+        return max(cooled, ended)
 
 
 class Phases(NamedTuple):
@@ -107,11 +107,13 @@ def learning_rate(
     """Evaluate the schedule: a linear rise, the peak, a decay to `end_fraction` of it, zero."""
     warm = np.minimum(1.0, (step + 1) / max(phases.warmup, 1))
     elapsed = elapsed_decay(phases, step)
-    if schedule.decay == "cosine":
-        left = 0.5 * (1 + np.cos(np.pi * elapsed))
-    else:
-        left = 1 - elapsed if schedule.decay == "linear_decay" else np.ones_like(elapsed)
+    left = {
+        "cosine": 0.5 * (1 + np.cos(np.pi * elapsed)),
+        "linear_decay": 1 - elapsed,
+        "none": np.ones_like(elapsed),
+    }[schedule.decay]
     rate = schedule.rate * warm * (schedule.end_fraction + (1 - schedule.end_fraction) * left)
+    # Steps beyond the end leave the parameters as they are.
     return np.where(step < phases.end, rate, 0.0)
 
 
@@ -124,10 +126,9 @@ def annealing(
     """
     cooling = schedule.temperature_fraction * schedule.steps
     left = np.maximum(1 - step / cooling, 0.0) if cooling > 0 else np.ones(step.shape)
-    stays = schedule.entropy_bonus_steps is None
-    bonus = np.full(step.shape, schedule.entropy_bonus)
-    ended = np.zeros(step.shape, bool) if stays else step >= schedule.entropy_bonus_steps
-    return 1 + (schedule.temperature - 1) * left, np.where(ended, 0.0, bonus)
+    ends = np.inf if schedule.entropy_bonus_steps is None else schedule.entropy_bonus_steps
+    bonus = np.where(step < ends, schedule.entropy_bonus, 0.0)
+    return 1 + (schedule.temperature - 1) * left, bonus
 
 
 def plan_steps(
@@ -142,6 +143,7 @@ def plan_steps(
         rate=rate.astype(dtype),
         elapsed=elapsed_decay(phases, step).astype(dtype),
         records=step % schedule.record_every == 0,
+        # Where the rate is zero, nothing may change.
         prunes=((step + 1) % schedule.record_every == 0) & (rate > 0),
         temperature=temperature.astype(dtype),
         entropy_bonus=bonus.astype(dtype),

@@ -62,12 +62,10 @@ def block_krylov(
         small = jnp.where(
             used[:, None] & used, 0.5 * (small + small.T), jnp.diag(jnp.where(used, 0.0, bottom))
         )
-        values: Array
         values, rotation = jnp.linalg.eigh(small)
         return jnp.where(used, values[::-1], -jnp.inf), rotation[:, ::-1]
 
     def extend(carry):
-        of_probes: Array
         size, block, basis, images, of_probes, _ = carry
         image, is_probing = apply(block), size < 0
         row = jnp.maximum(size, 0)  # the first block overwrites what the probes leave there
@@ -82,12 +80,10 @@ def block_krylov(
         done = ~is_probing & exhausted(project(basis, images, size)[0], size, of_probes)
         return size, following, basis, images, of_probes, done
 
-    def unfinished(carry):
-        size, *_, done = carry
-        return (size < max_size) & ~done
-
     start = (jnp.asarray(-BLOCK), probes, empty, empty, probes, jnp.asarray(False))
-    size, _, basis, images, of_probes, _ = jax.lax.while_loop(unfinished, extend, start)
+    size, _, basis, images, of_probes, _ = jax.lax.while_loop(
+        lambda carry: (carry[0] < max_size) & ~carry[-1], extend, start
+    )
     values, rotation = project(basis, images, size)
     used, vectors = jnp.arange(max_size) < size, jnp.asarray(rotation.T @ basis)
     return Spectrum(values, jnp.where(used[:, None], vectors, 0.0), size), of_probes

@@ -130,6 +130,7 @@ def descent_line(posterior: LocalPosterior, start: Start) -> Line | None:
         np.asarray(leaf, float) for leaf in jax.device_get(wanted)
     )
     length2, values = float(np.sum(along**2)), spectrum[: int(size)]
+    # The start of another w* says nothing of this one: its least curvature is NaN.
     if not (np.isfinite(lowest) and length2 > 0):
         return None
     localizer, dim = float(gamma) * length2, center.size

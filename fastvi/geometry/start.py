@@ -119,8 +119,8 @@ def make_start(
     center, dtype, dim = posterior.center, posterior.center.dtype, posterior.center.size
     key_whiten, key_krylov, key_trace = jax.random.split(key, 3)
     hvp = data_hvp(objective, center, subset, copies=dim if dim <= DENSE_DIM else BLOCK)
-    if whitener_scale is None:
-        scale = whitening_scale(
+    scale = (
+        whitening_scale(
             settings.whitening,
             key_whiten,
             objective,
@@ -129,8 +129,9 @@ def make_start(
             hvp,
             settings.whitening_decay,
         )
-    else:
-        scale = whitener_scale
+        if whitener_scale is None
+        else whitener_scale
+    )
 
     def precision(block):
         return scale * (
@@ -165,8 +166,7 @@ def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:
     """Choose the rank and set scale and core."""
     dim, size = scale.size, spectrum.values.size
     values = jnp.where(jnp.isfinite(spectrum.values), spectrum.values, 0.0)
-    floor = jnp.asarray(floor)
-    vectors = spectrum.vectors
+    is_ritz, vectors = jnp.arange(size) < spectrum.size, spectrum.vectors
     # trace of the complement of the Ritz space, by the probes with that space projected out
     beyond = probes - (probes @ vectors.T) @ vectors
     complement = jnp.maximum(dim - spectrum.size, 0)
@@ -178,17 +178,13 @@ def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:
     mean_beyond = jnp.where(
         complement > 0, jnp.maximum(complement_trace / jnp.maximum(complement, 1), floor), floor
     )
-    smallest = jnp.min(
-        jnp.where(jnp.arange(size) < spectrum.size, values, jnp.inf), initial=jnp.inf
-    )
+    smallest = jnp.min(jnp.where(is_ritz, values, jnp.inf), initial=jnp.inf)
+    # Where every eigenvalue is known, the rows are for those above the smallest.
     threshold = jnp.where(complement > 0, mean_beyond + floor, 1.05 * jnp.maximum(smallest, floor))
     wanted = values > threshold
-    wanted_rank = jnp.sum(wanted)
     chosen = wanted & (jnp.arange(size) < limit)
     rank = jnp.sum(chosen)
-    left = jnp.sum(
-        jnp.where(~chosen & (jnp.arange(size) < spectrum.size), jnp.maximum(values, floor), 0.0)
-    )
+    left = jnp.sum(jnp.where(~chosen & is_ritz, jnp.maximum(values, floor), 0.0))
     rest = jnp.maximum((left + complement * mean_beyond) / jnp.maximum(dim - rank, 1), floor)
     lengths = jnp.sqrt(jnp.where(chosen, jnp.maximum(values / rest - 1, 0.0), 0.0))
     keep = min(limit, size)
@@ -201,7 +197,7 @@ def _assemble(spectrum: Spectrum, probes, images, scale, floor, limit) -> Start:
         spectrum=values,
         rest=rest,
         rank=rank,
-        wanted_rank=wanted_rank,
+        wanted_rank=jnp.sum(wanted),
         trace=trace,
         explained=jnp.sum(jnp.where(chosen, values, 0.0)) / trace,
         num_values=spectrum.size,

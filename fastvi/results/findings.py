@@ -9,7 +9,15 @@ import numpy as np
 
 from fastvi.evaluation.importance import USABLE, Importance
 from fastvi.geometry.minimum import ROUNDING_UNITS, Bottom
-from fastvi.sampling.run import DRIFT, ERROR, GRADIENT_NOISE, LENGTH, RHAT_RADIUS, Unmet
+from fastvi.sampling.run import (
+    DRIFT,
+    ERROR,
+    GRADIENT_NOISE,
+    LENGTH,
+    RHAT_RADIUS,
+    TAKEN_BACK,
+    Unmet,
+)
 
 SEVERITIES = ("error", "warning", "note")
 # Distance of the virial from 1, which has no unit. At 0.1 the width of a Gaussian is off by 5 %,
@@ -246,6 +254,13 @@ def _why_unsettled(unmet: dict[str, Unmet], result: Any) -> tuple[str, str]:
             f"Parameters or loss are {narrow}, which rounds the loss more coarsely than walkers "
             "move it.",
             "Cast parameters and data to float32 before the estimate.",
+        )
+    if TAKEN_BACK in unmet:
+        return (
+            "On some batches the gradient throws walkers out, as with few examples of large "
+            "curvature, or the loss is not finite near. What these say of llc is left out.",
+            "Begin at a fit, for which all examples are measured: sampler={'start': 'fit'}; or "
+            "raise localization.",
         )
     budget = float(result.config.budget)
     if set(unmet) <= {LENGTH, GRADIENT_NOISE}:

@@ -68,6 +68,7 @@ LEAST_ROUNDS = 3
 ROUNDING_FALL, ROUNDING_TARGET = 0.5, 1e-6
 ERROR, RHAT, RHAT_RADIUS = "relative error", "R-hat of llc", "R-hat of |w - w*|^2"
 DRIFT, LENGTH, GRADIENT_NOISE = "drift in standard errors", "steps", "gradient noise over llc"
+TAKEN_BACK = "share of steps taken back"
 
 
 class Unmet(NamedTuple):

@@ -20,7 +20,15 @@ from fastvi.sampling.from_localizer.measure import (
     measure_curvature,
     measure_heat,
 )
-from fastvi.sampling.from_localizer.plan import plan_parts, plan_step, position_heat
+from fastvi.sampling.from_localizer.plan import (
+    SEEN_SHARE,
+    heat_share,
+    noise_heat,
+    plan_parts,
+    plan_step,
+    position_heat,
+    seen_heat,
+)
 from fastvi.sampling.from_localizer.setup import FRICTION_TIME, Course, WalkSetup
 from fastvi.sampling.from_localizer.steps import (
     RoundInputs,
@@ -180,6 +188,78 @@ def test_steps_and_batches_are_planned():
     assert plan_parts(1.0, 0.05, 100) == 4
     assert plan_parts(1.0, 0.05, 2) == 2
     assert plan_parts(-1.0, 0.05, 100) == 1
+
+
+def test_the_losses_of_a_walk_say_how_noisy_its_batches_are():
+    """White noise of a known variance over a llc that moves little from one step to the next."""
+    rng, steps = np.random.default_rng(0), 4000
+    slow = 5 + np.cumsum(0.03 * rng.normal(size=(steps, 8)), axis=0)
+    seen, error = seen_heat(slow + 2.0 * rng.normal(size=(steps, 8)), 0.3, False)
+    assert seen == pytest.approx(SEEN_SHARE * noise_heat(4.0, 0.3), rel=0.05)
+    assert error < 0.05 * seen
+    # without the slope at w*, the loss has half of the noise that the gradient has
+    anchored, _ = seen_heat(slow + rng.normal(size=(steps, 8)), 0.3, True)
+    assert anchored == pytest.approx(seen, rel=0.05)
+    assert seen_heat(slow[:1], 0.3, False) == (0.0, 0.0)
+
+
+def test_heat_that_was_missed_is_doubted():
+    share, doubt = heat_share(0.1, 10.0)
+    assert share == pytest.approx(0.065, rel=0.01)
+    assert doubt == pytest.approx(0.02, rel=0.02)
+    assert heat_share(0.1, 10.0, missed=0.1)[0] == share
+    assert heat_share(0.1, 10.0, missed=0.1)[1] == pytest.approx(np.hypot(doubt, 0.065), rel=0.01)
+
+
+def rare_examples(rare, weight, usual, dim=300, count=2000):
+    """A quadratic of which a few examples have nearly all the curvature, and its Hessian."""
+    inputs = np.random.default_rng(0).normal(size=(count, dim)).astype(np.float32)
+    weights = np.where(np.arange(count) < rare, weight, usual).astype(np.float32)
+
+    def loss(w, batch):
+        return 0.5 * jnp.mean(batch[1] * (batch[0] @ w) ** 2)
+
+    return loss, jnp.zeros(dim), (inputs, weights), (inputs.T * weights) @ inputs / count
+
+
+def walk_on_rare_examples(rare, weight, nbeta, key, budget=4e5):
+    """The estimate by fresh minibatches, and the exact llc."""
+    loss, center, data, hessian = rare_examples(rare, weight, 0.01)
+    values = nbeta * np.linalg.eigvalsh(hessian.astype(float))
+    result = fastvi.estimate_llc(
+        loss,
+        center,
+        data,
+        nbeta=nbeta,
+        localization=100.0,
+        key=key,
+        budget=budget,
+        error=0.03,
+        sampler={"gradients": "fresh"},
+        progress=False,
+        throw=False,
+    )
+    return result, 0.5 * np.sum(values / (values + 100.0))
+
+
+@pytest.mark.parametrize("key", [0, 3])
+def test_batches_grow_with_the_noise_that_a_walk_sees(key):
+    """The measurement before the walk read 512 examples, and few of the eight that heat."""
+    result, exact = walk_on_rare_examples(8, 20.0, 20.0, key)
+    assert abs(result.llc - exact) < 4 * result.llc_sem
+    assert result.llc_sem < 0.25 * exact
+    assert result.correction.batch >= 64
+
+
+def test_examples_that_throw_walkers_out_are_told():
+    """Steps on batches with one of four examples are taken back: two nats of llc are left out."""
+    result, exact = walk_on_rare_examples(4, 100.0, 100.0, key=4, budget=1e5)
+    assert result.llc < 0.6 * exact
+    assert result.correction.returned > 0
+    unmet = {one.criterion: one.value for one in result.correction.unmet}
+    assert unmet["share of steps taken back"] > 1e-3
+    found = {finding.name: finding for finding in result.health}
+    assert "throws walkers out" in str(found["walk_unsettled"])
 
 
 def test_a_batch_of_parts_is_their_mean():

@@ -14,6 +14,7 @@ from fastvi.sampling.averages import SURPRISE, Analysis, analyse, furthest_off, 
 from fastvi.sampling.dynamics import State
 from fastvi.sampling.from_localizer.batches import AbstractSource
 from fastvi.sampling.from_localizer.measure import (
+    PROBE_STEPS,
     measure_curvature,
     measure_decrement,
     measure_heat,
@@ -22,16 +23,18 @@ from fastvi.sampling.from_localizer.measure import (
 from fastvi.sampling.from_localizer.plan import (
     DOUBT_SHARE,
     LARGEST_STEP,
+    TINY,
     Measured,
     heat_share,
     noise_heat,
     plan_parts,
     plan_step,
     round_map,
+    seen_heat,
 )
 from fastvi.sampling.from_localizer.setup import Course, WalkSetup, affordable_steps, call_round
 from fastvi.sampling.from_localizer.steps import Observed, Steps, blank_state
-from fastvi.sampling.run import CHECK_GROWTH, ERROR, Check, Unmet, unmet_by
+from fastvi.sampling.run import CHECK_GROWTH, ERROR, TAKEN_BACK, Check, Unmet, unmet_by
 from fastvi.target.work import GRADIENT
 
 # Time that walkers take to forget where they began, in the same unit. At half, llc still falls or
@@ -46,9 +49,18 @@ LEAST_STEPS = 24
 # Times the fewest bins that a walk has before it may end by itself. Half of it stops at chance, as
 # an error that is read from few bins is small now and then; double costs as much again.
 PATIENCE = 2
+# Doubt of the heat over what it may be, from which on batches are made larger. At 1, chance makes
+# them so; at double, the doubt stays above the error that was asked for.
+DOUBT_SLACK = 1.5
+# Times as large, at most, that batches are made at once: rare examples are seen late and may say
+# more than is so. At half, more steps are lost on the way; at double, steps may cost too much.
+MOST_FINER = 16
 # Share of steps taken back at which the step size is halved. Half of it halves after one in a
 # hundred, double lets walkers stand still for a part of the time.
 RETURNED = 0.02
+# The same over a walk, above which it is said: a batch that throws a walker out is left out of what
+# the walker samples. Half and double tell examples that are rarer, or no longer tell them.
+MOST_TAKEN_BACK = 1e-3
 # Step size at which halving ends: a target that takes back shorter steps has no finite region.
 SHORTEST_STEP = 1e-3 * LARGEST_STEP
 # Halvings of the distance from w* of a walker where the loss is not finite. Half of them do where
@@ -116,7 +128,7 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
     )
     course = plan_anchor(setup, measured, course)
     course = plan_batch(setup, burn_in(setup, course, rng))
-    check, checked = None, 0
+    check, checked, before = None, 0, None
     while course.is_fed and (steps := affordable_steps(setup, course, setup.programs.length)):
         course = advance(setup, course, steps)
         made = 0 if course.said is None else course.said.returned.shape[0]
@@ -125,10 +137,18 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
             continue
         check, checked = check_steps(setup, course), made
         setup.report(course.work, check.analysis.llc)
+        parts = finer_parts(setup, course, check)
+        if parts > course.parts:  # what hotter walkers said is not averaged with what follows
+            before = course, check
+            course, checked = with_parts(course, parts)._replace(said=None), 0
+            continue
         # the first look that says good enough is lucky more often than not
         is_long = check.llc.shape[1] >= PATIENCE * setup.settings.min_bins
         if (is_long and not check.unmet) or not math.isfinite(check.analysis.llc):
             break
+    if course.said is None and before is not None:  # the data ended before the larger batches
+        coarse, check = before
+        course = course._replace(said=coarse.said, parts=coarse.parts, heat=coarse.heat)
     if course.said is None or check is None:
         raise _cannot_begin(setup, course)
     return Walk(
@@ -230,6 +250,35 @@ def plan_batch(setup: WalkSetup, course: Course) -> Course:
     return course._replace(parts=parts, heat=course.heat / parts)
 
 
+def with_parts(course: Course, parts: int) -> Course:
+    """Go on with batches of so many parts, whose noise is so much less."""
+    return course._replace(parts=parts, heat=course.heat * course.parts / parts)
+
+
+def finer_parts(setup: WalkSetup, course: Course, check: Check) -> int:
+    """Return the parts of a batch to go on with: more where the doubt of the heat asks for them.
+
+    They must promise a smaller error than going on as before, though all steps so far are lost.
+    """
+    analysis = check.analysis
+    wanted = DOUBT_SHARE * setup.error * abs(analysis.llc)
+    heat, missed = known_heat(setup, course, 1.0)  # one rare example so far may be chance
+    doubt = heat_share(heat, analysis.llc, missed)[1]
+    if not doubt > DOUBT_SLACK * wanted:
+        return course.parts
+    parts = min(
+        math.ceil(course.parts * min(doubt / max(wanted, TINY), MOST_FINER)), setup.reader.most
+    )
+    finer, made = with_parts(course, parts), check.llc.shape[1] * setup.settings.bin_length
+    steps, ahead = (affordable_steps(setup, one, PROBE_STEPS) for one in (finer, course))
+    if steps < LEAST_STEPS:
+        return course.parts
+    of_step2 = (analysis.llc_sem**2 - analysis.systematic**2) * made
+    now = of_step2 / (made + ahead) + doubt**2
+    then = of_step2 / steps + (doubt * course.parts / parts) ** 2
+    return parts if then < now else course.parts
+
+
 def least_budget(setup: WalkSetup, course: Course) -> float:
     """Return the sample gradients of a walk with the fewest bins on these batches."""
     made = 0 if course.said is None else course.said.returned.shape[0]
@@ -246,7 +295,7 @@ def advance(setup: WalkSetup, course: Course, steps: int) -> Course:
         steps = steps // 2 if steps > 1 else 1 if parts < course.parts else 0
         if steps * parts == 0:
             return course._replace(is_fed=False)
-        course = course._replace(parts=parts, heat=course.heat * course.parts / parts)
+        course = with_parts(course, parts)
         source = setup.reader.read(course.done, steps, parts)
     course, said = _made(setup, course, source, 0, steps)
     said = _on_host(said, steps)
@@ -296,6 +345,18 @@ def _concatenate(first: Steps, second: Steps) -> Steps:
     return Steps(observed, np.concatenate([first.returned, second.returned]))
 
 
+def known_heat(setup: WalkSetup, course: Course, errors: float = 0.0) -> tuple[float, float]:
+    """Return the heat, and the part of it that was missed where it was measured.
+
+    What the losses say counts less so many of its standard errors.
+    """
+    assert course.said is not None, "a step has been made"
+    llc = float(setup.posterior.nbeta) * np.asarray(course.said.observed.excess)
+    seen, error = seen_heat(llc, course.step_size, course.is_anchored)
+    seen -= errors * error
+    return max(course.heat, seen), max(seen - course.heat, 0.0)
+
+
 def check_steps(setup: WalkSetup, course: Course) -> Check:
     """Average what the steps say, less a share of the heat, and hold it against the criteria."""
     assert course.said is not None, "a step has been made"
@@ -313,12 +374,13 @@ def check_steps(setup: WalkSetup, course: Course) -> Check:
         return Check(broken, llc, (Unmet(ERROR, math.nan, setup.error),))
     analysis = analyse(llc, np.zeros((*llc.shape, 0)), radius2)
     column = setup.posterior.center.size - virial[:, analysis.burn_in :, None]
-    share, doubt = heat_share(course.heat, analysis.llc)
+    heat, missed = known_heat(setup, course)
+    share, doubt = heat_share(heat, analysis.llc, missed)
     # two errors of few walkers hold less than those of a Gaussian: 1.2 / nu is the second term of
     # Student's quantile; and fewer bins than asked for have not shown how long walkers remember
     spread = analysis.llc_sem * (1 + 1.2 / max(llc.shape[0] - 1, 1))
     spread *= math.sqrt(max(1.0, settings.min_bins / bins))
-    width = missing_width(column), excess_width(column, course.heat)
+    width = missing_width(column), excess_width(column, heat)
     systematic = math.hypot(doubt, course.gradient_doubt, *width)
     analysis = dataclasses.replace(
         analysis,
@@ -329,7 +391,11 @@ def check_steps(setup: WalkSetup, course: Course) -> Check:
         virial_z=furthest_off(column),
         per_walker=analysis.per_walker - share,
     )
-    return Check(analysis, llc, unmet_by(analysis, setup.error, 1.0, bins, settings))
+    unmet = unmet_by(analysis, setup.error, 1.0, bins, settings)
+    taken_back = float(np.mean(course.said.returned))
+    if taken_back > MOST_TAKEN_BACK:
+        unmet = (*unmet, Unmet(TAKEN_BACK, taken_back, MOST_TAKEN_BACK))
+    return Check(analysis, llc, unmet)
 
 
 def excess_width(column: Float[np.ndarray, "walkers bins 1"], heat: float) -> float:

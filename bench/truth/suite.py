@@ -105,9 +105,11 @@ def table(found: dict[str, list[dict[str, str]]]) -> str:
         unsettled = sum("walk_unsettled" in row["findings"] for row in rows)
         covered, runs = covered + inside, runs + len(rows)
         medians.append(np.median(errors))
+        of_q = np.median(numbers(rows, "llc_vi"))
+        alone = f"{of_q:.4g}" if np.isfinite(of_q) else "–"  # of a walk without a fit
         lines.append(
             f"| {name} | {rows[0]['d']} | {float(rows[0]['gamma']):g} | "
-            f"{float(rows[0]['reference']):.4g} | {np.median(numbers(rows, 'llc_vi')):.4g} | "
+            f"{float(rows[0]['reference']):.4g} | {alone} | "
             f"{np.median(numbers(rows, 'llc')):.4g} | {100 * np.median(errors):.2g} % | "
             f"{100 * errors.max():.2g} % | {inside} of {len(rows)} | "
             f"{np.median(numbers(rows, 'fge')):.0f} | {unsettled} |"

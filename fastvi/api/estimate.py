@@ -22,7 +22,6 @@ from fastvi.api.arguments import (
     make_problem,
 )
 from fastvi.api.plan import (
-    BUDGET_OF_UNKNOWN_DATA,
     DEFAULT_BATCH_SIZE,
     check_blocks,
     check_budget,
@@ -32,6 +31,7 @@ from fastvi.api.plan import (
     fit_settings,
     plan_estimate,
     start_settings,
+    walk_budget,
 )
 from fastvi.api.resample import Fitted, correct_within, with_method
 from fastvi.api.walk import (
@@ -197,15 +197,14 @@ def _walk(
         The target, with the work of an attempt in its look, and the estimate if there is one.
     """
     objective, problem, config, key, stream, look, loss, feed = target
-    budget = config.budget or default_budget(None if problem.data.is_sample else problem.num_data)
+    num_data = None if problem.data.is_sample else problem.num_data
+    budget = config.budget or walk_budget(num_data, problem.posterior.center.size)
     tries, must_walk = chooses_walk(problem, config, look)
     if feed is not None:
         # data that are read once leave nothing else: what was read is gone
         tries, must_walk = True, must_walk or problem.data.is_sample
     if not tries:
         return target, None
-    if config.budget is None:  # passes over the data are no measure of what a walk may take
-        budget = min(budget, BUDGET_OF_UNKNOWN_DATA)
     try:
         with reporting(progress) as report:
             found = estimate_by_walk(

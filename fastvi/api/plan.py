@@ -38,7 +38,7 @@ FAMILY_COLUMNS = 3  # control variates of each family's own, `AbstractMoments.co
 MOST_STEP_GRADIENTS = 24  # full gradients of a step of one chain that draws beyond two may take
 MAX_STEP_FACTOR, MAX_EVALUATION_FACTOR = 128, 32  # in few dimensions
 PASSES = 20_000  # full passes over the data that a budget is worth where nobody gives one
-# Sample gradients of a walk from the localizer, or from data of unknown size; ten times what an
+# Sample gradients of a walk in a large model, or over data of unknown size; ten times what an
 # estimate of a language model usually pays. Half of it ends a hard one early, twice as much only
 # bounds later.
 BUDGET_OF_UNKNOWN_DATA = 1e6
@@ -49,6 +49,18 @@ class Plan(NamedTuple):
 
     config: VIConfig
     num_chains: int
+
+
+# Sample gradients that a walk from the localizer takes at most, where none were given and n is
+# known, and those times the parameters: two to four minutes on two cores. Walks that settle take
+# less; at half, those of a few directions among thousands end unsettled, at double, twice as late.
+MOST_OF_WALK, WALK_NUMBERS = 1e7, 5e10
+
+
+def walk_budget(num_data: int | None, dim: int) -> float:
+    """Return the default budget of a walk from the localizer."""
+    affordable = min(MOST_OF_WALK, WALK_NUMBERS / dim)
+    return min(default_budget(num_data), max(BUDGET_OF_UNKNOWN_DATA, affordable))
 
 
 def default_budget(num_data: int | None) -> float:

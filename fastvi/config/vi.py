@@ -147,8 +147,9 @@ class VIConfig(CheckedFields):
         budget: Sample gradients that an estimate never exceeds: look, fit, evaluation and all
             walkers together; of `fastvi.correct`, what it adds. One example's gradient at one point
             counts 1, its loss 1/3, its Hessian-vector product 2; walkers that share a batch count
-            each. None means 20,000 n for the walkers, and 1,000,000 where n is not known. Refused
-            where the method is "variational" or "reweight".
+            each. None means 20,000 n for the walkers, and 1,000,000 where n is not known; of a walk
+            without a fit at most 10,000,000, or 5e10 over the parameters, but 1,000,000 at least.
+            Refused where the method is "variational" or "reweight".
         max_batch: The most examples of one forward-backward pass, which walkers, draws and tangents
             side by side share; larger batches are averaged in slices. None means as many as 16 MiB
             hold, of examples and of what the loss computes of them.

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import fastvi
+from fastvi.api.plan import walk_budget
 
 COUNT, DIM = 600, 8
 rng = np.random.default_rng(5)
@@ -48,6 +49,20 @@ def test_a_budget_that_may_not_pay_for_the_fit_is_refused():
         estimate(2e4, sampler={"start": "fit"})
     with pytest.raises(fastvi.ConfigError, match="leave out what asks for a fit"):
         estimate(2e4, M=2)
+
+
+@pytest.mark.parametrize(
+    ("num_data", "dim", "budget"),
+    [
+        (1797, 4810, 1e7),
+        (None, 4810, 1e6),
+        (10**6, 34_432, 5e10 / 34_432),
+        (60_000, 2 * 10**6, 1e6),
+    ],
+)
+def test_a_walk_without_a_budget_ends_after_minutes(num_data, dim, budget):
+    assert walk_budget(num_data, dim) == budget
+    assert walk_budget(30, dim) == 30 * 20_000
 
 
 def test_a_long_fit_leaves_the_default_budget_to_the_walkers():

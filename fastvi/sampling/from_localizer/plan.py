@@ -24,7 +24,7 @@ HEAT_DOUBT = 0.2
 LARGE_HEAT_DOUBT = 0.3
 # Heat over the most that noise as large as that of the losses may have: measured on language models
 # 0.4 to 0.8, on digits 0.8. Where a measurement before the walk says less, it has missed rare
-# examples. At half, half of what they heat goes unseen; at double, sound measurements are overruled.
+# examples. Half leaves half of what they heat unseen; double overrules sound measurements.
 SEEN_SHARE = 0.5
 # Share of the wanted error that the doubt of the heat may take: at half, batches are twice as
 # large; at double, the doubt alone is the error that was asked for.

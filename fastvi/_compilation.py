@@ -41,9 +41,6 @@ ONCE_OPTIONS: dict[str, Any] = {**QUICK_OPTIONS, "xla_backend_optimization_level
 # a second more without LLVM, ten of them a second more by the quick options, and so long is what
 # they save. Half as much compiles longer for less, double runs up to as many seconds longer.
 ONCE_BYTES, QUICK_BYTES = 1e9, 4e10
-# Bytes computed for a coordinate of a draw from q, of its density and of its gradient, by a mixture
-# of a few components of a few factors.
-DRAW_BYTES = 400.0
 WORKERS = 2
 # A set of programs is those of a fit or of a walk. On CPU the two take 45 and 30 MB, whatever the
 # dimension.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fastvi._compilation import DRAW_BYTES, PROGRAMS, compiler_options
+from fastvi._compilation import PROGRAMS, compiler_options
 from fastvi._modes import in_own_modes
 from fastvi._typing import Array, Batch, Float, Given, Keys
 from fastvi.api.resample import Fitted
@@ -110,7 +110,7 @@ def _at_other_data(result: LLCEstimate, data: Given[Batch]) -> tuple[_Programs, 
 
 def _programs(fitted: Fitted, problem: Problem) -> _Programs:
     chains, num_draws = fitted.fit.outcome.evaluation.excess.shape
-    of_draw = fitted.loss.computed * problem.num_data + DRAW_BYTES * problem.posterior.center.size
+    of_draw = fitted.loss.bytes_at_draw(problem.posterior.center.size, problem.num_data)
     computed = chains * num_draws * of_draw
 
     def build(objective: Any) -> _Programs:

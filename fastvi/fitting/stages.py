@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._compilation import (
-    DRAW_BYTES,
     PROGRAMS,
     compiler_options,
     options_by_speed,
@@ -159,9 +158,8 @@ class Stages(NamedTuple):
 
         Where these are few, the steps compile sooner and run slower.
         """
-        of_draw = DRAW_BYTES * problem.posterior.center.size
-        computed = draws * (of_draw + problem.batch_size * self.loss.computed)
-        return self.compiled._replace(steps=self.steps[speed_for(computed)])
+        of_draw = self.loss.bytes_at_draw(problem.posterior.center.size, problem.batch_size)
+        return self.compiled._replace(steps=self.steps[speed_for(draws * of_draw)])
 
 
 def programs_for(
@@ -357,8 +355,8 @@ def _compiled(
     products = most_products(settings.start, center.size, center.dtype.itemsize)
     examples = min(settings.start.examples, problem.num_data)
     # a Hessian product computes about what two gradients do
-    of_start = products * (2 * loss.computed * examples + DRAW_BYTES * center.size)
-    of_draw = loss.computed * problem.num_data + DRAW_BYTES * center.size
+    of_start = products * loss.bytes_at_draw(center.size, 2 * examples)
+    of_draw = loss.bytes_at_draw(center.size, problem.num_data)
     of_evaluation = settings.evaluation.num_draws * of_draw
 
     def jit(function: Callable, computed: float, **options: Any) -> Callable:
@@ -371,7 +369,7 @@ def _compiled(
     )
     compiled = Programs(
         prepare=jit(plain.prepare, of_start),
-        launch=jit(plain.launch, DRAW_BYTES * center.size),
+        launch=jit(plain.launch, loss.bytes_at_draw(center.size, 0)),
         steps=steps[-1],
         finish=jit(
             functools.partial(plain.finish, spread=True),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._compilation import DRAW_BYTES, PROGRAMS, compiler_options
+from fastvi._compilation import PROGRAMS, compiler_options
 from fastvi._typing import Array, Float, Int, Scalar
 from fastvi.kernels.noise import normal, streams, words
 from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_half_step
@@ -239,7 +239,7 @@ def sampler_programs(
     parts = parameter_blocks(objective.structure.leaf_sizes, settings.max_columns)
     shaping = (parts, settings.bins, settings.bin_length)
     key = ("sampler", shaping, shapes_of(problem))
-    placed = DRAW_BYTES * MOST_PLACED * problem.posterior.center.size
+    placed = MOST_PLACED * loss.bytes_at_draw(problem.posterior.center.size, 0)
     anchored = MOST_ANCHORS * loss.computed * problem.num_data
     return PROGRAMS.find(
         loss, key, (objective,), lambda one: _build(one, placed, anchored, *shaping)

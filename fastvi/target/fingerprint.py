@@ -33,6 +33,9 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype)
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 # Operations with derivative rules of their own, which a gradient has applied.
 WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
+# Bytes computed for a coordinate of a draw from q, of its density and of its gradient, by a mixture
+# of a few components of a few factors.
+DRAW_BYTES = 400.0
 
 
 class Fingerprint(NamedTuple):
@@ -52,6 +55,10 @@ class Fingerprint(NamedTuple):
     is_traced: bool
     is_narrow: bool
     computed: float
+
+    def bytes_at_draw(self, dim: int, examples: int) -> float:
+        """Count the bytes computed to draw from q, and to evaluate so many examples there."""
+        return DRAW_BYTES * dim + self.computed * examples
 
 
 class Identity:

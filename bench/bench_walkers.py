@@ -16,7 +16,7 @@ from fastvi import LocalPosterior
 from fastvi.families.moments import LinearMap
 from fastvi.sampling.from_localizer.batches import DrawnReader
 from fastvi.sampling.from_localizer.steps import RoundInputs, blank_state, minibatch_programs
-from fastvi.sampling.gradients import split_data
+from fastvi.sampling.gradients import PAIR, split_data
 from fastvi.sampling.programs import blank_evaluation, sampler_programs
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.tuning import first_step_size
@@ -52,7 +52,7 @@ class Case:
             layers,
         )
         self.loss = fingerprint_loss(self.objective, self.problem)
-        self.blocks = split_data(self.num_data, self.num_data // BATCH)
+        self.blocks = split_data(self.num_data, PAIR * self.num_data // BATCH)
         self.keys = jax.random.split(jax.random.key(1), WALKERS)
         self.width = jnp.full(self.dim, 1e-3, jnp.float32)
         self.position = jax.random.normal(jax.random.key(0), (WALKERS, self.dim), jnp.float32)
@@ -66,7 +66,8 @@ class Case:
 
 def gradients_scan(case: Case):
     """Descend by the bare gradients of every walker's block."""
-    rows, examples = jnp.asarray(case.blocks.rows), case.problem.data.examples
+    rows = jnp.asarray(split_data(case.num_data, case.num_data // BATCH).rows)
+    examples = case.problem.data.examples
     center = case.problem.posterior.center
 
     @jax.jit
@@ -85,7 +86,7 @@ def gradients_scan(case: Case):
 
 
 def blocks_scan(case: Case):
-    """Run steps from a fit: on blocks, in the coordinates of a q with a core."""
+    """Run steps from a fit: on pairs of blocks, in the coordinates of a q with a core."""
     settings = SamplerSettings(bins=STEPS // 4, bin_length=4)
     programs = sampler_programs(case.objective, case.loss, case.problem, settings)
     linear_map = case.coordinates(BASIS_ROWS[case.size])
@@ -98,11 +99,11 @@ def blocks_scan(case: Case):
         jnp.zeros(WALKERS),
         first_step_size(case.dim, np.float32),
         case.keys,
+        jnp.zeros(WALKERS),
     )
-    here = blank_evaluation(walkers, programs.columns)
+    here = blank_evaluation(walkers, programs.columns, is_noisy=True)
     first, start, stop = np.int32(0), np.int32(0), np.int32(STEPS)
-    variance = np.zeros(case.dim, np.float32)  # any variance takes the same time
-    rest = zero, np.float32(5e-4), np.float32(2.0), variance, first, start, stop
+    rest = zero, np.float32(5e-4), np.float32(2.0), first, start, stop
     arguments = case.problem, anchor, walkers, here, *rest
     compiled = programs.advance.lower(*arguments).compile()
     return compiled, lambda: compiled(*arguments)

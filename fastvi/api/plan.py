@@ -135,7 +135,7 @@ def check_blocks(problem: Problem, sampler: SamplerSettings) -> None:
     dim = problem.posterior.center.size
     if sampler.gradients == "blocks" and block_counts(problem.num_data, dim, sampler) == (1,):
         raise ConfigError(
-            f'sampler.gradients="blocks" must have two blocks of min_block={sampler.min_block} '
+            f'sampler.gradients="blocks" must have four blocks of min_block={sampler.min_block} '
             f"examples, and their gradients at one point in table_floats={sampler.table_floats} "
             f'numbers; got {problem.num_data} examples in {dim} dimensions. Take "full", or change '
             "these."

@@ -1,13 +1,14 @@
 """What a run spends, in sample gradients: one example's gradient at one point is 1."""
 
-from fastvi.sampling.gradients import block_size
+from fastvi.sampling.gradients import PAIR, block_size
 from fastvi.target.work import GRADIENT
 
 
 def step_cost(num_data: int, num_blocks: int, walkers: int) -> float:
-    """Price one step of all walkers: each takes the gradient of a block of its own."""
+    """Price one step of all walkers: each takes the gradients of blocks of its own."""
+    blocks = PAIR if num_blocks > 1 else 1
     # A loss that is evaluated with its gradient costs nothing more.
-    return GRADIENT * walkers * block_size(num_data, num_blocks)
+    return GRADIENT * walkers * blocks * block_size(num_data, num_blocks)
 
 
 def anchor_cost(num_data: int, num_blocks: int) -> float:

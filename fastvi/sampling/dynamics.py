@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._typing import Array, Bool, Float, Scalar
-from fastvi.sampling.tuning import is_runaway
+from fastvi.sampling.tuning import HOLD, is_runaway
+
+# Share of the kinetic energy along the spread that friction takes off in a step, at most: momenta
+# keep their sign. Half leaves more for later steps; at 1, momenta along the spread are stopped.
+MOST_TAKEN = 0.9
+# What a walker owes, at most. At half, more of what rare examples heat is left; at double, walkers
+# move in round directions under friction that is due elsewhere for twice as many steps.
+MOST_OWED = 4.0
 
 
 class Evaluation(NamedTuple):
@@ -23,31 +30,38 @@ class Evaluation(NamedTuple):
 
     `potential` is `-log p` in nats, up to a constant, and `gradient` its gradient in round
     coordinates. `observed` is what a run averages there: any pytree of arrays with a leading axis
-    of walkers.
+    of walkers. `spread` is a draw of the noise of the gradient, independent of the noise that it
+    has; None where it has none, or where what it heats is left.
     """
 
     potential: Float[Array, " walkers"]
     gradient: Float[Array, "walkers dim"]
     observed: Any
+    spread: Float[Array, "walkers dim"] | None = None
 
 
 class State(NamedTuple):
-    """Walkers between two steps: all that the next step needs."""
+    """Walkers between two steps: all that the next step needs.
+
+    `owed` is the friction along spreads that steps so far have left to later ones.
+    """
 
     position: Float[Array, "walkers dim"]
     momentum: Float[Array, "walkers dim"]
     here: Evaluation
+    owed: Float[Array, " walkers"] | None = None
 
 
 class HalfStep(NamedTuple):
     """Walkers half-way through a step, where their potential is evaluated next.
 
-    `heat` is the energy that friction and noise have put in.
+    `heat` is the energy that friction and noise have put in; `owed` as in `State`.
     """
 
     position: Float[Array, "walkers dim"]
     momentum: Float[Array, "walkers dim"]
     heat: Float[Array, " walkers"]
+    owed: Float[Array, " walkers"] | None
 
 
 class Info(NamedTuple):
@@ -69,8 +83,7 @@ def first_half_step(
         state: The walkers.
         step: Step size, in standard deviations of q.
         friction_time: Time after which a momentum is forgotten, in the same unit.
-        noise: Independent normals: standard ones, but where the noise of gradients stands in for a
-            part of them.
+        noise: Independent standard normals.
 
     Returns:
         The walkers at the position where the potential is to be evaluated.
@@ -78,10 +91,49 @@ def first_half_step(
     before = state.momentum - 0.5 * step * state.here.gradient
     # the exact solution of friction and noise over the step: momenta stay standard normal
     kept = jnp.exp(-step / jnp.asarray(friction_time))
-    after = kept * before + jnp.sqrt(1 - kept**2) * noise
+    cooled, owed = take_heat_off(before, state.here.spread, state.owed, step)
+    after = kept * cooled + jnp.sqrt(1 - kept**2) * noise
     # Both halves of the drift at once: friction acts between them and moves nothing.
     position = state.position + 0.5 * step * (before + after)
-    return HalfStep(position, after, kinetic_energy(after) - kinetic_energy(before))
+    return HalfStep(position, after, kinetic_energy(after) - kinetic_energy(before), owed)
+
+
+def take_heat_off(
+    momentum: Float[Array, "walkers dim"],
+    spread: Float[Array, "walkers dim"] | None,
+    owed: Float[Array, " walkers"] | None,
+    step: Scalar | float,
+) -> tuple[Float[Array, "walkers dim"], Float[Array, " walkers"] | None]:
+    """Take as much energy off the momenta as the noise of gradients puts in, where it puts it in.
+
+    Noise of covariance C that is held for `HOLD` steps adds `HOLD step^2 C` to the covariance of
+    the momenta in each step. Friction along a draw of this noise, by the share
+    `HOLD step^2 |spread|^2` of the energy there, takes the same off in the mean over draws: in
+    every direction, whatever C is at the walker. What would be more than `MOST_TAKEN` is owed.
+
+    Args:
+        momentum: Momenta after half a kick.
+        spread: As in `Evaluation`; where None, nothing is done.
+        owed: As in `State`.
+        step: Step size.
+
+    Returns:
+        The momenta, and what is owed then.
+
+    References:
+        Shang, Zhu, Leimkuhler & Storkey, Covariance-controlled adaptive Langevin thermostat (2015),
+        who average the covariance instead of drawing from it.
+    """
+    if spread is None or owed is None:
+        return momentum, owed
+    size = jnp.sum(spread**2, axis=-1)
+    # a blank evaluation has no spread, and a step of length zero takes nothing off
+    is_noisy = (size > 0) & (jnp.asarray(step) > 0)
+    due = owed + HOLD * step**2 * size
+    taken = jnp.where(is_noisy, jnp.minimum(due, MOST_TAKEN), 0.0)
+    along = jnp.sum(momentum * spread, axis=-1) / jnp.where(is_noisy, size, 1.0)
+    cooled = momentum - ((1 - jnp.sqrt(1 - taken)) * along)[:, None] * spread
+    return cooled, jnp.minimum(due - taken, MOST_OWED)
 
 
 def second_half_step(
@@ -119,7 +171,7 @@ def second_half_step(
         return jnp.where(is_returned.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
 
     # generalised HMC too reverses the momentum of a rejected step, to keep the posterior invariant
-    moved = State(half.position, momentum, there)
+    moved = State(half.position, momentum, there, half.owed)
     back = state._replace(momentum=-state.momentum)
     return jax.tree_util.tree_map(chosen, moved, back), Info(error, is_returned)
 

@@ -1,7 +1,8 @@
-"""Estimates of the gradient of L_n: from all data, or from blocks of the data with an anchor.
+"""Estimates of the gradient of L_n: from all data, or from pairs of blocks of the data.
 
 The *anchor* is a fixed point at which the gradient of every block is known. A gradient on one block
-is corrected by what the same block says at the anchor, which takes most of its noise off.
+is corrected by what the same block says at the anchor, which takes most of its noise off. A step
+takes the mean of two blocks, whose difference shows the noise that is left.
 """
 
 from typing import NamedTuple
@@ -10,12 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._typing import Array, Float, Int, Scalar
+from fastvi._typing import Array, Float, Int, Key, Scalar
 from fastvi.families.moments import LinearMap
+from fastvi.kernels.noise import words
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.data import Problem
 from fastvi.target.objective import FlatObjective, value_and_grad
 
+# Blocks that a step takes the mean of: two show the noise. With more, the noise would be known
+# better, for as many more rows of a gradient on fewer examples each.
+PAIR = 2
 # How far, relatively, the size of a block may be from the wanted one to leave few examples over.
 # Half leaves up to twice as many over, double makes numbers of blocks less like those asked for.
 TOLERANCE = 0.25
@@ -43,6 +48,23 @@ class Anchor(NamedTuple):
     block_gradient: Float[Array, "blocks dim"]
 
 
+class GradientEstimate(NamedTuple):
+    """What a step is told of the loss at a point, in model coordinates.
+
+    Attributes:
+        excess: An estimate of `L_n(w) - L_n(w*)`.
+        gradient: An estimate of the gradient of L_n.
+        surrogate: The excess that this gradient is the exact gradient of, as long as the data stay.
+        spread: A draw of the noise of the gradient, independent of the noise that it has; None
+            where it has none.
+    """
+
+    excess: Scalar
+    gradient: Float[Array, " dim"]
+    surrogate: Scalar
+    spread: Float[Array, " dim"] | None
+
+
 def block_counts(num_data: int, dim: int, settings: SamplerSettings) -> tuple[int, ...]:
     """Return the numbers of blocks to choose from, most first.
 
@@ -51,13 +73,37 @@ def block_counts(num_data: int, dim: int, settings: SamplerSettings) -> tuple[in
     """
     if settings.gradients == "full":
         return (1,)
-    halvings = range(settings.max_blocks.bit_length() - 1)
+    # a pair of fewer than four blocks is more than half of the data
+    halvings = range(settings.max_blocks.bit_length() - 2)
     possible = tuple(
         count
         for count in (settings.max_blocks >> halving for halving in halvings)
         if count * settings.min_block <= num_data and count * dim <= settings.table_floats
     )
     return possible if settings.gradients == "blocks" and possible else (*possible, 1)
+
+
+def draw_pair(key: Key, num_blocks: int, counter: Array | int) -> Int[Array, " pair"]:
+    """Draw two different blocks; block 0 alone where all data are one block.
+
+    Uneven by at most blocks / 2^32.
+
+    Args:
+        key: Random key.
+        num_blocks: The number of blocks.
+        counter: Counter of the key: another one gives other blocks.
+    """
+    if num_blocks == 1:
+        return jnp.zeros(1, jnp.int32)
+    first, further = words(key, PAIR, block=counter)
+    first = first % num_blocks
+    second = (first + 1 + further % (num_blocks - 1)) % num_blocks
+    return jnp.stack([first, second]).astype(jnp.int32)
+
+
+def blocks_left_out(num_blocks: int) -> int:
+    """Count the blocks that a step does not see, to which the noise of its pair is proportional."""
+    return max(num_blocks - PAIR, 0)
 
 
 def block_size(num_data: int, count: int) -> int:
@@ -127,20 +173,21 @@ def make_anchor(
     return Anchor(displacement, excess, gradient, rows, losses, gradients)
 
 
-def estimate_value_and_grad(
+def estimate_gradient(
     objective: FlatObjective,
     problem: Problem,
     anchor: Anchor | None,
     reference_loss: Scalar,
     displacement: Float[Array, " dim"],
-    block: Int[Array, ""],
+    blocks: Int[Array, " pair"],
     copies: int = 1,
-) -> tuple[Scalar, Float[Array, " dim"], Scalar]:
-    """Estimate `L_n(w) - L_n(w*)` and the gradient of L_n from one block.
+) -> GradientEstimate:
+    """Estimate `L_n(w) - L_n(w*)` and the gradient of L_n from a pair of blocks.
 
-    Without an anchor both are evaluated on all data. With one, both are what the block says, less
-    what it says at the anchor, plus what all data say there. That is unbiased over the blocks, but
-    for the few examples that are in none, and exact where all examples are alike.
+    Without an anchor both are evaluated on all data. With one, both are the mean of what the two
+    blocks say, less what they say at the anchor, plus what all data say there. That is unbiased
+    over the blocks, but for the few examples that are in none, and exact where all examples are
+    alike.
 
     Args:
         objective: The loss.
@@ -148,39 +195,44 @@ def estimate_value_and_grad(
         anchor: Where the blocks are known; None for all data.
         reference_loss: L_n(w*).
         displacement: The point, less w*.
-        block: The block to estimate from.
-        copies: How many walkers a vmap runs side by side.
-
-    Returns:
-        The excess, the gradient, and the potential that this gradient is the exact gradient of as
-        long as the block stays.
+        blocks: The blocks to estimate from.
+        copies: How many evaluations run side by side: those of all walkers on all their blocks.
 
     References:
         Baker et al., Control variates for stochastic gradient MCMC (2019).
     """
-    rows = None if anchor is None else anchor.rows[block]
-    excess, gradient = excess_and_grad(
-        objective, problem, displacement, reference_loss, rows, copies
-    )
     if anchor is None:
-        return excess, gradient, excess
-    excess += anchor.excess - anchor.block_excess[block]
-    # constant while the block stays, so the corrected gradient is that of a linearly tilted loss
-    tilt = anchor.gradient - anchor.block_gradient[block]
-    surrogate = excess + tilt @ (displacement - anchor.displacement)
-    return excess, gradient + tilt, surrogate
+        excess, gradient = excess_and_grad(
+            objective, problem, displacement, reference_loss, None, copies
+        )
+        return GradientEstimate(excess, gradient, excess, None)
+
+    def on_block(block):
+        excess, gradient = excess_and_grad(
+            objective, problem, displacement, reference_loss, anchor.rows[block], copies
+        )
+        excess += anchor.excess - anchor.block_excess[block]
+        # constant while the block stays, so the corrected gradient is that of a tilted loss
+        tilt = anchor.gradient - anchor.block_gradient[block]
+        return excess, gradient + tilt, excess + tilt @ (displacement - anchor.displacement)
+
+    excess, gradients, surrogate = jax.vmap(on_block)(blocks)
+    # blocks of a pair differ, so that its mean has less noise than their difference shows
+    unseen = 1 - PAIR / anchor.rows.shape[0]
+    spread = jnp.sqrt(unseen).astype(gradients.dtype) * 0.5 * (gradients[0] - gradients[1])
+    return GradientEstimate(jnp.mean(excess), jnp.mean(gradients, 0), jnp.mean(surrogate), spread)
 
 
-def gradient_noise(
+def block_variance(
     linear_map: LinearMap,
     nbeta: Scalar,
     at_anchor: Float[Array, "blocks dim"],
     at_point: Float[Array, "blocks dim"],
-) -> Float[Array, " dim"]:
-    """Return the variance over blocks of the anchored gradient of nbeta L, in each direction.
+) -> Scalar:
+    """Return the variance over blocks of the anchored gradient of nbeta L, over all directions.
 
     It is taken in round coordinates. For `count` times fewer blocks it is about `count` times
-    smaller.
+    smaller, and that of the mean of two blocks is half.
 
     Args:
         linear_map: The round coordinates.
@@ -189,4 +241,4 @@ def gradient_noise(
         at_point: Block gradients of L at the point where the noise is asked for.
     """
     forces = linear_map.pull_back(nbeta * (at_point - at_anchor))
-    return jnp.var(forces, axis=0, ddof=1)
+    return jnp.sum(jnp.var(forces, axis=0, ddof=1))

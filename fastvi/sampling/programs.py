@@ -14,17 +14,18 @@ import numpy as np
 
 from fastvi._compilation import PROGRAMS, compiler_options
 from fastvi._typing import Array, Float, Int, Scalar
-from fastvi.kernels.noise import normal, streams, words
+from fastvi.kernels.noise import normal, streams
 from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_half_step
 from fastvi.sampling.gradients import (
     Anchor,
     Blocks,
-    estimate_value_and_grad,
-    gradient_noise,
+    block_variance,
+    draw_pair,
+    estimate_gradient,
     make_anchor,
 )
 from fastvi.sampling.settings import SamplerSettings
-from fastvi.sampling.tuning import HOLD, adapt_step_size, injected_share
+from fastvi.sampling.tuning import HOLD, adapt_step_size
 from fastvi.sampling.virial import parameter_blocks, virial_columns
 from fastvi.sampling.walkers import Walkers, keep_walkers, move_walkers, place_walkers
 from fastvi.target.data import Problem
@@ -44,8 +45,9 @@ class Record(NamedTuple):
     """What a round keeps: means over the bins of its steps.
 
     `llc` is of nbeta (L_n - L_n(w*)). `energy_error` is the mean square in nats^2, NaN for a bin
-    without a step on the same data; `returned` the share of steps that were taken back. `width` is
-    the root mean square of the positions at the end.
+    without a step on the same data; `returned` the share of steps that were taken back. `noise` is
+    the variance of the gradient over all round directions, as the spreads show it; `width` the root
+    mean square of the positions at the end.
     """
 
     llc: Float[Array, "walkers bins"]
@@ -53,6 +55,7 @@ class Record(NamedTuple):
     virial: Float[Array, "walkers bins columns"]
     energy_error: Float[Array, " bins"]
     returned: Float[Array, " bins"]
+    noise: Float[Array, " bins"]
     width: Scalar
 
 
@@ -64,38 +67,42 @@ def make_evaluate(
     reference_loss: Scalar,
     columns_fn: Callable[..., Float[Array, "walkers columns"]],
 ) -> Callable[..., Evaluation]:
-    """Return `(position, block of each walker) -> Evaluation`."""
+    """Return `(position, blocks of each walker) -> Evaluation`."""
     posterior = problem.posterior
 
-    def one(displacement, block, copies):
-        excess, slope, surrogate = estimate_value_and_grad(
-            objective, problem, anchor, reference_loss, displacement, block, copies
+    def one(displacement, blocks, copies):
+        found = estimate_gradient(
+            objective, problem, anchor, reference_loss, displacement, blocks, copies
         )
         # The gradient is the exact one of the surrogate, so that a step keeps that energy.
-        gradient = -posterior.log_density_grad(displacement, slope)
-        return excess, -posterior.log_density(displacement, surrogate), gradient
+        gradient = -posterior.log_density_grad(displacement, found.gradient)
+        return found, -posterior.log_density(displacement, found.surrogate), gradient
 
-    def evaluate(position, block) -> Evaluation:
+    def evaluate(position, blocks) -> Evaluation:
         displacement = linear_map.displacement(position)
-        walkers = jax.vmap(functools.partial(one, copies=block.size))
-        excess, potential, gradient = walkers(displacement, block)
+        walkers = jax.vmap(functools.partial(one, copies=blocks.size))
+        estimate, potential, gradient = walkers(displacement, blocks)
         columns = columns_fn(linear_map, position, displacement, gradient)
-        observed = Observed(excess, jnp.sum(displacement**2, axis=-1), columns)
-        found = Evaluation(potential, linear_map.pull_back(gradient), observed)
+        observed = Observed(estimate.excess, jnp.sum(displacement**2, axis=-1), columns)
+        spread = estimate.spread
+        if spread is not None:
+            spread = linear_map.pull_back(posterior.nbeta * spread)
+        found = Evaluation(potential, linear_map.pull_back(gradient), observed, spread)
         # the loss may know float64 alone
         return jax.tree_util.tree_map(lambda leaf: leaf.astype(position.dtype), found)
 
     return evaluate
 
 
-def blank_evaluation(walkers: Walkers, columns: int) -> Evaluation:
+def blank_evaluation(walkers: Walkers, columns: int, *, is_noisy: bool) -> Evaluation:
     """Return an evaluation to call step -1 with, which reads nothing of it."""
     (count, dim), dtype = walkers.position.shape, walkers.position.dtype
 
     def zeros(*shape: int) -> Any:
         return np.zeros((count, *shape), dtype)  # of numpy, so that nothing is compiled for it
 
-    return Evaluation(zeros(), zeros(dim), Observed(zeros(), zeros(), zeros(columns)))
+    observed = Observed(zeros(), zeros(), zeros(columns))
+    return Evaluation(zeros(), zeros(dim), observed, zeros(dim) if is_noisy else None)
 
 
 def run_steps(
@@ -109,7 +116,6 @@ def run_steps(
     num_blocks: int,
     friction_time: Scalar,
     energy_error: Scalar,
-    variance: Float[Array, " dim"] | None,
     bins: int,
     bin_length: int,
 ) -> tuple[Walkers, Evaluation, Record]:
@@ -124,28 +130,22 @@ def run_steps(
         first: Index of the round's first step in the run.
         start: The first step of the round to make.
         stop: The step to stop before.
-        num_blocks: Blocks that each walker draws one of; it keeps it for `HOLD` steps.
+        num_blocks: Blocks that each walker draws a pair of; it keeps it for `HOLD` steps.
         friction_time: Time after which a momentum is forgotten, in standard deviations of q.
         energy_error: Mean square of the energy error of a step, in nats^2.
-        variance: Of the gradients in round coordinates over the blocks, for which so much less
-            noise is injected; None where there is none.
         bins: Records to keep.
         bin_length: Steps averaged in each.
     """
     held = HOLD if num_blocks > 1 else 1  # all data are the same data at every step
     dim, dtype = walkers.position.shape[1], walkers.position.dtype
 
-    def draw_noise(index, step):
+    def draw_noise(index):
         block = streams.walker_noise(index)
-        noise = jax.vmap(lambda key: normal(key, (dim,), dtype, block=block))(walkers.keys)
-        if variance is None:
-            return noise
-        return noise * jnp.sqrt(injected_share(variance, step, friction_time)).astype(dtype)
+        return jax.vmap(lambda key: normal(key, (dim,), dtype, block=block))(walkers.keys)
 
     def draw_blocks(index):
-        block = streams.walker_data(index // held)
-        drawn = jax.vmap(lambda key: words(key, 1, block=block)[0])(walkers.keys)
-        return (drawn % num_blocks).astype(jnp.int32)  # uneven by at most blocks / 2^32
+        counter = streams.walker_data(index // held)
+        return jax.vmap(lambda key: draw_pair(key, num_blocks, counter))(walkers.keys)
 
     def one_step(number, carry):
         state, step_size, kept = carry
@@ -154,7 +154,7 @@ def run_steps(
         step = jnp.where(number < 0, 0, jnp.asarray(step_size.step))
         # a walker draws a block at the start of a hold, so the last step of one has the same data
         is_same_data = index % held == held - 1
-        half = first_half_step(state, step, friction_time, draw_noise(index, step))
+        half = first_half_step(state, step, friction_time, draw_noise(index))
         there = evaluate(half.position, draw_blocks(index))
         state, info = second_half_step(state, half, there, step, is_same_data)
         # a step that was taken back says nothing of how long steps may be
@@ -167,16 +167,16 @@ def run_steps(
             lambda new, old: jnp.where(is_same_data & (number >= 0), new, old), adapted, step_size
         )
         error = jnp.where(is_same_data, error, jnp.nan)
-        values = (*state.here.observed, error, jnp.mean(info.is_returned))
+        values = (*state.here.observed, error, jnp.mean(info.is_returned), _seen_noise(state.here))
         kept = tuple(
             all_steps.at[number].set(value) for all_steps, value in zip(kept, values, strict=True)
         )
         return state, step_size, kept
 
     # what every step says, of which bins are made at the end
-    blanks = (*here.observed, step := walkers.step_size.step, step)
+    blanks = (*here.observed, step := walkers.step_size.step, step, step)
     kept = tuple(jnp.zeros((bins * bin_length, *leaf.shape), dtype) for leaf in blanks)
-    state = State(walkers.position, walkers.momentum, here)
+    state = State(walkers.position, walkers.momentum, here, walkers.owed)
     state, step_size, kept = jax.lax.fori_loop(
         start, stop, one_step, (state, walkers.step_size, kept)
     )
@@ -185,18 +185,27 @@ def run_steps(
         momentum=state.momentum,
         excess=state.here.observed.excess,
         step_size=step_size,
+        owed=state.owed,
     )
     width = jnp.sqrt(jnp.mean(state.position**2))
     return moved, state.here, _make_record(kept, (bins, bin_length), width)
 
 
+def _seen_noise(here: Evaluation) -> Scalar:
+    """Return the variance of the gradient over all directions, by one draw of each walker."""
+    if here.spread is None:
+        return jnp.zeros_like(here.potential[0])
+    return jnp.mean(jnp.sum(here.spread**2, axis=-1))
+
+
 def _make_record(kept: tuple[Array, ...], shape: tuple[int, int], width: Scalar) -> Record:
     """Average what every step said over `shape` = (bins, steps of each)."""
-    excess, radius2, virial, error, returned = (
+    excess, radius2, virial, error, returned, noise = (
         leaf.reshape(*shape, *leaf.shape[1:]) for leaf in kept
     )
     llc, radius2, virial = (jnp.swapaxes(leaf.mean(1), 0, 1) for leaf in (excess, radius2, virial))
-    return Record(llc, radius2, virial, jnp.nanmean(error, axis=1), returned.mean(1), width)
+    error = jnp.nanmean(error, axis=1)
+    return Record(llc, radius2, virial, error, returned.mean(1), noise.mean(1), width)
 
 
 # Draws and walkers that are placed, and anchors that are made, in one or a few runs. At half and
@@ -214,9 +223,9 @@ class SamplerPrograms(NamedTuple):
         keep: As `keep_walkers`.
         anchor: `(problem, linear_map, position, reference_loss, blocks) -> Anchor`: the loss of
             every block at one position.
-        noise: As `gradient_noise`.
+        noise: As `block_variance`.
         advance: `(problem, anchor, walkers, here, reference_loss, energy_error, friction_time,
-            variance, first, start, stop) -> (Walkers, Evaluation, Record)`.
+            first, start, stop) -> (Walkers, Evaluation, Record)`.
     """
 
     columns: int
@@ -224,7 +233,7 @@ class SamplerPrograms(NamedTuple):
     move: Callable[..., Walkers]
     keep: Callable[..., Walkers]
     anchor: Callable[..., Anchor]
-    noise: Callable[..., Float[Array, " dim"]]
+    noise: Callable[..., Scalar]
     advance: Callable[..., tuple[Walkers, Evaluation, Record]]
 
 
@@ -269,7 +278,6 @@ def _build(
         reference_loss,
         energy_error,
         friction_time,
-        variance,
         *steps,
     ):
         walkers, here, record = run_steps(
@@ -282,7 +290,6 @@ def _build(
             num_blocks=1 if anchor is None else anchor.rows.shape[0],
             friction_time=friction_time,
             energy_error=energy_error,
-            variance=variance,
             bins=bins,
             bin_length=bin_length,
         )
@@ -298,6 +305,6 @@ def _build(
         of_walkers(move_walkers),
         of_walkers(keep_walkers, static_argnames=("number", "chains")),
         jax.jit(anchor, compiler_options=compiler_options(anchored)),
-        of_walkers(gradient_noise),
+        of_walkers(block_variance),
         jax.jit(advance),
     )

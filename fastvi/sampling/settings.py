@@ -51,18 +51,18 @@ class SamplerSettings:
             it scales as the cube of the relative error, and never exceeds `energy_error`.
         max_blocks: Blocks that the data are split into, at most. At half, a step on a million
             examples costs twice as much where noise would allow more; at double, it costs half.
-        min_block: Examples of a block, at least. At half, steps on few data cost half and are
-            noisier; at double, the reverse.
+        min_block: Examples of a block, at least; a step takes two blocks. At half, steps on few
+            data cost half and are noisier; at double, the reverse.
         table_floats: Bound on the numbers in a table of block gradients, `blocks * dim`: 64 MiB; a
             measurement of the noise holds two. At half, half the memory and larger blocks in many
             dimensions; at double, the reverse.
         coordinates_per_fge: Coordinates that walkers may move for each full gradient of the budget,
             which bounds the time where gradients are cheap: ten minutes at 1e5 dimensions. At half,
             half the time; at double, twice.
-        noise_points: Walkers at which the noise of gradients is measured. At half, a measurement
-            costs half and is noisier by 1.4; at double, the reverse.
-        noise_share: What gradient noise might add to llc were it not compensated, over the error
-            that was asked for: a fifth of it is doubted. At half, blocks are twice as large; at
+        noise_points: Walkers at which the noise of gradients is measured before a run. At half,
+            the measurement costs half and is noisier by 1.4; at double, the reverse.
+        noise_share: What gradient noise might add to llc were it not balanced, over the error
+            that was asked for: a tenth of it is doubted. At half, blocks are twice as large; at
             double, half as large, and more of llc's error is systematic.
         burn_in_noise: The same while walkers burn in, as a share of llc. At half, burn-in costs up
             to twice as much; at double, the walkers arrive too hot.
@@ -92,11 +92,11 @@ class SamplerSettings:
     energy_error: float = 5e-4
     precise_energy_error: float = 2e-4
     max_blocks: int = 2**14
-    min_block: int = 16
+    min_block: int = 8
     table_floats: int = 2**24
     coordinates_per_fge: float = 2e5
     noise_points: int = 4
-    noise_share: float = 3.0
+    noise_share: float = 4.0
     burn_in_noise: float = 0.2
     burn_in_change: float = 0.1
     max_burn_in: int = 20

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Bool, Float, Int, Scalar
+from fastvi.sampling.gradients import blocks_left_out
 from fastvi.sampling.settings import SamplerSettings
 
 # Steps that a walker keeps its block of data. With two, every other step has the same potential at
@@ -31,9 +32,10 @@ FIRST_MEMORY, LAST_MEMORY = 20.0, 100.0
 # Nats, and one for each dimension, at which a step is taken back. At home, errors are a small part
 # of d, so half or double takes back the same steps: a wall shows orders of magnitude more.
 RUNAWAY_ENERGY = 1e3
-# Part of the injected noise that gradient noise may stand in for, at most. At half, blocks are
-# larger where a few directions are noisy; at 1, momenta in these have no other noise than that.
-MOST_COMPENSATED = 0.9
+# Share of the energy along the noise that friction takes off in a step, in the mean, at most. At
+# half, blocks are twice as large where steps are long; at double, rare large draws are owed too
+# long, and a fifth of what noise heats is left (linear network 10-10-10, n = 1e4).
+MOST_BALANCED = 0.4
 # Relative error of llc that the settings are made for.
 USUAL_ERROR = 0.02
 # Effective dimensions, at least, for each dimension. Below it, a llc near zero would stop walkers.
@@ -56,9 +58,9 @@ class Fidelity(NamedTuple):
 
 
 class Heat(NamedTuple):
-    """What the noise of gradients would add to llc: the part that is compensated, and the rest."""
+    """What the noise of gradients would add to llc: the part that friction balances, the rest."""
 
-    compensated: float = 0.0
+    balanced: float = 0.0
     left: float = 0.0
 
 
@@ -157,49 +159,35 @@ def noise_bias(variance: Any, step: Any, friction_time: Any) -> Any:
     the mean squares of the positions, summed over directions; half of that is llc.
 
     Args:
-        variance: Of the gradient in round coordinates, over draws of the data: in each direction,
-            or summed over them.
+        variance: Of the gradient in round coordinates, over draws of the data: in a direction, or
+            summed over all.
         step: Step size.
         friction_time: Time after which a momentum is forgotten.
     """
     return HOLD * variance * step * friction_time / 4
 
 
-def injected_share(
-    variance: Float[Array, " dim"], step: Scalar | float, friction_time: Scalar | float
-) -> Float[Array, " dim"]:
-    """Return the share of its variance that injected noise keeps in each direction.
-
-    Gradient noise raises the temperature of a direction by twice its noise bias. Where so much less
-    is injected, positions are as wide as without it.
-
-    Args:
-        variance: Of the gradient in round coordinates, over draws of the data.
-        step: Step size.
-        friction_time: Time after which a momentum is forgotten.
-
-    References:
-        Chen, Fox & Guestrin, Stochastic gradient Hamiltonian Monte Carlo (2014).
-    """
-    return 1 - jnp.minimum(2 * noise_bias(variance, step, friction_time), MOST_COMPENSATED)
-
-
-def plan_heat(variance: Float[np.ndarray, " dim"], step: float, friction_time: float) -> Heat:
-    """Return the heat of gradient noise of this variance, as `injected_share` compensates it."""
+def plan_heat(variance: float, step: float, friction_time: float) -> Heat:
+    """Return the heat of gradient noise of this variance, as friction along draws balances it."""
     bias = noise_bias(variance, step, friction_time)
-    compensated = float(np.minimum(bias, MOST_COMPENSATED / 2).sum())
-    return Heat(compensated, float(bias.sum()) - compensated)
+    balanced = min(1.0, most_balanced_variance(step) / max(variance, 1e-300))
+    return Heat(balanced * bias, (1 - balanced) * bias)
 
 
-def max_blocks_within(bias: float, bias_per_block: float, counts: tuple[int, ...]) -> int:
-    """Return the most blocks with which noise adds no more than `bias` to llc.
+def most_balanced_variance(step: float) -> float:
+    """Return the variance of the gradient, over all directions, up to which it is balanced."""
+    return MOST_BALANCED / (HOLD * step**2)
+
+
+def max_blocks_within(variance: float, per_block: float, counts: tuple[int, ...]) -> int:
+    """Return the most blocks with which the gradient has no more than this variance.
 
     Args:
-        bias: What noise may add.
-        bias_per_block: What it adds for each block of data that a gradient leaves out.
+        variance: The variance that it may have.
+        per_block: The variance that it has for each block of data that a pair leaves out.
         counts: The numbers of blocks to choose from, most first; the last where none does.
     """
-    fitting = (count for count in counts if bias_per_block * (count - 1) <= abs(bias))
+    fitting = (count for count in counts if per_block * blocks_left_out(count) <= variance)
     return next(fitting, counts[-1])
 
 

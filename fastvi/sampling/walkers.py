@@ -20,7 +20,8 @@ EFFECTIVE_SHARE = 0.5
 class Walkers(NamedTuple):
     """Walkers side by side: their coordinates, where they are, and how they move.
 
-    `excess` is L_n(w) - L_n(w*) at each of them, as it was last estimated.
+    `excess` is L_n(w) - L_n(w*) at each of them, as it was last estimated; `owed` is as in
+    `fastvi.sampling.dynamics.State`.
     """
 
     linear_map: LinearMap
@@ -29,6 +30,7 @@ class Walkers(NamedTuple):
     excess: Float[Array, " walkers"]
     step_size: StepSize
     keys: Keys
+    owed: Float[Array, " walkers"]
 
 
 def place_walkers(
@@ -73,7 +75,9 @@ def place_walkers(
     walker_keys = split_key(streams.derive(keys[0], streams.Purpose.WALKERS), num_walkers)
     step_size = first_step_size(position.shape[1], position.dtype)
     momentum = _fresh_momentum(walker_keys, position)
-    return Walkers(linear_map, position, momentum, energies.reshape(-1), step_size, walker_keys)
+    energies = energies.reshape(-1)
+    owed = jnp.zeros_like(energies, position.dtype)
+    return Walkers(linear_map, position, momentum, energies, step_size, walker_keys, owed)
 
 
 def move_walkers(
@@ -105,9 +109,8 @@ def move_walkers(
     keys = jax.vmap(moved_key)(walkers.keys)
     # the old step size is a better guess than none, its running means are of another posterior
     step_size = fresh_step_size(walkers.step_size.step)
-    return Walkers(
-        linear_map, position, _fresh_momentum(keys, position), walkers.excess, step_size, keys
-    )
+    momentum, owed = _fresh_momentum(keys, position), jnp.zeros_like(walkers.owed)
+    return Walkers(linear_map, position, momentum, walkers.excess, step_size, keys, owed)
 
 
 def keep_walkers(walkers: Walkers, number: int, chains: int) -> Walkers:
@@ -117,7 +120,7 @@ def keep_walkers(walkers: Walkers, number: int, chains: int) -> Walkers:
         parts = leaf.reshape(chains, -1, *leaf.shape[1:])[:, : number // chains]
         return parts.reshape(number, *leaf.shape[1:])
 
-    names = ("position", "momentum", "excess", "keys")
+    names = ("position", "momentum", "excess", "keys", "owed")
     return walkers._replace(**{name: first(getattr(walkers, name)) for name in names})
 
 

@@ -511,10 +511,10 @@ def test_heat_that_the_columns_leave_is_taken_off_and_doubted():
     assert cool.systematic == pytest.approx(4 * run.HEAT_DOUBT)
     np.testing.assert_allclose(cool.per_walker, cool.llc)
     assert run.without_heat(known, Heat(left=0.5)).llc == known.llc
-    # of what is compensated nothing is taken off, and a part is doubted
-    doubted = run.without_heat(known, Heat(compensated=5.0))
+    # of what is balanced nothing is taken off, and a part is doubted
+    doubted = run.without_heat(known, Heat(balanced=5.0))
     assert doubted.llc == known.llc
-    assert doubted.systematic == pytest.approx(5 * run.COMPENSATION_DOUBT)
+    assert doubted.systematic == pytest.approx(5 * run.BALANCE_DOUBT)
 
 
 @pytest.mark.slow

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 
 from fastvi.sampling.dynamics import (
+    MOST_OWED,
+    MOST_TAKEN,
     Evaluation,
     State,
     first_half_step,
     kinetic_energy,
     second_half_step,
+    take_heat_off,
 )
+from fastvi.sampling.tuning import HOLD
 
 PRECISION = np.array([[2.0, 0.6, 0.0], [0.6, 1.0, -0.3], [0.0, -0.3, 0.5]])
 MEAN = np.array([1.0, -2.0, 0.5])
@@ -112,3 +116,33 @@ def test_a_step_of_length_zero_only_evaluates():
     found, info = second_half_step(wrong, half, by_numpy(half.position), zero, True)
     jax.tree_util.tree_map(np.testing.assert_array_equal, found, state)
     assert not info.is_returned.any()
+
+
+@pytest.mark.usefixtures("x64")
+def test_friction_takes_off_the_covariance_that_noise_puts_in():
+    """Exact in the mean over draws of the noise: in all directions, and between them."""
+    draws, step = 400_000, 0.1
+    rng = np.random.default_rng(0)
+    root = np.array([[2.0, 0.0, 0.0], [1.5, 0.3, 0.0], [-0.5, 0.2, 0.1]])
+    momentum, spread = rng.normal(size=(2, draws, 3))
+    spread = spread @ root.T
+    cooled, owed = take_heat_off(jnp.asarray(momentum), jnp.asarray(spread), jnp.zeros(draws), step)
+    found = np.cov(momentum.T) - np.cov(np.asarray(cooled).T)
+    np.testing.assert_allclose(found, HOLD * step**2 * root @ root.T, atol=3e-3)
+    assert not np.any(np.asarray(owed) < 0)
+
+
+def test_what_a_step_may_not_take_off_is_owed():
+    step, momentum = 1.0, jnp.asarray([[3.0, 4.0]])
+    spread = jnp.asarray([[0.0, 1.0]])  # due: HOLD
+    cooled, owed = take_heat_off(momentum, spread, jnp.zeros(1), step)
+    np.testing.assert_allclose(cooled, [[3.0, 4.0 * np.sqrt(1 - MOST_TAKEN)]], rtol=1e-5)
+    np.testing.assert_allclose(owed, HOLD - MOST_TAKEN, rtol=1e-5)
+    cooled, owed = take_heat_off(momentum, 1e-3 * spread, owed, step)
+    np.testing.assert_allclose(cooled, [[3.0, 4.0 * np.sqrt(1 - MOST_TAKEN)]], rtol=1e-5)
+    np.testing.assert_allclose(owed, HOLD - 2 * MOST_TAKEN, rtol=1e-4)
+    assert take_heat_off(momentum, 1e3 * spread, owed, step)[1] == MOST_OWED
+    for nothing, length in ((0 * spread, step), (spread, 0.0)):
+        cooled, kept = take_heat_off(momentum, nothing, owed, length)
+        np.testing.assert_array_equal(cooled, momentum)
+        np.testing.assert_array_equal(kept, owed)

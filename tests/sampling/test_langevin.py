@@ -13,8 +13,9 @@ from fastvi.families.moments import LinearMap
 from fastvi.sampling.gradients import (
     Blocks,
     block_counts,
-    estimate_value_and_grad,
-    gradient_noise,
+    block_variance,
+    draw_pair,
+    estimate_gradient,
     make_anchor,
     split_data,
 )
@@ -68,16 +69,20 @@ def dynamics(
     walkers=64,
     energy_error=1e-3,
     friction_time=2.0,
-    variance=None,
+    is_balanced=True,
 ):
-    """Return the mean over the later half of the rounds of llc, of |v|^2, and the step size."""
+    """Return means over the later half of the rounds: llc, |v|^2 and energy error; the step size.
+
+    What noise heats is left where it is not balanced.
+    """
     reference = objective.loss(problem.posterior.center, problem.data.examples)
-    blocks = split_data(COUNT, num_blocks)
+    blocks, dim = split_data(problem.num_data, num_blocks), problem.posterior.center.size
     keys = jax.random.split(jax.random.key(1), walkers)
-    x, momentum = jax.random.normal(jax.random.key(2), (2, walkers, DIM))
-    step_size = first_step_size(DIM, jnp.float32)
-    state = Walkers(linear_map, x, momentum, jnp.zeros(walkers), step_size, keys)
-    here = blank_evaluation(state, 1)
+    x, momentum = jax.random.normal(jax.random.key(2), (2, walkers, dim))
+    step_size = first_step_size(dim, jnp.float32)
+    zero = jnp.zeros(walkers)
+    state = Walkers(linear_map, x, momentum, zero, step_size, keys, zero)
+    here = blank_evaluation(state, 1, is_noisy=is_balanced and num_blocks > 1)
     anchor = None
     if num_blocks > 1:
         anchor = quick_jit(
@@ -86,8 +91,9 @@ def dynamics(
 
     @quick_jit
     def one_round(anchor, state, here, start, first):
+        evaluate = make_evaluate(objective, problem, linear_map, anchor, reference, one_column)
         return run_steps(
-            make_evaluate(objective, problem, linear_map, anchor, reference, one_column),
+            evaluate if is_balanced else lambda *at: evaluate(*at)._replace(spread=None),
             state,
             here,
             first,
@@ -96,7 +102,6 @@ def dynamics(
             num_blocks=blocks.rows.shape[0],
             friction_time=jnp.float32(friction_time),
             energy_error=jnp.float32(energy_error),
-            variance=variance,
             bins=4,
             bin_length=16,
         )
@@ -150,45 +155,117 @@ def test_noise_heats_as_foretold():
 
     objective, center = ravel_loss(loss, jnp.zeros(DIM), jnp.float32)
     problem = make_problem(center, hold((signs,)), 4.0, 1.0, VIConfig(batch_size=32), "nbeta")
-    blocks = split_data(COUNT, 8)
+    blocks = split_data(COUNT, 16)
     reference = objective.loss(center, problem.data.examples)
     anchor = make_anchor(objective, problem, jnp.zeros(DIM), reference, blocks)
     scale = 1 / np.sqrt(5.0)
     linear_map = round_map(np.full(DIM, 1 / 5.0))
     points = scale * jax.random.normal(jax.random.key(0), (400, DIM))
-    # a block drawn among few has less variance than the estimate of it
-    ratio = (blocks.rows.shape[0] - 1) / blocks.rows.shape[0]
-    noise = ratio * mean_noise(objective, problem, anchor, points, linear_map, blocks)
+    noise = pair_variance(objective, problem, anchor, points, linear_map, blocks)
     cold = dynamics(objective, problem, linear_map, 1, rounds=60, energy_error=0.01)
-    hot = dynamics(objective, problem, linear_map, 8, rounds=60, energy_error=0.01)
+    hot = dynamics(
+        objective, problem, linear_map, 16, rounds=60, energy_error=0.01, is_balanced=False
+    )
     bias = 0.5 * 5.0 * (hot[1] - cold[1])
     assert HOLD == 2
-    assert noise_bias(float(noise.sum()), hot[3], 2.0) > 0.05
-    assert bias == pytest.approx(noise_bias(float(noise.sum()), hot[3], 2.0), rel=0.25)
+    assert noise_bias(noise, hot[3], 2.0) > 0.05
+    assert bias == pytest.approx(noise_bias(noise, hot[3], 2.0), rel=0.25)
 
 
-def test_less_injected_noise_takes_the_heat_off():
-    """Linear regression on sixteen blocks, whose llc has a closed form."""
+def test_friction_along_the_noise_takes_the_heat_off():
+    """Linear regression on thirty-two blocks, whose llc has a closed form."""
     objective, problem, _, hessian = regression(noise=0.5)
     precision = NBETA * hessian + GAMMA * np.eye(DIM)
     covariance = np.linalg.inv(precision)
     exact = 0.5 * NBETA * np.sum(covariance * hessian)
-    linear_map, blocks = round_map(1 / np.diag(precision)), split_data(COUNT, 16)
+    linear_map, blocks = round_map(1 / np.diag(precision)), split_data(COUNT, 32)
     anchor = make_anchor(objective, problem, jnp.zeros(DIM), 0.0, blocks)
     points = np.random.default_rng(0).multivariate_normal(np.zeros(DIM), covariance, size=400)
-    noise = mean_noise(
-        objective, problem, anchor, jnp.asarray(points, jnp.float32), linear_map, blocks
-    )
-    # a block drawn among few has less variance than the estimate of it
-    variance = jnp.asarray(noise * (1 - 1 / blocks.rows.shape[0]), jnp.float32)
+    points = jnp.asarray(points, jnp.float32)
+    variance = pair_variance(objective, problem, anchor, points, linear_map, blocks)
     hot, cool = (
-        dynamics(objective, problem, linear_map, 16, rounds=60, energy_error=2e-4, variance=given)
-        for given in (None, variance)
+        dynamics(
+            objective,
+            problem,
+            linear_map,
+            32,
+            rounds=60,
+            energy_error=2e-4,
+            is_balanced=is_balanced,
+        )
+        for is_balanced in (False, True)
     )
-    foretold = noise_bias(float(variance.sum()), hot[3], 2.0)
+    foretold = noise_bias(variance, hot[3], 2.0)
     assert foretold > 0.1 * exact
     assert hot[0] - exact == pytest.approx(foretold, rel=0.25)
     assert cool[0] - exact == pytest.approx(0, abs=0.25 * foretold)
+
+
+WIDTH = 4
+
+
+def gibbs_llc(target, first, second, nbeta, gamma, sweeps=40_000):
+    """Sample two linear layers exactly, each given the other; return llc and its error."""
+    rng, values = np.random.default_rng(0), []
+
+    def layer(above, aim, center):  # of |above layer - aim|^2 / 2
+        precision = nbeta * above.T @ above + gamma * np.eye(WIDTH)
+        mean = np.linalg.solve(precision, nbeta * above.T @ aim + gamma * center)
+        root = np.linalg.inv(np.linalg.cholesky(precision)).T
+        return mean + root @ rng.normal(size=(WIDTH, WIDTH))
+
+    one, two = first, second
+    for _ in range(sweeps):
+        one = layer(two, target, first)
+        two = layer(one.T, target.T, second.T).T
+        values.append(0.5 * nbeta * np.sum((two @ one - target) ** 2))
+    parts = np.mean(np.reshape(values, (20, -1)), axis=1)
+    return parts.mean(), parts.std() / np.sqrt(20)
+
+
+def test_noise_that_follows_the_walkers_heats_nothing():
+    """Two linear layers of rank 1: noise of rank one, in other directions at each walker.
+
+    Less injected noise, by the mean variance of each coordinate, leaves half of the heat here.
+    """
+    rng, count, nbeta, gamma = np.random.default_rng(0), 2000, 300.0, 5.0
+    inputs = np.linalg.qr(rng.normal(size=(count, WIDTH)))[0] * np.sqrt(count)
+    turns = [np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0] for _ in range(3)]
+    first, second = (np.outer(a[0], b[0]) for a, b in zip(turns[1:], turns, strict=False))
+    target = second @ first
+    outputs = inputs @ target.T
+    objective, center = ravel_loss(
+        lambda w, batch: 0.5 * jnp.mean(jnp.sum((batch[0] @ (w[1] @ w[0]).T - batch[1]) ** 2, 1)),
+        [jnp.asarray(first, jnp.float32), jnp.asarray(second, jnp.float32)],
+        jnp.float32,
+    )
+    data = hold((jnp.asarray(inputs, jnp.float32), jnp.asarray(outputs, jnp.float32)))
+    problem = make_problem(center, data, nbeta, gamma, VIConfig(batch_size=32), "nbeta")
+    dim = center.size
+    linear_map = LinearMap(jnp.zeros(dim), jnp.full(dim, 0.1), jnp.eye(dim)[:1], jnp.zeros((1, 1)))
+    exact, error = gibbs_llc(target, first, second, nbeta, gamma)
+    hot, balanced = (
+        dynamics(
+            objective,
+            problem,
+            linear_map,
+            64,
+            rounds=60,
+            energy_error=5e-3,
+            is_balanced=is_balanced,
+        )[0]
+        for is_balanced in (False, True)
+    )
+    assert error < 0.01 * exact
+    assert hot - exact > 0.05 * exact
+    assert balanced == pytest.approx(exact, abs=0.25 * (hot - exact))
+
+
+def pair_variance(objective, problem, anchor, points, linear_map, blocks):
+    """Return the variance of the mean gradient of two different blocks."""
+    count = blocks.rows.shape[0]
+    of_block = mean_noise(objective, problem, anchor, points, linear_map, blocks)
+    return of_block / 2 * (1 - 2 / count)
 
 
 def mean_noise(objective, problem, anchor, points, linear_map, blocks):
@@ -199,9 +276,9 @@ def mean_noise(objective, problem, anchor, points, linear_map, blocks):
     def noise(point):
         at_point = make_anchor(objective, problem, point, 0.0, blocks).block_gradient
         nbeta = problem.posterior.nbeta
-        return gradient_noise(linear_map, nbeta, anchor.block_gradient, at_point)
+        return block_variance(linear_map, nbeta, anchor.block_gradient, at_point)
 
-    return np.mean(noise(points), axis=0)
+    return float(np.mean(noise(points)))
 
 
 def test_anchored_gradients_are_unbiased_and_belong_to_their_potential():
@@ -212,19 +289,33 @@ def test_anchored_gradients_are_unbiased_and_belong_to_their_potential():
     v, at = jnp.asarray([0.3, -0.2, 0.1, 0.7]), jnp.full(DIM, 0.1)
     anchor = make_anchor(objective, problem, at, reference, blocks)
 
-    def on_block(v, block):
-        return estimate_value_and_grad(objective, problem, anchor, reference, v, block)
+    def on_pair(v, pair):
+        return estimate_gradient(objective, problem, anchor, reference, v, pair)
 
-    all_blocks = jnp.arange(8)
-    excess, gradient, _ = quick_jit(jax.vmap(on_block, in_axes=(None, 0)))(v, all_blocks)
+    pairs = jnp.asarray([(i, j) for i in range(8) for j in range(8) if i != j])
+    found = quick_jit(jax.vmap(on_pair, in_axes=(None, 0)))(v, pairs)
     exact = objective.value_and_grad(problem.posterior.center + v, problem.data.examples)
-    assert np.mean(excess) == pytest.approx(float(exact[0] - reference), rel=1e-5)
-    np.testing.assert_allclose(np.mean(gradient, axis=0), exact[1], rtol=1e-5, atol=1e-6)
-    assert np.std(excess) > 1e-3
-    slope = quick_jit(jax.grad(lambda v: on_block(v, jnp.int32(3))[2]))(v)
-    np.testing.assert_allclose(slope, gradient[3], rtol=1e-4, atol=1e-5)
-    at_anchor = quick_jit(on_block)(at, jnp.int32(5))[1]
+    assert np.mean(found.excess) == pytest.approx(float(exact[0] - reference), rel=1e-5)
+    np.testing.assert_allclose(np.mean(found.gradient, axis=0), exact[1], rtol=1e-5, atol=1e-6)
+    assert np.std(found.excess) > 1e-3
+    slope = quick_jit(jax.grad(lambda v: on_pair(v, pairs[3]).surrogate))(v)
+    np.testing.assert_allclose(slope, found.gradient[3], rtol=1e-4, atol=1e-5)
+    at_anchor = quick_jit(on_pair)(at, pairs[5]).gradient
     np.testing.assert_allclose(at_anchor, anchor.gradient, rtol=1e-5, atol=1e-6)
+    # over all pairs, draws of the noise have the covariance of the noise
+    noise, spread = np.asarray(found.gradient - exact[1], float), np.asarray(found.spread, float)
+    np.testing.assert_allclose(spread.T @ spread, noise.T @ noise, rtol=1e-3, atol=1e-5)
+
+
+def test_pairs_are_of_two_blocks_each_as_likely():
+    keys = jax.random.split(jax.random.key(0), 6000)
+    pairs = np.asarray(quick_jit(jax.vmap(lambda key: draw_pair(key, 4, 7)))(keys))
+    counts = np.zeros((4, 4))
+    np.add.at(counts, tuple(pairs.T), 1)
+    assert np.all(np.diag(counts) == 0)
+    off = counts[~np.eye(4, dtype=bool)]
+    assert np.all(np.abs(off - 500) < 5 * np.sqrt(500))
+    assert draw_pair(jax.random.key(0), 1, 0).tolist() == [0]
 
 
 def test_the_anchor_knows_all_data_where_blocks_leave_examples_over():
@@ -249,7 +340,8 @@ def test_noise_of_the_gradients_is_that_of_the_blocks():
     found = mean_noise(objective, problem, anchor, jnp.asarray(points), linear_map, blocks)
     hessians = np.stack([X[rows].T @ X[rows] / len(rows) for rows in blocks.rows])
     forces = NBETA * np.einsum("bij,pj->pbi", hessians, points) * np.sqrt([0.5, 1.0, 2.0, 4.0])
-    np.testing.assert_allclose(found, np.mean(np.var(forces, axis=1, ddof=1), axis=0), rtol=1e-3)
+    variances = np.var(forces, axis=1, ddof=1).sum(axis=-1)
+    assert found == pytest.approx(float(variances.mean()), rel=1e-3)
 
 
 def test_blocks_have_one_size_and_little_is_left_over():
@@ -262,8 +354,8 @@ def test_blocks_have_one_size_and_little_is_left_over():
             assert 0.7 < rows.shape[0] / blocks < 1.4
     assert block_counts(10, 5, settings) == (1,)
     assert block_counts(10_000, 2**27, settings) == (1,)
-    assert block_counts(10_000, 5, SamplerSettings(max_blocks=8)) == (8, 4, 2, 1)
-    assert block_counts(100, 5, SamplerSettings(min_block=50)) == (2, 1)
+    assert block_counts(10_000, 5, SamplerSettings(max_blocks=8)) == (8, 4, 1)
+    assert block_counts(100, 5, SamplerSettings(min_block=25)) == (4, 1)
 
 
 def test_a_change_of_block_takes_no_step_back():
@@ -272,7 +364,7 @@ def test_a_change_of_block_takes_no_step_back():
     Much, and no wall.
     """
     dim, walkers = 20_000, 2
-    curvature = jnp.asarray([[1.5]] * 16 + [[0.5]] * 16, jnp.float32)
+    curvature = jnp.asarray([[1.5]] * 16 + [[0.5]] * 16, jnp.float32)  # of two pairs of blocks
     objective, center = ravel_loss(
         lambda w, batch: 0.5 * jnp.mean(batch[0]) * jnp.sum(w**2), jnp.zeros(dim), jnp.float32
     )
@@ -280,26 +372,26 @@ def test_a_change_of_block_takes_no_step_back():
     linear_map = LinearMap(
         center, jnp.ones(dim), jnp.zeros((1, dim)).at[0, 0].set(1.0), jnp.zeros((1, 1))
     )
-    blocks = Blocks(jnp.arange(32).reshape(2, 16), jnp.zeros(0, jnp.int32))
+    blocks = Blocks(jnp.arange(32).reshape(4, 8), jnp.zeros(0, jnp.int32))
     anchor = make_anchor(objective, problem, center, jnp.zeros(()), blocks)
     keys = jax.random.split(jax.random.key(1), walkers)
     x, momentum = jax.random.normal(jax.random.key(2), (2, walkers, dim))
     step_size = first_step_size(dim, jnp.float32)
-    state = Walkers(linear_map, x, momentum, jnp.zeros(walkers), step_size, keys)
+    zero = jnp.zeros(walkers)
+    state = Walkers(linear_map, x, momentum, zero, step_size, keys, zero)
 
     @quick_jit
     def returned(anchor, state):
         return run_steps(
             make_evaluate(objective, problem, linear_map, anchor, jnp.zeros(()), one_column),
             state,
-            blank_evaluation(state, 1),
+            blank_evaluation(state, 1, is_noisy=True),
             jnp.int32(0),
             jnp.int32(-1),
             jnp.int32(16),
-            num_blocks=2,
+            num_blocks=4,
             friction_time=jnp.float32(2.0),
             energy_error=jnp.float32(10.0),
-            variance=None,
             bins=1,
             bin_length=16,
         )[2].returned

@@ -83,7 +83,7 @@ def test_a_walk_has_no_chains_and_no_checkpoint(of_a_fit):
 
 
 def test_few_examples_have_no_blocks():
-    with pytest.raises(fastvi.ConfigError, match="two blocks of min_block=16 examples"):
+    with pytest.raises(fastvi.ConfigError, match="four blocks of min_block=8 examples"):
         estimate("blocks", data=X[:20])
     result = estimate("full", data=X[:20])
     with pytest.raises(fastvi.ConfigError, match='Take "full", or change'):

@@ -94,8 +94,8 @@ class Correction(NamedTuple):
         walkers: Number of walkers.
         steps: Steps of each.
         burn_in: Steps that the averages leave out.
-        data_blocks: Parts that the data were split into, of which a step takes two; 1 where gradients
-            were those of all data.
+        data_blocks: Parts that the data were split into, of which a step takes two; 1 where
+            gradients were those of all data.
         energy_error: Mean square, per effective dimension, that the step size was held at, nats^2,
             beside `rounding`.
         step_size: Step of the dynamics in the walkers' coordinates.

@@ -11,9 +11,11 @@ INPUTS = 16
 NUM_DATA = 20_000
 BATCH = 256
 SOLVER_STEPS = 300  # of conjugate gradients, for noise orthogonal to the network's tangents
+WITH_BIASES = 11_041  # parameters of the only network here that has biases, an odd number
 WIDTHS = {
     1_000: 24,
     10_000: 91,
+    WITH_BIASES: 96,
     100_000: 308,
     1_000_000: 992,
 }  # hidden width for about so many parameters
@@ -45,15 +47,22 @@ def trained_tanh_network(size: int, num_data: int = NUM_DATA, noise: float = 0.3
 
 
 def layer_shapes(size: int) -> list[tuple[int, int]]:
-    """Return the shapes of the network's matrices."""
-    width = WIDTHS[size]
-    return [(INPUTS, width), (width, width), (width, 1)]
+    """Return the shapes of the network's matrices, whose last rows are the biases if it has any."""
+    width, biases = WIDTHS[size], int(size == WITH_BIASES)
+    return [(INPUTS + biases, width), (width + biases, width), (width + biases, 1)]
 
 
 def predict_by_layers(layers, inputs):
     """Return the network's outputs."""
     first, second, last = layers
-    return (jnp.tanh(jnp.tanh(inputs @ first) @ second) @ last)[:, 0]
+    hidden = jnp.tanh(_affine(jnp.tanh(_affine(inputs, first)), second))
+    return _affine(hidden, last)[:, 0]
+
+
+def _affine(inputs, layer):
+    products = inputs @ layer[: inputs.shape[1]]
+    has_biases = layer.shape[0] > inputs.shape[1]
+    return products + layer[-1] if has_biases else products
 
 
 def _predictor(size: int):

@@ -1,5 +1,6 @@
 """The problems that benchmarks run on: a tanh network, a language model of bytes."""
 
+import math
 from pydoc_data import topics
 
 import jax
@@ -47,32 +48,35 @@ def trained_tanh_network(size: int, num_data: int = NUM_DATA, noise: float = 0.3
 
 
 def layer_shapes(size: int) -> list[tuple[int, int]]:
-    """Return the shapes of the network's matrices, whose last rows are the biases if it has any."""
-    width, biases = WIDTHS[size], int(size == WITH_BIASES)
-    return [(INPUTS + biases, width), (width + biases, width), (width + biases, 1)]
+    """Return the shapes of the network's matrices."""
+    width = WIDTHS[size]
+    return [(INPUTS, width), (width, width), (width, 1)]
 
 
 def predict_by_layers(layers, inputs):
     """Return the network's outputs."""
     first, second, last = layers
-    hidden = jnp.tanh(_affine(jnp.tanh(_affine(inputs, first)), second))
-    return _affine(hidden, last)[:, 0]
+    return (jnp.tanh(jnp.tanh(inputs @ first) @ second) @ last)[:, 0]
 
 
-def _affine(inputs, layer):
-    products = inputs @ layer[: inputs.shape[1]]
-    has_biases = layer.shape[0] > inputs.shape[1]
-    return products + layer[-1] if has_biases else products
+def _predict_with_biases(parts, inputs):
+    """Return the outputs of a network whose matrices have their biases behind them."""
+    first, at_first, second, at_second, last, at_last = parts
+    hidden = jnp.tanh(jnp.tanh(inputs @ first + at_first) @ second + at_second)
+    return (hidden @ last + at_last)[:, 0]
 
 
 def _predictor(size: int):
     """Return `(flat, inputs) -> outputs` and the number of parameters."""
-    shapes = layer_shapes(size)
-    ends = np.cumsum([rows * columns for rows, columns in shapes])
+    shapes, by_parts = layer_shapes(size), predict_by_layers
+    if size == WITH_BIASES:
+        shapes = [shape for matrix in shapes for shape in (matrix, matrix[1:])]
+        by_parts = _predict_with_biases
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
 
     def predict(flat, inputs):
         parts = zip(jnp.split(flat, ends[:-1]), shapes, strict=True)
-        return predict_by_layers([part.reshape(shape) for part, shape in parts], inputs)
+        return by_parts([part.reshape(shape) for part, shape in parts], inputs)
 
     return predict, int(ends[-1])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench.harness import bytes_accessed, compared, in_turn, peak_megabytes, record, score
-from bench.problems import BATCH, tanh_network
+from bench.problems import BATCH, WITH_BIASES, tanh_network
 from bench.selection import sizes
 from fastvi import LocalPosterior, VIConfig, make_flat_objective
 from fastvi.api.plan import family_choice, fit_schedule, fit_settings
@@ -25,9 +25,10 @@ COMPONENTS, RANK = 8, 2
 ASKED = {
     1_000: 1.5,
     10_000: 1.7,
+    WITH_BIASES: 1.7,
     100_000: 2.0,
 }  # largest multiple of the gradient that a step should cost
-ROUNDS = {1_000: 20, 10_000: 10, 100_000: 3}
+ROUNDS = {1_000: 20, 10_000: 10, WITH_BIASES: 10, 100_000: 3}
 STEP_SIZE = 1e-6
 FACTOR_PASSES = 7  # times that a step should at most read or write all factors
 PREDECESSOR = "lambda_hat mfa"
@@ -245,7 +246,7 @@ def peer_rows(samples, dim):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("size", sizes(ASKED))
+@pytest.mark.parametrize("size", sizes(ASKED, short=WITH_BIASES))
 def test_step(benchmark, size):
     objective, problem = network_problem(size)
     center = problem.posterior.center

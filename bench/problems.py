@@ -1,5 +1,6 @@
 """The problems that benchmarks run on: a tanh network, a language model of bytes."""
 
+import math
 from pydoc_data import topics
 
 import jax
@@ -11,9 +12,11 @@ INPUTS = 16
 NUM_DATA = 20_000
 BATCH = 256
 SOLVER_STEPS = 300  # of conjugate gradients, for noise orthogonal to the network's tangents
+WITH_BIASES = 11_041  # parameters of the only network here that has biases, an odd number
 WIDTHS = {
     1_000: 24,
     10_000: 91,
+    WITH_BIASES: 96,
     100_000: 308,
     1_000_000: 992,
 }  # hidden width for about so many parameters
@@ -56,14 +59,24 @@ def predict_by_layers(layers, inputs):
     return (jnp.tanh(jnp.tanh(inputs @ first) @ second) @ last)[:, 0]
 
 
+def _predict_with_biases(parts, inputs):
+    """Return the outputs of a network whose matrices have their biases behind them."""
+    first, at_first, second, at_second, last, at_last = parts
+    hidden = jnp.tanh(jnp.tanh(inputs @ first + at_first) @ second + at_second)
+    return (hidden @ last + at_last)[:, 0]
+
+
 def _predictor(size: int):
     """Return `(flat, inputs) -> outputs` and the number of parameters."""
-    shapes = layer_shapes(size)
-    ends = np.cumsum([rows * columns for rows, columns in shapes])
+    shapes, by_parts = layer_shapes(size), predict_by_layers
+    if size == WITH_BIASES:
+        shapes = [shape for matrix in shapes for shape in (matrix, matrix[1:])]
+        by_parts = _predict_with_biases
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
 
     def predict(flat, inputs):
         parts = zip(jnp.split(flat, ends[:-1]), shapes, strict=True)
-        return predict_by_layers([part.reshape(shape) for part, shape in parts], inputs)
+        return by_parts([part.reshape(shape) for part, shape in parts], inputs)
 
     return predict, int(ends[-1])
 

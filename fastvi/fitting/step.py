@@ -1,6 +1,7 @@
 """The one driver of every family: a loop over steps with the chains vmapped inside."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -96,21 +97,28 @@ def run_steps(
     Cost:
         `settings.num_draws` minibatch gradients for each step and chain.
     """
-    rows = jax.tree_util.tree_map(jnp.asarray, plan.rows)
+    rows, num_chains = jax.tree_util.tree_map(jnp.asarray, plan.rows), keys.size
 
     def evaluate(problem, displacement, batch):
-        return evaluate_target(objective, problem, displacement, batch, keys.size)
+        return evaluate_target(objective, problem, displacement, batch, num_chains)
+
+    is_single = num_chains == 1
+    if is_single:  # an axis of one would be carried through the model
+        state, keys = jax.tree_util.tree_map(lambda leaf: leaf[0], (state, keys))
+
+    def over_chains(function: Callable, in_axes: Any = 0) -> Callable:
+        return function if is_single else jax.vmap(function, in_axes)
 
     def of_all(shared, keys, state, ahead, row):
         family, problem, plan = shared
         one_chain = functools.partial(_step, family, evaluate, problem, settings, plan)
-        return jax.vmap(one_chain, in_axes=(0, 0, 0, None))(state, ahead, keys, row)
+        return over_chains(one_chain, (0, 0, 0, None))(state, ahead, keys, row)
 
     # traced once, though the loop's traces are sized by tracing a step before it
     step = functools.partial(jax.jit(of_all, inline=True), (family, problem, plan), keys)
     # noise is drawn one step ahead: as part of the carry it is computed once, not again by each of
     # its readers
-    ahead = jax.vmap(lambda key: _noise(family, settings, key, rows.step[0]))(keys)
+    ahead = over_chains(lambda key: _noise(family, settings, key, rows.step[0]))(keys)
     names = list(jax.eval_shape(step, state, ahead, _row(rows, 0))[2])
 
     def advance(index, carry):
@@ -121,9 +129,11 @@ def run_steps(
         return state, ahead, jax.lax.dynamic_update_index_in_dim(traces, scalars, index, 0)
 
     dtype = jax.tree_util.tree_leaves(state.params)[0].dtype
-    blank = jnp.zeros((rows.step.size, len(names), keys.size), dtype)
+    blank = jnp.zeros((rows.step.size, len(names), *keys.shape), dtype)
     state, _, traces = jax.lax.fori_loop(0, plan.length, advance, (state, ahead, blank))
-    rates = jnp.broadcast_to(rows.rate, (keys.size, rows.step.size)).astype(dtype)
+    if is_single:
+        state, traces = jax.tree_util.tree_map(lambda leaf: leaf[None], state), traces[..., None]
+    rates = jnp.broadcast_to(rows.rate, (num_chains, rows.step.size)).astype(dtype)
     return state, {**dict(zip(names, jnp.moveaxis(traces, 0, 2), strict=True)), "lr": rates}
 
 

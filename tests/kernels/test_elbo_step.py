@@ -23,7 +23,7 @@ from fastvi.target.data import hold
 from tests.support import elbo_step as reference
 from tests.support.stand_ins import begun
 
-DIM, NUM_DATA, BATCH, CHAINS, LENGTH, CHUNKS = 5, 12, 4, 2, 3, 2
+DIM, NUM_DATA, BATCH, LENGTH, CHUNKS = 5, 12, 4, 3, 2
 NBETA, GAMMA, LR, TRUST, WARMUP, DECAY_START, END = 3.0, 0.7, 0.05, 0.5, 2, 3, 8
 
 
@@ -35,6 +35,7 @@ class Case(NamedTuple):
     draws: int
     means: str = "shared"
     antithetic: bool = True
+    chains: int = 2
     options: tuple[tuple[str, float], ...] = ()
 
 
@@ -42,6 +43,7 @@ CASES = {
     "gaussian": Case((0,), 0, 1, means="center"),
     "gaussian_pair": Case((3,), 2, 2),
     "core_only": Case((0, 0, 0), 2, 1, means="component"),
+    "single_chain": Case((2, 2), 2, 1, chains=1),
     "two_draws": Case((3, 3, 3), 0, 2, antithetic=False),
     "mixture": Case(
         (3, 3, 3), 3, 1, options=(("alpha_dirichlet_prior", 1.5), ("entropy_bonus", 0.3))
@@ -87,7 +89,9 @@ def make(case):
         jnp.asarray(rng.normal(size=DIM)), jnp.asarray(NBETA), jnp.asarray(GAMMA)
     )
     sizes = (num,), (family.num_offsets, DIM), (DIM,), (case.core, DIM), (num, max(case.ranks), DIM)
-    params = mfa.MFAParams(*(jnp.asarray(0.5 * rng.normal(size=(CHAINS, *size))) for size in sizes))
+    params = mfa.MFAParams(
+        *(jnp.asarray(0.5 * rng.normal(size=(case.chains, *size))) for size in sizes)
+    )
     return config, family, loop.Problem(posterior, hold(data), BATCH), params
 
 
@@ -101,7 +105,7 @@ def implementation(case):
         return loop.run_steps(family, objective, problem, settings, state, keys, plan)
 
     state = quick_jit(jax.vmap(lambda one: loop.init_state(family, one, settings)))(params)
-    traces, keys = [], jax.random.split(jax.random.key(3), CHAINS)
+    traces, keys = [], jax.random.split(jax.random.key(3), case.chains)
     for index in range(CHUNKS):
         plan = plan_steps(
             fit_schedule(config),
@@ -210,7 +214,7 @@ def definition(case):
         return reference.step(setting, chain, log_density, groups, rate, elapsed)
 
     start = quick_jit(reference.start)
-    for index, key in enumerate(jax.random.split(jax.random.key(3), CHAINS)):
+    for index, key in enumerate(jax.random.split(jax.random.key(3), case.chains)):
         own = {name: np.asarray(leaf)[index] for name, leaf in params._asdict().items()}
         chain, traces = start(own), []
         for number in range(CHUNKS * LENGTH):

@@ -116,14 +116,15 @@ def minibatches_scan(case: Case, *, is_anchored: bool = False):
     programs = minibatch_programs(case.objective, case.loss, posterior, source, STEPS)
     inputs = RoundInputs(
         posterior,
-        case.coordinates(0),
+        case.width,
         source,
         programs.full_gradient(case.problem) if is_anchored else None,
         case.keys,
         jnp.asarray(1, jnp.int32),
     )
     sizes = np.float32(0.1), np.float32(2.0), np.int32(0), np.int32(0), np.int32(STEPS)
-    state = blank_state(np.asarray(case.position))
+    state = blank_state(case.position.shape, case.position.dtype)
+    state = state._replace(position=jnp.array(case.position))  # which is used up
     compiled = programs.advance.lower(inputs, state, *sizes).compile()
     held = [state]
 

@@ -1,25 +1,27 @@
 """Measurements before a walk: curvature, stiffness, and the noise of a gradient."""
 
 import copy
+import dataclasses
+import functools
 import math
+from collections.abc import Iterable, Iterator
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from fastvi._errors import DataError
 from fastvi._typing import Array, Float
-from fastvi.families.moments import LinearMap
 from fastvi.sampling.dynamics import State
 from fastvi.sampling.from_localizer.batches import AbstractSource
 from fastvi.sampling.from_localizer.plan import (
     TINY,
     Measured,
     position_heat,
-    round_map,
+    round_scale,
     wanted_parts,
 )
 from fastvi.sampling.from_localizer.setup import FRICTION_TIME, Course, WalkSetup, call_round
-from fastvi.sampling.from_localizer.steps import blank_state
+from fastvi.sampling.from_localizer.steps import add_multiples, blank, fill
 
 # Products with the Hessian that look for its largest eigenvalue, from the noise of a gradient on.
 STIFFNESS_PRODUCTS = 2
@@ -35,7 +37,8 @@ ANCHOR_SHARE = 0.15
 MOST_DECREMENT_BATCHES = 64
 # Numbers of the first batch of each measurement, which has none of another's.
 CURVATURE_PROBES, HEAT_PROBES, DECREMENT_PROBES = 0, 2, 16
-SLICE = 2**16  # numbers of a vector that are doubled at once
+SLICE = 2**16  # numbers of a vector that are in double precision at once
+MOMENTA = 1  # child of the seed that momenta are drawn from anew
 
 
 class Probe:
@@ -60,232 +63,228 @@ class Probe:
         self.examples += self.setup.examples(1, 1)
         return step, source
 
-    def gradient(
-        self,
-        linear_map: LinearMap,
-        position: Float[Array | np.ndarray, "walkers dim"],
-        batch: tuple[int, AbstractSource],
-        anchor: Float[Array, " dim"] | None = None,
-    ) -> Float[np.ndarray, "walkers dim"]:
-        """Return the estimate of the gradient of nbeta L_n of each walker in round coordinates."""
-        state = blank_state(position)
-        del position  # the state has a copy
-        state = self._call(linear_map, state, batch, anchor)
-        position, gradient = state.position, state.here.gradient
-        del state  # its momenta are wanted no more
-        return self._of_loss(linear_map, position, gradient)
-
     def evaluate(
         self,
-        linear_map: LinearMap,
+        scale: Float[Array, " dim"],
         state: State,
         batch: tuple[int, AbstractSource],
         anchor: Float[Array, " dim"] | None = None,
-    ) -> tuple[State, Float[np.ndarray, "walkers dim"]]:
-        """Evaluate walkers where they are, whose state is used up; return the gradient too."""
-        state = self._call(linear_map, state, batch, anchor)
-        return state, self._of_loss(linear_map, state.position, state.here.gradient)
-
-    def _call(self, linear_map: LinearMap, state: State, batch, anchor) -> State:
+    ) -> State:
+        """Evaluate walkers where they are; a gradient that was finite leaves their momenta."""
         step, source = batch
-        course = Course(state, linear_map, 0.0, anchor, done=step)
+        course = Course(state, scale, 0.0, anchor, done=step)
         self.work += self.setup.cost(1, 1, course.is_anchored)
-        return call_round(self.setup, course, source, -1, 0)[0]
-
-    def _of_loss(
-        self,
-        linear_map: LinearMap,
-        position: Float[Array, "walkers dim"],
-        gradient: Float[Array, "walkers dim"],
-    ) -> Float[np.ndarray, "walkers dim"]:
-        """Take the localizer's part off a gradient."""
-        of_localizer = np.square(np.asarray(linear_map.scale)) * float(self.setup.posterior.gamma)
-        found = np.array(gradient)
-        for mine, at in zip(found, np.asarray(position), strict=True):  # row by row, in place
-            mine -= of_localizer * at
-        return found
+        # what is made while it runs would be held beside its temporaries
+        return jax.block_until_ready(call_round(self.setup, course, source, -1, 0)[0])
 
 
-def measure_curvature(setup: WalkSetup, rng: np.random.Generator) -> tuple[Measured, float, int]:
+def measure_curvature(
+    setup: WalkSetup, state: State, rng: np.random.Generator
+) -> tuple[Measured, State, float, int]:
     """Measure the curvature of each array, the stiffness, and the gradient at w*.
 
+    The walkers begin at w*, and end anywhere: all that is held of a measurement is in their state.
+
     Returns:
-        What was measured, the sample gradients that it took, and the examples that it read.
+        What was measured, the state, the sample gradients that it took, and the examples read.
 
     Cost:
-        Five evaluations of all walkers on a part of a batch.
+        Five evaluations of all walkers on a part of a batch, and three more where it is measured
+        what anchored batches save. No memory beside the state and a few vectors.
     """
-    # arrays of all walkers are changed in place and let go as soon as may be: they are what bounds
-    # the parameters that fit the memory
-    probe, at_first = Probe(setup, CURVATURE_PROBES), copy.deepcopy(rng)
-    localizer = round_map(setup, np.zeros(len(setup.leaf_sizes)))
+    probe, at_first = Probe(_of_loss(setup), CURVATURE_PROBES), copy.deepcopy(rng)
+    localizer = round_scale(setup, np.zeros(len(setup.leaf_sizes)))
     first, second = probe.batch(), probe.batch()
-    zero = np.zeros(setup.shape, setup.dtype)
-    here = probe.gradient(localizer, zero, first)
-    bent = probe.gradient(localizer, standard_normal(setup, rng), first)
-    bent -= here
-    direction = standard_normal(setup, copy.deepcopy(at_first))
-    curvature = leaf_curvature(direction, bent, setup.leaf_sizes) * float(setup.posterior.gamma)
-    del bent, direction
-    noise = probe.gradient(localizer, zero, second)
+    state = _keep_gradient(probe.evaluate(localizer, state, first))
+    state = state._replace(position=fill(state.position, standard_normals(setup, rng)))
+    state = probe.evaluate(localizer, state, first)
+    curvature = float(setup.posterior.gamma) * leaf_curvature(_bent(state), setup.leaf_sizes)
     # the coordinates of the walk, in which stiffness is what limits its step
-    linear_map = round_map(setup, curvature)
-    change = np.asarray(linear_map.scale) / np.asarray(localizer.scale)
-    here *= change
-    noise *= change  # so far the gradient on the second batch
-    noise += here
-    noise /= 2
-    decrement, error = mean_square_gradient(noise)
-    noise -= here
-    noise *= -math.sqrt(2)
-    measured = Measured(
-        curvature,
-        _largest_eigenvalue(probe, linear_map, here, noise, first),
-        0.5 * decrement,
-        0.5 * error,
-        mean_square(noise),
-        math.inf,
+    scale = round_scale(setup, curvature)
+    change = np.asarray(scale) / np.asarray(localizer)
+    here = fill(state.position, (change * row for row in np.asarray(state.momentum)))
+    # the old one at w* takes the place of a gradient that may not be finite
+    state = State(blank(state.here.gradient), here, state.here._replace(gradient=state.momentum))
+    del localizer, change
+    state = probe.evaluate(scale, state, second)
+    decrement, error = mean_square_gradient(
+        inner_products((one + other) / 2 for one, other in _columns(*_gradients(state)))
     )
-    del here
+    lengths = _distances(*_gradients(state))
+    noise = 0.5 * float(np.mean(lengths**2))
+    # products with the Hessian, from the noise of the gradient on
+    stiffness = 0.0
+    for _ in range(STIFFNESS_PRODUCTS):
+        each = 1 / np.maximum(lengths, TINY)
+        position = add_multiples(blank(state.position), each, state.here.gradient)
+        position = add_multiples(position, -each, state.momentum)
+        state = probe.evaluate(scale, state._replace(position=position), first)
+        lengths = _distances(*_gradients(state))
+        stiffness = max(stiffness, float(np.quantile(lengths, STIFFNESS_QUANTILE)))
+    measured = Measured(curvature, stiffness, 0.5 * decrement, 0.5 * error, noise, math.inf)
     wanted = setup.settings.gradients
     is_noisy = wanted_parts(setup, measured) > MOST_RAW_PARTS
     if wanted == "anchored" or (is_noisy and wanted == "auto"):
         # noise that is left where the gradient at w* on the same examples is taken off
-        there = probe.gradient(linear_map, standard_normal(setup, copy.deepcopy(at_first)), first)
-        there -= probe.gradient(linear_map, standard_normal(setup, at_first), second)
-        there /= math.sqrt(2)
-        there -= noise
-        measured = measured._replace(anchored_noise=mean_square(there))
-    return measured, probe.work, probe.examples
+        state = state._replace(position=fill(state.position, standard_normals(setup, at_first)))
+        for batch, sign in ((first, -1), (second, 1)):
+            state = _add_gradient(probe.evaluate(scale, state, batch), sign)
+        state = state._replace(position=blank(state.position))
+        state = probe.evaluate(scale, state, second)
+        lengths = _distances(*_gradients(state))
+        measured = measured._replace(anchored_noise=0.5 * float(np.mean(lengths**2)))
+    return measured, state, probe.work, probe.examples
 
 
-def _largest_eigenvalue(
-    probe: Probe,
-    linear_map: LinearMap,
-    here: Float[np.ndarray, "walkers dim"],
-    noise: Float[np.ndarray, "walkers dim"],
-    batch: tuple[int, AbstractSource],
-) -> float:
-    """Return the largest eigenvalue of the Hessian that products with it find, from `noise` on.
+def _of_loss(setup: WalkSetup) -> WalkSetup:
+    """Return what gives the gradient of nbeta L alone, without the localizer's part."""
+    nothing = jax.device_put(np.zeros((), setup.dtype))
+    return dataclasses.replace(setup, posterior=dataclasses.replace(setup.posterior, gamma=nothing))
 
-    `here` is the gradient at w* on the batch.
-    """
-    image, stiffness = noise, 0.0
-    for _ in range(STIFFNESS_PRODUCTS):
-        sizes = np.maximum(np.linalg.norm(image, axis=1, keepdims=True), TINY)
-        start = jnp.asarray(image / sizes)
-        del image
-        image = probe.gradient(linear_map, start, batch)
-        image -= here
-        sizes = np.linalg.norm(image, axis=1)
-        stiffness = max(stiffness, float(np.quantile(sizes, STIFFNESS_QUANTILE)))
-    return stiffness
+
+def _keep_gradient(state: State) -> State:
+    """Keep the gradient in the place of momenta, which an evaluation leaves as they are."""
+    here = state.here._replace(gradient=state.momentum)
+    return state._replace(momentum=state.here.gradient, here=here)
+
+
+def _add_gradient(state: State, sign: float) -> State:
+    """Add the gradient to what was kept of others, or take it off."""
+    signs = np.full(state.momentum.shape[0], float(sign))
+    return state._replace(momentum=add_multiples(state.momentum, signs, state.here.gradient))
+
+
+def _gradients(state: State) -> tuple[np.ndarray, np.ndarray]:
+    """Return what was kept of gradients, and the last one."""
+    return np.asarray(state.momentum), np.asarray(state.here.gradient)
+
+
+def _bent(state: State) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield where each walker is, and by how much its gradient differs from the one kept."""
+    for at, here, there in zip(np.asarray(state.position), *_gradients(state), strict=True):
+        yield at, there - here
 
 
 def measure_heat(setup: WalkSetup, course: Course) -> Course:
     """Measure what the noise of batches of one part adds to llc, were the loss quadratic.
 
     Noise along a direction where data have the curvature c, and data and localizer a, raises the
-    variance there by `position_heat / a`, and llc by half of c times that.
+    variance there by `position_heat / a`, and llc by half of c times that. Walkers stay where they
+    are, and their momenta are drawn anew.
 
     Cost:
         Four evaluations of all walkers on a part of a batch.
     """
-    probe, linear_map, state = Probe(setup, HEAT_PROBES), course.linear_map, course.state
-    # the walkers' own state is what is evaluated, since a second one may not fit the memory
-    state, noise = probe.evaluate(linear_map, state, probe.batch(), course.anchor)
-    state, other = probe.evaluate(linear_map, state, probe.batch(), course.anchor)
-    noise -= other
-    noise /= math.sqrt(2)
-    del other
-    size = np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), TINY)
-    square, batch = size[:, 0] ** 2, probe.batch()
-    position = np.array(state.position)
-    state, bent = probe.evaluate(
-        linear_map,
-        state._replace(position=jnp.asarray(position + noise / size)),
-        batch,
-        course.anchor,
-    )
-    state, there = probe.evaluate(linear_map, state._replace(position=jnp.asarray(position)), batch)
-    bent -= there
-    del there
-    curvature = np.einsum("ij,ij->i", noise, bent, dtype=float) / size[:, 0]
-    scale2 = np.square(np.asarray(linear_map.scale))
-    localizer = np.einsum("ij,ij,j->i", noise, noise, scale2, dtype=float)
+    probe, scale, anchor = Probe(setup, HEAT_PROBES), course.scale, course.anchor
+    state = _keep_gradient(probe.evaluate(scale, course.state, probe.batch(), anchor))
+    state = _add_gradient(probe.evaluate(scale, state, probe.batch(), anchor), -1)
+    # momenta are the difference of two gradients now
+    noise = np.asarray(state.momentum)
+    square = np.maximum(_row_products(noise, noise), TINY)
+    localizer = _row_products(noise, noise, *[np.asarray(scale)[None]] * 2)
+    del noise
+    slopes, batch = [], probe.batch()
+    for step in (1 / np.sqrt(square), -1 / np.sqrt(square)):  # there and back
+        position = add_multiples(state.position, step, state.momentum)
+        state = probe.evaluate(scale, state._replace(position=position), batch, anchor)
+        slopes.append(_row_products(*_gradients(state)))
     # the noise is zero where all weights of two batches are
-    localizer *= float(setup.posterior.gamma) / np.maximum(square, TINY)
+    localizer *= float(setup.posterior.gamma) / square
+    curvature = (slopes[0] - slopes[1]) / np.sqrt(square) - localizer
     total = np.maximum(localizer + np.abs(curvature), TINY)
-    raised = square * position_heat(course.step_size, FRICTION_TIME, total)
+    raised = 0.5 * square * position_heat(course.step_size, FRICTION_TIME, total)
+    seed = np.random.SeedSequence(setup.seed.entropy, spawn_key=(MOMENTA,))
+    momentum = fill(state.momentum, standard_normals(setup, np.random.default_rng(seed)))
     return course._replace(
-        state=state,
+        state=state._replace(momentum=momentum),
         heat=float(np.mean(0.5 * raised * curvature / total)),
         work=course.work + probe.work,
         examples=course.examples + probe.examples,
     )
 
 
-def measure_decrement(setup: WalkSetup, course: Course) -> tuple[float, float, float, int]:
+def measure_decrement(setup: WalkSetup, course: Course) -> tuple[Course, float, float]:
     """Measure what a step from w* along the gradient would gain, on `ANCHOR_SHARE` of the budget.
 
+    The walkers end at w*.
+
     Returns:
-        Nats of log posterior, their standard error, the sample gradients, and the examples.
+        The course with what it took, nats of log posterior, and their standard error.
     """
-    probe, zero = Probe(setup, DECREMENT_PROBES), np.zeros(setup.shape, setup.dtype)
+    probe, state = Probe(setup, DECREMENT_PROBES), course.state
+    state = state._replace(position=blank(state.position), momentum=blank(state.momentum))
     count = int(np.clip(ANCHOR_SHARE * setup.budget / setup.cost(1, 1), 1, MOST_DECREMENT_BATCHES))
-    total = zero
     for _ in range(count):
-        total = total + probe.gradient(course.linear_map, zero, probe.batch())
-    square, error = mean_square_gradient(total / count)
-    return 0.5 * square, 0.5 * error, probe.work, probe.examples
+        state = _add_gradient(probe.evaluate(course.scale, state, probe.batch()), 1)
+    square, error = mean_square_gradient(
+        inner_products(total / count for (total,) in _columns(np.asarray(state.momentum)))
+    )
+    work, examples = course.work + probe.work, course.examples + probe.examples
+    return course._replace(state=state, work=work, examples=examples), 0.5 * square, 0.5 * error
 
 
-def standard_normal(setup: WalkSetup, rng: np.random.Generator) -> Float[np.ndarray, "walkers dim"]:
-    """Draw a direction for each walker."""
-    return rng.standard_normal(setup.shape, np.float32).astype(setup.dtype, copy=False)
+def standard_normals(
+    setup: WalkSetup, rng: np.random.Generator
+) -> Iterator[Float[np.ndarray, " dim"]]:
+    """Draw a direction for each walker, one at a time."""
+    walkers, dim = setup.shape
+    for _ in range(walkers):
+        yield rng.standard_normal(dim, np.float32).astype(setup.dtype, copy=False)
 
 
-def mean_square(vectors: Float[np.ndarray, "walkers dim"]) -> float:
-    """Return the mean of |x|^2."""
-    return float(np.mean(np.diagonal(inner_products(vectors))))
+def _columns(*arrays: Float[np.ndarray, "_ dim"]) -> Iterator[list[Float[np.ndarray, "_ some"]]]:
+    """Yield the same few columns of arrays in double precision, without a copy of all."""
+    for start in range(0, arrays[0].shape[1], SLICE):
+        yield [array[:, start : start + SLICE].astype(float) for array in arrays]
 
 
 def inner_products(
-    vectors: Float[np.ndarray, "walkers dim"],
+    parts: Iterable[Float[np.ndarray, "walkers _"]],
 ) -> Float[np.ndarray, "walkers walkers"]:
-    """Return the products of all pairs in double precision, without a copy of all in it."""
-    total = np.zeros((vectors.shape[0],) * 2)
-    for start in range(0, vectors.shape[1], SLICE):
-        part = vectors[:, start : start + SLICE].astype(float)
-        total += part @ part.T
-    return total
+    """Return the products of all pairs of rows, which come part by part."""
+    return np.sum([part @ part.T for part in parts], axis=0)
+
+
+def _row_products(*arrays: Float[np.ndarray, "_ dim"]) -> Float[np.ndarray, " walkers"]:
+    """Return the sum over each row of the product of arrays; a single row is that of all."""
+    sums = [functools.reduce(np.multiply, parts).sum(axis=1) for parts in _columns(*arrays)]
+    return np.sum(sums, axis=0)
+
+
+def _distances(
+    one: Float[np.ndarray, "walkers dim"], other: Float[np.ndarray, "walkers dim"]
+) -> Float[np.ndarray, " walkers"]:
+    """Return the length of the difference of each row."""
+    squares = [np.square(a - b).sum(axis=1) for a, b in _columns(one, other)]
+    return np.sqrt(np.sum(squares, axis=0))
 
 
 def leaf_curvature(
-    direction: Float[np.ndarray, "walkers dim"],
-    bent: Float[np.ndarray, "walkers dim"],
+    pairs: Iterable[tuple[Float[np.ndarray, " dim"], Float[np.ndarray, " dim"]]],
     sizes: tuple[int, ...],
 ) -> Float[np.ndarray, " leaves"]:
-    """Return the mean Rayleigh quotient of each array of parameters, at least 0."""
-    ends = np.cumsum(sizes)
-    parts = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-    products, squares = (
-        np.array([np.vdot(direction[:, part], other[:, part]) for part in parts])
-        for other in (bent, direction)
-    )
+    """Return the mean Rayleigh quotient of each array of parameters, at least 0.
+
+    Each pair is a direction, and its product with the Hessian.
+    """
+    ends = np.cumsum(sizes)[:-1]
+    products, squares = np.zeros((2, len(sizes)))
+    for pair in pairs:
+        direction, bent = (np.split(vector, ends) for vector in pair)
+        products += list(map(np.vdot, direction, bent))
+        squares += list(map(np.vdot, direction, direction))
     return np.maximum(products / np.maximum(squares, TINY), 0.0)
 
 
-def mean_square_gradient(gradients: Float[np.ndarray, "walkers dim"]) -> tuple[float, float]:
-    """Return |E g|^2 without the noise of g, from independent draws of g, and its error.
+def mean_square_gradient(products: Float[np.ndarray, "walkers walkers"]) -> tuple[float, float]:
+    """Return |E g|^2 without the noise of g, from products of independent g, and its error.
 
     It is the mean product of two different draws, and the error that of the jackknife.
     """
-    count = gradients.shape[0]
+    count = products.shape[0]
     if count < 3:
         return 0.0, math.inf
-    products = inner_products(gradients)
-    np.fill_diagonal(products, 0.0)
+    products = products - np.diag(np.diagonal(products))
     others = (products.sum() - 2 * products.sum(axis=0)) / ((count - 1) * (count - 2))
     error = math.sqrt((count - 1) * float(np.var(others)))
     return float(products.sum() / (count * (count - 1))), error

@@ -6,8 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fastvi._typing import Float
-from fastvi.families.moments import LinearMap
+from fastvi._typing import Array, Float
 from fastvi.sampling.from_localizer.setup import FRICTION_TIME, WalkSetup
 from fastvi.sampling.run import HEAT_SHARE
 
@@ -55,14 +54,11 @@ class Measured(NamedTuple):
     anchored_noise: float
 
 
-def round_map(setup: WalkSetup, curvature: Float[np.ndarray, " leaves"]) -> LinearMap:
-    """Return the coordinates `sqrt(gamma + curvature)`, one number for each array."""
-    posterior, dtype = setup.posterior, setup.posterior.center.dtype
-    numbers = np.repeat(1 / np.sqrt(float(posterior.gamma) + curvature), setup.leaf_sizes)
-    scale = numbers.astype(dtype)
-    nothing = (np.zeros(shape, dtype) for shape in ((0, scale.size), (0, 0)))
+def round_scale(setup: WalkSetup, curvature: Float[np.ndarray, " leaves"]) -> Float[Array, " dim"]:
+    """Return the unit of each coordinate, `1 / sqrt(gamma + curvature)`, one for each array."""
+    units = (1 / np.sqrt(float(setup.posterior.gamma) + curvature)).astype(setup.dtype)
     # put on the device, for which nothing is compiled
-    return LinearMap(*jax.device_put((np.zeros_like(scale), scale, *nothing)))
+    return jax.device_put(np.repeat(units, setup.leaf_sizes))
 
 
 def plan_step(stiffness: float) -> float:

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from fastvi._typing import Array, Float, Keys
-from fastvi.families.moments import LinearMap
 from fastvi.sampling.dynamics import State
 from fastvi.sampling.from_localizer.batches import AbstractReader, AbstractSource
 from fastvi.sampling.from_localizer.steps import MinibatchPrograms, RoundInputs, Steps
@@ -81,7 +80,7 @@ class Course(NamedTuple):
 
     Attributes:
         state: The walkers.
-        linear_map: Their coordinates.
+        scale: What one unit of each of their coordinates is in model coordinates.
         step_size: The step.
         anchor: Gradient of L_n at w*, where batches are anchored there; None where they are not.
         parts: Parts of a batch.
@@ -95,7 +94,7 @@ class Course(NamedTuple):
     """
 
     state: State
-    linear_map: LinearMap
+    scale: Float[Array, " dim"]
     step_size: float
     anchor: Float[Array, " dim"] | None = None
     parts: int = 1
@@ -120,7 +119,7 @@ def call_round(
     dtype = course.state.position.dtype
     inputs = RoundInputs(
         setup.posterior,
-        course.linear_map,
+        course.scale,
         source,
         course.anchor,
         setup.keys,

@@ -1,7 +1,7 @@
 """The compiled steps of walkers on fresh minibatches."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,6 @@ import numpy as np
 
 from fastvi._compilation import PROGRAMS, QUICK_BYTES, compiler_options
 from fastvi._typing import Array, Float, Int, Keys, Scalar
-from fastvi.families.moments import LinearMap
 from fastvi.kernels.noise import normal, streams
 from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_half_step
 from fastvi.sampling.from_localizer.batches import AbstractSource
@@ -53,7 +52,7 @@ class RoundInputs(NamedTuple):
 
     Attributes:
         posterior: The target.
-        linear_map: Coordinates of the walkers.
+        scale: What one unit of each round coordinate is in model coordinates.
         source: Gives the examples.
         anchor: Gradient of L_n at w*, where batches are anchored there; None where they are not.
         keys: One for each walker.
@@ -61,7 +60,7 @@ class RoundInputs(NamedTuple):
     """
 
     posterior: LocalPosterior
-    linear_map: LinearMap
+    scale: Float[Array, " dim"]
     source: AbstractSource
     anchor: Float[Array, " dim"] | None
     keys: Keys
@@ -101,10 +100,12 @@ def evaluate_minibatches(
     Cost:
         For each example a gradient, and a loss; with an anchor, two gradients.
     """
-    posterior, linear_map, source, anchor, keys, parts = inputs
-    displacement, center = linear_map.displacement(position), posterior.center
+    posterior, scale, source, anchor, keys, parts = inputs
+    center, displacement = posterior.center, scale * position
+    radius2 = jnp.sum(displacement**2, axis=-1)
 
-    def one(v, batch):
+    def one(x, batch):
+        v = scale * x
         loss, slope = value_and_grad(objective, center + v, batch)
         if anchor is None:
             reference = objective.loss(center, batch)
@@ -114,38 +115,71 @@ def evaluate_minibatches(
         return loss - reference + tilt @ v, reference, slope + tilt
 
     def add(part, total):
+        # without the barrier XLA holds the parameters of a walker from before the loop on
+        part, at = jax.lax.optimization_barrier((part, position))
         rows = source.rows(keys, step, part, parts)[some]
-        found = jax.vmap(one)(displacement, take_examples(source.examples, rows))
+        found = jax.vmap(one)(at, take_examples(source.examples, rows))
         # losses of half precision are summed in that of the parameters
         return jax.tree_util.tree_map(lambda a, b: a + b.astype(a.dtype), total, found)
 
-    zeros = jnp.zeros(displacement.shape[0], displacement.dtype)
-    sums = jax.lax.fori_loop(0, parts, add, (zeros, zeros, jnp.zeros_like(displacement)))
+    zeros = jnp.zeros(position.shape[0], position.dtype)
+    sums = jax.lax.fori_loop(0, parts, add, (zeros, zeros, jnp.zeros_like(position)))
     excess, reference, slope = jax.tree_util.tree_map(lambda leaf: leaf / parts, sums)
-    gradient = -jax.vmap(posterior.log_density_grad)(displacement, slope)
-    radius2 = jnp.sum(displacement**2, axis=-1)
-    potential = -jax.vmap(posterior.log_density)(displacement, excess)
-    virial = jnp.sum(displacement * gradient, axis=-1)
+    # without the barrier XLA holds the displacement through the loop
+    slope, at = jax.lax.optimization_barrier((slope, position))
+    gradient = scale * -jax.vmap(posterior.log_density_grad)(scale * at, slope)
+    virial = jnp.sum(position * gradient, axis=-1)
     observed = Observed(excess, reference, radius2, virial)
-    return Evaluation(potential, linear_map.pull_back(gradient), observed)
+    potential = -jax.vmap(posterior.log_density)(displacement, excess)
+    return Evaluation(potential, gradient, observed)
 
 
-def blank_state(
-    position: Float[Array | np.ndarray, "walkers dim"],
-    momentum: Float[np.ndarray, "walkers dim"] | None = None,
-) -> State:
-    """Return a state to call step -1 with, which reads nothing of its evaluation.
-
-    It uses up a position on the device.
-    """
+def blank_state(shape: tuple[int, int], dtype: np.dtype) -> State:
+    """Return walkers at w* without momentum, and nothing evaluated."""
     # each an array of its own, since a donated one may be given once alone
-    each = [jnp.zeros(position.shape[0], position.dtype) for _ in range(5)]
-    blank = Evaluation(each[0], jnp.zeros_like(position), Observed(*each[1:]))
-    # copied once: `jnp.array` copies in numpy first, and lets go of that late
-    copied = functools.partial(jax.device_put, may_alias=False)
-    start = position if isinstance(position, jax.Array) else copied(position)
-    rest = jnp.zeros_like(start) if momentum is None else copied(momentum)
-    return State(start, rest, blank)
+    position, momentum, gradient = (_zeros(shape, dtype) for _ in range(3))
+    potential, *each = (_zeros(shape[:1], dtype) for _ in range(5))
+    return State(position, momentum, Evaluation(potential, gradient, Observed(*each)))
+
+
+def blank(rows: Float[Array, "walkers dim"]) -> Float[Array, "walkers dim"]:
+    """Return zeros in the place of an array, which is used up."""
+    shape, dtype = rows.shape, rows.dtype
+    rows.delete()
+    return _zeros(shape, dtype)
+
+
+def fill(
+    rows: Float[Array, "walkers dim"], by: Iterable[Float[np.ndarray, " dim"]]
+) -> Float[Array, "walkers dim"]:
+    """Return rows that come one by one in the place of an array, which is used up."""
+    for walker, row in enumerate(by):
+        # rows that wait for the device are held on the host
+        rows = put_row(rows, np.int32(walker), row).block_until_ready()
+    return rows
+
+
+@functools.partial(jax.jit, donate_argnames=("rows",))
+def put_row(
+    rows: Float[Array, "walkers dim"], walker: Int[Array, ""], row: Float[Array, " dim"]
+) -> Float[Array, "walkers dim"]:
+    """Put the row of one walker in its place, in an array that is used up."""
+    return rows.at[walker].set(row)
+
+
+@functools.partial(jax.jit, donate_argnames=("rows",))
+def add_multiples(
+    rows: Float[Array, "walkers dim"],
+    factors: Float[Array, " walkers"],
+    others: Float[Array, "walkers dim"],
+) -> Float[Array, "walkers dim"]:
+    """Add to each row a multiple of another, in an array that is used up."""
+    return rows + factors.astype(rows.dtype)[:, None] * others
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> Float[Array, "*shape"]:
+    # nothing is compiled for it; zeros that nobody has written take no memory on the host
+    return jax.device_put(np.zeros(shape, dtype), may_alias=False)
 
 
 def minibatch_programs(

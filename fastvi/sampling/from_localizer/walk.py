@@ -18,7 +18,7 @@ from fastvi.sampling.from_localizer.measure import (
     measure_curvature,
     measure_decrement,
     measure_heat,
-    standard_normal,
+    standard_normals,
 )
 from fastvi.sampling.from_localizer.plan import (
     DOUBT_SHARE,
@@ -29,11 +29,11 @@ from fastvi.sampling.from_localizer.plan import (
     noise_heat,
     plan_parts,
     plan_step,
-    round_map,
+    round_scale,
     seen_heat,
 )
 from fastvi.sampling.from_localizer.setup import Course, WalkSetup, affordable_steps, call_round
-from fastvi.sampling.from_localizer.steps import Observed, Steps, blank_state
+from fastvi.sampling.from_localizer.steps import Observed, Steps, blank, blank_state, fill, put_row
 from fastvi.sampling.run import CHECK_GROWTH, ERROR, TAKEN_BACK, Check, Unmet, unmet_by
 from fastvi.target.work import GRADIENT
 
@@ -116,12 +116,14 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
         DataError: If the data end before a walk can begin.
     """
     rng = np.random.default_rng(setup.seed)
-    measured, work, examples = measure_curvature(setup, rng)
+    # one state, of which all that is measured makes use: a second one may not fit the memory
+    state = blank_state(setup.shape, setup.dtype)
+    measured, state, work, examples = measure_curvature(setup, state, rng)
     if not measured.stiffness <= MOST_STIFFNESS and not setup.must_walk:
         return TooStiff(measured.stiffness, work)
     course = Course(
-        draw_start(setup, rng),
-        round_map(setup, measured.curvature),
+        state,
+        round_scale(setup, measured.curvature),
         plan_step(measured.stiffness),
         work=work,
         examples=examples,
@@ -180,19 +182,29 @@ def _cannot_begin(setup: WalkSetup, course: Course) -> DataError | ConfigError:
     )
 
 
-def draw_start(setup: WalkSetup, rng: np.random.Generator) -> State:
-    """Draw positions and momenta, and leave the generator as it is: they can be drawn again."""
+def draw_start(setup: WalkSetup, state: State, rng: np.random.Generator) -> State:
+    """Draw positions and momenta in the place of those of a state, which is used up.
+
+    The generator is left as it is: they can be drawn again.
+    """
     rng = copy.deepcopy(rng)
-    return blank_state(standard_normal(setup, rng), standard_normal(setup, rng))
+    return State(
+        fill(state.position, standard_normals(setup, rng)),
+        fill(state.momentum, standard_normals(setup, rng)),
+        # a gradient that is not finite would be one in the next step
+        state.here._replace(gradient=blank(state.here.gradient)),
+    )
 
 
 def burn_in(setup: WalkSetup, course: Course, rng: np.random.Generator) -> Course:
-    """Let walkers forget where they began, with steps short enough that none is taken back.
+    """Let walkers forget where they begin, with steps short enough that none is taken back.
 
-    They begin anew, at what `rng` draws, where steps have to be shorter.
+    They begin at what `rng` draws, and anew where steps have to be shorter.
     """
     while True:
-        course = _evaluate(setup, course)
+        course = _evaluate(
+            setup, course._replace(state=draw_start(setup, course.state, rng), said=None)
+        )
         steps = math.ceil(BURN_IN_TIME / course.step_size)
         steps = affordable_steps(setup, course, steps, PREPARATION_SHARE)
         while steps and course.is_fed:
@@ -203,10 +215,7 @@ def burn_in(setup: WalkSetup, course: Course, rng: np.random.Generator) -> Cours
         is_stable = said is None or float(np.mean(said.returned)) <= RETURNED
         if is_stable or course.step_size < SHORTEST_STEP:
             return course
-        # a state that a program has used up cannot be used again
-        course = course._replace(
-            state=draw_start(setup, rng), step_size=course.step_size / 2, said=None
-        )
+        course = course._replace(step_size=course.step_size / 2)
 
 
 def plan_anchor(setup: WalkSetup, measured: Measured, course: Course) -> Course:
@@ -226,8 +235,7 @@ def plan_anchor(setup: WalkSetup, measured: Measured, course: Course) -> Course:
     if setup.full_gradient is not None and setup.num_data <= FULL_ANCHOR_SHARE * setup.budget:
         work = course.work + GRADIENT * setup.num_data
         return course._replace(anchor=setup.full_gradient(), work=work)
-    decrement, error, work, examples = measure_decrement(setup, course)
-    course = course._replace(work=course.work + work, examples=course.examples + examples)
+    course, decrement, error = measure_decrement(setup, course)
     if decrement > CERTAIN * error and wanted != "anchored":
         return course._replace(heat=noise_heat(measured.noise, course.step_size))
     anchor = jnp.zeros_like(setup.posterior.center)
@@ -313,10 +321,13 @@ def _evaluate(setup: WalkSetup, course: Course) -> Course:
         is_inside = np.isfinite(np.asarray(observed.virial) + np.asarray(observed.excess))
         if is_inside.all() or halved == MOST_HALVINGS:
             break
-        position = np.array(state.position)
-        position[~is_inside] /= 2
-        # what was evaluated goes: a gradient that is not finite would be one in the next step
-        course = course._replace(state=blank_state(position, np.array(state.momentum)))
+        position, gradient = state.position, state.here.gradient
+        for walker in np.flatnonzero(~is_inside).astype(np.int32):
+            position = put_row(position, walker, np.asarray(position)[walker] / 2)
+            # one that is not finite would be one in the next step
+            gradient = put_row(gradient, walker, np.zeros(setup.shape[1], setup.dtype))
+        here = state.here._replace(gradient=gradient)
+        course = course._replace(state=state._replace(position=position, here=here))
     return course
 
 

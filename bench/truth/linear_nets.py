@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.truth.aoyagi import deep_linear_learning_coefficient
+from bench.truth.gibbs import two_layer_answer
 from bench.truth.problem import Problem, no_data, rotation
 from bench.truth.quadrature import two_unit_answer
 
@@ -93,7 +94,7 @@ def reduced_rank_regression(name, widths, rank, gamma, count=1000, noise=0.3) ->
     def loss_fn(params, batch):
         return 0.5 * jnp.mean(jnp.sum((batch[0] @ layer_product(params).T - batch[1]) ** 2, axis=1))
 
-    return Problem(
+    problem = Problem(
         name,
         loss_fn,
         params,
@@ -102,7 +103,12 @@ def reduced_rank_regression(name, widths, rank, gamma, count=1000, noise=0.3) ->
         count,
         theory=deep_linear_learning_coefficient(widths, rank),
         theory_source=AOYAGI,
+        exact_method="Gibbs sampling",
     )
+    exact = functools.partial(
+        two_layer_answer, params["W1"], params["W2"], problem.nbeta, float(gamma)
+    )
+    return dataclasses.replace(problem, exact=exact)
 
 
 def two_unit_linear(name, inputs, outputs, gamma, size="fast") -> Problem:
@@ -166,6 +172,10 @@ LINEAR_NETS = (
     | {
         "reduced_rank_6_3_5": lambda: reduced_rank_regression(
             "reduced_rank_6_3_5", (6, 3, 5), 1, 1.0
+        ),
+        # its gradient noise turns with the walker: what is left of its heat shows here
+        "reduced_rank_10_10_10_g10": lambda: reduced_rank_regression(
+            "reduced_rank_10_10_10_g10", (10, 10, 10), 3, 10.0, count=10_000, noise=0.0
         ),
         "reduced_rank_5_5_5_g100": lambda: reduced_rank_regression(
             "reduced_rank_5_5_5_g100", (5, 5, 5), 2, 100.0

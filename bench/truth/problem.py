@@ -30,9 +30,9 @@ class Problem:
         nbeta: n times the inverse temperature; n / log n when left out.
         theory: The learning coefficient, the limit of the answer as n grows at fixed gamma.
         theory_source: Where `theory` is from.
-        exact: Computes the answer itself by formula or quadrature; returns it and a bound on the
-            numerical error.
-        exact_method: "closed form" or "quadrature".
+        exact: Computes the answer itself by formula, quadrature or draws of the posterior; returns
+            it and a bound on the numerical error, or the standard error of draws.
+        exact_method: "closed form", "quadrature" or "Gibbs sampling".
         size: "fast" (seconds for any method), "medium" (minutes), "large".
     """
 

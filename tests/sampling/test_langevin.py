@@ -7,6 +7,7 @@ import pytest
 from conftest import quick_jit
 
 import fastvi
+from bench.truth.gibbs import two_layer_answer
 from fastvi.api.arguments import make_problem
 from fastvi.config import VIConfig
 from fastvi.families.moments import LinearMap
@@ -204,25 +205,6 @@ def test_friction_along_the_noise_takes_the_heat_off():
 WIDTH = 4
 
 
-def gibbs_llc(target, first, second, nbeta, gamma, sweeps=40_000):
-    """Sample two linear layers exactly, each given the other; return llc and its error."""
-    rng, values = np.random.default_rng(0), []
-
-    def layer(above, aim, center):  # of |above layer - aim|^2 / 2
-        precision = nbeta * above.T @ above + gamma * np.eye(WIDTH)
-        mean = np.linalg.solve(precision, nbeta * above.T @ aim + gamma * center)
-        root = np.linalg.inv(np.linalg.cholesky(precision)).T
-        return mean + root @ rng.normal(size=(WIDTH, WIDTH))
-
-    one, two = first, second
-    for _ in range(sweeps):
-        one = layer(two, target, first)
-        two = layer(one.T, target.T, second.T).T
-        values.append(0.5 * nbeta * np.sum((two @ one - target) ** 2))
-    parts = np.mean(np.reshape(values, (20, -1)), axis=1)
-    return parts.mean(), parts.std() / np.sqrt(20)
-
-
 def test_noise_that_follows_the_walkers_heats_nothing():
     """Two linear layers of rank 1: noise of rank one, in other directions at each walker.
 
@@ -243,7 +225,7 @@ def test_noise_that_follows_the_walkers_heats_nothing():
     problem = make_problem(center, data, nbeta, gamma, VIConfig(batch_size=32), "nbeta")
     dim = center.size
     linear_map = LinearMap(jnp.zeros(dim), jnp.full(dim, 0.1), jnp.eye(dim)[:1], jnp.zeros((1, 1)))
-    exact, error = gibbs_llc(target, first, second, nbeta, gamma)
+    exact, error = two_layer_answer(first, second, nbeta, gamma)
     hot, balanced = (
         dynamics(
             objective,

@@ -240,7 +240,7 @@ def test_noise_that_follows_the_walkers_heats_nothing():
     )
     assert error < 0.01 * exact
     assert hot - exact > 0.05 * exact
-    assert balanced == pytest.approx(exact, abs=0.25 * (hot - exact))
+    assert balanced == pytest.approx(exact, abs=0.25 * float(hot - exact))
 
 
 def pair_variance(objective, problem, anchor, points, linear_map, blocks):

@@ -260,10 +260,10 @@ class RunSetup:
 
     def max_blocks(self, state: RunState, bias: float, slack: float = 1.0) -> int:
         """Return the most blocks whose noise is balanced and would add no more than `bias`."""
-        variance = min(self.variance(state, bias), most_balanced_variance(state.step_size))
+        variance = min(self.variance_of(state, bias), most_balanced_variance(state.step_size))
         return max_blocks_within(slack * variance, state.block_noise, self.counts)
 
-    def variance(self, state: RunState, bias: float) -> float:
+    def variance_of(self, state: RunState, bias: float) -> float:
         """Return the variance of gradients that would add `bias` to llc, were it not balanced."""
         return abs(bias) / noise_bias(1.0, state.step_size, self.settings.friction_time)
 
@@ -460,7 +460,7 @@ def burn_in(setup: RunSetup, state: RunState) -> RunState:
     """
     settings, walkers = setup.settings, state.num_walkers
     # what is left of the heat is no more than that, and is not averaged
-    variance = setup.variance(state, settings.burn_in_noise * state.llc)
+    variance = setup.variance_of(state, settings.burn_in_noise * state.llc)
     rough = max_blocks_within(variance, state.block_noise, setup.counts)
     wanted = setup.max_blocks(state, setup.allowed_bias(state.llc))
     reserve = setup.run_cost(wanted, walkers)  # burn-in must leave what the run after it takes

@@ -14,7 +14,7 @@ from fastvi._typing import Array, Bool, Float, Int, Scalar
 from fastvi.sampling.gradients import blocks_left_out
 from fastvi.sampling.settings import SamplerSettings
 
-# Steps that a walker keeps its block of data. With two, every other step has the same potential at
+# Steps that a walker keeps its pair of blocks. With two, every other step has the same potential at
 # both ends, so that its energy error is its own; with one, no step size could be tuned; with four,
 # the noise bias doubles.
 HOLD = 2

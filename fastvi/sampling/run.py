@@ -483,11 +483,16 @@ def burn_in(setup: RunSetup, state: RunState) -> RunState:
 
 
 def has_arrived(means: list[float], change: float) -> bool:
-    """Say whether the means of rounds have stopped moving between halves, or are not finite."""
+    """Say whether the means of rounds have stopped moving between thirds, or are not finite.
+
+    The first third is where walkers come from: compared with it, they would never arrive.
+    """
     if not means or not math.isfinite(means[-1]):
         return bool(means)
-    half = len(means) // 2
-    moved = abs(np.mean(means[:half]) - np.mean(means[half:])) if half else math.inf
+    third = len(means) // 3
+    if third == 0:
+        return False
+    moved = abs(np.mean(means[-2 * third : -third]) - np.mean(means[-third:]))
     return bool(moved < change * abs(means[-1]))
 
 

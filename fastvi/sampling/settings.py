@@ -66,8 +66,8 @@ class SamplerSettings:
             double, half as large, and more of llc's error is systematic.
         burn_in_noise: The same while walkers burn in, as a share of llc. At half, burn-in costs up
             to twice as much; at double, the walkers arrive too hot.
-        burn_in_change: Change of llc from one half of the burn-in to the next, relative to llc,
-            that ends it. At half, burn-in lasts longer; at double, exact gradients do more of it.
+        burn_in_change: Change of llc from the second third of the burn-in to the last, relative to
+            llc, that ends it. At half, burn-in lasts longer; at double, exact gradients do more of it.
         max_burn_in: Rounds of burn-in on noisy gradients, at most. At half and double: the same,
             for walkers that have not arrived by then.
         max_refinements: Times, at most, that the dynamics are made more exact where the control
@@ -86,7 +86,7 @@ class SamplerSettings:
     start: str = "auto"
     gradients: str = "auto"
     walkers: int = 8
-    walkers_in_few_dimensions: int = 64
+    walkers_in_few_dimensions: int = 16
     friction_time: float = 2.0
     widest: float = 8.0
     energy_error: float = 5e-4

@@ -14,9 +14,9 @@ import textwrap
 import numpy as np
 
 from bench import flow_report
-from bench.gate import JUDGED, MACHINE, RATE, load, measured
+from bench.gate import MACHINE, load, measured
 from bench.harness import RESULTS
-from bench.tables import markdown, number, tabulate
+from bench.tables import EFFICIENCY, markdown, number, tabulate
 from bench.truth import compare_report, suite
 
 ROOT = RESULTS.parent.parent
@@ -113,11 +113,6 @@ def scale():
     return f"{table}\n\n{law}"
 
 
-EFFICIENCY = {
-    "relative variance x FGE": "relative_wnv",
-    "relative squared error x FGE": "relative_wnmse",
-    "FGE/s": RATE,
-}
 LANGUAGE_MODEL = {
     "method": "method",
     "nbeta": "nbeta",
@@ -198,9 +193,11 @@ def estimates():
     for table, kind in ESTIMATES.items():
         rows = load(table=table)
         here = [row for row in rows if all(row[part] == rows[-1][part] for part in MACHINE)]
-        found = {column: _by_kind(measured(table, here, column), kind) for column in JUDGED}
+        found = {
+            column: _by_kind(measured(table, here, column), kind) for column in EFFICIENCY.values()
+        }
         for name in dict.fromkeys(name for values in found.values() for name in values):
-            values = [found[column].get(name, []) for column in JUDGED]
+            values = [own.get(name, []) for own in found.values()]
             medians = (f"{np.median(own):.3g}" if own else "" for own in values)
             lines.append([table, name, str(max(map(len, values))), *medians])
     return tabulate(["rows", "", "problems", *EFFICIENCY], lines)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench import harness
-from bench.tables import markdown, tabulate
+from bench.tables import EFFICIENCY, markdown, tabulate
 from bench.truth.compare import BUDGETS, CHOSEN, CURVES, FASTVI, SUBSET, TABLE
 
 FIGURE = pathlib.Path(__file__).parents[2] / "docs" / "figures" / "error-versus-fge.png"
@@ -192,7 +192,7 @@ def summary(results: Results) -> str:
         "below 5 %",
     ]
     header += ["FGE to 5 %, median", "diverged runs"]
-    lines = [[*header, "relative variance x FGE", "relative squared error x FGE"]]
+    lines = [[*header, *list(EFFICIENCY)[:2]]]
     for entry in ENTRIES:
         found = [
             (name, knob)

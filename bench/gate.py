@@ -197,7 +197,7 @@ def main(arguments=None):
     ]
     for (table, column, *name), verdict, factor, bound in estimates:
         what = " ".join(name[: len(ESTIMATES[table].same)])
-        print(f"{verdict:>7}  {table:<9}{what:<33}  {column} x {factor:.3g}, at most {bound:.3g}")
+        print(f"{verdict:>7}  {table:<19}{what:<33}  {column} x {factor:.3g}, at most {bound:.3g}")
     return int(any(verdict in ("slower", "worse") for _, verdict, *_ in timings + estimates))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastvi
-from bench.harness import interleaved, record
+from bench.harness import efficiency_of, interleaved, record
 from fastvi.config import VIConfig
 from fastvi.evaluation.importance import pareto_smooth
 from fastvi.families import FAMILIES
@@ -139,6 +139,7 @@ def test_bias(benchmark, name):
                 "asked_khat": ASKED_KHAT,
                 "steps": result.traces["elbo"].shape[1],
                 "fge": result.work.total_fge,
+                **efficiency_of(result, truth),
             }
             rows.append(row)
         return rows
@@ -191,6 +192,7 @@ def test_quadratic(benchmark, d_latent, backend, template):
         "steps": result.traces["elbo"].shape[1],
         "fge": result.work.total_fge,
         "seconds": benchmark.stats.stats.max,
+        **efficiency_of(result, truth),
     }
     record("flow_quadratic", [row])
 
@@ -215,6 +217,7 @@ def test_seeds(benchmark, name):
         "median": float(np.median(values)),
         "greatest": float(values.max()),
         "steps": result.traces["elbo"].shape[1],
+        **efficiency_of(result, truth),
     }
     record("flow_seeds", [row])
 

@@ -6,6 +6,7 @@ Alternating timings, rows in files, and a memory-bandwidth yardstick.
 import csv
 import datetime
 import functools
+import math
 import os
 import pathlib
 import platform
@@ -113,6 +114,68 @@ def score(
         zip(("ms_p20", "ms", "ms_p80"), (1e3 * value for value in timing.seconds), strict=True)
     )
     return row | {name: details.pop(name, "") for name in DETAILS} | details
+
+
+def work_normalized(deviation: Any, work: Any) -> Any:
+    """Return deviation^2 x work: of a variance that falls as 1 / work, what it is at a work of 1.
+
+    Args:
+        deviation: A standard error, or the distance from an answer that is known.
+        work: What it took, in any unit.
+    """
+    return deviation**2 * work
+
+
+def efficiency(
+    llc: float, sem: float, fge: float, seconds: float, n_data: int, truth: float | None = None
+) -> dict[str, float]:
+    """Return the columns that set the error of an estimate beside its work, and that beside time.
+
+    Args:
+        llc: The estimate; one that is not finite is infinitely far from the truth.
+        sem: Its standard error, as the method itself states it.
+        fge: All work, in full-gradient equivalents.
+        seconds: What that took, without compilation where the method says how long it compiled.
+        n_data: Examples, the sample gradients of one full-gradient equivalent.
+        truth: The answer; None where it is not known.
+
+    Returns:
+        `work_normalized_variance` in sample gradients. What compares problems is relative to the
+        estimate and in full-gradient equivalents: `relative_wnv` and, where the answer is known,
+        `relative_wnmse`, which has the real error in place of the stated one. `fge_per_second`.
+    """
+    llc, sem, seconds = np.float64(llc), np.float64(sem), np.float64(seconds)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {
+            "work_normalized_variance": work_normalized(sem, fge * n_data),
+            "relative_wnv": work_normalized(sem / llc, fge),
+        }
+        if truth is not None:
+            error = llc / truth - 1 if math.isfinite(llc) else math.inf
+            found["relative_wnmse"] = work_normalized(error, fge)
+        return {name: float(value) for name, value in found.items()} | {
+            "fge_per_second": float(fge / seconds)
+        }
+
+
+def efficiency_of(result: fastvi.LLCEstimate, truth: float | None = None) -> dict[str, float]:
+    """Return `efficiency` of an estimate of the package, the seconds without compilation."""
+    seconds = result.timings.total - result.timings.compile
+    values = result.llc, result.llc_sem, result.work.total_fge, seconds, result.n_data
+    return efficiency(*values, truth)
+
+
+def estimate_row(name: str, result: fastvi.LLCEstimate) -> dict[str, Any]:
+    """Make a row of `estimates.csv`, of an estimate whose answer is not known."""
+    return {
+        "name": name,
+        "size": result.dim,
+        "llc": result.llc,
+        "sem": result.llc_sem,
+        "fge": result.work.total_fge,
+        "seconds": result.timings.total,
+        **efficiency_of(result),
+    }
 
 
 def peak_megabytes(compiled: Any) -> float:

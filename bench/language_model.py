@@ -53,7 +53,10 @@ class Model:
 
 
 def sgld(model: Model, nbeta: float, gamma: float, key, *, rmsprop: bool):
-    """Return llc and its error as the users compute them: draws averaged in from the first on."""
+    """Return llc and its error as the users compute them, and the seconds of compiling.
+
+    Draws are averaged in from the first on.
+    """
 
     def step(carry, key):
         w, square = carry
@@ -71,10 +74,14 @@ def sgld(model: Model, nbeta: float, gamma: float, key, *, rmsprop: bool):
         start = (model.center, jnp.zeros_like(model.center))
         return jax.lax.scan(step, start, jax.random.split(key, DRAWS))[1]
 
-    losses = jax.jit(lambda keys: jax.lax.map(chain, keys))(jax.random.split(key, CHAINS))
-    start = jax.jit(model.loss)(model.center, jnp.arange(len(model.tokens)))
+    keys, everything = jax.random.split(key, CHAINS), jnp.arange(len(model.tokens))
+    began = time.perf_counter()
+    run = jax.jit(lambda keys: jax.lax.map(chain, keys)).lower(keys).compile()
+    loss = jax.jit(model.loss).lower(model.center, everything).compile()
+    compiling = time.perf_counter() - began
+    losses, start = run(keys), loss(model.center, everything)
     llcs = nbeta * (np.asarray(losses, float).mean(axis=1) - float(start))
-    return llcs.mean(), llcs.std(ddof=1) / np.sqrt(CHAINS)
+    return llcs.mean(), llcs.std(ddof=1) / np.sqrt(CHAINS), compiling
 
 
 def reference(model: Model, nbeta: float, gamma: float, rounds: int = 20):
@@ -110,6 +117,15 @@ def reference(model: Model, nbeta: float, gamma: float, rounds: int = 20):
     return llcs.mean(), llcs.std(ddof=1) / np.sqrt(walkers)
 
 
+def over_keys(llcs, errors, works, seconds, n_data: int, known: dict) -> dict[str, float]:
+    """Return the mean over keys of `harness.efficiency`; of its rate the median of later keys."""
+    runs = zip(llcs, errors, works / n_data, seconds, strict=True)
+    columns = [harness.efficiency(*run, n_data, known["llc"]) for run in runs]
+    means = {name: float(np.mean([one[name] for one in columns])) for name in columns[0]}
+    rates = [one["fge_per_second"] for one in columns[1:] or columns]
+    return means | {"fge_per_second": float(np.median(rates))}
+
+
 def rows_of(model: Model, nbeta: float, gamma: float, keys: int) -> list[dict]:
     """Measure each method with each key; return rows of language_model.csv."""
     known = json.loads(REFERENCES.read_text())[f"{nbeta:g}, {gamma:g}"]
@@ -131,12 +147,13 @@ def rows_of(model: Model, nbeta: float, gamma: float, keys: int) -> list[dict]:
                 )
                 llc, error = result.llc, result.llc_sem
                 work = result.work.total_fge * result.n_data
+                compiling = result.timings.compile
             else:
                 key = jax.random.key(seed)
-                llc, error = sgld(model, nbeta, gamma, key, rmsprop="rmsprop" in name)
+                llc, error, compiling = sgld(model, nbeta, gamma, key, rmsprop="rmsprop" in name)
                 work = CHAINS * DRAWS * BATCH
-            found.append((llc, error, work, time.perf_counter() - began))
-        llcs, errors, works, seconds = np.array(found).T
+            found.append((llc, error, work, time.perf_counter() - began, compiling))
+        llcs, errors, works, seconds, compiling = np.array(found).T
         off = llcs - known["llc"]
         rows.append(
             {
@@ -152,6 +169,7 @@ def rows_of(model: Model, nbeta: float, gamma: float, keys: int) -> list[dict]:
                 "sample_gradients": np.max(works),
                 "first_s": seconds[0],
                 "other_s": np.median(seconds[1:]),
+                **over_keys(llcs, errors, works, seconds - compiling, len(model.tokens), known),
             }
         )
     return rows

@@ -5,7 +5,6 @@ of TABLES returns. With --check nothing is written; the exit status says whether
 date.
 """
 
-import csv
 import functools
 import pathlib
 import re
@@ -15,9 +14,9 @@ import textwrap
 import numpy as np
 
 from bench import flow_report
-from bench.gate import load
+from bench.gate import MACHINE, load, measured
 from bench.harness import RESULTS
-from bench.tables import markdown, number, tabulate
+from bench.tables import EFFICIENCY, markdown, number, tabulate
 from bench.truth import compare_report, suite
 
 ROOT = RESULTS.parent.parent
@@ -114,7 +113,22 @@ def scale():
     return f"{table}\n\n{law}"
 
 
-GPU_COLUMNS = {
+LANGUAGE_MODEL = {
+    "method": "method",
+    "nbeta": "nbeta",
+    "gamma": "gamma",
+    "long run": "reference",
+    "llc": "llc",
+    "error, %": "median_error_percent",
+    "stated, %": "stated_error_percent",
+    "keys": "keys",
+    "within two": "within_two",
+    "sample gradients": "sample_gradients",
+    "variance x sample gradients": "work_normalized_variance",
+    **EFFICIENCY,
+    "s": "other_s",
+}
+MEASURED_COLUMNS = {
     "gpu": {
         "kernel": "kernel",
         "implementation": "implementation",
@@ -136,18 +150,8 @@ GPU_COLUMNS = {
         "ms": "ms",
         "peak MB": "peak_mb",
     },
-    "gpu_language_model": {
-        "method": "method",
-        "nbeta": "nbeta",
-        "gamma": "gamma",
-        "long run": "reference",
-        "llc": "llc",
-        "error, %": "median_error_percent",
-        "stated, %": "stated_error_percent",
-        "within two, of 3": "within_two",
-        "sample gradients": "sample_gradients",
-        "s": "other_s",
-    },
+    "language_model": LANGUAGE_MODEL,
+    "gpu_language_model": LANGUAGE_MODEL,
     "gpu_estimates": {
         "problem": "problem",
         "key": "key",
@@ -155,21 +159,66 @@ GPU_COLUMNS = {
         "llc": "llc",
         "stated error": "llc_sem",
         "FGE": "fge",
+        "variance x sample gradients": "work_normalized_variance",
+        **EFFICIENCY,
         "s": "seconds",
     },
 }
 
 
-def gpu(name):
-    """Tabulate rows that were measured on a GPU, and say where."""
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = GPU_COLUMNS[name]
+def last_run(name):
+    """Tabulate the rows of the last device and commit, and say where.
+
+    A column that none of them has, as of before it was measured, is left out.
+    """
+    rows = load(table=name)
     last = rows[-1]
     run = [row for row in rows if all(row[name] == last[name] for name in ("device", "commit"))]
+    columns = {
+        head: column
+        for head, column in MEASURED_COLUMNS[name].items()
+        if any(row.get(column, "") != "" for row in run)
+    }
     lines = [[_cell(row[column]) for column in columns.values()] for row in run]
     where = f"{last['device']}, jax {last['jax']}, {last['date'][:10]}, commit {last['commit']}."
     return f"{markdown(list(columns), lines)}\n\n{where}"
+
+
+def estimates():
+    """Tabulate what the errors of estimates cost: the median over problems, by table and kind.
+
+    A problem counts by the last run on the machine of the table's last row.
+    """
+    lines = []
+    for table, kind in ESTIMATES.items():
+        rows = load(table=table)
+        here = [row for row in rows if all(row[part] == rows[-1][part] for part in MACHINE)]
+        found = {
+            column: _by_kind(measured(table, here, column), kind) for column in EFFICIENCY.values()
+        }
+        for name in dict.fromkeys(name for values in found.values() for name in values):
+            values = [own.get(name, []) for own in found.values()]
+            medians = (f"{np.median(own):.3g}" if own else "" for own in values)
+            lines.append([table, name, str(max(map(len, values))), *medians])
+    return tabulate(["rows", "", "problems", *EFFICIENCY], lines)
+
+
+ESTIMATES = {  # which of the columns that name an estimate names its kind
+    "estimates": 0,
+    "suite": None,
+    "flow_bias": 0,
+    "flow_quadratic": 0,
+    "flow_seeds": None,
+}
+
+
+def _by_kind(found, kind):
+    """Return the values of the last runs by kind."""
+    values = {}
+    for name, runs in found.items():
+        own = values.setdefault("" if kind is None else name[kind], [])
+        own.append(runs[max(runs)].value)
+    return values
 
 
 def _cell(text):
@@ -208,7 +257,8 @@ TABLES = {
     "comparison-details": lambda: compare_report.details(compare_report.Results()),
     "variational": lambda: compare_report.variational(compare_report.Results()),
     "elbo": lambda: ratios("elbo"),
-    **{name: functools.partial(gpu, name) for name in GPU_COLUMNS},
+    "estimates": estimates,
+    **{name: functools.partial(last_run, name) for name in MEASURED_COLUMNS},
     **flow_report.TABLES,
 }
 

@@ -1,5 +1,11 @@
 """Numbers and tables of the pages that `bench.report` writes."""
 
+EFFICIENCY = {  # heads of the columns of estimates that compare problems
+    "relative variance x FGE": "relative_wnv",
+    "relative squared error x FGE": "relative_wnmse",
+    "FGE/s": "fge_per_second",
+}
+
 
 def number(text):
     """Format with three digits; empty stays empty."""

@@ -108,13 +108,15 @@ def relative_error(llc: float, reference: float) -> float:
 
 
 def make_row(
-    problem: Problem, method, knob, seed, budget, fge, llc, sem, seconds
+    problem: Problem, method, knob, seed, budget, fge, llc, sem, seconds, running=None
 ) -> dict[str, Any]:
     """Return a row of compare.csv.
 
-    Diverged: not finite, or above d, twice what any quadratic can have.
+    Diverged: not finite, or above d, twice what any quadratic can have. `running` is `seconds`
+    without those of compiling, where these are known.
     """
     reference = load_reference(problem.name)["value"]
+    running = seconds if running is None else running
     return {
         "problem": problem.name,
         "d": problem.dim,
@@ -130,6 +132,7 @@ def make_row(
         "relative_error": relative_error(llc, reference),
         "seconds": seconds,
         "diverged": not math.isfinite(llc) or llc > problem.dim,
+        **harness.efficiency(llc, sem, fge, running, problem.n_data, reference),
     }
 
 
@@ -213,7 +216,8 @@ def fastvi_rows(problem: Problem, seeds, budget: float) -> tuple[list[dict], lis
                 file=sys.stderr,
                 flush=True,
             )
-            values = (seed, budget, fge, result.llc, result.llc_sem, elapsed)
+            running = elapsed - result.timings.compile
+            values = (seed, budget, fge, result.llc, result.llc_sem, elapsed, running)
             mine.append(make_row(problem, "fastvi", knob, *values))
         rows += mine
         error = np.median([abs(row["relative_error"]) for row in mine])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench import harness
-from bench.tables import markdown
+from bench.tables import EFFICIENCY, markdown, tabulate
 from bench.truth.compare import BUDGETS, CHOSEN, CURVES, FASTVI, SUBSET, TABLE
 
 FIGURE = pathlib.Path(__file__).parents[2] / "docs" / "figures" / "error-versus-fge.png"
@@ -90,6 +90,11 @@ class Results:
             )
         )
 
+    def values(self, problem: str, method: str, knob: str, column: str) -> list[float]:
+        """Return a column of the runs that have it."""
+        cells = (row.get(column, "") for row in self.runs[problem, method, knob])
+        return [float(cell) for cell in cells if cell != ""]
+
     def chosen(self, problem: str, entry: Entry) -> str | None:
         """Return the knob that the entry stands for on a problem, None if it was not run."""
         knobs = self.knobs(problem, entry.method)
@@ -157,6 +162,12 @@ def details(results: Results) -> str:
         ("FGE at the end of the run, median", by_problem(results, _fge_cell)),
         ("Seconds of a run, compilation included, median", by_problem(results, _seconds_cell)),
         (
+            "Relative variance x FGE, as the method states its error, mean; in brackets the real "
+            "one, the mean squared relative error x FGE",
+            by_problem(results, _variance_cell),
+        ),
+        ("FGE per second, median; of fastvi without compilation", rates(results)),
+        (
             "FGE from which the median |error| stays below 5 % (10 %)",
             by_problem(results, _reach_cell),
         ),
@@ -180,7 +191,8 @@ def summary(results: Results) -> str:
         "worst run",
         "below 5 %",
     ]
-    lines = [[*header, "FGE to 5 %, median", "diverged runs"]]
+    header += ["FGE to 5 %, median", "diverged runs"]
+    lines = [[*header, *list(EFFICIENCY)[:2]]]
     for entry in ENTRIES:
         found = [
             (name, knob)
@@ -203,6 +215,12 @@ def summary(results: Results) -> str:
                 f"{sum(error < 0.05 for error in errors)} of {len(errors)}",
                 _number(float(np.quantile(reach, 0.5, method="inverted_cdf"))),
                 f"{sum(row['diverged'] == 'True' for row in runs)} of {len(runs)}",
+                *(
+                    _efficiency(
+                        float(np.median([_mean(results, name, entry, column) for name, _ in found]))
+                    )
+                    for column in ("relative_wnv", "relative_wnmse")
+                ),
             ]
         )
     return markdown(lines[0], lines[1:])
@@ -241,6 +259,12 @@ def by_problem(results: Results, cell: Callable[[Results, str, Entry], str]) -> 
         [name, *(cell(results, name, entry) for entry in ENTRIES)] for name in results.problems
     ]
     return markdown(lines[0], lines[1:])
+
+
+def rates(results: Results) -> str:
+    """Return the table of FGE per second, once a run of fastvi has said how long it compiled."""
+    is_known = any(row.get("fge_per_second", "") for rows in results.runs.values() for row in rows)
+    return by_problem(results, _rate_cell) if is_known else tabulate([], [])
 
 
 def variational(results: Results) -> str:
@@ -290,6 +314,31 @@ def _seconds_cell(results: Results, problem: str, entry: Entry) -> str:
     knob = results.chosen(problem, entry)
     rows = results.runs[problem, entry.method, knob] if knob is not None else []
     return f"{np.median([float(row['seconds']) for row in rows]):.2g}" if rows else ""
+
+
+def _mean(results: Results, problem: str, entry: Entry, column: str) -> float:
+    """Return the mean over seeds, not finite where a run was not."""
+    knob = results.chosen(problem, entry)
+    values = results.values(problem, entry.method, knob, column) if knob is not None else []
+    return float(np.mean(values)) if values else math.nan
+
+
+def _variance_cell(results: Results, problem: str, entry: Entry) -> str:
+    if results.chosen(problem, entry) is None:
+        return ""
+    stated, real = (
+        _efficiency(_mean(results, problem, entry, column))
+        for column in ("relative_wnv", "relative_wnmse")
+    )
+    return f"{stated} ({real})"
+
+
+def _rate_cell(results: Results, problem: str, entry: Entry) -> str:
+    knob = results.chosen(problem, entry)
+    values = (
+        results.values(problem, entry.method, knob, "fge_per_second") if knob is not None else []
+    )
+    return _number(float(np.median(values))) if values else ""
 
 
 def _reach_cell(results: Results, problem: str, entry: Entry) -> str:
@@ -387,6 +436,10 @@ def _per_cent(error: float) -> str:
     if math.isnan(error):
         return ""
     return f"{100 * error:.3g}" if error < 10 else "above 1000"
+
+
+def _efficiency(value: float) -> str:
+    return f"{value:.3g}" if value < 1e4 else "-" if math.isnan(value) else "above 10000"
 
 
 def _number(value: float) -> str:

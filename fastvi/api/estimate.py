@@ -41,7 +41,7 @@ from fastvi.api.walk import (
     walks_without_fit,
 )
 from fastvi.config import VIConfig
-from fastvi.evaluation.errors import chain_error
+from fastvi.evaluation.errors import ErrorParts, chain_error
 from fastvi.evaluation.importance import assess_importance
 from fastvi.evaluation.llc import losses_beside
 from fastvi.fitting.protocols import Progress
@@ -412,12 +412,15 @@ def _estimate(
         work.fge_per_step * np.arange(1, shape[1] + 1), shape
     )
     # chains share the sample that data which are read once are evaluated on
-    llc_sem = math.hypot(chain_error(evaluation.llc, evaluation.llc_sem), outcome.data_error)
+    parts = ErrorParts(
+        chain_error(evaluation.llc, evaluation.llc_sem), evaluation=float(outcome.data_error)
+    )
     posterior = problem.posterior
     evidence = _evidence(fit, outcome, problem, config, traces, bottom, look)
     return LLCEstimate(
         llc=float(np.mean(evaluation.llc)),
-        llc_sem=llc_sem,
+        llc_sem=parts.total,
+        error_parts=parts,
         llc_per_chain=evidence.llc_per_chain,
         llc_sem_per_chain=evidence.llc_sem_per_chain,
         elbo=float(np.mean(evaluation.elbo)),
@@ -453,7 +456,7 @@ def _estimate(
         health=health_findings(evidence),
         config=config.replace(method="variational").recorded,
         llc_vi=float(np.mean(evaluation.llc)),
-        llc_vi_sem=llc_sem,
+        llc_vi_sem=parts.total,
     )
 
 

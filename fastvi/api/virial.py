@@ -13,7 +13,7 @@ import numpy as np
 from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Float, Given, PyTree
 from fastvi.api.arguments import nonnegative_scalar, positive_scalar
-from fastvi.sampling.averages import analyse, burn_in, furthest_off, split_rhat, standard_error
+from fastvi.sampling.averages import analyse, burn_in, furthest_off, split_rhat, stated_error
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.virial import block_virials, parameter_blocks
 
@@ -148,7 +148,7 @@ def virial_llc(
         llc=found.llc,
         llc_sem=found.llc_sem,
         plain=float(kept.mean()),
-        plain_sem=standard_error(kept),
+        plain_sem=stated_error(kept),
         variance_reduction=found.variance_reduction,
         rhat=max(found.rhat, found.rhat_radius, split_rhat(kept)),
         virial_z=max(found.virial_z, furthest_off(steepest[:, burn:, None]), key=abs),

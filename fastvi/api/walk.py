@@ -216,12 +216,13 @@ def _estimate(
     num_data = walk.examples if problem.data.is_sample else problem.num_data
     work = Work(gradients=walk.work).fge(num_data)
     looking = Work(gradients=look.sample_gradients).fge(num_data)
+    # A mean weight that is off scales the loss, and llc with it.
+    weight = math.hypot(look.weight_error, weight_drift) * analysis.llc
+    parts = analysis.parts.plus(evaluation=weight)
     return LLCEstimate(
         llc=analysis.llc,
-        # A mean weight that is off scales the loss, and llc with it.
-        llc_sem=math.hypot(
-            analysis.llc_sem, math.hypot(look.weight_error, weight_drift) * analysis.llc
-        ),
+        llc_sem=parts.total,
+        error_parts=parts,
         llc_per_chain=analysis.per_walker,
         llc_sem_per_chain=analysis.per_walker_sem,
         elbo=nan,

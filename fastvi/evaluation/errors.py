@@ -1,11 +1,48 @@
 """Averages over draws and over chains, and the standard errors of these averages."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float, Scalar
+
+
+class ErrorParts(NamedTuple):
+    """What the standard error of an estimate is made of, in units of llc.
+
+    Attributes:
+        statistical: Of draws that depend on each other, of few walkers.
+        relaxation: Of where walkers began, and of directions that they have not yet filled.
+        dynamics: Of finite steps and noisy gradients.
+        evaluation: Of losses and gradients that were taken on a part of the data.
+    """
+
+    statistical: float
+    relaxation: float = 0.0
+    dynamics: float = 0.0
+    evaluation: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The standard error: the parts are independent, and add in squares."""
+        return math.hypot(*self)
+
+    @property
+    def systematic(self) -> float:
+        """All but the statistical part."""
+        return math.hypot(*self[1:])
+
+    @property
+    def largest(self) -> str:
+        """Name the largest part."""
+        return max(zip(self, self._fields, strict=True))[1]
+
+    def plus(self, **parts: float) -> "ErrorParts":
+        """Add independent errors to these parts."""
+        sums = {name: math.hypot(getattr(self, name), part) for name, part in parts.items()}
+        return self._replace(**sums)
 
 
 def pair_mean(values: Any, axis: int = 0) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastvi._errors import DataError
 from fastvi.config import VIConfig
+from fastvi.evaluation.errors import ErrorParts
 from fastvi.evaluation.importance import Importance, assess_importance
 from fastvi.observables.draws import FittedQ
 from fastvi.results.findings import Finding
@@ -22,6 +23,13 @@ from fastvi.results.saved import read_estimate, write_estimate
 from fastvi.results.work import RunWork
 
 SUMMARY_WIDTH = 80  # letters, those of the narrowest common terminal
+# What each part of an error is the error of.
+ERRORS = {
+    "statistical": "few draws that depend on each other",
+    "relaxation": "walkers that have not spread",
+    "dynamics": "finite steps and noisy gradients",
+    "evaluation": "what was read of the data",
+}
 NO_FINDINGS = "none: no check was triggered, which does not prove that llc is right"
 # Entries of D^{1/2} that a result keeps of each chain, 16 KiB: a histogram of 41 bins has 100 in
 # each. All of them would make the result of a large model as large as the model.
@@ -37,8 +45,9 @@ class LLCEstimate:
         llc_sem: Standard error of `llc`; `coverage` says of what. Uncorrected, it is that of q's
             own value: Monte Carlo under q and, of two or more chains, the spread of the fits, but
             not the distance of q from the posterior (`distance` estimates it). Reweighted, that of
-            the weighted draws. Sampled, that of the walkers, from their spread and autocorrelation,
-            with a part for finite steps and noisy gradients.
+            the weighted draws. Sampled, that of the walkers.
+        error_parts: What `llc_sem` is made of: statistical, relaxation, dynamics and evaluation
+            errors, whose squares add up to its square.
         llc_per_chain: One value for each chain, or for each share of the walkers, shape (chains,).
         llc_sem_per_chain: Error of each of these alone, of the same shape.
         elbo: Lower bound on log of the posterior's normalising constant, in nats, mean over chains.
@@ -71,6 +80,7 @@ class LLCEstimate:
 
     llc: float
     llc_sem: float
+    error_parts: ErrorParts
     llc_per_chain: np.ndarray
     llc_sem_per_chain: np.ndarray
     elbo: float
@@ -234,10 +244,9 @@ class LLCEstimate:
             )
         if self.correction.method == "reweight":
             return f"Monte Carlo of the weighted draws{spread}"
-        return (
-            f"spread and autocorrelation of {self.walk_llc.shape[0]} walkers, with "
-            f"{self.correction.systematic or 0.0:.1g} for finite steps and noisy gradients"
-        )
+        parts, first = self.error_parts._asdict(), self.error_parts.largest
+        others = ", ".join(f"{name} {parts[name]:.1g}" for name in parts if name != first)
+        return f"mostly {first}, {parts[first]:.2g} for {ERRORS[first]}; {others}"
 
     @property
     def importance(self) -> Importance:

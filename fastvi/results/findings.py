@@ -14,6 +14,7 @@ from fastvi.sampling.run import (
     ERROR,
     GRADIENT_NOISE,
     LENGTH,
+    RHAT_CORE,
     RHAT_RADIUS,
     TAKEN_BACK,
     Unmet,
@@ -278,7 +279,7 @@ def _why_unsettled(unmet: dict[str, Unmet], result: Any) -> tuple[str, str]:
             f"Raise budget to about {math.ceil(wanted / digit) * digit:.0e}, or error to what is "
             "enough.",
         )
-    if set(unmet) <= {RHAT_RADIUS, DRIFT}:
+    if set(unmet) <= {RHAT_RADIUS, RHAT_CORE, DRIFT}:
         return (
             "Walkers still spread along wide directions, which the loss and so llc hardly feel.",
             "Raise budget; or raise localization, which narrows these directions and "

@@ -87,10 +87,10 @@ class Correction(NamedTuple):
         least_budget: Sample gradients of the shortest exact run.
         rhat: Split R-hat of llc.
         rhat_radius: Split R-hat of |w - w*|^2.
+        rhat_core: Split R-hat of the width along q's low-rank directions.
         drift_z: Change from the first half to the second, in standard errors.
         virial_z: How far the posterior's virial identity is off, in standard errors.
         variance_reduction: By the virial control variates.
-        systematic: Part of `llc_sem` that stands for finite steps and noisy gradients.
         walkers: Number of walkers.
         steps: Steps of each.
         burn_in: Steps that the averages leave out.
@@ -117,10 +117,10 @@ class Correction(NamedTuple):
     least_budget: float | None = None
     rhat: float | None = None
     rhat_radius: float | None = None
+    rhat_core: float | None = None
     drift_z: float | None = None
     virial_z: float | None = None
     variance_reduction: float | None = None
-    systematic: float | None = None
     walkers: int | None = None
     steps: int | None = None
     burn_in: int | None = None
@@ -147,10 +147,10 @@ def said_by_walkers(check: Check, bin_length: int) -> dict[str, Any]:
         "unmet": unmet,
         "rhat": analysis.rhat,
         "rhat_radius": analysis.rhat_radius,
+        "rhat_core": analysis.rhat_core,
         "drift_z": analysis.drift_z,
         "virial_z": analysis.virial_z,
         "variance_reduction": analysis.variance_reduction,
-        "systematic": analysis.systematic,
         "walkers": llc.shape[0],
         # The look is at means over bins.
         "steps": llc.shape[1] * bin_length,

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from fastvi._typing import Float
-from fastvi.evaluation.errors import chain_error
+from fastvi.evaluation.errors import ErrorParts, chain_error
 
 # Records for each regression coefficient. With half, coefficients are noise; with double, short
 # runs go without columns.
@@ -16,14 +16,20 @@ LEAST_BURN_IN = 5
 NEGLIGIBLE_CORRELATION = 0.05
 # Relative error of a mean in single precision.
 ROUNDING = 2e-5
+TINY = np.finfo(float).tiny
 # Units in the last place of float64 that values may differ by and yet be the same: they are sums
 # of tens of terms. At half, rounding would now and then look like a walk.
 ROUNDING_UNITS = 64
-# Standard errors from which what the columns take off llc is a surprise, and from which it is
-# certain: the first adds to the error, the second drops the columns where they raise llc.
-SURPRISE, CERTAIN = 2.0, 4.0
+# Standard errors from which what the columns take off llc is a surprise, and adds to the error. At
+# half, chance adds to every third error; at double, walkers that have not spread add nothing.
+SURPRISE = 2.0
 # Part of what the columns take off llc that may be left, since they see bias to first order.
 DOUBT = 0.3
+# z^2 - 1 at which half of what the columns add to llc is believed, z being its standard errors. At
+# half, less of their gain is kept; at double, more of the bias of walkers that have not spread.
+HALF_BELIEVED = 3.0
+# Second term of Student's quantile, over the first: what few degrees of freedom add to two errors.
+STUDENT = 1.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,89 +37,123 @@ class Analysis:
     """What a run says: the mean after burn-in, its error, and whether to believe it.
 
     Attributes:
-        llc: Mean of nbeta (L_n - L_n(w*)) with the virial columns as control variates.
-        llc_sem: Its standard error, `systematic` included.
-        added: What the columns take off llc. Where it is positive, the dynamics have added it, by
-            noisy gradients and finite steps. Where it is negative beyond doubt, the walkers have
-            not yet spread along wide directions. llc hardly feels these, and is then read without
-            the columns.
-        systematic: The part of `llc_sem` that stands for what the columns leave.
+        adjusted: nbeta (L_n - L_n(w*)) after burn-in, less what the virial columns explain.
+        parts: What its standard error is made of.
+        added: What the columns would take off llc. Where it is positive, the dynamics have added
+            it, by noisy gradients and finite steps, or the start. Where it is negative beyond
+            doubt, the walkers have not yet spread along wide directions: that is evidence, and
+            less of it is added to llc the surer it is.
         rhat: Split R-hat of llc.
         rhat_radius: Split R-hat of |w - w*|^2.
+        rhat_core: Split R-hat of the log of the squared width along q's low-rank directions.
         virial_z: Mean of the column that is furthest off, in its standard errors.
         drift_z: Change from one half to the other, in its standard errors.
         variance_reduction: Variance of a record without columns over that with them.
         burn_in: Bins discarded.
-        per_walker: llc of each walker.
-        per_walker_sem: Their standard errors.
     """
 
-    llc: float
-    llc_sem: float
+    adjusted: Float[np.ndarray, "walkers bins"]
+    parts: ErrorParts
     added: float
-    systematic: float
     rhat: float
     rhat_radius: float
+    rhat_core: float
     virial_z: float
     drift_z: float
     variance_reduction: float
     burn_in: int
-    per_walker: Float[np.ndarray, " walkers"]
-    per_walker_sem: Float[np.ndarray, " walkers"]
 
     @classmethod
     def broken(cls, walkers: int) -> "Analysis":
         """Return what records say that are not finite."""
-        nan, unknown = float("nan"), np.full(walkers, float("nan"))
-        return cls(nan, nan, nan, nan, nan, nan, nan, nan, nan, 0, unknown, unknown)
+        nan, unknown = float("nan"), np.full((walkers, 1), float("nan"))
+        parts = ErrorParts(nan, nan, nan, nan)
+        return cls(unknown, parts, nan, nan, nan, nan, nan, nan, nan, 0)
+
+    @property
+    def llc(self) -> float:
+        """Average the records of all walkers."""
+        return float(self.per_walker.mean())
+
+    @property
+    def per_walker(self) -> Float[np.ndarray, " walkers"]:
+        """Average the records of each walker."""
+        return self.adjusted.mean(axis=1)
+
+    @property
+    def per_walker_sem(self) -> Float[np.ndarray, " walkers"]:
+        """Standard error of each walker's average."""
+        return np.array([standard_error(row[None]) for row in self.adjusted])
+
+    @property
+    def llc_sem(self) -> float:
+        """The standard error of llc."""
+        return self.parts.total
 
 
 def analyse(
     llc: Float[np.ndarray, "walkers bins"],
     virial: Float[np.ndarray, "walkers bins columns"],
     radius2: Float[np.ndarray, "walkers bins"] | None = None,
+    core_radius2: Float[np.ndarray, "walkers bins"] | None = None,
     discard: int | None = None,
 ) -> Analysis:
     """Average a run after its burn-in, with virial control variates.
 
     Coefficients come from the other half of the walkers (of a single walker: of its time). The
     error is the larger of that from the spread between walkers and that from the autocorrelation
-    within them. `discard` is the burn-in where it is known.
+    within them.
+
+    Args:
+        llc: nbeta (L_n - L_n(w*)).
+        virial: Columns that have mean zero under the posterior.
+        radius2: |w - w*|^2.
+        core_radius2: Squared width along q's low-rank directions.
+        discard: The burn-in where it is known.
     """
-    others = [] if radius2 is None else [radius2]
+    slow = [] if radius2 is None else [radius2]
+    if core_radius2 is not None:  # the walkers spread by factors there, so their logarithm is told
+        slow.append(np.log(np.maximum(core_radius2, TINY)))
     burn = discard
     if burn is None:
-        burn = max(
-            llc.shape[1] // LEAST_BURN_IN, *map(burn_in, [llc, _adjust(llc, virial), *others])
-        )
+        burn = max(llc.shape[1] // LEAST_BURN_IN, *map(burn_in, [llc, _adjust(llc, virial), *slow]))
     # slopes are fitted anew on what is kept: those of the transient would not fit
-    kept, columns = llc[:, burn:], virial[:, burn:]
-    adjusted = _adjust(kept, columns)
-    added = float((kept - adjusted).mean())
+    kept, columns, slow = llc[:, burn:], virial[:, burn:], [part[:, burn:] for part in slow]
+    taken = kept - _adjust(kept, columns)
+    added = float(taken.mean())
     # the error of what the columns take off, not of llc: the two are correlated
-    doubtful = standard_error(kept - adjusted)
-    systematic = DOUBT * max(0.0, abs(added) - SURPRISE * doubtful)
-    if added < -CERTAIN * doubtful:
-        adjusted = kept
-    per_walker = adjusted.mean(axis=1)
+    doubtful = standard_error(taken)
+    surprise = DOUBT * max(0.0, abs(added) - SURPRISE * doubtful)
+    adjusted = kept - _believed(added, doubtful) * taken
+    rhats = [split_rhat(part) for part in slow]
     return Analysis(
-        llc=float(per_walker.mean()),
-        llc_sem=float(
-            np.hypot(standard_error(adjusted), max(systematic, ROUNDING * abs(per_walker.mean())))
+        adjusted=adjusted,
+        parts=ErrorParts(
+            statistical=stated_error(adjusted),
+            relaxation=surprise if added < 0 else 0.0,
+            dynamics=surprise if added > 0 else 0.0,
+            evaluation=ROUNDING * abs(float(adjusted.mean())),
         ),
         added=added,
-        systematic=systematic,
         rhat=split_rhat(adjusted),
-        rhat_radius=max((split_rhat(r[:, burn:]) for r in others), default=1.0),
+        rhat_radius=rhats[0] if rhats else 1.0,
+        rhat_core=rhats[1] if rhats[1:] else 1.0,
         virial_z=furthest_off(columns),
-        drift_z=max(
-            (drift(values) for values in [adjusted, *(r[:, burn:] for r in others)]), key=abs
-        ),
+        drift_z=max(map(drift, [adjusted, *slow]), key=abs),
         variance_reduction=float(kept.var() / max(adjusted.var(), 1e-300)),
         burn_in=burn,
-        per_walker=per_walker,
-        per_walker_sem=np.array([standard_error(row[None]) for row in adjusted]),
     )
+
+
+def _believed(added: float, error: float) -> float:
+    """Return the share of what the columns say that is believed.
+
+    All of it where they take something off llc; else the less, the surer it is that their mean is
+    not zero, so that walkers that have not spread do not move llc by more than chance does.
+    """
+    if added >= 0 or error == 0:
+        return 1.0
+    return 1 / (1 + max((added / error) ** 2 - 1, 0.0) / HALF_BELIEVED)
 
 
 def furthest_off(columns: Float[np.ndarray, "walkers bins columns"]) -> float:
@@ -190,6 +230,12 @@ def standard_error(values: Float[np.ndarray, "walkers bins"]) -> float:
     ends = np.flatnonzero(correlation[1:] < NEGLIGIBLE_CORRELATION)
     time = 1 + 2 * correlation[1 : ends[0] + 1 if ends.size else None].sum()
     return chain_error(values.mean(axis=1), np.sqrt(values.var() * time / values.shape[1]))
+
+
+def stated_error(values: Float[np.ndarray, "walkers bins"]) -> float:
+    """Return the error of the mean, wider by what few walkers do not know of their own spread."""
+    others = values.shape[0] - 1
+    return standard_error(values) * (1 + STUDENT / others if others else 1.0)
 
 
 def autocorrelation(values: Float[np.ndarray, "walkers bins"]) -> Float[np.ndarray, " lags"]:

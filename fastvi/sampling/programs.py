@@ -34,10 +34,15 @@ from fastvi.target.objective import FlatObjective
 
 
 class Observed(NamedTuple):
-    """What is averaged over the steps: L_n - L_n(w*), |w - w*|^2 and the virial columns."""
+    """What is averaged over the steps.
+
+    L_n - L_n(w*), |w - w*|^2, the virial columns, and the squared width along q's low-rank
+    directions, in round coordinates.
+    """
 
     excess: Float[Array, " walkers"]
     radius2: Float[Array, " walkers"]
+    core_radius2: Float[Array, " walkers"]
     virial: Float[Array, "walkers columns"]
 
 
@@ -52,6 +57,7 @@ class Record(NamedTuple):
 
     llc: Float[Array, "walkers bins"]
     radius2: Float[Array, "walkers bins"]
+    core_radius2: Float[Array, "walkers bins"]
     virial: Float[Array, "walkers bins columns"]
     energy_error: Float[Array, " bins"]
     returned: Float[Array, " bins"]
@@ -83,7 +89,9 @@ def make_evaluate(
         walkers = jax.vmap(functools.partial(one, copies=blocks.size))
         estimate, potential, gradient = walkers(displacement, blocks)
         columns = columns_fn(linear_map, position, displacement, gradient)
-        observed = Observed(estimate.excess, jnp.sum(displacement**2, axis=-1), columns)
+        radius2 = jnp.sum(displacement**2, axis=-1)
+        core_radius2 = jnp.sum(linear_map.project(position) ** 2, axis=-1)
+        observed = Observed(estimate.excess, radius2, core_radius2, columns)
         spread = estimate.spread
         if spread is not None:
             spread = linear_map.pull_back(posterior.nbeta * spread)
@@ -101,7 +109,7 @@ def blank_evaluation(walkers: Walkers, columns: int, *, is_noisy: bool) -> Evalu
     def zeros(*shape: int) -> Any:
         return np.zeros((count, *shape), dtype)  # of numpy, so that nothing is compiled for it
 
-    observed = Observed(zeros(), zeros(), zeros(columns))
+    observed = Observed(zeros(), zeros(), zeros(), zeros(columns))
     return Evaluation(zeros(), zeros(dim), observed, zeros(dim) if is_noisy else None)
 
 
@@ -200,12 +208,13 @@ def _seen_noise(here: Evaluation) -> Scalar:
 
 def _make_record(kept: tuple[Array, ...], shape: tuple[int, int], width: Scalar) -> Record:
     """Average what every step said over `shape` = (bins, steps of each)."""
-    excess, radius2, virial, error, returned, noise = (
+    excess, radius2, core_radius2, virial, error, returned, noise = (
         leaf.reshape(*shape, *leaf.shape[1:]) for leaf in kept
     )
-    llc, radius2, virial = (jnp.swapaxes(leaf.mean(1), 0, 1) for leaf in (excess, radius2, virial))
+    averaged = (excess, radius2, core_radius2, virial)
+    llc, radius2, core_radius2, virial = (jnp.swapaxes(leaf.mean(1), 0, 1) for leaf in averaged)
     error = jnp.nanmean(error, axis=1)
-    return Record(llc, radius2, virial, error, returned.mean(1), noise.mean(1), width)
+    return Record(llc, radius2, core_radius2, virial, error, returned.mean(1), noise.mean(1), width)
 
 
 # Draws and walkers that are placed, and anchors that are made, in one or a few runs. At half and

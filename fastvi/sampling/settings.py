@@ -67,7 +67,8 @@ class SamplerSettings:
         burn_in_noise: The same while walkers burn in, as a share of llc. At half, burn-in costs up
             to twice as much; at double, the walkers arrive too hot.
         burn_in_change: Change of llc from the second third of the burn-in to the last, relative to
-            llc, that ends it. At half, burn-in lasts longer; at double, exact gradients do more of it.
+            llc, that ends it. At half, burn-in lasts longer; at double, exact gradients do more of
+            it.
         max_burn_in: Rounds of burn-in on noisy gradients, at most. At half and double: the same,
             for walkers that have not arrived by then.
         max_refinements: Times, at most, that the dynamics are made more exact where the control

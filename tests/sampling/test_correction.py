@@ -18,6 +18,7 @@ from conftest import quick_jit
 
 import fastvi
 from fastvi.api.plan import with_draws
+from fastvi.evaluation.errors import ErrorParts
 from fastvi.evaluation.importance import fit_pareto, pareto_smooth
 from fastvi.families.moments import LinearMap
 from fastvi.sampling import run
@@ -504,17 +505,16 @@ def test_each_criterion_is_named_with_its_bound():
 def test_heat_that_the_columns_leave_is_taken_off_and_doubted():
     """Heat 5 of which the columns took 1, of llc 100 with an error of 1."""
     known = analyse(np.full((2, 8), 100.0), np.zeros((2, 8, 0)))
-    known = dataclasses.replace(known, llc_sem=1.0, added=1.0, systematic=0.0)
+    known = dataclasses.replace(known, parts=ErrorParts(1.0), added=1.0)
     cool = run.without_heat(known, Heat(left=5.0))
     assert cool.llc == pytest.approx(100 - 4 * run.HEAT_SHARE)
-    assert cool.llc_sem == pytest.approx(math.hypot(1.0, 4 * run.HEAT_DOUBT))
-    assert cool.systematic == pytest.approx(4 * run.HEAT_DOUBT)
+    assert cool.parts == ErrorParts(1.0, dynamics=pytest.approx(4 * run.HEAT_DOUBT))
     np.testing.assert_allclose(cool.per_walker, cool.llc)
     assert run.without_heat(known, Heat(left=0.5)).llc == known.llc
     # of what is balanced nothing is taken off, and a part is doubted
     doubted = run.without_heat(known, Heat(balanced=5.0))
     assert doubted.llc == known.llc
-    assert doubted.systematic == pytest.approx(5 * run.BALANCE_DOUBT)
+    assert doubted.parts.dynamics == pytest.approx(5 * run.BALANCE_DOUBT)
 
 
 @pytest.mark.slow

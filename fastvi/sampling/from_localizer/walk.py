@@ -281,7 +281,7 @@ def finer_parts(setup: WalkSetup, course: Course, check: Check) -> int:
     steps, ahead = (affordable_steps(setup, one, PROBE_STEPS) for one in (finer, course))
     if steps < LEAST_STEPS:
         return course.parts
-    of_step2 = (analysis.llc_sem**2 - analysis.systematic**2) * made
+    of_step2 = analysis.parts.statistical**2 * made
     now = of_step2 / (made + ahead) + doubt**2
     then = of_step2 / steps + (doubt * course.parts / parts) ** 2
     return parts if then < now else course.parts
@@ -387,20 +387,19 @@ def check_steps(setup: WalkSetup, course: Course) -> Check:
     column = setup.posterior.center.size - virial[:, analysis.burn_in :, None]
     heat, missed = known_heat(setup, course)
     share, doubt = heat_share(heat, analysis.llc, missed)
-    # two errors of few walkers hold less than those of a Gaussian: 1.2 / nu is the second term of
-    # Student's quantile; and fewer bins than asked for have not shown how long walkers remember
-    spread = analysis.llc_sem * (1 + 1.2 / max(llc.shape[0] - 1, 1))
-    spread *= math.sqrt(max(1.0, settings.min_bins / bins))
-    width = missing_width(column), excess_width(column, heat)
-    systematic = math.hypot(doubt, course.gradient_doubt, *width)
+    # fewer bins than asked for have not shown how long walkers remember
+    few = math.sqrt(max(1.0, settings.min_bins / bins))
+    parts = analysis.parts._replace(statistical=few * analysis.parts.statistical)
     analysis = dataclasses.replace(
         analysis,
-        llc=analysis.llc - share,
-        llc_sem=math.hypot(spread, systematic),
+        adjusted=analysis.adjusted - share,
+        parts=parts.plus(
+            relaxation=math.hypot(missing_width(column), excess_width(column, heat)),
+            dynamics=doubt,
+            evaluation=course.gradient_doubt,
+        ),
         added=share,
-        systematic=systematic,
         virial_z=furthest_off(column),
-        per_walker=analysis.per_walker - share,
     )
     unmet = unmet_by(analysis, setup.error, 1.0, bins, settings)
     taken_back = float(np.mean(course.said.returned))

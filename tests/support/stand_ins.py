@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi import LLCEstimate, VIConfig
+from fastvi.evaluation.errors import ErrorParts
 from fastvi.geometry.start import Start
 from fastvi.results.parts import ChainValues, Curvature, DrawValues, Timings
 from fastvi.results.work import RunWork
@@ -36,6 +37,7 @@ def finished(dim, config=None, **fields):
     )
     arrays = dict.fromkeys(("llc_per_chain", "llc_sem_per_chain", "log_weights"), np.zeros(0))
     rest = {
+        "error_parts": ErrorParts(1.0),
         "curvature": Curvature(0, 0, 0.0, 0.0, [], 0.0, 0.0),
         "evaluation": ChainValues([], [], [], [], [], []),
         "work": RunWork(0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),

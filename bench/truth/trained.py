@@ -18,7 +18,7 @@ CHANNELS, KERNEL, POOL, SIDE, CLASSES = 4, 3, 3, 8, 10
 # without smoothing the network separates the digits, and the loss has no minimum
 DIGITS, SMOOTHING, STEPS, LR = 600, 0.1, 3000, 1e-2
 # token VOCABULARY comes before the first
-VOCABULARY, EMBEDDING, HIDDEN, SEQUENCES, LONGEST = 6, 3, 5, 500, 10
+VOCABULARY, EMBEDDING, HIDDEN, SEQUENCES, LONGEST = 6, 3, 5, 300, 6
 
 
 def conv_logits(params, images):

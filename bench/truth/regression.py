@@ -59,7 +59,7 @@ def derivatives(params, inputs, labels):
 def maximum_likelihood(inputs, labels, columns: int):
     """Descend by Newton's method; what the logits do not set stays at zero."""
     params = np.zeros((inputs.shape[1], columns))
-    for _ in range(30):
+    for _ in range(12):
         gradient, hessian = derivatives(params, inputs, labels)
         params = params - (np.linalg.pinv(hessian, rcond=1e-10) @ gradient).reshape(params.shape)
     return params

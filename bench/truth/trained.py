@@ -186,6 +186,6 @@ def token_model(name: str, gamma: float) -> Problem:
 
 
 TRAINED = {
-    "conv_digits_g1": functools.partial(conv_digits, "conv_digits_g1", 1.0),
+    "conv_digits_g100": functools.partial(conv_digits, "conv_digits_g100", 100.0),
     "tokens_g1": functools.partial(token_model, "tokens_g1", 1.0),
 }

@@ -284,7 +284,7 @@ def test_tokens_are_fitted_by_no_other_model_and_each_sequence_pulls():
 
 
 def test_convolution_is_at_the_end_of_its_training():
-    problem = PROBLEMS["conv_digits_g1"]()
+    problem = PROBLEMS["conv_digits_g100"]()
     objective, center = ravel_loss(problem.loss_fn, problem.params)
     grad = objective.grad(center, problem.data)
     assert problem.nbeta * np.linalg.norm(grad) < 0.02 * np.sqrt(problem.gamma)

@@ -108,7 +108,7 @@ class Moments(NamedTuple):
 def target_of(problem: Problem):
     """Return the batched potential of the displacement, with its gradient, and the dimension."""
     objective, center = ravel_loss(problem.loss_fn, problem.params)
-    data = jax.tree_util.tree_map(jnp.asarray, problem.data)
+    data = jax.tree_util.tree_map(jnp.asarray, problem.batch())
     posterior = LocalPosterior(center, jnp.float32(problem.nbeta), jnp.float32(problem.gamma))
 
     def potential(v, data, posterior):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from fastvi import LLCEstimate, estimate_llc
+from fastvi.target.losses import weigh_batch
 
 SIZES = ("fast", "medium", "large")
 
@@ -22,7 +23,7 @@ class Problem:
 
     Attributes:
         name: Its key in the registry.
-        loss_fn: `(params, batch) -> mean loss per example`, in nats.
+        loss_fn: `(params, batch) -> mean loss per example`, in nats, or `(losses, weights)`.
         params: The minimum w*, a pytree of arrays.
         data: Pytree of arrays with leading axis n; zeros for a loss that does not look at them.
         gamma: Localization.
@@ -32,7 +33,7 @@ class Problem:
         theory_source: Where `theory` is from.
         exact: Computes the answer itself by formula, quadrature or draws of the posterior; returns
             it and a bound on the numerical error, or the standard error of draws.
-        exact_method: "closed form", "quadrature" or "Gibbs sampling".
+        exact_method: "closed form", "quadrature", "Gibbs sampling" or "importance sampling".
         size: "fast" (seconds for any method), "medium" (minutes), "large".
     """
 
@@ -59,6 +60,14 @@ class Problem:
     def dim(self) -> int:
         """Count the parameters."""
         return sum(np.size(leaf) for leaf in jax.tree_util.tree_leaves(self.params))
+
+    def batch(self) -> Any:
+        """Return all data as an objective takes them: weighted ones with their mean weight."""
+        value = jax.eval_shape(self.loss_fn, self.params, self.data)
+        if not isinstance(value, tuple):
+            return self.data
+        weights = np.asarray(self.loss_fn(self.params, self.data)[1], np.float64)
+        return weigh_batch(self.data, weights.sum() / self.n_data, np.float32)
 
     def estimate(self, seed: int, **options: Any) -> LLCEstimate:
         """Run `estimate_llc` on it, to the end even where it breaks."""

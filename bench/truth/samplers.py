@@ -84,7 +84,7 @@ def sgld(
 def _langevin(problem: Problem, batch: int, bins: int, per_bin: int, rmsprop: bool):
     """Compile `(steps, keys[steps, chains]) -> energy[steps, chains, bins]`."""
     objective, center = ravel_loss(problem.loss_fn, problem.params)
-    data = jax.tree_util.tree_map(jnp.asarray, problem.data)
+    data = jax.tree_util.tree_map(jnp.asarray, problem.batch())
     posterior = LocalPosterior(center, jnp.float32(problem.nbeta), jnp.float32(problem.gamma))
 
     def chain(data, least, step, key):

@@ -82,27 +82,42 @@ def numbers(rows: list[dict[str, str]], column: str) -> np.ndarray:
     return np.array([float(row[column]) for row in rows])
 
 
-def is_covered(row: dict[str, str], reference_sem: float) -> bool:
-    """Whether the answer is within three standard errors, or a finding distrusts the error."""
-    error = abs(float(row["llc"]) - float(row["reference"]))
-    return (
-        error < 3 * np.hypot(float(row["sem"]), reference_sem)
-        or "walk_unsettled" in row["findings"]
-    )
+def is_flagged(row: dict[str, Any]) -> bool:
+    """Whether a finding distrusts the error."""
+    return "walk_unsettled" in row["findings"]
+
+
+def pull(row: dict[str, Any], reference_sem: float) -> float:
+    """Return how far the answer is, in standard errors of both; NaN where there is none."""
+    error = np.hypot(float(row["sem"]), reference_sem)
+    return (float(row["llc"]) - float(row["reference"])) / error if error > 0 else float("nan")
+
+
+def is_covered(row: dict[str, Any], reference_sem: float) -> bool:
+    """Whether the answer is within three standard errors, or the run is flagged."""
+    return abs(pull(row, reference_sem)) < 3 or is_flagged(row)
+
+
+def trusted_pulls(rows: list[dict[str, str]], reference_sem: float) -> np.ndarray:
+    """Return the pulls of the runs that are not flagged."""
+    return np.array([pull(row, reference_sem) for row in rows if not is_flagged(row)])
 
 
 def table(found: dict[str, list[dict[str, str]]]) -> str:
     """Return a line for each problem, and the totals."""
     references = load_references()
     columns = ["problem", "d", "γ", "reference", "q alone", "corrected"]
-    columns += ["median error", "worst", "covered", "FGE", "unsettled"]
+    columns += ["median error", "worst", "mean z", "covered", "FGE", "unsettled"]
     head = "| " + " | ".join(columns) + " |"
-    lines, medians, covered, runs = [head, "|---" * 11 + "|"], [], 0, 0
+    lines, medians, covered, runs = [head, "|---" * len(columns) + "|"], [], 0, 0
     for name in (name for name in PROBLEMS if name in found):
         rows = found[name]
+        reference_sem = float(references[name].get("sem") or 0.0)
         errors = np.abs(numbers(rows, "relative_error"))
-        inside = sum(is_covered(row, float(references[name].get("sem") or 0.0)) for row in rows)
-        unsettled = sum("walk_unsettled" in row["findings"] for row in rows)
+        inside = sum(is_covered(row, reference_sem) for row in rows)
+        pulls = trusted_pulls(rows, reference_sem)
+        mean_pull = f"{np.nanmean(pulls):+.1f}" if len(pulls) else "–"
+        unsettled = sum(map(is_flagged, rows))
         covered, runs = covered + inside, runs + len(rows)
         medians.append(np.median(errors))
         of_q = np.median(numbers(rows, "llc_vi"))
@@ -111,7 +126,7 @@ def table(found: dict[str, list[dict[str, str]]]) -> str:
             f"| {name} | {rows[0]['d']} | {float(rows[0]['gamma']):g} | "
             f"{float(rows[0]['reference']):.4g} | {alone} | "
             f"{np.median(numbers(rows, 'llc')):.4g} | {100 * np.median(errors):.2g} % | "
-            f"{100 * errors.max():.2g} % | {inside} of {len(rows)} | "
+            f"{100 * errors.max():.2g} % | {mean_pull} | {inside} of {len(rows)} | "
             f"{np.median(numbers(rows, 'fge')):.0f} | {unsettled} |"
         )
     every = np.concatenate(
@@ -123,7 +138,36 @@ def table(found: dict[str, list[dict[str, str]]]) -> str:
         f"{100 * every.max():.2g} %. The answer is within three `llc_sem`, or the run is flagged, "
         f"in {covered} of {runs} runs."
     )
-    return "\n".join([*lines, "", total])
+    return "\n".join([*lines, "", total, "", summary(found)])
+
+
+def summary(found: dict[str, list[dict[str, str]]]) -> str:
+    """Say how well the stated errors fit: normal ones hold 68 % and 95 %, with an rms of 1."""
+    references = load_references()
+    rows = [row for name in PROBLEMS for row in found.get(name, ())]
+    trusted = {
+        name: trusted_pulls(found[name], float(references[name].get("sem") or 0.0))
+        for name in PROBLEMS
+        if name in found
+    }
+    means = {name: np.nanmean(pulls) for name, pulls in trusted.items() if len(pulls)}
+    flagged = (
+        f"{100 * sum(map(is_flagged, rows)) / len(rows):.3g} % of the runs are flagged; the median "
+        f"stated error is {100 * np.median(numbers(rows, 'sem') / numbers(rows, 'llc')):.2g} %, "
+        f"the median work {np.median(numbers(rows, 'fge')):.0f} FGE."
+    )
+    if not means:
+        return flagged
+    pulls = np.concatenate(list(trusted.values()))
+    within = [f"{100 * np.mean(np.abs(pulls) < bound):.3g} %" for bound in (1, 2)]
+    worst = max(means, key=lambda name: abs(means[name]))
+    rms, mean = np.sqrt(np.nanmean(pulls**2)), np.nanmean(pulls)
+    return (
+        f"z is the difference from the reference over the errors of both. Of the {len(pulls)} runs "
+        f"that are not flagged {within[0]} are within one and {within[1]} within two; the rms of z "
+        f"is {rms:.2f}, its mean {mean:+.2f}, and the largest mean of a problem "
+        f"{means[worst]:+.1f} ({worst}). {flagged}"
+    )
 
 
 def scaling_table(found: dict[str, list[dict[str, str]]]) -> str:
@@ -160,14 +204,15 @@ def main(arguments: list[str]) -> None:
     references = load_references()
     for name in settings.problems or PROBLEMS:
         problem = scaling_problem(name) if name in SCALING else PROBLEMS[name]()
-        reference = None if name in SCALING else references[name]["value"]
+        known = {"value": None} if name in SCALING else references[name]
+        reference, reference_sem = known["value"], float(known.get("sem") or 0.0)
         if settings.problems is None and (problem.dim > LARGEST or reference is None):
             continue
         for seed in range(settings.first, settings.first + settings.seeds):
             row = run(problem, seed, reference)
             print(
                 f"{name}, seed {seed}: {row['llc']:.5g} ± {row['sem']:.2g}, "
-                f"{100 * row['relative_error']:+.2f} %, "
+                f"{100 * row['relative_error']:+.2f} %, z {pull(row, reference_sem):+.1f}, "
                 f"{row['fge']:.0f} FGE, {row['seconds']:.0f} s {row['findings']}",
                 file=sys.stderr,
                 flush=True,

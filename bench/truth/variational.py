@@ -213,7 +213,7 @@ def fits(problem: Problem, name: str, seeds: Sequence[int], budget: float) -> di
 def _compiled(problem: Problem, peer: Peer, steps: int, batch: int):
     """Compile `(rates, keys) -> ELBO, llc and its error`, every pair side by side."""
     objective, center = ravel_loss(problem.loss_fn, problem.params)
-    data = jax.tree_util.tree_map(jnp.asarray, problem.data)
+    data = jax.tree_util.tree_map(jnp.asarray, problem.batch())
     posterior = LocalPosterior(center, jnp.float32(problem.nbeta), jnp.float32(problem.gamma))
     scale = (problem.nbeta + problem.gamma) ** -0.5
 

@@ -23,7 +23,15 @@ import numpy as np
 import fastvi
 from bench import bench_step, bench_walkers
 from bench.bench_kernels import COMPONENTS, RANK, mixture
-from bench.harness import as_text, compared, in_turn, peak_megabytes, record, score
+from bench.harness import (
+    as_text,
+    compared,
+    efficiency_of,
+    in_turn,
+    peak_megabytes,
+    record,
+    score,
+)
 from fastvi._modes import in_own_modes
 from fastvi.api.estimate import DEFAULT_LOCALIZATION
 from fastvi.demos import digits, quadratic
@@ -220,6 +228,7 @@ def estimate_rows():
                     "findings": " ".join(finding.name for finding in result.health),
                     "fge": result.work.total_fge,
                     "seconds": time.perf_counter() - began,
+                    **efficiency_of(result, right),
                 }
             )
             print(as_text(rows[-1:]), flush=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from bench import harness
+from bench.tables import EFFICIENCY
 from bench.truth.linear_nets import deep_linear
 from bench.truth.problem import Problem
 from bench.truth.problems import PROBLEMS
@@ -64,6 +65,7 @@ def run(problem: Problem, seed: int, reference: float | None) -> dict[str, Any]:
         "seconds": time.perf_counter() - began,
         "method": result.correction.method if result.correction else "variational",
         "findings": " ".join(finding.name for finding in result.health),
+        **harness.efficiency_of(result, target),
     }
 
 
@@ -80,6 +82,12 @@ def load() -> dict[str, list[dict[str, str]]]:
 def numbers(rows: list[dict[str, str]], column: str) -> np.ndarray:
     """Return a column."""
     return np.array([float(row[column]) for row in rows])
+
+
+def mean_text(rows: list[dict[str, str]], column: str) -> str:
+    """Return the mean of the runs that have a column; empty where none does."""
+    values = [float(row[column]) for row in rows if row.get(column, "") != ""]
+    return f"{np.mean(values):.3g}" if values else ""
 
 
 def is_flagged(row: dict[str, Any]) -> bool:
@@ -107,7 +115,7 @@ def table(found: dict[str, list[dict[str, str]]]) -> str:
     """Return a line for each problem, and the totals."""
     references = load_references()
     columns = ["problem", "d", "γ", "reference", "q alone", "corrected"]
-    columns += ["median error", "worst", "mean z", "covered", "FGE", "unsettled"]
+    columns += ["median error", "worst", "mean z", "covered", "FGE", "unsettled", *EFFICIENCY]
     head = "| " + " | ".join(columns) + " |"
     lines, medians, covered, runs = [head, "|---" * len(columns) + "|"], [], 0, 0
     for name in (name for name in PROBLEMS if name in found):
@@ -127,7 +135,9 @@ def table(found: dict[str, list[dict[str, str]]]) -> str:
             f"{float(rows[0]['reference']):.4g} | {alone} | "
             f"{np.median(numbers(rows, 'llc')):.4g} | {100 * np.median(errors):.2g} % | "
             f"{100 * errors.max():.2g} % | {mean_pull} | {inside} of {len(rows)} | "
-            f"{np.median(numbers(rows, 'fge')):.0f} | {unsettled} |"
+            f"{np.median(numbers(rows, 'fge')):.0f} | {unsettled} | "
+            + " | ".join(mean_text(rows, column) for column in EFFICIENCY.values())
+            + " |"
         )
     every = np.concatenate(
         [np.abs(numbers(found[name], "relative_error")) for name in PROBLEMS if name in found]

@@ -286,7 +286,9 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     The budget must pay for a run: `setup.pays(begin(setup, walkers))`.
     """
     share = setup.settings.noise_share * setup.error
-    state = burn_in(setup, measure_noise(setup, begin(setup, walkers)))
+    state = measure_noise(setup, begin(setup, walkers))
+    if not setup.agreed_before:  # else they are near, and what is left is left out of the averages
+        state = burn_in(setup, state)
     # llc of walkers that have burnt in, by which the bias of what is averaged is judged
     state = state._replace(allowed_bias=setup.allowed_bias(state.llc))
     blocks = setup.max_blocks(state, state.allowed_bias)

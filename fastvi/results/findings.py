@@ -14,8 +14,6 @@ from fastvi.sampling.run import (
     ERROR,
     GRADIENT_NOISE,
     LENGTH,
-    RHAT_CORE,
-    RHAT_RADIUS,
     TAKEN_BACK,
     Unmet,
 )
@@ -269,6 +267,12 @@ def _why_unsettled(unmet: dict[str, Unmet], result: Any) -> tuple[str, str]:
             f"A budget of {budget:.4g} sample gradients pays for no longer or more exact walk.",
             f"Raise budget to {math.ceil(result.correction.least_budget)} or more.",
         )
+    if set(unmet) <= {ERROR, DRIFT} and result.error_parts.largest == "relaxation":
+        return (
+            "Walkers still spread along wide directions, which the loss and so llc hardly feel.",
+            "Raise budget; or raise localization, which narrows these directions and "
+            "changes the posterior.",
+        )
     if set(unmet) == {ERROR}:
         # The error falls as the root of the budget.
         wanted = budget * (unmet[ERROR].value / unmet[ERROR].bound) ** 2
@@ -278,12 +282,6 @@ def _why_unsettled(unmet: dict[str, Unmet], result: Any) -> tuple[str, str]:
             "The walkers agree; their records are too few for the error that was asked for.",
             f"Raise budget to about {math.ceil(wanted / digit) * digit:.0e}, or error to what is "
             "enough.",
-        )
-    if set(unmet) <= {RHAT_RADIUS, RHAT_CORE, DRIFT}:
-        return (
-            "Walkers still spread along wide directions, which the loss and so llc hardly feel.",
-            "Raise budget; or raise localization, which narrows these directions and "
-            "changes the posterior.",
         )
     return (
         "The walkers have not yet seen the whole posterior, so llc_sem may be too small.",

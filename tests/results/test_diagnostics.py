@@ -13,6 +13,7 @@ import scipy.stats
 
 import fastvi
 from fastvi import LLCEstimate, estimate_llc, to_arviz, write_report
+from fastvi.evaluation.errors import ErrorParts
 from fastvi.evaluation.importance import Importance, assess_importance
 from fastvi.geometry.minimum import Bottom
 from fastvi.results.findings import Evidence, correction_findings, health_findings
@@ -492,31 +493,34 @@ def test_a_stream_is_not_advised_to_sample():
 
 
 @pytest.mark.parametrize(
-    ("unmet", "narrow", "says", "advises"),
+    ("unmet", "narrow", "parts", "says", "advises"),
     [
         (
             [("relative error", 0.04, 0.02)],
             None,
+            ErrorParts(0.1),
             "relative error 0.04 (0.02 is asked)",
             "budget to about 4e+03",
         ),
         (
-            [("R-hat of |w - w*|^2", 1.5, 1.2)],
+            [("relative error", 0.04, 0.02)],
             None,
-            "R-hat of |w - w*|^2 1.5 (1.2 is asked)",
-            "localization",
+            ErrorParts(0.04, relaxation=0.09),
+            "relative error 0.04 (0.02 is asked)",
+            "localization, which narrows these directions",
         ),
-        ([("R-hat of llc", 1.3, 1.1)], None, "R-hat of llc 1.3", "early_stop=True"),
-        ([("steps", 16, 32)], None, "steps 16 (32 is asked)", "budget to 70 or more"),
+        ([("R-hat of llc", 1.3, 1.1)], None, ErrorParts(0.1), "llc 1.3", "early_stop=True"),
+        ([("steps", 16, 32)], None, ErrorParts(0.1), "steps 16 (32 is", "budget to 70 or more"),
         (
             [("drift in standard errors", 3.0, 2.5)],
             "bfloat16",
+            ErrorParts(0.1),
             "drift in standard errors 3",
             "float32",
         ),
     ],
 )
-def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says, advises):
+def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, parts, says, advises):
     details = Correction(
         "sample",
         khat=2.0,
@@ -530,7 +534,7 @@ def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, says,
     config = fastvi.VIConfig(budget=1000.0)
     values = {"llc": 2.0, "llc_sem": 0.1, "llc_vi": 2.0, "llc_vi_sem": 0.1, "has_fit": True}
     (finding,) = correction_findings(
-        SimpleNamespace(health=(), correction=details, config=config, **values)
+        SimpleNamespace(health=(), correction=details, config=config, error_parts=parts, **values)
     )
     assert finding.name == "walk_unsettled"
     assert says in finding.observed

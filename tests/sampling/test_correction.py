@@ -488,7 +488,7 @@ def test_each_criterion_is_named_with_its_bound():
         "relative error",
         "steps",
     ]
-    apart = dataclasses.replace(settled, rhat=1.3, rhat_radius=1.15, drift_z=-4.0)
+    apart = dataclasses.replace(settled, rhat=1.3, drift_z=-4.0)
     found = {
         unmet.criterion: (unmet.value, unmet.bound)
         for unmet in unmet_by(apart, 0.02, 1.0, 40, settings)

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from fastvi.evaluation.errors import ErrorParts
-from fastvi.sampling.averages import DOUBT, SURPRISE, analyse, standard_error, stated_error
+from fastvi.sampling.averages import (
+    DOUBT,
+    SURPRISE,
+    analyse,
+    standard_error,
+    stated_error,
+    unmixed_share,
+)
 from fastvi.sampling.run import CHECK_GROWTH, unmet_by
 from fastvi.sampling.settings import SamplerSettings
 
@@ -107,10 +114,20 @@ def test_a_width_that_still_grows_by_factors_is_seen():
     settled = analyse(llc, columns, radius2, spread)
     growing = analyse(llc, columns, radius2, grows)
     assert settled.rhat_core < 1.1
+    assert settled.parts.relaxation == 0
     assert unmet_by(settled, ERROR, 1.0, 100, SETTINGS) == ()
     assert growing.burn_in == 50  # it wants more of the run left out
-    named = {unmet.criterion for unmet in unmet_by(growing, ERROR, 1.0, 100, SETTINGS)}
-    assert "drift in standard errors" in named
+    # the half that is kept still moves by a standard deviation or two
+    assert growing.parts.relaxation > 1.5 * growing.parts.statistical
+    assert growing.parts.largest == "relaxation"
+    assert growing.llc_sem > 1.8 * settled.llc_sem
+
+
+def test_what_has_not_mixed_is_a_share_of_its_variance():
+    assert unmixed_share(1.19, 2.4, 1.2) == 0
+    assert unmixed_share(2.0, 0.0, 1.2) == pytest.approx(0.75)
+    assert unmixed_share(1.0, -5.0, 1.2) == pytest.approx(0.75)
+    assert unmixed_share(math.inf, 0.0, 1.2) == 1
 
 
 def test_parts_of_an_error_add_in_squares():

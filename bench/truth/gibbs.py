@@ -1,6 +1,7 @@
-"""Exact sampling of two factors: each is Gaussian where the other is known."""
+"""Exact sampling of factors of a product: each is Gaussian where the others are known."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,7 +16,11 @@ def gaussian(rng, precision: np.ndarray, pull: np.ndarray) -> np.ndarray:
 
 
 def sweep_mean(
-    sweep: Callable, energy: Callable, *factors: np.ndarray, sweeps: int = SWEEPS
+    sweep: Callable,
+    energy: Callable,
+    *factors: np.ndarray,
+    sweeps: int = SWEEPS,
+    chains: int = CHAINS,
 ) -> tuple[float, float]:
     """Average the energy over chains that start at the given factors.
 
@@ -24,54 +29,82 @@ def sweep_mean(
         energy: `(factors) -> energy of each chain`.
         factors: At w*.
         sweeps: Of each chain, after a warm-up.
+        chains: Independent chains.
 
     Returns:
         The mean, and its standard error over independent chains.
     """
-    chains = tuple(np.repeat(factor[None].astype(float), CHAINS, axis=0) for factor in factors)
-    values = np.zeros((sweeps, CHAINS))
+    state = tuple(np.repeat(factor[None].astype(float), chains, axis=0) for factor in factors)
+    values = np.zeros((sweeps, chains))
     for count in range(-WARM_UP, sweeps):
-        chains = sweep(*chains)
+        state = sweep(*state)
         if count >= 0:
-            values[count] = energy(*chains)
+            values[count] = energy(*state)
     means = values.mean(axis=0)
-    return float(means.mean()), float(means.std(ddof=1) / np.sqrt(CHAINS))
+    return float(means.mean()), float(means.std(ddof=1) / np.sqrt(chains))
 
 
-def two_layer_answer(
-    first: np.ndarray, second: np.ndarray, nbeta: float, gamma: float, seed: int = 0
+def linear_network_answer(
+    layers: Sequence[np.ndarray],
+    nbeta: float,
+    gamma: float,
+    seed: int = 0,
+    sweeps: int = SWEEPS,
+    chains: int = CHAINS,
 ) -> tuple[float, float]:
-    """Sample `exp(-nbeta/2 |W_2 W_1 - T|^2 - gamma/2 |W - W*|^2)` by Gibbs sampling.
+    """Sample `exp(-nbeta/2 |W_L ... W_1 - T|^2 - gamma/2 |W - W*|^2)` by Gibbs sampling.
 
-    A layer is drawn whole, so that walkers change between the arms of the posterior at once.
+    A layer is drawn whole, given the product A above it and the product B below it: in the bases of
+    the eigenvectors of A^T A and B B^T its entries are independent, of precision
+    `nbeta a_i b_j + gamma`. So walkers change between the arms of the posterior at once.
 
     Args:
-        first: W_1 at w*.
-        second: W_2 at w*; T is their product.
+        layers: W_1, ..., W_L at w*; T is their product.
         nbeta: n times the inverse temperature.
         gamma: Localization.
         seed: Of the draws.
+        sweeps: Of each chain, after a warm-up.
+        chains: Independent chains.
 
     Returns:
-        The llc, and its standard error over independent chains.
+        The llc, and its standard error over chains.
     """
     rng = np.random.default_rng(seed)
-    target = second @ first
+    centers = [layer.astype(float) for layer in layers]
+    target = product(centers)
 
-    def draw(above, aim, center):
-        """Draw W from the density of `nbeta/2 |above W - aim|^2 + gamma/2 |W - center|^2`."""
-        below = np.swapaxes(above, 1, 2)
-        precision = nbeta * below @ above + gamma * np.eye(above.shape[2])
-        return gaussian(rng, precision, nbeta * below @ aim + gamma * center)
+    def draw(above, below, center):
+        """Draw W from the density of `nbeta/2 |above W below - target|^2 + the localizer`."""
+        transposed = np.swapaxes(above, 1, 2), np.swapaxes(below, 1, 2)
+        a, left = np.linalg.eigh(transposed[0] @ above)
+        b, right = np.linalg.eigh(below @ transposed[1])
+        pull = nbeta * transposed[0] @ target @ transposed[1] + gamma * center
+        # rounding makes eigenvalues of zero negative
+        precision = nbeta * np.maximum(a[:, :, None] * b[:, None, :], 0.0) + gamma
+        mean = np.swapaxes(left, 1, 2) @ pull @ right / precision
+        turned = mean + rng.normal(size=mean.shape) / np.sqrt(precision)
+        return left @ turned @ np.swapaxes(right, 1, 2)
 
-    def sweep(one, two):
-        one = draw(two, target, first)
-        return one, np.swapaxes(draw(np.swapaxes(one, 1, 2), target.T, second.T), 1, 2)
+    def sweep(*drawn):
+        drawn = list(drawn)
+        outputs, inputs = (np.eye(size)[None].repeat(chains, axis=0) for size in target.shape)
+        for place, center in enumerate(centers):
+            above, below = drawn[place + 1 :], drawn[:place]
+            drawn[place] = draw(product(above, outputs), product(below, inputs), center)
+        return tuple(drawn)
 
-    def energy(one, two):
-        return 0.5 * nbeta * np.sum((two @ one - target) ** 2, axis=(1, 2))
+    def energy(*drawn):
+        return 0.5 * nbeta * np.sum((product(drawn) - target) ** 2, axis=(1, 2))
 
-    return sweep_mean(sweep, energy, first, second)
+    return sweep_mean(sweep, energy, *centers, sweeps=sweeps, chains=chains)
+
+
+def product(layers: Sequence[np.ndarray], empty: np.ndarray | None = None) -> np.ndarray:
+    """Multiply W_L ... W_1; `empty` where there are none."""
+    if not layers:
+        assert empty is not None
+        return empty
+    return functools.reduce(lambda below, layer: layer @ below, layers)
 
 
 def factorization_answer(

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.truth.aoyagi import deep_linear_learning_coefficient
-from bench.truth.gibbs import two_layer_answer
+from bench.truth.gibbs import linear_network_answer
 from bench.truth.problem import Problem, no_data, rotation
 from bench.truth.quadrature import two_unit_answer
 
 COUNT = 10_000
+GIBBS = "Gibbs sampling"
+FEW_DIMENSIONS = 300  # where a sweep of 64 chains takes milliseconds
 AOYAGI = "Aoyagi 2024, every layer of the rank of the product"
 REGULAR = "half the rank of the Hessian, which is that of the map to the product (Morse-Bott)"
 
@@ -64,7 +66,7 @@ def deep_linear(name, widths, rank, gamma, size="fast", *, is_regular=False) -> 
     theory = (
         widths[0] * widths[-1] / 2 if is_regular else deep_linear_learning_coefficient(widths, rank)
     )
-    return Problem(
+    problem = Problem(
         name,
         loss_fn,
         params,
@@ -74,6 +76,22 @@ def deep_linear(name, widths, rank, gamma, size="fast", *, is_regular=False) -> 
         theory=theory,
         theory_source=REGULAR if is_regular else AOYAGI,
         size=size,
+        exact_method=GIBBS,
+    )
+    return dataclasses.replace(problem, exact=gibbs_answer(problem))
+
+
+def gibbs_answer(problem: Problem):
+    """Return what samples the posterior of a linear network, in seconds to minutes."""
+    chains, sweeps = (64, 4000) if problem.dim <= FEW_DIMENSIONS else (16, 1000)
+    layers = [problem.params[name] for name in sorted(problem.params)]
+    return functools.partial(
+        linear_network_answer,
+        layers,
+        problem.nbeta,
+        float(problem.gamma),
+        sweeps=sweeps,
+        chains=chains,
     )
 
 
@@ -103,12 +121,9 @@ def reduced_rank_regression(name, widths, rank, gamma, count=1000, noise=0.3) ->
         count,
         theory=deep_linear_learning_coefficient(widths, rank),
         theory_source=AOYAGI,
-        exact_method="Gibbs sampling",
+        exact_method=GIBBS,
     )
-    exact = functools.partial(
-        two_layer_answer, params["W1"], params["W2"], problem.nbeta, float(gamma)
-    )
-    return dataclasses.replace(problem, exact=exact)
+    return dataclasses.replace(problem, exact=gibbs_answer(problem))
 
 
 def two_unit_linear(name, inputs, outputs, gamma, size="fast") -> Problem:
@@ -159,11 +174,30 @@ SMOOTH = {
     "smooth_linear_3x18_g10": ((18,) * 4, 6, 10.0, "medium"),
 }
 
+# At their most degenerate point and localization 1, beside theory: widths, rank.
+SCALING = {
+    f"theory_{len(widths) - 1}x{widths[0]}": (widths, rank)
+    for widths, rank in (
+        ((22,) * 3, 5),
+        ((18,) * 4, 4),
+        ((16,) * 5, 3),
+        ((40,) * 3, 8),
+        ((58,) * 4, 8),
+        ((50,) * 5, 6),
+        ((100,) * 4, 12),
+        ((183,) * 4, 18),
+    )
+}
+
 LINEAR_NETS = (
     {name: functools.partial(deep_linear, name, *settings) for name, settings in DEGENERATE.items()}
     | {
         name: functools.partial(deep_linear, name, *settings, is_regular=True)
         for name, settings in SMOOTH.items()
+    }
+    | {
+        name: functools.partial(deep_linear, name, *settings, 1.0, "large")
+        for name, settings in SCALING.items()
     }
     | {
         name: functools.partial(two_unit_linear, name, *settings)

@@ -16,33 +16,13 @@ import numpy as np
 
 from bench import harness
 from bench.tables import EFFICIENCY
-from bench.truth.linear_nets import deep_linear
+from bench.truth.linear_nets import SCALING
 from bench.truth.problem import Problem
 from bench.truth.problems import PROBLEMS
 from bench.truth.reference import load_references
 
 TABLE = "suite"
 LARGEST = 5000
-# deep linear networks at their most degenerate point, in the limit of weak localization
-SCALING = {
-    f"theory_{len(widths) - 1}x{widths[0]}": (widths, rank)
-    for widths, rank in (
-        ((22,) * 3, 5),
-        ((18,) * 4, 4),
-        ((16,) * 5, 3),
-        ((40,) * 3, 8),
-        ((58,) * 4, 8),
-        ((50,) * 5, 6),
-        ((100,) * 4, 12),
-        ((183,) * 4, 18),
-    )
-}
-
-
-def scaling_problem(name: str) -> Problem:
-    """Return a network of `SCALING`, at localization 1."""
-    widths, rank = SCALING[name]
-    return deep_linear(name, widths, rank, 1.0)
 
 
 def run(problem: Problem, seed: int, reference: float | None) -> dict[str, Any]:
@@ -111,6 +91,11 @@ def trusted_pulls(rows: list[dict[str, str]], reference_sem: float) -> np.ndarra
     return np.array([pull(row, reference_sem) for row in rows if not is_flagged(row)])
 
 
+def _listed(found: dict[str, list[dict[str, str]]]) -> list[str]:
+    """Return the problems of the main table, in the order of the registry."""
+    return [name for name in PROBLEMS if name in found and name not in SCALING]
+
+
 def table(found: dict[str, list[dict[str, str]]]) -> str:
     """Return a line for each problem, and the totals."""
     references = load_references()
@@ -118,7 +103,7 @@ def table(found: dict[str, list[dict[str, str]]]) -> str:
     columns += ["median error", "worst", "mean z", "covered", "FGE", "unsettled", *EFFICIENCY]
     head = "| " + " | ".join(columns) + " |"
     lines, medians, covered, runs = [head, "|---" * len(columns) + "|"], [], 0, 0
-    for name in (name for name in PROBLEMS if name in found):
+    for name in _listed(found):
         rows = found[name]
         reference_sem = float(references[name].get("sem") or 0.0)
         errors = np.abs(numbers(rows, "relative_error"))
@@ -140,7 +125,7 @@ def table(found: dict[str, list[dict[str, str]]]) -> str:
             + " |"
         )
     every = np.concatenate(
-        [np.abs(numbers(found[name], "relative_error")) for name in PROBLEMS if name in found]
+        [np.abs(numbers(found[name], "relative_error")) for name in _listed(found)]
     )
     total = (
         f"Over {len(medians)} problems and {runs} runs: the median of the medians is "
@@ -154,11 +139,10 @@ def table(found: dict[str, list[dict[str, str]]]) -> str:
 def summary(found: dict[str, list[dict[str, str]]]) -> str:
     """Say how well the stated errors fit: normal ones hold 68 % and 95 %, with an rms of 1."""
     references = load_references()
-    rows = [row for name in PROBLEMS for row in found.get(name, ())]
+    rows = [row for name in _listed(found) for row in found[name]]
     trusted = {
         name: trusted_pulls(found[name], float(references[name].get("sem") or 0.0))
-        for name in PROBLEMS
-        if name in found
+        for name in _listed(found)
     }
     means = {name: np.nanmean(pulls) for name, pulls in trusted.items() if len(pulls)}
     flagged = (
@@ -181,21 +165,29 @@ def summary(found: dict[str, list[dict[str, str]]]) -> str:
 
 
 def scaling_table(found: dict[str, list[dict[str, str]]]) -> str:
-    """Return theory and estimate of the deep linear networks, and their rank correlation."""
+    """Return theory, Gibbs sampling and estimate of the deep linear networks.
+
+    Their rank correlation with theory is below.
+    """
+    references = load_references()
     lines = [
-        "| layers | width | d | theory | corrected | from theory | FGE | seconds |",
-        "|---" * 8 + "|",
+        "| layers | width | d | theory | Gibbs sampling | corrected | from Gibbs sampling | FGE "
+        "| seconds |",
+        "|---" * 9 + "|",
     ]
     theory, estimates = [], []
     for name in (name for name in SCALING if name in found):
-        rows, (widths, _) = found[name], SCALING[name]
-        llc = float(np.median(numbers(rows, "llc")))
-        theory.append(float(rows[0]["reference"]))
+        rows, (widths, _), exact = found[name], SCALING[name], references.get(name, {})
+        llc, long_run, error = float(np.median(numbers(rows, "llc"))), "–", "–"
+        if exact.get("value") is not None:
+            long_run = f"{exact['value']:.5g} ± {exact['sem']:.2g}"
+            error = f"{100 * (llc / exact['value'] - 1):+.2g} %"
+        theory.append(PROBLEMS[name]().theory)
         estimates.append(llc)
         lines.append(
             f"| {len(widths) - 1} | {widths[0]} | {int(rows[0]['d']):,} | {theory[-1]:.6g} | "
-            f"{llc:.5g} | {100 * (llc / theory[-1] - 1):+.2g} % | "
-            f"{np.median(numbers(rows, 'fge')):.0f} | {np.median(numbers(rows, 'seconds')):.0f} |"
+            f"{long_run} | {llc:.5g} | {error} | {np.median(numbers(rows, 'fge')):.0f} | "
+            f"{np.median(numbers(rows, 'seconds')):.0f} |"
         )
     ranks = [np.argsort(np.argsort(values)) for values in (theory, estimates)]
     spearman = np.corrcoef(*ranks)[0, 1] if len(theory) > 1 else float("nan")
@@ -207,16 +199,16 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--problems", nargs="+", choices=[*PROBLEMS, *SCALING], metavar="NAME")
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="first seed")
     settings = parser.parse_args(arguments)
     references = load_references()
     for name in settings.problems or PROBLEMS:
-        problem = scaling_problem(name) if name in SCALING else PROBLEMS[name]()
-        known = {"value": None} if name in SCALING else references[name]
-        reference, reference_sem = known["value"], float(known.get("sem") or 0.0)
-        if settings.problems is None and (problem.dim > LARGEST or reference is None):
+        problem, known = PROBLEMS[name](), references.get(name, {})
+        reference, reference_sem = known.get("value"), float(known.get("sem") or 0.0)
+        is_other = problem.dim > LARGEST or reference is None or name in SCALING
+        if settings.problems is None and is_other:
             continue
         for seed in range(settings.first, settings.first + settings.seeds):
             row = run(problem, seed, reference)

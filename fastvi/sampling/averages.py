@@ -23,10 +23,6 @@ TINY = np.finfo(float).tiny
 # the other in standard errors. At half the distance from where chains agree (1, 1, 0), runs go on
 # about four times as long; at double, walkers that have not spread are not seen.
 RADIUS_RHAT_BOUND, CORE_RHAT_BOUND, DRIFT_BOUND = 1.2, 1.7, 2.5
-# Statistical errors that llc may be off where such an observable has not mixed at all. At half, two
-# in ten runs on that network end 3 errors low; at double, every run of a posterior with such
-# directions is four times as long.
-UNMIXED_ERRORS = 3.0
 # Units in the last place of float64 that values may differ by and yet be the same: they are sums
 # of tens of terms. At half, rounding would now and then look like a walk.
 ROUNDING_UNITS = 64
@@ -138,14 +134,12 @@ def analyse(
     adjusted = kept - _believed(added, doubtful) * taken
     rhats, statistical = [split_rhat(part) for part in slow], stated_error(adjusted)
     bounds = (RADIUS_RHAT_BOUND, CORE_RHAT_BOUND)
-    unmixed = max(map(unmixed_share, rhats, map(drift, slow), bounds), default=0.0)
+    unmixed = max(map(unmixed_errors, rhats, map(drift, slow), bounds), default=0.0)
     return Analysis(
         adjusted=adjusted,
         parts=ErrorParts(
             statistical=statistical,
-            relaxation=float(
-                np.hypot(surprise if added < 0 else 0.0, UNMIXED_ERRORS * unmixed * statistical)
-            ),
+            relaxation=float(np.hypot(surprise if added < 0 else 0.0, unmixed * statistical)),
             dynamics=surprise if added > 0 else 0.0,
             evaluation=ROUNDING * abs(float(adjusted.mean())),
         ),
@@ -160,15 +154,18 @@ def analyse(
     )
 
 
-def unmixed_share(rhat: float, drift_z: float, rhat_bound: float) -> float:
-    """Return the share of an observable's variance that the walkers have not yet mixed.
+def unmixed_errors(rhat: float, drift_z: float, rhat_bound: float) -> float:
+    """Return how many statistical errors llc may be off for an observable that has not mixed.
 
-    It is what differs between them, or between their halves, of what varies at all; zero where both
-    are within their bounds.
+    One, and one more for each standard error that the observable has moved by from one half of the
+    run to the other, times the share of its variance that the walkers have not mixed: what differs
+    between them, or between their halves, of what varies at all. Walkers that differ and do not
+    move on average are only few: the spread between them is in the statistical error already. Zero
+    where R-hat and drift are within their bounds.
     """
     between = 1 - 1 / rhat**2 if rhat > rhat_bound else 0.0
     moved = 1 - (DRIFT_BOUND / drift_z) ** 2 if abs(drift_z) > DRIFT_BOUND else 0.0
-    return max(between, moved)
+    return (1 + abs(drift_z)) * max(between, moved)
 
 
 def _believed(added: float, error: float) -> float:

@@ -7,7 +7,7 @@ import pytest
 from conftest import quick_jit
 
 import fastvi
-from bench.truth.gibbs import two_layer_answer
+from bench.truth.gibbs import linear_network_answer
 from fastvi.api.arguments import make_problem
 from fastvi.config import VIConfig
 from fastvi.families.moments import LinearMap
@@ -225,7 +225,7 @@ def test_noise_that_follows_the_walkers_heats_nothing():
     problem = make_problem(center, data, nbeta, gamma, VIConfig(batch_size=32), "nbeta")
     dim = center.size
     linear_map = LinearMap(jnp.zeros(dim), jnp.full(dim, 0.1), jnp.eye(dim)[:1], jnp.zeros((1, 1)))
-    exact, error = two_layer_answer(first, second, nbeta, gamma)
+    exact, error = linear_network_answer([first, second], nbeta, gamma)
     hot, balanced = (
         dynamics(
             objective,

@@ -12,7 +12,7 @@ from fastvi.sampling.averages import (
     analyse,
     standard_error,
     stated_error,
-    unmixed_share,
+    unmixed_errors,
 )
 from fastvi.sampling.run import CHECK_GROWTH, unmet_by
 from fastvi.sampling.settings import SamplerSettings
@@ -124,10 +124,11 @@ def test_a_width_that_still_grows_by_factors_is_seen():
 
 
 def test_what_has_not_mixed_is_a_share_of_its_variance():
-    assert unmixed_share(1.19, 2.4, 1.2) == 0
-    assert unmixed_share(2.0, 0.0, 1.2) == pytest.approx(0.75)
-    assert unmixed_share(1.0, -5.0, 1.2) == pytest.approx(0.75)
-    assert unmixed_share(math.inf, 0.0, 1.2) == 1
+    assert unmixed_errors(1.19, 2.4, 1.2) == 0
+    assert unmixed_errors(2.0, 0.0, 1.2) == pytest.approx(0.75)
+    assert unmixed_errors(2.0, -2.0, 1.2) == pytest.approx(3 * 0.75)
+    assert unmixed_errors(1.0, -5.0, 1.2) == pytest.approx(6 * 0.75)
+    assert unmixed_errors(math.inf, 0.0, 1.2) == 1
 
 
 def test_parts_of_an_error_add_in_squares():

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from bench.truth.gibbs import factorization_answer
+from bench.truth.gibbs import GIBBS, factorization_answer
 from bench.truth.problem import Problem, default_nbeta
 
 ROWS, COLUMNS, RANK, TRUE_RANK = 8, 7, 3, 2
@@ -65,7 +65,7 @@ def factorization(name: str, gamma: float, noise: float = 0.5) -> Problem:
         exact=functools.partial(
             factorization_answer, left, right, weights, default_nbeta(count), gamma
         ),
-        exact_method="Gibbs sampling",
+        exact_method=GIBBS,
     )
 
 

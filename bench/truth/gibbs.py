@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+GIBBS = "Gibbs sampling"
 CHAINS, SWEEPS, WARM_UP = 64, 4000, 400
 
 
@@ -85,12 +86,15 @@ def linear_network_answer(
         turned = mean + rng.normal(size=mean.shape) / np.sqrt(precision)
         return left @ turned @ np.swapaxes(right, 1, 2)
 
+    def identity(size):
+        return np.eye(size)[None]  # the same for all chains
+
     def sweep(*drawn):
         drawn = list(drawn)
-        outputs, inputs = (np.eye(size)[None].repeat(chains, axis=0) for size in target.shape)
         for place, center in enumerate(centers):
-            above, below = drawn[place + 1 :], drawn[:place]
-            drawn[place] = draw(product(above, outputs), product(below, inputs), center)
+            above = product([identity(center.shape[0]), *drawn[place + 1 :]])
+            below = product([identity(target.shape[1]), *drawn[:place]])
+            drawn[place] = draw(above, below, center)
         return tuple(drawn)
 
     def energy(*drawn):
@@ -99,11 +103,8 @@ def linear_network_answer(
     return sweep_mean(sweep, energy, *centers, sweeps=sweeps, chains=chains)
 
 
-def product(layers: Sequence[np.ndarray], empty: np.ndarray | None = None) -> np.ndarray:
-    """Multiply W_L ... W_1; `empty` where there are none."""
-    if not layers:
-        assert empty is not None
-        return empty
+def product(layers):
+    """Multiply W_L ... W_1."""
     return functools.reduce(lambda below, layer: layer @ below, layers)
 
 

@@ -10,22 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.truth.aoyagi import deep_linear_learning_coefficient
-from bench.truth.gibbs import linear_network_answer
+from bench.truth.gibbs import GIBBS, linear_network_answer, product
 from bench.truth.problem import Problem, no_data, rotation
 from bench.truth.quadrature import two_unit_answer
 
 COUNT = 10_000
-GIBBS = "Gibbs sampling"
 FEW_DIMENSIONS = 300  # where a sweep of 64 chains takes milliseconds
 AOYAGI = "Aoyagi 2024, every layer of the rank of the product"
 REGULAR = "half the rank of the Hessian, which is that of the map to the product (Morse-Bott)"
 
 
+def layers_of(params):
+    """Return W_1, ..., W_L."""
+    return [params[name] for name in sorted(params)]
+
+
 def layer_product(params):
     """Multiply W_L ... W_1."""
-    return functools.reduce(
-        lambda product, layer: layer @ product, (params[name] for name in sorted(params))
-    )
+    return product(layers_of(params))
 
 
 def degenerate_layers(widths, rank):
@@ -84,10 +86,9 @@ def deep_linear(name, widths, rank, gamma, size="fast", *, is_regular=False) -> 
 def gibbs_answer(problem: Problem):
     """Return what samples the posterior of a linear network, in seconds to minutes."""
     chains, sweeps = (64, 4000) if problem.dim <= FEW_DIMENSIONS else (16, 1000)
-    layers = [problem.params[name] for name in sorted(problem.params)]
     return functools.partial(
         linear_network_answer,
-        layers,
+        layers_of(problem.params),
         problem.nbeta,
         float(problem.gamma),
         sweeps=sweeps,

@@ -6,6 +6,8 @@ Tanh and ReLU students of a teacher inside them, and classifiers of digits.
 import functools
 import math
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,31 +133,38 @@ def digits(name: str, hidden: int, gamma: float) -> Problem:
 
 
 def digits_weights(hidden: int):
-    """Load the trained weights; train and store them where they are missing.
+    """Return the weights of the classifier."""
+
+    def train():
+        from fastvi.demos import digits as demo
+
+        start = demo.init_network(jax.random.key(DIGITS_SEED), hidden)
+        return demo.train(start, demo.load_digits(), DIGITS_STEPS, DIGITS_LR)
+
+    return stored_weights(f"digits_{hidden}", train)
+
+
+def stored_weights(name: str, train: Callable[[], Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Load trained weights by layer and part; train and store them where they are missing.
 
     They are stored because training amplifies rounding: another machine would end at another
     minimum.
     """
-    path = WEIGHTS / f"digits_{hidden}.npz"
+    path = WEIGHTS / f"{name}.npz"
     if not path.exists():
-        from fastvi.demos import digits as demo
-
-        start = demo.init_network(jax.random.key(DIGITS_SEED), hidden)
-        trained = demo.train(start, demo.load_digits(), DIGITS_STEPS, DIGITS_LR)
         path.parent.mkdir(exist_ok=True)
-        np.savez(
-            path,
-            **{
-                f"{layer}_{part}": leaf
-                for layer, leaves in trained.items()
-                for part, leaf in leaves.items()
-            },
-        )
-    with np.load(path) as stored:
-        return {
-            layer: {part: stored[f"{layer}_{part}"] for part in ("w", "b")}
-            for layer in ("hidden", "out")
+        parts = {
+            f"{layer}_{part}": np.asarray(leaf, np.float32)
+            for layer, leaves in train().items()
+            for part, leaf in leaves.items()
         }
+        np.savez(path, **parts)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(path) as stored:
+        for key, leaf in stored.items():
+            layer, part = key.split("_")
+            found.setdefault(layer, {})[part] = leaf
+    return found
 
 
 NETS = {

@@ -1,7 +1,6 @@
 """A convolutional classifier of digits, and a model of the next token on ragged sequences."""
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,9 @@ import optax
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
+from bench.truth.nets import UNKNOWN, stored_weights
 from bench.truth.problem import Problem
 
-WEIGHTS = pathlib.Path(__file__).parent / "weights"
-UNKNOWN = "none known at this point"
 CHANNELS, KERNEL, POOL, SIDE, CLASSES = 4, 3, 3, 8, 10
 # without smoothing the network separates the digits, and the loss has no minimum
 DIGITS, SMOOTHING, STEPS, LR = 600, 0.1, 3000, 1e-2
@@ -57,25 +55,11 @@ def conv_digits(name: str, gamma: float) -> Problem:
     from fastvi.demos.digits import load_digits
 
     data = tuple(np.asarray(part[:DIGITS]) for part in load_digits())
-    params = conv_weights(data)
+    start = start_conv(np.random.default_rng(70))
+    params = stored_weights("conv_digits", lambda: minimum(conv_loss, start, data))
     return Problem(
         name, conv_loss, params, data, gamma, DIGITS, theory_source=UNKNOWN, size="medium"
     )
-
-
-def conv_weights(data):
-    """Load the trained weights; train and store them where they are missing.
-
-    They are stored because training amplifies rounding: another machine would end at another
-    minimum.
-    """
-    path, start = WEIGHTS / "conv_digits.npz", start_conv(np.random.default_rng(70))
-    leaves, tree = jax.tree_util.tree_flatten(start)
-    if not path.exists():
-        found = minimum(conv_loss, start, data)
-        np.savez(path, *(np.asarray(leaf, np.float32) for leaf in jax.tree_util.tree_leaves(found)))
-    with np.load(path) as stored:
-        return tree.unflatten([stored[f"arr_{i}"] for i in range(len(leaves))])
 
 
 def minimum(loss_fn, params, data):

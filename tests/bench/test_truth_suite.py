@@ -11,17 +11,19 @@ import scipy.integrate
 
 from bench.truth.aoyagi import deep_linear_learning_coefficient
 from bench.truth.convergence import effective_sample_size, split_r_hat
+from bench.truth.gibbs import GIBBS
 from bench.truth.hmc import Recipe, sample
 from bench.truth.linear_nets import degenerate_layers, layer_product, regular_layers
 from bench.truth.problems import PROBLEMS, select
 from bench.truth.quadratics import quadratic_answer
 from bench.truth.quadrature import even_loss_answer, sphere_answer
 from bench.truth.reference import load_reference, load_references
+from bench.truth.regression import SAMPLING
 from fastvi.target.ravel import ravel_loss
 
 FAST = {problem.name: problem for problem in select("fast")}
 # draws take longer, and differ by processor: fewer are compared, here and in test_truth_losses.py
-SAMPLED = ("importance sampling", "Gibbs sampling")
+SAMPLED = (SAMPLING, GIBBS)
 EXACT = [name for name, one in FAST.items() if one.exact and one.exact_method not in SAMPLED]
 
 # The learning coefficient of deep linear networks.

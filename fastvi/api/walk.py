@@ -31,7 +31,7 @@ from fastvi.results.work import RunWork
 from fastvi.sampling.from_localizer.batches import AbstractReader, DrawnReader, FeedReader
 from fastvi.sampling.from_localizer.setup import WalkSetup
 from fastvi.sampling.from_localizer.steps import minibatch_programs
-from fastvi.sampling.from_localizer.walk import TooStiff, Walk, walk_from_localizer
+from fastvi.sampling.from_localizer.walk import HOPELESS_SHARE, TooStiff, Walk, walk_from_localizer
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Data, Problem
@@ -101,7 +101,9 @@ def chooses_walk(problem: Problem, config: VIConfig, look: LossLook) -> tuple[bo
         return False, False
     # a fit rarely takes what it may at most, which leaves some of the budget to its walkers
     is_poor = config.budget is not None and (
-        config.budget < bound_fit(problem, plan_estimate(config, problem, None), look)
+        # a walk that gives way to a fit leaves it the rest
+        (1 - 2 * HOPELESS_SHARE) * config.budget
+        < bound_fit(problem, plan_estimate(config, problem, None), look)
     )
     # a fit and the blocks of its walkers see all data: few examples of much weight among them
     is_wide = problem.posterior.center.size >= LEAST_DIM and look.effective_share >= LEAST_SHARE

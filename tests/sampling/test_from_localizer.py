@@ -14,6 +14,7 @@ from fastvi.api.walk import chooses_walk
 from fastvi.sampling.from_localizer import steps as compiled_steps
 from fastvi.sampling.from_localizer.batches import DrawnReader, FeedReader
 from fastvi.sampling.from_localizer.measure import (
+    MOST_LOOKS,
     inner_products,
     leaf_curvature,
     mean_square_gradient,
@@ -38,6 +39,9 @@ from fastvi.sampling.from_localizer.steps import (
     minibatch_programs,
 )
 from fastvi.sampling.from_localizer.walk import (
+    HOPELESS_SHARE,
+    MOST_STIFFNESS,
+    MOST_UNFILLED,
     TooStiff,
     excess_width,
     missing_width,
@@ -74,9 +78,30 @@ def flat_loss():
     return ravel_loss(loss_fn, PARAMS, jnp.float32)
 
 
-def make_setup(key=0, *, error=0.02, budget=1e5, must_walk=True, nbeta=NBETA, reader=None):
-    objective, center = flat_loss()
-    posterior = LocalPosterior(center, jnp.float32(nbeta), jnp.float32(GAMMA))
+def product_loss(w, batch):
+    """Return a loss whose width is a cross: each of two weights is free where the other is 0."""
+    del batch
+    return 0.5 * jnp.sum((w["a"] * w["b"]) ** 2)
+
+
+@functools.cache
+def flat_product():
+    return ravel_loss(product_loss, {name: jnp.zeros(DIM // 2) for name in "ab"}, jnp.float32)
+
+
+def make_setup(
+    key=0,
+    *,
+    error=0.02,
+    budget=1e5,
+    must_walk=True,
+    nbeta=NBETA,
+    reader=None,
+    flat=flat_loss,
+    gamma=GAMMA,
+):
+    objective, center = flat()
+    posterior = LocalPosterior(center, jnp.float32(nbeta), jnp.float32(gamma))
     examples = jnp.asarray(POINTS)
     loss = fingerprint_loss(objective, Problem(posterior, hold(examples), 64))
     reader = reader or DrawnReader(examples, PART)
@@ -129,6 +154,40 @@ def test_curvature_of_each_array_is_measured():
     assert work == pytest.approx(5 * (4 / 3) * WALKERS * PART)
     assert examples == 2 * WALKERS * PART
     assert abs(measured.decrement) < 4 * measured.decrement_error
+
+
+@pytest.mark.parametrize("nbeta", [1e4, 1e10])
+def test_curvature_is_that_of_the_width_which_it_leaves(nbeta):
+    """The mean curvature of nbeta (a b)^2 / 2 is nbeta times the variance of the other weight."""
+    setup = make_setup(nbeta=nbeta, flat=flat_product, gamma=1.0)
+    measured, _, work, _ = measure_curvature(setup, at_center(), np.random.default_rng(1))
+    # over the localizer's width it is nbeta; its fixed point is that of c = nbeta / (1 + c)
+    consistent = np.sqrt(nbeta)
+    assert np.all(measured.curvature > consistent / 4)
+    assert np.all(measured.curvature < consistent * 4)
+    assert work <= (5 + MOST_LOOKS) * (4 / 3) * WALKERS * PART
+
+
+def test_curvature_where_the_loss_is_not_finite_over_the_localizer():
+    def blows_up(w, batch):
+        return product_loss(w, batch) * jnp.where(jnp.sum(w["a"] ** 2) > 1e-2, jnp.inf, 1.0)
+
+    flat = ravel_loss(blows_up, {name: jnp.zeros(DIM // 2) for name in "ab"}, jnp.float32)
+    setup = make_setup(nbeta=1e4, flat=lambda: flat, gamma=1.0)
+    measured, *_ = measure_curvature(setup, at_center(), np.random.default_rng(1))
+    assert np.all(np.isfinite(measured.curvature))
+
+
+def test_a_walk_that_does_not_fill_the_width_gives_way_to_a_fit():
+    """Arms of a cross are a hundred times longer than wide, and its stiffness at w* is nothing."""
+    settings = dict(nbeta=1e8, flat=flat_product, gamma=1.0, budget=4e4)
+    given_up = walk_from_localizer(make_setup(must_walk=False, **settings))
+    assert isinstance(given_up, TooStiff)
+    assert given_up.stiffness < MOST_STIFFNESS
+    assert HOPELESS_SHARE < given_up.work / settings["budget"] < 2 * HOPELESS_SHARE
+    walk = walk_from_localizer(make_setup(**settings))
+    assert walk.check.unmet
+    assert walk.check.analysis.parts.relaxation > MOST_UNFILLED * walk.check.analysis.llc
 
 
 def test_the_gradient_at_the_center_is_seen_through_its_noise():

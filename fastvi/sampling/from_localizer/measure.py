@@ -27,6 +27,15 @@ from fastvi.sampling.from_localizer.steps import add_multiples, blank, fill
 STIFFNESS_PRODUCTS = 2
 # Step number from which on batches are those of measurements; no walk makes as many steps.
 PROBE_STEPS = 2**20
+# Times that curvature may differ from the one whose width it is measured over, in the geometric mean
+# over coordinates. At half, chance asks for looks; at double, the width may be half of what it is.
+CONSISTENT = 4.0
+# Looks at the curvature beside the first: bisection of 1e6 down to `CONSISTENT` takes five.
+MOST_LOOKS = 8
+# Part of the budget after which there are no more of them.
+LOOKS_SHARE = 0.1
+# Rise of the curvature where the loss is not finite over the width.
+NON_FINITE_RISE = 100.0
 # Quantile of the walkers' stiffnesses: the largest of few would be that of one odd batch.
 STIFFNESS_QUANTILE = 0.75
 # Parts of a raw batch from which on it is measured whether anchored ones do with fewer.
@@ -89,23 +98,17 @@ def measure_curvature(
         What was measured, the state, the sample gradients that it took, and the examples read.
 
     Cost:
-        Five evaluations of all walkers on a part of a batch, and three more where it is measured
-        what anchored batches save. No memory beside the state and a few vectors.
+        Five evaluations of all walkers on a part of a batch, up to `MOST_LOOKS` more where data
+        leave much less width than the localizer, and three more where it is measured what anchored
+        batches save. No memory beside the state and a few vectors.
     """
     probe, at_first = Probe(_of_loss(setup), CURVATURE_PROBES), copy.deepcopy(rng)
     localizer = round_scale(setup, np.zeros(len(setup.leaf_sizes)))
     first, second = probe.batch(), probe.batch()
     state = _keep_gradient(probe.evaluate(localizer, state, first))
-    state = state._replace(position=fill(state.position, standard_normals(setup, rng)))
-    state = probe.evaluate(localizer, state, first)
-    curvature = float(setup.posterior.gamma) * leaf_curvature(_bent(state), setup.leaf_sizes)
+    state, curvature = _consistent_curvature(setup, probe, state, localizer, first, rng)
     # the coordinates of the walk, in which stiffness is what limits its step
     scale = round_scale(setup, curvature)
-    change = np.asarray(scale) / np.asarray(localizer)
-    here = fill(state.position, (change * row for row in np.asarray(state.momentum)))
-    # the old one at w* takes the place of a gradient that may not be finite
-    state = State(blank(state.here.gradient), here, state.here._replace(gradient=state.momentum))
-    del localizer, change
     state = probe.evaluate(scale, state, second)
     decrement, error = mean_square_gradient(
         inner_products((one + other) / 2 for one, other in _columns(*_gradients(state)))
@@ -134,6 +137,49 @@ def measure_curvature(
         lengths = _distances(*_gradients(state))
         measured = measured._replace(anchored_noise=0.5 * float(np.mean(lengths**2)))
     return measured, state, probe.work, probe.examples
+
+
+def _consistent_curvature(
+    setup: WalkSetup,
+    probe: Probe,
+    state: State,
+    localizer: Float[Array, " dim"],
+    batch: tuple[int, AbstractSource],
+    rng: np.random.Generator,
+) -> tuple[State, Float[np.ndarray, " leaves"]]:
+    """Measure the curvature of each array over the width that this curvature leaves.
+
+    Over the localizer's width, the first look, it is right where the loss is quadratic. Where
+    layers multiply, a loss of high degree is far steeper there than anywhere in the posterior. So
+    it is measured anew over the width that it leaves, and over one between the two as long as they
+    disagree.
+
+    Args:
+        state: At w*, with the gradient there on the batch in the place of momenta.
+
+    Returns:
+        The same in the coordinates that are found, and the curvature.
+    """
+    gamma, sizes = float(setup.posterior.gamma), np.asarray(setup.leaf_sizes)
+    scale, used = localizer, np.full(len(sizes), gamma)
+    for look in range(1 + MOST_LOOKS):
+        state = state._replace(position=fill(state.position, standard_normals(setup, rng)))
+        state = probe.evaluate(scale, state, batch)
+        seen = gamma + used * leaf_curvature(_bent(state), setup.leaf_sizes)
+        seen = np.where(np.isfinite(seen), seen, NON_FINITE_RISE * used)
+        change = abs(sizes @ np.log(seen / used)) / sizes.sum()
+        is_last = change <= math.log(CONSISTENT) or probe.work > LOOKS_SHARE * setup.budget
+        # a second look confirms the first where the loss is quadratic, at any curvature
+        used = seen if is_last or look == 0 else np.sqrt(used * seen)
+        before, scale = scale, round_scale(setup, used - gamma)
+        ratio = np.asarray(scale) / np.asarray(before)
+        here = fill(state.position, (ratio * row for row in np.asarray(state.momentum)))
+        # the old one at w* takes the place of a gradient that may not be finite
+        gradient = state.here._replace(gradient=state.momentum)
+        state = State(blank(state.here.gradient), here, gradient)
+        if is_last:
+            break
+    return state, used - gamma
 
 
 def _of_loss(setup: WalkSetup) -> WalkSetup:

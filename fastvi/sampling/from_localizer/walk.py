@@ -42,6 +42,11 @@ from fastvi.target.work import GRADIENT
 BURN_IN_TIME = 3.0
 # Stiffness from which on the coordinates of a fitted q pay for their fit.
 MOST_STIFFNESS = 100.0
+# Part of the budget after which a walk gives way to a fit, if llc may still be off by this share of
+# it for directions that walkers have not filled. At half of the part, walks that take a while are
+# given up; at double, twice as much is lost. At half of the share, walks are given up that settle;
+# at double, some go on to the end of their budget and do not.
+HOPELESS_SHARE, MOST_UNFILLED = 0.05, 0.25
 # Part of the budget that measurements and burn-in may take together.
 PREPARATION_SHARE = 0.5
 # Steps that are averaged, at least, where the budget has to choose between steps and batches.
@@ -103,7 +108,10 @@ class Walk(NamedTuple):
 
 
 class TooStiff(NamedTuple):
-    """What was found where these coordinates are of no use: the stiffness, and the work it took."""
+    """What was found where these coordinates are of no use: the stiffness, and the work it took.
+
+    They are of none where the stiffness is large, and where walkers are slow to fill their width.
+    """
 
     stiffness: float
     work: float
@@ -139,6 +147,8 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
             continue
         check, checked = check_steps(setup, course), made
         setup.report(course.work, check.analysis.llc)
+        if not setup.must_walk and is_hopeless(setup, course, check):
+            return TooStiff(measured.stiffness, course.work)
         parts = finer_parts(setup, course, check)
         if parts > course.parts:  # what hotter walkers said is not averaged with what follows
             before = course, check
@@ -261,6 +271,17 @@ def plan_batch(setup: WalkSetup, course: Course) -> Course:
 def with_parts(course: Course, parts: int) -> Course:
     """Go on with batches of so many parts, whose noise is so much less."""
     return course._replace(parts=parts, heat=course.heat * course.parts / parts)
+
+
+def is_hopeless(setup: WalkSetup, course: Course, check: Check) -> bool:
+    """Say whether it is time to know better, and walkers are far from filling their width.
+
+    So are those that have come to where the loss is too stiff for their steps.
+    """
+    if course.said is None or course.work <= HOPELESS_SHARE * setup.budget:
+        return False
+    unfilled = check.analysis.parts.relaxation >= MOST_UNFILLED * abs(check.analysis.llc)
+    return unfilled or float(np.mean(course.said.returned)) > RETURNED
 
 
 def finer_parts(setup: WalkSetup, course: Course, check: Check) -> int:

@@ -27,8 +27,8 @@ from fastvi.sampling.from_localizer.steps import add_multiples, blank, fill
 STIFFNESS_PRODUCTS = 2
 # Step number from which on batches are those of measurements; no walk makes as many steps.
 PROBE_STEPS = 2**20
-# Times that curvature may differ from the one whose width it is measured over, in the geometric mean
-# over coordinates. At half, chance asks for looks; at double, the width may be half of what it is.
+# Times that curvature may differ from the one over whose width it is measured, as the geometric
+# mean over coordinates. At half, chance asks for looks; at double, the width may be half of itself.
 CONSISTENT = 4.0
 # Looks at the curvature beside the first: bisection of 1e6 down to `CONSISTENT` takes five.
 MOST_LOOKS = 8
@@ -154,11 +154,8 @@ def _consistent_curvature(
     it is measured anew over the width that it leaves, and over one between the two as long as they
     disagree.
 
-    Args:
-        state: At w*, with the gradient there on the batch in the place of momenta.
-
-    Returns:
-        The same in the coordinates that are found, and the curvature.
+    `state` is at w*, with the gradient there on `batch` in the place of momenta, in coordinates
+    that `localizer` scales. It is returned in those that are found, with the curvature.
     """
     gamma, sizes = float(setup.posterior.gamma), np.asarray(setup.leaf_sizes)
     scale, used = localizer, np.full(len(sizes), gamma)

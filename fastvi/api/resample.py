@@ -21,6 +21,7 @@ from fastvi.config import VIConfig
 from fastvi.evaluation.control_variate import regress
 from fastvi.evaluation.errors import ErrorParts, chain_error, pair_mean
 from fastvi.evaluation.importance import GOOD, pareto_smooth
+from fastvi.evaluation.products import nats_of_rounded_products
 from fastvi.fitting.protocols import Progress
 from fastvi.fitting.run import Fit
 from fastvi.fitting.schedule import few_dimensions_factor
@@ -350,14 +351,24 @@ def _sample(
     run = sample_posterior(setup, walkers)
     means, errors = _per_chain(run, chains, settings.walkers)
     number = 1 if previous is None else previous.number + 1
+    rounding = nats_of_rounded_products(
+        fitted.objective,
+        fitted.check_unchanged(),
+        fitted.problem,
+        lambda: run.end.walkers.linear_map.displacement(run.end.walkers.position),
+    )
     return _Values(
         run.check.analysis.llc,
-        run.check.analysis.parts,
+        run.check.analysis.parts.plus(evaluation=rounding),
         means,
         errors,
         run.check.llc,
         run.end.work / num_data,
-        {**_run_details(run, settings, spent), "narrow_dtype": _narrow_dtype(fitted)},
+        {
+            **_run_details(run, settings, spent),
+            "narrow_dtype": _narrow_dtype(fitted),
+            "product_rounding": rounding,
+        },
         PreviousRun(run.end.walkers, fitted.problem.posterior.center, number, not run.check.unmet),
     )
 

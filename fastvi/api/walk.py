@@ -14,6 +14,7 @@ from fastvi._compilation import CompileWatch
 from fastvi._errors import ConfigError
 from fastvi.api.plan import bound_fit, plan_estimate
 from fastvi.config import VIConfig
+from fastvi.evaluation.products import nats_of_rounded_products
 from fastvi.fitting.protocols import Progress
 from fastvi.kernels.noise import split_key, streams
 from fastvi.results.estimate import LLCEstimate
@@ -166,7 +167,10 @@ def estimate_by_walk(
     seconds = time.perf_counter() - began
     timings = Timings(watch.seconds, 0.0, 0.0, 0.0, seconds, seconds)
     drift = _weight_drift(reader, look)
-    result = _estimate(walk, problem, config, setup, look, budget, timings, drift)
+    rounding = nats_of_rounded_products(
+        objective, loss, problem, lambda: walk.state.position * walk.scale
+    )
+    result = _estimate(walk, problem, config, setup, look, budget, timings, drift, rounding)
     result = dataclasses.replace(result, health=walk_findings(result, walk, look, drift))
     return dataclasses.replace(result, health=correction_findings(result))
 
@@ -209,6 +213,7 @@ def _estimate(
     budget: float,
     timings: Timings,
     weight_drift: float,
+    product_rounding: float,
 ) -> LLCEstimate:
     """Put a finished walk into the form of an estimate; what a fit would say is left empty."""
     posterior, measured = problem.posterior, walk.measured
@@ -220,7 +225,7 @@ def _estimate(
     looking = Work(gradients=look.sample_gradients).fge(num_data)
     # A mean weight that is off scales the loss, and llc with it.
     weight = math.hypot(look.weight_error, weight_drift) * analysis.llc
-    parts = analysis.parts.plus(evaluation=weight)
+    parts = analysis.parts.plus(evaluation=math.hypot(weight, product_rounding))
     return LLCEstimate(
         llc=analysis.llc,
         llc_sem=parts.total,
@@ -264,6 +269,7 @@ def _estimate(
             step_size=walk.step_size,
             returned=walk.returned,
             stiffness=measured.stiffness,
+            product_rounding=product_rounding,
         ),
         walk_llc=walk.check.llc,
     )

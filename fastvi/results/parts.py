@@ -106,6 +106,8 @@ class Correction(NamedTuple):
         stiffness: Largest eigenvalue of the Hessian of nbeta L_n in the walk's coordinates that a
             walk without a fit met.
         narrow_dtype: Half-precision type of a parameter or of the loss.
+        product_rounding: Nats that llc has where walkers are for the digits that the model's
+            products of matrices leave out; 0 where they keep all of single precision.
     """
 
     method: str
@@ -132,6 +134,7 @@ class Correction(NamedTuple):
     batch: int | None = None
     stiffness: float | None = None
     narrow_dtype: str | None = None
+    product_rounding: float | None = None
 
 
 def said_by_walkers(check: Check, bin_length: int) -> dict[str, Any]:

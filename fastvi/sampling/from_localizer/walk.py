@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError, DataError
-from fastvi._typing import Float
+from fastvi._typing import Array, Float
 from fastvi.sampling.averages import SURPRISE, Analysis, analyse, furthest_off, standard_error
 from fastvi.sampling.dynamics import State
 from fastvi.sampling.from_localizer.batches import AbstractSource
@@ -92,6 +92,8 @@ class Walk(NamedTuple):
         work: Sample gradients.
         least_budget: Sample gradients of a walk of the fewest bins.
         ended_early: Whether the data ended before the walk.
+        state: Where the walkers are, in units of `scale`.
+        scale: The unit of each coordinate.
     """
 
     check: Check
@@ -105,6 +107,8 @@ class Walk(NamedTuple):
     work: float
     least_budget: float
     ended_early: bool
+    state: State
+    scale: Float[Array, " dim"]
 
 
 class TooStiff(NamedTuple):
@@ -175,6 +179,8 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
         course.work,
         least_budget(setup, course),
         not course.is_fed,
+        course.state,
+        course.scale,
     )
 
 

@@ -427,10 +427,12 @@ def _start_walkers(
 
 def _run_details(run: SamplerResult, settings: SamplerSettings, spent: float) -> dict[str, Any]:
     """Return what a result keeps of a run."""
+    anchor = run.end.estimate.anchor
     return {
         **said_by_walkers(run.check, settings.bin_length),
         "least_budget": spent + run.least_budget,
         "data_blocks": run.end.fidelity.num_blocks,
+        "kept_examples": 0 if anchor is None else anchor.kept.size,
         "energy_error": run.end.fidelity.energy_error,
         "step_size": run.end.step_size,
         "rounding": float(np.sqrt(run.end.rounding)),

@@ -96,6 +96,8 @@ class Correction(NamedTuple):
         burn_in: Steps that the averages leave out.
         data_blocks: Parts that the data were split into, of which a step takes two; 1 where
             gradients were those of all data.
+        kept_examples: Examples that every step has beside its blocks, as they make most of the
+            noise.
         energy_error: Mean square, per effective dimension, that the step size was held at, nats^2,
             beside `rounding`.
         step_size: Step of the dynamics in the walkers' coordinates.
@@ -127,6 +129,7 @@ class Correction(NamedTuple):
     steps: int | None = None
     burn_in: int | None = None
     data_blocks: int | None = None
+    kept_examples: int | None = None
     energy_error: float | None = None
     step_size: float | None = None
     rounding: float | None = None

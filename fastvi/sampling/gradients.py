@@ -21,23 +21,32 @@ from fastvi.target.objective import FlatObjective, value_and_grad
 # Blocks that a step takes the mean of: two show the noise. With more, the noise would be known
 # better, for as many more rows of a gradient on fewer examples each.
 PAIR = 2
+NONE = np.zeros(0, np.int32)  # of the examples
 # How far, relatively, the size of a block may be from the wanted one to leave few examples over.
 # Half leaves up to twice as many over, double makes numbers of blocks less like those asked for.
 TOLERANCE = 0.25
 
 
 class Blocks(NamedTuple):
-    """A split of the data into blocks of one size: their examples, and those that are in none."""
+    """A split of the data.
+
+    Attributes:
+        rows: Examples of each block; all blocks have one size.
+        rest: Examples that are in no block, and known at the anchor alone.
+        kept: Examples that every gradient has, beside its blocks.
+    """
 
     rows: Int[Array | np.ndarray, "blocks block_size"]
     rest: Int[Array | np.ndarray, " rest"]
+    kept: Int[Array | np.ndarray, " kept"]
 
 
 class Anchor(NamedTuple):
-    """The loss about a fixed point: on all data, and on each block alone.
+    """The loss about a fixed point: on all data but those that are kept, and on each block alone.
 
-    `excess` is L_n - L_n(w*), and `gradient` that of L_n, in model coordinates. `rows` lists the
-    examples of each block; `block_excess`, less L_n(w*) too, and `block_gradient` are theirs.
+    `excess` is that of all blocks and the rest, less L_n(w*), and `gradient` its gradient, in model
+    coordinates. `rows` lists the examples of each block; `block_excess`, less L_n(w*) too, and
+    `block_gradient` are theirs. `kept` lists the examples that every gradient has.
     """
 
     displacement: Float[Array, " dim"]
@@ -46,6 +55,7 @@ class Anchor(NamedTuple):
     rows: Int[Array, "blocks block_size"]
     block_excess: Float[Array, " blocks"]
     block_gradient: Float[Array, "blocks dim"]
+    kept: Int[Array, " kept"]
 
 
 class GradientEstimate(NamedTuple):
@@ -116,13 +126,19 @@ def block_size(num_data: int, count: int) -> int:
     return min(sizes, key=lambda size: (num_data % size, abs(size - wanted)))
 
 
-def split_data(num_data: int, count: int, seed: int = 0) -> Blocks:
-    """Split a random permutation of the examples into blocks of one size, near `count` of them."""
-    size = block_size(num_data, count)
+def split_data(
+    num_data: int, count: int, kept: Int[np.ndarray, " kept"] = NONE, seed: int = 0
+) -> Blocks:
+    """Split a random permutation of the examples into blocks of one size, near `count` of them.
+
+    Those that are kept are in none.
+    """
     # a permutation, since data are often sorted by class or by length
     order = np.random.default_rng(seed).permutation(num_data).astype(np.int32)
-    covered = num_data - num_data % size
-    return Blocks(order[:covered].reshape(-1, size), order[covered:])
+    order = order[~np.isin(order, kept)]
+    size = block_size(order.size, count)
+    covered = order.size - order.size % size
+    return Blocks(order[:covered].reshape(-1, size), order[covered:], kept)
 
 
 def excess_and_grad(
@@ -160,7 +176,7 @@ def make_anchor(
     Cost:
         One gradient on all data; `blocks * dim` numbers.
     """
-    rows, rest = map(jnp.asarray, blocks)
+    rows, rest, kept = map(jnp.asarray, blocks)
     # one block after the other: side by side they would take the memory of all data at once
     losses, gradients = jax.lax.map(
         lambda block: excess_and_grad(objective, problem, displacement, reference_loss, block), rows
@@ -168,9 +184,9 @@ def make_anchor(
     excess, gradient = jnp.mean(losses), jnp.mean(gradients, axis=0)
     if rest.size:  # a second trace of the model, where no block size divides the data
         loss, slope = excess_and_grad(objective, problem, displacement, reference_loss, rest)
-        share = rest.size / problem.num_data
+        share = rest.size / (rows.size + rest.size)
         excess, gradient = excess + share * (loss - excess), gradient + share * (slope - gradient)
-    return Anchor(displacement, excess, gradient, rows, losses, gradients)
+    return Anchor(displacement, excess, gradient, rows, losses, gradients, kept)
 
 
 def estimate_gradient(
@@ -187,7 +203,7 @@ def estimate_gradient(
     Without an anchor both are evaluated on all data. With one, both are the mean of what the two
     blocks say, less what they say at the anchor, plus what all data say there. That is unbiased
     over the blocks, but for the few examples that are in none, and exact where all examples are
-    alike.
+    alike. Examples that are kept are evaluated beside them, and weigh what they do in all data.
 
     Args:
         objective: The loss.
@@ -220,25 +236,44 @@ def estimate_gradient(
     # blocks of a pair differ, so that its mean has less noise than their difference shows
     unseen = 1 - PAIR / anchor.rows.shape[0]
     spread = jnp.sqrt(unseen).astype(gradients.dtype) * 0.5 * (gradients[0] - gradients[1])
-    return GradientEstimate(jnp.mean(excess), jnp.mean(gradients, 0), jnp.mean(surrogate), spread)
+    estimate = GradientEstimate(
+        jnp.mean(excess), jnp.mean(gradients, 0), jnp.mean(surrogate), spread
+    )
+    if not anchor.kept.size:
+        return estimate
+    share = anchor.kept.size / problem.num_data
+    of_blocks = jax.tree_util.tree_map(lambda leaf: (1 - share) * leaf, estimate)
+    excess, gradient = excess_and_grad(
+        objective, problem, displacement, reference_loss, anchor.kept, copies
+    )
+    return of_blocks._replace(
+        excess=of_blocks.excess + share * excess,
+        gradient=of_blocks.gradient + share * gradient,
+        surrogate=of_blocks.surrogate + share * excess,
+    )
 
 
-def block_variance(
+def block_variances(
     linear_map: LinearMap,
     nbeta: Scalar,
     at_anchor: Float[Array, "blocks dim"],
     at_point: Float[Array, "blocks dim"],
-) -> Scalar:
-    """Return the variance over blocks of the anchored gradient of nbeta L, over all directions.
+    is_about_mean: bool = True,
+) -> Float[Array, " blocks"]:
+    """Return each block's part in the variance of the anchored gradient of nbeta L.
 
-    It is taken in round coordinates. For `count` times fewer blocks it is about `count` times
-    smaller, and that of the mean of two blocks is half.
+    The variance is over blocks and all directions, in round coordinates, and the sum of the parts.
+    For `count` times fewer blocks it is about `count` times smaller, and that of the mean of two
+    blocks is half.
 
     Args:
         linear_map: The round coordinates.
         nbeta: n times the inverse temperature.
         at_anchor: Block gradients of L at the anchor.
         at_point: Block gradients of L at the point where the noise is asked for.
+        is_about_mean: Whether the mean of the blocks is taken off. One that is far off would move
+            the mean of few.
     """
     forces = linear_map.pull_back(nbeta * (at_point - at_anchor))
-    return jnp.sum(jnp.var(forces, axis=0, ddof=1))
+    mean = jnp.mean(forces, axis=0) if is_about_mean else 0.0
+    return jnp.sum((forces - mean) ** 2, axis=1) / (forces.shape[0] - 1)

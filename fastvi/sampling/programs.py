@@ -19,7 +19,7 @@ from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_
 from fastvi.sampling.gradients import (
     Anchor,
     Blocks,
-    block_variance,
+    block_variances,
     draw_pair,
     estimate_gradient,
     make_anchor,
@@ -232,7 +232,7 @@ class SamplerPrograms(NamedTuple):
         keep: As `keep_walkers`.
         anchor: `(problem, linear_map, position, reference_loss, blocks) -> Anchor`: the loss of
             every block at one position.
-        noise: As `block_variance`.
+        noise: As `block_variances`.
         advance: `(problem, anchor, walkers, here, reference_loss, energy_error, friction_time,
             first, start, stop) -> (Walkers, Evaluation, Record)`.
     """
@@ -242,7 +242,7 @@ class SamplerPrograms(NamedTuple):
     move: Callable[..., Walkers]
     keep: Callable[..., Walkers]
     anchor: Callable[..., Anchor]
-    noise: Callable[..., Scalar]
+    noise: Callable[..., Float[Array, " blocks"]]
     advance: Callable[..., tuple[Walkers, Evaluation, Record]]
 
 
@@ -314,6 +314,6 @@ def _build(
         of_walkers(move_walkers),
         of_walkers(keep_walkers, static_argnames=("number", "chains")),
         jax.jit(anchor, compiler_options=compiler_options(anchored)),
-        of_walkers(block_variance),
+        of_walkers(block_variances, static_argnames=("is_about_mean",)),
         jax.jit(advance),
     )

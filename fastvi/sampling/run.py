@@ -13,11 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._typing import Float, Scalar
+from fastvi._typing import Float, Int, Scalar
 from fastvi.sampling.averages import DRIFT_BOUND, Analysis, analyse
 from fastvi.sampling.costs import anchor_cost, run_cost, step_cost
 from fastvi.sampling.dynamics import Evaluation
-from fastvi.sampling.gradients import PAIR, Anchor, block_counts, blocks_left_out, split_data
+from fastvi.sampling.gradients import (
+    NONE,
+    PAIR,
+    Anchor,
+    Blocks,
+    block_counts,
+    blocks_left_out,
+    split_data,
+)
 from fastvi.sampling.programs import Record, SamplerPrograms, blank_evaluation
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.tuning import (
@@ -57,6 +65,15 @@ NOISE_MEMORY = 32
 # Examples, at most, that the noise is measured on before a run; the run itself then says how large
 # it is. Half misses rarer examples, double costs as much more.
 NOISE_EXAMPLES = 2**16
+# Examples that are looked at one by one, at most, and of these the most that are kept in all
+# gradients. Half finds and keeps half as many, double costs a step twice as much beside its blocks.
+MOST_SUSPECTS, MOST_KEPT = 512, 64
+# Part in the noise, over that of a usual block, from which on a block or an example is suspect. At
+# half, a few of many like ones are; at double, examples are missed that are six times as steep.
+HEAVY = 16.0
+# How much cheaper a step has to become for examples to be kept. At half, a second measurement of
+# the noise costs what is saved; at double, steps stay up to twice as dear.
+KEPT_GAIN = 2.0
 # Part of the heat that is not balanced which is taken off llc where the control variates have
 # not, and the standard deviation of the rest: a quadratic loss has all of it, one whose curvature
 # falls with the distance a half, and where the noise grows with the distance it is more.
@@ -193,6 +210,7 @@ class RunSetup:
         chains: Fits that the walkers began at; a multiple of them stays.
         fewest: Walkers, at least.
         agreed_before: Whether walkers come from a settled run on the same posterior.
+        kept: Examples that every step has beside its blocks.
     """
 
     programs: SamplerPrograms
@@ -205,6 +223,7 @@ class RunSetup:
     chains: int = 1
     fewest: int = 1
     agreed_before: bool = False
+    kept: Int[np.ndarray, " kept"] = dataclasses.field(default_factory=lambda: NONE)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -218,15 +237,31 @@ class RunSetup:
         examples = min(self.problem.num_data, NOISE_EXAMPLES)
         return (1 + points) * anchor_cost(examples, self.counts[0])
 
+    @property
+    def most_suspects(self) -> int:
+        """Count the examples that are looked at one by one, at most."""
+        dim = self.problem.posterior.center.size
+        return min(MOST_SUSPECTS, self.settings.table_floats // dim, self.problem.num_data)
+
+    def suspects_cost(self, state: RunState) -> float:
+        """Price a look at single examples."""
+        points = min(self.settings.noise_points, state.num_walkers)
+        return (1 + points) * anchor_cost(self.most_suspects, self.most_suspects)
+
     def run_cost(self, num_blocks: int, walkers: int, rounds: int = LEAST_ROUNDS) -> float:
         """Price a run of some rounds that begins with blocks."""
         steps = rounds * self.settings.round_length
-        return run_cost(self.problem.num_data, num_blocks, walkers, steps)
+        return run_cost(self.problem.num_data, num_blocks, walkers, steps, self.kept.size)
 
     def round_cost(self, state: RunState) -> float:
         """Price another round."""
         blocks, walkers = state.fidelity.num_blocks, state.num_walkers
-        return self.settings.round_length * step_cost(self.problem.num_data, blocks, walkers)
+        step = step_cost(self.problem.num_data, blocks, walkers, self.kept.size)
+        return self.settings.round_length * step
+
+    def split(self, num_blocks: int) -> Blocks:
+        """Split the data into about so many blocks."""
+        return split_data(self.problem.num_data, num_blocks, self.kept)
 
     def can_pay(self, state: RunState, cost: float) -> bool:
         """Whether what is left of the budget covers a cost."""
@@ -282,7 +317,7 @@ def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     The budget must pay for a run: `setup.pays(begin(setup, walkers))`.
     """
     share = setup.settings.noise_share * setup.error
-    state = measure_noise(setup, begin(setup, walkers))
+    setup, state = measure_noise(setup, begin(setup, walkers))
     if not setup.agreed_before:  # else they are near, and what is left is left out of the averages
         state = burn_in(setup, state)
     # llc of walkers that have burnt in, by which the bias of what is averaged is judged
@@ -316,15 +351,43 @@ def begin(setup: RunSetup, walkers: Walkers) -> RunState:
     return state._replace(longest_step=state.step_size)
 
 
-def measure_noise(setup: RunSetup, state: RunState) -> RunState:
-    """Measure the noise of gradients at the walkers, on the smallest blocks."""
+def measure_noise(setup: RunSetup, state: RunState) -> tuple[RunSetup, RunState]:
+    """Measure the noise of gradients at the walkers, on the smallest blocks.
+
+    Where a few examples make most of it, they are kept in all gradients from here on, and the noise
+    of the others is what counts.
+    """
     if setup.counts[0] == 1:
-        return state
-    blocks = split_data(setup.problem.num_data, setup.counts[0])
-    linear_map, count = state.walkers.linear_map, blocks.rows.shape[0]
+        return setup, state
+    blocks = setup.split(setup.counts[0])
+    variances = _block_variances(setup, state, blocks)
+    state = state._replace(work=state.work + setup.noise_cost(state))
+    state = _with_noise(setup, state, float(np.sum(variances)))
+    again = setup.noise_cost(state) + setup.run_cost(setup.counts[0], setup.fewest)
+    if not setup.kept.size and setup.can_pay(state, again + setup.suspects_cost(state)):
+        heavy, state = find_heavy(setup, state, blocks, variances)
+        if heavy.size:
+            return measure_noise(dataclasses.replace(setup, kept=heavy), state)
+    return setup, state
+
+
+def _with_noise(setup: RunSetup, state: RunState, total: float) -> RunState:
+    """Take over the variance of the gradient that the smallest blocks have."""
+    # the mean of a pair has half the variance of a block, and 1 - PAIR / count of that
+    noise = total / (PAIR * setup.split(setup.counts[0]).rows.shape[0])
+    # gradients of the blocks weigh what their examples do in all data
+    share = setup.kept.size / setup.problem.num_data
+    return state._replace(block_noise=(1 - share) ** 2 * noise, noise_rounds=1)
+
+
+def _block_variances(
+    setup: RunSetup, state: RunState, blocks: Blocks, *, is_about_mean: bool = True
+) -> Float[np.ndarray, " blocks"]:
+    """Return each block's part in the variance of the gradient, a mean over some walkers."""
     # of as many blocks as may be: what a few heavy examples do is in few of them
     most = max(PAIR, NOISE_EXAMPLES // blocks.rows.shape[1])
-    some = blocks._replace(rows=blocks.rows[:most], rest=blocks.rest[:0])
+    some = Blocks(blocks.rows[:most], NONE, NONE)
+    linear_map = state.walkers.linear_map
     points = np.asarray(state.walkers.position)[: setup.settings.noise_points]
 
     def gradients(position):
@@ -334,16 +397,47 @@ def measure_noise(setup: RunSetup, state: RunState) -> RunState:
 
     # position zero is the mean of q, the anchor that blocks would have
     at_anchor, nbeta = gradients(np.zeros_like(points[0])), setup.problem.posterior.nbeta
-    noise = [
-        float(setup.programs.noise(linear_map, nbeta, at_anchor, gradients(point)))
-        for point in points
+    parts = [
+        setup.programs.noise(
+            linear_map, nbeta, at_anchor, gradients(one), is_about_mean=is_about_mean
+        )
+        for one in points
     ]
-    # the mean of a pair has half the variance of a block, and 1 - PAIR / count of that
-    return state._replace(
-        block_noise=float(np.mean(noise)) / (PAIR * count),
-        noise_rounds=1,
-        work=state.work + setup.noise_cost(state),
-    )
+    return np.mean(np.asarray(parts, float), axis=0)
+
+
+def find_heavy(
+    setup: RunSetup, state: RunState, blocks: Blocks, variances: Float[np.ndarray, " blocks"]
+) -> tuple[Int[np.ndarray, " heavy"], RunState]:
+    """Find the few examples without which steps cost much less, even if each evaluates them.
+
+    They are looked for in the noisiest blocks, one by one.
+    """
+    usual, size = float(np.median(variances)), blocks.rows.shape[1]
+    suspects = np.argsort(-variances)[: setup.most_suspects // size]
+    suspects = suspects[variances[suspects] > HEAVY * usual]
+    if not suspects.size:
+        return NONE, state
+    rows = blocks.rows[: variances.size][suspects].ravel()
+    parts = _block_variances(setup, state, Blocks(rows[:, None], NONE, NONE), is_about_mean=False)
+    state = state._replace(work=state.work + setup.suspects_cost(state))
+    # from the variance of single examples to what each of them does to its block's mean
+    parts *= (rows.size - 1) / (size**2 * (variances.size - 1))
+    heavy = np.argsort(-parts)[:MOST_KEPT]
+    heavy = heavy[parts[heavy] > HEAVY * usual]
+    # suspects without their heavy examples are usual blocks: a difference would be of two large
+    # numbers
+    others = np.sum(np.delete(variances, suspects)) + usual * suspects.size
+    left = others + np.cumsum([0.0, *parts[heavy][::-1]])[::-1]
+
+    def cost(kept):
+        quiet = _with_noise(setup, state, float(left[kept]))
+        wanted = setup.max_blocks(quiet, setup.allowed_bias(state.llc))
+        return step_cost(setup.problem.num_data, wanted, 1, kept)
+
+    best = min(range(len(left)), key=cost)
+    pays = KEPT_GAIN * cost(best) < cost(0)
+    return (np.sort(rows[heavy[:best]]) if pays else NONE), state
 
 
 def switch_fidelity(setup: RunSetup, state: RunState, fidelity: Fidelity) -> RunState:
@@ -360,7 +454,7 @@ def switch_fidelity(setup: RunSetup, state: RunState, fidelity: Fidelity) -> Run
         return state._replace(walkers=walkers, estimate=estimate)
     anchor = None
     if fidelity.num_blocks > 1:
-        blocks = split_data(setup.problem.num_data, fidelity.num_blocks)
+        blocks = setup.split(fidelity.num_blocks)
         center = np.mean(np.asarray(walkers.position), axis=0)
         anchor = setup.programs.anchor(
             setup.problem, walkers.linear_map, center, setup.reference_loss, blocks

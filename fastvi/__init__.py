@@ -6,11 +6,13 @@ from fastvi.api.curve import LLCCurve, llc_curve
 from fastvi.api.estimate import estimate_llc
 from fastvi.api.flat import fit, run_vi
 from fastvi.api.other_data import DataLLC, example_losses, llc_on
+from fastvi.api.posterior import sample_posterior
 from fastvi.api.resample import correct
 from fastvi.api.virial import VirialLLC, virial_llc
 from fastvi.config import FlowConfig, VIConfig
 from fastvi.families import AbstractBackend, register_backend
 from fastvi.observables.draws import FittedQ
+from fastvi.observables.posterior import PosteriorDraws
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.flat import SamplerRunResult
 from fastvi.results.report.arviz import to_arviz
@@ -32,6 +34,7 @@ __all__ = [
     "LLCEstimate",
     "LocalPosterior",
     "NonFiniteError",
+    "PosteriorDraws",
     "SamplerRunResult",
     "UnavailableError",
     "VIConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "register_backend",
     "restrict",
     "run_vi",
+    "sample_posterior",
     "to_arviz",
     "virial_llc",
     "write_report",

@@ -145,8 +145,9 @@ def llc_curve(
                 warm=before if warm_start else None,
             )
             before = estimate.fitted if np.isfinite(estimate.llc) else before
-            # `fitted` holds data and walkers on the device: the last estimate alone keeps it.
-            estimates = [*(dataclasses.replace(one, fitted=None) for one in estimates), estimate]
+            # these hold data and walkers on the device: the last estimate alone keeps them
+            light = (dataclasses.replace(one, fitted=None, ensemble=None) for one in estimates)
+            estimates = [*light, estimate]
     except BaseException as error:
         error.add_note(
             f"fastvi: at checkpoint {len(estimates)} (from 0); `partial` of this error holds those "

@@ -179,13 +179,11 @@ def estimate_llc(
     if may_walk:
         target, result = _walk(target, progress, throw)
         if result is not None:
-            return result
+            return result.of_masked(param_mask is not None)
     result = run_estimate(
         target, num_chains, progress=progress, throw=throw, resume_from=resume_from
     )
-    return dataclasses.replace(
-        result, fitted=result.fitted._replace(is_masked=param_mask is not None)
-    )
+    return result.of_masked(param_mask is not None)
 
 
 def _walk(

@@ -15,6 +15,7 @@ from fastvi.api.resample import Fitted
 from fastvi.evaluation.errors import chain_error, pair_mean
 from fastvi.evaluation.llc import DataLosses, draws_at_once, evaluation_draws, losses_at
 from fastvi.families.base import AbstractFamily
+from fastvi.observables.example_losses import losses_by_example
 from fastvi.results.estimate import LLCEstimate
 from fastvi.target.data import Data, Problem, shared_mean
 from fastvi.target.fingerprint import shapes_of
@@ -127,7 +128,7 @@ def _programs(fitted: Fitted, problem: Problem) -> _Programs:
 
         return _Programs(
             at_draws(functools.partial(_losses, objective)),
-            at_draws(functools.partial(_by_example, objective)),
+            at_draws(functools.partial(losses_by_example, objective)),
         )
 
     return PROGRAMS.find(
@@ -142,27 +143,3 @@ def _losses(objective: Any, problem: Problem, displacement: Array) -> DataLosses
         (problem.posterior.center, displacement),
         1 + draws_at_once(displacement.shape[0]),
     )
-
-
-def _by_example(
-    objective: Any, problem: Problem, displacement: Float[Array, "draws dim"]
-) -> Float[Array, "draws examples"]:
-    def at(v: Array) -> Array:
-        point = problem.posterior.center + v
-
-        def of_batch(batch: Batch) -> Array:
-            found = objective.example_losses(point, batch)
-            return _one_by_one(objective, point, batch) if found is None else found
-
-        return problem.data.each(of_batch)
-
-    return jax.lax.map(at, displacement)
-
-
-def _one_by_one(objective: Any, point: Array, batch: Batch) -> Float[Array, " batch"]:
-    """Evaluate the mean loss of each example as a batch of one."""
-
-    def one(example: Batch) -> Array:
-        return objective.loss(point, jax.tree_util.tree_map(lambda leaf: leaf[None], example))
-
-    return jax.vmap(one)(batch)

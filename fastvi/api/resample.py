@@ -30,8 +30,9 @@ from fastvi.results.estimate import LLCEstimate
 from fastvi.results.findings import correction_findings
 from fastvi.results.parts import Correction, said_by_walkers
 from fastvi.results.progress import reporting
+from fastvi.sampling.ensemble import BlockEnsemble, Target
 from fastvi.sampling.programs import SamplerPrograms, sampler_programs
-from fastvi.sampling.run import LENGTH, RunSetup, SamplerResult, Unmet, begin, sample_posterior
+from fastvi.sampling.run import LENGTH, RunSetup, SamplerResult, Unmet, begin, run_walkers
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.tuning import USUAL_ERROR
 from fastvi.sampling.walkers import Walkers
@@ -209,6 +210,7 @@ def correct_within(
         timings=timings,
         config=recorded,
         fitted=fitted._replace(previous=values.previous or fitted.previous),
+        ensemble=values.ensemble or result.ensemble,
     )
     corrected = dataclasses.replace(corrected, health=correction_findings(corrected))
     broken = [finding for finding in corrected.health if finding.name == "non_finite"]
@@ -248,6 +250,7 @@ class _Values(NamedTuple):
     work: float
     details: dict[str, Any]
     previous: PreviousRun | None = None
+    ensemble: BlockEnsemble | None = None
 
     @property
     def llc_sem(self) -> float:
@@ -348,7 +351,7 @@ def _sample(
     if not setup.pays(start):
         least = spent + setup.least_budget(start, setup.counts[0])
         return _unpaid(_reweight(fitted, weights), least, settings)
-    run = sample_posterior(setup, walkers)
+    run = run_walkers(setup, walkers)
     means, errors = _per_chain(run, chains, settings.walkers)
     number = 1 if previous is None else previous.number + 1
     rounding = nats_of_rounded_products(
@@ -370,6 +373,9 @@ def _sample(
             "product_rounding": rounding,
         },
         PreviousRun(run.end.walkers, fitted.problem.posterior.center, number, not run.check.unmet),
+        BlockEnsemble.parked(
+            Target(fitted.objective, fitted.loss, fitted.problem, fitted.is_masked), setup, run.end
+        ),
     )
 
 

@@ -29,6 +29,7 @@ from fastvi.results.parts import (
 )
 from fastvi.results.walk_findings import LEAST_SHARE, walk_findings
 from fastvi.results.work import RunWork
+from fastvi.sampling.ensemble import MinibatchEnsemble, Target
 from fastvi.sampling.from_localizer.batches import AbstractReader, DrawnReader, FeedReader
 from fastvi.sampling.from_localizer.setup import WalkSetup
 from fastvi.sampling.from_localizer.steps import minibatch_programs
@@ -168,10 +169,14 @@ def estimate_by_walk(
     timings = Timings(watch.seconds, 0.0, 0.0, 0.0, seconds, seconds)
     drift = _weight_drift(reader, look)
     rounding = nats_of_rounded_products(
-        objective, loss, problem, lambda: walk.state.position * walk.scale
+        objective, loss, problem, lambda: walk.course.state.position * walk.course.scale
     )
     result = _estimate(walk, problem, config, setup, look, budget, timings, drift, rounding)
     result = dataclasses.replace(result, health=walk_findings(result, walk, look, drift))
+    if feed is None:  # of a stream nothing is left to go on with
+        whole = Target(objective, loss, problem)
+        ensemble = MinibatchEnsemble(whole, setup, walk.course, result.llc)
+        result = dataclasses.replace(result, ensemble=ensemble)
     return dataclasses.replace(result, health=correction_findings(result))
 
 

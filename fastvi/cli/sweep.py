@@ -202,7 +202,7 @@ def _outcome(
         cell.shown | describe(result),
         f"{before}llc {result.llc_text}{after}",
         cell.values,
-        dataclasses.replace(result, fitted=None),
+        dataclasses.replace(result, fitted=None, ensemble=None),
         failed,
     )
 

@@ -6,7 +6,7 @@ As flat vectors or in the pytree that somebody passed.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import equinox as eqx
@@ -191,10 +191,31 @@ def fitted_q(
         objective: The loss, which knows the pytree of the parameters.
         is_masked: Whether the caller passed all parameters and a mask, not a restricted loss.
     """
+    restriction, form = _restriction_and_form(objective, is_masked)
+    return FittedQ(family, params, center, objective.structure, restriction, form)
+
+
+def passed_form(objective: TreeObjective, is_masked: bool) -> Callable[[Array], PyTree]:
+    """Return what turns flat parameters, with any leading axes, into what the caller passed."""
+    restriction, form = _restriction_and_form(objective, is_masked)
+
+    def as_passed(w):
+        tree = objective.structure.unravel_as_given(w)
+        return (
+            tree
+            if form == "varying" or restriction is None
+            else restriction.put(tree, w.shape[:-1])
+        )
+
+    return as_passed
+
+
+def _restriction_and_form(
+    objective: TreeObjective, is_masked: bool
+) -> tuple[RestrictedLoss | None, Literal["varying", "whole"]]:
     # A mask restricts the loss inside the package: the caller knows all parameters alone.
     restriction = objective.loss_fn if isinstance(objective.loss_fn, RestrictedLoss) else None
-    form = "whole" if is_masked or restriction is None else "varying"
-    return FittedQ(family, params, center, objective.structure, restriction, form)
+    return restriction, "whole" if is_masked or restriction is None else "varying"
 
 
 def _axes(shape: Given[int | Sequence[int]]) -> tuple[int, ...]:

@@ -76,6 +76,7 @@ class LLCEstimate:
         walk_llc: nbeta (L_n(w) - L_n(w*)), means over bins of `sampler.bin_length`
             steps, shape (walkers, bins).
         fitted: What `fastvi.correct` goes on from, and `q` draws from; not saved.
+        ensemble: The walkers, which `fastvi.sample_posterior` goes on from; not saved.
     """
 
     llc: float
@@ -106,6 +107,7 @@ class LLCEstimate:
     family_arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     snapshots: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     fitted: Any = dataclasses.field(default=None, repr=False, compare=False)
+    ensemble: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     def summary(self) -> str:
         """Return the estimate in words, for a terminal."""
@@ -186,6 +188,16 @@ class LLCEstimate:
             DataError: If the result is a walk without a fit, or was loaded from disk.
         """
         return self.fit_for("draw from").q
+
+    def of_masked(self, is_masked: bool) -> "LLCEstimate":
+        """Say whether the caller passed all parameters and a mask: draws are of that form."""
+        fitted, ensemble = self.fitted, self.ensemble
+        if fitted is not None:
+            fitted = fitted._replace(is_masked=is_masked)
+        if ensemble is not None:
+            target = dataclasses.replace(ensemble.target, is_masked=is_masked)
+            ensemble = dataclasses.replace(ensemble, target=target)
+        return dataclasses.replace(self, fitted=fitted, ensemble=ensemble)
 
     def fit_for(self, purpose: str) -> Any:
         """Return `fitted`.

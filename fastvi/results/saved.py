@@ -16,7 +16,7 @@ from fastvi.results.parts import DrawValues
 from fastvi.results.schema import COUNT, NONNEGATIVE, POSITIVE, Rule, build, wrong_field
 
 RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
-FORMAT, VERSION = "fastvi estimate", 4
+FORMAT, VERSION = "fastvi estimate", 5
 # `arrays_digest` ties result.json to its traces.npz: two files are not replaced at once.
 HEADER = ("format", "version", "arrays_digest")
 # fields of arrays by name, and the prefix of their names in the file
@@ -27,7 +27,8 @@ ARRAY_GROUPS = {
     "snapshots": "snapshot_",
 }
 SINGLE_ARRAYS = ("log_weights", "walk_llc")
-ELSEWHERE = ("config", "fitted", *SINGLE_ARRAYS, *ARRAY_GROUPS)  # than among the plain values
+LIVE = ("fitted", "ensemble")  # hold the loss and the data, which are the caller's own
+ELSEWHERE = ("config", *LIVE, *SINGLE_ARRAYS, *ARRAY_GROUPS)  # than among the plain values
 NON_FINITE = ("nan", "inf", "-inf")
 WAY_OUT = "Restore both files of the estimate from a copy, or run it again."
 
@@ -48,10 +49,9 @@ RULES = {
 
 def write_estimate(result: Any, folder: Path) -> None:
     """Write both files, tied by a digest; the estimate is complete when result.json is there."""
-    values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    names = (field.name for field in dataclasses.fields(result) if field.name not in LIVE)
+    values = {name: getattr(result, name) for name in names}
     values |= {"config": result.config.to_dict(), "draws": result.draws._asdict()}
-    # It holds the loss and the data, which are the caller's own.
-    del values["fitted"]
     arrays: dict[str, Any] = {name: np.asarray(values.pop(name)) for name in SINGLE_ARRAYS}
     for group, prefix in ARRAY_GROUPS.items():
         arrays |= {prefix + name: np.asarray(array) for name, array in values.pop(group).items()}

@@ -305,7 +305,7 @@ class RunSetup:
         return abs(bias) / noise_bias(1.0, state.step_size, self.settings.friction_time)
 
 
-def sample_posterior(setup: RunSetup, walkers: Walkers) -> SamplerResult:
+def run_walkers(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     """Run the walkers until the error of llc is small and they agree, or the budget is spent.
 
     Gradients come from blocks of the data as small as their noise allows. Friction along draws of
@@ -483,6 +483,16 @@ def advance(
     if has_fallen and not setup.is_spent(state) and setup.can_pay(state, cost + left):
         state = tell_rounding(setup, state, _last_error(record))
     return state, record
+
+
+def go_on(setup: RunSetup, state: RunState, steps: int) -> RunState:
+    """Move walkers by so many steps, and count them; what they say is not kept."""
+    while steps > 0:
+        now = min(steps, setup.settings.round_length)
+        state, _ = _call(setup, state, 0, now)
+        work = state.work + setup.round_cost(state) * now / setup.settings.round_length
+        state, steps = state._replace(work=work, steps=state.steps + now), steps - now
+    return state
 
 
 def _run_round(setup: RunSetup, state: RunState) -> tuple[RunState, Record]:

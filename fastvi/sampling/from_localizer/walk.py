@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError, DataError
-from fastvi._typing import Array, Float
+from fastvi._typing import Float
 from fastvi.sampling.averages import SURPRISE, Analysis, analyse, furthest_off, standard_error
 from fastvi.sampling.dynamics import State
 from fastvi.sampling.from_localizer.batches import AbstractSource
@@ -92,8 +92,7 @@ class Walk(NamedTuple):
         work: Sample gradients.
         least_budget: Sample gradients of a walk of the fewest bins.
         ended_early: Whether the data ended before the walk.
-        state: Where the walkers are, in units of `scale`.
-        scale: The unit of each coordinate.
+        course: Where it ended.
     """
 
     check: Check
@@ -107,8 +106,7 @@ class Walk(NamedTuple):
     work: float
     least_budget: float
     ended_early: bool
-    state: State
-    scale: Float[Array, " dim"]
+    course: Course
 
 
 class TooStiff(NamedTuple):
@@ -179,8 +177,7 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
         course.work,
         least_budget(setup, course),
         not course.is_fed,
-        course.state,
-        course.scale,
+        course._replace(said=None),
     )
 
 

@@ -1,0 +1,252 @@
+"""Draws of the posterior: traces of walkers, and what follows from them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastvi._errors import DataError
+from fastvi._typing import Float, PyTree
+from fastvi.observables.covariance import (
+    Estimate,
+    blocks_per_walker,
+    correlation_time,
+    covariance_of,
+    cut,
+    jackknifed,
+    mean_of,
+)
+
+
+class Locality(NamedTuple):
+    """How far llc is that of the neighbourhood, and how far that of the localizer.
+
+    Attributes:
+        localization_slope: d llc / d log localization.
+        nbeta_slope: d llc / d log nbeta; 0 where llc does not depend on the temperature.
+        radius: Root mean square of |w - w*|.
+        localizer_radius: What the localizer alone would give, sqrt(dim / localization).
+        center_norm: |w*|.
+        rise: Mean of n beta (L_n(w) - L_n(w*)) over n beta, the rise of the loss in nats.
+        held: Share of the directions that the data hold: d - localization |w - w*|^2 over d.
+    """
+
+    localization_slope: Estimate
+    nbeta_slope: Estimate
+    radius: Estimate
+    localizer_radius: float
+    center_norm: float
+    rise: Estimate
+    held: Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class PosteriorDraws:
+    """Draws that walkers made of the posterior, and what was evaluated at each of them.
+
+    Draws of one walker depend on each other, `thin` steps apart. Errors account for that: see
+    `fastvi.observables.covariance`.
+
+    Attributes:
+        llc: n beta (L_n(w) - L_n(w*)) of each draw, shape (walkers, draws).
+        slope: (w - w*) . grad of n beta L_n at each draw, the same shape.
+        radius2: |w - w*|^2 of each draw, the same shape.
+        losses: Of each data set that was named, the loss of each example at each draw, in nats,
+            shape (walkers, draws, examples).
+        init_losses: The same at w*, shape (examples,).
+        observables: What each observable gave at each draw, shape (walkers, draws, ...).
+        nbeta: n beta of the posterior.
+        localization: gamma of the posterior.
+        n_data: n.
+        dim: Dimensions.
+        center_norm: |w*|.
+        thin: Steps between two draws of a walker.
+        fge: Full-gradient equivalents that the draws took.
+        displacement: w - w* of each draw, flat, shape (walkers, draws, dim), where it was kept.
+        as_passed: Turns flat vectors w - w* into what was passed as parameters.
+    """
+
+    llc: np.ndarray
+    slope: np.ndarray
+    radius2: np.ndarray
+    losses: dict[str, np.ndarray]
+    init_losses: dict[str, np.ndarray]
+    observables: dict[str, np.ndarray]
+    nbeta: float
+    localization: float
+    n_data: int
+    dim: int
+    center_norm: float
+    thin: int
+    fge: float
+    displacement: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    as_passed: Callable[[Any], PyTree] = dataclasses.field(
+        default=lambda flat: flat, repr=False, compare=False
+    )
+
+    @property
+    def num_walkers(self) -> int:
+        """Count the walkers."""
+        return self.llc.shape[0]
+
+    @property
+    def num_draws(self) -> int:
+        """Count the draws of each walker."""
+        return self.llc.shape[1]
+
+    @functools.cached_property
+    def blocks(self) -> int:
+        """Into how many blocks the draws of each walker are cut, by the slowest of the traces."""
+        time = max(map(correlation_time, (self.llc, self.slope, self.radius2)))
+        return blocks_per_walker(self.num_walkers, self.num_draws, time)
+
+    def params(self, walker: int, draw: int) -> PyTree:
+        """Return the parameters of one draw, as they were passed.
+
+        Raises:
+            DataError: If they were not kept.
+        """
+        if self.displacement is None:
+            raise DataError(
+                "the parameters of these draws were not kept. Pass keep_params=True, or an "
+                "observable that reduces them."
+            )
+        return self.as_passed(self.displacement[walker, draw])
+
+    def mean(self, name: str) -> Estimate:
+        """Return the posterior mean of losses or of an observable, with errors, entry by entry."""
+        return mean_of(self._cut(name, flat=False))
+
+    def covariance(self, one: str, other: str | None = None) -> Estimate:
+        """Return the posterior covariance of each entry of one with each entry of the other.
+
+        Args:
+            one: Name of a data set, whose losses are meant, of an observable, or "llc".
+            other: The same; `one` again when left out.
+
+        Returns:
+            Arrays of shape (entries of one, entries of the other), with the error of each.
+        """
+        return covariance_of(self._cut(one), self._cut(other or one))
+
+    def influence(self, of: str, on: str | None = None) -> Estimate:
+        """Return the Bayesian influence of each example on the loss of each other.
+
+        In n L_n(w) = sum_i a_i loss_i(w) let the weight a_i of an example grow from 1: the
+        derivative of the posterior mean of loss_j is - (n beta / n) Cov(loss_i, loss_j). An example
+        that is in no training data counts as one of weight 0.
+
+        Args:
+            of: Name of the data set whose weights change.
+            on: Name of the data set, or of the observable, that responds; `of` when left out.
+
+        Returns:
+            Arrays of shape (examples of `of`, entries of `on`), in nats for a weight of one.
+        """
+        return _scaled(self.covariance(of, on or of), -self.nbeta / self.n_data)
+
+    def susceptibility(self, observable: str, data: str) -> Estimate:
+        """Return how an observable responds to a change of the data.
+
+        The derivative of its posterior mean along L_n + h L_data, at h = 0:
+        - n beta Cov(observable, L_data). Some divide by n beta.
+
+        Args:
+            observable: Name of an observable, or of a data set, whose losses are meant.
+            data: Name of the data set.
+
+        Returns:
+            Arrays of shape (entries of the observable,).
+        """
+        mean_loss = self._cut(data).mean(axis=-1, keepdims=True)
+        found = covariance_of(self._cut(observable), mean_loss)
+        return _scaled(Estimate(found.value[:, 0], found.sem[:, 0]), -self.nbeta)
+
+    def llc_on(self, data: str) -> Estimate:
+        """Return n beta (E[L(w)] - L(w*)) with L the mean loss of a data set that was named."""
+        rise = self.losses[self._known(data, self.losses)] - self.init_losses[data]
+        return _scaled(mean_of(cut(rise.mean(axis=-1), self.blocks)), self.nbeta)
+
+    @functools.cached_property
+    def llc_estimate(self) -> Estimate:
+        """The mean of `llc`, without control variates."""
+        return mean_of(cut(self.llc, self.blocks))
+
+    @functools.cached_property
+    def locality(self) -> Locality:
+        """How llc depends on localization and temperature, and how far the draws reach.
+
+        With f = n beta (L_n - L_n(w*)) and v = w - w*: d llc / d log gamma is
+        - gamma/2 Cov(f, |v|^2), which Stein's identity turns into
+        - 1/2 (E[v . grad f] - Cov(f, v . grad f)), without the noise of |v|^2 in directions that
+        only the localizer holds. d llc / d log n beta = llc - Var f.
+        """
+        f, slope, radius2 = (cut(one, self.blocks) for one in (self.llc, self.slope, self.radius2))
+        radius = mean_of(radius2)
+        root = np.sqrt(radius.value)
+        held = mean_of(self.slope_held(slope))
+        return Locality(
+            localization_slope=jackknifed(_localization_slope, f, slope),
+            nbeta_slope=jackknifed(lambda f: f.mean() - f.var(), f),
+            radius=Estimate(root, radius.sem / (2 * root)),
+            localizer_radius=float(np.sqrt(self.dim / self.localization))
+            if self.localization
+            else float("inf"),
+            center_norm=self.center_norm,
+            rise=_scaled(self.llc_estimate, 1 / self.nbeta),
+            held=held,
+        )
+
+    def slope_held(self, slope: Float[np.ndarray, "blocks draws"]) -> np.ndarray:
+        """Return the share of directions that the data hold: E[v . grad f] = d - gamma E|v|^2."""
+        return slope / self.dim
+
+    def summary(self) -> str:
+        """Return in words what the draws say, for a terminal."""
+        near = self.locality
+        lines = [
+            f"draws          {self.num_walkers} walkers x {self.num_draws}, {self.thin} steps "
+            f"apart; {self.num_walkers * self.blocks} blocks tell the errors",
+            f"llc            {_text(self.llc_estimate)}",
+            f"slopes of llc  {_text(near.localization_slope)} per log localization, "
+            f"{_text(near.nbeta_slope)} per log n beta",
+            f"radius         {_text(near.radius)}; {near.localizer_radius:.3g} for the localizer "
+            f"alone, |w*| = {near.center_norm:.3g}",
+            f"loss           {_text(near.rise)} nats above that at w*; the data hold "
+            f"{_text(near.held)} of the directions",
+            *(f"llc on {name:<8}{_text(self.llc_on(name))}" for name in self.losses),
+            f"work           {self.fge:,.0f} FGE",
+        ]
+        return "\n".join(lines)
+
+    def _cut(self, name: str, *, flat: bool = True) -> np.ndarray:
+        """Return the blocks of a quantity by its name, each draw of which is a vector if `flat`."""
+        if name == "llc":
+            values = self.llc[..., None]
+        else:
+            known = {**self.losses, **self.observables}
+            values = known[self._known(name, known)]
+        if flat:
+            values = values.reshape(*values.shape[:2], -1)
+        return cut(values, self.blocks)
+
+    def _known(self, name: str, known: dict[str, np.ndarray]) -> str:
+        if name not in known:
+            there = ", ".join(map(repr, known)) or "nothing"
+            raise DataError(f"{name!r} was not evaluated at the draws; {there} was.")
+        return name
+
+
+def _localization_slope(f: np.ndarray, slope: np.ndarray) -> float:
+    covariance = np.mean((f - f.mean()) * (slope - slope.mean()))
+    return float(-0.5 * (slope.mean() - covariance))
+
+
+def _scaled(estimate: Estimate, factor: float) -> Estimate:
+    return Estimate(factor * estimate.value, abs(factor) * estimate.sem)
+
+
+def _text(estimate: Estimate) -> str:
+    return f"{float(estimate.value):.4g} ± {float(estimate.sem):.2g}"

@@ -1,0 +1,261 @@
+"""Draws of the posterior: covariances, influences and slopes against closed forms."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fastvi
+from fastvi.observables.covariance import (
+    blocks_per_walker,
+    correlation_time,
+    covariance_of,
+    cut,
+    jackknifed,
+    mean_of,
+)
+
+COUNT, DIM, GAMMA = 200, 6, 2.0
+RNG = np.random.default_rng(0)
+INPUTS = RNG.normal(size=(COUNT, DIM)) * np.linspace(0.3, 2.0, DIM)
+OUTPUTS = INPUTS @ np.ones(DIM) + 0.5 * RNG.normal(size=COUNT)
+CENTER = np.linalg.lstsq(INPUTS, OUTPUTS, rcond=None)[0]
+OTHER = RNG.normal(size=(40, DIM))
+OTHER_OUTPUTS = OTHER @ np.ones(DIM) + RNG.normal(size=40)
+NBETA = COUNT / np.log(COUNT)
+HESSIAN = NBETA * INPUTS.T @ INPUTS / COUNT
+COVARIANCE = np.linalg.inv(HESSIAN + GAMMA * np.eye(DIM))
+SHARES = np.linalg.eigvals(HESSIAN @ COVARIANCE).real
+TRAIN = INPUTS.astype(np.float32), OUTPUTS.astype(np.float32)
+TEST = OTHER.astype(np.float32), OTHER_OUTPUTS.astype(np.float32)
+
+
+def loss_fn(w, batch):
+    return 0.5 * (batch[0] @ w - batch[1]) ** 2
+
+
+def exact_covariance(one, other):
+    """Return Cov(loss_i, loss_j) under the Gaussian posterior: of quadratics of a Gaussian."""
+    (one, of_one), (other, of_other) = (
+        (inputs, inputs @ CENTER - outputs) for inputs, outputs in (one, other)
+    )
+    inner = one @ COVARIANCE @ other.T
+    return of_one[:, None] * inner * of_other + 0.5 * inner**2
+
+
+def within(estimate, exact, errors=4.5):
+    return np.all(np.abs(estimate.value - exact) < errors * estimate.sem)
+
+
+@pytest.fixture(scope="module", params=["fit", "localizer"])
+def draws(request):
+    result = fastvi.estimate_llc(
+        loss_fn,
+        jnp.asarray(CENTER, jnp.float32),
+        TRAIN,
+        localization=GAMMA,
+        method="sample",
+        sampler={"start": request.param},
+        key=0,
+        progress=False,
+    )
+    return fastvi.sample_posterior(
+        result,
+        160,
+        losses={"train": TRAIN, "test": TEST},
+        observables={"weights": lambda w, _: w, "error": (lambda w, x: x @ w, TEST[0])},
+        thin=8,
+        keep_params=True,
+        progress=False,
+    )
+
+
+def test_means_are_those_of_the_gaussian(draws):
+    assert within(draws.llc_estimate, 0.5 * SHARES.sum())
+    on_test = 0.5 * NBETA * np.mean(np.sum(OTHER @ COVARIANCE * OTHER, axis=1))
+    assert within(draws.llc_on("test"), on_test)
+    assert within(draws.llc_on("train"), 0.5 * SHARES.sum())
+    assert within(draws.mean("weights"), CENTER)
+    assert draws.llc_estimate.sem < 0.05 * SHARES.sum()
+
+
+def test_covariances_of_all_examples_are_those_of_the_gaussian(draws):
+    for one, other in (("train", "train"), ("train", "test")):
+        data = {"train": (INPUTS, OUTPUTS), "test": (OTHER, OTHER_OUTPUTS)}
+        exact = exact_covariance(data[one], data[other])
+        found = draws.covariance(one, other)
+        scores = np.abs(found.value - exact) / found.sem
+        # entries are functions of few directions, so that a share of them is off together
+        assert 0.4 < np.mean(scores < 1) < 0.9
+        assert np.mean(scores < 2) > 0.8
+        influence = draws.influence(one, other)
+        np.testing.assert_allclose(influence.value, -NBETA / COUNT * found.value)
+
+
+def test_influence_is_the_derivative_by_the_weight_of_an_example(draws):
+    """Of the mean prediction, by central differences of the closed form."""
+
+    def mean_weights(example, change):
+        weights = np.ones(COUNT)
+        weights[example] += change
+        precision = NBETA * (INPUTS.T * weights) @ INPUTS / COUNT + GAMMA * np.eye(DIM)
+        slope = NBETA * INPUTS.T @ (weights * OUTPUTS) / COUNT + GAMMA * CENTER
+        return np.linalg.solve(precision, slope)
+
+    found = draws.influence("train", "weights")
+    for example in (0, 7, 100):
+        exact = (mean_weights(example, 1e-4) - mean_weights(example, -1e-4)) / 2e-4
+        assert np.all(np.abs(found.value[example] - exact) < 4.5 * found.sem[example])
+
+
+def test_susceptibility_is_the_derivative_by_other_data(draws):
+    slope = OTHER.T @ (OTHER @ CENTER - OTHER_OUTPUTS) / len(OTHER)
+    assert within(draws.susceptibility("weights", "test"), -NBETA * COVARIANCE @ slope)
+
+
+def test_slopes_of_llc_are_those_of_the_gaussian(draws):
+    near = draws.locality
+    assert within(near.localization_slope, -0.5 * np.sum(SHARES * (1 - SHARES)))
+    assert within(near.nbeta_slope, 0.5 * np.sum(SHARES * (1 - SHARES)))
+    assert within(near.held, SHARES.sum() / DIM)
+    assert near.radius.value == pytest.approx(np.sqrt(np.trace(COVARIANCE)), rel=0.1)
+    assert near.localizer_radius == pytest.approx(np.sqrt(DIM / GAMMA))
+    assert "slopes of llc" in draws.summary()
+
+
+def test_parameters_are_those_that_observables_saw(draws):
+    walker, draw = 3, 17
+    w = draws.params(walker, draw)
+    np.testing.assert_allclose(w, draws.observables["weights"][walker, draw], rtol=1e-6)
+    predicted = TEST[0] @ np.asarray(w)
+    np.testing.assert_allclose(
+        draws.observables["error"][walker, draw], predicted, rtol=1e-4, atol=1e-5
+    )
+    losses = 0.5 * (predicted - TEST[1]) ** 2
+    np.testing.assert_allclose(draws.losses["test"][walker, draw], losses, rtol=1e-4, atol=1e-5)
+    v = np.asarray(w, float) - CENTER
+    assert draws.llc[walker, draw] == pytest.approx(0.5 * v @ HESSIAN @ v, rel=1e-3, abs=1e-3)
+    assert draws.slope[walker, draw] == pytest.approx(v @ HESSIAN @ v, rel=1e-3, abs=1e-3)
+
+
+def test_the_same_result_gives_the_same_draws():
+    result = fastvi.estimate_llc(
+        loss_fn, jnp.asarray(CENTER, jnp.float32), TRAIN, localization=GAMMA, progress=False
+    )
+    first, again = (fastvi.sample_posterior(result, 8, progress=False) for _ in range(2))
+    np.testing.assert_array_equal(first.llc, again.llc)
+    with pytest.raises(fastvi.DataError, match="keep_params=True"):
+        first.params(0, 0)
+    with pytest.raises(fastvi.DataError, match="'train' was not evaluated"):
+        first.covariance("train")
+
+
+def test_parameters_come_back_as_they_were_passed():
+    """A mask holds a part fixed, which draws have in its place."""
+    params = {"free": jnp.zeros(2), "fixed": jnp.ones(3)}
+
+    def loss(w, batch):
+        return 0.5 * jnp.mean((batch @ w["free"]) ** 2) * w["fixed"][0]
+
+    result = fastvi.estimate_llc(
+        loss,
+        params,
+        np.asarray(INPUTS[:, :2], np.float32),
+        param_mask={"free": True, "fixed": False},
+        progress=False,
+    )
+    found = fastvi.sample_posterior(
+        result,
+        8,
+        observables={"fixed": lambda w, _: w["fixed"], "free": lambda w, _: w["free"]},
+        keep_params=True,
+        progress=False,
+    )
+    np.testing.assert_array_equal(found.observables["fixed"][0, 0], np.ones(3))
+    whole = found.params(0, 5)
+    np.testing.assert_array_equal(whole["fixed"], np.ones(3))
+    np.testing.assert_allclose(whole["free"], found.observables["free"][0, 5])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draws": 4}, "at least 8"),
+        ({"thin": 3}, "even number"),
+        ({"error": 0.0}, "between 0 and 1"),
+        ({"losses": {"a": TEST}, "observables": {"a": lambda w, _: w}}, "names two things"),
+        ({"losses": {"llc": TEST}}, "names two things"),
+        ({"observables": {"a": 3}}, "must be a function"),
+        ({"draws": 10**7, "keep_params": True}, "more than the"),
+    ],
+)
+def test_impossible_draws_are_refused(options, message):
+    result = estimated()
+    with pytest.raises(fastvi.ConfigError, match=message):
+        fastvi.sample_posterior(result, progress=False, **options)
+
+
+def test_a_result_without_walkers_is_refused(tmp_path):
+    estimated().save(tmp_path / "one.npz")
+    with pytest.raises(fastvi.DataError, match="holds no walkers"):
+        fastvi.sample_posterior(fastvi.LLCEstimate.load(tmp_path / "one.npz"), progress=False)
+
+
+def estimated():
+    return fastvi.estimate_llc(
+        loss_fn, jnp.asarray(CENTER, jnp.float32), TRAIN, localization=GAMMA, progress=False
+    )
+
+
+def autoregressive(keep, walkers, length, mixing, seed=0):
+    """Return stationary AR(1) series of several dependent numbers, and their covariance."""
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(size=(length + 200, walkers, mixing.shape[0])) @ mixing
+    series = np.zeros_like(noise)
+    for step in range(1, len(noise)):
+        series[step] = keep * series[step - 1] + noise[step]
+    return series[200:].swapaxes(0, 1), mixing.T @ mixing / (1 - keep**2)
+
+
+def test_errors_of_covariances_fit_series_that_remember():
+    mixing, scores = np.random.default_rng(1).normal(size=(4, 4)), []
+    for seed in range(60):
+        series, exact = autoregressive(0.8, 8, 400, mixing, seed)
+        time = correlation_time(series[:, :, 0])
+        assert 5 < time < 15  # (1 + 0.8) / (1 - 0.8) is 9
+        blocks = cut(series, blocks_per_walker(8, 400, time))
+        found = covariance_of(blocks, blocks)
+        scores.append((found.value - exact) / found.sem)
+        np.testing.assert_allclose(found.value, found.value.T)
+    scores = np.array(scores)
+    assert np.all(np.abs(scores.mean(axis=0)) < 4.5 / np.sqrt(60))
+    assert 0.6 < np.mean(np.abs(scores) < 1) < 0.78
+    assert np.mean(np.abs(scores) < 2) > 0.92
+
+
+def test_means_and_jackknifed_statistics_of_independent_draws():
+    rng, scores = np.random.default_rng(0), []
+    for _ in range(200):
+        blocks = rng.normal(size=(16, 50)) * 2 + 3
+        mean, variance = mean_of(blocks), jackknifed(np.var, blocks)
+        ratio = jackknifed(lambda x, y: x.mean() / y.mean(), blocks, rng.normal(size=(16, 50)) + 5)
+        pairs = ((mean, 3.0), (variance, 4.0), (ratio, 0.6))
+        scores.append([(one.value - exact) / one.sem for one, exact in pairs])
+    scores = np.array(scores)
+    assert np.all(np.abs(scores.mean(axis=0)) < 4.5 / np.sqrt(200))
+    assert np.all(np.abs(scores.std(axis=0) - 1) < 0.25)
+
+
+def test_blocks_are_long_beside_what_walkers_remember():
+    assert blocks_per_walker(8, 200, 1.0) == 8
+    assert blocks_per_walker(8, 200, 5.0) == 4
+    assert blocks_per_walker(8, 200, 100.0) == 1
+    assert blocks_per_walker(128, 200, 1.0) == 1
+    assert cut(np.arange(20.0).reshape(2, 10), 3).tolist() == [
+        [1, 2, 3],
+        [4, 5, 6],
+        [7, 8, 9],
+        [11, 12, 13],
+        [14, 15, 16],
+        [17, 18, 19],
+    ]
+    assert correlation_time(np.ones((2, 30))) == 30

@@ -127,6 +127,17 @@ def test_examples_of_the_flow_family_run(short_fits, capsys):
     assert capsys.readouterr().out.endswith("stretch\n")
 
 
+def test_examples_of_posterior_draws_run(capsys):
+    namespace = {}
+    for block in python_blocks(DOCS / "posterior-draws.md"):
+        exec(compile(block, "posterior-draws.md", "exec"), namespace)
+    out = capsys.readouterr().out
+    assert "slopes of llc" in out
+    assert namespace["influence"].value.shape == (300, 300)
+    # by chance it would be one of the twelve in two
+    assert len(namespace["found"]) >= 4
+
+
 def test_examples_of_diagnostics_run(short_fits, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
@@ -182,6 +193,7 @@ def test_every_page_with_examples_is_run():
         "diagnostics.md",
         "families.md",
         "adapters.md",
+        "posterior-draws.md",
         "language-models.md",
         "llc-over-training.md",
         "kernels.md",

@@ -21,6 +21,7 @@ LOG_SECONDS = 10.0
 TOLD = {
     "fit": " {step}/{steps} steps, elbo {value:.2f}",
     "correction": " {step}/{steps} FGE at most, llc {value:.4g}",
+    "draws": " {step}/{steps} of each walker, llc {value:.4g}",
     "walk": " {step:,}/{steps:,} sample gradients at most, llc {value:.4g}",
 }
 # Carriage return, and the sequence that terminals clear a line by (ECMA-48, EL).

@@ -13,6 +13,12 @@ from fastvi.observables.covariance import (
     jackknifed,
     mean_of,
 )
+from fastvi.results.report.posterior import (
+    order_by_cluster,
+    plot_draws,
+    plot_influence,
+    rank_counts,
+)
 
 COUNT, DIM, GAMMA = 200, 6, 2.0
 RNG = np.random.default_rng(0)
@@ -259,3 +265,37 @@ def test_blocks_are_long_beside_what_walkers_remember():
         [17, 18, 19],
     ]
     assert correlation_time(np.ones((2, 30))) == 30
+
+
+def test_ranks_of_walkers_that_sample_the_same_are_uniform():
+    llc = np.random.default_rng(0).normal(size=(8, 400))
+    counts = rank_counts(llc)
+    assert counts.shape == (8, 20)
+    np.testing.assert_array_equal(counts.sum(axis=1), 400)
+    np.testing.assert_array_equal(counts.sum(axis=0), 160)
+    assert np.all(np.abs(counts - 20) < 5 * np.sqrt(20))
+    llc[3] += 3  # it has stayed somewhere else
+    assert rank_counts(llc)[3, -1] > 100
+
+
+def test_like_examples_are_side_by_side():
+    """Three groups of examples whose losses move together, in a mixed order."""
+    group = np.random.default_rng(0).integers(0, 3, 40)
+    covariance = 0.2 * np.eye(40) + (group[:, None] == group) * 1.0
+    order = order_by_cluster(-covariance)
+    assert sorted(order) == list(range(40))
+    assert np.sum(np.diff(group[order]) != 0) == 2
+    with pytest.raises(fastvi.DataError, match="square"):
+        order_by_cluster(np.ones((2, 3)))
+
+
+def test_figures_show_what_was_drawn(draws):
+    figure = plot_draws(draws)
+    trace, ranked = figure.axes
+    assert len(trace.lines) == 1 + min(12, draws.num_walkers)
+    assert f"{float(draws.llc_estimate.value):.4g}" in trace.get_title(loc="left")
+    assert ranked.get_ylim()[0] == 0
+    influence = draws.influence("train")
+    (image,) = plot_influence(influence).axes[0].images
+    order = order_by_cluster(influence.value)
+    np.testing.assert_array_equal(image.get_array(), influence.value[np.ix_(order, order)])

@@ -8,8 +8,8 @@ EFFICIENCY = {  # heads of the columns of estimates that compare problems
 
 
 def number(text):
-    """Format with three digits; empty stays empty."""
-    if text == "":
+    """Format with three digits; what was not measured stays empty."""
+    if text in ("", "nan"):
         return ""
     value = float(text)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

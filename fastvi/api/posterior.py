@@ -16,6 +16,7 @@ from fastvi.fitting.protocols import Progress
 from fastvi.observables.draws import passed_form
 from fastvi.observables.evaluate import energies_at, example_losses_at, observable_at
 from fastvi.observables.posterior import PosteriorDraws
+from fastvi.results.draw_findings import draw_findings
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.progress import reporting
 from fastvi.sampling.ensemble import AbstractEnsemble, Target
@@ -94,7 +95,8 @@ def sample_posterior(
         )
     evaluation = _Evaluation(target, losses or {}, observables or {})
     evaluation.check_size(draws, ensemble.displacement.shape, keep_params)
-    return evaluation.run(ensemble.awake(error), draws, thin, keep_params, progress)
+    found = evaluation.run(ensemble.awake(error), draws, thin, keep_params, progress)
+    return dataclasses.replace(found, health=draw_findings(found))
 
 
 def _check_numbers(draws: int, thin: int, error: float) -> None:
@@ -119,8 +121,10 @@ def _walkers_of(
         result = correct(result, "sample", progress=progress)
     if result.ensemble is None:
         raise DataError(
-            "this estimate holds no walkers (it was loaded from disk, walked on a stream, or is "
-            "not the last of a curve). Run estimate_llc again, on data in memory."
+            "this estimate holds no walkers: it was loaded from disk, walked on a stream, is not "
+            "the last of a curve, or walked from the localizer in more than half a million "
+            "dimensions. Run estimate_llc again, on data in memory or with "
+            "sampler={'start': 'fit'}."
         )
     return result.ensemble
 

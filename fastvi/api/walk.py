@@ -60,6 +60,9 @@ FED_PARTS = 4
 # Standard errors, and beside them the part of itself, by which a mean weight must differ to be said
 # to drift: chance alone does once in 16,000 estimates.
 DRIFT_SIGMAS, NEGLIGIBLE_DRIFT = 4.0, 0.02
+# Coordinates of all walkers that a result holds for `sample_posterior`, with momenta and gradients:
+# 48 MiB. At half, half as large models draw; at double, a list of results holds twice as much.
+MOST_HELD = 2**22
 
 
 def walks_without_fit(config: VIConfig) -> bool:
@@ -173,7 +176,8 @@ def estimate_by_walk(
     )
     result = _estimate(walk, problem, config, setup, look, budget, timings, drift, rounding)
     result = dataclasses.replace(result, health=walk_findings(result, walk, look, drift))
-    if feed is None:  # of a stream nothing is left to go on with
+    # of a stream nothing is left to go on with
+    if feed is None and walk.course.state.position.size <= MOST_HELD:
         whole = Target(objective, loss, problem)
         ensemble = MinibatchEnsemble(whole, setup, walk.course, result.llc)
         result = dataclasses.replace(result, ensemble=ensemble)

@@ -64,6 +64,7 @@ class PosteriorDraws:
         center_norm: |w*|.
         thin: Steps between two draws of a walker.
         fge: Full-gradient equivalents that the draws took.
+        health: Findings, gravest first.
         displacement: w - w* of each draw, flat, shape (walkers, draws, dim), where it was kept.
         as_passed: Turns flat vectors w - w* into what was passed as parameters.
     """
@@ -81,6 +82,7 @@ class PosteriorDraws:
     center_norm: float
     thin: int
     fge: float
+    health: tuple[Any, ...] = ()
     displacement: np.ndarray | None = dataclasses.field(default=None, repr=False)
     as_passed: Callable[[Any], PyTree] = dataclasses.field(
         default=lambda flat: flat, repr=False, compare=False
@@ -99,8 +101,12 @@ class PosteriorDraws:
     @functools.cached_property
     def blocks(self) -> int:
         """Into how many blocks the draws of each walker are cut, by the slowest of the traces."""
-        time = max(map(correlation_time, (self.llc, self.slope, self.radius2)))
-        return blocks_per_walker(self.num_walkers, self.num_draws, time)
+        return blocks_per_walker(self.num_walkers, self.num_draws, self.correlation_time)
+
+    @functools.cached_property
+    def correlation_time(self) -> float:
+        """Integrated autocorrelation time of the slowest of the traces, in draws."""
+        return max(map(correlation_time, (self.llc, self.slope, self.radius2)))
 
     def params(self, walker: int, draw: int) -> PyTree:
         """Return the parameters of one draw, as they were passed.
@@ -218,6 +224,7 @@ class PosteriorDraws:
             f"{_text(near.held)} of the directions",
             *(f"llc on {name:<8}{_text(self.llc_on(name))}" for name in self.losses),
             f"work           {self.fge:,.0f} FGE",
+            *map(str, self.health),
         ]
         return "\n".join(lines)
 

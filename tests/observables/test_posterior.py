@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import fastvi
+from fastvi.api import walk
 from fastvi.observables.covariance import (
     blocks_per_walker,
     correlation_time,
@@ -13,6 +14,8 @@ from fastvi.observables.covariance import (
     jackknifed,
     mean_of,
 )
+from fastvi.observables.posterior import PosteriorDraws
+from fastvi.results.draw_findings import draw_findings
 from fastvi.results.report.posterior import (
     order_by_cluster,
     plot_draws,
@@ -128,6 +131,51 @@ def test_slopes_of_llc_are_those_of_the_gaussian(draws):
     assert "slopes of llc" in draws.summary()
 
 
+@pytest.mark.parametrize(
+    ("localization", "expected"),
+    [(GAMMA, set()), (1e4, {"localizer_number"}), (0.05, {"far_draws"})],
+)
+def test_findings_say_whether_llc_is_local(localization, expected):
+    """A quadratic of known curvature about a w* of length 1."""
+    values = np.linspace(0.5, 2.0, DIM).astype(np.float32)
+    center = np.ones(DIM, np.float32) / np.sqrt(DIM)
+    nbeta = 20.0 if localization != 0.05 else 0.05
+    result = fastvi.estimate_llc(
+        lambda w, batch: 0.5 * jnp.sum(values * (w - center) ** 2) + 0 * jnp.sum(batch),
+        jnp.asarray(center),
+        np.zeros((50, 1), np.float32),
+        nbeta=nbeta,
+        localization=localization,
+        progress=False,
+    )
+    found = fastvi.sample_posterior(result, 160, thin=8, progress=False)
+    shares = nbeta * values / (nbeta * values + localization)
+    assert within(found.locality.localization_slope, -0.5 * np.sum(shares * (1 - shares)))
+    names = {finding.name for finding in found.health} - {"slow_draws"}
+    assert names == expected
+    assert all(str(finding) in found.summary() for finding in found.health)
+
+
+def test_walkers_that_remember_are_told():
+    series, _ = autoregressive(0.98, 8, 100, np.eye(1))
+    rest = {"losses": {}, "init_losses": {}, "observables": {}}
+    found = PosteriorDraws(
+        llc=series[:, :, 0] + 10,
+        slope=series[:, :, 0],
+        radius2=series[:, :, 0] ** 2,
+        nbeta=1.0,
+        localization=1.0,
+        n_data=10,
+        dim=3,
+        center_norm=10.0,
+        thin=4,
+        fge=1.0,
+        **rest,
+    )
+    assert found.blocks == 1
+    assert [finding.name for finding in draw_findings(found)] == ["slow_draws"]
+
+
 def test_parameters_are_those_that_observables_saw(draws):
     walker, draw = 3, 17
     w = draws.params(walker, draw)
@@ -204,6 +252,21 @@ def test_a_result_without_walkers_is_refused(tmp_path):
     estimated().save(tmp_path / "one.npz")
     with pytest.raises(fastvi.DataError, match="holds no walkers"):
         fastvi.sample_posterior(fastvi.LLCEstimate.load(tmp_path / "one.npz"), progress=False)
+
+
+def test_walkers_in_many_dimensions_are_not_held(monkeypatch):
+    monkeypatch.setattr(walk, "MOST_HELD", 8 * DIM - 1)
+    result = fastvi.estimate_llc(
+        loss_fn,
+        jnp.asarray(CENTER, jnp.float32),
+        TRAIN,
+        localization=GAMMA,
+        error=0.2,
+        sampler={"start": "localizer"},
+        progress=False,
+    )
+    with pytest.raises(fastvi.DataError, match="holds no walkers.*half a million"):
+        fastvi.sample_posterior(result, progress=False)
 
 
 def estimated():

@@ -14,7 +14,13 @@ from fastvi._typing import Array, Batch, Given, PyTree
 from fastvi.api.resample import correct
 from fastvi.fitting.protocols import Progress
 from fastvi.observables.draws import passed_form
-from fastvi.observables.evaluate import energies_at, example_losses_at, observable_at
+from fastvi.observables.evaluate import (
+    energies_at,
+    example_losses_at,
+    half_of_sample,
+    mean_loss_at,
+    observable_at,
+)
 from fastvi.observables.posterior import PosteriorDraws
 from fastvi.results.draw_findings import draw_findings
 from fastvi.results.estimate import LLCEstimate
@@ -77,7 +83,7 @@ def sample_posterior(
 
     Cost:
         For each draw of a walker `thin` steps, a gradient on all data, and a loss of each example
-        that is named.
+        that is named. Where gradients on all data are dear, they are taken on two samples instead.
     """
     _check_numbers(draws, thin, error)
     ensemble = _walkers_of(result, progress)
@@ -151,8 +157,7 @@ class _Evaluation:
         }
         self.energies = energies_at(target)
         zero = jnp.zeros((1, center.size), center.dtype)
-        at_center = self.energies(problem, jnp.zeros((), center.dtype), zero)
-        self.reference = at_center.llc[0] / problem.posterior.nbeta
+        self.reference = mean_loss_at(target)(problem, zero[0])
         self.init_losses = {
             name: np.asarray(function(zero))[0] for name, function in self.by_example.items()
         }
@@ -212,7 +217,9 @@ class _Evaluation:
             for done in range(1, draws + 1):
                 ensemble = ensemble.moved(thin)
                 v = ensemble.displacement
-                for name, value in self.energies(problem, self.reference, v)._asdict().items():
+                where = v, ensemble.keys, jnp.int32(done)
+                energies = self.energies(problem, self.reference, *where)
+                for name, value in energies._asdict().items():
                     keep(name, value)
                 for name, function in {**self.by_example, **self.observables}.items():
                     keep(f"of {name}", function(v))
@@ -223,8 +230,8 @@ class _Evaluation:
         joined = {name: np.stack(values, axis=1) for name, values in kept.items()}
         posterior = problem.posterior
         return PosteriorDraws(
-            llc=joined["llc"],
-            slope=joined["slope"],
+            energies=joined["llc"],
+            slopes=joined["slope"],
             radius2=joined["radius2"],
             losses={name: joined[f"of {name}"] for name in self.by_example},
             init_losses=self.init_losses,
@@ -235,7 +242,7 @@ class _Evaluation:
             dim=posterior.center.size,
             center_norm=float(np.linalg.norm(np.asarray(posterior.center, float))),
             thin=thin,
-            fge=(ensemble.work + self._cost(joined["llc"].size)) / problem.num_data,
+            fge=(ensemble.work + self._cost(joined["radius2"].size)) / problem.num_data,
             displacement=joined.get("displacement"),
             as_passed=self._in_full,
         )
@@ -246,4 +253,6 @@ class _Evaluation:
     def _cost(self, count: int) -> float:
         """Price what was evaluated at so many draws, in sample gradients."""
         examples = sum(one.num_data for one in self.sets.values())
-        return count * (GRADIENT * self.target.problem.num_data + LOSS * examples)
+        half = half_of_sample(self.target)
+        of_energies = 2 * half * (GRADIENT + LOSS) or GRADIENT * self.target.problem.num_data
+        return count * (of_energies + LOSS * examples)

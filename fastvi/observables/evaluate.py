@@ -8,42 +8,91 @@ import jax.numpy as jnp
 
 from fastvi._compilation import PROGRAMS
 from fastvi._modes import call_in_their_modes
-from fastvi._typing import Array, Float, PyTree, Scalar
+from fastvi._typing import Array, Float, Int, Key, Keys, PyTree, Scalar
+from fastvi.kernels.noise import streams
 from fastvi.observables.example_losses import losses_by_example
 from fastvi.sampling.ensemble import Target
 from fastvi.sampling.gradients import excess_and_grad
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import shapes_of
 
+# Bytes that gradients on all data compute at one draw, up to which they are taken: a fifth of a
+# second on one core. At half, halves are noisier; at double, draws of a language model wait longer.
+WHOLE_BYTES = 2.0**29
+LEAST_HALF = 64  # examples of half of a sample: half is noisier, double costs large models more
+
 
 class Energies(NamedTuple):
-    """Of each draw: n beta (L_n(w) - L_n(w*)), its derivative along w - w*, and |w - w*|^2."""
+    """Of each draw two estimates of n beta (L_n(w) - L_n(w*)) and of its derivative along w - w*.
 
-    llc: Float[Array, " draws"]
-    slope: Float[Array, " draws"]
+    Both are exact where all data are evaluated. Else they are of two samples of examples that are
+    independent of each other and drawn anew for each draw: products of one of each are unbiased.
+    """
+
+    llc: Float[Array, "draws halves"]
+    slope: Float[Array, "draws halves"]
     radius2: Float[Array, " draws"]
 
 
-def energies_at(target: Target) -> Callable[[Problem, Scalar, Float[Array, "draws dim"]], Energies]:
-    """Return `(problem, L_n(w*), displacement) -> Energies`, compiled.
+def half_of_sample(target: Target) -> int:
+    """Return how many examples either half of a sample has; 0 where all data are evaluated."""
+    computed, num_data = max(target.loss.computed, 1.0), target.problem.num_data
+    if computed * num_data <= WHOLE_BYTES or num_data <= 2 * LEAST_HALF:
+        return 0
+    return max(LEAST_HALF, int(WHOLE_BYTES / computed / 2))
+
+
+def energies_at(
+    target: Target,
+) -> Callable[[Problem, Scalar, Float[Array, "draws dim"], Keys, Int[Array, ""]], Energies]:
+    """Return `(problem, L_n(w*), displacement, keys, number) -> Energies`, compiled.
+
+    The keys are those of the walkers, and the number that of the draw.
 
     Cost:
-        A gradient on all data for each draw.
+        A gradient on all data for each draw; of a sample a gradient and a loss of each example.
     """
+    half = half_of_sample(target)
 
     def build(objective: Any) -> Callable[..., Energies]:
-        def at_draws(problem: Problem, reference: Scalar, displacement: Array) -> Energies:
-            def at(v):
-                excess, slope = excess_and_grad(objective, problem, v, reference)
-                return excess, v @ slope
+        def on_sample(problem: Problem, reference: Scalar, v: Array, rows: Array):
+            excess, slope = excess_and_grad(objective, problem, v, reference, rows)
+            # what the same examples say at w*: their difference is much less noisy
+            at_center, _ = excess_and_grad(objective, problem, 0 * v, reference, rows)
+            return excess - at_center, v @ slope
 
-            excess, slope = jax.lax.map(at, displacement)
+        def at(problem: Problem, reference: Scalar, v: Array, key: Key, number: Array):
+            if not half:
+                excess, slope = excess_and_grad(objective, problem, v, reference)
+                return jnp.stack([excess] * 2), jnp.stack([v @ slope] * 2)
+            key = jax.random.fold_in(streams.derive(key, streams.Purpose.DRAWS), number)
+            rows = jax.random.randint(key, (2, half), 0, problem.num_data)
+            return jax.lax.map(lambda some: on_sample(problem, reference, v, some), rows)
+
+        def at_draws(problem: Problem, reference: Scalar, displacement: Array, keys: Keys, number):
+            excess, slope = jax.lax.map(
+                lambda draw: at(problem, reference, draw[0], draw[1], number), (displacement, keys)
+            )
             nbeta = problem.posterior.nbeta
             return Energies(nbeta * excess, nbeta * slope, jnp.sum(displacement**2, axis=1))
 
         return jax.jit(at_draws)
 
-    key = ("energies", shapes_of(target.problem))
+    key = ("energies", half, shapes_of(target.problem))
+    return PROGRAMS.find(target.loss, key, (target.objective,), build)
+
+
+def mean_loss_at(target: Target) -> Callable[[Problem, Float[Array, " dim"]], Scalar]:
+    """Return `(problem, displacement) -> L_n`, compiled."""
+
+    def build(objective: Any) -> Callable[..., Scalar]:
+        def mean_loss(problem: Problem, displacement: Array) -> Scalar:
+            point = problem.posterior.center + displacement
+            return problem.data.mean(lambda batch: objective.loss(point, batch))
+
+        return jax.jit(mean_loss)
+
+    key = ("mean loss", shapes_of(target.problem))
     return PROGRAMS.find(target.loss, key, (target.objective,), build)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastvi._errors import DataError
-from fastvi._typing import Float, PyTree
+from fastvi._typing import PyTree
 from fastvi.observables.covariance import (
     Estimate,
     blocks_per_walker,
@@ -50,8 +50,9 @@ class PosteriorDraws:
     `fastvi.observables.covariance`.
 
     Attributes:
-        llc: n beta (L_n(w) - L_n(w*)) of each draw, shape (walkers, draws).
-        slope: (w - w*) . grad of n beta L_n at each draw, the same shape.
+        energies: n beta (L_n(w) - L_n(w*)) of each draw, shape (walkers, draws, 2): two estimates
+            that are independent of each other, and equal where all data were evaluated.
+        slopes: (w - w*) . grad of n beta L_n at each draw, the same.
         radius2: |w - w*|^2 of each draw, the same shape.
         losses: Of each data set that was named, the loss of each example at each draw, in nats,
             shape (walkers, draws, examples).
@@ -69,8 +70,8 @@ class PosteriorDraws:
         as_passed: Turns flat vectors w - w* into what was passed as parameters.
     """
 
-    llc: np.ndarray
-    slope: np.ndarray
+    energies: np.ndarray
+    slopes: np.ndarray
     radius2: np.ndarray
     losses: dict[str, np.ndarray]
     init_losses: dict[str, np.ndarray]
@@ -88,15 +89,25 @@ class PosteriorDraws:
         default=lambda flat: flat, repr=False, compare=False
     )
 
+    @functools.cached_property
+    def llc(self) -> np.ndarray:
+        """The mean of the two energies of each draw, shape (walkers, draws)."""
+        return self.energies.mean(axis=-1)
+
+    @functools.cached_property
+    def slope(self) -> np.ndarray:
+        """The mean of the two slopes of each draw, shape (walkers, draws)."""
+        return self.slopes.mean(axis=-1)
+
     @property
     def num_walkers(self) -> int:
         """Count the walkers."""
-        return self.llc.shape[0]
+        return self.radius2.shape[0]
 
     @property
     def num_draws(self) -> int:
         """Count the draws of each walker."""
-        return self.llc.shape[1]
+        return self.radius2.shape[1]
 
     @functools.cached_property
     def blocks(self) -> int:
@@ -189,25 +200,24 @@ class PosteriorDraws:
         - 1/2 (E[v . grad f] - Cov(f, v . grad f)), without the noise of |v|^2 in directions that
         only the localizer holds. d llc / d log n beta = llc - Var f.
         """
-        f, slope, radius2 = (cut(one, self.blocks) for one in (self.llc, self.slope, self.radius2))
-        radius = mean_of(radius2)
+        energies, slopes = (
+            [cut(both[..., half], self.blocks) for half in (0, 1)]
+            for both in (self.energies, self.slopes)
+        )
+        radius = mean_of(cut(self.radius2, self.blocks))
         root = np.sqrt(radius.value)
-        held = mean_of(self.slope_held(slope))
         return Locality(
-            localization_slope=jackknifed(_localization_slope, f, slope),
-            nbeta_slope=jackknifed(lambda f: f.mean() - f.var(), f),
+            localization_slope=jackknifed(_localization_slope, *energies, *slopes),
+            nbeta_slope=jackknifed(_nbeta_slope, *energies),
             radius=Estimate(root, radius.sem / (2 * root)),
             localizer_radius=float(np.sqrt(self.dim / self.localization))
             if self.localization
             else float("inf"),
             center_norm=self.center_norm,
             rise=_scaled(self.llc_estimate, 1 / self.nbeta),
-            held=held,
+            # E[v . grad f] = d - gamma E|v|^2
+            held=_scaled(mean_of(cut(self.slope, self.blocks)), 1 / self.dim),
         )
-
-    def slope_held(self, slope: Float[np.ndarray, "blocks draws"]) -> np.ndarray:
-        """Return the share of directions that the data hold: E[v . grad f] = d - gamma E|v|^2."""
-        return slope / self.dim
 
     def summary(self) -> str:
         """Return in words what the draws say, for a terminal."""
@@ -246,9 +256,18 @@ class PosteriorDraws:
         return name
 
 
-def _localization_slope(f: np.ndarray, slope: np.ndarray) -> float:
-    covariance = np.mean((f - f.mean()) * (slope - slope.mean()))
-    return float(-0.5 * (slope.mean() - covariance))
+def _covariance(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.mean((one - one.mean()) * (other - other.mean())))
+
+
+def _localization_slope(*halves: np.ndarray) -> float:
+    f, g, slope, other = halves
+    covariance = 0.5 * (_covariance(f, other) + _covariance(g, slope))
+    return -0.5 * (0.5 * float(slope.mean() + other.mean()) - covariance)
+
+
+def _nbeta_slope(f: np.ndarray, g: np.ndarray) -> float:
+    return 0.5 * float(f.mean() + g.mean()) - _covariance(f, g)
 
 
 def _scaled(estimate: Estimate, factor: float) -> Estimate:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvi._errors import DataError
-from fastvi._typing import Array, Float
+from fastvi._typing import Array, Float, Keys
 from fastvi.sampling.from_localizer.plan import TINY
 from fastvi.sampling.from_localizer.setup import Course, WalkSetup
 from fastvi.sampling.from_localizer.walk import advance, with_parts
@@ -58,6 +58,11 @@ class AbstractEnsemble(abc.ABC):
     @abc.abstractmethod
     def displacement(self) -> Float[Array, "walkers dim"]:
         """Where they are, less w*."""
+
+    @property
+    @abc.abstractmethod
+    def keys(self) -> Keys:
+        """Their keys."""
 
     @property
     @abc.abstractmethod
@@ -115,6 +120,11 @@ class BlockEnsemble(AbstractEnsemble):
         return walkers.linear_map.displacement(walkers.position)
 
     @property
+    def keys(self) -> Keys:
+        """Their keys."""
+        return self.walkers.keys
+
+    @property
     def work(self) -> float:
         """Sample gradients since they were woken."""
         return 0.0 if self.state is None else self.state.work
@@ -155,6 +165,11 @@ class MinibatchEnsemble(AbstractEnsemble):
     def displacement(self) -> Float[Array, "walkers dim"]:
         """Where they are, less w*."""
         return self.course.state.position * self.course.scale
+
+    @property
+    def keys(self) -> Keys:
+        """Their keys."""
+        return self.setup.keys
 
     @property
     def work(self) -> float:

@@ -6,6 +6,7 @@ import pytest
 
 import fastvi
 from fastvi.api import walk
+from fastvi.observables import evaluate
 from fastvi.observables.covariance import (
     blocks_per_walker,
     correlation_time,
@@ -121,7 +122,16 @@ def test_susceptibility_is_the_derivative_by_other_data(draws):
     assert within(draws.susceptibility("weights", "test"), -NBETA * COVARIANCE @ slope)
 
 
-def test_slopes_of_llc_are_those_of_the_gaussian(draws):
+@pytest.mark.parametrize("half", [0, 64])
+def test_slopes_of_llc_are_those_of_the_gaussian(half, draws, monkeypatch):
+    """On all data, and on samples that are drawn anew for each draw."""
+    if half:
+        monkeypatch.setattr(evaluate, "WHOLE_BYTES", 1.0)
+        draws = fastvi.sample_posterior(estimated(), 250, thin=8, progress=False)
+        assert np.std(draws.energies[..., 0] - draws.energies[..., 1]) > 0.1
+        assert within(draws.llc_estimate, 0.5 * SHARES.sum())
+    else:
+        np.testing.assert_array_equal(draws.energies[..., 0], draws.energies[..., 1])
     near = draws.locality
     assert within(near.localization_slope, -0.5 * np.sum(SHARES * (1 - SHARES)))
     assert within(near.nbeta_slope, 0.5 * np.sum(SHARES * (1 - SHARES)))
@@ -160,8 +170,8 @@ def test_walkers_that_remember_are_told():
     series, _ = autoregressive(0.98, 8, 100, np.eye(1))
     rest = {"losses": {}, "init_losses": {}, "observables": {}}
     found = PosteriorDraws(
-        llc=series[:, :, 0] + 10,
-        slope=series[:, :, 0],
+        energies=np.repeat(series, 2, axis=2) + 10,
+        slopes=np.repeat(series, 2, axis=2),
         radius2=series[:, :, 0] ** 2,
         nbeta=1.0,
         localization=1.0,

@@ -81,6 +81,7 @@ class Purpose(enum.IntEnum):
     FRAME = 2**31 + 6
     MOMENTS = 2**31 + 7
     CALIBRATION = 2**31 + 8
+    DRAWS = 2**31 + 9
 
 
 def derive(key: Key, purpose: Purpose) -> Key:

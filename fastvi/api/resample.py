@@ -374,7 +374,9 @@ def _sample(
         },
         PreviousRun(run.end.walkers, fitted.problem.posterior.center, number, not run.check.unmet),
         BlockEnsemble.parked(
-            Target(fitted.objective, fitted.loss, fitted.problem, fitted.is_masked), setup, run.end
+            Target(fitted.objective, fitted.loss, fitted.problem, fitted.is_masked),
+            run.setup,
+            run.end,
         ),
     )
 

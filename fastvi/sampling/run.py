@@ -117,12 +117,14 @@ class Check(NamedTuple):
 class SamplerResult(NamedTuple):
     """A finished run, which has settled where its last check leaves nothing unmet.
 
-    `end` is where it ended. `least_budget` is in sample gradients, all walkers together.
+    `end` is where it ended, and `setup` by what. `least_budget` is in sample gradients, all walkers
+    together.
     """
 
     check: Check
     least_budget: float
     end: "RunState"
+    setup: "RunSetup"
 
 
 class Estimate(NamedTuple):
@@ -335,7 +337,7 @@ def run_walkers(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     unmet = (Unmet(GRADIENT_NOISE, noise, share),) if noise > share else ()
     least = setup.least_budget(state, blocks)
     check, state = average(setup, state, unmet)
-    return SamplerResult(check, least, state)
+    return SamplerResult(check, least, state, setup)
 
 
 def begin(setup: RunSetup, walkers: Walkers) -> RunState:
@@ -362,7 +364,7 @@ def measure_noise(setup: RunSetup, state: RunState) -> tuple[RunSetup, RunState]
     blocks = setup.split(setup.counts[0])
     variances = _block_variances(setup, state, blocks)
     state = state._replace(work=state.work + setup.noise_cost(state))
-    state = _with_noise(setup, state, float(np.sum(variances)))
+    state = _with_noise(setup, state, float(np.sum(variances)), blocks.rows.shape[0])
     again = setup.noise_cost(state) + setup.run_cost(setup.counts[0], setup.fewest)
     if not setup.kept.size and setup.can_pay(state, again + setup.suspects_cost(state)):
         heavy, state = find_heavy(setup, state, blocks, variances)
@@ -371,10 +373,10 @@ def measure_noise(setup: RunSetup, state: RunState) -> tuple[RunSetup, RunState]
     return setup, state
 
 
-def _with_noise(setup: RunSetup, state: RunState, total: float) -> RunState:
-    """Take over the variance of the gradient that the smallest blocks have."""
+def _with_noise(setup: RunSetup, state: RunState, total: float, count: int) -> RunState:
+    """Take over the variance of the gradient that so many blocks have, the smallest."""
     # the mean of a pair has half the variance of a block, and 1 - PAIR / count of that
-    noise = total / (PAIR * setup.split(setup.counts[0]).rows.shape[0])
+    noise = total / (PAIR * count)
     # gradients of the blocks weigh what their examples do in all data
     share = setup.kept.size / setup.problem.num_data
     return state._replace(block_noise=(1 - share) ** 2 * noise, noise_rounds=1)
@@ -431,7 +433,7 @@ def find_heavy(
     left = others + np.cumsum([0.0, *parts[heavy][::-1]])[::-1]
 
     def cost(kept):
-        quiet = _with_noise(setup, state, float(left[kept]))
+        quiet = _with_noise(setup, state, float(left[kept]), blocks.rows.shape[0])
         wanted = setup.max_blocks(quiet, setup.allowed_bias(state.llc))
         return step_cost(setup.problem.num_data, wanted, 1, kept)
 

@@ -345,6 +345,7 @@ def test_examples_that_make_the_noise_are_in_every_gradient(heavy):
     assert result.correction.data_blocks > 1
     # on all data, as many steps as these took would be 30 times as dear
     assert result.work.total_fge < 400
+    assert result.ensemble.setup.kept.tolist() == heavy
     draws = fastvi.sample_posterior(result, 20, thin=2, progress=False)
     # of which gradients on all data take as many as draws, and steps little
     assert draws.fge < 1.3 * draws.num_walkers * draws.num_draws + 60

@@ -371,13 +371,13 @@ def test_walkers_go_on_from_where_they_are(quartic):
 def test_only_walkers_that_go_on_count_as_agreed(quartic, monkeypatch, error, go_on):
     """A larger error takes fewer walkers, which start at q again."""
     module, seen = sys.modules["fastvi.api.resample"], []
-    original = module.sample_posterior
+    original = module.run_walkers
 
     def spy(setup, walkers):
         seen.append(setup.agreed_before)
         return original(setup, walkers)
 
-    monkeypatch.setattr(module, "sample_posterior", spy)
+    monkeypatch.setattr(module, "run_walkers", spy)
     assert quartic.correction.settled
     fastvi.correct(quartic, "sample", progress=False, error=error)
     assert seen == [go_on]

@@ -103,10 +103,8 @@ def measure_curvature(
         batches save. No memory beside the state and a few vectors.
     """
     probe, at_first = Probe(_of_loss(setup), CURVATURE_PROBES), copy.deepcopy(rng)
-    localizer = round_scale(setup, np.zeros(len(setup.leaf_sizes)))
     first, second = probe.batch(), probe.batch()
-    state = _keep_gradient(probe.evaluate(localizer, state, first))
-    state, curvature = _consistent_curvature(setup, probe, state, localizer, first, rng)
+    state, curvature = _consistent_curvature(setup, probe, state, first, rng)
     # the coordinates of the walk, in which stiffness is what limits its step
     scale = round_scale(setup, curvature)
     state = probe.evaluate(scale, state, second)
@@ -143,7 +141,6 @@ def _consistent_curvature(
     setup: WalkSetup,
     probe: Probe,
     state: State,
-    localizer: Float[Array, " dim"],
     batch: tuple[int, AbstractSource],
     rng: np.random.Generator,
 ) -> tuple[State, Float[np.ndarray, " leaves"]]:
@@ -154,11 +151,12 @@ def _consistent_curvature(
     it is measured anew over the width that it leaves, and over one between the two as long as they
     disagree.
 
-    `state` is at w*, with the gradient there on `batch` in the place of momenta, in coordinates
-    that `localizer` scales. It is returned in those that are found, with the curvature.
+    `state` is at w*. It is returned with the gradient there on `batch` in the place of momenta, in
+    the coordinates that are found, and with the curvature.
     """
     gamma, sizes = float(setup.posterior.gamma), np.asarray(setup.leaf_sizes)
-    scale, used = localizer, np.full(len(sizes), gamma)
+    scale, used = round_scale(setup, np.zeros(len(sizes))), np.full(len(sizes), gamma)
+    state = _keep_gradient(probe.evaluate(scale, state, batch))
     for look in range(1 + MOST_LOOKS):
         state = state._replace(position=fill(state.position, standard_normals(setup, rng)))
         state = probe.evaluate(scale, state, batch)
@@ -168,8 +166,9 @@ def _consistent_curvature(
         is_last = change <= math.log(CONSISTENT) or probe.work > LOOKS_SHARE * setup.budget
         # a second look confirms the first where the loss is quadratic, at any curvature
         used = seen if is_last or look == 0 else np.sqrt(used * seen)
-        before, scale = scale, round_scale(setup, used - gamma)
-        ratio = np.asarray(scale) / np.asarray(before)
+        ratio = 1 / np.asarray(scale)
+        scale = round_scale(setup, used - gamma)
+        ratio *= np.asarray(scale)
         here = fill(state.position, (ratio * row for row in np.asarray(state.momentum)))
         # the old one at w* takes the place of a gradient that may not be finite
         gradient = state.here._replace(gradient=state.momentum)

@@ -101,12 +101,17 @@ def _at_other_data(result: LLCEstimate, data: Given[Batch]) -> tuple[_Programs, 
     """Return the programs and their arguments: the fit, and its problem with other data."""
     fitted: Fitted = result.fit_for("draw from")
     fitted.check_unchanged()
-    dtype = fitted.problem.posterior.center.dtype
-    held = Data(check_data(data, dtype=dtype)[0], fitted.problem.data.max_batch)
-    # A weighted loss is divided by the mean weight of these data, not of those of the fit.
-    problem = weigh(fitted.objective, dataclasses.replace(fitted.problem, data=held), "loss_fn")
+    problem = on_other_data(fitted.objective, fitted.problem, data, "loss_fn")
     arguments = (fitted.fit.family, problem, fitted.fit.params, fitted.keys)
     return _programs(fitted, problem), arguments
+
+
+def on_other_data(objective: Any, problem: Problem, data: Given[Batch], name: str) -> Problem:
+    """Return the problem with other data, which errors call by a name."""
+    dtype = problem.posterior.center.dtype
+    held = Data(check_data(data, dtype=dtype)[0], problem.data.max_batch)
+    # A weighted loss is divided by the mean weight of these data, not of those of the fit.
+    return weigh(objective, dataclasses.replace(problem, data=held), name)
 
 
 def _programs(fitted: Fitted, problem: Problem) -> _Programs:

@@ -11,6 +11,7 @@ import numpy as np
 from fastvi._errors import ConfigError, DataError
 from fastvi._modes import in_own_modes
 from fastvi._typing import Array, Batch, Given, PyTree
+from fastvi.api.other_data import on_other_data
 from fastvi.api.resample import correct
 from fastvi.fitting.protocols import Progress
 from fastvi.observables.draws import passed_form
@@ -26,10 +27,7 @@ from fastvi.results.draw_findings import draw_findings
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.progress import reporting
 from fastvi.sampling.ensemble import AbstractEnsemble, Target
-from fastvi.target.data import Data, Problem
 from fastvi.target.fingerprint import fingerprint_loss
-from fastvi.target.inputs import check_data
-from fastvi.target.look import weigh
 from fastvi.target.work import GRADIENT, LOSS
 
 # Steps between two draws. Half of it makes draws that are nearly alike, double leaves half of what
@@ -147,7 +145,10 @@ class _Evaluation:
         self.target, problem = target, target.problem
         self.as_passed = passed_form(target.objective, target.is_masked)
         center = problem.posterior.center
-        self.sets = {name: self._with_data(name, data) for name, data in losses.items()}
+        self.sets = {
+            name: on_other_data(target.objective, problem, data, f"losses[{name!r}]")
+            for name, data in losses.items()
+        }
         self.by_example = {
             name: functools.partial(example_losses_at(target, one), one)
             for name, one in self.sets.items()
@@ -161,14 +162,6 @@ class _Evaluation:
         self.init_losses = {
             name: np.asarray(function(zero))[0] for name, function in self.by_example.items()
         }
-
-    def _with_data(self, name: str, data: Batch) -> Problem:
-        """Return the problem with other data, weighed where the loss is weighted."""
-        problem = self.target.problem
-        dtype = problem.posterior.center.dtype
-        held = Data(check_data(data, dtype=dtype)[0], problem.data.max_batch)
-        changed = dataclasses.replace(problem, data=held)
-        return weigh(self.target.objective, changed, f"losses[{name!r}]")
 
     def _observable(self, name: str, given: Any) -> Callable[[Array], Array]:
         function, data = given if isinstance(given, tuple) else (given, None)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastvi._typing import Float
-from fastvi.sampling.averages import STUDENT, autocorrelation
+from fastvi.sampling.averages import STUDENT
 
 # Draws of a block over the integrated autocorrelation time of the slowest trace that is known. At
 # half, errors are 5 % too small; at double, half as many blocks tell them.
@@ -19,8 +19,6 @@ BLOCK_TIMES = 10.0
 # Blocks of all walkers, at most: as many tell an error to 9 %. Half tells it to 13 %, double costs
 # twice as many small products of matrices.
 MOST_BLOCKS = 64
-# Correlation at which the sum over lags ends.
-NEGLIGIBLE = 0.05
 # Entries of a covariance that are formed at once.
 MOST_ENTRIES = 2**24
 
@@ -30,15 +28,6 @@ class Estimate(NamedTuple):
 
     value: np.ndarray
     sem: np.ndarray
-
-
-def correlation_time(series: Float[np.ndarray, "walkers draws"]) -> float:
-    """Return the integrated autocorrelation time, in draws."""
-    correlation = autocorrelation(np.asarray(series, float))
-    if correlation.size == 0:  # a series that does not move remembers everything
-        return float(series.shape[1])
-    ends = np.flatnonzero(correlation[1:] < NEGLIGIBLE)
-    return float(1 + 2 * correlation[1 : ends[0] + 1 if ends.size else None].sum())
 
 
 def blocks_per_walker(walkers: int, draws: int, time: float) -> int:

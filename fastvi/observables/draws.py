@@ -155,12 +155,7 @@ class FittedQ(eqx.Module):
         """Turn flat draws to what this q is asked to return."""
         if self.form == "flat" or self.structure is None:
             return w
-        tree = self.structure.unravel_as_given(w)
-        return (
-            tree
-            if self.form == "varying" or self.restriction is None
-            else self.restriction.put(tree, w.shape[:-1])
-        )
+        return _as_tree(self.structure, self.restriction, self.form, w)
 
     def _flattened(self, w: PyTree) -> Float[Array, "*axes dim"]:
         """Undo `_formed`."""
@@ -199,15 +194,20 @@ def passed_form(objective: TreeObjective, is_masked: bool) -> Callable[[Array], 
     """Return what turns flat parameters, with any leading axes, into what the caller passed."""
     restriction, form = _restriction_and_form(objective, is_masked)
 
-    def as_passed(w):
-        tree = objective.structure.unravel_as_given(w)
-        return (
-            tree
-            if form == "varying" or restriction is None
-            else restriction.put(tree, w.shape[:-1])
-        )
+    return functools.partial(_as_tree, objective.structure, restriction, form)
 
-    return as_passed
+
+def _as_tree(
+    structure: TreeStructure,
+    restriction: RestrictedLoss | None,
+    form: str,
+    w: Float[Array, "*axes dim"],
+) -> PyTree:
+    """Turn flat draws into the parameters that vary, or with those that are held fixed."""
+    tree = structure.unravel_as_given(w)
+    if form == "varying" or restriction is None:
+        return tree
+    return restriction.put(tree, w.shape[:-1])
 
 
 def _restriction_and_form(

@@ -12,12 +12,12 @@ from fastvi._typing import PyTree
 from fastvi.observables.covariance import (
     Estimate,
     blocks_per_walker,
-    correlation_time,
     covariance_of,
     cut,
     jackknifed,
     mean_of,
 )
+from fastvi.sampling.averages import correlation_time
 
 
 class Locality(NamedTuple):
@@ -117,7 +117,9 @@ class PosteriorDraws:
     @functools.cached_property
     def correlation_time(self) -> float:
         """Integrated autocorrelation time of the slowest of the traces, in draws."""
-        return max(map(correlation_time, (self.llc, self.slope, self.radius2)))
+        traces = (np.asarray(one, float) for one in (self.llc, self.slope, self.radius2))
+        # a trace that does not move remembers everything
+        return max(correlation_time(one) or float(self.num_draws) for one in traces)
 
     def params(self, walker: int, draw: int) -> PyTree:
         """Return the parameters of one draw, as they were passed.

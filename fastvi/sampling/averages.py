@@ -247,13 +247,20 @@ def standard_error(values: Float[np.ndarray, "walkers bins"]) -> float:
 
     From the spread of the walkers or the correlation within them, if larger.
     """
-    correlation = autocorrelation(values)
-    if correlation.size == 0:  # walkers that do not move have no error to speak of
+    time = correlation_time(values)
+    if time is None:  # walkers that do not move have no error to speak of
         return 0.0
+    return chain_error(values.mean(axis=1), np.sqrt(values.var() * time / values.shape[1]))
+
+
+def correlation_time(values: Float[np.ndarray, "walkers bins"]) -> float | None:
+    """Return the integrated autocorrelation time, in bins; None where all bins are equal."""
+    correlation = autocorrelation(values)
+    if correlation.size == 0:
+        return None
     # initial positive sequence
     ends = np.flatnonzero(correlation[1:] < NEGLIGIBLE_CORRELATION)
-    time = 1 + 2 * correlation[1 : ends[0] + 1 if ends.size else None].sum()
-    return chain_error(values.mean(axis=1), np.sqrt(values.var() * time / values.shape[1]))
+    return 1 + 2 * float(correlation[1 : ends[0] + 1 if ends.size else None].sum())
 
 
 def stated_error(values: Float[np.ndarray, "walkers bins"]) -> float:

@@ -17,6 +17,7 @@ from fastvi.results.estimate import LLCEstimate
 from fastvi.results.flat import SamplerRunResult
 from fastvi.results.report.arviz import to_arviz
 from fastvi.results.report.page import write_report
+from fastvi.results.stored_draws import load_draws
 from fastvi.target.objective import FlatObjective, make_flat_objective
 from fastvi.target.posterior import LocalPosterior
 from fastvi.target.ravel import ravel_loss
@@ -45,6 +46,7 @@ __all__ = [
     "fit",
     "llc_curve",
     "llc_on",
+    "load_draws",
     "make_flat_objective",
     "ravel_loss",
     "register_backend",

@@ -19,8 +19,9 @@ BLOCK_TIMES = 10.0
 # Blocks of all walkers, at most: as many tell an error to 9 %. Half tells it to 13 %, double costs
 # twice as many small products of matrices.
 MOST_BLOCKS = 64
-# Entries of a covariance that are formed at once.
-MOST_ENTRIES = 2**24
+# Entries of a covariance that are formed at once: some six arrays of 32 MiB are. Half takes half of
+# that, double is no faster.
+MOST_ENTRIES = 2**22
 
 
 class Estimate(NamedTuple):
@@ -105,6 +106,51 @@ def jackknifed(
     # the statistic's own bias is of the order of one over the draws, and taken off with it
     value = count * whole - (count - 1) * without.mean()
     return Estimate(np.asarray(value), _error(variance * count, count))
+
+
+def correlation_of(
+    one: Float[np.ndarray, "blocks draws rows"], other: Float[np.ndarray, "blocks draws columns"]
+) -> Estimate:
+    """Return the correlation of every entry of one with every entry of the other.
+
+    With r = c_ij / sqrt(c_ii c_jj) and x, y the entries over their standard deviations, a block
+    moves r by the mean of x y - r (x^2 + y^2) / 2 over its draws, to first order. The spread of
+    that over blocks is the error.
+
+    Returns:
+        Arrays of shape (rows, columns); NaN where an entry does not vary.
+    """
+    one, other = _standardised(one), _standardised(other)
+    squares = [np.mean(part**2, axis=1) for part in (one, other)]
+    value = np.empty((one.shape[2], other.shape[2]))
+    sem = np.empty_like(value)
+    step = max(1, MOST_ENTRIES // max(1, other.shape[2]))
+    for start in range(0, one.shape[2], step):
+        rows = slice(start, start + step)
+        columns = squares[0][:, rows], squares[1]
+        value[rows], sem[rows] = _correlation_rows(one[:, :, rows], other, *columns)
+    return Estimate(value, sem)
+
+
+def _standardised(values: Float[np.ndarray, "blocks draws entries"]) -> np.ndarray:
+    values = np.asarray(values, float)
+    values = values - values.mean(axis=(0, 1))
+    with np.errstate(invalid="ignore"):
+        return values / np.sqrt(np.mean(values**2, axis=(0, 1)))
+
+
+def _correlation_rows(
+    one: np.ndarray, other: np.ndarray, squares: np.ndarray, others: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    count, draws = one.shape[:2]
+    value = np.tensordot(one, other, axes=((0, 1), (0, 1))) / (count * draws)
+    total = np.zeros_like(value)
+    for part, counterpart, of_one, of_other in zip(one, other, squares, others, strict=True):
+        moved = part.T @ counterpart / draws
+        moved -= value * (0.5 * (of_one[:, None] + of_other))
+        total += moved**2
+    # these have mean zero over all blocks
+    return value, _error(total / (count - 1), count)
 
 
 def _error(variance: Any, count: int) -> np.ndarray:

@@ -1,16 +1,18 @@
 """What is evaluated at draws: energies, losses of examples, and observables."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastvi._compilation import PROGRAMS
 from fastvi._modes import call_in_their_modes
 from fastvi._typing import Array, Float, Int, Key, Keys, PyTree, Scalar
 from fastvi.kernels.noise import streams
-from fastvi.observables.example_losses import losses_by_example
+from fastvi.observables.example_losses import losses_by_example, losses_by_token, some_of
 from fastvi.sampling.ensemble import Target
 from fastvi.sampling.gradients import excess_and_grad
 from fastvi.target.data import Problem
@@ -19,6 +21,9 @@ from fastvi.target.fingerprint import shapes_of
 # Bytes that gradients on all data compute at one draw, up to which they are taken: a fifth of a
 # second on one core. At half, halves are noisier; at double, draws of a language model wait longer.
 WHOLE_BYTES = 2.0**29
+# Losses of all walkers that are evaluated at once: 16 MiB in float32. Half evaluates twice as many
+# pieces of large data, double holds twice as much.
+PIECE_NUMBERS = 2**22
 LEAST_HALF = 64  # examples of half of a sample: half is noisier, double costs large models more
 
 
@@ -96,18 +101,57 @@ def mean_loss_at(target: Target) -> Callable[[Problem, Float[Array, " dim"]], Sc
     return PROGRAMS.find(target.loss, key, (target.objective,), build)
 
 
-def example_losses_at(target: Target, problem: Problem) -> Callable[[Problem, Array], Array]:
-    """Return `(problem, displacement) -> losses`, compiled for data of this problem's shapes.
+class ExampleLosses:
+    """The losses of a data set at draws, of its examples or of their tokens.
 
-    Cost:
-        A loss of each example for each draw.
+    Attributes:
+        problem: The posterior, with the data set in place of its data.
+        shape: Of the losses of a draw, (examples,) or (examples, tokens...).
     """
 
-    def build(objective: Any) -> Callable[..., Array]:
-        return jax.jit(lambda problem, v: losses_by_example(objective, problem, v))
+    def __init__(self, target: Target, problem: Problem, by_token: bool):
+        self.problem = problem
+        self._target, self._evaluate = target, losses_by_token if by_token else losses_by_example
+        center = problem.posterior.center
+        none = jax.ShapeDtypeStruct((1, center.size), center.dtype)
+        found = jax.eval_shape(
+            lambda problem, v: self._evaluate(target.objective, problem, v), problem, none
+        )
+        self.shape: tuple[int, ...] = found.shape[1:]
 
-    key = ("example losses", shapes_of(problem))
-    return PROGRAMS.find(target.loss, key, (target.objective,), build)
+    def pieces(
+        self, displacement: Float[Array, "draws dim"]
+    ) -> Iterator[tuple[slice, Float[Array, "draws examples *tokens"]]]:
+        """Yield which examples, and their losses.
+
+        Cost:
+            A loss of each example for each draw.
+        """
+        count = self.shape[0]
+        each = displacement.shape[0] * math.prod(self.shape[1:])
+        size = min(count, max(1, PIECE_NUMBERS // each))
+        for start in range(0, count, size):
+            now = min(size, count - start)
+            losses = self._program(now)(self.problem, displacement, np.int32(start))
+            yield slice(start, start + now), losses
+
+    def at(self, displacement: Float[Array, "draws dim"]) -> np.ndarray:
+        """Return the losses of all examples."""
+        found = [np.asarray(losses) for _, losses in self.pieces(displacement)]
+        return np.concatenate(found, axis=1)
+
+    def _program(self, size: int) -> Callable[..., Array]:
+        evaluate, is_whole = self._evaluate, size == self.shape[0]
+
+        def build(objective: Any) -> Callable[..., Array]:
+            def losses(problem: Problem, v: Array, start: Array) -> Array:
+                some = problem if is_whole else some_of(problem, start, size)
+                return evaluate(objective, some, v)
+
+            return jax.jit(losses)
+
+        key = (evaluate.__name__, size, shapes_of(self.problem))
+        return PROGRAMS.find(self._target.loss, key, (self._target.objective,), build)
 
 
 def observable_at(

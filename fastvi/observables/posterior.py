@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +13,15 @@ from fastvi._typing import PyTree
 from fastvi.observables.covariance import (
     Estimate,
     blocks_per_walker,
-    covariance_of,
     cut,
     jackknifed,
     mean_of,
+)
+from fastvi.observables.pieces import (
+    correlation_by_entry,
+    covariance_by_entry,
+    mean_by_entry,
+    mean_over_entries,
 )
 from fastvi.sampling.averages import correlation_time
 
@@ -55,14 +61,16 @@ class PosteriorDraws:
         slopes: (w - w*) . grad of n beta L_n at each draw, the same.
         radius2: |w - w*|^2 of each draw, the same shape.
         losses: Of each data set that was named, the loss of each example at each draw, in nats,
-            shape (walkers, draws, examples).
-        init_losses: The same at w*, shape (examples,).
-        observables: What each observable gave at each draw, shape (walkers, draws, ...).
+            shape (walkers, draws, examples), or of each token, (walkers, draws, examples, tokens).
+            Arrays, or `StoredArray` where they are on disk: slices of it are arrays.
+        init_losses: The same at w*, shape (examples,) or (examples, tokens).
+        observables: What each observable gave at each draw, shape (walkers, draws, ...), as losses.
         nbeta: n beta of the posterior.
         localization: gamma of the posterior.
         n_data: n.
         dim: Dimensions.
         center_norm: |w*|.
+        init_loss: L_n(w*), in nats.
         thin: Steps between two draws of a walker.
         fge: Full-gradient equivalents that the draws took.
         health: Findings, gravest first.
@@ -73,18 +81,19 @@ class PosteriorDraws:
     energies: np.ndarray
     slopes: np.ndarray
     radius2: np.ndarray
-    losses: dict[str, np.ndarray]
-    init_losses: dict[str, np.ndarray]
-    observables: dict[str, np.ndarray]
+    losses: Mapping[str, Any]
+    init_losses: Mapping[str, np.ndarray]
+    observables: Mapping[str, Any]
     nbeta: float
     localization: float
     n_data: int
     dim: int
     center_norm: float
+    init_loss: float
     thin: int
     fge: float
     health: tuple[Any, ...] = ()
-    displacement: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    displacement: Any = dataclasses.field(default=None, repr=False)
     as_passed: Callable[[Any], PyTree] = dataclasses.field(
         default=lambda flat: flat, repr=False, compare=False
     )
@@ -136,7 +145,7 @@ class PosteriorDraws:
 
     def mean(self, name: str) -> Estimate:
         """Return the posterior mean of losses or of an observable, with errors, entry by entry."""
-        return mean_of(self._cut(name, flat=False))
+        return mean_by_entry(self._values(name), self.blocks)
 
     def covariance(self, one: str, other: str | None = None) -> Estimate:
         """Return the posterior covariance of each entry of one with each entry of the other.
@@ -146,25 +155,47 @@ class PosteriorDraws:
             other: The same; `one` again when left out.
 
         Returns:
+            Arrays of shape (entries of one, entries of the other), with the error of each. Tokens
+            are in the order of `losses[name][0, 0].ravel()`.
+        """
+        return covariance_by_entry(self._values(one), self._values(other or one), self.blocks)
+
+    def correlation(self, one: str, other: str | None = None) -> Estimate:
+        """Return the posterior correlation of each entry of one with each entry of the other.
+
+        The covariance over both standard deviations, NaN where an entry does not vary, as that of a
+        masked token. Errors are by the delta method over blocks.
+
+        Args:
+            one: As in `covariance`.
+            other: The same; `one` again when left out.
+
+        Returns:
             Arrays of shape (entries of one, entries of the other), with the error of each.
         """
-        return covariance_of(self._cut(one), self._cut(other or one))
+        return correlation_by_entry(self._values(one), self._values(other or one), self.blocks)
 
     def influence(self, of: str, on: str | None = None) -> Estimate:
-        """Return the Bayesian influence of each example on the loss of each other.
+        """Return the Bayesian influence of each example, or token, on the loss of each other.
 
         In n L_n(w) = sum_i a_i loss_i(w) let the weight a_i of an example grow from 1: the
         derivative of the posterior mean of loss_j is - (n beta / n) Cov(loss_i, loss_j). An example
         that is in no training data counts as one of weight 0.
+
+        The loss of an example is the mean of those of its T tokens, so that the weight of one of
+        them has 1/T of this: - (n beta / (n T)) Cov(loss_it, loss_j). Summed over the tokens of an
+        example it is the influence of the example.
 
         Args:
             of: Name of the data set whose weights change.
             on: Name of the data set, or of the observable, that responds; `of` when left out.
 
         Returns:
-            Arrays of shape (examples of `of`, entries of `on`), in nats for a weight of one.
+            Arrays of shape (entries of `of`, entries of `on`), in nats for a weight of one.
         """
-        return _scaled(self.covariance(of, on or of), -self.nbeta / self.n_data)
+        losses = self.losses[self._known(of, self.losses)]
+        tokens = math.prod(losses.shape[3:])
+        return _scaled(self.covariance(of, on or of), -self.nbeta / (self.n_data * tokens))
 
     def susceptibility(self, observable: str, data: str) -> Estimate:
         """Return how an observable responds to a change of the data.
@@ -179,14 +210,15 @@ class PosteriorDraws:
         Returns:
             Arrays of shape (entries of the observable,).
         """
-        mean_loss = self._cut(data).mean(axis=-1, keepdims=True)
-        found = covariance_of(self._cut(observable), mean_loss)
+        mean_loss = mean_over_entries(self._values(data))
+        found = covariance_by_entry(self._values(observable), mean_loss, self.blocks)
         return _scaled(Estimate(found.value[:, 0], found.sem[:, 0]), -self.nbeta)
 
     def llc_on(self, data: str) -> Estimate:
         """Return n beta (E[L(w)] - L(w*)) with L the mean loss of a data set that was named."""
-        rise = self.losses[self._known(data, self.losses)] - self.init_losses[data]
-        return _scaled(mean_of(cut(rise.mean(axis=-1), self.blocks)), self.nbeta)
+        losses = self.losses[self._known(data, self.losses)]
+        rise = mean_over_entries(losses, self.init_losses[data])
+        return _scaled(mean_of(cut(rise, self.blocks)), self.nbeta)
 
     @functools.cached_property
     def llc_estimate(self) -> Estimate:
@@ -240,18 +272,14 @@ class PosteriorDraws:
         ]
         return "\n".join(lines)
 
-    def _cut(self, name: str, *, flat: bool = True) -> np.ndarray:
-        """Return the blocks of a quantity by its name, each draw of which is a vector if `flat`."""
+    def _values(self, name: str) -> Any:
+        """Return a quantity by its name, shape (walkers, draws, ...)."""
         if name == "llc":
-            values = self.llc[..., None]
-        else:
-            known = {**self.losses, **self.observables}
-            values = known[self._known(name, known)]
-        if flat:
-            values = values.reshape(*values.shape[:2], -1)
-        return cut(values, self.blocks)
+            return self.llc
+        known = {**self.losses, **self.observables}
+        return known[self._known(name, known)]
 
-    def _known(self, name: str, known: dict[str, np.ndarray]) -> str:
+    def _known(self, name: str, known: Mapping[str, Any]) -> str:
         if name not in known:
             there = ", ".join(map(repr, known)) or "nothing"
             raise DataError(f"{name!r} was not evaluated at the draws; {there} was.")

@@ -56,6 +56,15 @@ class AbstractEnsemble(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def progress(self) -> Any:
+        """What changes as they move: a pytree of arrays and numbers."""
+
+    @abc.abstractmethod
+    def at(self, progress: Any) -> "AbstractEnsemble":
+        """Return them as they were when that was their progress."""
+
+    @property
+    @abc.abstractmethod
     def displacement(self) -> Float[Array, "walkers dim"]:
         """Where they are, less w*."""
 
@@ -114,6 +123,15 @@ class BlockEnsemble(AbstractEnsemble):
         return dataclasses.replace(self, state=go_on(self.setup, self.state, steps))
 
     @property
+    def progress(self) -> RunState | None:
+        """The run that goes on."""
+        return self.state
+
+    def at(self, progress: RunState) -> "BlockEnsemble":
+        """Return them at another state of their run."""
+        return dataclasses.replace(self, state=progress)
+
+    @property
     def displacement(self) -> Float[Array, "walkers dim"]:
         """Where they are, less w*."""
         walkers = self.walkers if self.state is None else self.state.walkers
@@ -160,6 +178,15 @@ class MinibatchEnsemble(AbstractEnsemble):
                     "the data ended before the draws were made. Hold the data in memory as arrays."
                 )
         return dataclasses.replace(self, course=course._replace(said=None))
+
+    @property
+    def progress(self) -> Course:
+        """Their course, without what its steps have said."""
+        return self.course._replace(said=None)
+
+    def at(self, progress: Course) -> "MinibatchEnsemble":
+        """Return them at another place of their course."""
+        return dataclasses.replace(self, course=progress)
 
     @property
     def displacement(self) -> Float[Array, "walkers dim"]:

@@ -57,8 +57,8 @@ def within(estimate, exact, errors=4.5):
 
 
 @pytest.fixture(scope="module", params=["fit", "localizer"])
-def draws(request):
-    result = fastvi.estimate_llc(
+def result(request):
+    return fastvi.estimate_llc(
         loss_fn,
         jnp.asarray(CENTER, jnp.float32),
         TRAIN,
@@ -68,6 +68,10 @@ def draws(request):
         key=0,
         progress=False,
     )
+
+
+@pytest.fixture(scope="module")
+def draws(result):
     return fastvi.sample_posterior(
         result,
         160,
@@ -178,6 +182,7 @@ def test_walkers_that_remember_are_told():
         n_data=10,
         dim=3,
         center_norm=10.0,
+        init_loss=0.5,
         thin=4,
         fge=1.0,
         **rest,
@@ -211,6 +216,28 @@ def test_the_same_result_gives_the_same_draws():
         first.params(0, 0)
     with pytest.raises(fastvi.DataError, match="'train' was not evaluated"):
         first.covariance("train")
+
+
+def test_walkers_of_either_kind_go_on_from_disk(result, tmp_path):
+    def stop(progress):
+        if progress.step == 18:
+            raise KeyboardInterrupt
+
+    options = {"losses": {"test": TEST}, "keep_params": True}
+    with pytest.raises(KeyboardInterrupt):
+        fastvi.sample_posterior(result, 20, store=tmp_path / "draws", progress=stop, **options)
+    assert fastvi.load_draws(tmp_path / "draws").num_draws == 16
+    found, held = (
+        fastvi.sample_posterior(result, 20, store=store, progress=False, **options)
+        for store in (tmp_path / "draws", None)
+    )
+    for one, other in (
+        (found.energies, held.energies),
+        (found.losses["test"], held.losses["test"]),
+        (found.displacement, held.displacement),
+    ):
+        np.testing.assert_array_equal(one, other)
+    assert found.fge == pytest.approx(held.fge, rel=1e-12)
 
 
 def test_parameters_come_back_as_they_were_passed():

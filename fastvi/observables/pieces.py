@@ -1,0 +1,99 @@
+"""Means and covariances of more numbers than fit the memory: some entries at a time.
+
+An entry is a number of each draw: the loss of an example or of a token, or a number of an
+observable. Entries that belong to different pieces are read from disk apart.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fastvi._typing import Float
+from fastvi.observables.covariance import (
+    Estimate,
+    correlation_of,
+    covariance_of,
+    cut,
+    mean_of,
+)
+
+# Numbers that are read at once. Some five arrays of as many, in float64, are held beside them: half
+# reads a chunk of the disk more often, double takes 150 MB more.
+PIECE_NUMBERS = 2**22
+
+
+def entries_in(values: Any) -> int:
+    """Count the numbers of each draw."""
+    return math.prod(values.shape[2:])
+
+
+def pieces_of(values: Any) -> Iterator[tuple[slice, Float[np.ndarray, "walkers draws entries"]]]:
+    """Read values a piece at a time.
+
+    Args:
+        values: Of shape (walkers, draws, ...); an array, or one that is on disk.
+
+    Yields:
+        Which entries, and their values.
+    """
+    walkers, draws, *rest = values.shape
+    if not rest:
+        yield slice(0, 1), np.asarray(values[:, :])[..., None]
+        return
+    inner = math.prod(rest[1:])
+    step = max(1, PIECE_NUMBERS // max(1, walkers * draws * inner))
+    for start in range(0, rest[0], step):
+        stop = min(start + step, rest[0])
+        part = np.asarray(values[:, :, start:stop])
+        yield slice(start * inner, stop * inner), part.reshape(walkers, draws, -1)
+
+
+def mean_by_entry(values: Any, num_blocks: int) -> Estimate:
+    """Return the mean of each entry over draws, in the shape of a draw."""
+    found = [mean_of(cut(part, num_blocks)) for _, part in pieces_of(values)]
+    shape = values.shape[2:]
+    return Estimate(*(np.concatenate(parts).reshape(shape) for parts in zip(*found, strict=True)))
+
+
+def covariance_by_entry(one: Any, other: Any, num_blocks: int) -> Estimate:
+    """Return the covariance of each entry of one with each entry of the other.
+
+    Cost:
+        Two numbers in float64 for each pair; what is read for a pair of pieces comes on top.
+    """
+    value = np.empty((entries_in(one), entries_in(other)))
+    sem = np.empty_like(value)
+    for rows, part in pieces_of(one):
+        blocks = cut(part, num_blocks)
+        for columns, counterpart in pieces_of(other):
+            found = covariance_of(blocks, cut(counterpart, num_blocks))
+            value[rows, columns], sem[rows, columns] = found
+    return Estimate(value, sem)
+
+
+def correlation_by_entry(one: Any, other: Any, num_blocks: int) -> Estimate:
+    """Return the correlation of each entry of one with each entry of the other.
+
+    Its cost is that of a covariance.
+    """
+    value = np.empty((entries_in(one), entries_in(other)))
+    sem = np.empty_like(value)
+    for rows, part in pieces_of(one):
+        blocks = cut(part, num_blocks)
+        for columns, counterpart in pieces_of(other):
+            found = correlation_of(blocks, cut(counterpart, num_blocks))
+            value[rows, columns], sem[rows, columns] = found
+    return Estimate(value, sem)
+
+
+def mean_over_entries(
+    values: Any, less: Float[np.ndarray, "..."] | None = None
+) -> Float[np.ndarray, "walkers draws"]:
+    """Return the mean of all entries of each draw, less a value for each entry."""
+    total = np.zeros(values.shape[:2])
+    for which, part in pieces_of(values):
+        given = part if less is None else part - less.reshape(-1)[which]
+        total += given.sum(axis=-1, dtype=float)
+    return total / entries_in(values)

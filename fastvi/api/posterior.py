@@ -66,7 +66,8 @@ def sample_posterior(
         thin: Steps between two draws of a walker; an even number.
         error: What gradient noise and finite steps may each add to llc, relative to it. No control
             variate takes it off draws, so it is smaller than that of an estimate.
-        keep_params: Whether to keep the parameters of every draw.
+        keep_params: Whether to keep the parameters of every draw where there are more than 4,096
+            of them; fewer are kept in any case.
         store: A folder to which all that is evaluated goes while walkers move, as zarr arrays in
             single precision. If it holds draws of the same configuration the run goes on from the
             last whole block of them, with more `draws` than before too; draws that are there
@@ -162,7 +163,8 @@ def _hold(
         **evaluation.numbers,
         thin=asked.thin,
         fge=evaluation.fge(end, asked.draws),
-        displacement=sink.array("displacement") if asked.keep_params else None,
+        displacement=sink.array("displacement") if "displacement" in shapes else None,
+        gradient=sink.array("gradient") if "gradient" in shapes else None,
         as_passed=evaluation.in_full,
     )
     return dataclasses.replace(found, health=draw_findings(found))

@@ -2,7 +2,8 @@
 
 Draws of a walker depend on each other. They are cut into *blocks* of consecutive draws, long beside
 the time that walkers remember. Blocks of all walkers are taken for independent: the spread of what
-each says is the error, for every entry of a matrix at once.
+each says is the error, for every entry of a matrix at once. What a block says is a weighted mean of
+draws: of its own with equal weights, or of all where control variates are taken off.
 """
 
 from collections.abc import Callable
@@ -37,71 +38,87 @@ def blocks_per_walker(walkers: int, draws: int, time: float) -> int:
     return int(np.clip(draws / (BLOCK_TIMES * time), 1, most))
 
 
-def cut(values: Float[np.ndarray, "walkers draws *rest"], count: int) -> np.ndarray:
-    """Cut the draws of each walker into blocks of one length; the first that do not fit are left.
+def mean_of(
+    weights: Float[np.ndarray, "blocks draws"], values: Float[np.ndarray, "draws ..."]
+) -> Estimate:
+    """Return the mean of draws.
 
-    Returns:
-        Of shape (blocks of all walkers, draws of a block, ...).
+    Args:
+        weights: Of the draws in what each block says, from `fastvi.observables.control_variates`.
+        values: What is averaged.
     """
-    walkers, draws = values.shape[:2]
-    length = draws // count
-    kept = values[:, draws - count * length :]
-    return kept.reshape(walkers * count, length, *values.shape[2:])
-
-
-def mean_of(blocks: Float[np.ndarray, "blocks draws *rest"]) -> Estimate:
-    """Return the mean of draws."""
-    means = np.asarray(blocks, float).mean(axis=1)
+    values = np.asarray(values)
+    # about the mean, as single precision has few digits and weights of both signs lose some
+    center = values.mean(axis=0, dtype=float)
+    about = (values - center).reshape(len(values), -1)
+    means = (weights @ about).reshape(len(weights), *values.shape[1:])
     error = _error(np.var(means, axis=0, ddof=1), len(means))
-    return Estimate(np.asarray(means.mean(axis=0)), error)
+    return Estimate(np.asarray(center + means.mean(axis=0)), error)
 
 
 def covariance_of(
-    one: Float[np.ndarray, "blocks draws rows"], other: Float[np.ndarray, "blocks draws columns"]
+    weights: Float[np.ndarray, "blocks draws"],
+    one: Float[np.ndarray, "draws rows"],
+    other: Float[np.ndarray, "draws columns"],
 ) -> Estimate:
     """Return the covariance of every entry of one with every entry of the other.
 
     The mean of the draws is taken for that of the posterior, which lowers a covariance by that of
     the two means: it is added.
 
+    Args:
+        weights: Of the draws in what each block says, from `fastvi.observables.control_variates`.
+        one: What varies.
+        other: With what.
+
     Returns:
         Arrays of shape (rows, columns).
+
+    Cost:
+        A product of matrices for each block, of the draws that have a weight in it.
     """
-    count = one.shape[0]
+    count = len(weights)
     one, other = (np.asarray(part, float) for part in (one, other))
-    one, other = (part - part.mean(axis=(0, 1)) for part in (one, other))
-    means = one.mean(axis=1), other.mean(axis=1)
-    value = np.empty((one.shape[2], other.shape[2]))
+    one, other = (part - part.mean(axis=0) for part in (one, other))
+    value = np.empty((one.shape[1], other.shape[1]))
     sem = np.empty_like(value)
-    step = max(1, MOST_ENTRIES // max(1, other.shape[2]))
-    for start in range(0, one.shape[2], step):
+    step = max(1, MOST_ENTRIES // max(1, other.shape[1]))
+    for start in range(0, one.shape[1], step):
         rows = slice(start, start + step)
+        some = one[:, rows]
+        means = weights @ some, weights @ other
         total, squares = 0.0, 0.0
         # a first guess is taken off, as sums of squares of what varies little cancel
-        guess = one[0, :, rows].T @ other[0] / one.shape[1]
-        for part, counterpart in zip(one, other, strict=True):
-            product = part[:, rows].T @ counterpart / part.shape[0] - guess
+        guess = some.T @ other / len(some)
+        for weight in weights:
+            used = np.flatnonzero(weight)
+            product = (weight[used, None] * some[used]).T @ other[used] - guess
             total, squares = total + product, squares + product**2
         mean = total / count
-        of_means = means[0][:, rows].T @ means[1] / (count * (count - 1))
+        middle = [part.mean(axis=0) for part in means]
+        left, right = (part - center for part, center in zip(means, middle, strict=True))
+        of_means = left.T @ right / (count * max(count - 1, 1)) - np.outer(*middle)
         value[rows] = guess + mean + of_means
         sem[rows] = _error((squares / count - mean**2) * count / (count - 1), count)
     return Estimate(value, sem)
 
 
 def jackknifed(
-    statistic: Callable[..., float], *blocks: Float[np.ndarray, "blocks draws"]
+    statistic: Callable[..., float],
+    weights: Float[np.ndarray, "blocks draws"],
+    *traces: Float[np.ndarray, " draws"],
 ) -> Estimate:
-    """Return a statistic of several traces, and its error by leaving out each block in turn."""
-    count = blocks[0].shape[0]
-    arrays = [np.asarray(part, float) for part in blocks]
-    whole = statistic(*(part.ravel() for part in arrays))
-    without = np.array(
-        [
-            statistic(*(np.delete(part, one, axis=0).ravel() for part in arrays))
-            for one in range(count)
-        ]
-    )
+    """Return a statistic of several traces, and its error by leaving out each block in turn.
+
+    Args:
+        statistic: `(weights of the draws, *traces) -> number`.
+        weights: Of the draws in what each block says.
+        traces: What it is of.
+    """
+    count, total = len(weights), weights.sum(axis=0)
+    arrays = [np.asarray(part, float) for part in traces]
+    whole = statistic(total / count, *arrays)
+    without = np.array([statistic((total - row) / (count - 1), *arrays) for row in weights])
     variance = (count - 1) * np.mean((without - without.mean()) ** 2)
     # the statistic's own bias is of the order of one over the draws, and taken off with it
     value = count * whole - (count - 1) * without.mean()
@@ -109,7 +126,9 @@ def jackknifed(
 
 
 def correlation_of(
-    one: Float[np.ndarray, "blocks draws rows"], other: Float[np.ndarray, "blocks draws columns"]
+    weights: Float[np.ndarray, "blocks draws"],
+    one: Float[np.ndarray, "draws rows"],
+    other: Float[np.ndarray, "draws columns"],
 ) -> Estimate:
     """Return the correlation of every entry of one with every entry of the other.
 
@@ -117,39 +136,50 @@ def correlation_of(
     moves r by the mean of x y - r (x^2 + y^2) / 2 over its draws, to first order. The spread of
     that over blocks is the error.
 
+    Args:
+        weights: As in `covariance_of`.
+        one: What varies.
+        other: With what.
+
     Returns:
         Arrays of shape (rows, columns); NaN where an entry does not vary.
     """
-    one, other = _standardised(one), _standardised(other)
-    squares = [np.mean(part**2, axis=1) for part in (one, other)]
-    value = np.empty((one.shape[2], other.shape[2]))
+    one, other = _standardised(weights, one), _standardised(weights, other)
+    squares = [weights @ part**2 for part in (one, other)]
+    value = np.empty((one.shape[1], other.shape[1]))
     sem = np.empty_like(value)
-    step = max(1, MOST_ENTRIES // max(1, other.shape[2]))
-    for start in range(0, one.shape[2], step):
+    step = max(1, MOST_ENTRIES // max(1, other.shape[1]))
+    for start in range(0, one.shape[1], step):
         rows = slice(start, start + step)
         columns = squares[0][:, rows], squares[1]
-        value[rows], sem[rows] = _correlation_rows(one[:, :, rows], other, *columns)
+        value[rows], sem[rows] = _correlation_rows(weights, one[:, rows], other, *columns)
     return Estimate(value, sem)
 
 
-def _standardised(values: Float[np.ndarray, "blocks draws entries"]) -> np.ndarray:
-    values = np.asarray(values, float)
-    values = values - values.mean(axis=(0, 1))
-    with np.errstate(invalid="ignore"):
-        return values / np.sqrt(np.mean(values**2, axis=(0, 1)))
+def _standardised(
+    weights: Float[np.ndarray, "blocks draws"], values: Float[np.ndarray, "draws entries"]
+) -> np.ndarray:
+    """Return the values over their standard deviations, about their means."""
+    weight, values = weights.mean(axis=0), np.asarray(values, float)
+    values = values - values.mean(axis=0)
+    values = values - weight @ values
+    variance = weight @ values**2
+    # weights of both signs may leave none of a variance that is nearly all noise
+    return values / np.sqrt(np.where(variance > 0, variance, np.nan))
 
 
 def _correlation_rows(
-    one: np.ndarray, other: np.ndarray, squares: np.ndarray, others: np.ndarray
+    weights: np.ndarray, one: np.ndarray, other: np.ndarray, squares: np.ndarray, others: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    count, draws = one.shape[:2]
-    value = np.tensordot(one, other, axes=((0, 1), (0, 1))) / (count * draws)
+    value = (weights.mean(axis=0)[:, None] * one).T @ other
     total = np.zeros_like(value)
-    for part, counterpart, of_one, of_other in zip(one, other, squares, others, strict=True):
-        moved = part.T @ counterpart / draws
+    for weight, of_one, of_other in zip(weights, squares, others, strict=True):
+        used = np.flatnonzero(weight)
+        moved = (weight[used, None] * one[used]).T @ other[used]
         moved -= value * (0.5 * (of_one[:, None] + of_other))
         total += moved**2
     # these have mean zero over all blocks
+    count = len(weights)
     return value, _error(total / (count - 1), count)
 
 

@@ -32,11 +32,13 @@ class Energies(NamedTuple):
 
     Both are exact where all data are evaluated. Else they are of two samples of examples that are
     independent of each other and drawn anew for each draw: products of one of each are unbiased.
+    `gradient` is that of n beta L_n, or the mean of what the two samples say.
     """
 
     llc: Float[Array, "draws halves"]
     slope: Float[Array, "draws halves"]
     radius2: Float[Array, " draws"]
+    gradient: Float[Array, "draws dim"]
 
 
 def half_of_sample(target: Target) -> int:
@@ -64,22 +66,23 @@ def energies_at(
             excess, slope = excess_and_grad(objective, problem, v, reference, rows)
             # what the same examples say at w*: their difference is much less noisy
             at_center, _ = excess_and_grad(objective, problem, 0 * v, reference, rows)
-            return excess - at_center, v @ slope
+            return excess - at_center, slope
 
         def at(problem: Problem, reference: Scalar, v: Array, key: Key, number: Array):
             if not half:
                 excess, slope = excess_and_grad(objective, problem, v, reference)
-                return jnp.stack([excess] * 2), jnp.stack([v @ slope] * 2)
+                return jnp.stack([excess] * 2), jnp.stack([v @ slope] * 2), slope
             key = jax.random.fold_in(streams.derive(key, streams.Purpose.DRAWS), number)
             rows = jax.random.randint(key, (2, half), 0, problem.num_data)
-            return jax.lax.map(lambda some: on_sample(problem, reference, v, some), rows)
+            excess, slopes = jax.lax.map(lambda some: on_sample(problem, reference, v, some), rows)
+            return excess, slopes @ v, jnp.mean(slopes, axis=0)
 
         def at_draws(problem: Problem, reference: Scalar, displacement: Array, keys: Keys, number):
-            excess, slope = jax.lax.map(
+            found = jax.lax.map(
                 lambda draw: at(problem, reference, draw[0], draw[1], number), (displacement, keys)
             )
-            nbeta = problem.posterior.nbeta
-            return Energies(nbeta * excess, nbeta * slope, jnp.sum(displacement**2, axis=1))
+            excess, slope, gradient = (problem.posterior.nbeta * part for part in found)
+            return Energies(excess, slope, jnp.sum(displacement**2, axis=1), gradient)
 
         return jax.jit(at_draws)
 

@@ -10,10 +10,15 @@ import numpy as np
 
 from fastvi._errors import DataError
 from fastvi._typing import PyTree
+from fastvi.observables.control_variates import (
+    MOST_TRACES,
+    Columns,
+    choose_weights,
+    plain_weights,
+)
 from fastvi.observables.covariance import (
     Estimate,
     blocks_per_walker,
-    cut,
     jackknifed,
     mean_of,
 )
@@ -22,6 +27,7 @@ from fastvi.observables.pieces import (
     covariance_by_entry,
     mean_by_entry,
     mean_over_entries,
+    some_entries,
 )
 from fastvi.sampling.averages import correlation_time
 
@@ -75,6 +81,8 @@ class PosteriorDraws:
         fge: Full-gradient equivalents that the draws took.
         health: Findings, gravest first.
         displacement: w - w* of each draw, flat, shape (walkers, draws, dim), where it was kept.
+        gradient: Gradient of n beta L_n at each draw, the same.
+        control_variates: Whether noise is taken off by functions of mean zero where they help.
         as_passed: Turns flat vectors w - w* into what was passed as parameters.
     """
 
@@ -94,6 +102,8 @@ class PosteriorDraws:
     fge: float
     health: tuple[Any, ...] = ()
     displacement: Any = dataclasses.field(default=None, repr=False)
+    gradient: Any = dataclasses.field(default=None, repr=False)
+    control_variates: bool = True
     as_passed: Callable[[Any], PyTree] = dataclasses.field(
         default=lambda flat: flat, repr=False, compare=False
     )
@@ -130,6 +140,38 @@ class PosteriorDraws:
         # a trace that does not move remembers everything
         return max(correlation_time(one) or float(self.num_draws) for one in traces)
 
+    @property
+    def plain(self) -> "PosteriorDraws":
+        """The same draws, of which all means and covariances are without control variates."""
+        return dataclasses.replace(self, control_variates=False)
+
+    @property
+    def columns(self) -> Columns | None:
+        """Which control variates are taken off; None where there are none, or none that help."""
+        return self._weights_and_columns[1]
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Weights of the draws in what each block says, shape (blocks, walkers x draws)."""
+        return self._weights_and_columns[0]
+
+    @functools.cached_property
+    def _weights_and_columns(self) -> tuple[np.ndarray, Columns | None]:
+        plain = plain_weights(self.num_walkers, self.num_draws, self.blocks)
+        if not self.control_variates or self.displacement is None or self.gradient is None:
+            return plain, None
+        count = self.num_walkers * self.num_draws
+        displacement, gradient = (
+            np.asarray(values, float).reshape(count, self.dim)
+            for values in (self.displacement, self.gradient)
+        )
+        slope = gradient + self.localization * displacement
+        named = [*self.losses.values(), *self.observables.values()]
+        each = max(1, (MOST_TRACES - 2) // max(1, len(named)))
+        traces = (self.llc, self.slope, *named[: MOST_TRACES - 2])
+        seen = np.concatenate([some_entries(values, each) for values in traces], axis=1)
+        return choose_weights(displacement, slope, seen, plain, self.num_walkers)
+
     def params(self, walker: int, draw: int) -> PyTree:
         """Return the parameters of one draw, as they were passed.
 
@@ -145,7 +187,7 @@ class PosteriorDraws:
 
     def mean(self, name: str) -> Estimate:
         """Return the posterior mean of losses or of an observable, with errors, entry by entry."""
-        return mean_by_entry(self._values(name), self.blocks)
+        return mean_by_entry(self.weights, self._values(name))
 
     def covariance(self, one: str, other: str | None = None) -> Estimate:
         """Return the posterior covariance of each entry of one with each entry of the other.
@@ -158,7 +200,7 @@ class PosteriorDraws:
             Arrays of shape (entries of one, entries of the other), with the error of each. Tokens
             are in the order of `losses[name][0, 0].ravel()`.
         """
-        return covariance_by_entry(self._values(one), self._values(other or one), self.blocks)
+        return covariance_by_entry(self.weights, self._values(one), self._values(other or one))
 
     def correlation(self, one: str, other: str | None = None) -> Estimate:
         """Return the posterior correlation of each entry of one with each entry of the other.
@@ -173,7 +215,7 @@ class PosteriorDraws:
         Returns:
             Arrays of shape (entries of one, entries of the other), with the error of each.
         """
-        return correlation_by_entry(self._values(one), self._values(other or one), self.blocks)
+        return correlation_by_entry(self.weights, self._values(one), self._values(other or one))
 
     def influence(self, of: str, on: str | None = None) -> Estimate:
         """Return the Bayesian influence of each example, or token, on the loss of each other.
@@ -211,19 +253,19 @@ class PosteriorDraws:
             Arrays of shape (entries of the observable,).
         """
         mean_loss = mean_over_entries(self._values(data))
-        found = covariance_by_entry(self._values(observable), mean_loss, self.blocks)
+        found = covariance_by_entry(self.weights, self._values(observable), mean_loss)
         return _scaled(Estimate(found.value[:, 0], found.sem[:, 0]), -self.nbeta)
 
     def llc_on(self, data: str) -> Estimate:
         """Return n beta (E[L(w)] - L(w*)) with L the mean loss of a data set that was named."""
         losses = self.losses[self._known(data, self.losses)]
         rise = mean_over_entries(losses, self.init_losses[data])
-        return _scaled(mean_of(cut(rise, self.blocks)), self.nbeta)
+        return _scaled(mean_of(self.weights, rise.ravel()), self.nbeta)
 
     @functools.cached_property
     def llc_estimate(self) -> Estimate:
-        """The mean of `llc`, without control variates."""
-        return mean_of(cut(self.llc, self.blocks))
+        """The mean of `llc`."""
+        return mean_of(self.weights, self.llc.ravel())
 
     @functools.cached_property
     def locality(self) -> Locality:
@@ -234,15 +276,12 @@ class PosteriorDraws:
         - 1/2 (E[v . grad f] - Cov(f, v . grad f)), without the noise of |v|^2 in directions that
         only the localizer holds. d llc / d log n beta = llc - Var f.
         """
-        energies, slopes = (
-            [cut(both[..., half], self.blocks) for half in (0, 1)]
-            for both in (self.energies, self.slopes)
-        )
-        radius = mean_of(cut(self.radius2, self.blocks))
+        energies, slopes = (both.reshape(-1, 2).T for both in (self.energies, self.slopes))
+        radius = mean_of(self.weights, self.radius2.ravel())
         root = np.sqrt(radius.value)
         return Locality(
-            localization_slope=jackknifed(_localization_slope, *energies, *slopes),
-            nbeta_slope=jackknifed(_nbeta_slope, *energies),
+            localization_slope=jackknifed(_localization_slope, self.weights, *energies, *slopes),
+            nbeta_slope=jackknifed(_nbeta_slope, self.weights, *energies),
             radius=Estimate(root, radius.sem / (2 * root)),
             localizer_radius=float(np.sqrt(self.dim / self.localization))
             if self.localization
@@ -250,7 +289,7 @@ class PosteriorDraws:
             center_norm=self.center_norm,
             rise=_scaled(self.llc_estimate, 1 / self.nbeta),
             # E[v . grad f] = d - gamma E|v|^2
-            held=_scaled(mean_of(cut(self.slope, self.blocks)), 1 / self.dim),
+            held=_scaled(mean_of(self.weights, self.slope.ravel()), 1 / self.dim),
         )
 
     def summary(self) -> str:
@@ -259,6 +298,7 @@ class PosteriorDraws:
         lines = [
             f"draws          {self.num_walkers} walkers x {self.num_draws}, {self.thin} steps "
             f"apart; {self.num_walkers * self.blocks} blocks tell the errors",
+            f"control        {_columns_text(self.columns)}",
             f"llc            {_text(self.llc_estimate)}",
             f"slopes of llc  {_text(near.localization_slope)} per log localization, "
             f"{_text(near.nbeta_slope)} per log n beta",
@@ -286,18 +326,28 @@ class PosteriorDraws:
         return name
 
 
-def _covariance(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.mean((one - one.mean()) * (other - other.mean())))
+def _columns_text(columns: Columns | None) -> str:
+    if columns is None:
+        return "no control variates"
+    return (
+        f"{columns.number} control variates: monomials of degree {columns.degree} in "
+        f"{columns.directions} directions"
+    )
 
 
-def _localization_slope(*halves: np.ndarray) -> float:
+def _covariance(weight: np.ndarray, one: np.ndarray, other: np.ndarray) -> float:
+    one, other = one - weight @ one, other - weight @ other
+    return float(weight @ (one * other))
+
+
+def _localization_slope(weight: np.ndarray, *halves: np.ndarray) -> float:
     f, g, slope, other = halves
-    covariance = 0.5 * (_covariance(f, other) + _covariance(g, slope))
-    return -0.5 * (0.5 * float(slope.mean() + other.mean()) - covariance)
+    covariance = 0.5 * (_covariance(weight, f, other) + _covariance(weight, g, slope))
+    return -0.5 * (0.5 * float(weight @ (slope + other)) - covariance)
 
 
-def _nbeta_slope(f: np.ndarray, g: np.ndarray) -> float:
-    return 0.5 * float(f.mean() + g.mean()) - _covariance(f, g)
+def _nbeta_slope(weight: np.ndarray, f: np.ndarray, g: np.ndarray) -> float:
+    return 0.5 * float(weight @ (f + g)) - _covariance(weight, f, g)
 
 
 def _scaled(estimate: Estimate, factor: float) -> Estimate:

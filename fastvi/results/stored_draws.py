@@ -63,6 +63,7 @@ def stored_draws(folder: Path, as_passed: Callable[[Any], PyTree]) -> PosteriorD
         **{name: about[name] for name in NUMBERS},
         fge=float(end["work"]),
         displacement=values.get("displacement"),
+        gradient=values.get("gradient"),
         as_passed=as_passed,
     )
     return dataclasses.replace(found, health=draw_findings(found))

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 import fastvi
-from fastvi.api import walk
+from fastvi.api import draw_values, walk
 from fastvi.observables import evaluate
+from fastvi.observables.control_variates import plain_weights
 from fastvi.observables.covariance import (
     blocks_per_walker,
     covariance_of,
-    cut,
     jackknifed,
     mean_of,
 )
@@ -206,7 +206,8 @@ def test_parameters_are_those_that_observables_saw(draws):
     assert draws.slope[walker, draw] == pytest.approx(v @ HESSIAN @ v, rel=1e-3, abs=1e-3)
 
 
-def test_the_same_result_gives_the_same_draws():
+def test_the_same_result_gives_the_same_draws(monkeypatch):
+    monkeypatch.setattr(draw_values, "MOST_PLACED", DIM - 1)
     result = fastvi.estimate_llc(
         loss_fn, jnp.asarray(CENTER, jnp.float32), TRAIN, localization=GAMMA, progress=False
     )
@@ -328,8 +329,8 @@ def test_errors_of_covariances_fit_series_that_remember():
         series, exact = autoregressive(0.8, 8, 400, mixing, seed)
         time = correlation_time(series[:, :, 0])
         assert 5 < time < 15  # (1 + 0.8) / (1 - 0.8) is 9
-        blocks = cut(series, blocks_per_walker(8, 400, time))
-        found = covariance_of(blocks, blocks)
+        flat = series.reshape(3200, 4)
+        found = covariance_of(plain_weights(8, 400, blocks_per_walker(8, 400, time)), flat, flat)
         scores.append((found.value - exact) / found.sem)
         np.testing.assert_allclose(found.value, found.value.T)
     scores = np.array(scores)
@@ -339,11 +340,12 @@ def test_errors_of_covariances_fit_series_that_remember():
 
 
 def test_means_and_jackknifed_statistics_of_independent_draws():
-    rng, scores = np.random.default_rng(0), []
+    rng, scores, weights = np.random.default_rng(0), [], plain_weights(16, 50, 1)
     for _ in range(200):
-        blocks = rng.normal(size=(16, 50)) * 2 + 3
-        mean, variance = mean_of(blocks), jackknifed(np.var, blocks)
-        ratio = jackknifed(lambda x, y: x.mean() / y.mean(), blocks, rng.normal(size=(16, 50)) + 5)
+        draws, others = rng.normal(size=800) * 2 + 3, rng.normal(size=800) + 5
+        mean = mean_of(weights, draws)
+        variance = jackknifed(lambda weight, x: weight @ x**2 - (weight @ x) ** 2, weights, draws)
+        ratio = jackknifed(lambda weight, x, y: weight @ x / (weight @ y), weights, draws, others)
         pairs = ((mean, 3.0), (variance, 4.0), (ratio, 0.6))
         scores.append([(one.value - exact) / one.sem for one, exact in pairs])
     scores = np.array(scores)
@@ -356,15 +358,6 @@ def test_blocks_are_long_beside_what_walkers_remember():
     assert blocks_per_walker(8, 200, 5.0) == 4
     assert blocks_per_walker(8, 200, 100.0) == 1
     assert blocks_per_walker(128, 200, 1.0) == 1
-    assert cut(np.arange(20.0).reshape(2, 10), 3).tolist() == [
-        [1, 2, 3],
-        [4, 5, 6],
-        [7, 8, 9],
-        [11, 12, 13],
-        [14, 15, 16],
-        [17, 18, 19],
-    ]
-    assert correlation_time(np.ones((2, 30))) is None
 
 
 def test_ranks_of_walkers_that_sample_the_same_are_uniform():

@@ -10,6 +10,7 @@ import pytest
 
 import fastvi
 from fastvi.observables import evaluate, pieces
+from fastvi.observables.control_variates import plain_weights
 from fastvi.observables.pieces import covariance_by_entry, mean_by_entry, mean_over_entries
 from fastvi.observables.storage import BlockWriter, block_draws
 
@@ -229,13 +230,13 @@ def test_pieces_say_what_all_at_once_do(held, folder, monkeypatch):
 
 
 def test_pieces_of_arrays_are_their_moments():
-    values = RNG.normal(size=(4, 50, 3, 2))
-    np.testing.assert_allclose(mean_by_entry(values, 2).value, values.mean(axis=(0, 1)))
+    values, weights = RNG.normal(size=(4, 50, 3, 2)), plain_weights(4, 50, 2)
+    np.testing.assert_allclose(mean_by_entry(weights, values).value, values.mean(axis=(0, 1)))
     np.testing.assert_allclose(
         mean_over_entries(values, np.ones((3, 2))), values.mean(axis=(2, 3)) - 1
     )
     scalar = values[..., 0, 0]
-    found = covariance_by_entry(values, scalar, 2).value
+    found = covariance_by_entry(weights, values, scalar).value
     flat = values.reshape(200, 6)
     exact = (flat - flat.mean(axis=0)).T @ (flat[:, 0] - flat[:, 0].mean()) / 200
     # that of the means of eight blocks is added: a share of about 1/200

@@ -32,9 +32,9 @@ POINTS = 8
 # Bytes that the products compute in all, some ten seconds of a core: at half, Hessians are of fewer
 # examples; at double, a forecast is as dear as the run that it is of.
 PRODUCT_BYTES = 2.0**34
-# Examples of a Hessian, at least. Half of them overstate the largest curvature more; double costs
-# large models twice as much.
-LEAST_EXAMPLES = 64
+# Examples of the Hessian at each point, at least. Half of them overstate the largest curvature;
+# double costs large models twice as much.
+LEAST_EXAMPLES = 8
 # Share of llc by which the quadratic model may miss it before a forecast is called rough: its
 # biases are then off by about as much. Half of it calls most networks rough, double hardly any.
 ROUGH = 0.3
@@ -292,7 +292,7 @@ def _measure(
 ) -> tuple[QuadraticSGLD, float]:
     """Measure curvature and noise at the points; return the model, and sample gradients."""
     problem, dim = target.problem, points.shape[1]
-    products = POINTS * num_products(dim)
+    products = POINTS**2 * num_products(dim)
     affordable = PRODUCT_BYTES / max(target.loss.computed, 1.0) / (HESSIAN_PRODUCT * products)
     num_examples = min(problem.data.num_examples, max(LEAST_EXAMPLES, int(affordable)))
 

@@ -24,7 +24,7 @@ from fastvi.target.objective import FlatObjective
 STEPS = 16
 # Dimensions up to which every coordinate is a start, so that traces are exact. At half, networks of
 # a few units have noisy ones; at double, four times as many products are taken.
-FEW = 16
+FEW = 8
 # Examples of either minibatch whose difference is the noise of gradients. Half of them are as good
 # where noise is Gaussian; rare examples that make it are seen half as often.
 NOISE_EXAMPLES = 64
@@ -35,14 +35,14 @@ EXHAUSTED = 30.0
 class SpectralMeasure(NamedTuple):
     """Gauss rules, whose starts are summed: `sum(weights * f(values))` is the integral of f."""
 
-    values: Float[Array, "*starts nodes"]
-    weights: Float[Array, "*starts nodes"]
+    values: Float[Array, "*runs nodes"]
+    weights: Float[Array, "*runs nodes"]
 
 
 class Measures(NamedTuple):
-    """At each of some points the measures of all directions, and of one example's noise.
+    """Of each run the measures of all directions, and of one example's noise.
 
-    The sum over the nodes of a point estimates tr f(H), and tr(f(H) V).
+    The sum over the nodes of a run estimates tr f(H), and tr(f(H) V).
     """
 
     directions: SpectralMeasure
@@ -50,17 +50,17 @@ class Measures(NamedTuple):
 
 
 def num_starts(dim: int) -> tuple[int, int]:
-    """Return how many starts each point has, for all directions and for the noise."""
+    """Return how many starts each run has, for all directions and for the noise."""
     return (dim, FEW) if dim <= FEW else (1, 1)
 
 
 def num_products(dim: int) -> int:
-    """Return the Hessian products that are taken at each point."""
+    """Return the Hessian products that a run takes at each point."""
     return sum(num_starts(dim)) * min(STEPS, dim)
 
 
 def noise_gradients(problem: Problem, dim: int) -> int:
-    """Return the gradients of one example that the noise at each point takes."""
+    """Return the gradients of one example that the noise of a run takes."""
     return 2 * num_starts(dim)[1] * _noise_size(problem)
 
 
@@ -76,41 +76,48 @@ def spectral_measures(
     keys: Keys,
     num_examples: int,
 ) -> Measures:
-    """Find both measures at each point, on examples that are drawn for it.
+    """Find both measures of the mean Hessian at some points, once at the noise of each point.
+
+    The mean is what matters: a Gaussian that is fitted to a posterior has the precision
+    gamma + nbeta E[H].
 
     Args:
         objective: The loss.
         problem: Target and data.
         displacement: The points, less w*.
-        keys: A key for each point.
-        num_examples: Examples that the Hessian is of; all of them where there are no more.
+        keys: A key of the run at each point, by which it draws its own examples and starts.
+        num_examples: Examples that the Hessian at each point is of; all where there are no more.
 
     Cost:
-        For each point `num_products` Hessian products of `num_examples` examples, and two gradients
-        of `NOISE_EXAMPLES` for each start of the noise. Memory: `STEPS` vectors for each start.
+        For each run and each point `num_products` Hessian products of `num_examples` examples, and
+        for each run `noise_gradients`. Memory: `STEPS` vectors for each start.
     """
-    dim = displacement.shape[1]
+    dim, center = displacement.shape[1], problem.posterior.center
 
-    def at(inputs: tuple[Array, Key]) -> Measures:
+    def mean_product(starts: Array, key: Key) -> Array:
+        def at(total: Array, inputs: tuple[Array, Key]) -> tuple[Array, None]:
+            v, key = inputs
+            subset = problem.data.subset(key, num_examples)
+            hvp = data_hvp(objective, center + v, subset, copies=starts.shape[0])
+            return total + jax.vmap(hvp)(starts), None
+
+        keys = jax.random.split(key, len(displacement))
+        total = jax.lax.scan(at, jnp.zeros_like(starts), (displacement, keys))[0]
+        return total / len(displacement)
+
+    def run(inputs: tuple[Array, Key]) -> Measures:
         v, key = inputs
         key_subset, key_probe, key_noise = jax.random.split(key, 3)
-        point = problem.posterior.center + v
-        starts = jnp.concatenate(
-            [
-                _directions(key_probe, dim, v.dtype),
-                _noise(objective, problem, point, jax.random.split(key_noise, num_starts(dim)[1])),
-            ]
-        )
-        subset = problem.data.subset(key_subset, num_examples)
-        hvp = data_hvp(objective, point, subset, copies=starts.shape[0])
-        found = lanczos(jax.vmap(hvp), starts, min(STEPS, dim))
         split, noisy = num_starts(dim)
+        noise = _noise(objective, problem, center + v, jax.random.split(key_noise, noisy))
+        starts = jnp.concatenate([_directions(key_probe, dim, v.dtype), noise])
+        found = lanczos(lambda block: mean_product(block, key_subset), starts, min(STEPS, dim))
         return Measures(
             SpectralMeasure(found.values[:split], found.weights[:split]),
             SpectralMeasure(found.values[split:], found.weights[split:] / noisy),
         )
 
-    return jax.lax.map(at, (displacement, keys))
+    return jax.lax.map(run, (displacement, keys))
 
 
 def _directions(key: Key, dim: int, dtype) -> Float[Array, "starts dim"]:

@@ -16,13 +16,13 @@ BISECTIONS = 60  # a float64 has 52 bits: half are visible in a step, double add
 
 @dataclasses.dataclass(frozen=True)
 class QuadraticSGLD:
-    """SGLD on a quadratic whose spectrum is known by Gauss rules at some points of the posterior.
+    """SGLD on a quadratic whose spectrum is known by Gauss rules, some of which estimate it each.
 
-    Biases are in units of llc, at each point.
+    Biases are in units of llc, by each rule.
 
     Attributes:
-        curvatures: Eigenvalues h of the Hessian of L_n, shape (points, nodes).
-        counts: How many directions each stands for; of one point they add up to d.
+        curvatures: Eigenvalues h of the Hessian of L_n, shape (rules, nodes).
+        counts: How many directions each stands for; of one rule they add up to d.
         noisy: Eigenvalues in whose directions gradients are noisy.
         variances: Variance of one example's gradient that each stands for.
         nbeta: n times the inverse temperature.
@@ -31,27 +31,27 @@ class QuadraticSGLD:
         batch_size: Examples of a minibatch, drawn with replacement; None for all data.
     """
 
-    curvatures: Float[np.ndarray, "points nodes"]
-    counts: Float[np.ndarray, "points nodes"]
-    noisy: Float[np.ndarray, "points noisy"]
-    variances: Float[np.ndarray, "points noisy"]
+    curvatures: Float[np.ndarray, "rules nodes"]
+    counts: Float[np.ndarray, "rules nodes"]
+    noisy: Float[np.ndarray, "rules noisy"]
+    variances: Float[np.ndarray, "rules noisy"]
     nbeta: float
     localization: float
     lr: float = 0.0
     batch_size: int | None = None
 
     @functools.cached_property
-    def llc(self) -> Float[np.ndarray, " points"]:
+    def llc(self) -> Float[np.ndarray, " rules"]:
         """Llc of the posterior: half of nbeta h / (gamma + nbeta h) in each direction."""
         return np.sum(self.counts * self._held(self.curvatures), axis=1) / 2
 
     @functools.cached_property
-    def widening(self) -> Float[np.ndarray, " points"]:
+    def widening(self) -> Float[np.ndarray, " rules"]:
         """What finite steps add: a variance 1 / a becomes 1 / (a (1 - lr a / 4))."""
         return np.sum(self._widening, axis=1)
 
     @functools.cached_property
-    def heat(self) -> Float[np.ndarray, " points"]:
+    def heat(self) -> Float[np.ndarray, " rules"]:
         """What the noise of minibatches adds: 1 / a times lr nbeta^2 V / 4, and widened."""
         return np.sum(self._heat, axis=1)
 

@@ -129,7 +129,7 @@ def test_parts_are_those_of_the_closed_form(result):
     variances = np.diag(basis.T @ noise @ basis) / batch_size
     heat = 0.5 * np.sum(shares / slack * lr * NBETA**2 * variances / 4)
     assert heat > 0.2 * LLC
-    # of 128 vectors of noise, whose lengths vary as those of heavy tails do
+    # of 64 vectors of noise, whose lengths vary as those of heavy tails do
     assert found.heat == pytest.approx(heat, rel=0.25)
     full = fastvi.forecast_sgld(result, lr=lr, batch_size=None)
     assert full.heat == 0

@@ -23,6 +23,7 @@ from fastvi.observables.evaluate import (
     observable_at,
 )
 from fastvi.observables.posterior import PosteriorDraws
+from fastvi.observables.split import GroupMeans
 from fastvi.results.draw_findings import draw_findings
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.progress import reporting
@@ -158,7 +159,8 @@ class _Evaluation:
         }
         self.energies = energies_at(target)
         zero = jnp.zeros((1, center.size), center.dtype)
-        self.reference = mean_loss_at(target)(problem, zero[0])
+        self.mean_loss = mean_loss_at(target)
+        self.reference = self.mean_loss(problem, zero[0])
         self.init_losses = {
             name: np.asarray(function(zero))[0] for name, function in self.by_example.items()
         }
@@ -202,6 +204,7 @@ class _Evaluation:
         """Move the walkers, and evaluate."""
         problem = self.target.problem
         kept: dict[str, list[Any]] = {}
+        means = GroupMeans(ensemble.displacement.shape[0])
 
         def keep(name: str, value: Any) -> None:
             kept.setdefault(name, []).append(np.asarray(value))
@@ -210,6 +213,7 @@ class _Evaluation:
             for done in range(1, draws + 1):
                 ensemble = ensemble.moved(thin)
                 v = ensemble.displacement
+                means.add(v)
                 where = v, ensemble.keys, jnp.int32(done)
                 energies = self.energies(problem, self.reference, *where)
                 for name, value in energies._asdict().items():
@@ -222,6 +226,7 @@ class _Evaluation:
                     report(Progress("draws", done, draws, float(np.mean(kept["llc"]))))
         joined = {name: np.stack(values, axis=1) for name, values in kept.items()}
         posterior = problem.posterior
+        rises = [float(self.mean_loss(problem, m) - self.reference) for m in means.points()]
         return PosteriorDraws(
             energies=joined["llc"],
             slopes=joined["slope"],
@@ -235,9 +240,11 @@ class _Evaluation:
             dim=posterior.center.size,
             center_norm=float(np.linalg.norm(np.asarray(posterior.center, float))),
             thin=thin,
-            fge=(ensemble.work + self._cost(joined["radius2"].size)) / problem.num_data,
+            fge=(ensemble.work + self._cost(joined["radius2"].size)) / problem.num_data
+            + LOSS * len(rises),
             displacement=joined.get("displacement"),
             as_passed=self._in_full,
+            mean_energies=float(posterior.nbeta) * np.array(rises),
         )
 
     def _in_full(self, displacement: np.ndarray) -> PyTree:

@@ -17,6 +17,7 @@ from fastvi.observables.covariance import (
     jackknifed,
     mean_of,
 )
+from fastvi.observables.split import Split, split_of
 from fastvi.sampling.averages import correlation_time
 
 
@@ -68,6 +69,8 @@ class PosteriorDraws:
         health: Findings, gravest first.
         displacement: w - w* of each draw, flat, shape (walkers, draws, dim), where it was kept.
         as_passed: Turns flat vectors w - w* into what was passed as parameters.
+        mean_energies: n beta (L_n - L_n(w*)) at the mean of all draws and at those that leave out a
+            group of walkers each, which `split` reads; none where there is one walker.
     """
 
     energies: np.ndarray
@@ -88,6 +91,7 @@ class PosteriorDraws:
     as_passed: Callable[[Any], PyTree] = dataclasses.field(
         default=lambda flat: flat, repr=False, compare=False
     )
+    mean_energies: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0), repr=False)
 
     @functools.cached_property
     def llc(self) -> np.ndarray:
@@ -221,13 +225,30 @@ class PosteriorDraws:
             held=_scaled(mean_of(cut(self.slope, self.blocks)), 1 / self.dim),
         )
 
+    @functools.cached_property
+    def split(self) -> Split:
+        """Llc by its parts: drift of the posterior's mean from w*, and spread about that mean.
+
+        Raises:
+            DataError: If there is one walker, which does not tell their errors.
+        """
+        if not self.mean_energies.size:
+            raise DataError("one walker does not tell drift from spread: take two or more.")
+        return split_of(self.llc, self.mean_energies)
+
     def summary(self) -> str:
         """Return in words what the draws say, for a terminal."""
         near = self.locality
+        parts = [self.split] if self.mean_energies.size else []
         lines = [
             f"draws          {self.num_walkers} walkers x {self.num_draws}, {self.thin} steps "
             f"apart; {self.num_walkers * self.blocks} blocks tell the errors",
             f"llc            {_text(self.llc_estimate)}",
+            *(
+                f"parts of llc   {_text(one.drift)} drift of the mean from w*, "
+                f"{_text(one.spread)} spread about it"
+                for one in parts
+            ),
             f"slopes of llc  {_text(near.localization_slope)} per log localization, "
             f"{_text(near.nbeta_slope)} per log n beta",
             f"radius         {_text(near.radius)}; {near.localizer_radius:.3g} for the localizer "

@@ -9,8 +9,8 @@ from fastvi._typing import Array, Float
 from fastvi.observables.covariance import Estimate
 from fastvi.sampling.averages import STUDENT
 
-# Groups of walkers, each of which is left out once. Half of them tell errors to a quarter instead of
-# a sixth; double takes twice the losses on all data.
+# Groups of walkers, each of which is left out once. Half of them tell errors to a quarter instead
+# of a sixth; double takes twice the losses on all data.
 GROUPS = 16
 
 
@@ -30,34 +30,34 @@ class Split(NamedTuple):
 class GroupMeans:
     """Mean displacement of groups of walkers, summed up along the draws.
 
-    Memory is that of `GROUPS` parameter vectors, or of one for each walker where these are fewer.
+    Memory is that of at most `GROUPS` parameter vectors.
     """
 
     def __init__(self, walkers: int):
-        self.members = group_sizes(walkers)
+        self.count, self.size = groups_of(walkers)
         self._total: Any = 0.0
         self._draws = 0
 
     def add(self, displacement: Float[Array, "walkers dim"]) -> None:
         """Add a draw of every walker."""
-        starts = np.cumsum([0, *self.members[:-1]])
-        self._total = self._total + jnp.add.reduceat(displacement, jnp.asarray(starts), axis=0)
+        grouped = displacement[: self.count * self.size].reshape(self.count, self.size, -1)
+        self._total = self._total + jnp.sum(grouped, axis=1)
         self._draws += 1
 
     def points(self) -> Float[Array, "points dim"]:
         """Return the mean of all, and those that leave out a group each; none of one group."""
-        if len(self.members) < 2:
+        if self.count < 2:
             return self._total[:0]
-        members = jnp.asarray(self.members, self._total.dtype)[:, None]
         whole = jnp.sum(self._total, axis=0, keepdims=True)
-        counts = jnp.concatenate([jnp.sum(members, keepdims=True)[0], jnp.sum(members) - members])
-        totals = jnp.concatenate([whole, whole - self._total])
-        return totals / (self._draws * counts)
+        without = (whole - self._total) / (self.count - 1)
+        means = jnp.concatenate([whole / self.count, without])
+        return means / (self._draws * self.size)
 
 
-def group_sizes(walkers: int) -> np.ndarray:
-    """Return how many walkers each group has."""
-    return np.array([len(part) for part in np.array_split(np.arange(walkers), GROUPS) if len(part)])
+def groups_of(walkers: int) -> tuple[int, int]:
+    """Return how many groups of one size there are, and their size; a rest is left out."""
+    size = -(-walkers // GROUPS)
+    return walkers // size, size
 
 
 def split_of(
@@ -65,17 +65,17 @@ def split_of(
 ) -> Split:
     """Return the parts, jackknifed over groups of walkers.
 
-    The loss at the mean of finitely many draws is too large by their noise, to second order by as
-    much as it grows when a group is left out times their number: the jackknife takes that off, for
-    a quadratic all of it.
+    The loss at the mean of finitely many draws is off by the noise of the mean. To second order
+    that is in inverse proportion to the draws, which the jackknife takes off: for a quadratic the
+    parts have no bias.
 
     Args:
         llc: n beta (L_n(w) - L_n(w*)) at the draws.
         at_means: The same at the mean of all draws, and at those that leave out a group each.
     """
-    members = group_sizes(len(llc))
-    sums = np.add.reduceat(llc.mean(axis=1), np.cumsum([0, *members[:-1]]))
-    energies = np.concatenate([[llc.mean()], (sums.sum() - sums) / (members.sum() - members)])
+    count, size = groups_of(len(llc))
+    means = np.asarray(llc, float)[: count * size].reshape(count, -1).mean(axis=1)
+    energies = np.concatenate([[means.mean()], (means.sum() - means) / (count - 1)])
     at_means = np.asarray(at_means, float)
     return Split(_jackknife(at_means), _jackknife(energies - at_means))
 

@@ -21,6 +21,8 @@ MEAN = -NBETA * COVARIANCE @ SLOPE
 DRIFT = NBETA * (SLOPE @ MEAN + 0.5 * MEAN @ HESSIAN @ MEAN)
 SPREAD = 0.5 * NBETA * np.trace(HESSIAN @ COVARIANCE)
 
+TRIALS = 300
+
 
 def rise(v):
     """Return n beta (L_n(w* + v) - L_n(w*))."""
@@ -34,12 +36,12 @@ def test_the_drift_of_a_quadratic_is_what_a_newton_step_gains():
     assert DRIFT < -SPREAD  # llc is negative
 
 
-@pytest.mark.parametrize("walkers", [8, 20, 37])
+@pytest.mark.parametrize("walkers", [8, 37])
 def test_parts_have_no_bias_and_their_errors_are_true(walkers):
     """Of few independent draws, so that the noise of their mean would be a fifth of the spread."""
     rng, root, draws = np.random.default_rng(1), np.linalg.cholesky(COVARIANCE), 1
     scores, biased = [], []
-    for _ in range(400):
+    for _ in range(TRIALS):
         v = MEAN + rng.normal(size=(walkers, draws, DIM)) @ root.T
         means = GroupMeans(walkers)
         means.add(jnp.asarray(v[:, 0], jnp.float32))
@@ -53,7 +55,7 @@ def test_parts_have_no_bias_and_their_errors_are_true(walkers):
         )
         biased.append([split.drift.value - DRIFT, rise(points[0]) - DRIFT])
     biased = np.array(biased)
-    error = biased.std(axis=0) / np.sqrt(400)
+    error = biased.std(axis=0) / np.sqrt(TRIALS)
     assert abs(biased[:, 0].mean()) < 4 * error[0]
     if walkers == 8:
         assert biased[:, 1].mean() == pytest.approx(SPREAD / walkers, abs=4 * error[1])
@@ -155,7 +157,13 @@ def test_a_network_half_trained_meets_a_long_run():
     at_means = [nbeta * (float(mean_loss(one)) - least) for one in means.points()]
     known = split_of(nbeta * (losses - least), np.array(at_means))
     result = fastvi.estimate_llc(
-        loss, start, (inputs, targets), nbeta=nbeta, localization=gamma, progress=False
+        loss,
+        start,
+        (inputs, targets),
+        nbeta=nbeta,
+        localization=gamma,
+        sampler={"start": "localizer"},
+        progress=False,
     )
     found = fastvi.sample_posterior(result, 120, thin=8, progress=False).split
     assert known.drift.value < -4 * known.drift.sem

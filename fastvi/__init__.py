@@ -5,6 +5,7 @@ from fastvi._version import __version__ as __version__
 from fastvi.api.curve import LLCCurve, llc_curve
 from fastvi.api.estimate import estimate_llc
 from fastvi.api.flat import fit, run_vi
+from fastvi.api.forecast import SGLDForecast, forecast_sgld
 from fastvi.api.other_data import DataLLC, example_losses, llc_on
 from fastvi.api.posterior import sample_posterior
 from fastvi.api.resample import correct
@@ -36,6 +37,7 @@ __all__ = [
     "LocalPosterior",
     "NonFiniteError",
     "PosteriorDraws",
+    "SGLDForecast",
     "SamplerRunResult",
     "UnavailableError",
     "VIConfig",
@@ -44,6 +46,7 @@ __all__ = [
     "estimate_llc",
     "example_losses",
     "fit",
+    "forecast_sgld",
     "llc_curve",
     "llc_on",
     "load_draws",

@@ -138,6 +138,12 @@ def test_examples_of_posterior_draws_run(capsys):
     assert len(namespace["found"]) >= 4
 
 
+def test_example_of_sgld_runs(short_fits, capsys):
+    (block,) = python_blocks(DOCS / "comparing-with-sgld.md")
+    exec(compile(block, "comparing-with-sgld.md", "exec"), {})
+    assert "diverges above" in capsys.readouterr().out
+
+
 def test_examples_of_diagnostics_run(short_fits, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
@@ -194,6 +200,7 @@ def test_every_page_with_examples_is_run():
         "families.md",
         "adapters.md",
         "posterior-draws.md",
+        "comparing-with-sgld.md",
         "language-models.md",
         "llc-over-training.md",
         "kernels.md",

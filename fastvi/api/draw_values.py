@@ -21,6 +21,7 @@ from fastvi.observables.evaluate import (
     mean_loss_at,
     observable_at,
 )
+from fastvi.observables.split import GroupMeans, points_of
 from fastvi.observables.storage import AbstractSink
 from fastvi.results.draw_identity import LOSSES, OBSERVABLES, TRACES
 from fastvi.results.progress import reporting
@@ -57,7 +58,8 @@ class DrawValues:
         }
         self.energies = energies_at(target)
         self.zero = jnp.zeros((1, center.size), center.dtype)
-        self.reference = mean_loss_at(target)(problem, self.zero[0])
+        self.mean_loss = mean_loss_at(target)
+        self.reference = self.mean_loss(problem, self.zero[0])
         self.init_losses = {name: one.at(self.zero)[0] for name, one in self.losses.items()}
 
     def _losses(
@@ -106,25 +108,33 @@ class DrawValues:
     def run(
         self,
         ensemble: AbstractEnsemble,
+        means: GroupMeans,
         sink: AbstractSink,
         draws: int,
         thin: int,
         progress: Report,
-    ) -> AbstractEnsemble:
+    ) -> tuple[AbstractEnsemble, GroupMeans]:
         """Move the walkers, and evaluate what the sink takes."""
         llc = [float(np.mean(one)) for one in sink.seen("energies")]
         # what is complete is written, however the run ends
         with contextlib.closing(sink), reporting(progress) as report:
             for number in range(sink.done + 1, draws + 1):
                 ensemble = ensemble.moved(thin)
+                means = means.with_draw(ensemble.displacement)
                 for name, rows, values in self._values(ensemble, number, sink.names):
                     sink.put(name, number - 1, rows, np.asarray(values))
                     if name == "energies":
                         llc.append(float(np.mean(values)))
-                sink.finish(number - 1, self.fge(ensemble, number), ensemble.progress)
+                sink.finish(number - 1, self.fge(ensemble, number), (ensemble.progress, means))
                 if report is not None:
                     report(Progress("draws", number, draws, float(np.mean(llc))))
-        return ensemble
+        return ensemble, means
+
+    def mean_energies(self, means: GroupMeans) -> np.ndarray:
+        """Return n beta (L_n - L_n(w*)) at the mean of all draws, and without a group each."""
+        problem = self.target.problem
+        rises = [float(self.mean_loss(problem, m) - self.reference) for m in means.points()]
+        return float(problem.posterior.nbeta) * np.array(rises)
 
     def _values(
         self, ensemble: AbstractEnsemble, number: int, names: Any
@@ -168,7 +178,8 @@ class DrawValues:
         half, num_data = half_of_sample(self.target), self.target.problem.num_data
         of_energies = 2 * half * (GRADIENT + LOSS) or GRADIENT * num_data
         count = ensemble.displacement.shape[0] * draws
-        return (ensemble.work + count * (of_energies + LOSS * examples)) / num_data
+        work = ensemble.work + count * (of_energies + LOSS * examples)
+        return work / num_data + LOSS * points_of(ensemble.displacement.shape[0])
 
 
 def _check_names(*named: Mapping[str, Any]) -> None:

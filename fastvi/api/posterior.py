@@ -13,6 +13,7 @@ from fastvi.api.draw_values import DrawValues, Report
 from fastvi.api.resample import correct
 from fastvi.fitting.protocols import Progress
 from fastvi.observables.posterior import PosteriorDraws
+from fastvi.observables.split import group_means
 from fastvi.observables.storage import MemorySink
 from fastvi.results.draw_findings import draw_findings
 from fastvi.results.draw_folder import DrawFolder, DrawPlan
@@ -154,7 +155,8 @@ def _hold(
     walkers, shapes = ensemble.displacement.shape[0], evaluation.shapes(asked.keep_params)
     check_size(walkers, asked.draws, sum(math.prod(shape) for shape in shapes.values()))
     sink = MemorySink(walkers, asked.draws, shapes)
-    end = evaluation.run(ensemble.awake(asked.error), sink, asked.draws, asked.thin, progress)
+    begun = ensemble.awake(asked.error), group_means(*ensemble.displacement.shape)
+    end, means = evaluation.run(*begun, sink, asked.draws, asked.thin, progress)
     found = PosteriorDraws(
         **{name: sink.array(name) for name in TRACES},
         losses={name: sink.array(LOSSES + name) for name in evaluation.losses},
@@ -166,6 +168,7 @@ def _hold(
         displacement=sink.array("displacement") if "displacement" in shapes else None,
         gradient=sink.array("gradient") if "gradient" in shapes else None,
         as_passed=evaluation.in_full,
+        mean_energies=evaluation.mean_energies(means),
     )
     return dataclasses.replace(found, health=draw_findings(found))
 
@@ -210,6 +213,8 @@ def _write(
     )
     folder = DrawFolder(store, plan, asked.draws)
     if folder.done < folder.draws:
-        ensemble = folder.begin(ensemble.awake(asked.error))
-        evaluation.run(ensemble, folder.sink(), folder.draws, asked.thin, progress)
+        ensemble = ensemble.awake(asked.error)
+        begun = folder.begin(ensemble, group_means(*ensemble.displacement.shape))
+        means = evaluation.run(*begun, folder.sink(), folder.draws, asked.thin, progress)[1]
+        folder.put_mean_energies(evaluation.mean_energies(means))
     return stored_draws(folder.folder, evaluation.in_full)

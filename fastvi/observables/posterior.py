@@ -29,6 +29,7 @@ from fastvi.observables.pieces import (
     mean_over_entries,
     some_entries,
 )
+from fastvi.observables.split import Split, split_of
 from fastvi.sampling.averages import correlation_time
 
 
@@ -84,6 +85,9 @@ class PosteriorDraws:
         gradient: Gradient of n beta L_n at each draw, the same.
         control_variates: Whether noise is taken off by functions of mean zero where they help.
         as_passed: Turns flat vectors w - w* into what was passed as parameters.
+        mean_energies: n beta (L_n - L_n(w*)) at the mean of all draws and at those that leave out a
+            group of walkers each, which `split` reads; none where there is one walker, or a run that
+            has not come to its end.
     """
 
     energies: np.ndarray
@@ -107,6 +111,7 @@ class PosteriorDraws:
     as_passed: Callable[[Any], PyTree] = dataclasses.field(
         default=lambda flat: flat, repr=False, compare=False
     )
+    mean_energies: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0), repr=False)
 
     @functools.cached_property
     def llc(self) -> np.ndarray:
@@ -292,14 +297,35 @@ class PosteriorDraws:
             held=_scaled(mean_of(self.weights, self.slope.ravel()), 1 / self.dim),
         )
 
+    @functools.cached_property
+    def split(self) -> Split:
+        """Llc by its parts: drift of the posterior's mean from w*, and spread about that mean.
+
+        Raises:
+            DataError: If there is one walker, which does not tell their errors, or the draws are of
+                a run that has not come to its end.
+        """
+        if not self.mean_energies.size:
+            raise DataError(
+                "drift and spread take two walkers or more, and a run that has come to its end; "
+                f"there are {self.num_walkers} walkers. Finish the run."
+            )
+        return split_of(self.llc, self.mean_energies)
+
     def summary(self) -> str:
         """Return in words what the draws say, for a terminal."""
         near = self.locality
+        parts = [self.split] if self.mean_energies.size else []
         lines = [
             f"draws          {self.num_walkers} walkers x {self.num_draws}, {self.thin} steps "
             f"apart; {self.num_walkers * self.blocks} blocks tell the errors",
             f"control        {_columns_text(self.columns)}",
             f"llc            {_text(self.llc_estimate)}",
+            *(
+                f"parts of llc   {_text(one.drift)} drift of the mean from w*, "
+                f"{_text(one.spread)} spread about it"
+                for one in parts
+            ),
             f"slopes of llc  {_text(near.localization_slope)} per log localization, "
             f"{_text(near.nbeta_slope)} per log n beta",
             f"radius         {_text(near.radius)}; {near.localizer_radius:.3g} for the localizer "

@@ -101,6 +101,10 @@ class ZarrArrays:
         """Read an array that all draws share."""
         return np.asarray(self[name][...])
 
+    def __contains__(self, name: str) -> bool:
+        """Say whether there is such an array."""
+        return key_of(name) in self.group
+
     def __getitem__(self, name: str) -> Any:
         """Return an array of the folder."""
         return self.group[key_of(name)]

@@ -18,6 +18,7 @@ import numpy as np
 
 from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Given, PyTree
+from fastvi.observables.split import GroupMeans
 from fastvi.observables.storage import (
     Shapes,
     ZarrArrays,
@@ -30,6 +31,7 @@ from fastvi.sampling.ensemble import AbstractEnsemble
 
 ABOUT, WALKERS, BEGUN = "draws.json", "walkers.npz", "begun.npz"
 FORMAT, VERSION = "fastvi draws", 1  # raised where the entries of a file change their meaning
+MEAN_ENERGIES = "mean_energies"
 WAY_OUT = "Name another folder, or delete this one and draw anew."
 
 
@@ -104,19 +106,29 @@ class DrawFolder:
             self._save,
         )
 
-    def begin(self, ensemble: AbstractEnsemble) -> AbstractEnsemble:
-        """Return walkers where they were at the last whole block; note them where there is none.
+    def begin(
+        self, ensemble: AbstractEnsemble, means: GroupMeans
+    ) -> tuple[AbstractEnsemble, GroupMeans]:
+        """Return walkers where they were at the last whole block, with the sums of their means.
+
+        They are noted where there is none.
 
         Raises:
             DataError: If files are damaged, or of walkers of another kind.
         """
+        progress = ensemble.progress, means
         if self.done:
-            return ensemble.at(self._restored(ensemble.progress))
-        leaves = jax.tree_util.tree_leaves(ensemble.progress)
+            moved, means = self._restored(progress)
+            return ensemble.at(moved), means
+        leaves = jax.tree_util.tree_leaves(progress)
         self._fixed = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
         begun = {_leaf(i): _on_host(leaf) for i, leaf in self._fixed.items()}
         _replace_arrays(self.folder / BEGUN, begun)
-        return ensemble
+        return ensemble, means
+
+    def put_mean_energies(self, values: np.ndarray) -> None:
+        """Keep the energies at the mean of these draws, of which no later ones are."""
+        self.arrays.put_whole(MEAN_ENERGIES, np.array([self.draws, *values]))
 
     def _restored(self, progress: PyTree) -> PyTree:
         begun = files.read_arrays(self.folder / BEGUN, WAY_OUT)

@@ -14,7 +14,7 @@ from fastvi.observables.posterior import PosteriorDraws
 from fastvi.observables.zarr_arrays import StoredArray, ZarrArrays
 from fastvi.results import files
 from fastvi.results.draw_findings import draw_findings
-from fastvi.results.draw_folder import WALKERS, WAY_OUT, draws_done, read_about
+from fastvi.results.draw_folder import MEAN_ENERGIES, WALKERS, WAY_OUT, draws_done, read_about
 from fastvi.results.draw_identity import INIT_LOSSES, LOSSES, OBSERVABLES, TRACES
 
 NUMBERS = ("nbeta", "localization", "n_data", "dim", "center_norm", "init_loss", "thin")
@@ -65,8 +65,17 @@ def stored_draws(folder: Path, as_passed: Callable[[Any], PyTree]) -> PosteriorD
         displacement=values.get("displacement"),
         gradient=values.get("gradient"),
         as_passed=as_passed,
+        mean_energies=_mean_energies(arrays, draws),
     )
     return dataclasses.replace(found, health=draw_findings(found))
+
+
+def _mean_energies(arrays: ZarrArrays, draws: int) -> np.ndarray:
+    """Return what a run has left at its end; none where it has not ended, or has gone on."""
+    if MEAN_ENERGIES not in arrays:
+        return np.zeros(0)
+    of_draws, *values = arrays.whole(MEAN_ENERGIES)
+    return np.array(values if of_draws == draws else [], float)
 
 
 def _no_model(displacement: Any) -> PyTree:

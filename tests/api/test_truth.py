@@ -58,7 +58,7 @@ def quadratic_log_z(curvatures, nbeta, gamma, dim, loss=0.0):
 # Quadratics: the posterior is Gaussian, so both numbers are known.
 
 
-@pytest.mark.parametrize("dim", [20, 50])
+@pytest.mark.parametrize("dim", [pytest.param(20, marks=pytest.mark.slow), 50])
 def test_rotated_quadratic_of_condition_1e4(dim):
     curvatures = np.logspace(-4, 0, dim)
     result = fastvi.estimate_llc(
@@ -183,8 +183,11 @@ def test_deep_linear_net(deep_linear):
 
 @pytest.mark.parametrize(
     ("degrees", "gamma"),
-    [((2, 2), 1.0), ((2, 2, 2), 1e-3), ((4,), 1.0)],
-    ids=["crossing", "triple", "quartic"],
+    [
+        pytest.param((2, 2), 1.0, id="crossing"),
+        pytest.param((2, 2, 2), 1e-3, id="triple", marks=pytest.mark.slow),
+        pytest.param((4,), 1.0, id="quartic"),
+    ],
 )
 def test_singular_llc_follows_the_virial(degrees, gamma):
     """L homogeneous of degree D in v: at the best fit D nbeta E[L] + gamma E|v|^2 = d."""

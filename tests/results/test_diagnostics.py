@@ -476,9 +476,14 @@ def test_only_findings_of_the_problem_outlive_a_correction():
         "far_from_posterior",
     }
     values = {"llc": -1.0, "llc_sem": 0.1, "llc_vi": -1.0, "llc_vi_sem": 0.1}
-    result = SimpleNamespace(health=found, correction=Correction("sample", 2.0), **values)
-    kept = [finding.name for finding in correction_findings(result)]
-    assert kept == ["negative_llc", "negative_curvature", "not_a_minimum"]
+    for gain, severity in ((0.1, "error"), (0.9, "warning"), (float("nan"), "error")):
+        curvature = SimpleNamespace(newton_decrement=gain)
+        details = {"curvature": curvature, "correction": Correction("sample", 2.0)}
+        kept = correction_findings(SimpleNamespace(health=found, **details, **values))
+        names = {finding.name: finding.severity for finding in kept}
+        # what a Newton step explains is no error
+        assert names["negative_llc"] == severity
+        assert names.keys() == {"negative_llc", "negative_curvature", "not_a_minimum"}
 
 
 def test_a_stream_is_not_advised_to_sample():

@@ -317,7 +317,7 @@ def test_the_anchor_knows_all_data_where_blocks_leave_examples_over():
     np.testing.assert_allclose(anchor.gradient, exact[1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("heavy", [[7], [11, 5000, 5001]])
+@pytest.mark.parametrize("heavy", [pytest.param([7], marks=pytest.mark.slow), [11, 5000, 5001]])
 def test_examples_that_make_the_noise_are_in_every_gradient(heavy):
     """A regression in which a few examples of 20,000 are a hundred times as long as the others."""
     rng, count = np.random.default_rng(0), 20_000
@@ -429,10 +429,11 @@ def test_walkers_far_outside_come_back():
         localization=1.0,
         progress=False,
         method="sample",
+        error=0.04,
     )
-    assert np.isfinite(result.llc)
     nbeta = 1000 / np.log(1000)
     grid = np.linspace(-0.2, 0.2, 4001)
     weight = np.exp(-(nbeta + 1) / 2 * grid**2)
     truth = 3 * nbeta / 2 * np.sum(weight * grid**2) / np.sum(weight)
-    assert result.llc == pytest.approx(truth, rel=0.06)
+    assert abs(result.llc - truth) < 4 * result.llc_sem
+    assert result.llc_sem < 0.04 * truth

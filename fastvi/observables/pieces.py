@@ -20,8 +20,8 @@ from fastvi.observables.covariance import (
 )
 
 # Numbers that are read at once. Some five arrays of as many, in float64, are held beside them: half
-# reads a chunk of the disk more often, double takes 150 MB more.
-PIECE_NUMBERS = 2**22
+# reads a chunk of the disk more often, double takes 20 MB more.
+PIECE_NUMBERS = 2**19
 
 
 def entries_in(values: Any) -> int:

@@ -74,9 +74,7 @@ def test_arviz_tells_how_draws_depend_on_each_other():
 def test_arviz_of_draws_without_losses_has_no_likelihood():
     container = fastvi.to_arviz(made(losses={}, init_losses={}, displacement=None))
     assert not hasattr(container, "log_likelihood")
-    assert "displacement" not in group(
-        container, "posterior"
-    )
+    assert "displacement" not in group(container, "posterior")
     with pytest.raises(fastvi.DataError, match="'L' has the name"):
         fastvi.to_arviz(made(observables={"L": np.zeros((WALKERS, DRAWS))}))
 

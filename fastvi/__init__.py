@@ -17,6 +17,7 @@ from fastvi.observables.posterior import PosteriorDraws
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.flat import SamplerRunResult
 from fastvi.results.report.arviz import to_arviz
+from fastvi.results.report.devinterp import to_devinterp
 from fastvi.results.report.page import write_report
 from fastvi.results.stored_draws import load_draws
 from fastvi.target.objective import FlatObjective, make_flat_objective
@@ -57,6 +58,7 @@ __all__ = [
     "run_vi",
     "sample_posterior",
     "to_arviz",
+    "to_devinterp",
     "virial_llc",
     "write_report",
 ]

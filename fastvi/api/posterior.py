@@ -88,7 +88,7 @@ def sample_posterior(
     Cost:
         For each draw of a walker `thin` steps, a gradient on all data, and a loss of each example
         that is named. Where gradients on all data are dear, they are taken on two samples instead.
-        With a store, memory for two blocks of draws, 32 MiB each.
+        With a store, 8 MiB for a block of draws, and as many that wait for the disk.
     """
     _check_numbers(draws, thin, error)
     ensemble = _walkers_of(result, progress)

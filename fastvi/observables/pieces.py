@@ -18,9 +18,12 @@ from fastvi.observables.covariance import (
     mean_of,
 )
 
-# Numbers that are read at once. Some five arrays of as many, in float64, are held beside them: half
-# reads a chunk of the disk more often, double takes 150 MB more.
-PIECE_NUMBERS = 2**22
+# Numbers that are read from disk at once. Some five arrays of as many, in float64, are held beside
+# them: half reads a chunk of the disk more often, double takes 20 MB more.
+PIECE_NUMBERS = 2**19
+# The same of arrays in memory: half of it makes a covariance of thousands of entries a quarter
+# slower, double takes 80 MB more.
+HELD_NUMBERS = 2**21
 Weights = Float[np.ndarray, "blocks draws"]  # of the draws, in what each block says
 
 
@@ -43,7 +46,8 @@ def pieces_of(values: Any) -> Iterator[tuple[slice, Float[np.ndarray, "draws ent
         yield slice(0, 1), np.asarray(values[:, :]).reshape(walkers * draws, 1)
         return
     inner = math.prod(rest[1:])
-    step = max(1, PIECE_NUMBERS // max(1, walkers * draws * inner))
+    numbers = HELD_NUMBERS if isinstance(values, np.ndarray) else PIECE_NUMBERS
+    step = max(1, numbers // max(1, walkers * draws * inner))
     for start in range(0, rest[0], step):
         stop = min(start + step, rest[0])
         part = np.asarray(values[:, :, start:stop])

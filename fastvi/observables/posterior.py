@@ -86,7 +86,7 @@ class PosteriorDraws:
         control_variates: Whether noise is taken off by functions of mean zero where they help.
         as_passed: Turns flat vectors w - w* into what was passed as parameters.
         mean_energies: n beta (L_n - L_n(w*)) at the mean of all draws and at those that leave out a
-            group of walkers each, which `split` reads; none where there is one walker, or a run that
+            group of walkers each, which `split` reads; none where there is one walker, or the run
             has not come to its end.
     """
 

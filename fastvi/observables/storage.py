@@ -15,14 +15,14 @@ import numpy as np
 from fastvi.observables.zarr_arrays import Shapes, ZarrArrays
 
 # Bytes of a block of draws, after which it is written. Half writes twice as many files; double
-# holds 64 MiB more, as a block is filled while others wait.
-BLOCK_BYTES = 2**25
+# holds 16 MiB more, as a block is filled while another one is written.
+BLOCK_BYTES = 2**23
 # Draws of a block, at most, all of which are lost when a run is killed. Half writes the state of
 # the walkers twice as often, double loses twice as much.
 BLOCK_DRAWS = 16
 # Bytes that wait for the disk before the walkers do. Half stops them sooner where the disk is slow
 # at times; double is held in memory.
-WAITING_BYTES = 2**26
+WAITING_BYTES = 2**23
 
 
 class AbstractSink(abc.ABC):

@@ -11,9 +11,9 @@ import numpy as np
 
 from fastvi._optional import import_optional
 
-# Numbers of a file: 1 MiB in float32. Half makes twice as many files; with double, a covariance of
-# some examples reads more of others.
-CHUNK_NUMBERS = 2**18
+# Numbers of a file: 256 KiB in float32. Half makes twice as many files; with double, a covariance
+# of some examples reads more of others.
+CHUNK_NUMBERS = 2**16
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -213,11 +213,15 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / ABOUT
     if not os.path.lexists(path):
-        if folder.is_dir() and any(folder.iterdir()):
+        # what a process leaves that is killed while it writes the first file
+        files_there = folder.iterdir() if folder.is_dir() else ()
+        if any(not path.name.startswith(files.PARTIAL) for path in files_there):
             raise DataError(f"{folder} holds something else than draws. Name another folder.")
         return None
     about = files.read_object(path, WAY_OUT)
     files.check_format(path, about, FORMAT, VERSION, WAY_OUT)
+    if not isinstance(about.get("identity"), dict) or not isinstance(about.get("block"), int):
+        raise files.damaged(path, "does not say what the draws are of", WAY_OUT)
     return about
 
 

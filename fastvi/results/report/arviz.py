@@ -1,4 +1,4 @@
-"""An estimate as arviz sees it.
+"""An estimate, or draws of its posterior, as arviz sees them.
 
 Draws with their statistics, the optimisation apart from them, the problem.
 """
@@ -9,37 +9,59 @@ from typing import Any
 import numpy as np
 
 from fastvi._optional import import_optional
+from fastvi.observables.posterior import PosteriorDraws
 from fastvi.results.estimate import LLCEstimate
+from fastvi.results.report.arviz_draws import groups_of_draws
 from fastvi.target.work import LOSS
 
 ENOUGH_WALK = 4  # records of a walker that are worth a posterior
 CONSTANTS = ("n_data", "dim", "nbeta", "localization", "init_loss")
 
 
-def to_arviz(result: LLCEstimate) -> Any:
-    """Convert an estimate to arviz's container.
+def to_arviz(result: LLCEstimate | PosteriorDraws) -> Any:
+    """Convert an estimate, or draws of its posterior, to arviz's container.
 
-    Groups: `posterior` with llc and L (the mean loss), one entry for each chain and draw: the
-        walkers after their
-    burn-in where `method="sample"` ran, else independent draws of q; `sample_stats` of the same
-    draws; `variational`, the draws of q in any case, with resp_entropy, log_q, log_p (under the
-    names of the traces, logq and elbo_like, as well) and log_weight = log_p - log_q;
-    `optimization`, the traces of the fit on a dimension `step`; `constant_data`. Mirrored draws
-    stand side by side, so that their dependence is seen. A walk without a fit has neither
+    Groups of an estimate: `posterior` with llc and L (the mean loss), one entry for each chain and
+    draw: the walkers after their burn-in where `method="sample"` ran, else independent draws of q;
+    `sample_stats` of the same draws; `variational`, the draws of q in any case, with resp_entropy,
+    log_q, log_p (under the names of the traces, logq and elbo_like, as well) and log_weight = log_p
+    - log_q; `optimization`, the traces of the fit on a dimension `step`; `constant_data`. Mirrored
+    draws stand side by side, so that their dependence is seen. A walk without a fit has neither
     `variational` nor `optimization`, and no attribute of q. Numbers of the estimate and its
     configuration are attributes of `posterior`.
 
+    Groups of draws, by chain (walker) and draw: `posterior` with llc, L, radius2, each observable,
+    and displacement, w - w* flat, where parameters were kept; `log_likelihood` with minus the loss
+    of each example or token, by the name of its data; `sample_stats` with slope, (w - w*) . grad of
+    n beta L_n, and lp, the log density of the posterior without its constant; `constant_data`, with
+    the losses at w* as init_loss_{name}. Numbers of all draws are attributes of `posterior`. Losses
+    that are on disk are read to memory.
+
     Args:
-        result: The estimate; one that `LLCEstimate.load` read will do.
+        result: The estimate; one that `LLCEstimate.load` read will do. Or draws, from
+            `sample_posterior` or `load_draws`.
 
     Returns:
         An `arviz.InferenceData` (arviz before 1.0) or an `xarray.DataTree`; both have `to_netcdf`.
 
     Raises:
+        DataError: If an observable has the name of a number that draws have themselves.
         MissingExtraError: If arviz is not installed.
     """
     arviz = import_optional("arviz", extra="arviz", distribution="arviz", purpose="to_arviz")
     xarray = import_optional("xarray", extra="arviz", distribution="xarray", purpose="to_arviz")
+    if isinstance(result, PosteriorDraws):
+        groups = groups_of_draws(xarray, result)
+    else:
+        groups = _groups_of_estimate(xarray, result)
+    # To ask arviz 1 for an attribute that it gave up warns.
+    container = vars(arviz).get("InferenceData")
+    if container is None:
+        return xarray.DataTree.from_dict(groups)
+    return container(**groups)
+
+
+def _groups_of_estimate(xarray: Any, result: LLCEstimate) -> dict[str, Any]:
     draws, statistics = _draws_of_q(result) if result.has_fit else ({}, {})
     walks = result.walk_llc.shape[1] >= ENOUGH_WALK or not result.has_fit
     posterior, sample_stats = _walk(result) if walks else (draws, statistics)
@@ -51,11 +73,7 @@ def to_arviz(result: LLCEstimate) -> Any:
     if result.has_fit:
         groups["variational"] = _dataset(xarray, draws | statistics, ("chain", "draw"))
         groups["optimization"] = _dataset(xarray, dict(result.traces), ("chain", "step"))
-    # To ask arviz 1 for an attribute that it gave up warns.
-    container = vars(arviz).get("InferenceData")
-    if container is None:
-        return xarray.DataTree.from_dict(groups)
-    return container(**groups)
+    return groups
 
 
 def _draws_of_q(result: LLCEstimate) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -28,6 +28,7 @@ from fastvi.results.estimate import LLCEstimate
 from fastvi.results.progress import reporting
 from fastvi.sampling.ensemble import AbstractEnsemble, Target
 from fastvi.target.fingerprint import fingerprint_loss
+from fastvi.target.losses import passed_examples
 from fastvi.target.work import GRADIENT, LOSS
 
 # Steps between two draws. Half of it makes draws that are nearly alike, double leaves half of what
@@ -171,7 +172,7 @@ class _Evaluation:
                 f"data); got {type(function).__name__}."
             )
         if data is None:
-            data = self.target.problem.data.examples
+            data = passed_examples(self.target.problem.data.examples)
         center = self.target.problem.posterior.center
         at_draws = observable_at(function, lambda v: self.as_passed(center + v))
         return lambda displacement: at_draws(displacement, data)

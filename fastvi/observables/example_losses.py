@@ -6,6 +6,7 @@ import jax
 
 from fastvi._typing import Array, Batch, Float
 from fastvi.target.data import Problem
+from fastvi.target.losses import by_kind, map_examples
 
 
 def losses_by_example(
@@ -32,6 +33,6 @@ def _one_by_one(objective: Any, point: Array, batch: Batch) -> Float[Array, " ba
     """Evaluate the mean loss of each example as a batch of one."""
 
     def one(example: Batch) -> Array:
-        return objective.loss(point, jax.tree_util.tree_map(lambda leaf: leaf[None], example))
+        return objective.loss(point, map_examples(lambda leaf: leaf[None], example))
 
-    return jax.vmap(one)(batch)
+    return jax.vmap(one, in_axes=(by_kind(batch, 0, None),))(batch)

@@ -46,7 +46,8 @@ def attention_heads(
         >>> import jax.numpy as jnp
         >>> from fastvi import attention_heads
         >>> params = {"blocks": [{"qkv": jnp.zeros((4, 12)), "out": jnp.zeros((4, 4))}]}
-        >>> heads = attention_heads(params, {"blocks/*/qkv": "d (3 h c)", "blocks/*/out": "(h c) d"}, 2)
+        >>> layouts = {"blocks/*/qkv": "d (3 h c)", "blocks/*/out": "(h c) d"}
+        >>> heads = attention_heads(params, layouts, 2)
         >>> heads["head 0.1"]["blocks"][0]["qkv"][0].astype(int).tolist()
         [0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1]
     """

@@ -115,7 +115,9 @@ def match(arrays: Sequence[Named], path: str) -> list[Match]:
         if matched is not None:
             found.append(Match(named, tuple(text or "" for text in matched.groups())))
     if not found:
-        raise ConfigError(f"pattern {path!r} matches no array of the parameters. {_near(arrays, path)}")
+        raise ConfigError(
+            f"pattern {path!r} matches no array of the parameters. {_near(arrays, path)}"
+        )
     return found
 
 

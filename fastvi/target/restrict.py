@@ -180,7 +180,22 @@ def restrict(
         ConfigError: If the mask does not fit the parameters, or lets none of them vary.
         DataError: If it lets a Python float vary.
     """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves, treedef = jax.tree_util.tree_flatten(params)
+    varying = read_mask(params, param_mask)
+    free = _free_entries(leaves, varying)
+    whole = tuple(Frozen(leaf) if is_array(leaf) else leaf for leaf in leaves)
+    sites = tuple((number,) for number, which in enumerate(varying) if which is not False)
+    return RestrictedLoss(loss_fn, treedef, whole, tuple(varying), sites), free
+
+
+def read_mask(params: PyTree, param_mask: Any) -> list[bool | Frozen]:
+    """Return of each leaf whether it varies, or which of its entries do.
+
+    Raises:
+        ConfigError: If the mask does not fit the parameters, or lets none of them vary.
+        DataError: If it lets a Python float vary.
+    """
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
     names, leaves = [jax.tree_util.keystr(path) for path, _ in paths], [leaf for _, leaf in paths]
     chosen = (
         [param_mask(name) for name in names]
@@ -190,14 +205,11 @@ def restrict(
     varying = [
         _read(name, mask, leaf) for name, mask, leaf in zip(names, chosen, leaves, strict=True)
     ]
-    free = _free_entries(leaves, varying)
-    if not free:
+    if not any(which is not False for which in varying):
         raise ConfigError(
             f"param_mask must let some parameter vary; it is False for all of {', '.join(names)}."
         )
-    whole = tuple(Frozen(leaf) if is_array(leaf) else leaf for leaf in leaves)
-    sites = tuple((number,) for number, which in enumerate(varying) if which is not False)
-    return RestrictedLoss(loss_fn, treedef, whole, tuple(varying), sites), free
+    return varying
 
 
 def restrict_to_each(

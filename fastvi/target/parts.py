@@ -149,8 +149,8 @@ def _split_slice(pattern: str) -> tuple[str, str | None]:
     found = re.fullmatch(r"([^\[\]]+)(?:\[([^\[\]]*)\])?", pattern.strip())
     if found is None:
         raise ConfigError(
-            f"pattern {pattern!r} must be a path, with one slice in brackets at its end if any, such "
-            "as 'blocks/0/w_qkv[:, 0:16]'."
+            f"pattern {pattern!r} must be a path, with one slice in brackets at its end if any, "
+            "such as 'blocks/0/w_qkv[:, 0:16]'."
         )
     return found[1], found[2]
 

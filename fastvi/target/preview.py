@@ -1,6 +1,7 @@
 """What parts of the weights cover, before anything is estimated."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,13 +61,11 @@ class PartsPreview:
         lines = []
         for name, found in self.parts.items():
             size = self.sizes[name]
-            lines.append(
-                f"{name}: {size:,} of {self.total:,} numbers, {size / self.total:.3g} of all"
-            )
-            lines += [
-                f"  {one.array:<{width}}  {one.shape!s:<14}  {one.numbers:>10,}  {one.slices}".rstrip()
-                for one in found
-            ]
+            share = f"{100 * size / self.total:.3g} %"
+            lines.append(f"{name}: {size:,} of {self.total:,} numbers, {share}")
+            for one in found:
+                cells = f"  {one.array:<{width}}  {one.shape!s:<14}  {one.numbers:>10,}"
+                lines.append(f"{cells}  {one.slices}".rstrip())
         pairs = [f"{a} and {b}: {count:,}" for (a, b), count in self.overlaps.items()]
         left = [f"{name}: {count:,}" for name, count in self.uncovered.items()]
         return "\n".join([*lines, *_listed("in two parts", pairs), *_listed("in no part", left)])
@@ -125,15 +124,12 @@ def masks_by_name(params: PyTree, parts: Given[Mapping[str, Any]]) -> dict[str, 
     Raises:
         ConfigError: If parts are no mapping from names, or there are none.
     """
-    if (
-        not isinstance(parts, Mapping)
-        or not parts
-        or not all(isinstance(one, str) for one in parts)
-    ):
+    is_named = isinstance(parts, Mapping) and all(isinstance(name, str) for name in parts)
+    if not is_named or not parts:
+        came = "an empty mapping" if is_named else f"{type(parts).__name__} {parts!r:.60}"
         raise ConfigError(
             "parts must be a mapping from names to patterns or masks, such as "
-            f"{{'embeddings': 'embed/**'}}; got {type(parts).__name__} of length "
-            f"{len(parts) if hasattr(parts, '__len__') else 'unknown'}."
+            f"{{'embeddings': 'embed/**'}}; got {came}."
         )
     return {
         name: select_part(params, part) if _are_patterns(part) else part
@@ -151,7 +147,7 @@ def _left(named: Named, covered: Mapping[str, np.ndarray]) -> int:
     """Count the numbers of an array that no part covers."""
     if not covered:
         return int(named.array.size)
-    return int(np.sum(~np.logical_or.reduce(list(covered.values()))))
+    return int(np.sum(~np.any(np.stack(list(covered.values())), axis=0)))
 
 
 def _covered(named: Named, entries: np.ndarray) -> Covered:
@@ -164,11 +160,8 @@ def _as_slices(entries: np.ndarray) -> str:
     if entries.all():
         return ""
     axes = range(entries.ndim)
-    along = [entries.any(axis=tuple(set(axes) - {axis})) for axis in axes]
-    product = np.ones((), bool)
-    for one in along:
-        product = product[..., None] & one
-    if not np.array_equal(product, entries):
+    along = [np.asarray(entries.any(axis=tuple(set(axes) - {axis}))) for axis in axes]
+    if not np.array_equal(functools.reduce(np.logical_and.outer, along), entries):
         return "scattered entries"
     return f"[{', '.join(map(_stretches, along))}]"
 

@@ -1,7 +1,7 @@
 """Parts of a language model in one call, beside an estimate of each mask by itself.
 
 The byte transformer of `bench.problems`: its 8 heads, 2 MLPs and embeddings. The same key, budget
-and posterior for both. Programs are those that the thread of the call and the package's own compile.
+and posterior for both. Programs are all that the process compiles during a call.
 The peak of memory is that of the process after the one call.
 
 python -m bench.parts                      trains first

@@ -140,7 +140,7 @@ def _as_regex(path: str) -> re.Pattern[str]:
     return re.compile("".join(wild.get(one) or re.escape(one) for one in pieces) + "(?:/.*)?")
 
 
-def _split_slice(pattern: str) -> tuple[str, str | None]:
+def _split_slice(pattern: Given[str]) -> tuple[str, str | None]:
     """Return the path of a pattern and the text in its brackets, None where there are none."""
     if not isinstance(pattern, str):
         raise ConfigError(

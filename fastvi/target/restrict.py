@@ -195,13 +195,11 @@ def read_mask(params: PyTree, param_mask: Any) -> list[bool | Frozen]:
         ConfigError: If the mask does not fit the parameters, or lets none of them vary.
         DataError: If it lets a Python float vary.
     """
-    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     names, leaves = [jax.tree_util.keystr(path) for path, _ in paths], [leaf for _, leaf in paths]
-    chosen = (
-        [param_mask(name) for name in names]
-        if callable(param_mask)
-        else _spread(param_mask, params)
-    )
+    # the mask of a module that can be called can be called too
+    is_function = callable(param_mask) and jax.tree_util.tree_structure(param_mask) != treedef
+    chosen = [param_mask(name) for name in names] if is_function else _spread(param_mask, params)
     varying = [
         _read(name, mask, leaf) for name, mask, leaf in zip(names, chosen, leaves, strict=True)
     ]

@@ -138,6 +138,15 @@ def test_examples_of_posterior_draws_run(capsys):
     assert len(namespace["found"]) >= 4
 
 
+def test_examples_of_parts_run(capsys):
+    namespace = {}
+    for block in python_blocks(DOCS / "parts.md"):
+        exec(compile(block, "parts.md", "exec"), namespace)
+    out = capsys.readouterr().out
+    assert "blocks/1/qkv  (8, 24)                 96  [:, 0:4+8:12+16:20]" in out
+    assert list(namespace["found"]) == ["layer 0", "layer 1", "layer 2"]
+
+
 def test_examples_of_diagnostics_run(short_fits, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
@@ -193,6 +202,7 @@ def test_every_page_with_examples_is_run():
         "diagnostics.md",
         "families.md",
         "adapters.md",
+        "parts.md",
         "posterior-draws.md",
         "language-models.md",
         "llc-over-training.md",

@@ -1,5 +1,6 @@
 """Parts of the weights by name: which numbers they are, and what is estimated of them."""
 
+import dataclasses
 import types
 
 import equinox as eqx
@@ -12,6 +13,8 @@ from conftest import quick_jit
 import fastvi
 from fastvi._compilation import CompileWatch
 from fastvi.api import parts as parts_api
+from fastvi.target.data import Problem, hold
+from fastvi.target.look import weigh
 from fastvi.target.losses import passed_examples, take_examples
 from fastvi.target.restrict import restrict_to_each
 
@@ -312,26 +315,27 @@ def test_shared_programs_compute_the_restricted_loss():
     assert len(set(texts)) == 3
 
 
-def test_what_all_examples_share_has_no_axis_of_examples():
-    (loss, _) = fastvi.restrict(weighted, PARAMS, mask_of("embed"))
-    data = (POINTS, WEIGHTS)
-    some = take_examples(loss.beside(data), slice(3, 5))
-    np.testing.assert_array_equal(passed_examples(some)[1], WEIGHTS[3:5])
-    kept = [leaf for leaf in some.shared.arrays[0] if leaf is not None]
+def test_examples_are_weighed_and_cut_beside_what_they_share():
+    loss, free = fastvi.restrict(weighted, PARAMS, mask_of("embed"))
+    batch = loss.beside((jnp.asarray(POINTS), jnp.asarray(WEIGHTS)))
+    kept = [leaf for leaf in batch.shared.arrays[0] if leaf is not None]
     assert [leaf.shape for leaf in kept] == [(4, 4), (4, 12), (4, 4), (4, 12)]
+    objective, center = fastvi.ravel_loss(loss, free)
+    posterior = fastvi.LocalPosterior(center, jnp.float32(NBETA), jnp.float32(GAMMA))
+    data = weigh(objective, Problem(posterior, hold(batch), 8), "loss_fn").data
+    each = np.asarray(example_losses(PARAMS, POINTS) * WEIGHTS) / WEIGHTS.mean()
+    assert data.num_examples == COUNT
+    some = take_examples(data.examples, slice(3, 7))
+    np.testing.assert_array_equal(passed_examples(some)[1], WEIGHTS[3:7])
+    assert objective.loss(center, some) == pytest.approx(each[3:7].mean(), rel=1e-5)
+    # in slices, of which the last is shorter
+    data = dataclasses.replace(data, max_batch=200)
+    whole = data.mean(lambda batch: objective.loss(center, batch))
+    assert whole == pytest.approx(each.mean(), rel=1e-5)
 
 
 # estimates
 
-OF_FITS = {
-    "method": "variational",
-    "steps": 150,
-    "eval_samples": 64,
-    "num_chains": 1,
-    "early_stop": False,
-    "M": 1,
-    "r": 0,
-}
 OPTIONS = {"nbeta": NBETA, "localization": GAMMA, "progress": False}
 OF_WALKS = {"sampler": {"start": "localizer"}, "budget": 3e4, "error": 0.03}
 
@@ -389,18 +393,6 @@ def test_walkers_of_a_part_go_on(walks):
     np.testing.assert_allclose(of_examples, draws.energies.mean(axis=2), atol=1e-3)
     np.testing.assert_allclose(draws.observables["outside"], PARAMS["embed"].sum(), rtol=1e-6)
     assert draws.params(0, 0)["blocks"][1]["qkv"].shape == (WIDTH, 3 * WIDTH)
-
-
-def test_fits_of_parts_with_weights_meet_the_closed_form():
-    heads = {name: part for name, part in PARTS.items() if name != "rows"}
-    found = fastvi.estimate_parts(weighted, PARAMS, (POINTS, WEIGHTS), heads, **OPTIONS, **OF_FITS)
-    for name, mask in heads.items():
-        assert found.llc[name] == pytest.approx(exact(mask), rel=0.03)
-        still = ~columns(mask)
-        whole = found[name].q.sample(0)
-        moved = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(whole)]) - CENTER
-        assert not np.any(moved[still])
-        assert np.all(moved[~still] != 0)
 
 
 def test_errors_name_the_part_and_hold_those_before(walks, monkeypatch):

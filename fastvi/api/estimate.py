@@ -65,7 +65,8 @@ from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
 from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
 from fastvi.target.ravel import TreeObjective, TreeStructure, ravel_loss
-from fastvi.target.restrict import RestrictedLoss, restrict
+from fastvi.target.restrict import restrict
+from fastvi.target.restricted import RestrictedLoss
 from fastvi.target.stream import (
     AbstractStream,
     Feed,

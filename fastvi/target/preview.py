@@ -11,7 +11,8 @@ import numpy as np
 from fastvi._errors import ConfigError
 from fastvi._typing import Given, PyTree
 from fastvi.target.parts import Named, named_arrays, select_part
-from fastvi.target.restrict import Frozen, read_mask
+from fastvi.target.restrict import read_mask
+from fastvi.target.restricted import Frozen
 
 MOST_LISTED = 12  # overlaps and uncovered arrays that a preview lists; the others are counted
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvi._errors import ConfigError
+from fastvi._errors import ConfigError, ErrorNote
 from fastvi._typing import Given, PyTree
 from fastvi.target.parts import Named, named_arrays, select_part
 from fastvi.target.restrict import read_mask
@@ -123,7 +123,8 @@ def masks_by_name(params: PyTree, parts: Given[Mapping[str, Any]]) -> dict[str, 
     """Return the mask of each part, read from patterns where it is given by them.
 
     Raises:
-        ConfigError: If parts are no mapping from names, or there are none.
+        ConfigError: If parts are no mapping from names, there are none, or one names nothing or
+            does not fit the parameters; a note names it.
     """
     is_named = isinstance(parts, Mapping) and all(isinstance(name, str) for name in parts)
     if not is_named or not parts:
@@ -132,10 +133,12 @@ def masks_by_name(params: PyTree, parts: Given[Mapping[str, Any]]) -> dict[str, 
             "parts must be a mapping from names to patterns or masks, such as "
             f"{{'embeddings': 'embed/**'}}; got {came}."
         )
-    return {
-        name: select_part(params, part) if _are_patterns(part) else part
-        for name, part in parts.items()
-    }
+    masks = {}
+    for name, part in parts.items():
+        with ErrorNote(f"fastvi: of part {name!r}."):
+            masks[name] = select_part(params, part) if _are_patterns(part) else part
+            read_mask(params, masks[name])
+    return masks
 
 
 def _are_patterns(part: Any) -> bool:

@@ -401,8 +401,9 @@ def test_errors_name_the_part_and_hold_those_before(walks, monkeypatch):
     with pytest.raises(fastvi.ConfigError, match="resume_from"):
         fastvi.estimate_parts(mean, PARAMS, (POINTS,), PARTS, resume_from="x", **OPTIONS)
     bad = {**PARTS, "nothing": lambda path: False}
-    with pytest.raises(fastvi.ConfigError, match="must let some parameter vary"):
+    with pytest.raises(fastvi.ConfigError, match="must let some parameter vary") as caught:
         fastvi.estimate_parts(mean, PARAMS, (POINTS,), bad, **OPTIONS)
+    assert caught.value.__notes__ == ["fastvi: of part 'nothing'."]
 
     def fail(loss, free, *args, **options):
         if free[0].size == 12:

@@ -7,6 +7,7 @@ from fastvi.api.estimate import estimate_llc
 from fastvi.api.flat import fit, run_vi
 from fastvi.api.forecast import SGLDForecast, forecast_sgld
 from fastvi.api.other_data import DataLLC, example_losses, llc_on
+from fastvi.api.parts import estimate_parts
 from fastvi.api.posterior import sample_posterior
 from fastvi.api.resample import correct
 from fastvi.api.virial import VirialLLC, virial_llc
@@ -16,12 +17,16 @@ from fastvi.observables.draws import FittedQ
 from fastvi.observables.posterior import PosteriorDraws
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.flat import SamplerRunResult
+from fastvi.results.part_estimates import PartEstimates
 from fastvi.results.report.arviz import to_arviz
 from fastvi.results.report.devinterp import to_devinterp
 from fastvi.results.report.page import write_report
 from fastvi.results.stored_draws import load_draws
+from fastvi.target.heads import attention_heads
 from fastvi.target.objective import FlatObjective, make_flat_objective
+from fastvi.target.parts import select_part
 from fastvi.target.posterior import LocalPosterior
+from fastvi.target.preview import PartsPreview, preview
 from fastvi.target.ravel import ravel_loss
 from fastvi.target.restrict import restrict
 
@@ -37,14 +42,18 @@ __all__ = [
     "LLCEstimate",
     "LocalPosterior",
     "NonFiniteError",
+    "PartEstimates",
+    "PartsPreview",
     "PosteriorDraws",
     "SGLDForecast",
     "SamplerRunResult",
     "UnavailableError",
     "VIConfig",
     "VirialLLC",
+    "attention_heads",
     "correct",
     "estimate_llc",
+    "estimate_parts",
     "example_losses",
     "fit",
     "forecast_sgld",
@@ -52,11 +61,13 @@ __all__ = [
     "llc_on",
     "load_draws",
     "make_flat_objective",
+    "preview",
     "ravel_loss",
     "register_backend",
     "restrict",
     "run_vi",
     "sample_posterior",
+    "select_part",
     "to_arviz",
     "to_devinterp",
     "virial_llc",

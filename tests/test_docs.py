@@ -144,6 +144,15 @@ def test_example_of_sgld_runs(short_fits, capsys):
     assert "diverges above" in capsys.readouterr().out
 
 
+def test_examples_of_parts_run(capsys):
+    namespace = {}
+    for block in python_blocks(DOCS / "parts.md"):
+        exec(compile(block, "parts.md", "exec"), namespace)
+    out = capsys.readouterr().out
+    assert "blocks/1/qkv  (8, 24)                 96  [:, 0:4+8:12+16:20]" in out
+    assert list(namespace["found"]) == ["layer 0", "layer 1", "layer 2"]
+
+
 def test_examples_of_diagnostics_run(short_fits, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
@@ -199,6 +208,7 @@ def test_every_page_with_examples_is_run():
         "diagnostics.md",
         "families.md",
         "adapters.md",
+        "parts.md",
         "posterior-draws.md",
         "comparing-with-sgld.md",
         "language-models.md",

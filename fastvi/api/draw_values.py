@@ -26,6 +26,7 @@ from fastvi.observables.storage import AbstractSink
 from fastvi.results.draw_identity import LOSSES, OBSERVABLES, TRACES
 from fastvi.results.progress import reporting
 from fastvi.sampling.ensemble import AbstractEnsemble, Target
+from fastvi.target.losses import passed_examples
 from fastvi.target.work import GRADIENT, LOSS
 
 Report = bool | Callable[[Progress], None]
@@ -83,7 +84,7 @@ class DrawValues:
                 f"data); got {type(function).__name__}."
             )
         if data is None:
-            data = self.target.problem.data.examples
+            data = passed_examples(self.target.problem.data.examples)
         center = self.target.problem.posterior.center
         at_draws = observable_at(function, lambda v: self.as_passed(center + v))
         return lambda displacement: at_draws(displacement, data)

@@ -66,6 +66,7 @@ from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
 from fastvi.target.ravel import TreeObjective, TreeStructure, ravel_loss
 from fastvi.target.restrict import restrict
+from fastvi.target.restricted import RestrictedLoss
 from fastvi.target.stream import (
     AbstractStream,
     Feed,
@@ -170,6 +171,37 @@ def estimate_llc(
     settings.check_asked(overrides)
     if param_mask is not None:
         loss_fn, params = restrict(loss_fn, params, param_mask)
+    result = estimate_target(
+        loss_fn,
+        params,
+        data,
+        key,
+        nbeta,
+        localization,
+        settings,
+        num_chains=num_chains,
+        progress=progress,
+        throw=throw,
+        resume_from=resume_from,
+    )
+    return result.of_masked(param_mask is not None)
+
+
+def estimate_target(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    data: Any,
+    key: Any,
+    nbeta: float | None,
+    localization: float | None,
+    settings: VIConfig,
+    *,
+    num_chains: Given[int | None],
+    progress: Given[bool | Callable[[Progress], None]],
+    throw: Given[bool],
+    resume_from: Given[str | os.PathLike[str] | None] = None,
+) -> LLCEstimate:
+    """Estimate by a walk where that serves better, else by a fit; arguments of `estimate_llc`."""
     of_fits = {"num_chains": num_chains, "resume_from": resume_from}
     asked = [name for name, value in of_fits.items() if value is not None]
     refuse_beside_walk(settings.sampler, asked)
@@ -179,11 +211,8 @@ def estimate_llc(
     if may_walk:
         target, result = _walk(target, progress, throw)
         if result is not None:
-            return result.of_masked(param_mask is not None)
-    result = run_estimate(
-        target, num_chains, progress=progress, throw=throw, resume_from=resume_from
-    )
-    return result.of_masked(param_mask is not None)
+            return result
+    return run_estimate(target, num_chains, progress=progress, throw=throw, resume_from=resume_from)
 
 
 def _walk(
@@ -258,6 +287,8 @@ def assemble(
     data, config, stream, feed = _read(
         data, dtype, key, config, may_walk and bool(localization), nbeta is None
     )
+    if stream is None and feed is None and isinstance(objective.loss_fn, RestrictedLoss):
+        data = dataclasses.replace(data, examples=objective.loss_fn.beside(data.examples))
     num_data = data.num_data
     if nbeta is None:
         if num_data < 2:
@@ -286,6 +317,8 @@ def _read(
     Returns:
         The data on the device, the configuration, and what windows and batches come from.
     """
+    if isinstance(data, AbstractData):
+        return data, config, None, None
     if not is_stream(data):
         return hold(check_data(data, dtype=dtype)[0]), config, None, None
     is_once = isinstance(data, Iterator)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from fastvi.target.data import AbstractData, Data, shared_mean
-from fastvi.target.losses import take_examples
+from fastvi.target.losses import by_kind, take_examples
 
 CHAINS, SHARED = PartitionSpec("devices"), PartitionSpec()
 
@@ -62,8 +62,9 @@ def data_parallel_mean(
     def part_mean(part: Data, shared):
         return jax.lax.pmean(shared_mean(statistic, part, shared, copies), "devices")
 
+    in_specs = by_kind(parts, CHAINS, SHARED), SHARED
     spread: Any = jax.shard_map(
-        part_mean, mesh=mesh, in_specs=(CHAINS, SHARED), out_specs=SHARED, check_vma=False
+        part_mean, mesh=mesh, in_specs=in_specs, out_specs=SHARED, check_vma=False
     )
     mean = spread(parts, shared)
     if whole == size:

@@ -20,7 +20,7 @@ from fastvi._typing import Array, Float, Given, Key, PyTree
 from fastvi.families.base import AbstractFamily
 from fastvi.target.keys import as_key
 from fastvi.target.ravel import TreeObjective, TreeStructure
-from fastvi.target.restrict import RestrictedLoss
+from fastvi.target.restricted import RestrictedLoss
 
 
 class FittedQ(eqx.Module):

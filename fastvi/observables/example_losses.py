@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float
 from fastvi.target.data import Problem
-from fastvi.target.losses import WeightedBatch
+from fastvi.target.losses import WeightedBatch, by_kind, map_examples
 
 
 def losses_by_example(
@@ -75,9 +75,7 @@ def _of_tokens(objective: Any, point: Array, batch: Batch) -> Float[Array, "..."
 def some_of(problem: Problem, start: Array, size: int) -> Problem:
     """Return the problem with so many of its examples, from one on."""
     data = problem.data
-    some = jax.tree_util.tree_map(
-        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), data.examples
-    )
+    some = map_examples(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), data.examples)
     return dataclasses.replace(problem, data=dataclasses.replace(data, examples=some))
 
 
@@ -85,6 +83,6 @@ def _one_by_one(objective: Any, point: Array, batch: Batch) -> Float[Array, " ba
     """Evaluate the mean loss of each example as a batch of one."""
 
     def one(example: Batch) -> Array:
-        return objective.loss(point, jax.tree_util.tree_map(lambda leaf: leaf[None], example))
+        return objective.loss(point, map_examples(lambda leaf: leaf[None], example))
 
-    return jax.vmap(one)(batch)
+    return jax.vmap(one, in_axes=(by_kind(batch, 0, None),))(batch)

@@ -17,7 +17,13 @@ import numpy as np
 
 from fastvi._errors import DataError
 from fastvi._typing import Array, Batch, Float
-from fastvi.target.losses import example_bytes, num_examples, take_examples
+from fastvi.target.losses import (
+    example_bytes,
+    example_leaves,
+    map_examples,
+    num_examples,
+    take_examples,
+)
 from fastvi.target.work import LOSS, Work
 
 # The look takes at most so many sample gradients, full gradients, and parts of the budget. Half of
@@ -192,9 +198,7 @@ def _choose_rows(data: Batch, half: int) -> _Rows:
     most = max(2 * half, min(RANKED_ROWS, RANKED_BYTES // max(example_bytes(data), 1)))
     candidates = np.arange(size) if size <= most else np.sort(rng.choice(size, most, replace=False))
     sample = on_host(data, candidates)
-    ranks = [
-        np.argsort(_row_sums(leaf), kind="stable") for leaf in jax.tree_util.tree_leaves(sample)
-    ]
+    ranks = [np.argsort(_row_sums(leaf), kind="stable") for leaf in example_leaves(sample)]
     # Each array takes turns to name its lowest and highest row, so that none decides alone.
     low: list[int] = []
     high: list[int] = []
@@ -218,9 +222,9 @@ def _row_sums(leaf: np.ndarray) -> np.ndarray:
 def on_host(data: Batch, rows: np.ndarray) -> Batch:
     """Copy rows to the host: there choosing among them compiles nothing."""
     if rows.size == num_examples(data):
-        return take_examples(jax.device_get(data), rows)
+        return map_examples(lambda leaf: jax.device_get(leaf)[rows], data)
     index = jnp.asarray(rows)
-    return jax.device_get(jax.tree_util.tree_map(lambda leaf: jnp.take(leaf, index, axis=0), data))
+    return map_examples(lambda leaf: jax.device_get(jnp.take(leaf, index, axis=0)), data)
 
 
 def take_rows(sample: Batch, rows: Any) -> Batch:

@@ -14,7 +14,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from fastvi._typing import Array, Batch, Float, Int, Key
 from fastvi.kernels.noise import streams, words
-from fastvi.target.losses import example_bytes, num_examples, take_examples
+from fastvi.target.losses import example_bytes, map_examples, num_examples, take_examples
 from fastvi.target.objective import FlatObjective, value_and_grad
 from fastvi.target.posterior import LocalPosterior
 
@@ -267,9 +267,7 @@ def _sum_over(term: Callable[[Int[Array, ""]], Any], length: int) -> Any:
 
 
 def _slice(tree: Any, start: Any, length: int) -> Any:
-    return jax.tree_util.tree_map(
-        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length), tree
-    )
+    return map_examples(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length), tree)
 
 
 class Problem(eqx.Module):

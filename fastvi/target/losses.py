@@ -41,32 +41,86 @@ class WeightedBatch(NamedTuple):
     inverse_mean_weight: Float[Array, " batch"]
 
 
+class Shared(NamedTuple):
+    """Arrays beside the examples, which have no axis of them: all examples share these."""
+
+    arrays: PyTree
+
+
+class RestrictedBatch(NamedTuple):
+    """Examples of a restricted loss, with the weights that do not vary.
+
+    As inputs of a program, other weights of the same shapes need no other program.
+    """
+
+    examples: Batch
+    shared: Shared
+
+
+def map_examples(function: Callable[[Any], Any], batch: PyTree) -> PyTree:
+    """Apply a function to each array that has an axis of examples; shared ones stay."""
+    return jax.tree_util.tree_map(
+        lambda leaf: leaf if _is_shared(leaf) else function(leaf), batch, is_leaf=_is_shared
+    )
+
+
+def by_kind(batch: PyTree, of_examples: Any, of_shared: Any) -> PyTree:
+    """Return a prefix of a batch's tree: one value for each array of examples, one for shared."""
+    return jax.tree_util.tree_map(
+        lambda leaf: of_shared if _is_shared(leaf) else of_examples, batch, is_leaf=_is_shared
+    )
+
+
+def example_leaves(batch: PyTree) -> list[Any]:
+    """Return the arrays that have an axis of examples."""
+    leaves = jax.tree_util.tree_leaves(batch, is_leaf=_is_shared)
+    return [leaf for leaf in leaves if not _is_shared(leaf)]
+
+
+def _is_shared(node: Any) -> bool:
+    return isinstance(node, Shared)
+
+
 def num_examples(batch: PyTree) -> int:
     """Count the examples of a batch, of data, or of their shapes."""
-    return jax.tree_util.tree_leaves(batch)[0].shape[0]
+    return example_leaves(batch)[0].shape[0]
 
 
 def example_bytes(batch: PyTree) -> int:
     """Count the bytes of one example."""
-    leaves = jax.tree_util.tree_leaves(batch)
+    leaves = example_leaves(batch)
     return sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def describe_arrays(batch: PyTree, first_axis: int = 0) -> str:
     """Name the arrays of a batch by dtype and shape, from an axis on."""
     return str(
-        jax.tree_util.tree_map(lambda leaf: f"{leaf.dtype}{list(leaf.shape[first_axis:])}", batch)
+        jax.tree_util.tree_map(
+            lambda leaf: f"{leaf.dtype}{list(leaf.shape[first_axis:])}", passed_examples(batch)
+        )
     )
 
 
 def take_examples(batch: Batch, rows: Any) -> Batch:
     """Return some examples: those in a slice, or with these numbers."""
-    return jax.tree_util.tree_map(lambda leaf: leaf[rows], batch)
+    return map_examples(lambda leaf: leaf[rows], batch)
 
 
-def raw_examples(batch: Batch) -> Batch:
-    """Return the batch as the person's function takes it."""
+def raw_examples(batch: PyTree) -> PyTree:
+    """Return the batch as the loss function takes it."""
     return batch.examples if isinstance(batch, WeightedBatch) else batch
+
+
+def passed_examples(batch: PyTree) -> PyTree:
+    """Return the batch in the structure of the data that a person passed."""
+    raw = raw_examples(batch)
+    return raw.examples if isinstance(raw, RestrictedBatch) else raw
+
+
+def beside_same(like: Batch, examples: Batch) -> Batch:
+    """Return other examples beside the weights that those of a batch are beside."""
+    raw = raw_examples(like)
+    return RestrictedBatch(examples, raw.shared) if isinstance(raw, RestrictedBatch) else examples
 
 
 def mean_loss(value: Any, batch: Batch, dtype: Any) -> Scalar:

@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr  # pyright: ignore[reportPrivateI
 
 from fastvi._errors import DataError, ErrorNote
 from fastvi._typing import Array, Float, Given, PyTree
-from fastvi.target.losses import LossForm, describe_arrays, num_examples
+from fastvi.target.losses import LossForm, describe_arrays, map_examples, num_examples
 from fastvi.target.objective import FlatObjective
 
 AUXILIARY_FIX = (
@@ -94,7 +94,7 @@ def _trace(
 
 def leading(batch: PyTree, size: int) -> PyTree:
     """Return the shapes of the first examples of a batch, of which nothing is computed."""
-    return jax.tree_util.tree_map(
+    return map_examples(
         lambda leaf: jax.ShapeDtypeStruct((min(size, leaf.shape[0]), *leaf.shape[1:]), leaf.dtype),
         batch,
     )

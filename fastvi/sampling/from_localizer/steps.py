@@ -15,7 +15,7 @@ from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_
 from fastvi.sampling.from_localizer.batches import AbstractSource
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import Fingerprint, shapes_of
-from fastvi.target.losses import take_examples
+from fastvi.target.losses import by_kind, take_examples
 from fastvi.target.objective import FlatObjective, value_and_grad
 from fastvi.target.posterior import LocalPosterior
 
@@ -118,7 +118,8 @@ def evaluate_minibatches(
         # without the barrier XLA holds the parameters of a walker from before the loop on
         part, at = jax.lax.optimization_barrier((part, position))
         rows = source.rows(keys, step, part, parts)[some]
-        found = jax.vmap(one)(at, take_examples(source.examples, rows))
+        batches = take_examples(source.examples, rows)
+        found = jax.vmap(one, in_axes=(0, by_kind(batches, 0, None)))(at, batches)
         # losses of half precision are summed in that of the parameters
         return jax.tree_util.tree_map(lambda a, b: a + b.astype(a.dtype), total, found)
 

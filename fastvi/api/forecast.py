@@ -133,6 +133,8 @@ class SGLDForecast:
         ]
 
     def _share(self, bias: float) -> str:
+        if not self.posterior_llc:  # of a constant loss
+            return f"{bias:+.3g}"
         return f"{bias:+.3g} ({100 * bias / abs(self.posterior_llc):+.2g} %)"
 
     def _advice(self) -> list[str]:

@@ -77,10 +77,8 @@ class QuadraticSGLD:
 
     def burn_in_for(self, share: float) -> int:
         """Return the steps after which less than this share is missing."""
-        # the slowest direction forgets at a rate of at least lr gamma (1 - lr gamma / 4)
-        rate = -2 * math.log(abs(1 - self.lr * self.localization / 2)) or math.inf
-        low, high = 0.0, max(0.0, -math.log(share)) / rate
-        while self.remaining(high) > share:  # steep directions near the limit are as slow
+        low, high = 0.0, 1.0
+        while self.remaining(high) > share:
             high *= 2
         for _ in range(BISECTIONS):
             middle = (low + high) / 2

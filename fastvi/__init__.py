@@ -7,6 +7,7 @@ from fastvi.api.estimate import estimate_llc
 from fastvi.api.flat import fit, run_vi
 from fastvi.api.other_data import DataLLC, example_losses, llc_on
 from fastvi.api.posterior import sample_posterior
+from fastvi.api.profile import profile
 from fastvi.api.resample import correct
 from fastvi.api.virial import VirialLLC, virial_llc
 from fastvi.config import FlowConfig, VIConfig
@@ -15,6 +16,7 @@ from fastvi.observables.draws import FittedQ
 from fastvi.observables.posterior import PosteriorDraws
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.flat import SamplerRunResult
+from fastvi.results.llc_profile import LLCProfile
 from fastvi.results.report.arviz import to_arviz
 from fastvi.results.report.page import write_report
 from fastvi.target.objective import FlatObjective, make_flat_objective
@@ -32,6 +34,7 @@ __all__ = [
     "FlowConfig",
     "LLCCurve",
     "LLCEstimate",
+    "LLCProfile",
     "LocalPosterior",
     "NonFiniteError",
     "PosteriorDraws",
@@ -46,6 +49,7 @@ __all__ = [
     "llc_curve",
     "llc_on",
     "make_flat_objective",
+    "profile",
     "ravel_loss",
     "register_backend",
     "restrict",

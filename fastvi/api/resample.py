@@ -368,7 +368,7 @@ def _sample(
         run.check.llc,
         run.end.work / num_data,
         {
-            **_run_details(run, settings, spent),
+            **run_details(run, settings, spent),
             "narrow_dtype": _narrow_dtype(fitted),
             "product_rounding": rounding,
         },
@@ -433,7 +433,7 @@ def _start_walkers(
     )
 
 
-def _run_details(run: SamplerResult, settings: SamplerSettings, spent: float) -> dict[str, Any]:
+def run_details(run: SamplerResult, settings: SamplerSettings, spent: float) -> dict[str, Any]:
     """Return what a result keeps of a run."""
     anchor = run.end.estimate.anchor
     return {

@@ -147,7 +147,7 @@ def said_by_walkers(check: Check, bin_length: int) -> dict[str, Any]:
         check: That look.
         bin_length: Steps of a bin.
     """
-    analysis, llc, unmet = check
+    analysis, llc, _, unmet = check
     return {
         "settled": not unmet,
         "unmet": unmet,

@@ -21,11 +21,10 @@ from fastvi.results.findings import Finding, correction_findings
 from fastvi.results.llc_profile import LLCProfile
 from fastvi.results.parts import Correction
 from fastvi.results.progress import reporting
-from fastvi.sampling.averages import standard_error
 from fastvi.sampling.cells import WalkedCell, walk_cell
 from fastvi.sampling.ensemble import BlockEnsemble
-from fastvi.sampling.run import Check
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss
+from fastvi.target.posterior import LocalPosterior
 
 # Multiples of the estimate's own n beta and localization that a profile has by default. From one to
 # the next llc of a direction that both hold changes by a factor of up to 4; at half of that, the
@@ -159,97 +158,119 @@ class _Walk:
         self, grid: tuple[np.ndarray, np.ndarray], report: Callable[[Progress], None] | None
     ) -> dict[tuple[int, int], _Cell]:
         """Walk all cells, each from the nearest one that is finished."""
-        own = np.log([self.own.nbeta, self.own.localization])
-        at = {
-            (row, column): np.log([nbeta, gamma])
-            for row, nbeta in enumerate(grid[0])
-            for column, gamma in enumerate(grid[1])
-        }
-        assert self.own.correction is not None, "walkers have corrected it"
-        begins = {None: (own, self.own.ensemble, self.own.correction.settled)}
-        cells: dict[tuple[int, int], _Cell] = {}
-        for number, cell in enumerate(sorted(at, key=lambda one: _distance(at[one], own)), 1):
-
-            def tell(done: float, llc: float, number: int = number) -> None:
-                if report is not None:
-                    report(
-                        Progress(f"cell {number} of {len(at)}", int(done), int(self.budget), llc)
-                    )
-
-            _, before, is_settled = min(
-                begins.values(), key=lambda one, cell=cell: _distance(one[0], at[cell])
-            )
-            walked = self._walk(before, cell, grid, number, is_settled, tell)
-            cells[cell] = self._said(walked)
-            begins[cell] = at[cell], walked.ensemble, not walked.check.unmet
+        correction, ensemble = self.own.correction, self.own.ensemble
+        assert correction is not None, "walkers have corrected it"
+        # without a localizer, the weakest of the grid is the nearest
+        own = np.log([self.own.nbeta, self.own.localization or grid[1][0]])
+        at = {index: np.log([grid[0][index[0]], grid[1][index[1]]]) for index in _cells(grid)}
+        ahead = sorted(at, key=lambda index: _distance(at[index], own))
+        finished, cells = [_Finished(own, ensemble, correction.settled)], {}
+        while ahead:
+            index, number = ahead.pop(0), len(cells) + 1
+            if self._is_own(index, grid):
+                cells[index] = _said(self.own, 0.0)
+                continue
+            stage = f"cell {number} of {len(at)}"
+            near = _nearest(finished, at[index])
+            walked = self._walk(near, index, grid, number, self._telling(report, stage))
+            cells[index] = _said(self._as_estimate(walked), walked.work / self.own.n_data)
+            finished.append(_Finished(at[index], walked.ensemble, not walked.check.unmet))
+            # walkers from which nothing will begin are let go
+            wanted = [_nearest(finished, at[other]) for other in ahead]
+            finished = [one for one in finished if any(one is other for other in wanted)]
         return cells
+
+    def _is_own(self, index: tuple[int, int], grid: tuple[np.ndarray, np.ndarray]) -> bool:
+        """Say whether the estimate itself is what a cell asks for."""
+        own = self.own.nbeta, self.own.localization
+        values = [axis[number] for axis, number in zip(grid, index, strict=True)]
+        is_exact = self.own.llc_sem <= self.error * abs(self.own.llc)
+        return is_exact and bool(np.allclose(values, own, rtol=SAME, atol=0))
+
+    def _telling(
+        self, report: Callable[[Progress], None] | None, stage: str
+    ) -> Callable[[float, float], None]:
+        def tell(done: float, llc: float) -> None:
+            if report is not None:
+                report(Progress(stage, int(done), int(self.budget), llc))
+
+        return tell
 
     def _walk(
         self,
-        before: BlockEnsemble,
-        cell: tuple[int, int],
+        near: "_Finished",
+        index: tuple[int, int],
         grid: tuple[np.ndarray, np.ndarray],
         number: int,
-        is_settled: bool,
         tell: Callable[[float, float], None],
     ) -> WalkedCell:
         """Walk a cell from the walkers of another."""
-        old = before.target.problem.posterior
-        values = (
-            jnp.asarray(axis[index], old.center.dtype)
-            for axis, index in zip(grid, cell, strict=True)
+        center = near.ensemble.target.problem.posterior.center
+        nbeta, gamma = (axis[one] for axis, one in zip(grid, index, strict=True))
+        posterior = LocalPosterior(
+            center, jnp.asarray(nbeta, center.dtype), jnp.asarray(gamma, center.dtype)
         )
-        posterior = type(old)(old.center, *values)
         return walk_cell(
-            before,
+            near.ensemble,
             posterior,
             number,
-            is_settled=is_settled,
+            is_settled=near.is_settled,
             error=self.error,
             budget=self.budget,
             report=tell,
         )
 
-    def _said(self, walked: WalkedCell) -> _Cell:
-        """Read off what a cell says, with its findings."""
-        target, num_data = walked.ensemble.target, self.own.n_data
+    def _as_estimate(self, walked: WalkedCell) -> LLCEstimate:
+        """Put a cell into the form that findings are read from: what is of a fit is left empty."""
+        target, own, analysis = walked.ensemble.target, self.own, walked.check.analysis
+        assert own.correction is not None, "walkers have corrected it"
         rounding = nats_of_rounded_products(
             target.objective, self.loss, target.problem, lambda: walked.ensemble.displacement
         )
-        analysis, before = walked.check.analysis, self.own.correction
-        assert before is not None, "walkers have corrected it"
         parts = analysis.parts.plus(evaluation=rounding)
         correction = Correction(
             method="sample",
             khat=math.nan,
-            narrow_dtype=before.narrow_dtype,
+            narrow_dtype=own.correction.narrow_dtype,
             product_rounding=rounding,
             **run_details(walked.run, walked.run.setup.settings, 0.0),
         )
-        posterior = target.problem.posterior
-        # findings of the fit are of another posterior, and so is its q
-        as_estimate = dataclasses.replace(
-            self.own,
+        found = dataclasses.replace(
+            own,
             llc=analysis.llc,
             llc_sem=parts.total,
             error_parts=parts,
-            nbeta=float(posterior.nbeta),
-            localization=float(posterior.gamma),
             correction=correction,
             llc_vi=math.nan,
             health=(),
-            config=self.own.config.replace(error=self.error, budget=self.budget),
+            config=own.config.replace(error=self.error, budget=self.budget),
         )
-        radius = _radius(walked.check)
-        fge = walked.work / num_data
-        return _Cell(analysis.llc, parts.total, *radius, fge, correction_findings(as_estimate))
+        return dataclasses.replace(found, health=correction_findings(found))
 
 
-def _radius(check: Check) -> tuple[float, float]:
-    """Return the root mean square of |w - w*| and its error."""
-    kept = check.radius2[:, check.analysis.burn_in :]
-    root = float(np.sqrt(kept.mean()))
-    return root, standard_error(kept) / (2 * root)
+class _Finished(NamedTuple):
+    """A finished cell: where it is, by logarithms, and its walkers."""
+
+    at: np.ndarray
+    ensemble: BlockEnsemble
+    is_settled: bool
+
+
+def _nearest(finished: list[_Finished], at: np.ndarray) -> _Finished:
+    return min(finished, key=lambda one: _distance(one.at, at))
+
+
+def _cells(grid: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
+    return [(row, column) for row in range(len(grid[0])) for column in range(len(grid[1]))]
+
+
+def _said(found: LLCEstimate, fge: float) -> _Cell:
+    """Keep what a profile has of a cell."""
+    details = found.correction
+    assert details is not None, "walkers have found it"
+    assert details.radius is not None, "they tell how far they are"
+    assert details.radius_sem is not None, "and its error"
+    return _Cell(found.llc, found.llc_sem, details.radius, details.radius_sem, fge, found.health)
 
 
 def _distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -264,7 +285,7 @@ def _assembled(
     shape = tuple(map(len, grid))
 
     def array(name: str) -> np.ndarray:
-        values = [getattr(cells[index], name) for index in np.ndindex(*shape)]
+        values = [getattr(cells[index], name) for index in _cells(grid)]
         return np.array(values, float).reshape(shape)
 
     return LLCProfile(

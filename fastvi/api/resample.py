@@ -437,7 +437,7 @@ def run_details(run: SamplerResult, settings: SamplerSettings, spent: float) -> 
     """Return what a result keeps of a run."""
     anchor = run.end.estimate.anchor
     return {
-        **said_by_walkers(run.check, settings.bin_length),
+        **said_by_walkers(run.check, settings.bin_length, run.end.steps),
         "least_budget": spent + run.least_budget,
         "data_blocks": run.end.fidelity.num_blocks,
         "kept_examples": 0 if anchor is None else anchor.kept.size,

@@ -6,16 +6,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastvi._typing import Float
+from fastvi.results.draw_findings import LOCALIZER_SHARE
 from fastvi.results.estimate import with_error
 from fastvi.results.findings import Finding
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# - d log llc / d log localization from which on a cell is marked as one that the localizer decides:
-# it is 1 where llc is proportional to 1 / localization. At half, cells are marked where data hold
-# more than half of the directions; at double, none is.
-LOCALIZER_SHARE = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +80,7 @@ class LLCProfile:
     def localizer_decides(self) -> np.ndarray:
         """Whether llc is nearly proportional to 1 / localization about a cell.
 
-        By the mean slope to its neighbours, beyond `LOCALIZER_SHARE`; never in a single column.
+        By the mean slope to its neighbours, of below -0.6; never in a single column.
         """
         slope = self.localization_slope[0]
         if not slope.shape[1]:

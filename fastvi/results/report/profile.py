@@ -1,10 +1,10 @@
 """The figure of a profile: llc against localization, one line for each n beta."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvi.results.llc_profile import LOCALIZER_SHARE, LLCProfile
+from fastvi.results.draw_findings import LOCALIZER_SHARE
 from fastvi.results.report.style import FAINT, GUIDE, styled_figure
 
 if TYPE_CHECKING:
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 DARKEST, LIGHTEST = 0.0, 0.85
 
 
-def plot_profile(profile: LLCProfile) -> "Figure":
+def plot_profile(profile: Any) -> "Figure":
     """Draw llc against localization with errors, and the slope of its logarithm below.
 
     A slope of 0 is an llc that does not depend on the localizer. Hollow marks are cells in which
     llc is nearly proportional to 1 / localization, those below the dashed line.
 
     Args:
-        profile: From `fastvi.profile`.
+        profile: An `LLCProfile`, from `fastvi.profile`.
 
     Returns:
         A figure that no window manager knows of.

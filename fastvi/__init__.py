@@ -2,6 +2,7 @@
 
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
 from fastvi._version import __version__ as __version__
+from fastvi.api.compare import compare
 from fastvi.api.curve import LLCCurve, llc_curve
 from fastvi.api.estimate import estimate_llc
 from fastvi.api.flat import fit, run_vi
@@ -14,6 +15,7 @@ from fastvi.config import FlowConfig, VIConfig
 from fastvi.families import AbstractBackend, register_backend
 from fastvi.observables.draws import FittedQ
 from fastvi.observables.posterior import PosteriorDraws
+from fastvi.results.differences import LLCComparison, LLCDifference
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.flat import SamplerRunResult
 from fastvi.results.llc_profile import LLCProfile
@@ -32,7 +34,9 @@ __all__ = [
     "FittedQ",
     "FlatObjective",
     "FlowConfig",
+    "LLCComparison",
     "LLCCurve",
+    "LLCDifference",
     "LLCEstimate",
     "LLCProfile",
     "LocalPosterior",
@@ -42,6 +46,7 @@ __all__ = [
     "UnavailableError",
     "VIConfig",
     "VirialLLC",
+    "compare",
     "correct",
     "estimate_llc",
     "example_losses",

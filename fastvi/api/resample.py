@@ -426,7 +426,11 @@ def _start_walkers(
     if previous is not None:
         # The number of runs so far gives their keys other noise than before.
         number = jnp.int32(previous.number)
-        return programs.move(*common, previous.walkers, previous.center, number)
+        moved = programs.move(*common, previous.walkers, previous.center, number)
+        if previous.center is fitted.problem.posterior.center:
+            return moved
+        # about another w*, the noise of before makes differences of the two estimates exact
+        return moved._replace(keys=previous.walkers.keys)
     evaluation = fitted.fit.outcome.evaluation
     return programs.place(
         *common, fitted.keys, evaluation.log_weight, evaluation.excess, num_walkers=num_walkers

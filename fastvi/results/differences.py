@@ -1,12 +1,13 @@
 """Differences of two estimates with errors: paired where both walked on the same noise."""
 
 import dataclasses
+import itertools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastvi._typing import Float
+from fastvi._errors import ConfigError
 from fastvi.results.estimate import LLCEstimate, with_error
 from fastvi.sampling.averages import stated_error
 
@@ -121,3 +122,63 @@ def _kept_walk(estimate: LLCEstimate) -> Any:
         return None
     length = details.steps // estimate.walk_llc.shape[1]
     return estimate.walk_llc[:, burn:], details.first_step + burn * length, length
+
+
+@dataclasses.dataclass(frozen=True)
+class LLCComparison:
+    """Estimates by name, and their differences.
+
+    Attributes:
+        estimates: In the order in which they were given.
+    """
+
+    estimates: dict[str, LLCEstimate]
+
+    @property
+    def differences(self) -> tuple[LLCDifference, ...]:
+        """Each estimate's llc less that of the one before."""
+        return consecutive(tuple(self.estimates.values()))
+
+    def between(self, first: str, second: str) -> LLCDifference:
+        """Return the llc of the second less that of the first.
+
+        Raises:
+            ConfigError: If there is no estimate of that name.
+        """
+        for name in (first, second):
+            if name not in self.estimates:
+                there = ", ".join(map(repr, self.estimates))
+                raise ConfigError(f"{name!r} was not compared; {there} were.")
+        return difference(self.estimates[first], self.estimates[second])
+
+    def summary(self) -> str:
+        """Return each llc and the difference of every pair, for a terminal."""
+        names = list(self.estimates)
+        pairs = list(itertools.combinations(names, 2))
+        width = max(len(f"{second} - {first}") for first, second in pairs)
+        return "\n".join(
+            [
+                *(f"{name:<{width}}  {one.llc_text}" for name, one in self.estimates.items()),
+                *(
+                    f"{f'{second} - {first}':<{width}}  {self.between(first, second)}"
+                    for first, second in pairs
+                ),
+            ]
+        )
+
+    def plot(self) -> "Figure":
+        """Draw llc of each, and the differences from one to the next: see `plot_differences`."""
+        from fastvi.results.report.differences import plot_differences
+
+        values = tuple(self.estimates.values())
+        return plot_differences(
+            np.array([one.llc for one in values]),
+            np.array([one.llc_sem for one in values]),
+            self.differences,
+            names=list(self.estimates),
+        )
+
+
+def consecutive(estimates: tuple[LLCEstimate, ...]) -> tuple[LLCDifference, ...]:
+    """Return each estimate's llc less that of the one before."""
+    return tuple(difference(*pair) for pair in itertools.pairwise(estimates))

@@ -73,7 +73,9 @@ def profile(
             the localizer), or its loss has changed since.
 
     Cost:
-        For each cell a walk from walkers that are near: a third to a half of a new estimate.
+        For each cell a walk from walkers that are near. On a digits network all cells together took
+        two thirds of the work of new estimates at an error of 5 %, and nine tenths at 3 %, where
+        averaging is most of it.
     """
     own = _walked(result, error, budget, progress)
     posterior = own.ensemble.target.problem.posterior
@@ -174,7 +176,8 @@ class _Walk:
             near = _nearest(finished, at[index])
             walked = self._walk(near, index, grid, number, self._telling(report, stage))
             cells[index] = _said(self._as_estimate(walked), walked.work / self.own.n_data)
-            finished.append(_Finished(at[index], walked.ensemble, not walked.check.unmet))
+            if math.isfinite(cells[index].llc):  # else nothing can begin there
+                finished.append(_Finished(at[index], walked.ensemble, not walked.check.unmet))
             # walkers from which nothing will begin are let go
             wanted = [_nearest(finished, at[other]) for other in ahead]
             finished = [one for one in finished if any(one is other for other in wanted)]

@@ -53,6 +53,9 @@ def plot_profile(profile: Any) -> "Figure":
         if np.all(profile.llc > 0):
             above.set_yscale("log")
         above.legend()
+        ticks = profile.localizations
+        below.set_xticks(ticks, [f"{gamma:.3g}" for gamma in ticks])
+        below.set_xticks([], minor=True)
         below.axhline(-LOCALIZER_SHARE, **GUIDE)
         below.axhline(0.0, color=FAINT, linewidth=1)
         below.set(

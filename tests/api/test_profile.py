@@ -184,6 +184,7 @@ def test_slopes_are_those_of_power_laws():
         ({"localizations": [1.0, 0.0]}, "each of localizations"),
         ({"localizations": [1.0, 1.0]}, "differ from each other"),
         ({"error": 2.0}, "between 0 and 1"),
+        ({"localizations": [2.0, "wide"]}, "each of localizations"),
         ({"budget": -1.0}, "budget"),
         ({"nbetas": [1.0], "localizations": [1.0], "budget": 10.0}, "are enough"),
     ],
@@ -197,6 +198,26 @@ def test_estimates_without_walkers_are_refused(result):
     loaded = dataclasses.replace(result, fitted=None, ensemble=None)
     with pytest.raises(fastvi.DataError, match="holds no fit"):
         fastvi.profile(loaded, progress=False)
+    walked = dataclasses.replace(loaded, log_weights=np.zeros((0, 0)))
+    with pytest.raises(fastvi.DataError, match="is a walk from the localizer"):
+        fastvi.profile(walked, progress=False)
+
+
+def test_profiles_go_on_from_estimates_that_have_not_walked(result):
+    own = dataclasses.replace(
+        result, ensemble=None, correction=None, fitted=result.fitted._replace(previous=None)
+    )
+    profile = fastvi.profile(own, [2 * own.nbeta], [GAMMA], progress=False)
+    held = 2 * own.nbeta * CURVATURES
+    exact = 0.5 * np.sum(held / (held + GAMMA))
+    assert abs(profile.llc[0, 0] - exact) < 4.5 * profile.llc_sem[0, 0]
+    assert profile.fge_before > result.work.total_fge
+
+
+def test_a_grid_has_to_be_given_where_there_is_no_localizer(result):
+    own = dataclasses.replace(result, localization=0.0)
+    with pytest.raises(fastvi.ConfigError, match="pass localizations"):
+        fastvi.profile(own, progress=False)
 
 
 def test_progress_names_the_cell(result):

@@ -429,7 +429,7 @@ def _start_walkers(
         moved = programs.move(*common, previous.walkers, previous.center, number)
         if previous.center is fitted.problem.posterior.center:
             return moved
-        # about another w*, the noise of before makes differences of the two estimates exact
+        # about another w* on the same noise: the difference of the two estimates has little of it
         return moved._replace(keys=previous.walkers.keys)
     evaluation = fitted.fit.outcome.evaluation
     return programs.place(

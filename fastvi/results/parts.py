@@ -157,8 +157,7 @@ def said_by_walkers(check: Check, bin_length: int, end: int) -> dict[str, Any]:
         end: Steps that walkers had made by then.
     """
     analysis, llc, radius2, unmet = check
-    kept = radius2[:, analysis.burn_in :]
-    radius = float(np.sqrt(kept.mean()))
+    radius, radius_sem = _root_mean(radius2[:, analysis.burn_in :])
     return {
         "settled": not unmet,
         "unmet": unmet,
@@ -174,6 +173,13 @@ def said_by_walkers(check: Check, bin_length: int, end: int) -> dict[str, Any]:
         "first_step": end - llc.shape[1] * bin_length,
         "burn_in": analysis.burn_in * bin_length,
         "radius": radius,
-        # of the root, by its derivative
-        "radius_sem": standard_error(kept) / (2 * radius) if radius else 0.0,
+        "radius_sem": radius_sem,
     }
+
+
+def _root_mean(squares: np.ndarray) -> tuple[float, float]:
+    """Return the root of a mean over walkers and bins, and its error by the root's derivative."""
+    if not np.all(np.isfinite(squares)):
+        return float("nan"), float("nan")
+    root = float(np.sqrt(squares.mean()))
+    return root, standard_error(squares) / (2 * root) if root else 0.0

@@ -10,6 +10,9 @@ import fastvi
 from bench.truth.quadrature import even_loss_answer
 from fastvi.families.moments import LinearMap
 from fastvi.results.llc_profile import LLCProfile, log_slopes
+from fastvi.results.parts import said_by_walkers
+from fastvi.sampling.averages import Analysis
+from fastvi.sampling.run import Check
 from fastvi.sampling.tempering import temper_map
 from fastvi.target.posterior import LocalPosterior
 
@@ -138,6 +141,14 @@ def test_tempered_coordinates_are_never_wider_than_the_localizer(x64):
     )
     root = np.asarray(temper_map(wide, one, other).displacement(jnp.eye(2)))
     assert np.linalg.eigvalsh(root.T @ root).max() == pytest.approx(1.0)
+
+
+def test_walkers_that_are_nowhere_have_no_radius():
+    lost = np.full((2, 8), np.inf)
+    said = said_by_walkers(Check(Analysis.broken(2), lost, lost, ()), 4, 48)
+    assert np.isnan(said["radius"])
+    assert np.isnan(said["radius_sem"])
+    assert said["first_step"] == 48 - 32
 
 
 def a_profile(llc, localizations):

@@ -195,7 +195,6 @@ def test_slopes_are_those_of_power_laws():
         ({"localizations": [1.0, 0.0]}, "each of localizations"),
         ({"localizations": [1.0, 1.0]}, "differ from each other"),
         ({"error": 2.0}, "between 0 and 1"),
-        ({"localizations": [2.0, "wide"]}, "each of localizations"),
         ({"budget": -1.0}, "budget"),
         ({"nbetas": [1.0], "localizations": [1.0], "budget": 10.0}, "are enough"),
     ],

@@ -2,6 +2,7 @@
 
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
 from fastvi._version import __version__ as __version__
+from fastvi.api.compare import compare
 from fastvi.api.curve import LLCCurve, llc_curve
 from fastvi.api.estimate import estimate_llc
 from fastvi.api.flat import fit, run_vi
@@ -9,14 +10,17 @@ from fastvi.api.forecast import SGLDForecast, forecast_sgld
 from fastvi.api.other_data import DataLLC, example_losses, llc_on
 from fastvi.api.parts import estimate_parts
 from fastvi.api.posterior import sample_posterior
+from fastvi.api.profile import profile
 from fastvi.api.resample import correct
 from fastvi.api.virial import VirialLLC, virial_llc
 from fastvi.config import FlowConfig, VIConfig
 from fastvi.families import AbstractBackend, register_backend
 from fastvi.observables.draws import FittedQ
 from fastvi.observables.posterior import PosteriorDraws
+from fastvi.results.differences import LLCComparison, LLCDifference
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.flat import SamplerRunResult
+from fastvi.results.llc_profile import LLCProfile
 from fastvi.results.part_estimates import PartEstimates
 from fastvi.results.report.arviz import to_arviz
 from fastvi.results.report.devinterp import to_devinterp
@@ -38,8 +42,11 @@ __all__ = [
     "FittedQ",
     "FlatObjective",
     "FlowConfig",
+    "LLCComparison",
     "LLCCurve",
+    "LLCDifference",
     "LLCEstimate",
+    "LLCProfile",
     "LocalPosterior",
     "NonFiniteError",
     "PartEstimates",
@@ -51,6 +58,7 @@ __all__ = [
     "VIConfig",
     "VirialLLC",
     "attention_heads",
+    "compare",
     "correct",
     "estimate_llc",
     "estimate_parts",
@@ -62,6 +70,7 @@ __all__ = [
     "load_draws",
     "make_flat_objective",
     "preview",
+    "profile",
     "ravel_loss",
     "register_backend",
     "restrict",

@@ -153,6 +153,19 @@ def test_examples_of_parts_run(capsys):
     assert list(namespace["found"]) == ["layer 0", "layer 1", "layer 2"]
 
 
+def test_examples_of_profiles_and_comparisons_run(capsys):
+    namespace = {}
+    for block in python_blocks(DOCS / "profile.md"):
+        exec(compile(block, "profile.md", "exec"), namespace)
+    assert "localization" in capsys.readouterr().out
+    profile, found = namespace["profile"], namespace["compared"].between("early", "late")
+    assert profile.llc.shape == (3, 3)
+    # llc falls with localization, by far more than the errors at the smallest n beta
+    assert profile.llc[0, 0] > profile.llc[0, 2] + 4.5 * profile.llc_sem[0, 0]
+    assert found.value > 0
+    assert found.paired
+
+
 def test_examples_of_diagnostics_run(short_fits, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
@@ -211,6 +224,7 @@ def test_every_page_with_examples_is_run():
         "parts.md",
         "posterior-draws.md",
         "comparing-with-sgld.md",
+        "profile.md",
         "language-models.md",
         "llc-over-training.md",
         "kernels.md",

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +15,15 @@ from fastvi.api.arguments import check_count
 from fastvi.api.estimate import assemble, run_estimate
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import Progress
+from fastvi.results.differences import LLCDifference, consecutive
 from fastvi.results.estimate import LLCEstimate
+from fastvi.results.report.differences import plot_differences
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
 from fastvi.target.keys import as_key
 from fastvi.target.ravel import TreeStructure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,38 @@ class LLCCurve:
     def total_fge(self) -> np.ndarray:
         """The work at each checkpoint, in full-gradient equivalents."""
         return np.array([estimate.work.total_fge for estimate in self.estimates])
+
+    @functools.cached_property
+    def differences(self) -> tuple[LLCDifference, ...]:
+        """The llc of each checkpoint less that of the one before, with errors.
+
+        Walkers step on the same noise at every checkpoint. Where two posteriors are alike, the
+        difference is known much better than either llc.
+        """
+        return consecutive(self.estimates)
+
+    def plot(self, steps: Sequence[float] | None = None) -> "Figure":
+        """Draw llc with errors, and below the differences from checkpoint to checkpoint.
+
+        Args:
+            steps: Where along training each checkpoint is; their numbers when left out.
+
+        Raises:
+            ConfigError: If there is not one step for each checkpoint.
+            MissingExtraError: If matplotlib is not installed.
+        """
+        if steps is not None and len(steps) != len(self.estimates):
+            raise ConfigError(
+                f"steps must hold one number for each of the {len(self.estimates)} checkpoints; "
+                f"got {len(steps)}."
+            )
+        return plot_differences(
+            self.llc,
+            self.llc_sem,
+            self.differences,
+            where=None if steps is None else np.asarray(steps, float),
+            label="checkpoint" if steps is None else "training step",
+        )
 
 
 @in_own_modes

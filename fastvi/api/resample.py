@@ -368,7 +368,7 @@ def _sample(
         run.check.llc,
         run.end.work / num_data,
         {
-            **_run_details(run, settings, spent),
+            **run_details(run, settings, spent),
             "narrow_dtype": _narrow_dtype(fitted),
             "product_rounding": rounding,
         },
@@ -426,18 +426,22 @@ def _start_walkers(
     if previous is not None:
         # The number of runs so far gives their keys other noise than before.
         number = jnp.int32(previous.number)
-        return programs.move(*common, previous.walkers, previous.center, number)
+        moved = programs.move(*common, previous.walkers, previous.center, number)
+        if previous.center is fitted.problem.posterior.center:
+            return moved
+        # about another w* on the same noise: the difference of the two estimates has little of it
+        return moved._replace(keys=previous.walkers.keys)
     evaluation = fitted.fit.outcome.evaluation
     return programs.place(
         *common, fitted.keys, evaluation.log_weight, evaluation.excess, num_walkers=num_walkers
     )
 
 
-def _run_details(run: SamplerResult, settings: SamplerSettings, spent: float) -> dict[str, Any]:
+def run_details(run: SamplerResult, settings: SamplerSettings, spent: float) -> dict[str, Any]:
     """Return what a result keeps of a run."""
     anchor = run.end.estimate.anchor
     return {
-        **said_by_walkers(run.check, settings.bin_length),
+        **said_by_walkers(run.check, settings.bin_length, run.end.steps),
         "least_budget": spent + run.least_budget,
         "data_blocks": run.end.fidelity.num_blocks,
         "kept_examples": 0 if anchor is None else anchor.kept.size,

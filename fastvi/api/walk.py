@@ -273,7 +273,7 @@ def _estimate(
             khat=nan,
             in_memory=problem.holds_all,
             least_budget=walk.least_budget + look.sample_gradients,
-            **said_by_walkers(walk.check, setup.settings.bin_length),
+            **said_by_walkers(walk.check, setup.settings.bin_length, walk.course.done),
             batch=walk.batch,
             step_size=walk.step_size,
             returned=walk.returned,

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastvi.sampling.averages import standard_error
 from fastvi.sampling.run import Check, Unmet
 
 
@@ -93,7 +94,11 @@ class Correction(NamedTuple):
         variance_reduction: By the virial control variates.
         walkers: Number of walkers.
         steps: Steps of each.
+        first_step: Number of the first step that `walk_llc` is of, which with the key gives the
+            noise of each step.
         burn_in: Steps that the averages leave out.
+        radius: Root mean square of |w - w*|.
+        radius_sem: Its standard error.
         data_blocks: Parts that the data were split into, of which a step takes two; 1 where
             gradients were those of all data.
         kept_examples: Examples that every step has beside its blocks, as they make most of the
@@ -127,7 +132,10 @@ class Correction(NamedTuple):
     variance_reduction: float | None = None
     walkers: int | None = None
     steps: int | None = None
+    first_step: int | None = None
     burn_in: int | None = None
+    radius: float | None = None
+    radius_sem: float | None = None
     data_blocks: int | None = None
     kept_examples: int | None = None
     energy_error: float | None = None
@@ -140,14 +148,16 @@ class Correction(NamedTuple):
     product_rounding: float | None = None
 
 
-def said_by_walkers(check: Check, bin_length: int) -> dict[str, Any]:
+def said_by_walkers(check: Check, bin_length: int, end: int) -> dict[str, Any]:
     """Return the fields of `Correction` that the last look at walkers says.
 
     Args:
         check: That look.
         bin_length: Steps of a bin.
+        end: Steps that walkers had made by then.
     """
-    analysis, llc, unmet = check
+    analysis, llc, radius2, unmet = check
+    radius, radius_sem = _root_mean(radius2[:, analysis.burn_in :])
     return {
         "settled": not unmet,
         "unmet": unmet,
@@ -160,5 +170,16 @@ def said_by_walkers(check: Check, bin_length: int) -> dict[str, Any]:
         "walkers": llc.shape[0],
         # The look is at means over bins.
         "steps": llc.shape[1] * bin_length,
+        "first_step": end - llc.shape[1] * bin_length,
         "burn_in": analysis.burn_in * bin_length,
+        "radius": radius,
+        "radius_sem": radius_sem,
     }
+
+
+def _root_mean(squares: np.ndarray) -> tuple[float, float]:
+    """Return the root of a mean over walkers and bins, and its error by the root's derivative."""
+    if not np.all(np.isfinite(squares)):
+        return float("nan"), float("nan")
+    root = float(np.sqrt(squares.mean()))
+    return root, standard_error(squares) / (2 * root) if root else 0.0

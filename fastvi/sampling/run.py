@@ -106,11 +106,12 @@ class Unmet(NamedTuple):
 class Check(NamedTuple):
     """A look at the averages of a run: what they say, and which criteria they do not meet.
 
-    `analysis.llc` is NaN where a record is not finite.
+    `analysis.llc` is NaN where a record is not finite. `radius2` is |w - w*|^2, as `llc`.
     """
 
     analysis: Analysis
     llc: Float[np.ndarray, "walkers bins"]
+    radius2: Float[np.ndarray, "walkers bins"]
     unmet: tuple[Unmet, ...]
 
 
@@ -675,15 +676,14 @@ def check_records(
     )
     if not all(np.all(np.isfinite(part)) for part in parts):
         broken = Analysis.broken(llc.shape[0])
-        return Check(broken, llc, (Unmet(ERROR, math.nan, setup.error),))
+        return Check(broken, llc, radius2, (Unmet(ERROR, math.nan, setup.error),))
     analysis = without_heat(analyse(llc, virial, radius2, core_radius2), heat)
     step_bias = STEP_BIAS * energy_error ** (1 / 3) * abs(analysis.llc)
     analysis = dataclasses.replace(analysis, parts=analysis.parts.plus(dynamics=step_bias))
     # walkers that agreed before may differ by more, where a larger error is asked for
     patience = max(1.0, setup.error / USUAL_ERROR) if setup.agreed_before else 1.0
-    return Check(
-        analysis, llc, unmet_by(analysis, setup.error, patience, llc.shape[1], setup.settings)
-    )
+    unmet = unmet_by(analysis, setup.error, patience, llc.shape[1], setup.settings)
+    return Check(analysis, llc, radius2, unmet)
 
 
 def without_heat(analysis: Analysis, heat: Heat) -> Analysis:

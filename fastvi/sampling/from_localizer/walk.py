@@ -406,7 +406,7 @@ def check_steps(setup: WalkSetup, course: Course) -> Check:
     llc = nbeta * excess
     if not np.all(np.isfinite(llc)):
         broken = Analysis.broken(llc.shape[0])
-        return Check(broken, llc, (Unmet(ERROR, math.nan, setup.error),))
+        return Check(broken, llc, radius2, (Unmet(ERROR, math.nan, setup.error),))
     analysis = analyse(llc, np.zeros((*llc.shape, 0)), radius2)
     column = setup.posterior.center.size - virial[:, analysis.burn_in :, None]
     heat, missed = known_heat(setup, course)
@@ -429,7 +429,7 @@ def check_steps(setup: WalkSetup, course: Course) -> Check:
     taken_back = float(np.mean(course.said.returned))
     if taken_back > MOST_TAKEN_BACK:
         unmet = (*unmet, Unmet(TAKEN_BACK, taken_back, MOST_TAKEN_BACK))
-    return Check(analysis, llc, unmet)
+    return Check(analysis, llc, radius2, unmet)
 
 
 def excess_width(column: Float[np.ndarray, "walkers bins 1"], heat: float) -> float:

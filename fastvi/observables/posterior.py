@@ -318,7 +318,7 @@ class PosteriorDraws:
         parts = [self.split] if self.mean_energies.size else []
         lines = [
             f"draws          {self.num_walkers} walkers x {self.num_draws}, {self.thin} steps "
-            f"apart; {self.num_walkers * self.blocks} blocks tell the errors",
+            f"apart; {len(self.weights)} blocks tell the errors",
             f"control        {_columns_text(self.columns)}",
             f"llc            {_text(self.llc_estimate)}",
             *(

@@ -12,6 +12,7 @@ from fastvi.api.parts import estimate_parts
 from fastvi.api.posterior import sample_posterior
 from fastvi.api.profile import profile
 from fastvi.api.resample import correct
+from fastvi.api.split import split_llc
 from fastvi.api.virial import VirialLLC, virial_llc
 from fastvi.config import FlowConfig, VIConfig
 from fastvi.families import AbstractBackend, register_backend
@@ -77,6 +78,7 @@ __all__ = [
     "run_vi",
     "sample_posterior",
     "select_part",
+    "split_llc",
     "to_arviz",
     "to_devinterp",
     "virial_llc",

@@ -13,8 +13,11 @@ from fastvi._modes import in_own_modes
 from fastvi._typing import Batch, Given, PyTree
 from fastvi.api.arguments import check_count
 from fastvi.api.estimate import assemble, run_estimate
+from fastvi.api.split import split_llc
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import Progress
+from fastvi.observables.covariance import Estimate
+from fastvi.observables.split import Split
 from fastvi.results.differences import LLCDifference, consecutive
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.report.differences import plot_differences
@@ -28,9 +31,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class LLCCurve:
-    """Estimates at the checkpoints of one training run, in their order."""
+    """Estimates at the checkpoints of one training run, in their order.
+
+    Attributes:
+        estimates: One for each checkpoint.
+        splits: Drift and spread of each llc, as `split_llc` has them; None where no walkers found
+            it.
+    """
 
     estimates: tuple[LLCEstimate, ...]
+    splits: tuple[Split | None, ...] = ()
 
     @property
     def llc(self) -> np.ndarray:
@@ -49,8 +59,32 @@ class LLCCurve:
 
     @property
     def total_fge(self) -> np.ndarray:
-        """The work at each checkpoint, in full-gradient equivalents."""
+        """The work at each checkpoint, in full-gradient equivalents, but for that of `splits`.
+
+        That is six at most, and none where no walkers found an llc.
+        """
         return np.array([estimate.work.total_fge for estimate in self.estimates])
+
+    @property
+    def drift(self) -> Estimate:
+        """What each llc has from a w* that is no minimum, with errors; NaN where it is not known.
+
+        Negative where the loss falls away from w*.
+        """
+        return self._part("drift")
+
+    @property
+    def spread(self) -> Estimate:
+        """What each llc has from the width of the posterior, with errors; NaN where not known."""
+        return self._part("spread")
+
+    def _part(self, name: str) -> Estimate:
+        unknown = Estimate(np.asarray(np.nan), np.asarray(np.nan))
+        parts = [unknown if one is None else getattr(one, name) for one in self.splits]
+        parts += [unknown] * (len(self.estimates) - len(parts))
+        return Estimate(
+            *(np.array([getattr(one, part) for one in parts]) for part in unknown._fields)
+        )
 
     @functools.cached_property
     def differences(self) -> tuple[LLCDifference, ...]:
@@ -82,6 +116,7 @@ class LLCCurve:
             self.differences,
             where=None if steps is None else np.asarray(steps, float),
             label="checkpoint" if steps is None else "training step",
+            beside={"spread": self.spread} if any(self.splits) else {},
         )
 
 
@@ -108,7 +143,7 @@ def llc_curve(
     moved to the new w* and narrowed where the loss says so. Where walkers correct the estimate,
     they too go on from where those of the checkpoint before have come to. A checkpoint in the
     middle of training is no minimum: the estimate is then of the posterior near it, and may be
-    negative.
+    negative. The curve has its two parts, `drift` and `spread`: see `split_llc`.
 
     Args:
         loss_fn: `(params, batch) -> mean loss per example`, in nats.
@@ -158,6 +193,7 @@ def llc_curve(
         )
     data = data if is_stream(data) else check_data(data, dtype=jnp.dtype(first.dtype))[0]
     remaining, estimates, structure, before = iter(checkpoints), [], None, None
+    splits: list[Split | None] = []
     try:
         for params in remaining:
             target = assemble(
@@ -185,16 +221,19 @@ def llc_curve(
             # these hold data and walkers on the device: the last estimate alone keeps them
             light = (dataclasses.replace(one, fitted=None, ensemble=None) for one in estimates)
             estimates = [*light, estimate]
+            can_split = np.isfinite(estimate.llc) and estimate.ensemble is not None
+            splits.append(split_llc(estimate) if can_split else None)
     except BaseException as error:
         error.add_note(
             f"fastvi: at checkpoint {len(estimates)} (from 0); `partial` of this error holds those "
             "before it."
         )
-        error.partial = LLCCurve(tuple(estimates))  # pyright: ignore[reportAttributeAccessIssue]
+        partial = LLCCurve(tuple(estimates), tuple(splits))
+        error.partial = partial  # pyright: ignore[reportAttributeAccessIssue]
         raise
     if not estimates:
         raise DataError("llc_curve needs at least one checkpoint; got none.")
-    return LLCCurve(tuple(estimates))
+    return LLCCurve(tuple(estimates), tuple(splits))
 
 
 def _check_same(expected: TreeStructure, number: int, structure: TreeStructure) -> None:

@@ -91,8 +91,12 @@ def split_of(
     count, size = groups_of(len(llc))
     means = np.asarray(llc, float)[: count * size].reshape(count, -1).mean(axis=1)
     energies = np.concatenate([[means.mean()], (means.sum() - means) / (count - 1)])
-    at_means = np.asarray(at_means, float)
-    return Split(_jackknife(at_means), _jackknife(energies - at_means))
+    return Split(drift_of(at_means), _jackknife(energies - np.asarray(at_means, float)))
+
+
+def drift_of(at_means: Float[np.ndarray, " points"]) -> Estimate:
+    """Return the drift, from n beta (L_n - L_n(w*)) at the points of `GroupMeans.points`."""
+    return _jackknife(np.asarray(at_means, float))
 
 
 def _jackknife(values: np.ndarray) -> Estimate:

@@ -70,7 +70,7 @@ NEGATIVE_SIGMAS = 2.0
 TRAIN_LONGER = (
     "Train longer (a decaying learning rate, full batches at the end), then estimate again."
 )
-SPLIT = "Of a checkpoint under way, read fastvi.sample_posterior(result).split: drift and spread."
+SPLIT = "Of a checkpoint under way, read fastvi.split_llc(result): drift and spread."
 SAMPLE = 'Sample the posterior: method="sample" or fastvi.correct(result, "sample").'
 FIT_BETTER = "A better q takes more components (M), a larger rank (r) or a flow."
 

@@ -1,5 +1,9 @@
 """Draws of the posterior: covariances, influences and slopes against closed forms."""
 
+import base64
+import html
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from fastvi.results.report.posterior import (
     order_by_cluster,
     plot_draws,
     plot_influence,
+    plot_susceptibilities,
     rank_counts,
 )
 from fastvi.sampling.averages import correlation_time
@@ -392,3 +397,25 @@ def test_figures_show_what_was_drawn(draws):
     (image,) = plot_influence(influence).axes[0].images
     order = order_by_cluster(influence.value)
     np.testing.assert_array_equal(image.get_array(), influence.value[np.ix_(order, order)])
+
+
+def test_the_report_shows_draws(result, draws, tmp_path):
+    path = fastvi.write_report(result, tmp_path / "report.html", draws=draws)
+    page = path.read_text(encoding="utf-8")
+    before, after = page.split("<h2>Draws of the posterior</h2>")
+    assert html.escape(draws.summary()) in after
+    assert "Temperature" not in page
+    pictures = re.findall(r'<img alt="(.*?)" src="data:image/png;base64,(.*?)">', after)
+    assert [name for name, _ in pictures] == ["draws", "train", "test"]
+    assert all(base64.b64decode(image)[:4] == b"\x89PNG" for _, image in pictures)
+
+
+def test_susceptibilities_are_drawn_along_training(draws):
+    one = draws.susceptibility("weights", "test")
+    along = [one, one._replace(value=one.value + 1), one]
+    (axes,) = plot_susceptibilities({"weights": along}, [1, 10, 100], "step").axes
+    assert len(axes.lines) == DIM + 1
+    np.testing.assert_allclose(axes.lines[2].get_ydata(), one.value[2] + [0, 1, 0])
+    assert axes.lines[2].get_xdata().tolist() == [1, 10, 100]
+    with pytest.raises(fastvi.DataError, match=r"\[3\] for 2 checkpoints"):
+        plot_susceptibilities({"weights": along}, [1, 10])

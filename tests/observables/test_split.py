@@ -1,5 +1,7 @@
 """Drift and spread of llc, where w* is no minimum."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,19 +75,57 @@ def test_groups_are_of_one_size():
 
 
 @pytest.fixture(scope="module")
-def draws():
-    result = fastvi.estimate_llc(
+def result():
+    return fastvi.estimate_llc(
         lambda w, batch: 0.5 * (batch[0] @ w - batch[1]) ** 2,
         jnp.asarray(START, jnp.float32),
         (INPUTS.astype(np.float32), OUTPUTS.astype(np.float32)),
         nbeta=NBETA,
         localization=GAMMA,
+        method="sample",
         progress=False,
     )
-    (found,) = (one for one in result.health if one.name == "negative_llc")
-    # a Newton step explains it
-    assert found.severity == "warning"
+
+
+@pytest.fixture(scope="module")
+def draws(result):
     return fastvi.sample_posterior(result, 160, thin=8, progress=False)
+
+
+def test_a_negative_llc_that_a_newton_step_explains_is_a_warning(result):
+    (found,) = (one for one in result.health if one.name == "negative_llc")
+    assert found.severity == "warning"
+
+
+def test_an_estimate_is_split_where_its_walkers_ended(result):
+    drift, spread = fastvi.split_llc(result)
+    assert abs(drift.value - DRIFT) < 4.5 * drift.sem
+    assert abs(spread.value - SPREAD) < 4.5 * spread.sem
+    assert drift.value + spread.value == pytest.approx(result.llc)
+    assert drift.sem < 0.3 * abs(DRIFT)
+    with pytest.raises(fastvi.DataError, match="holds no walkers"):
+        fastvi.split_llc(dataclasses.replace(result, ensemble=None))
+
+
+def test_a_curve_has_drift_and_spread_of_each_checkpoint():
+    least = np.linalg.lstsq(INPUTS, OUTPUTS, rcond=None)[0]
+    curve = fastvi.llc_curve(
+        lambda w, batch: 0.5 * (batch[0] @ w - batch[1]) ** 2,
+        [jnp.asarray(START, jnp.float32), jnp.asarray(least, jnp.float32)],
+        (INPUTS.astype(np.float32), OUTPUTS.astype(np.float32)),
+        nbeta=NBETA,
+        localization=GAMMA,
+        method="sample",
+        progress=False,
+    )
+    assert np.all(np.abs(curve.drift.value - [DRIFT, 0.0]) < 4.5 * curve.drift.sem)
+    assert np.all(np.abs(curve.spread.value - SPREAD) < 4.5 * curve.spread.sem)
+    assert curve.drift.value[1] > curve.drift.value[0] + 4.5 * curve.drift.sem.sum()
+    beside = curve.plot().axes[0].containers[1]
+    np.testing.assert_allclose(beside[0].get_ydata(), curve.spread.value)
+    unknown = fastvi.LLCCurve(curve.estimates)
+    assert np.all(np.isnan(unknown.drift.value))
+    assert len(unknown.plot().axes[0].containers) == 1
 
 
 def test_draws_split_llc_off_the_minimum(draws):

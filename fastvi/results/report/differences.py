@@ -1,11 +1,13 @@
 """The figure of several estimates: llc of each, and below the differences from one to the next."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastvi._typing import Float
+from fastvi.observables.covariance import Estimate
 from fastvi.results.report.style import CHAIN_COLORS, GUIDE, styled_figure
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ def plot_differences(
     where: Float[np.ndarray, " estimates"] | None = None,
     names: Sequence[str] | None = None,
     label: str = "",
+    beside: Mapping[str, Estimate] = MappingProxyType({}),
 ) -> "Figure":
     """Draw llc with errors, and below each estimate's less the one's before.
 
@@ -32,6 +35,7 @@ def plot_differences(
         where: Positions along the x axis; 0, 1, ... when left out.
         names: What is written at these positions; the numbers themselves when left out.
         label: Of the x axis.
+        beside: What is drawn beside llc, by name.
 
     Returns:
         A figure that no window manager knows of.
@@ -45,6 +49,11 @@ def plot_differences(
         above, below = figure.subplots(2, 1, sharex=True)
         above.errorbar(where, llc, llc_sem, marker="o", ms=4, **bars)
         above.set(title="llc", ylabel="llc")
+        for number, (name, part) in enumerate(beside.items(), 1):
+            style = {**bars, "color": CHAIN_COLORS[number], "linestyle": "--"}
+            above.errorbar(where, part.value, part.sem, marker="s", ms=3, label=name, **style)
+        if beside:
+            above.legend(frameon=False)
         for place, one in zip(where[1:], differences, strict=True):
             face = CHAIN_COLORS[0] if one.paired else "white"
             below.errorbar(place, one.value, one.sem, marker="o", ms=5, mfc=face, **bars)

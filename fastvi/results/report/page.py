@@ -2,15 +2,36 @@
 
 import base64
 import html
+import math
 import os
 from pathlib import Path
+from typing import Any
 
+from fastvi.observables.posterior import PosteriorDraws
 from fastvi.results.estimate import NO_FINDINGS, LLCEstimate, with_error
 from fastvi.results.findings import Finding
 from fastvi.results.report.panels import PANELS, render
+from fastvi.results.report.posterior import plot_draws, plot_influence
+from fastvi.results.report.style import as_png
 
 REPORT_DPI = 110  # a panel is then 704 pixels wide, for columns of 440 and more
 SEVERITY_COLORS = {"error": "#b00020", "warning": "#a65b00", "note": "#00629b"}
+# Losses of a data set whose influences are drawn: of more, an entry is less than a pixel, and their
+# matrix takes a minute. Half leaves out sets that can be read, double takes four times as long.
+MOST_SHOWN = 1000
+TRACES_AND_RANKS = (
+    "Walkers that agree run together, and the ranks of each are uniform: a line that stays off 1 "
+    "is of a walker that has stayed somewhere."
+)
+INFLUENCE = (
+    "Influences within {!r}, like examples side by side: blocks on the diagonal are examples that "
+    "the posterior learns together."
+)
+PROFILE = (
+    "A slope of 0 is an llc that does not depend on the localizer; hollow cells are those in which "
+    "it decides."
+)
+DIFFERENCES = "Each estimate less the one before; hollow marks have the errors of both added."
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -30,7 +51,7 @@ PAGE = """<!doctype html>
 <div class="figures">
 {figures}
 </div>
-<h2>Numbers</h2>
+{more}<h2>Numbers</h2>
 <table>{numbers}</table>
 <h2>Summary</h2>
 <pre>{summary}</pre>
@@ -59,12 +80,23 @@ pre { font-size: 13px; overflow-x: auto; background: #f6f6f6; padding: 12px; }
 """
 
 
-def write_report(result: LLCEstimate, path: str | os.PathLike[str]) -> Path:
+def write_report(
+    result: LLCEstimate,
+    path: str | os.PathLike[str],
+    *,
+    draws: PosteriorDraws | None = None,
+    profile: Any = None,
+    comparison: Any = None,
+) -> Path:
     """Write an estimate as one HTML file: no script, no network, images inside.
 
     Args:
         result: The estimate; one that `LLCEstimate.load` read will do.
         path: The file; its folder is made if need be.
+        draws: From `sample_posterior`: traces and ranks of walkers, and the influences within each
+            data set of at most `MOST_SHOWN` losses.
+        profile: An `LLCProfile` from `fastvi.profile`: llc over temperature and localization.
+        comparison: An `LLCComparison` from `fastvi.compare`: differences with errors.
 
     Returns:
         The path.
@@ -87,6 +119,9 @@ def write_report(result: LLCEstimate, path: str | os.PathLike[str]) -> Path:
         figures="\n".join(
             _figure(name, result) for name, panel in PANELS.items() if panel.applies(result)
         ),
+        more=_section("Draws of the posterior", draws, _draw_figures(draws))
+        + _section("Temperature and localization", profile, _own_figure(profile, PROFILE))
+        + _section("Differences", comparison, _own_figure(comparison, DIFFERENCES)),
         numbers=_rows(_numbers(result)),
         summary=html.escape(result.summary()),
         settings=_rows({name: str(value) for name, value in result.config.to_dict().items()}),
@@ -115,11 +150,37 @@ def _finding(finding: Finding) -> str:
 
 
 def _figure(name: str, result: LLCEstimate) -> str:
+    return _image(name, render(name, result, REPORT_DPI), PANELS[name].reading)
+
+
+def _image(name: str, png: bytes, reading: str) -> str:
     # Images are inside the page: it stays whole when it is mailed or moved.
-    encoded = base64.b64encode(render(name, result, REPORT_DPI)).decode("ascii")
-    reading = html.escape(PANELS[name].reading)
-    image = f'<img alt="{name}" src="data:image/png;base64,{encoded}">'
-    return f"<figure>{image}<figcaption>{reading}</figcaption></figure>"
+    encoded = base64.b64encode(png).decode("ascii")
+    image = f'<img alt="{html.escape(name)}" src="data:image/png;base64,{encoded}">'
+    return f"<figure>{image}<figcaption>{html.escape(reading)}</figcaption></figure>"
+
+
+def _section(heading: str, said: Any, figures: str) -> str:
+    """Return a part of the page about what has a summary; nothing where there is none."""
+    if said is None:
+        return ""
+    summary = html.escape(said.summary())
+    return f'<h2>{heading}</h2>\n<div class="figures">\n{figures}\n</div>\n<pre>{summary}</pre>\n'
+
+
+def _draw_figures(draws: PosteriorDraws | None) -> str:
+    if draws is None:
+        return ""
+    figures = [_image("draws", as_png(plot_draws(draws), REPORT_DPI), TRACES_AND_RANKS)]
+    for name, losses in draws.losses.items():
+        if math.prod(losses.shape[2:]) <= MOST_SHOWN:
+            figure = plot_influence(draws.influence(name))
+            figures.append(_image(name, as_png(figure, REPORT_DPI), INFLUENCE.format(name)))
+    return "\n".join(figures)
+
+
+def _own_figure(said: Any, reading: str) -> str:
+    return "" if said is None else _image("figure", as_png(said.plot(), REPORT_DPI), reading)
 
 
 def _numbers(result: LLCEstimate) -> dict[str, str]:

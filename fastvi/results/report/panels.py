@@ -1,6 +1,5 @@
 """The single pictures of a run: what plots, report and TensorBoard are made of."""
 
-import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +11,7 @@ from fastvi.results.report.style import (
     FAINT,
     GUIDE,
     INK,
+    as_png,
     chain_color,
     draw_chains,
     set_limits,
@@ -39,12 +39,10 @@ class Panel(NamedTuple):
 
 def render(name: str, result: LLCEstimate, dpi: int) -> bytes:
     """Draw one panel as a PNG image."""
-    stream = io.BytesIO()
     with styled_figure(PANEL_SIZE) as figure:
         PANELS[name].draw(figure.subplots(), result)
         figure.subplots_adjust(left=0.12, right=0.97, top=0.9, bottom=0.15)
-        figure.savefig(stream, format="png", dpi=dpi)
-    return stream.getvalue()
+        return as_png(figure, dpi)
 
 
 def batch_llc(result: LLCEstimate) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Figures of draws of the posterior: do walkers agree, and which examples go together."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,6 +99,53 @@ def plot_influence(influence: Estimate) -> "Figure":
             ylabel="example whose weight grows",
         )
         figure.colorbar(image, ax=axes, label="nats for a weight of one")
+    return figure
+
+
+def plot_susceptibilities(
+    susceptibilities: Mapping[str, Sequence[Estimate]],
+    steps: Sequence[float] | None = None,
+    label: str = "checkpoint",
+) -> "Figure":
+    """Draw susceptibilities along training, with bands of two errors.
+
+    Args:
+        susceptibilities: By name, one estimate for each checkpoint, from
+            `PosteriorDraws.susceptibility`: a number, or an array whose entries are drawn each.
+        steps: Where the checkpoints are; 0, 1, 2 and so on when left out.
+        label: What `steps` are of.
+
+    Returns:
+        A figure that no window manager knows of.
+
+    Raises:
+        DataError: If there is none, or they are of another number than the steps.
+        MissingExtraError: If matplotlib is not installed.
+    """
+    counts = {len(along) for along in susceptibilities.values()}
+    count = len(steps) if steps is not None else max(counts, default=0)
+    if not count or counts != {count}:
+        raise DataError(
+            "susceptibilities must hold one estimate for each checkpoint; got "
+            f"{sorted(counts) or 'none'} for {count} checkpoints."
+        )
+    where = np.arange(count) if steps is None else np.asarray(steps, float)
+    with styled_figure((7, 4.2), layout="constrained") as figure:
+        axes = figure.subplots()
+        for number, (name, along) in enumerate(susceptibilities.items()):
+            value, sem = (
+                np.stack([np.ravel(getattr(one, part)) for one in along], axis=1)
+                for part in ("value", "sem")
+            )
+            color = chain_color(number)
+            for entry, (line, error) in enumerate(zip(value, sem, strict=True)):
+                axes.plot(where, line, color=color, lw=1.2, label=name if entry == 0 else None)
+                axes.fill_between(
+                    where, line - 2 * error, line + 2 * error, color=color, alpha=0.15, lw=0
+                )
+        axes.axhline(0.0, **GUIDE)
+        axes.set(title="susceptibilities, bands of two errors", xlabel=label)
+        axes.legend(frameon=False)
     return figure
 
 

@@ -1,6 +1,7 @@
 """How figures look, and the drawing of several chains that panels share."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,13 @@ def styled_figure(size: tuple[float, float], **options: Any) -> "Iterator[Figure
 
     with matplotlib.rc_context(STYLE):
         yield Figure(figsize=size, facecolor="white", **options)
+
+
+def as_png(figure: "Figure", dpi: int) -> bytes:
+    """Return a figure as the bytes of an image."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=dpi)
+    return stream.getvalue()
 
 
 def chain_color(chain: int) -> str:

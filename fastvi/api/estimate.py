@@ -188,12 +188,12 @@ def estimate_llc(
 
 
 def estimate_target(
-    loss_fn: Callable[..., Any],
+    loss_fn: Given[Callable[..., Any]],
     params: PyTree,
     data: Any,
     key: Any,
-    nbeta: float | None,
-    localization: float | None,
+    nbeta: Given[float | None],
+    localization: Given[float | None],
     settings: VIConfig,
     *,
     num_chains: Given[int | None],

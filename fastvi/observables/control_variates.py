@@ -26,12 +26,12 @@ from fastvi._typing import Float, Int
 # Groups of walkers, each of which takes the coefficients that the others fit. At half, a fit has
 # two thirds of the draws; at double, one has a sixth more, for twice the work.
 FOLDS = 4
-# Added to the variance of each column, relative to it. At a third, noise of the coefficients costs
-# 10 % of what columns save where there are as many as a tenth of the draws; at three times, a
-# column that explains everything leaves a quarter.
+# Added to the variance of each column, relative to it. Without it, 454 columns on 6,400 draws of a
+# tanh network leave a fifth more variance; at three times, a column that explains everything leaves
+# 5 % in place of 1 %.
 RIDGE = 0.1
 # Columns at most, and over the number of draws. Half of either leaves out cubic terms in 10
-# dimensions, double takes eight times as long to fit.
+# dimensions, double takes four times as long to fit.
 MOST_COLUMNS, COLUMN_SHARE = 512, 0.1
 MOST_DEGREE = 4  # of the monomials: products of two quadratic losses; 3 leaves out their tails
 # Traces that choose the columns, and the directions of many dimensions that these are of. Half sees
@@ -207,6 +207,8 @@ def choose_weights(
     Returns:
         The weights, and of which columns they are; the plain ones and None where none help.
     """
+    if walkers < 2:  # nobody else's draws to fit coefficients on
+        return plain, None
     traces = traces - traces.mean(axis=0)
     kept = traces.std(axis=0)
     traces = traces[:, kept > 0] / kept[kept > 0]

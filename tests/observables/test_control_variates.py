@@ -116,3 +116,11 @@ def test_in_many_dimensions_the_directions_are_those_that_traces_see():
     assert chosen.directions == 1
     squares = traces**2
     assert np.var(weights @ squares) < 0.2 * np.var(plain @ squares)
+
+
+def test_one_walker_has_no_control_variates():
+    draws, slope = gaussian_draws(np.random.default_rng(5), DRAWS)
+    plain = plain_weights(1, DRAWS, 4)
+    weights, chosen = choose_weights(draws, slope, draws**2, plain, 1)
+    assert chosen is None
+    assert weights is plain

@@ -17,7 +17,7 @@ from fastvi.api.split import split_llc
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import Progress
 from fastvi.observables.covariance import Estimate
-from fastvi.observables.split import Split
+from fastvi.observables.split import Split, points_of
 from fastvi.results.differences import LLCDifference, consecutive
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.report.differences import plot_differences
@@ -220,9 +220,8 @@ def llc_curve(
             before = estimate.fitted if np.isfinite(estimate.llc) else before
             # these hold data and walkers on the device: the last estimate alone keeps them
             light = (dataclasses.replace(one, fitted=None, ensemble=None) for one in estimates)
-            estimates = [*light, estimate]
-            can_split = np.isfinite(estimate.llc) and estimate.ensemble is not None
-            splits.append(split_llc(estimate) if can_split else None)
+            split = split_llc(estimate) if _can_split(estimate) else None
+            estimates, splits = [*light, estimate], [*splits, split]
     except BaseException as error:
         error.add_note(
             f"fastvi: at checkpoint {len(estimates)} (from 0); `partial` of this error holds those "
@@ -234,6 +233,14 @@ def llc_curve(
     if not estimates:
         raise DataError("llc_curve needs at least one checkpoint; got none.")
     return LLCCurve(tuple(estimates), tuple(splits))
+
+
+def _can_split(estimate: LLCEstimate) -> bool:
+    """Say whether walkers tell drift from spread."""
+    ensemble = estimate.ensemble
+    if ensemble is None or not np.isfinite(estimate.llc):
+        return False
+    return points_of(ensemble.displacement.shape[0]) > 0
 
 
 def _check_same(expected: TreeStructure, number: int, structure: TreeStructure) -> None:

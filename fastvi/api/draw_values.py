@@ -18,7 +18,7 @@ from fastvi.observables.evaluate import (
     ExampleLosses,
     energies_at,
     half_of_sample,
-    mean_loss_at,
+    mean_rise_at,
     observable_at,
 )
 from fastvi.observables.split import GroupMeans, points_of
@@ -59,8 +59,7 @@ class DrawValues:
         }
         self.energies = energies_at(target)
         self.zero = jnp.zeros((1, center.size), center.dtype)
-        self.mean_loss = mean_loss_at(target)
-        self.reference = self.mean_loss(problem, self.zero[0])
+        self.reference = mean_rise_at(target)(problem, self.zero[0], np.float32(0.0))
         self.init_losses = {name: one.at(self.zero)[0] for name, one in self.losses.items()}
 
     def _losses(
@@ -130,12 +129,6 @@ class DrawValues:
                 if report is not None:
                     report(Progress("draws", number, draws, float(np.mean(llc))))
         return ensemble, means
-
-    def mean_energies(self, means: GroupMeans) -> np.ndarray:
-        """Return n beta (L_n - L_n(w*)) at the mean of all draws, and without a group each."""
-        problem = self.target.problem
-        rises = [float(self.mean_loss(problem, m) - self.reference) for m in means.points()]
-        return float(problem.posterior.nbeta) * np.array(rises)
 
     def _values(
         self, ensemble: AbstractEnsemble, number: int, names: Any

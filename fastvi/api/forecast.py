@@ -22,7 +22,7 @@ from fastvi.geometry.spectrum import (
 from fastvi.results.estimate import LLCEstimate, with_error
 from fastvi.sampling.ensemble import Target
 from fastvi.sampling.sgld import QuadraticSGLD
-from fastvi.target.fingerprint import fingerprint_loss, shapes_of
+from fastvi.target.fingerprint import shapes_of
 from fastvi.target.keys import as_key
 from fastvi.target.work import HESSIAN_PRODUCT
 
@@ -56,7 +56,7 @@ class SGLDForecast:
         burn_in: Steps of each chain that are left out before these.
         posterior_llc: llc of the posterior at these settings: that of the estimate if it is at the
             same nbeta and localization, else that of the quadratic model.
-        quadratic_llc: That of the quadratic model.
+        quadratic_llc: That of the quadratic model at the estimate's settings, beside its llc.
         is_anchored: Whether `posterior_llc` is that of the estimate.
         widening: What finite steps add to the stationary mean.
         heat: What the noise of minibatches adds to it.
@@ -207,13 +207,15 @@ def forecast_sgld(
     _check_steps(batch_size, num_steps, burn_in)
     nbeta = float(positive_scalar("nbeta", result.nbeta if nbeta is None else nbeta))
     gamma = _localization(result.localization if localization is None else localization)
-    own, work = _measure(*_target_and_points(result, as_key(key)), as_key(key))
+    key = as_key(key)
+    own, work = _measure(*_target_and_points(result, jax.random.fold_in(key, POINTS)), key)
     is_anchored = bool(np.allclose((nbeta, gamma), (own.nbeta, own.localization), rtol=1e-6))
     model = dataclasses.replace(own, nbeta=nbeta, localization=gamma, lr=lr, batch_size=batch_size)
-    base = result.llc if is_anchored else float(np.mean(model.llc))
+    bases = np.full(POINTS, result.llc) if is_anchored else np.asarray(model.llc)
+    base = float(np.mean(bases))
     is_stable = lr < model.largest_lr
     missing = 0.0 if num_steps is None or not is_stable else model.missing(burn_in, num_steps)
-    at_points = (base + model.widening + model.heat) * (1 - missing)
+    at_points = (bases + model.widening + model.heat) * (1 - missing)
     spread = float(np.std(at_points, ddof=1)) / math.sqrt(len(at_points))
     order = np.argsort(model.curvatures, axis=None)
     curvatures = model.curvatures.ravel()[order]
@@ -267,7 +269,8 @@ def _target_and_points(result: LLCEstimate, key: Key) -> tuple[Target, Float[Arr
     """Return the target, and draws of the posterior: walkers where there are some, else of q."""
     if result.ensemble is not None:
         target, v = result.ensemble.target, result.ensemble.displacement
-        return _unchanged(target), v[np.arange(POINTS) % v.shape[0]]
+        target.check_unchanged()
+        return target, v[np.arange(POINTS) % v.shape[0]]
     if result.fitted is None:
         raise DataError(
             "this estimate holds neither walkers nor a fit: it was loaded from disk, is not the "
@@ -277,16 +280,8 @@ def _target_and_points(result: LLCEstimate, key: Key) -> tuple[Target, Float[Arr
     fitted = result.fitted
     target = Target(fitted.objective, fitted.loss, fitted.problem, fitted.is_masked)
     draws = fitted.q.flat.sample(key, POINTS) - fitted.problem.posterior.center
-    return _unchanged(target), draws
-
-
-def _unchanged(target: Target) -> Target:
-    if fingerprint_loss(target.objective, target.problem).digest != target.loss.digest:
-        raise DataError(
-            "the loss computes something else than at the estimate: state that it reads has "
-            "changed since. Set it back, or run estimate_llc again."
-        )
-    return target
+    target.check_unchanged()
+    return target, draws
 
 
 def _measure(

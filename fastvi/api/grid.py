@@ -125,8 +125,15 @@ class GridWalk:
             product_rounding=rounding,
             **run_details(walked.run, walked.run.setup.settings, 0.0),
         )
+        posterior = target.problem.posterior
+        nbeta, gamma = float(posterior.nbeta), float(posterior.gamma)
+        # what a Newton step gains is in proportion to n beta, but for the localizer's part
+        gain = own.curvature.newton_decrement * nbeta / own.nbeta
         found = dataclasses.replace(
             own,
+            nbeta=nbeta,
+            localization=gamma,
+            curvature=own.curvature._replace(newton_decrement=gain),
             llc=analysis.llc,
             llc_sem=parts.total,
             error_parts=parts,

@@ -12,6 +12,7 @@ from fastvi._typing import Batch, Given
 from fastvi.api.draw_values import DrawValues, Report
 from fastvi.api.resample import correct
 from fastvi.fitting.protocols import Progress
+from fastvi.observables.evaluate import mean_energies
 from fastvi.observables.posterior import PosteriorDraws
 from fastvi.observables.split import group_means
 from fastvi.observables.storage import MemorySink
@@ -21,7 +22,6 @@ from fastvi.results.draw_identity import LOSSES, OBSERVABLES, TRACES, identify_d
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.stored_draws import stored_draws
 from fastvi.sampling.ensemble import AbstractEnsemble
-from fastvi.target.fingerprint import fingerprint_loss
 
 # Steps between two draws. Half of it makes draws that are nearly alike, double leaves half of what
 # the steps have paid for unused.
@@ -93,12 +93,7 @@ def sample_posterior(
     _check_numbers(draws, thin, error)
     ensemble = _walkers_of(result, progress)
     target = ensemble.target
-    now = fingerprint_loss(target.objective, target.problem)
-    if now.digest != target.loss.digest:
-        raise DataError(
-            "the loss computes something else than at the estimate: state that it reads has "
-            "changed since. Set it back, or run estimate_llc again."
-        )
+    target.check_unchanged()
     if not target.problem.holds_all:
         raise DataError(
             "draws are evaluated on all data, and these are a stream. Hold them in memory as "
@@ -155,7 +150,7 @@ def _hold(
     walkers, shapes = ensemble.displacement.shape[0], evaluation.shapes(asked.keep_params)
     check_size(walkers, asked.draws, sum(math.prod(shape) for shape in shapes.values()))
     sink = MemorySink(walkers, asked.draws, shapes)
-    begun = ensemble.awake(asked.error), group_means(*ensemble.displacement.shape)
+    begun = ensemble.awake(asked.error), group_means(ensemble.displacement)
     end, means = evaluation.run(*begun, sink, asked.draws, asked.thin, progress)
     found = PosteriorDraws(
         **{name: sink.array(name) for name in TRACES},
@@ -168,7 +163,7 @@ def _hold(
         displacement=sink.array("displacement") if "displacement" in shapes else None,
         gradient=sink.array("gradient") if "gradient" in shapes else None,
         as_passed=evaluation.in_full,
-        mean_energies=evaluation.mean_energies(means),
+        mean_energies=mean_energies(evaluation.target, means.points()),
     )
     return dataclasses.replace(found, health=draw_findings(found))
 
@@ -212,9 +207,9 @@ def _write(
         evaluation.init_losses,
     )
     folder = DrawFolder(store, plan, asked.draws)
-    if folder.done < folder.draws:
+    if folder.done < folder.draws or not folder.has_mean_energies:
         ensemble = ensemble.awake(asked.error)
-        begun = folder.begin(ensemble, group_means(*ensemble.displacement.shape))
+        begun = folder.begin(ensemble, group_means(ensemble.displacement))
         means = evaluation.run(*begun, folder.sink(), folder.draws, asked.thin, progress)[1]
-        folder.put_mean_energies(evaluation.mean_energies(means))
+        folder.put_mean_energies(mean_energies(evaluation.target, means.points()))
     return stored_draws(folder.folder, evaluation.in_full)

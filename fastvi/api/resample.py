@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._compilation import CompileWatch
-from fastvi._errors import ConfigError, DataError, NonFiniteError
+from fastvi._errors import ConfigError, NonFiniteError
 from fastvi._modes import in_own_modes
 from fastvi._typing import Array, Float, Given, Keys
 from fastvi.api.plan import check_blocks, default_budget
@@ -37,7 +37,7 @@ from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.tuning import USUAL_ERROR
 from fastvi.sampling.walkers import Walkers
 from fastvi.target.data import Problem
-from fastvi.target.fingerprint import Fingerprint, fingerprint_loss
+from fastvi.target.fingerprint import Fingerprint
 from fastvi.target.ravel import TreeObjective
 from fastvi.target.stream import uncorrected
 
@@ -99,13 +99,7 @@ class Fitted(NamedTuple):
 
     def check_unchanged(self) -> Fingerprint:
         """Return what the loss computes now; refuse what is something else than at the fit."""
-        now = fingerprint_loss(self.objective, self.problem)
-        if now.digest != self.loss.digest:
-            raise DataError(
-                "the loss computes something else than at the fit: state that it reads has changed "
-                "since (an attribute, a global, an array). Set it back, or run estimate_llc again."
-            )
-        return now
+        return Target(self.objective, self.loss, self.problem).check_unchanged()
 
 
 @in_own_modes

@@ -2,13 +2,12 @@
 
 import math
 
-import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import DataError
 from fastvi._modes import in_own_modes
 from fastvi.observables.covariance import Estimate
-from fastvi.observables.evaluate import mean_loss_at
+from fastvi.observables.evaluate import mean_energies
 from fastvi.observables.split import Split, drift_of, group_means
 from fastvi.results.estimate import LLCEstimate
 
@@ -30,7 +29,8 @@ def split_llc(result: LLCEstimate) -> Split:
         Both parts, with errors.
 
     Raises:
-        DataError: If the result holds no walkers, one alone, or its data are a stream.
+        DataError: If the result holds no walkers, one alone, its data are a stream, or its loss has
+            changed since.
 
     Cost:
         At most 18 losses on all data.
@@ -42,14 +42,12 @@ def split_llc(result: LLCEstimate) -> Split:
             'disk, made without them or on a stream. Run estimate_llc with method="sample" on data '
             "in memory."
         )
-    problem, displacement = ensemble.target.problem, ensemble.displacement
-    points = group_means(*displacement.shape).with_draw(displacement).points()
+    ensemble.target.check_unchanged()
+    displacement = ensemble.displacement
+    points = group_means(displacement).with_draw(displacement).points()
     if not len(points):
         raise DataError("one walker does not tell drift from spread: take two or more.")
-    mean_loss = mean_loss_at(ensemble.target)
-    reference = mean_loss(problem, jnp.zeros_like(points[0]))
-    rises = [float(mean_loss(problem, point) - reference) for point in points]
-    drift = drift_of(result.nbeta * np.array(rises))
+    drift = drift_of(mean_energies(ensemble.target, points))
     # the two errors are added: walkers that are off one way make both parts so
     error = math.hypot(result.llc_sem, float(drift.sem))
     return Split(drift, Estimate(np.asarray(result.llc - drift.value), np.asarray(error)))

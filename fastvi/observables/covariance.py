@@ -33,9 +33,9 @@ class Estimate(NamedTuple):
 
 
 def blocks_per_walker(walkers: int, draws: int, time: float) -> int:
-    """Return into how many blocks the draws of each walker are cut, at least one."""
-    most = max(1, MOST_BLOCKS // walkers)
-    return int(np.clip(draws / (BLOCK_TIMES * time), 1, most))
+    """Return into how many blocks the draws of each walker are cut, two at least of a lone one."""
+    least, most = (2 if walkers == 1 else 1), max(1, MOST_BLOCKS // walkers)
+    return int(np.clip(draws / (BLOCK_TIMES * time), least, most))
 
 
 def mean_of(
@@ -52,7 +52,7 @@ def mean_of(
     center = values.mean(axis=0, dtype=float)
     about = (values - center).reshape(len(values), -1)
     means = (weights @ about).reshape(len(weights), *values.shape[1:])
-    error = _error(np.var(means, axis=0, ddof=1), len(means))
+    error = _error(np.var(means, axis=0) * len(means) / max(len(means) - 1, 1), len(means))
     return Estimate(np.asarray(center + means.mean(axis=0)), error)
 
 
@@ -105,7 +105,7 @@ def _covariance_rows(
     middle = [part.mean(axis=0) for part in means]
     left, right = (part - center for part, center in zip(means, middle, strict=True))
     of_means = left.T @ right / (count * max(count - 1, 1)) - np.outer(*middle)
-    return value + of_means, _error(squares / (count - 1), count)
+    return value + of_means, _error(squares / max(count - 1, 1), count)
 
 
 def jackknifed(
@@ -121,6 +121,8 @@ def jackknifed(
         traces: What it is of.
     """
     count, total = len(weights), weights.sum(axis=0)
+    if count < 2:
+        return Estimate(np.asarray(statistic(total, *map(np.asarray, traces))), np.asarray(np.inf))
     arrays = [np.asarray(part, float) for part in traces]
     whole = statistic(total / count, *arrays)
     without = np.array([statistic((total - row) / (count - 1), *arrays) for row in weights])
@@ -185,9 +187,14 @@ def _correlation_rows(
         total += moved**2
     # these have mean zero over all blocks
     count = len(weights)
-    return value, _error(total / (count - 1), count)
+    return value, _error(total / max(count - 1, 1), count)
 
 
 def _error(variance: Any, count: int) -> np.ndarray:
-    """Return the error of a mean of so many blocks of this variance, wider where they are few."""
+    """Return the error of a mean of so many blocks of this variance, wider where they are few.
+
+    One block tells none.
+    """
+    if count < 2:
+        return np.full(np.shape(variance), np.inf)
     return np.asarray(np.sqrt(np.maximum(variance, 0.0) / count) * (1 + STUDENT / (count - 1)))

@@ -90,13 +90,28 @@ def energies_at(
     return PROGRAMS.find(target.loss, key, (target.objective,), build)
 
 
-def mean_loss_at(target: Target) -> Callable[[Problem, Float[Array, " dim"]], Scalar]:
-    """Return `(problem, displacement) -> L_n`, compiled."""
+def mean_energies(target: Target, points: Float[Array, "points dim"]) -> np.ndarray:
+    """Return n beta (L_n - L_n(w*)) at displacements from w*, one after the other.
+
+    Cost:
+        A loss on all data for each, and for w*.
+    """
+    problem, rise = target.problem, mean_rise_at(target)
+    reference = rise(problem, jnp.zeros_like(problem.posterior.center), np.float32(0.0))
+    nbeta = float(problem.posterior.nbeta)
+    return nbeta * np.array([float(rise(problem, point, reference)) for point in points])
+
+
+def mean_rise_at(target: Target) -> Callable[[Problem, Float[Array, " dim"], Any], Scalar]:
+    """Return `(problem, displacement, reference) -> L_n - reference`, compiled.
+
+    The reference is taken off each slice's mean, which keeps float32 accurate.
+    """
 
     def build(objective: Any) -> Callable[..., Scalar]:
-        def mean_loss(problem: Problem, displacement: Array) -> Scalar:
+        def mean_loss(problem: Problem, displacement: Array, reference: Scalar) -> Scalar:
             point = problem.posterior.center + displacement
-            return problem.data.mean(lambda batch: objective.loss(point, batch))
+            return problem.data.mean(lambda batch: objective.loss(point, batch) - reference)
 
         return jax.jit(mean_loss)
 

@@ -57,10 +57,10 @@ class GroupMeans(NamedTuple):
         return means / (self.draws * self.size)
 
 
-def group_means(walkers: int, dim: int) -> GroupMeans:
-    """Return the sums before the first draw."""
-    count, size = groups_of(walkers)
-    return GroupMeans(jnp.zeros((count, dim)), size, 0)
+def group_means(displacement: Float[Array, "walkers dim"]) -> GroupMeans:
+    """Return the sums before the first draw of such walkers."""
+    count, size = groups_of(displacement.shape[0])
+    return GroupMeans(jnp.zeros((count, displacement.shape[1]), displacement.dtype), size, 0)
 
 
 def groups_of(walkers: int) -> tuple[int, int]:

@@ -27,7 +27,7 @@ class LLCDifference:
     """The llc of a second estimate less that of a first.
 
     Attributes:
-        value: The difference: where paired, over the steps that both averaged.
+        value: The difference: where paired, of the walks over the steps that both averaged.
         sem: Its standard error.
         paired: Whether the error takes into account that both walked on the same noise; otherwise
             it is the root of the sum of squares.
@@ -43,7 +43,9 @@ class LLCDifference:
     @property
     def z(self) -> float:
         """The difference in its standard errors; NaN where both are zero."""
-        return self.value / self.sem if self.sem else math.copysign(math.inf, self.value)
+        if self.sem:
+            return self.value / self.sem
+        return math.copysign(math.inf, self.value) if self.value else math.nan
 
     def __str__(self) -> str:
         """Format for a terminal."""
@@ -57,7 +59,9 @@ def difference(first: LLCEstimate, second: LLCEstimate) -> LLCDifference:
     Walkers of two estimates with one key step on the same noise. Where the posteriors are alike
     they move side by side, and the difference over the steps that both average is known much better
     than either llc. Of the other parts of their errors, s and s', it has
-    s^2 + s'^2 - 2 r s s', with r the correlation of the walks.
+    s^2 + s'^2 - 2 r s s', with r the correlation of the walks. What each llc has beside the plain
+    mean of its walk, by control variates and for heat, counts in the difference, and as an error as
+    far as the two differ in it.
     """
     value, sem = second.llc - first.llc, math.hypot(first.llc_sem, second.llc_sem)
     shared = shared_walk(first, second)
@@ -65,10 +69,16 @@ def difference(first: LLCEstimate, second: LLCEstimate) -> LLCDifference:
         return LLCDifference(value, sem, False, shared.correlation if shared else math.nan)
     others = zip(first.error_parts[1:], second.error_parts[1:], strict=True)
     systematic = [one**2 + other**2 - 2 * shared.correlation * one * other for one, other in others]
-    paired = math.sqrt(shared.sem**2 + sum(systematic))
+    added = _beside_the_mean(second) - _beside_the_mean(first)
+    paired = math.sqrt(shared.sem**2 + added**2 + sum(systematic))
     if not paired < sem:
         return LLCDifference(value, sem, False, shared.correlation)
-    return LLCDifference(shared.value, paired, True, shared.correlation)
+    return LLCDifference(shared.value + added, paired, True, shared.correlation)
+
+
+def _beside_the_mean(estimate: LLCEstimate) -> float:
+    """Return llc less the plain mean of the bins that it averages."""
+    return estimate.llc - float(estimate.walk_llc[:, estimate.walk_burn_in :].mean())
 
 
 class SharedWalk(NamedTuple):

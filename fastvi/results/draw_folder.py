@@ -126,6 +126,12 @@ class DrawFolder:
         _replace_arrays(self.folder / BEGUN, begun)
         return ensemble, means
 
+    @property
+    def has_mean_energies(self) -> bool:
+        """Whether the energies at the mean of these draws are there."""
+        there = MEAN_ENERGIES in self.arrays
+        return there and self.arrays.whole(MEAN_ENERGIES)[0] == self.draws
+
     def put_mean_energies(self, values: np.ndarray) -> None:
         """Keep the energies at the mean of these draws, of which no later ones are."""
         self.arrays.put_whole(MEAN_ENERGIES, np.array([self.draws, *values]))

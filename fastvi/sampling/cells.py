@@ -55,7 +55,7 @@ def walk_cell(
     target, before = ensemble.target, ensemble.target.problem
     problem = dataclasses.replace(before, posterior=posterior)
     setup = dataclasses.replace(
-        ensemble.setup,
+        ensemble.callable_setup,
         problem=problem,
         error=error,
         budget=budget,

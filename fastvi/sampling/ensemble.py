@@ -12,12 +12,14 @@ from fastvi._errors import DataError
 from fastvi._typing import Array, Float, Keys
 from fastvi.sampling.from_localizer.plan import TINY
 from fastvi.sampling.from_localizer.setup import Course, WalkSetup
+from fastvi.sampling.from_localizer.steps import minibatch_programs
 from fastvi.sampling.from_localizer.walk import advance, with_parts
+from fastvi.sampling.programs import sampler_programs
 from fastvi.sampling.run import RunSetup, RunState, begin, go_on, switch_fidelity
 from fastvi.sampling.tuning import Fidelity, plan_energy_error
 from fastvi.sampling.walkers import Walkers
 from fastvi.target.data import Problem
-from fastvi.target.fingerprint import Fingerprint
+from fastvi.target.fingerprint import Fingerprint, fingerprint_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,21 @@ class Target:
     loss: Fingerprint
     problem: Problem
     is_masked: bool = False
+
+    def check_unchanged(self) -> Fingerprint:
+        """Return what the loss computes now; refuse what is something else than before.
+
+        Raises:
+            DataError: If state that the loss reads has changed.
+        """
+        now = fingerprint_loss(self.objective, self.problem)
+        if now.digest != self.loss.digest:
+            raise DataError(
+                "the loss computes something else than at the estimate: state that it reads has "
+                "changed since (an attribute, a global, an array). Set it back, or run "
+                "estimate_llc again."
+            )
+        return now
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +120,20 @@ class BlockEnsemble(AbstractEnsemble):
         told["energy_error"] = end.fidelity.energy_error
         return cls(target, setup, end.walkers, told)
 
+    @property
+    def callable_setup(self) -> RunSetup:
+        """The setup, with programs that call the loss of this target.
+
+        Programs are shared, and may have been lent the loss of another estimate that computes the
+        same and is gone.
+        """
+        target, settings = self.target, self.setup.settings
+        programs = sampler_programs(target.objective, target.loss, target.problem, settings)
+        return dataclasses.replace(self.setup, programs=programs)
+
     def awake(self, error: float) -> "BlockEnsemble":
         """Evaluate the anchor and the walkers anew: a gradient on all data, and one of each."""
-        setup, told = dataclasses.replace(self.setup, error=error), dict(self.told)
+        setup, told = dataclasses.replace(self.callable_setup, error=error), dict(self.told)
         before = Fidelity(0, told.pop("energy_error"))
         state = begin(setup, self.walkers)._replace(**told)
         state = state._replace(
@@ -162,7 +190,17 @@ class MinibatchEnsemble(AbstractEnsemble):
         course = self.course._replace(state=state, work=0.0)
         wanted = math.ceil(course.parts * course.heat / max(error * abs(self.llc), TINY))
         parts = max(course.parts, min(wanted, self.setup.reader.most))
-        return dataclasses.replace(self, course=with_parts(course, parts))
+        # as in `BlockEnsemble.callable_setup`
+        setup, target = self.setup, self.target
+        programs = minibatch_programs(
+            target.objective,
+            target.loss,
+            setup.posterior,
+            setup.reader.first,
+            setup.programs.length,
+        )
+        setup = dataclasses.replace(setup, programs=programs)
+        return dataclasses.replace(self, setup=setup, course=with_parts(course, parts))
 
     def moved(self, steps: int) -> "MinibatchEnsemble":
         """Return them so many steps later.

@@ -69,6 +69,7 @@ def test_walks_on_other_noise_have_independent_errors(estimates):
 def test_an_estimate_does_not_differ_from_itself(estimates):
     found = difference(estimates["one"], estimates["one"])
     assert (found.value, found.sem, found.correlation) == (0.0, 0.0, 1.0)
+    assert math.isnan(found.z)
     assert found.paired
 
 
@@ -105,6 +106,22 @@ def test_bins_are_paired_by_their_steps(estimates):
     systematic = 2 * (1 - shared.correlation) * (0.3**2 + 0.2**2 + 0.1**2)
     assert found.sem == pytest.approx(math.hypot(shared.sem, math.sqrt(systematic)))
     assert shared.sem == pytest.approx(math.sqrt(2 / 9 / (64 * 52)), rel=0.2)
+
+
+def test_what_each_llc_has_beside_the_mean_of_its_walk_counts(estimates):
+    """The second walk is hotter by half a nat, which its llc has taken off already."""
+    rng = np.random.default_rng(3)
+    noise = rng.normal(size=(64, 60))
+    pair = [
+        walked(estimates["one"], noise + rng.normal(size=noise.shape) / 30, 16),
+        walked(estimates["one"], noise + rng.normal(size=noise.shape) / 30 + 0.5, 16),
+    ]
+    pair[1] = dataclasses.replace(pair[1], llc=pair[1].llc - 0.5)
+    found = difference(*pair)
+    assert found.value == pytest.approx(pair[1].llc - pair[0].llc)
+    assert abs(found.value) < 0.01
+    # how much more one has taken off is no better known than that
+    assert found.sem > 0.5
 
 
 @pytest.mark.parametrize("case", ["walkers", "phase", "short", "still", "unwalked"])

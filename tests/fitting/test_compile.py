@@ -194,7 +194,7 @@ def test_a_loss_is_what_it_computes_now():
         lambda: fastvi.correct(first, "sample", progress=False),
         lambda: fastvi.llc_on(first, ONES),
     ):
-        with pytest.raises(fastvi.DataError, match="computes something else than at the fit"):
+        with pytest.raises(fastvi.DataError, match="computes something else than at the estimate"):
             later()
     scaled.scale = 1.0
     with CompileWatch() as watch:

@@ -79,7 +79,7 @@ def result(request):
 def draws(result):
     return fastvi.sample_posterior(
         result,
-        160,
+        80,
         losses={"train": TRAIN, "test": TEST},
         observables={"weights": lambda w, _: w, "error": (lambda w, x: x @ w, TEST[0])},
         thin=8,
@@ -364,10 +364,22 @@ def test_means_and_jackknifed_statistics_of_independent_draws():
     assert np.all(np.abs(scores.std(axis=0) - 1) < 0.25)
 
 
+def test_one_block_tells_no_error():
+    draws, weights = np.random.default_rng(0).normal(size=(50, 3)), plain_weights(1, 50, 1)
+    for found in (
+        mean_of(weights, draws),
+        covariance_of(weights, draws, draws),
+        jackknifed(lambda weight, x: weight @ x, weights, draws[:, 0]),
+    ):
+        assert np.all(np.isfinite(found.value))
+        assert np.all(np.isinf(found.sem))
+
+
 def test_blocks_are_long_beside_what_walkers_remember():
     assert blocks_per_walker(8, 200, 1.0) == 8
     assert blocks_per_walker(8, 200, 5.0) == 4
     assert blocks_per_walker(8, 200, 100.0) == 1
+    assert blocks_per_walker(1, 200, 100.0) == 2
     assert blocks_per_walker(128, 200, 1.0) == 1
 
 

@@ -45,7 +45,8 @@ def test_parts_have_no_bias_and_their_errors_are_true(walkers):
     scores, biased = [], []
     for _ in range(TRIALS):
         v = MEAN + rng.normal(size=(walkers, draws, DIM)) @ root.T
-        means = group_means(walkers, DIM).with_draw(jnp.asarray(v[:, 0], jnp.float32))
+        at = jnp.asarray(v[:, 0], jnp.float32)
+        means = group_means(at).with_draw(at)
         points = np.asarray(means.points(), float)
         split = split_of(rise(v), rise(points))
         scores.append(
@@ -70,7 +71,7 @@ def test_groups_are_of_one_size():
         count, size = groups_of(walkers)
         assert count <= GROUPS
         assert 0 <= walkers - count * size < max(size, walkers / 8)
-    alone = group_means(1, 3).with_draw(jnp.ones((1, 3)))
+    alone = group_means(jnp.ones((1, 3))).with_draw(jnp.ones((1, 3)))
     assert alone.points().shape == (0, 3)
 
 
@@ -105,6 +106,15 @@ def test_an_estimate_is_split_where_its_walkers_ended(result):
     assert drift.sem < 0.3 * abs(DRIFT)
     with pytest.raises(fastvi.DataError, match="holds no walkers"):
         fastvi.split_llc(dataclasses.replace(result, ensemble=None))
+
+
+def test_a_loss_that_has_changed_is_not_split(result):
+    target = dataclasses.replace(
+        result.ensemble.target, loss=result.ensemble.target.loss._replace(digest="another")
+    )
+    ensemble = dataclasses.replace(result.ensemble, target=target)
+    with pytest.raises(fastvi.DataError, match="computes something else than at the estimate"):
+        fastvi.split_llc(dataclasses.replace(result, ensemble=ensemble))
 
 
 def test_a_curve_has_drift_and_spread_of_each_checkpoint():
@@ -189,7 +199,7 @@ def test_a_network_half_trained_meets_a_long_run():
     assert accepted.mean() > 0.4
     points, losses = points[:, 500:].astype(float), losses[:, 500:].astype(float)
     least = float(mean_loss(start))
-    means = group_means(32, 13)
+    means = group_means(jnp.zeros((32, 13), jnp.float32))
     for draw in range(0, points.shape[1], 10):
         means = means.with_draw(jnp.asarray(points[:, draw], jnp.float32))
     at_means = [nbeta * (float(mean_loss(one)) - least) for one in means.points()]

@@ -116,6 +116,16 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(result, held, tmp_path
     assert_same(found, held)
 
 
+def test_a_run_that_ends_after_its_last_draw_still_tells_the_parts_of_llc(result, held, tmp_path):
+    interrupted(result, tmp_path / "draws", at=DRAWS)
+    assert not fastvi.load_draws(tmp_path / "draws").mean_energies.size
+    found = fastvi.sample_posterior(
+        result, DRAWS, store=tmp_path / "draws", progress=False, **NAMED
+    )
+    assert_same(found, held)
+    np.testing.assert_allclose(found.mean_energies, held.mean_energies, rtol=1e-6)
+
+
 def test_a_run_of_another_process_goes_on(result, held, tmp_path):
     """Whose estimate is another object, with the same numbers."""
     interrupted(result, tmp_path / "draws", at=20)

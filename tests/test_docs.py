@@ -308,6 +308,7 @@ def test_math_page_has_the_sections_that_comments_name():
         "Stopping",
         "Estimate",
         "Sampling",
+        "Draws",
         "Work",
     ]
     for path in (ROOT / "fastvi").rglob("*.py"):

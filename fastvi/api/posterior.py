@@ -1,6 +1,5 @@
 """`sample_posterior`: walkers of a finished estimate go on, and say more than their llc."""
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from fastvi.observables.evaluate import mean_energies
 from fastvi.observables.posterior import PosteriorDraws
 from fastvi.observables.split import group_means
 from fastvi.observables.storage import MemorySink
-from fastvi.results.draw_findings import draw_findings
+from fastvi.results.draw_findings import with_findings
 from fastvi.results.draw_folder import DrawFolder, DrawPlan
 from fastvi.results.draw_identity import LOSSES, OBSERVABLES, TRACES, identify_draws
 from fastvi.results.estimate import LLCEstimate
@@ -165,7 +164,7 @@ def _hold(
         as_passed=evaluation.in_full,
         mean_energies=mean_energies(evaluation.target, means.points()),
     )
-    return dataclasses.replace(found, health=draw_findings(found))
+    return with_findings(found)
 
 
 def check_size(walkers: int, draws: int, each: int) -> None:

@@ -17,7 +17,6 @@ from fastvi.results.estimate import LLCEstimate
 from fastvi.results.llc_profile import LLCProfile
 from fastvi.results.progress import reporting
 from fastvi.sampling.ensemble import BlockEnsemble
-from fastvi.target.fingerprint import fingerprint_loss
 
 # Multiples of the estimate's own n beta and localization that a profile has by default. From one to
 # the next llc of a direction that both hold changes by a factor of up to 4; at half of that, the
@@ -81,7 +80,7 @@ def profile(
         own,
         error or own.config.error,
         budget or own.config.budget or default_budget(own.n_data),
-        fingerprint_loss(own.fitted.objective, own.fitted.problem),
+        own.fit_for("go on from").check_unchanged(),
     )
     with reporting(progress) as report:
         cells = walk.over(grid, report)
@@ -95,7 +94,7 @@ def _walked(
     progress: bool | Callable[[Progress], None],
 ) -> LLCEstimate:
     """Return an estimate that holds walkers, of a run that is made now where there are none."""
-    result.fit_for("go on from").check_unchanged()
+    result.fit_for("go on from")
     if result.ensemble is None:
         result = correct(result, "sample", error=error, budget=budget, progress=progress)
     if not isinstance(result.ensemble, BlockEnsemble):

@@ -126,8 +126,16 @@ def jackknifed(
     arrays = [np.asarray(part, float) for part in traces]
     whole = statistic(total / count, *arrays)
     without = np.array([statistic((total - row) / (count - 1), *arrays) for row in weights])
+    return from_left_out(whole, without)
+
+
+def from_left_out(whole: float, without: Float[np.ndarray, " blocks"]) -> Estimate:
+    """Return the jackknife's estimate: of a statistic of all, and of those that leave out one each.
+
+    The statistic's own bias is of the order of one over the draws, and taken off with it.
+    """
+    count = len(without)
     variance = (count - 1) * np.mean((without - without.mean()) ** 2)
-    # the statistic's own bias is of the order of one over the draws, and taken off with it
     value = count * whole - (count - 1) * without.mean()
     return Estimate(np.asarray(value), _error(variance * count, count))
 

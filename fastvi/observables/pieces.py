@@ -5,7 +5,7 @@ observable. Entries that belong to different pieces are read from disk apart.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -67,13 +67,7 @@ def covariance_by_entry(weights: Weights, one: Any, other: Any) -> Estimate:
     Cost:
         Two numbers in float64 for each pair; what is read for a pair of pieces comes on top.
     """
-    value = np.empty((entries_in(one), entries_in(other)))
-    sem = np.empty_like(value)
-    for rows, part in pieces_of(one):
-        for columns, counterpart in pieces_of(other):
-            found = covariance_of(weights, part, counterpart)
-            value[rows, columns], sem[rows, columns] = found
-    return Estimate(value, sem)
+    return _by_pairs(covariance_of, weights, one, other)
 
 
 def correlation_by_entry(weights: Weights, one: Any, other: Any) -> Estimate:
@@ -81,11 +75,16 @@ def correlation_by_entry(weights: Weights, one: Any, other: Any) -> Estimate:
 
     Its cost is that of a covariance.
     """
+    return _by_pairs(correlation_of, weights, one, other)
+
+
+def _by_pairs(moment: Callable[..., Estimate], weights: Weights, one: Any, other: Any) -> Estimate:
+    """Return a moment of each entry of one with each entry of the other, by pairs of pieces."""
     value = np.empty((entries_in(one), entries_in(other)))
     sem = np.empty_like(value)
     for rows, part in pieces_of(one):
         for columns, counterpart in pieces_of(other):
-            found = correlation_of(weights, part, counterpart)
+            found = moment(weights, part, counterpart)
             value[rows, columns], sem[rows, columns] = found
     return Estimate(value, sem)
 

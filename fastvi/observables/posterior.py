@@ -145,6 +145,13 @@ class PosteriorDraws:
         # a trace that does not move remembers everything
         return max(correlation_time(one) or float(self.num_draws) for one in traces)
 
+    def with_health(self, health: tuple[Any, ...]) -> "PosteriorDraws":
+        """Return these draws with findings, and with what has been computed for them so far."""
+        found = dataclasses.replace(self, health=health)
+        for name, computed in vars(self).items():
+            vars(found).setdefault(name, computed)
+        return found
+
     @property
     def plain(self) -> "PosteriorDraws":
         """The same draws, of which all means and covariances are without control variates."""

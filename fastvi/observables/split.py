@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Float
-from fastvi.observables.covariance import Estimate
-from fastvi.sampling.averages import STUDENT
+from fastvi.observables.covariance import Estimate, from_left_out
 
 # Groups of walkers, each of which is left out once. Half of them tell errors to a quarter instead
 # of a sixth; double takes twice the losses on all data.
@@ -91,17 +90,13 @@ def split_of(
     count, size = groups_of(len(llc))
     means = np.asarray(llc, float)[: count * size].reshape(count, -1).mean(axis=1)
     energies = np.concatenate([[means.mean()], (means.sum() - means) / (count - 1)])
-    return Split(drift_of(at_means), _jackknife(energies - np.asarray(at_means, float)))
+    return Split(drift_of(at_means), _jackknifed(energies - np.asarray(at_means, float)))
 
 
 def drift_of(at_means: Float[np.ndarray, " points"]) -> Estimate:
     """Return the drift, from n beta (L_n - L_n(w*)) at the points of `GroupMeans.points`."""
-    return _jackknife(np.asarray(at_means, float))
+    return _jackknifed(np.asarray(at_means, float))
 
 
-def _jackknife(values: np.ndarray) -> Estimate:
-    """Return the estimate from the statistic of all, and those that leave out a group each."""
-    whole, without, count = values[0], values[1:], len(values) - 1
-    variance = (count - 1) * np.mean((without - without.mean()) ** 2)
-    value = count * whole - (count - 1) * without.mean()
-    return Estimate(np.asarray(value), np.asarray(np.sqrt(variance) * (1 + STUDENT / (count - 1))))
+def _jackknifed(values: Float[np.ndarray, " points"]) -> Estimate:
+    return from_left_out(float(values[0]), values[1:])

@@ -17,6 +17,11 @@ DRIFT_SHARE = 0.1
 SIGMAS = 2.0  # by which the share is beyond that: chance names one draw in 40
 
 
+def with_findings(draws: PosteriorDraws) -> PosteriorDraws:
+    """Return the draws with what stands out."""
+    return draws.with_health(draw_findings(draws))
+
+
 def draw_findings(draws: PosteriorDraws) -> tuple[Finding, ...]:
     """Return what stands out, gravest first."""
     return (

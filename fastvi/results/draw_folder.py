@@ -28,6 +28,7 @@ from fastvi.observables.storage import (
 from fastvi.results import files
 from fastvi.results.draw_identity import INIT_LOSSES, differing_entries
 from fastvi.sampling.ensemble import AbstractEnsemble
+from fastvi.target.identity import list_changes
 
 ABOUT, WALKERS, BEGUN = "draws.json", "walkers.npz", "begun.npz"
 FORMAT, VERSION = "fastvi draws", 1  # raised where the entries of a file change their meaning
@@ -186,9 +187,7 @@ class DrawFolder:
         now = json.loads(json.dumps(self.plan.identity))
         names = differing_entries(now, kept)
         if names:
-            listed = "; ".join(
-                f"{name} was {kept.get(name)!r}, now {now[name]!r}" for name in names
-            )
+            listed = list_changes(names, kept, now)
             raise DataError(
                 f"{self.folder} holds draws of another configuration: {listed}. Pass what they "
                 "were begun with, or name another folder."

@@ -25,7 +25,7 @@ from fastvi.fitting.step_plan import Phases
 from fastvi.results import files
 from fastvi.results.schema import fits
 from fastvi.target.data import Problem
-from fastvi.target.identity import differing, digest_tree, observe_loss
+from fastvi.target.identity import differing, digest_tree, list_changes, observe_loss
 from fastvi.target.losses import take_examples
 from fastvi.target.objective import FlatObjective
 
@@ -181,9 +181,7 @@ class FolderKeeper(AbstractKeeper):
         now = json.loads(json.dumps(self.identity))
         names = differing(now, kept)
         if names:
-            listed = "; ".join(
-                f"{name} was {kept.get(name)!r}, now {self.identity[name]!r}" for name in names
-            )
+            listed = list_changes(names, kept, self.identity)
             raise ConfigError(
                 f"{self.folder} holds the progress of another fit: {listed}. Pass what it was "
                 "begun with, or an empty folder."

@@ -1,6 +1,5 @@
 """Draws that are on disk, opened."""
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from fastvi._typing import Given, PyTree
 from fastvi.observables.posterior import PosteriorDraws
 from fastvi.observables.zarr_arrays import StoredArray, ZarrArrays
 from fastvi.results import files
-from fastvi.results.draw_findings import draw_findings
+from fastvi.results.draw_findings import with_findings
 from fastvi.results.draw_folder import MEAN_ENERGIES, WALKERS, WAY_OUT, draws_done, read_about
 from fastvi.results.draw_identity import INIT_LOSSES, LOSSES, OBSERVABLES, TRACES
 
@@ -67,7 +66,7 @@ def stored_draws(folder: Path, as_passed: Callable[[Any], PyTree]) -> PosteriorD
         as_passed=as_passed,
         mean_energies=_mean_energies(arrays, draws),
     )
-    return dataclasses.replace(found, health=draw_findings(found))
+    return with_findings(found)
 
 
 def _mean_energies(arrays: ZarrArrays, draws: int) -> np.ndarray:

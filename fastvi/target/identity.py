@@ -5,7 +5,7 @@ Whether a kept fit or run is of the same model, whatever it is called.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,6 +57,11 @@ def observe_loss(
 def differing(now: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
     """Name the entries that differ by more than the rounding of a loss and its gradients."""
     return [name for name in now if not _is_same(name, now, kept)]
+
+
+def list_changes(names: Sequence[str], kept: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say of each entry what it was, and what it is now."""
+    return "; ".join(f"{name} was {kept.get(name)!r}, now {now[name]!r}" for name in names)
 
 
 def _is_same(name: str, now: Mapping[str, Any], kept: Mapping[str, Any]) -> bool:

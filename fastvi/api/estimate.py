@@ -21,6 +21,7 @@ from fastvi.api.arguments import (
     choose_localization,
     make_problem,
 )
+from fastvi.api.minimum import Minimum, look_at_minimum
 from fastvi.api.plan import (
     DEFAULT_BATCH_SIZE,
     check_blocks,
@@ -43,13 +44,12 @@ from fastvi.api.walk import (
 from fastvi.config import VIConfig
 from fastvi.evaluation.errors import ErrorParts, chain_error
 from fastvi.evaluation.importance import assess_importance
-from fastvi.evaluation.llc import losses_beside
 from fastvi.fitting.protocols import Progress
 from fastvi.fitting.run import Fit, Options, Snapshot, run_fit
 from fastvi.fitting.schedule import elbo_trend
 from fastvi.fitting.stages import Outcome, programs_for
-from fastvi.geometry.minimum import LINE_POINTS, Bottom, look_down, rounding_nats
-from fastvi.geometry.start import newton_decrement, rank_limit
+from fastvi.geometry.minimum import rounding_nats
+from fastvi.geometry.start import rank_limit
 from fastvi.kernels.noise import split_key
 from fastvi.results.estimate import MOST_SCALES, LLCEstimate, kept_scales
 from fastvi.results.findings import Evidence, health_findings
@@ -57,6 +57,7 @@ from fastvi.results.parts import ChainValues, Curvature, DrawValues, Timings
 from fastvi.results.progress import reporting
 from fastvi.results.resume import FolderKeeper, identify
 from fastvi.results.work import RunWork, count_work
+from fastvi.sampling.ensemble import Target as SamplingTarget
 from fastvi.sampling.from_localizer.walk import TooStiff
 from fastvi.target.checks import LossLook
 from fastvi.target.data import AbstractData, Problem, Window, hold
@@ -398,15 +399,10 @@ def run_estimate(
             stages, problem, family_choice(plan), fit_schedule(plan), keys, options=options
         )
     timings = Timings(**fit.seconds, compile=watch.seconds, total=time.perf_counter() - began)
-    bottom = look_down(
-        problem.posterior,
-        fit.start,
-        float(fit.outcome.reference_loss),
-        np.asarray(fit.outcome.beside),
-        losses_beside(LINE_POINTS, plan.evaluation_draws),
-    )
-    work = count_work(fit, problem, plan, num_chains, look, bottom.losses)
-    result = _estimate(fit, problem, plan, work, timings, bottom, look)
+    where = SamplingTarget(objective, stages.loss, problem)
+    minimum = look_at_minimum(where, fit, plan.evaluation_draws)
+    work = count_work(fit, problem, plan, num_chains, look, minimum.losses)
+    result = _estimate(fit, problem, plan, work, timings, minimum, look)
     if throw and _has(result, "non_finite"):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
     result = dataclasses.replace(
@@ -431,7 +427,7 @@ def _estimate(
     config: VIConfig,
     work: RunWork,
     timings: Timings,
-    bottom: Bottom,
+    minimum: Minimum,
     look: LossLook,
 ) -> LLCEstimate:
     """Move a finished fit to the host and interpret it."""
@@ -447,7 +443,7 @@ def _estimate(
         chain_error(evaluation.llc, evaluation.llc_sem), evaluation=float(outcome.data_error)
     )
     posterior = problem.posterior
-    evidence = _evidence(fit, outcome, problem, config, traces, bottom, look)
+    evidence = _evidence(fit, outcome, problem, config, traces, minimum, look)
     return LLCEstimate(
         llc=float(np.mean(evaluation.llc)),
         llc_sem=parts.total,
@@ -470,7 +466,8 @@ def _estimate(
             spectrum=np.asarray(start.spectrum, float)[: int(start.num_values)].tolist(),
             newton_decrement=evidence.newton_decrement,
             # The localizer adds its strength to every curvature.
-            lowest=bottom.curvature + float(posterior.gamma),
+            lowest=minimum.bottom.curvature + float(posterior.gamma),
+            products=minimum.products,
         ),
         evaluation=ChainValues(
             *(np.asarray(getattr(evaluation, name), float).tolist() for name in ChainValues._fields)
@@ -497,13 +494,12 @@ def _evidence(
     problem: Problem,
     config: VIConfig,
     traces: dict[str, np.ndarray],
-    bottom: Bottom,
+    minimum: Minimum,
     look: LossLook,
 ) -> Evidence:
     """Collect what findings are read from."""
     start, evaluation, posterior = fit.start, outcome.evaluation, problem.posterior
     steps, trend = traces["elbo"].shape[1], elbo_trend(traces["elbo"])
-    assert fit.outcome.slope is not None, "the loss on all data is a mean of loss_fn"
     return Evidence(
         llc_per_chain=np.asarray(evaluation.llc, float),
         llc_sem_per_chain=np.asarray(evaluation.llc_sem, float),
@@ -518,7 +514,7 @@ def _evidence(
         rank_limit=rank_limit(
             start_settings(config), posterior.center.size, posterior.center.dtype.itemsize
         ),
-        newton_decrement=newton_decrement(start, posterior, fit.outcome.slope),
+        newton_decrement=minimum.newton_gain,
         importance=assess_importance(np.asarray(evaluation.log_weight)),
         radius2=traces["radius2"],
         localization=float(posterior.gamma),
@@ -528,7 +524,7 @@ def _evidence(
         weight_rounding=look.weight_rounding,
         loss_rounding=look.loss_rounding,
         init_loss=float(outcome.reference_loss),
-        bottom=bottom,
+        bottom=minimum.bottom,
         in_memory=problem.holds_all,
         **_mixture_evidence(outcome.arrays, config),
     )

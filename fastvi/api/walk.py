@@ -257,6 +257,7 @@ def _estimate(
             spectrum=[],
             newton_decrement=measured.decrement,
             lowest=nan,
+            products="none",
         ),
         evaluation=ChainValues([], [], [], [], [], []),
         work=RunWork(0, 0, 0, 0, looking, 0.0, 0.0, 0.0, 0.0, looking + work, work),

@@ -104,7 +104,7 @@ class VIConfig(CheckedFields):
             None keeps it.
         steps: Optimisation steps; with `early_stop` a cap. None means 5000, and 200 in a fit that
             only prepares a walk; what else is left open takes minibatches of 64, one draw a
-            step and 32 evaluation draws there.
+            step and 128 evaluation draws there.
         batch_size: Examples per minibatch, at most n; None means min(256, n), and min(64, n) in a
             fit that only prepares a walk.
         lr: Peak learning rate.
@@ -127,10 +127,10 @@ class VIConfig(CheckedFields):
             refuse True.
         eval_every: Steps between records of the D_sqrt and A_col_norm traces, which hold their
             value in between; between prunings, and between records for TensorBoard.
-        eval_samples: Draws of the final estimate, rounded down to an even number. None means 64, 32
-            in a fit that only prepares a walk, and in `estimate_llc` more in fewer than 17
-            dimensions: times floor(32/d)², at most 32. Family "flow": at least 512 where the flow
-            covers every dimension.
+        eval_samples: Draws of the final estimate, rounded down to an even number. None means 64,
+            128 in a fit that only prepares a walk, and in other fits of `estimate_llc` more in
+            fewer than 17 dimensions: times floor(32/d)², at most 32. Family "flow": at least
+            512 where the flow covers every dimension.
         control_variate: Control variate of the final estimate: q's own curvature, the Hessian at
             w*, or none. None means "auto", and "none" below 32 evaluation draws, too few to find
             its coefficients from: there "auto" is refused, as "hvp" is below 16.

@@ -226,8 +226,20 @@ def _lowest(spectrum: Spectrum, beyond, images, complement):
     return values[place], candidates[place]
 
 
-def newton_decrement(start: Start, posterior: LocalPosterior, slope: Array | np.ndarray) -> float:
-    """Return how many nats of the log density a Newton step from w* would gain: 0 at a minimum.
+class NewtonStep(NamedTuple):
+    """The step from w* to where a quadratic with its slope and curvature is least.
+
+    Attributes:
+        displacement: The step.
+        gain: Nats of the log density that it would gain: 0 at a minimum.
+    """
+
+    displacement: Float[np.ndarray, " dim"]
+    gain: float
+
+
+def newton_step(start: Start, posterior: LocalPosterior, slope: Array | np.ndarray) -> NewtonStep:
+    """Return the Newton step from w*.
 
     It is computed in numpy, which compiles nothing.
 
@@ -244,4 +256,5 @@ def newton_decrement(start: Start, posterior: LocalPosterior, slope: Array | np.
     used = squares > 0
     along = np.where(used, core @ pull / np.where(used, squares, 1.0), 0.0)
     beside = pull - along @ core  # the core's rows are orthogonal
-    return float(0.5 * (beside @ beside + np.sum(along**2 * squares / (1 + squares))))
+    gain = 0.5 * (beside @ beside + np.sum(along**2 * squares / (1 + squares)))
+    return NewtonStep(-scale * (beside + (along / (1 + squares)) @ core), float(gain))

@@ -21,6 +21,7 @@ from fastvi.results.findings import Finding
 from fastvi.results.parts import ChainValues, Correction, Curvature, DrawValues, Timings
 from fastvi.results.saved import read_estimate, write_estimate
 from fastvi.results.work import RunWork
+from fastvi.target.hessian import SecondDerivative
 
 SUMMARY_WIDTH = 80  # letters, those of the narrowest common terminal
 # What each part of an error is the error of.
@@ -162,6 +163,12 @@ class LLCEstimate:
             *([] if has_variate else [f"evaluation     {draws} draws, no control variate"]),
             f"core           rank {self.curvature.rank} of {self.dim:,}, explains "
             f"{100 * self.curvature.explained:.3g} % of the precision's trace at w*",
+            # said where it is not autodiff's usual way
+            *(
+                [f"curvature      by {self.curvature.products}"]
+                if self.curvature.products != SecondDerivative.FORWARD.value
+                else []
+            ),
             f"fit            {steps} steps x {fits} {'chain' if fits == 1 else 'chains'} "
             f"({stop}){clipping}",
             f"work           {self.sample_gradients:,.0f} sample gradients, "

@@ -19,6 +19,7 @@ class Curvature(NamedTuple):
         spectrum: Leading eigenvalues, whitened if a whitening is on.
         newton_decrement: Nats of log posterior that a Newton step from w* would gain.
         lowest: Least curvature that was met, for a unit of displacement.
+        products: How products with the Hessian were found; "none" of a walk without a fit.
     """
 
     rank: int
@@ -28,6 +29,7 @@ class Curvature(NamedTuple):
     spectrum: list[float]
     newton_decrement: float
     lowest: float
+    products: str
 
 
 class ChainValues(NamedTuple):

@@ -16,7 +16,7 @@ from fastvi.results.parts import DrawValues
 from fastvi.results.schema import COUNT, NONNEGATIVE, POSITIVE, Rule, build, wrong_field
 
 RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
-FORMAT, VERSION = "fastvi estimate", 6
+FORMAT, VERSION = "fastvi estimate", 7
 # `arrays_digest` ties result.json to its traces.npz: two files are not replaced at once.
 HEADER = ("format", "version", "arrays_digest")
 # fields of arrays by name, and the prefix of their names in the file

@@ -1,17 +1,34 @@
-"""Products with the Hessian of a mean loss."""
+"""Products with the Hessian of a mean loss, in whichever way it has a second derivative."""
 
+import enum
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from fastvi._modes import their_products
-from fastvi._typing import Array, Batch, Float
+from fastvi._typing import Array, Batch, Float, Scalar
 from fastvi.target.data import AbstractData
+from fastvi.target.losses import take_examples
 from fastvi.target.objective import FlatObjective
 
 # What jax raises where it has no rule for a derivative.
 NO_DERIVATIVE = (TypeError, ValueError, NotImplementedError)
+
+
+# Steps that differences are tried with: so many times the cube root of the precision, at which
+# errors of rounding and of the third derivative balance where parameters and their effects are of
+# size one. The shortest are for parameters that act a thousand times as strongly, the longest for
+# gradients with an error of a thousandth, such as those of a solver.
+STEPS = tuple(8.0**power for power in range(-3, 3))
+
+
+class SecondDerivative(enum.Enum):
+    """How products with the Hessian are found."""
+
+    FORWARD = "derivatives of the gradient, forwards"
+    REVERSE = "derivatives of the gradient, backwards"
+    DIFFERENCES = "differences of gradients"
 
 
 def data_hvp(
@@ -31,6 +48,12 @@ def data_hvp(
     # One linearisation serves all tangents; slices are linearised anew for each.
     if data.fits_a_pass(copies):
         return hvp_operator(objective, w, data.examples)
+    few = take_examples(data.examples, slice(1))
+    if second_derivative(objective, w, few) is SecondDerivative.DIFFERENCES:
+        # one step for all slices
+        return _differences(
+            lambda point: data.mean(lambda batch: objective.grad(point, batch), copies=copies), w
+        )
     return lambda tangent: data.mean(
         lambda batch: hvp_operator(objective, w, batch)(tangent), copies=copies
     )
@@ -47,14 +70,31 @@ def hvp_operator(
     primal evaluation.
 
     Cost:
-        2 gradients of the batch per tangent.
+        2 gradients of the batch per tangent; differences take 12 more, to find their step.
     """
     with their_products():
-        return _product(lambda point: objective.grad(point, batch), w)
+        return _product(lambda point: objective.grad(point, batch), w)[1]
 
 
-def _product(gradient: Callable, w: Float[Array, " dim"]) -> Callable:
-    """Return the derivative of the gradient at `w`, in whichever way it has one."""
+def second_derivative(
+    objective: FlatObjective, w: Float[Array, " dim"], batch: Batch
+) -> SecondDerivative:
+    """Say how products with the Hessian are found, by an abstract evaluation."""
+    found = []
+
+    def look(point: Array) -> Array:
+        found.append(_product(lambda at: objective.grad(at, batch), point)[0])
+        return point
+
+    with their_products():
+        jax.eval_shape(look, w)
+    return found[-1]
+
+
+def _product(
+    gradient: Callable, w: Float[Array, " dim"]
+) -> tuple[SecondDerivative, Callable[[Float[Array, " dim"]], Float[Array, " dim"]]]:
+    """Return the derivative of the gradient at `w`, and in which way it has one."""
     try:
         push = jax.linearize(gradient, w)[1]
         # only a batch of tangents finds a function with a VJP alone
@@ -62,24 +102,49 @@ def _product(gradient: Callable, w: Float[Array, " dim"]) -> Callable:
     except NO_DERIVATIVE:
         jax.eval_shape(gradient, w)  # which raises again what the loss itself raises
     else:
-        return push
+        return SecondDerivative.FORWARD, push
     try:
         pull = jax.vjp(gradient, w)[1]
         jax.eval_shape(jax.vmap(pull), w[None])
     except NO_DERIVATIVE:
-        return their_products()(lambda tangent: _gradient_difference(gradient, w, tangent))
-    return their_products()(lambda tangent: pull(tangent)[0])
+        return SecondDerivative.DIFFERENCES, _differences(gradient, w)
+    return SecondDerivative.REVERSE, their_products()(lambda tangent: pull(tangent)[0])
 
 
-def _gradient_difference(
-    gradient: Callable, w: Float[Array, " dim"], tangent: Float[Array, " dim"]
-):
-    """Return `H tangent` by a central difference.
+def _differences(gradient: Callable, w: Float[Array, " dim"]) -> Callable:
+    """Return `tangent -> H tangent` by central differences, with a step that is checked."""
+    step = their_products()(find_step)(gradient, w)
+    return their_products()(lambda tangent: _difference(gradient, w, tangent, step))
 
-    Its step is the cube root of the precision, relative to the coordinates that it moves, where
-    errors of rounding and of the third derivative balance.
+
+def find_step(gradient: Callable, w: Float[Array, " dim"]) -> Scalar:
+    """Return the step at which differences of the gradient depend on it the least.
+
+    Below it they are rounding, or the error of a gradient that is itself approximate; above it,
+    what the curvature changes on the way. It is the length of the way, relative to the coordinates
+    that it moves, and lies between those two of `STEPS` in a row whose differences along one random
+    direction agree best.
+
+    Cost:
+        12 gradients.
     """
+    signs = jax.random.rademacher(jax.random.key(0), w.shape, w.dtype)
+    direction = signs * jnp.maximum(jnp.abs(w), 1.0)
+    steps = jnp.cbrt(jnp.finfo(w.dtype).eps).astype(w.dtype) * jnp.asarray(STEPS, w.dtype)
+    found = jax.lax.map(lambda step: _difference(gradient, w, direction, step), steps)
+    length = jnp.linalg.norm(found, axis=1)
+    apart = jnp.linalg.norm(found[1:] - found[:-1], axis=1) / (length[1:] + length[:-1])
+    # a loss that does not curve has two products of zero, and one that overflows has none
+    apart = jnp.where(length[1:] + length[:-1] == 0, 0.0, apart)
+    best = jnp.argmin(jnp.where(jnp.isfinite(apart), apart, jnp.inf))
+    return jnp.sqrt(steps[best] * steps[best + 1])
+
+
+def _difference(
+    gradient: Callable, w: Float[Array, " dim"], tangent: Float[Array, " dim"], step: Scalar
+) -> Float[Array, " dim"]:
+    """Return `H tangent` by a central difference."""
     relative: Array = jnp.linalg.norm(tangent / jnp.maximum(jnp.abs(w), 1.0))
     # The product with a tangent of zero is zero, whatever the step is.
-    step = jnp.cbrt(jnp.finfo(w.dtype).eps).astype(w.dtype) / jnp.where(relative > 0, relative, 1.0)
+    step = step / jnp.where(relative > 0, relative, 1.0)
     return (gradient(w + step * tangent) - gradient(w - step * tangent)) / (2 * step)

@@ -5,7 +5,7 @@ import pytest
 from conftest import enable_x64, quick_jit
 
 from fastvi.geometry.curvature import BLOCK, block_krylov, dense_spectrum
-from fastvi.geometry.start import StartSettings, make_start, newton_decrement
+from fastvi.geometry.start import StartSettings, make_start, newton_step
 from fastvi.geometry.whitening import (
     DIAGONAL_PROBES,
     MOMENT_GRADIENTS,
@@ -290,9 +290,9 @@ def test_newton_decrement_is_the_gain_of_a_newton_step(mode):
     gain = posterior.log_density(step, objective.loss(center + step, None)) - posterior.log_density(
         jnp.zeros(9), objective.loss(center, None)
     )
-    np.testing.assert_allclose(
-        newton_decrement(start, posterior, jnp.asarray(slope / 30.0)), gain, rtol=1e-8
-    )
+    found = newton_step(start, posterior, jnp.asarray(slope / 30.0))
+    np.testing.assert_allclose(found.gain, gain, rtol=1e-8)
+    np.testing.assert_allclose(found.displacement, step, rtol=1e-8)
 
 
 def test_the_least_curvature_comes_with_its_direction():

@@ -13,7 +13,7 @@ import pytest
 
 import fastvi
 from fastvi.geometry.minimum import descent_line, look_down
-from fastvi.geometry.start import StartSettings, make_start, newton_decrement
+from fastvi.geometry.start import StartSettings, make_start, newton_step
 from fastvi.results.findings import LEAST_GAIN
 from fastvi.target.data import hold
 from fastvi.target.objective import make_flat_objective
@@ -66,7 +66,7 @@ def decrement_program(loss):
     def decrement(center, data, nbeta):
         posterior = LocalPosterior(center, nbeta, jnp.ones(()))
         subset = hold(tuple(leaf[:SUBSET] for leaf in data))
-        return newton_decrement(start_at(posterior, subset), posterior, slope_at(center, data))
+        return newton_step(start_at(posterior, subset), posterior, slope_at(center, data)).gain
 
     return decrement
 

@@ -38,7 +38,7 @@ def finished(dim, config=None, **fields):
     arrays = dict.fromkeys(("llc_per_chain", "llc_sem_per_chain", "log_weights"), np.zeros(0))
     rest = {
         "error_parts": ErrorParts(1.0),
-        "curvature": Curvature(0, 0, 0.0, 0.0, [], 0.0, 0.0),
+        "curvature": Curvature(0, 0, 0.0, 0.0, [], 0.0, 0.0, "none"),
         "evaluation": ChainValues([], [], [], [], [], []),
         "work": RunWork(0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
         "timings": Timings(0.0, 0.0, 0.0, 0.0, 0.0),

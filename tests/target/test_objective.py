@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvi._errors import DataError
-from fastvi.target.hessian import hvp_operator
+from fastvi.target.hessian import SecondDerivative, find_step, hvp_operator, second_derivative
 from fastvi.target.inputs import check_data
 from fastvi.target.objective import call_full_loss, make_flat_objective, value_and_grad
 from fastvi.target.ravel import ravel_loss
@@ -320,6 +320,43 @@ def test_hvp_without_a_second_derivative(dtype, tolerance, x64):
     assert found.dtype == dtype
     np.testing.assert_allclose(found, exact, rtol=tolerance, atol=tolerance * 3 * 70**2)
     np.testing.assert_array_equal(hvp(jnp.zeros(3, dtype)), 0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "way"),
+    [
+        (smooth, SecondDerivative.FORWARD),
+        (with_idiomatic_vjp, SecondDerivative.REVERSE),
+        (with_simulator, SecondDerivative.DIFFERENCES),
+    ],
+)
+def test_the_way_to_a_second_derivative_is_said(loss, way):
+    w = jnp.asarray([0.3, -0.7, 1.1])
+    assert second_derivative(make_flat_objective(loss), w, jnp.asarray(DATA[0])) is way
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e3])
+@pytest.mark.parametrize("inexact", [0.0, 1e-3])
+def test_the_step_of_differences_fits_the_gradient(strength, inexact):
+    """Parameters that act a thousand times as strongly, gradients right to three digits."""
+    w = jnp.asarray([0.3, -0.7, 1.1]) / strength
+
+    def gradient(w):
+        turned = jnp.sin(1e5 * strength * w)  # what a solver leaves, another at each point
+        return strength * (jnp.sin(strength * w) + inexact * turned)
+
+    step = find_step(gradient, w)
+    relative = step / jnp.sqrt(3.0)
+    along = jnp.ones(3)
+    product = (gradient(w + relative * along) - gradient(w - relative * along)) / (2 * relative)
+    exact = strength**2 * jnp.cos(strength * w)
+    error = jnp.linalg.norm(product - exact) / jnp.linalg.norm(exact)
+    assert error < (0.05 if inexact else 0.01), (float(step), float(error))
+
+
+def test_a_loss_that_does_not_curve_has_products_of_zero():
+    hvp = hvp_operator(make_flat_objective(with_simulator), jnp.zeros(3), jnp.zeros((4, 3)))
+    np.testing.assert_allclose(jax.vmap(hvp)(jnp.eye(3)), 0, atol=1e-2)
 
 
 def test_hvp_keeps_other_type_errors():

@@ -373,7 +373,7 @@ PLANS = {
         {
             "steps": 200,
             "batch_size": 40,
-            "eval_samples": 32,
+            "eval_samples": 128,
             "early_stop": False,
             "method": "auto",
         },

@@ -21,6 +21,7 @@ from fastvi.observables.split import Split, points_of
 from fastvi.results.differences import LLCDifference, consecutive
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.report.differences import plot_differences
+from fastvi.target.containers import open_data
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
 from fastvi.target.keys import as_key
 from fastvi.target.ravel import TreeStructure
@@ -191,7 +192,9 @@ def llc_curve(
             "llc_curve reads the data anew at every checkpoint; got an iterator, which can be read "
             "only once. Pass an object whose __iter__ begins anew each time."
         )
-    data = data if is_stream(data) else check_data(data, dtype=jnp.dtype(first.dtype))[0]
+    dtype = jnp.dtype(first.dtype)
+    data = open_data(data, dtype)  # once for all checkpoints
+    data = data if is_stream(data) else check_data(data, dtype=dtype)[0]
     remaining, estimates, structure, before = iter(checkpoints), [], None, None
     splits: list[Split | None] = []
     try:

@@ -54,12 +54,13 @@ from fastvi.kernels.noise import split_key
 from fastvi.results.estimate import MOST_SCALES, LLCEstimate, kept_scales
 from fastvi.results.findings import Evidence, health_findings
 from fastvi.results.parts import ChainValues, Curvature, DrawValues, Timings
-from fastvi.results.progress import reporting
+from fastvi.results.progress import reporting, told_of_reading
 from fastvi.results.resume import FolderKeeper, identify
 from fastvi.results.work import RunWork, count_work
 from fastvi.sampling.ensemble import Target as SamplingTarget
 from fastvi.sampling.from_localizer.walk import TooStiff
 from fastvi.target.checks import LossLook
+from fastvi.target.containers import open_data
 from fastvi.target.data import AbstractData, Problem, Window, hold
 from fastvi.target.fingerprint import Fingerprint
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
@@ -208,6 +209,8 @@ def estimate_target(
     refuse_beside_walk(settings.sampler, asked)
     # A walk makes no fits that there could be several of, and keeps no progress.
     may_walk = not asked
+    with reporting(progress) as report:
+        data = open_data(data, check_dtype(settings), report and told_of_reading(report))
     target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key), may_walk)
     if may_walk:
         target, result = _walk(target, progress, throw)
@@ -276,7 +279,7 @@ def assemble(
     may_walk: bool = True,
     check_structure: Callable[[TreeStructure], None] | None = None,
 ) -> Target:
-    """Check loss, parameters and data, and put them together.
+    """Check loss, parameters and data, which `open_data` has opened, and put them together.
 
     `check_structure` sees the parameters before the loss does.
     """

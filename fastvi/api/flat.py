@@ -28,8 +28,8 @@ from fastvi.kernels.noise import split_key
 from fastvi.observables.draws import FittedQ
 from fastvi.results.flat import SamplerRunResult
 from fastvi.results.work import RunWork, count_work
+from fastvi.target.containers import hold_data
 from fastvi.target.data import Problem, hold
-from fastvi.target.inputs import check_data
 from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
 from fastvi.target.objective import FlatObjective, make_flat_objective
@@ -148,7 +148,7 @@ def run_vi(
     began = time.perf_counter()
     check_count("num_chains", num_chains)
     objective = make_flat_objective(loss_minibatch_flat, grad_loss_minibatch)
-    num_data = check_data(data, n_data)[1]
+    data, num_data = hold_data(data, n_data)
     problem, filled = _pose(
         getattr(posterior, "flat0", posterior), data, num_data, beta, gamma, settings
     )
@@ -264,7 +264,7 @@ def _pose(
     dtype = check_dtype(config)
     _refuse_options_of_estimates(config)
     center = flat_vector(wstar_flat, dtype)
-    held = hold(check_data(data, check_count("n_data", n_data), dtype)[0])
+    held = hold(hold_data(data, check_count("n_data", n_data), dtype)[0])
     config = with_control_variate(
         config.replace(method="variational").applied(center.size), center.size
     )

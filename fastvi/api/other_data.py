@@ -17,9 +17,9 @@ from fastvi.evaluation.llc import DataLosses, draws_at_once, evaluation_draws, l
 from fastvi.families.base import AbstractFamily
 from fastvi.observables.example_losses import losses_by_example
 from fastvi.results.estimate import LLCEstimate
+from fastvi.target.containers import hold_data
 from fastvi.target.data import Data, Problem, shared_mean
 from fastvi.target.fingerprint import shapes_of
-from fastvi.target.inputs import check_data
 from fastvi.target.look import weigh
 from fastvi.target.losses import beside_same
 
@@ -110,7 +110,7 @@ def _at_other_data(result: LLCEstimate, data: Given[Batch]) -> tuple[_Programs, 
 def on_other_data(objective: Any, problem: Problem, data: Given[Batch], name: str) -> Problem:
     """Return the problem with other data, which errors call by a name."""
     dtype = problem.posterior.center.dtype
-    examples = beside_same(problem.data.examples, check_data(data, dtype=dtype)[0])
+    examples = beside_same(problem.data.examples, hold_data(data, dtype=dtype)[0])
     held = Data(examples, problem.data.max_batch)
     # A weighted loss is divided by the mean weight of these data, not of those of the fit.
     return weigh(objective, dataclasses.replace(problem, data=held), name)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastvi._errors import DataError
 from fastvi._modes import in_own_modes
 from fastvi._typing import Batch, Given, PyTree
 from fastvi.api.arguments import check_dtype
@@ -13,8 +12,9 @@ from fastvi.config import VIConfig
 from fastvi.fitting.protocols import Progress
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.part_estimates import PartEstimates
+from fastvi.target.containers import hold_data
 from fastvi.target.data import hold
-from fastvi.target.inputs import check_data, is_stream, kind_of, refuse_a_trace
+from fastvi.target.inputs import refuse_a_trace
 from fastvi.target.preview import masks_by_name
 from fastvi.target.restrict import restrict_to_each
 
@@ -76,14 +76,9 @@ def estimate_parts(
     settings = VIConfig.create(config, **overrides)
     settings.check_asked(overrides)
     refuse_beside_walk(settings.sampler, [] if num_chains is None else ["num_chains"])
-    if is_stream(data):
-        raise DataError(
-            f"the data of several parts are held in memory as arrays; got {kind_of(data)}. Pass "
-            "arrays, or call estimate_llc with param_mask=select_part(...) for each part."
-        )
     masks = masks_by_name(params, parts)
     restricted = restrict_to_each(loss_fn, params, list(masks.values()))
-    held = hold(check_data(data, dtype=check_dtype(settings))[0])
+    held = hold(hold_data(data, dtype=check_dtype(settings))[0])
     found: dict[str, LLCEstimate] = {}
     for name, (loss, free) in zip(masks, restricted, strict=True):
         try:

@@ -19,6 +19,7 @@ from fastvi.results.claim import claimed
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.runs import Origin, check_packages, write_and_print
 from fastvi.results.terminal import warn
+from fastvi.target.containers import open_data
 from fastvi.target.data import hold
 from fastvi.target.identity import differing, digest_tree, observe_loss
 from fastvi.target.inputs import check_data, is_stream
@@ -126,10 +127,11 @@ def observe_problem(problem: ModelArguments, config: VIConfig) -> dict[str, Any]
     """
     dtype = check_dtype(config)
     objective, center = ravel_loss(problem.loss_fn, problem.params, dtype)
+    opened = open_data(problem.data, dtype)
     data = (
-        open_stream(problem.data, dtype, as_key(0), DEFAULT_BATCH_SIZE).window(0)
-        if is_stream(problem.data)
-        else hold(check_data(problem.data, dtype=dtype)[0])
+        open_stream(opened, dtype, as_key(0), DEFAULT_BATCH_SIZE).window(0)
+        if is_stream(opened)
+        else hold(check_data(opened, dtype=dtype)[0])
     )
     # nbeta and localization are those of the run, not of what its target computes.
     target = make_problem(center, data, 1.0, 1.0, config, "nbeta")

@@ -19,6 +19,7 @@ MIN_SECONDS = 0.2
 LOG_SECONDS = 10.0
 # What a stage tells beside its name. The other stages have no steps of their own.
 TOLD = {
+    "data": " {step:,} examples read into memory",
     "fit": " {step}/{steps} steps, elbo {value:.2f}",
     "correction": " {step}/{steps} FGE at most, llc {value:.4g}",
     "draws": " {step}/{steps} of each walker, llc {value:.4g}",
@@ -78,3 +79,12 @@ def reporting(
     if not callable(progress):
         return contextlib.nullcontext(None)
     return contextlib.nullcontext(functools.partial(call_in_their_modes, progress))
+
+
+def told_of_reading(report: Callable[[Progress], None]) -> Callable[[int], None]:
+    """Return what is told the number of examples read so far, of data that are read into memory."""
+
+    def tell(count: int) -> None:
+        report(Progress("data", count, count, math.nan))
+
+    return tell

@@ -1,6 +1,6 @@
 """Data as people pass them: what is taken, in which dtype, and what is refused with the fix."""
 
-from collections.abc import Iterable, Iterator, Mapping, Set, ValuesView
+from collections.abc import Iterable, Mapping, Set, ValuesView
 from typing import Any
 
 import jax
@@ -10,9 +10,12 @@ import numpy as np
 
 from fastvi._errors import DataError, UnavailableError
 from fastvi._typing import Array, Batch, Given
+from fastvi.target.tables import MOST_SHOWN, by_name, is_a, is_table, refuse_text, warned_of
 
 # alike in shape, that data may be a list or tuple of: more are taken for examples, not stacked
 FEW_ARRAYS = 8
+# What to do with sequences of different lengths.
+RAGGED = " Pad sequences of different lengths: tokens, weights = fastvi.pad_sequences(sequences)."
 # What to pass in place of something that iterates, but over no batches.
 _FIXES_OF_ITERABLES = (
     ((str, bytes), "Load the file first, and pass its arrays."),
@@ -28,10 +31,10 @@ def is_stream(data: Any) -> bool:
     Raises:
         DataError: If they iterate over something else than batches.
     """
-    if not isinstance(data, Iterable) or hasattr(data, "dtype") or is_frame(data):
+    if not isinstance(data, Iterable) or has_dtype(data) or is_table(data):
         return False
     # A container of arrays iterates too: only what jax takes for one leaf can give batches.
-    structure = jax.tree_util.tree_structure(data, is_leaf=_warned_of)
+    structure = jax.tree_util.tree_structure(data, is_leaf=warned_of)
     if not jax.tree_util.treedef_is_leaf(structure):
         return False
     fix = next((fix for kinds, fix in _FIXES_OF_ITERABLES if isinstance(data, kinds)), None)
@@ -42,23 +45,10 @@ def is_stream(data: Any) -> bool:
     return True
 
 
-def is_frame(data: Any) -> bool:
-    """Say whether data are a table with named columns.
-
-    Of pandas, polars, or any that acts as these do.
-    """
-    return hasattr(data, "columns") and hasattr(data, "to_numpy")
-
-
-def by_columns(frame: Any) -> dict[Any, np.ndarray]:
-    """Read a table as a dict of its columns."""
-    # The columns become a dict, whose keys jax sorts: names of two types cannot be.
-    names = list(frame.columns)
-    if len(set(names)) < len(names) or len({type(name) for name in names}) > 1:
-        raise DataError(
-            f"columns of data must have different names of one type; got {names}. Rename them."
-        )
-    return {name: _as_array(frame[name].to_numpy(), f"data[{name!r}]") for name in names}
+def has_dtype(value: Any) -> bool:
+    """Say whether a value acts as an array."""
+    # h5py does not tell the dtype of an array whose file is closed, but its class has the name
+    return hasattr(type(value), "dtype") or hasattr(value, "dtype")
 
 
 def check_data(
@@ -79,20 +69,17 @@ def check_data(
         DataError: If a leaf is not numeric, holds NaN or numbers that do not fit, is a scalar, or
             the lengths differ.
     """
-    data = by_columns(data) if is_frame(data) else data
+    data = by_name(data)
+    refuse_text(data, "data")
     refuse_sparse(data)
-    paths, treedef = jax.tree_util.tree_flatten_with_path(data, is_leaf=_warned_of)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(data, is_leaf=warned_of)
     if not paths:
         raise DataError(
             "data is empty: pass a pytree of arrays with a common leading axis, such as (X, Y)."
         )
     named = {"data" + jax.tree_util.keystr(path): leaf for path, leaf in paths}
     leaves = [on_device(leaf, name, dtype) for name, leaf in named.items()]
-    lengths = {name: leaf.shape[0] for name, leaf in zip(named, leaves, strict=True)}
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-        raise DataError(f"all data arrays need the same leading axis (examples); got {listed}.")
-    length = next(iter(lengths.values()))
+    length = common_length({name: leaf.shape for name, leaf in zip(named, leaves, strict=True)})
     if length == 0:
         raise DataError("data has no examples: its leading axis has length 0.")
     refuse_examples_in_a_list(data)
@@ -102,6 +89,20 @@ def check_data(
             "examples."
         )
     return jax.tree_util.tree_unflatten(treedef, leaves), length
+
+
+def common_length(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Return the number of examples of arrays by name, which all must have."""
+    lengths = {shape[0] for shape in shapes.values()}
+    if len(lengths) > 1:
+        few = list(shapes.items())[:MOST_SHOWN]
+        listed = ", ".join(f"{name}: {shape[0]}" for name, shape in few)
+        # so many arrays are sequences rather than columns
+        rest = f" and more.{RAGGED}" if len(shapes) > MOST_SHOWN else "."
+        raise DataError(
+            f"all data arrays need the same leading axis (examples); got {listed}{rest}"
+        )
+    return lengths.pop()
 
 
 def on_device(leaf: Any, name: str, dtype: Any = None) -> Array:
@@ -119,7 +120,7 @@ def on_device(leaf: Any, name: str, dtype: Any = None) -> Array:
 
 def numeric(leaf: Any, name: str) -> Any:
     """Return a leaf as an array of numbers or booleans, a device's one as it is."""
-    array = leaf if isinstance(leaf, jax.Array) else _as_array(leaf, name)
+    array = leaf if isinstance(leaf, jax.Array) else as_array(leaf, name)
     is_time = jnp.issubdtype(array.dtype, np.timedelta64)  # which numpy counts among the integers
     if is_time or not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.number, jnp.bool_)):
         origin = "" if is_array(leaf) else f" as numpy reads {kind_of(leaf)}"
@@ -182,7 +183,7 @@ def _on_host(array: jax.Array) -> bool:
     )
 
 
-def _as_array(leaf: Any, name: str) -> np.ndarray:
+def as_array(leaf: Any, name: str) -> np.ndarray:
     """Return anything that is an array to numpy as one; what it cannot read it names itself."""
     if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
         raise DataError(
@@ -190,33 +191,61 @@ def _as_array(leaf: Any, name: str) -> np.ndarray:
             "fill them."
         )
     try:
-        return np.asarray(leaf)
-    # Torch raises these for a tensor on a GPU or with a gradient.
+        array = np.asarray(_on_cpu(leaf))
+    # h5py raises RuntimeError for an array of a file that is closed.
     except (TypeError, ValueError, RuntimeError) as error:
-        is_tensor = hasattr(leaf, "detach")
-        fix = "Pass x.detach().cpu().float()." if is_tensor else "Make it a numpy array first."
         said = str(error).split("\n")[0]
         raise DataError(
-            f"{name} is {kind_of(leaf)}, which numpy cannot read: {said} {fix}"
+            f"{name} is {kind_of(leaf)}, which numpy cannot read: {said} Make it a numpy array "
+            "first."
         ) from error
+    return _stacked(array, name) if array.dtype == object and array.size else array
+
+
+def _on_cpu(leaf: Any) -> Any:
+    """Return a torch tensor as one that numpy reads: without its gradient, and from a device."""
+    if not is_a(leaf, "torch", "Tensor"):
+        return leaf
+    tensor = leaf.detach().cpu()
+    # numpy has no bfloat16, whose numbers are all numbers of float32
+    return tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
+
+
+def _stacked(array: np.ndarray, name: str) -> np.ndarray:
+    """Return an array of arrays, as a column of lists is, as one; refuse one that is ragged."""
+    entries = list(array.flat)
+    if not all(isinstance(entry, (list, tuple, np.ndarray)) for entry in entries):
+        return array
+    lengths = {
+        np.shape(entry)[:1] if isinstance(entry, np.ndarray) else (len(entry),) for entry in entries
+    }
+    if len(lengths) > 1:
+        raise DataError(f"{name} holds sequences of different lengths.{RAGGED}")
+    return np.stack([as_array(entry, name) for entry in entries])
 
 
 def refuse_sparse(data: Any) -> None:
-    """Refuse jax's sparse matrices.
+    """Refuse sparse matrices, of jax, scipy and torch.
 
-    Pytrees, whose leaves have an axis of entries where examples are expected.
+    Those of jax are pytrees, whose leaves have an axis of entries where examples are expected.
     """
     for leaf in jax.tree_util.tree_leaves(
-        data, is_leaf=lambda node: _is_sparse(node) or _warned_of(node)
+        data, is_leaf=lambda node: _is_sparse(node) or warned_of(node)
     ):
         if _is_sparse(leaf):
             raise DataError(
-                f"data holds a sparse matrix ({kind_of(leaf)}); pass it dense, by .todense()."
+                f"data holds a sparse matrix ({kind_of(leaf)}); pass it dense, by "
+                f".{'to_dense' if hasattr(leaf, 'to_dense') else 'todense'}()."
             )
 
 
 def _is_sparse(leaf: Any) -> bool:
-    return any(kind.__module__.startswith("jax.experimental.sparse") for kind in type(leaf).__mro__)
+    if is_a(leaf, "torch", "Tensor"):
+        return str(leaf.layout) != "torch.strided"
+    return any(
+        kind.__module__.startswith(("jax.experimental.sparse", "scipy.sparse"))
+        for kind in type(leaf).__mro__
+    )
 
 
 def refuse_examples_in_a_list(data: Any, is_batch: bool = False) -> None:
@@ -247,17 +276,12 @@ def refuse_examples_in_a_list(data: Any, is_batch: bool = False) -> None:
 def refuse_a_trace(*arguments: Any) -> None:
     """Refuse to estimate inside a transformation of jax, which has no numbers to look at."""
     # Inside a trace of jit a constant is traced too, which shows a trace that no argument is of.
-    leaves = [*jax.tree_util.tree_leaves(arguments, is_leaf=_warned_of), jnp.zeros(())]
+    leaves = [*jax.tree_util.tree_leaves(arguments, is_leaf=warned_of), jnp.zeros(())]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise UnavailableError(
             "an estimate looks at numbers between its stages, so it cannot run inside jax.jit, "
             "vmap or grad. Call it outside, or use fastvi.fit, which can be traced."
         )
-
-
-def _warned_of(node: Any) -> bool:
-    """Say whether jax warns where it comes upon a node."""
-    return isinstance(node, (Iterator, ValuesView))
 
 
 def is_array(value: Any) -> bool:

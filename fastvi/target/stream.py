@@ -26,6 +26,7 @@ from fastvi.target.losses import (
     take_examples,
     weigh_batch,
 )
+from fastvi.target.tables import by_name, refuse_text
 
 # Steps of a fit between looks at its traces, at most; half of that at least. Half of it looks, and
 # waits for the host, twice as often; twice as many stop later.
@@ -33,6 +34,11 @@ CHUNK = 100
 # Bytes of a window of data that can be read again, at least CHUNK minibatches. Half of it takes
 # twice as many passes over the data, twice as much takes the memory.
 WINDOW_BYTES = 128 * 2**20
+OTHER_EXAMPLES = (
+    "the iterable of batches gave other examples in a later pass than in the first, so that there "
+    "is no one loss on all data. Switch augmentation, noise, drop_last and draws with replacement "
+    "off; the order may change."
+)
 STREAM_SEED = 0  # tells draws of windows from other uses of the key's words
 
 
@@ -81,22 +87,28 @@ class AbstractStream(abc.ABC):
         return weigh_batch(held, self.mean_weight, self._dtype)
 
 
-def one_kind(batches: Iterable[Any], dtype: Any) -> Iterator[Batch]:
+class Streamed:
+    """Batches of an object that can be iterated over again, and whose data are not held."""
+
+    def __init__(self, source: Iterable[Any]):
+        self.source = source
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin another pass."""
+        return iter(self.source)
+
+
+def one_kind(batches: Iterable[Any], dtype: Any = None) -> Iterator[Batch]:
     """Yield batches cast to the dtype; refuse what differs from the first, or is no batch."""
-    count, first, dtype = 0, None, np.dtype(dtype)
-
-    def cast(path: Any, leaf: Any) -> np.ndarray:
-        name = "batch" + jax.tree_util.keystr(path)
-        return np.asarray(as_held(numeric(leaf, name), name, dtype))
-
+    source = batches.source if isinstance(batches, Streamed) else batches
+    count, first = 0, None
     for given in batches:
-        refuse_sparse(given)
-        batch = jax.tree_util.tree_map_with_path(cast, given)
+        batch = _checked(given, dtype)
         lengths = {leaf.shape[:1] for leaf in jax.tree_util.tree_leaves(batch)}
         if len(lengths) != 1 or lengths == {()}:
             raise DataError(
                 f"all arrays of a batch need the same leading axis (examples); after {count} "
-                f"examples {kind_of(batches)} gave {describe_arrays(batch)}. "
+                f"examples {kind_of(source)} gave {describe_arrays(batch)}. "
                 "Make it give batches of arrays."
             )
         refuse_examples_in_a_list(batch, is_batch=True)
@@ -107,6 +119,19 @@ def one_kind(batches: Iterable[Any], dtype: Any) -> Iterator[Batch]:
             raise DataError(f"batches differ: {wanted} first, {found} after {count} examples.")
         count += num_examples(batch)
         yield batch
+
+
+def _checked(given: Any, dtype: Any) -> Batch:
+    """Return a batch, or a table of one, as numpy arrays in the dtype."""
+
+    def cast(path: Any, leaf: Any) -> np.ndarray:
+        name = "batch" + jax.tree_util.keystr(path)
+        return np.asarray(as_held(numeric(leaf, name), name, dtype))
+
+    given = by_name(given)
+    refuse_text(given, "batch")
+    refuse_sparse(given)
+    return jax.tree_util.tree_map_with_path(cast, given)
 
 
 class HostStream(AbstractStream):
@@ -216,11 +241,7 @@ class HostStream(AbstractStream):
                 f"the iterable of batches gave {self.num_data} examples first and {count} later."
             )
         if fingerprint != self._fingerprint:
-            raise DataError(
-                "the iterable of batches gave other examples in a later pass than in the first, so "
-                "that there is no one loss on all data. Switch augmentation, noise and drop_last "
-                "off; the order may change."
-            )
+            raise DataError(OTHER_EXAMPLES)
 
 
 class OnePassStream(AbstractStream):
@@ -326,12 +347,17 @@ def uncorrected(method: str | None, is_sample: bool) -> str:
 
 def _fingerprint(batch: Batch) -> int:
     """Sum a checksum of each example, which no other order or division into batches changes."""
-    # The arrays of an example are joined first, so that mixed-up pairs change the sum.
+    return sum(checksums(batch))
+
+
+def checksums(batch: Batch) -> Iterator[int]:
+    """Yield a checksum of each example of a batch."""
+    # The arrays of an example are joined first, so that mixed-up pairs change it.
     rows = [
         np.ascontiguousarray(leaf).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
         for leaf in jax.tree_util.tree_leaves(batch)
     ]
-    return sum(map(zlib.crc32, np.concatenate([part.view(np.uint8) for part in rows], axis=1)))
+    return map(zlib.crc32, np.concatenate([part.view(np.uint8) for part in rows], axis=1))
 
 
 def _regrouped(batches: Iterable[Batch], size: int) -> Iterator[Batch]:

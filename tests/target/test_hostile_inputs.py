@@ -38,18 +38,6 @@ class Batches:
         return iter(self.make(self.passes))
 
 
-class Examples:
-    """A data set of examples, by index."""
-
-    def __len__(self):
-        return 3
-
-    def __getitem__(self, index):
-        if index > 2:
-            raise IndexError
-        return np.ones(3), 1
-
-
 class Table:
     """What pandas and polars tables have in common."""
 
@@ -173,7 +161,6 @@ CASES = {
     "a pathlib path": (of(pathlib.Path("data.npz")), DataError, "as numpy reads pathlib"),
     "an endless generator": (of(itertools.repeat(X)), DataError, "read only once"),
     "a generator among arrays": (of((X, (row for row in X))), DataError, r"data\[1\].*generator"),
-    "a data set by index": (of(Examples()), DataError, "Examples.*numpy"),
     "numbers that iterate": (
         of(array.array("d", [1.0, 2.0])),
         DataError,

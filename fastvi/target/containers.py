@@ -1,0 +1,286 @@
+"""What a person's data are: arrays in memory, or batches that are read again and again or once."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from fastvi._errors import DataError, ErrorNote
+from fastvi._typing import Batch, Given
+from fastvi.target import stream
+from fastvi.target.examples import are_examples, by_index, by_iteration
+from fastvi.target.feed import concatenate
+from fastvi.target.inputs import (
+    as_array,
+    check_data,
+    common_length,
+    has_dtype,
+    is_array,
+    is_stream,
+    kind_of,
+    warned_of,
+)
+from fastvi.target.losses import num_examples
+from fastvi.target.stream import OTHER_EXAMPLES, Streamed, checksums, one_kind
+from fastvi.target.tables import is_a, without_text
+
+# Windows of a stream that data in memory may have: 1 GiB. While batches are joined they take twice
+# that, and once more on the device. Half of it streams CIFAR-100 in single precision, double needs
+# 6 GiB at the peak.
+HELD_WINDOWS = 8
+# Examples of a second pass that are compared with the first. Half of it overlooks examples that
+# change rarely twice as often; double reads twice as many.
+LOOKED_AT_AGAIN = 1024
+# Bytes of a batch of arrays that lie on disk. Half of it reads twice as often; double holds more.
+SLICE_BYTES = 2**24
+# Rows at a time of a table of Hugging Face, as large as its own chunks.
+TABLE_ROWS = 1000
+# grain gives a data set that repeats for ever the length sys.maxsize. Nobody reads half of it.
+ENDLESS = 2**62
+
+Report = Callable[[int], None]
+
+
+def hold_data(
+    data: Given[Batch], n_data: int | None = None, dtype: Any = None
+) -> tuple[Batch, int]:
+    """Read data into memory, whatever holds them, check them and put them on the device.
+
+    Args:
+        data: What `open_data` takes, of at most 1 GiB where it gives batches.
+        n_data: Expected number of examples, if known.
+        dtype: What floating-point arrays are cast to; their own as jax takes it when left out.
+
+    Returns:
+        The data as jax arrays and the number of examples.
+
+    Raises:
+        DataError: If they do not fit, or as for `check_data`.
+    """
+    opened = open_data(data, dtype)
+    if is_stream(opened):
+        why = "is read once" if isinstance(opened, Iterator) else f"has more than {_limit_text()}"
+        raise DataError(
+            f"here data are held in memory as arrays; got {kind_of(data)}, which {why}. Pass "
+            "arrays, or a sample of the data. estimate_llc alone takes streams."
+        )
+    return check_data(opened, n_data, dtype)
+
+
+def open_data(data: Given[Any], dtype: Any = None, report: Report | None = None) -> Any:
+    """Return data as a pytree of arrays, or as batches where they do not fit into memory.
+
+    Args:
+        data: A pytree of arrays, a table, a data set of examples, a loader, or an iterator.
+        dtype: What floating-point arrays of batches are cast to.
+        report: Told the number of examples read so far.
+
+    Returns:
+        Arrays; or a `Streamed` of batches; or the iterator, of which nothing was read.
+
+    Raises:
+        DataError: If they are of no such kind, hold text, or change from pass to pass.
+
+    Cost:
+        One pass over what gives batches and the first 1,024 examples of another, or `HELD_WINDOWS`
+        windows where they do not fit.
+    """
+    found = _known(data)
+    if isinstance(found, (Iterator, Streamed)):
+        return found
+    if not is_stream(found):
+        return _slices(found) if _is_large_on_disk(found) else found
+    with ErrorNote(f"fastvi: while {kind_of(data)} was read into memory."):
+        whole = _read_whole(found, dtype, report)
+    return Streamed(found) if whole is None else whole
+
+
+def _known(data: Any) -> Any:
+    """Return what a known container holds: arrays, or what gives batches of them."""
+    if are_examples(data):
+        return by_index(data)
+    if not jax.tree_util.treedef_is_leaf(jax.tree_util.tree_structure(data, is_leaf=warned_of)):
+        return data
+    for (package, name), convert in _CONTAINERS.items():
+        if is_a(data, package, name):
+            return convert(data)
+    is_indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    # What can be iterated over gives batches, as a loader does.
+    if is_indexed and not isinstance(data, Iterable) and not has_dtype(data):
+        return by_index(data)
+    return data
+
+
+def _refuse(fix: str) -> Callable[[Any], Any]:
+    def convert(data: Any) -> Any:
+        raise DataError(f"data is {kind_of(data)}, of which no arrays are read. Pass {fix}.")
+
+    return convert
+
+
+def _torch_loader(loader: Any) -> Any:
+    sampler = getattr(loader, "batch_sampler", None)
+    if loader.drop_last or getattr(sampler, "drop_last", False):
+        _refuse_dropping(loader, sampler)
+    return loader
+
+
+def _refuse_dropping(loader: Any, sampler: Any) -> None:
+    """Refuse a loader that leaves examples out, others in each pass where it shuffles."""
+    try:
+        rest = len(sampler.sampler) % sampler.batch_size
+    except (TypeError, AttributeError):  # neither size nor sampler are known
+        rest = None
+    if rest != 0:
+        left_out = "the last examples" if rest is None else f"{rest} examples"
+        raise DataError(
+            f"a DataLoader with drop_last=True leaves {left_out} of each pass out, so that there "
+            "is no one loss on all data. Pass a DataLoader with drop_last=False, or its dataset."
+        )
+
+
+def _torch_tensors(data: Any) -> Any:
+    # A class derived from it may give other examples than the tensors hold.
+    return data.tensors if type(data).__module__.startswith("torch.") else by_index(data)
+
+
+class _Rows:
+    """Batches of a table of Hugging Face, as numpy arrays by column."""
+
+    def __init__(self, table: Any):
+        self._table = table
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._table.with_format("numpy").iter(batch_size=TABLE_ROWS):
+            yield without_text(batch, self._table)
+
+
+def _hugging_face(data: Any) -> Any:
+    # A transform of the person's own gives the examples; a format only their type.
+    kind = getattr(data, "format", {"type": None})["type"]
+    return by_index(data) if kind == "custom" else _Rows(data)
+
+
+def _grain_dataset(data: Any) -> Any:
+    if hasattr(data, "__len__") and len(data) >= ENDLESS:
+        raise DataError(
+            f"data is a {kind_of(data)} that repeats without an end. Leave repeat() out, or pass "
+            "iter(data) and nbeta."
+        )
+    return data if _is_batched(data) else by_iteration(data)
+
+
+def _is_batched(data: Any) -> bool:
+    """Say whether a grain data set, or one that it is made from, is made by `batch`."""
+    # each step that is no batch has one parent; a mixture or a concatenation has parents alike
+    while not any(is_a(data, "grain", name) for name in ("BatchMapDataset", "BatchIterDataset")):
+        parents = getattr(data, "parents", ())
+        if not parents:
+            return False
+        data = parents[0]
+    return True
+
+
+# By package and class, the more special class first. Those that are not named are taken for what
+# they can do: `_known`.
+_CONTAINERS: dict[tuple[str, str], Callable[[Any], Any]] = {
+    ("polars", "LazyFrame"): _refuse("data.collect()"),
+    ("dask", "DataFrame"): _refuse("data.compute()"),
+    ("pyarrow", "RecordBatch"): _refuse("data.to_pandas()"),
+    ("xarray", "DataTree"): _refuse("the Dataset of one node, data[path].to_dataset()"),
+    ("datasets", "DatasetDict"): _refuse('one of its splits, such as data["train"]'),
+    ("datasets", "IterableDatasetDict"): _refuse('one of its splits, such as data["train"]'),
+    ("datasets", "Dataset"): _hugging_face,
+    ("datasets", "IterableDataset"): _Rows,
+    ("zarr", "Group"): _refuse(
+        "a dict of its arrays, such as {name: data[name] for name in names}"
+    ),
+    ("torch", "DataLoader"): _torch_loader,
+    ("torch", "TensorDataset"): _torch_tensors,
+    ("torch", "IterableDataset"): by_iteration,
+    ("torch", "Dataset"): by_index,
+    ("grain", "MapDataset"): _grain_dataset,
+    ("grain", "IterDataset"): _grain_dataset,
+}
+
+
+def _read_whole(batches: Iterable[Any], dtype: Any, report: Report | None) -> Batch | None:
+    """Read all batches into memory, or return None where they do not fit."""
+    parts, size, count = [], 0, 0
+    for batch in one_kind(batches, dtype):
+        # a reader may fill the same memory with the next batch
+        parts.append(jax.tree_util.tree_map(np.array, batch))
+        size += sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(batch))
+        count += num_examples(batch)
+        if size > _most_bytes():
+            return None
+        if report is not None:
+            report(count)
+    if not count:
+        raise DataError("data has no examples: the iterable of batches was empty.")
+    _look_again(one_kind(batches, dtype), parts, count)
+    return concatenate(parts)
+
+
+def _look_again(batches: Iterator[Batch], parts: list[Batch], count: int) -> None:
+    """Refuse data that are others in a second pass, as far as its first examples tell."""
+    known, seen = set(itertools.chain.from_iterable(map(checksums, parts))), 0
+    for batch in batches:
+        if not known.issuperset(checksums(batch)):
+            raise DataError(OTHER_EXAMPLES)
+        seen += num_examples(batch)
+        if seen > count or seen >= LOOKED_AT_AGAIN:
+            break
+    if seen > count or seen < min(count, LOOKED_AT_AGAIN):
+        raise DataError(f"the iterable of batches gave {count} examples first and {seen} later.")
+
+
+def _most_bytes() -> int:
+    return HELD_WINDOWS * stream.WINDOW_BYTES
+
+
+def _limit_text() -> str:
+    return f"{_most_bytes() / 2**20:,.0f} MiB"
+
+
+def _is_large_on_disk(data: Any) -> bool:
+    """Say whether arrays that lie on disk are too large to be read whole."""
+    leaves = jax.tree_util.tree_leaves(data, is_leaf=warned_of)
+    if not any(isinstance(leaf, np.memmap) or _is_stored(leaf) for leaf in leaves):
+        return False
+    return sum(leaf.nbytes for leaf in leaves if hasattr(leaf, "nbytes")) > _most_bytes()
+
+
+def _is_stored(leaf: Any) -> bool:
+    # one of a file that is closed is false, and has no shape
+    return (is_a(leaf, "h5py", "Dataset") and bool(leaf)) or is_a(leaf, "zarr", "Array")
+
+
+class _Slices:
+    """Batches of arrays that lie on disk, in their order."""
+
+    def __init__(self, arrays: Any, length: int, size: int):
+        self._arrays, self._length, self._size = arrays, length, size
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, self._length, self._size):
+            rows = slice(start, start + self._size)
+            yield jax.tree_util.tree_map(
+                lambda leaf, rows=rows: np.asarray(leaf[rows]), self._arrays
+            )
+
+
+def _slices(data: Any) -> Streamed:
+    arrays = jax.tree_util.tree_map(
+        lambda leaf: leaf if is_array(leaf) or _is_stored(leaf) else as_array(leaf, "data"), data
+    )
+    paths = jax.tree_util.tree_flatten_with_path(arrays)[0]
+    leaves = [leaf for _, leaf in paths]
+    length = common_length(
+        {f"data{jax.tree_util.keystr(path)}": leaf.shape for path, leaf in paths}
+    )
+    of_example = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in leaves)
+    return Streamed(_Slices(arrays, length, max(1, SLICE_BYTES // max(of_example, 1))))

@@ -32,6 +32,7 @@ from fastvi.target.objective import FlatObjective, make_flat_objective
 from fastvi.target.parts import select_part
 from fastvi.target.posterior import LocalPosterior
 from fastvi.target.preview import PartsPreview, preview
+from fastvi.target.ragged import pad_sequences
 from fastvi.target.ravel import ravel_loss
 from fastvi.target.restrict import restrict
 
@@ -70,6 +71,7 @@ __all__ = [
     "llc_on",
     "load_draws",
     "make_flat_objective",
+    "pad_sequences",
     "preview",
     "profile",
     "ravel_loss",

@@ -11,21 +11,13 @@ import numpy as np
 from fastvi._errors import DataError, ErrorNote
 from fastvi._typing import Batch, Given
 from fastvi.target import stream
-from fastvi.target.examples import are_examples, by_index, by_iteration
+from fastvi.target.batches import OTHER_EXAMPLES, Streamed, checksums, one_kind
 from fastvi.target.feed import concatenate
-from fastvi.target.inputs import (
-    as_array,
-    check_data,
-    common_length,
-    has_dtype,
-    is_array,
-    is_stream,
-    kind_of,
-    warned_of,
-)
+from fastvi.target.inputs import check_data, common_length, is_array, is_stream
+from fastvi.target.leaves import as_array, kind_of
+from fastvi.target.libraries import by_library
 from fastvi.target.losses import num_examples
-from fastvi.target.stream import OTHER_EXAMPLES, Streamed, checksums, one_kind
-from fastvi.target.tables import is_a, without_text
+from fastvi.target.tables import is_a, warned_of
 
 # Windows of a stream that data in memory may have: 1 GiB. While batches are joined they take twice
 # that, and once more on the device. Half of it streams CIFAR-100 in single precision, double needs
@@ -36,10 +28,6 @@ HELD_WINDOWS = 8
 LOOKED_AT_AGAIN = 1024
 # Bytes of a batch of arrays that lie on disk. Half of it reads twice as often; double holds more.
 SLICE_BYTES = 2**24
-# Rows at a time of a table of Hugging Face, as large as its own chunks.
-TABLE_ROWS = 1000
-# grain gives a data set that repeats for ever the length sys.maxsize. Nobody reads half of it.
-ENDLESS = 2**62
 
 Report = Callable[[int], None]
 
@@ -88,7 +76,7 @@ def open_data(data: Given[Any], dtype: Any = None, report: Report | None = None)
         One pass over what gives batches and the first 1,024 examples of another, or `HELD_WINDOWS`
         windows where they do not fit.
     """
-    found = _known(data)
+    found = by_library(data)
     if isinstance(found, (Iterator, Streamed)):
         return found
     if not is_stream(found):
@@ -96,115 +84,6 @@ def open_data(data: Given[Any], dtype: Any = None, report: Report | None = None)
     with ErrorNote(f"fastvi: while {kind_of(data)} was read into memory."):
         whole = _read_whole(found, dtype, report)
     return Streamed(found) if whole is None else whole
-
-
-def _known(data: Any) -> Any:
-    """Return what a known container holds: arrays, or what gives batches of them."""
-    if are_examples(data):
-        return by_index(data)
-    if not jax.tree_util.treedef_is_leaf(jax.tree_util.tree_structure(data, is_leaf=warned_of)):
-        return data
-    for (package, name), convert in _CONTAINERS.items():
-        if is_a(data, package, name):
-            return convert(data)
-    is_indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    # What can be iterated over gives batches, as a loader does.
-    if is_indexed and not isinstance(data, Iterable) and not has_dtype(data):
-        return by_index(data)
-    return data
-
-
-def _refuse(fix: str) -> Callable[[Any], Any]:
-    def convert(data: Any) -> Any:
-        raise DataError(f"data is {kind_of(data)}, of which no arrays are read. Pass {fix}.")
-
-    return convert
-
-
-def _torch_loader(loader: Any) -> Any:
-    sampler = getattr(loader, "batch_sampler", None)
-    if loader.drop_last or getattr(sampler, "drop_last", False):
-        _refuse_dropping(loader, sampler)
-    return loader
-
-
-def _refuse_dropping(loader: Any, sampler: Any) -> None:
-    """Refuse a loader that leaves examples out, others in each pass where it shuffles."""
-    try:
-        rest = len(sampler.sampler) % sampler.batch_size
-    except (TypeError, AttributeError):  # neither size nor sampler are known
-        rest = None
-    if rest != 0:
-        left_out = "the last examples" if rest is None else f"{rest} examples"
-        raise DataError(
-            f"a DataLoader with drop_last=True leaves {left_out} of each pass out, so that there "
-            "is no one loss on all data. Pass a DataLoader with drop_last=False, or its dataset."
-        )
-
-
-def _torch_tensors(data: Any) -> Any:
-    # A class derived from it may give other examples than the tensors hold.
-    return data.tensors if type(data).__module__.startswith("torch.") else by_index(data)
-
-
-class _Rows:
-    """Batches of a table of Hugging Face, as numpy arrays by column."""
-
-    def __init__(self, table: Any):
-        self._table = table
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self._table.with_format("numpy").iter(batch_size=TABLE_ROWS):
-            yield without_text(batch, self._table)
-
-
-def _hugging_face(data: Any) -> Any:
-    # A transform of the person's own gives the examples; a format only their type.
-    kind = getattr(data, "format", {"type": None})["type"]
-    return by_index(data) if kind == "custom" else _Rows(data)
-
-
-def _grain_dataset(data: Any) -> Any:
-    if hasattr(data, "__len__") and len(data) >= ENDLESS:
-        raise DataError(
-            f"data is a {kind_of(data)} that repeats without an end. Leave repeat() out, or pass "
-            "iter(data) and nbeta."
-        )
-    return data if _is_batched(data) else by_iteration(data)
-
-
-def _is_batched(data: Any) -> bool:
-    """Say whether a grain data set, or one that it is made from, is made by `batch`."""
-    # each step that is no batch has one parent; a mixture or a concatenation has parents alike
-    while not any(is_a(data, "grain", name) for name in ("BatchMapDataset", "BatchIterDataset")):
-        parents = getattr(data, "parents", ())
-        if not parents:
-            return False
-        data = parents[0]
-    return True
-
-
-# By package and class, the more special class first. Those that are not named are taken for what
-# they can do: `_known`.
-_CONTAINERS: dict[tuple[str, str], Callable[[Any], Any]] = {
-    ("polars", "LazyFrame"): _refuse("data.collect()"),
-    ("dask", "DataFrame"): _refuse("data.compute()"),
-    ("pyarrow", "RecordBatch"): _refuse("data.to_pandas()"),
-    ("xarray", "DataTree"): _refuse("the Dataset of one node, data[path].to_dataset()"),
-    ("datasets", "DatasetDict"): _refuse('one of its splits, such as data["train"]'),
-    ("datasets", "IterableDatasetDict"): _refuse('one of its splits, such as data["train"]'),
-    ("datasets", "Dataset"): _hugging_face,
-    ("datasets", "IterableDataset"): _Rows,
-    ("zarr", "Group"): _refuse(
-        "a dict of its arrays, such as {name: data[name] for name in names}"
-    ),
-    ("torch", "DataLoader"): _torch_loader,
-    ("torch", "TensorDataset"): _torch_tensors,
-    ("torch", "IterableDataset"): by_iteration,
-    ("torch", "Dataset"): by_index,
-    ("grain", "MapDataset"): _grain_dataset,
-    ("grain", "IterDataset"): _grain_dataset,
-}
 
 
 def _read_whole(batches: Iterable[Any], dtype: Any, report: Report | None) -> Batch | None:

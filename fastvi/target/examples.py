@@ -9,7 +9,7 @@ import numpy as np
 
 from fastvi._errors import DataError, ErrorNote
 from fastvi._typing import Batch
-from fastvi.target.inputs import RAGGED, as_array, kind_of
+from fastvi.target.leaves import RAGGED, as_array, kind_of
 from fastvi.target.tables import refuse_text
 
 # Examples that are stacked at a time. Half of it checks batches twice as often; double holds twice

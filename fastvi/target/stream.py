@@ -5,8 +5,6 @@ Both kinds give windows of uniform draws to the fit, and pieces to whoever avera
 
 import abc
 import itertools
-import math
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,17 +14,11 @@ import numpy as np
 
 from fastvi._errors import DataError, UnavailableError
 from fastvi._typing import Batch
+from fastvi.target.batches import OTHER_EXAMPLES, checksums, one_kind, regrouped
 from fastvi.target.data import SAMPLE_PIECES, AbstractData, Data, Window, default_max_batch
 from fastvi.target.feed import Feed, concatenate
-from fastvi.target.inputs import as_held, kind_of, numeric, refuse_examples_in_a_list, refuse_sparse
-from fastvi.target.losses import (
-    describe_arrays,
-    example_bytes,
-    num_examples,
-    take_examples,
-    weigh_batch,
-)
-from fastvi.target.tables import by_name, refuse_text
+from fastvi.target.leaves import kind_of
+from fastvi.target.losses import example_bytes, num_examples, take_examples, weigh_batch
 
 # Steps of a fit between looks at its traces, at most; half of that at least. Half of it looks, and
 # waits for the host, twice as often; twice as many stop later.
@@ -34,11 +26,6 @@ CHUNK = 100
 # Bytes of a window of data that can be read again, at least CHUNK minibatches. Half of it takes
 # twice as many passes over the data, twice as much takes the memory.
 WINDOW_BYTES = 128 * 2**20
-OTHER_EXAMPLES = (
-    "the iterable of batches gave other examples in a later pass than in the first, so that there "
-    "is no one loss on all data. Switch augmentation, noise, drop_last and draws with replacement "
-    "off; the order may change."
-)
 STREAM_SEED = 0  # tells draws of windows from other uses of the key's words
 
 
@@ -87,53 +74,6 @@ class AbstractStream(abc.ABC):
         return weigh_batch(held, self.mean_weight, self._dtype)
 
 
-class Streamed:
-    """Batches of an object that can be iterated over again, and whose data are not held."""
-
-    def __init__(self, source: Iterable[Any]):
-        self.source = source
-
-    def __iter__(self) -> Iterator[Any]:
-        """Begin another pass."""
-        return iter(self.source)
-
-
-def one_kind(batches: Iterable[Any], dtype: Any = None) -> Iterator[Batch]:
-    """Yield batches cast to the dtype; refuse what differs from the first, or is no batch."""
-    source = batches.source if isinstance(batches, Streamed) else batches
-    count, first = 0, None
-    for given in batches:
-        batch = _checked(given, dtype)
-        lengths = {leaf.shape[:1] for leaf in jax.tree_util.tree_leaves(batch)}
-        if len(lengths) != 1 or lengths == {()}:
-            raise DataError(
-                f"all arrays of a batch need the same leading axis (examples); after {count} "
-                f"examples {kind_of(source)} gave {describe_arrays(batch)}. "
-                "Make it give batches of arrays."
-            )
-        refuse_examples_in_a_list(batch, is_batch=True)
-        first = batch if first is None else first
-        # Batches may differ in their number of examples, so the first axis is left out.
-        wanted, found = describe_arrays(first, 1), describe_arrays(batch, 1)
-        if found != wanted:
-            raise DataError(f"batches differ: {wanted} first, {found} after {count} examples.")
-        count += num_examples(batch)
-        yield batch
-
-
-def _checked(given: Any, dtype: Any) -> Batch:
-    """Return a batch, or a table of one, as numpy arrays in the dtype."""
-
-    def cast(path: Any, leaf: Any) -> np.ndarray:
-        name = "batch" + jax.tree_util.keystr(path)
-        return np.asarray(as_held(numeric(leaf, name), name, dtype))
-
-    given = by_name(given)
-    refuse_text(given, "batch")
-    refuse_sparse(given)
-    return jax.tree_util.tree_map_with_path(cast, given)
-
-
 class HostStream(AbstractStream):
     """A re-iterable of host batches: pytrees of arrays with a common leading axis of examples.
 
@@ -170,7 +110,7 @@ class HostStream(AbstractStream):
         """Return uniform draws from all data, in the order of `window`, without an end."""
         # in pieces, so that another pass is made only where all rows of a window have been taken
         windows = map(self._rows, itertools.count())
-        return Feed(_regrouped(windows, default_max_batch(self._example)))
+        return Feed(regrouped(windows, default_max_batch(self._example)))
 
     def _rows(self, number: int) -> Batch:
         """Return the rows of a window, which cost no pass where it is the one that is held."""
@@ -216,7 +156,7 @@ class HostStream(AbstractStream):
 
     def pieces(self) -> Iterator[AbstractData]:
         """Yield all data in pieces of one size, some `PASS_BYTES`, and a rest."""
-        return map(self._piece, _regrouped(self._read(), default_max_batch(self._example)))
+        return map(self._piece, regrouped(self._read(), default_max_batch(self._example)))
 
     def _survey(self) -> tuple[int, int, Batch]:
         """Read all data once: count, check and sum them up, and keep an empty batch of theirs."""
@@ -224,7 +164,7 @@ class HostStream(AbstractStream):
         for batch in one_kind(self._batches, self._dtype):
             example = take_examples(batch, slice(0)) if example is None else example
             count += num_examples(batch)
-            fingerprint += _fingerprint(batch)
+            fingerprint += sum(checksums(batch))
         if count == 0:
             raise DataError("data has no examples: the iterable of batches was empty.")
         return count, fingerprint, example
@@ -234,7 +174,7 @@ class HostStream(AbstractStream):
         count, fingerprint = 0, 0
         for batch in one_kind(self._batches, self._dtype):
             count += num_examples(batch)
-            fingerprint += _fingerprint(batch)
+            fingerprint += sum(checksums(batch))
             yield batch
         if count != self.num_data:
             raise DataError(
@@ -255,7 +195,7 @@ class OnePassStream(AbstractStream):
         super().__init__(batches, dtype)
         # parts of one size, so that one program takes each of them
         size = -(-CHUNK * batch_size // SAMPLE_PIECES)
-        self._parts = _regrouped(one_kind(batches, self._dtype), size)
+        self._parts = regrouped(one_kind(batches, self._dtype), size)
         first = list(itertools.islice(self._parts, SAMPLE_PIECES))
         if not first:
             raise DataError("data has no examples: the iterator of batches was empty.")
@@ -305,7 +245,7 @@ class OnePassStream(AbstractStream):
     def known_pieces(self) -> Iterator[AbstractData]:
         """Yield the window in pieces: nothing is read."""
         size = -(-num_examples(self._window) // SAMPLE_PIECES)
-        return map(self._piece, _regrouped([self._window], size))
+        return map(self._piece, regrouped([self._window], size))
 
 
 def feed_once(batches: Iterator[Any], dtype: Any) -> Feed:
@@ -343,35 +283,3 @@ def uncorrected(method: str | None, is_sample: bool) -> str:
             'Use "variational", or data that can be read again.'
         )
     return method or "variational"
-
-
-def _fingerprint(batch: Batch) -> int:
-    """Sum a checksum of each example, which no other order or division into batches changes."""
-    return sum(checksums(batch))
-
-
-def checksums(batch: Batch) -> Iterator[int]:
-    """Yield a checksum of each example of a batch."""
-    # The arrays of an example are joined first, so that mixed-up pairs change it.
-    rows = [
-        np.ascontiguousarray(leaf).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
-        for leaf in jax.tree_util.tree_leaves(batch)
-    ]
-    return map(zlib.crc32, np.concatenate([part.view(np.uint8) for part in rows], axis=1))
-
-
-def _regrouped(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
-    """Yield the same examples in batches of one size and a rest."""
-    waiting, missing = [], size
-    for batch in batches:
-        start, length = 0, num_examples(batch)
-        # A batch may fill several of the asked size, or only a part of one.
-        while length - start >= missing:
-            waiting.append(take_examples(batch, slice(start, start + missing)))
-            yield concatenate(waiting)
-            start, waiting, missing = start + missing, [], size
-        if start < length:
-            waiting.append(take_examples(batch, slice(start, None)))
-            missing -= length - start
-    if waiting:
-        yield concatenate(waiting)

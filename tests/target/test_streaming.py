@@ -12,6 +12,7 @@ import pytest
 import fastvi
 from fastvi.fitting import stages
 from fastvi.target import stream as streaming
+from fastvi.target.batches import regrouped
 from fastvi.target.stream import HostStream, OnePassStream, open_stream
 
 COUNT, DIM, BATCH = 20_000, 5, 64
@@ -325,7 +326,7 @@ def test_pieces_of_one_size_hold_every_example_once():
     for size in (1, 7, 64, 50, 199, 200, 400):
         for cut in (1, 20, 67, 200):
             given = (rows[start : start + cut] for start in range(0, 200, cut))
-            pieces = list(streaming._regrouped(given, size))
+            pieces = list(regrouped(given, size))
             np.testing.assert_array_equal(np.concatenate(pieces), rows)
             assert {len(piece) for piece in pieces[:-1]} <= {size}
             assert len(pieces[-1]) <= size

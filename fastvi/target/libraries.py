@@ -1,0 +1,131 @@
+"""Data sets and loaders of libraries, told by names: what arrays or batches they give."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+
+from fastvi._errors import DataError
+from fastvi._typing import Batch
+from fastvi.target.examples import are_examples, by_index, by_iteration
+from fastvi.target.inputs import has_dtype
+from fastvi.target.leaves import kind_of
+from fastvi.target.tables import is_a, is_table, warned_of, without_text
+
+# Rows at a time of a table of Hugging Face, as large as its own chunks.
+TABLE_ROWS = 1000
+# grain gives a data set that repeats for ever the length sys.maxsize. Nobody reads half of it.
+ENDLESS = 2**62
+
+
+def by_library(data: Any) -> Any:
+    """Return what a known container holds: arrays, or what gives batches of them."""
+    if are_examples(data):
+        return by_index(data)
+    structure = jax.tree_util.tree_structure(data, is_leaf=warned_of)
+    if not jax.tree_util.treedef_is_leaf(structure) or is_table(data):
+        return data
+    for (package, name), convert in _CONTAINERS.items():
+        if is_a(data, package, name):
+            return convert(data)
+    is_indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    # What can be iterated over gives batches, as a loader does.
+    if is_indexed and not isinstance(data, Iterable) and not has_dtype(data):
+        return by_index(data)
+    return data
+
+
+def _refuse(fix: str) -> Callable[[Any], Any]:
+    def convert(data: Any) -> Any:
+        raise DataError(f"data is {kind_of(data)}, of which no arrays are read. Pass {fix}.")
+
+    return convert
+
+
+def _torch_loader(loader: Any) -> Any:
+    sampler = getattr(loader, "batch_sampler", None)
+    if loader.drop_last or getattr(sampler, "drop_last", False):
+        _refuse_dropping(loader, sampler)
+    return loader
+
+
+def _refuse_dropping(loader: Any, sampler: Any) -> None:
+    """Refuse a loader that leaves examples out, others in each pass where it shuffles."""
+    try:
+        rest = len(sampler.sampler) % sampler.batch_size
+    except (TypeError, AttributeError):  # neither size nor sampler are known
+        rest = None
+    if rest != 0:
+        left_out = "the last examples" if rest is None else f"{rest} examples"
+        raise DataError(
+            f"a DataLoader with drop_last=True leaves {left_out} of each pass out, so that there "
+            "is no one loss on all data. Pass a DataLoader with drop_last=False, or its dataset."
+        )
+
+
+def _torch_tensors(data: Any) -> Any:
+    # A class derived from it may give other examples than the tensors hold.
+    return data.tensors if type(data).__module__.startswith("torch.") else by_index(data)
+
+
+class _Rows:
+    """Batches of a table of Hugging Face, as numpy arrays by column."""
+
+    def __init__(self, table: Any, **format_options: Any):
+        self._table, self._options = table, format_options
+
+    def __iter__(self) -> Iterator[Batch]:
+        table = self._table.with_format("numpy", **self._options)
+        for batch in table.iter(batch_size=TABLE_ROWS):
+            yield without_text(batch, self._table)
+
+
+def _hugging_face(data: Any) -> Any:
+    # A transform of the person's own makes the examples; any other format only their type, and
+    # the choice of columns.
+    if data.format["type"] == "custom":
+        return by_index(data)
+    return _Rows(data, columns=data.format["columns"])
+
+
+def _grain_dataset(data: Any) -> Any:
+    if hasattr(data, "__len__") and len(data) >= ENDLESS:
+        raise DataError(
+            f"data is a {kind_of(data)} that repeats without an end. Leave repeat() out, or pass "
+            "iter(data) and nbeta."
+        )
+    return data if _is_batched(data) else by_iteration(data)
+
+
+def _is_batched(data: Any) -> bool:
+    """Say whether a grain data set, or one that it is made from, is made by `batch`."""
+    # each step that is no batch has one parent; a mixture or a concatenation has parents alike
+    while not any(is_a(data, "grain", name) for name in ("BatchMapDataset", "BatchIterDataset")):
+        parents = getattr(data, "parents", ())
+        if not parents:
+            return False
+        data = parents[0]
+    return True
+
+
+# By package and class, the more special class first. Those that are not named are taken for what
+# they can do: `by_library`.
+_CONTAINERS: dict[tuple[str, str], Callable[[Any], Any]] = {
+    ("polars", "LazyFrame"): _refuse("data.collect()"),
+    ("dask", "DataFrame"): _refuse("data.compute()"),
+    ("pyarrow", "RecordBatch"): _refuse("data.to_pandas()"),
+    ("xarray", "DataTree"): _refuse("the Dataset of one node, data[path].to_dataset()"),
+    ("datasets", "DatasetDict"): _refuse('one of its splits, such as data["train"]'),
+    ("datasets", "IterableDatasetDict"): _refuse('one of its splits, such as data["train"]'),
+    ("datasets", "Dataset"): _hugging_face,
+    ("datasets", "IterableDataset"): _Rows,
+    ("zarr", "Group"): _refuse(
+        "a dict of its arrays, such as {name: data[name] for name in names}"
+    ),
+    ("torch", "DataLoader"): _torch_loader,
+    ("torch", "TensorDataset"): _torch_tensors,
+    ("torch", "IterableDataset"): by_iteration,
+    ("torch", "Dataset"): by_index,
+    ("grain", "MapDataset"): _grain_dataset,
+    ("grain", "IterDataset"): _grain_dataset,
+}

@@ -1,0 +1,280 @@
+"""Data sets and loaders of torch, grain and Hugging Face give the examples that they hold."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+import fastvi
+from fastvi.target import containers
+from fastvi.target.batches import Streamed
+from fastvi.target.containers import hold_data, open_data
+
+COUNT, DIM = 600, 3
+rng = np.random.default_rng(4)
+X = rng.normal(size=(COUNT, DIM)).astype(np.float32)
+Y = rng.normal(size=COUNT).astype(np.float32)
+
+
+def check_examples(container):
+    """Compare the examples that come out with those that went in: a set of rows, bit for bit."""
+    data, count = hold_data(container, dtype=np.float32)
+    assert count == COUNT
+    data = [data["x"], data["y"]] if isinstance(data, dict) else data
+    rows = [np.column_stack([np.asarray(leaf) for leaf in one]) for one in (data, (X, Y))]
+    found, wanted = (one[np.lexsort(one.T)] for one in rows)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+def map_style(torch, make):
+    class ByIndex(torch.utils.data.Dataset):
+        def __len__(self):
+            return COUNT
+
+        def __getitem__(self, index):
+            return make(index)
+
+    return ByIndex()
+
+
+def by_iteration(torch):
+    class OneByOne(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return ((x, y) for x, y in zip(torch.tensor(X), torch.tensor(Y), strict=True))
+
+    return OneByOne()
+
+
+def tensors(torch):
+    return torch.tensor(X), torch.tensor(Y)
+
+
+def pairs(torch):
+    return torch.utils.data.TensorDataset(*tensors(torch))
+
+
+def parts(torch):
+    data = torch.utils.data
+    return data.ConcatDataset(
+        [data.Subset(pairs(torch), range(200, COUNT)), data.Subset(pairs(torch), range(200))]
+    )
+
+
+def loader(torch, data, **options):
+    return torch.utils.data.DataLoader(data, **{"batch_size": 250, "shuffle": True} | options)
+
+
+OF_TORCH = {
+    "tensors": tensors,
+    "tensors with gradients": lambda torch: [one.requires_grad_() for one in tensors(torch)],
+    "tensor data set": pairs,
+    "parts of data sets": parts,
+    "map-style tuples": lambda torch: map_style(torch, lambda i: (torch.tensor(X[i]), float(Y[i]))),
+    "map-style dicts": lambda torch: map_style(torch, lambda i: {"x": X[i], "y": Y[i]}),
+    "iterable": by_iteration,
+    "loader": lambda torch: loader(torch, pairs(torch)),
+    "loader in order": lambda torch: loader(torch, pairs(torch), shuffle=False, batch_size=64),
+    "loader of dicts": lambda torch: loader(
+        torch, map_style(torch, lambda i: {"x": X[i], "y": Y[i]})
+    ),
+    "loader of an iterable": lambda torch: loader(torch, by_iteration(torch), shuffle=None),
+    "loader that drops nothing": lambda torch: loader(
+        torch, pairs(torch), batch_size=100, drop_last=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_examples_of_torch(name, torch):
+    check_examples(OF_TORCH[name](torch))
+
+
+def test_half_precision_of_torch_is_read_exactly(torch):
+    numbers = torch.tensor(X).to(torch.bfloat16)
+    data = hold_data(numbers)[0]
+    assert data.dtype == np.float32
+    np.testing.assert_array_equal(data, numbers.float().numpy())
+
+
+def test_a_derived_tensor_data_set_gives_what_it_says(torch):
+    class Twice(torch.utils.data.TensorDataset):
+        def __getitem__(self, index):
+            return tuple(2 * one for one in super().__getitem__(index))
+
+    np.testing.assert_array_equal(hold_data(Twice(*tensors(torch)))[0][0], 2 * X)
+
+
+def noisy(torch):
+    return map_style(torch, lambda i: (X[i] + torch.rand(()).item(), Y[i]))
+
+
+def raising(torch):
+    return map_style(torch, lambda i: (X[i], [Y[i]][i // 300]))
+
+
+REFUSED_OF_TORCH = {
+    "examples that are dropped": (
+        lambda torch: loader(torch, pairs(torch), drop_last=True),
+        "drop_last=True leaves 100 examples of each pass out.*drop_last=False",
+    ),
+    "examples that an iterable may drop": (
+        lambda torch: loader(torch, by_iteration(torch), shuffle=None, drop_last=True),
+        "leaves the last examples.*drop_last=False",
+    ),
+    "draws with replacement": (
+        lambda torch: loader(
+            torch,
+            pairs(torch),
+            shuffle=None,
+            sampler=torch.utils.data.RandomSampler(range(COUNT), replacement=True),
+        ),
+        "other examples in a later pass.*with replacement",
+    ),
+    "augmentation": (lambda torch: loader(torch, noisy(torch)), "other examples in a later pass"),
+    "text": (
+        lambda torch: loader(torch, map_style(torch, lambda i: {"x": X[i], "name": "abc"})),
+        r"batch\['name'\] has dtype <U3, which is text",
+    ),
+    "a sparse tensor": (lambda torch: torch.eye(3).to_sparse(), "Tensor.*to_dense"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_OF_TORCH)
+def test_what_is_refused_of_torch(name, torch):
+    make, words = REFUSED_OF_TORCH[name]
+    with warnings.catch_warnings():
+        # torch says that its sparse tensors are a beta
+        warnings.simplefilter("ignore", UserWarning)
+        data = make(torch)
+    with pytest.raises(fastvi.DataError, match=words):
+        hold_data(data)
+
+
+def test_what_a_data_set_of_torch_raises_passes_through(torch):
+    with pytest.raises(IndexError):
+        hold_data(loader(torch, raising(torch)))
+
+
+def test_a_loader_of_torch_that_does_not_fit_is_a_stream(torch, monkeypatch):
+    monkeypatch.setattr(containers, "HELD_WINDOWS", 0)
+    opened = open_data(loader(torch, pairs(torch)))
+    assert isinstance(opened, Streamed)
+    found = np.concatenate([np.asarray(batch[1]) for batch in opened])
+    np.testing.assert_array_equal(np.sort(found), np.sort(Y))
+
+
+@pytest.fixture
+def datasets():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("datasets")
+
+
+def table(datasets):
+    return datasets.Dataset.from_dict({"x": X, "y": Y})
+
+
+OF_HUGGING_FACE = {
+    "python": table,
+    "numpy": lambda datasets: table(datasets).with_format("numpy"),
+    "jax": lambda datasets: table(datasets).with_format("jax"),
+    "columns": lambda datasets: (
+        table(datasets).add_column("name", ["a"] * COUNT).with_format("numpy", columns=["x", "y"])
+    ),
+    "transform": lambda datasets: table(datasets).with_transform(
+        lambda batch: {name: np.asarray(column, np.float32) for name, column in batch.items()}
+    ),
+    "iterable": lambda datasets: table(datasets).to_iterable_dataset(),
+    "shuffled": lambda datasets: table(datasets).shuffle(seed=0),
+}
+
+
+@pytest.mark.parametrize("name", OF_HUGGING_FACE)
+def test_examples_of_hugging_face(name, datasets):
+    check_examples(OF_HUGGING_FACE[name](datasets))
+
+
+REFUSED_OF_HUGGING_FACE = {
+    "text": (
+        lambda datasets: table(datasets).add_column("name", ["a"] * COUNT),
+        r"data\['name'\] has dtype <U1.*data.remove_columns\(\['name'\]\)",
+    ),
+    "ragged": (
+        lambda datasets: datasets.Dataset.from_dict({"ids": [[1], [1, 2]], "y": [0, 1]}),
+        r"batch\['ids'\] holds sequences of different lengths.*fastvi.pad_sequences",
+    ),
+    "splits": (
+        lambda datasets: datasets.DatasetDict({"train": table(datasets)}),
+        r'DatasetDict.*data\["train"\]',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_OF_HUGGING_FACE)
+def test_what_is_refused_of_hugging_face(name, datasets):
+    make, words = REFUSED_OF_HUGGING_FACE[name]
+    with pytest.raises(fastvi.DataError, match=words):
+        hold_data(make(datasets))
+
+
+def test_a_table_of_arrow_is_read_by_column():
+    arrow = pytest.importorskip("pyarrow")
+    found = arrow.table({"x": list(X), "y": Y})
+    check_examples(found)
+    with pytest.raises(fastvi.DataError, match=r"data.drop_columns\(\['name'\]\)"):
+        hold_data(found.append_column("name", [["a"] * COUNT]))
+    with pytest.raises(fastvi.DataError, match=r"RecordBatch.*data.to_pandas\(\)"):
+        hold_data(found.to_batches()[0])
+
+
+@pytest.fixture
+def grain():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("grain")
+
+
+class Source:
+    """A random access data source, as grain calls it."""
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        return {"x": X[index], "y": Y[index]}
+
+
+def grain_set(grain):
+    return grain.MapDataset.source(Source())
+
+
+OF_GRAIN = {
+    "source": lambda grain: Source(),
+    "examples": grain_set,
+    "shuffled": lambda grain: grain_set(grain).shuffle(seed=0),
+    "batches": lambda grain: grain_set(grain).shuffle(seed=0).batch(250),
+    "batches on": lambda grain: grain_set(grain).batch(250).map(lambda batch: batch),
+    "iterated examples": lambda grain: grain_set(grain).to_iter_dataset(),
+    "iterated batches": lambda grain: grain_set(grain).to_iter_dataset().batch(250),
+    "loader": lambda grain: grain.DataLoader(
+        data_source=Source(),
+        sampler=grain.samplers.IndexSampler(COUNT, shuffle=True, seed=0, num_epochs=1),
+        operations=[grain.transforms.Batch(250)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_GRAIN)
+def test_examples_of_grain(name, grain):
+    check_examples(OF_GRAIN[name](grain))
+
+
+def test_grain_without_an_end_is_refused(grain):
+    with pytest.raises(fastvi.DataError, match=r"repeats without an end.*repeat\(\)"):
+        hold_data(grain_set(grain).repeat())

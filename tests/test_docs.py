@@ -144,6 +144,13 @@ def test_example_of_sgld_runs(short_fits, capsys):
     assert "diverges above" in capsys.readouterr().out
 
 
+def test_examples_of_data_run(short_fits, capsys):
+    namespace = {}
+    for block in python_blocks(DOCS / "data.md"):
+        exec(compile(block, "data.md", "exec"), namespace)
+    assert "of 500 rows" in capsys.readouterr().out
+
+
 def test_examples_of_parts_run(capsys):
     namespace = {}
     for block in python_blocks(DOCS / "parts.md"):
@@ -221,6 +228,7 @@ def test_every_page_with_examples_is_run():
         "diagnostics.md",
         "families.md",
         "adapters.md",
+        "data.md",
         "parts.md",
         "posterior-draws.md",
         "comparing-with-sgld.md",

@@ -123,11 +123,11 @@ def estimate_llc(
             jax itself keeps traced, as under `jax.jit`.
         params: Trained parameters w*, any pytree with floating-point arrays.
         data: Pytree of arrays with a common leading axis of examples; `batch` has the same
-            structure. Or an object that gives such batches from host memory each time it is
-            iterated over, or an iterator of shuffled batches, which is read once: then nbeta must
-            be given. Walkers from the localizer step on either. After a fit the methods are
-            "variational" and "reweight", of an iterator "variational" alone, on a sample whose
-            noise is part of `llc_sem`.
+            structure. Or a table, a data set of examples, or a loader of such batches, which is
+            read into memory up to 1 GiB and streamed above; or an iterator of shuffled batches,
+            which is read once: then nbeta must be given. Walkers from the localizer step on
+            streams. After a fit the methods are "variational" and "reweight", of an iterator
+            "variational" alone, on a sample whose noise is part of `llc_sem`.
         key: An int seed or a jax random key.
         nbeta: n times the inverse temperature; n / log n when left out.
         localization: Strength gamma of the Gaussian that ties w to w*, in model coordinates;

@@ -64,7 +64,7 @@ def fit(
         rng_key: Typed or legacy jax key, or an int.
         objective: Mean loss per example and its gradient on a flat vector and a batch.
         wstar_flat: w*, shape (dim,).
-        data: Pytree of arrays with `n_data` examples.
+        data: Pytree of arrays with `n_data` examples, or what is read into memory as such.
         n_data: Number of examples n.
         beta: Inverse temperature.
         gamma: Strength of the localizer; `gamma` of the configuration when left out, one of the two
@@ -118,7 +118,7 @@ def run_vi(
     Args:
         key: Typed or legacy key, or an int.
         posterior: Object with `flat0`, the centre w* of shape (dim,), or that vector itself.
-        data: Pytree of arrays with a common leading axis.
+        data: Pytree of arrays with a common leading axis, or what is read into memory as such.
         config: Anything `VIConfig.create` reads.
         num_chains: Number of independent chains, vmapped.
         loss_minibatch_flat: `(w, batch) -> mean loss`.

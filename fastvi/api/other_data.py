@@ -45,7 +45,7 @@ def llc_on(result: LLCEstimate, data: Given[Batch]) -> DataLLC:
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
-        data: Data of the structure that the loss takes.
+        data: Data of the structure that the loss takes, held in memory.
 
     Returns:
         The coefficient in units of the fit's nbeta. It may be negative, as w* need not be a minimum
@@ -76,8 +76,8 @@ def example_losses(
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
-        data: Data of the structure that the loss takes. Where it returns the mean of a batch, each
-            example is passed as a batch of one.
+        data: Data of the structure that the loss takes, held in memory. Where it returns the mean
+            of a batch, each example is passed as a batch of one.
 
     Returns:
         Losses in nats, shape (chains, draws, examples), whose mean over the examples is the loss of

@@ -44,7 +44,7 @@ def estimate_parts(
     Args:
         loss_fn: As for `estimate_llc`.
         params: Trained parameters w*, whole.
-        data: Pytree of arrays, as for `estimate_llc`, held in memory.
+        data: As for `estimate_llc`, held in memory.
         parts: By name, patterns as `select_part` takes them, or masks as `restrict` takes them.
             `attention_heads` makes those of heads.
         key: An int seed or a jax random key, the same for all parts.
@@ -63,8 +63,8 @@ def estimate_parts(
     Raises:
         ConfigError: If a part names nothing or does not fit the parameters, or as for
             `estimate_llc`.
-        DataError: As for `estimate_llc`, or if data are a stream. Any error at a part names it in a
-            note, and its attribute `partial` holds the estimates of those before.
+        DataError: As for `estimate_llc`, or if data do not fit into memory. Any error at a part
+            names it in a note, and its attribute `partial` holds the estimates of those before.
         NonFiniteError: As for `estimate_llc`.
 
     Cost:

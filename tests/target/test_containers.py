@@ -167,7 +167,10 @@ def of_arrays():
 def test_a_loader_has_the_llc_of_its_arrays(of_arrays):
     """The same arrays, in the order of the first pass, give the same bits."""
     assert abs(of_arrays.llc - exact_llc()) < 4 * of_arrays.llc_sem < 0.1
-    assert fastvi.estimate_llc(loss_fn, W, Batches(), **OPTIONS).llc == of_arrays.llc
+    told = []
+    found = fastvi.estimate_llc(loss_fn, W, Batches(), **OPTIONS | {"progress": told.append})
+    assert found.llc == of_arrays.llc
+    assert [one.step for one in told if one.stage == "data"] == [250, 500, 600]
 
 
 def test_data_that_do_not_fit_have_the_llc_of_their_arrays(of_arrays, monkeypatch):

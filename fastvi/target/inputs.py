@@ -112,7 +112,8 @@ def on_device(leaf: Any, name: str, dtype: Any = None) -> Array:
     if array.ndim == 0:
         raise DataError(
             f"{name} is a scalar; every data array needs a leading axis of examples. Make lists of "
-            "numbers arrays (np.asarray), and close over settings in loss_fn."
+            "numbers arrays (np.asarray; those of different lengths by fastvi.pad_sequences), and "
+            "close over settings in loss_fn."
         )
     return jax.device_put(as_held(array, name, dtype))
 
@@ -123,9 +124,11 @@ def numeric(leaf: Any, name: str) -> Any:
     is_time = jnp.issubdtype(array.dtype, np.timedelta64)  # which numpy counts among the integers
     if is_time or not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.number, jnp.bool_)):
         origin = "" if is_array(leaf) else f" as numpy reads {kind_of(leaf)}"
+        fix = "Encode strings and objects first, and stack sequences of arrays."
+        if not is_array(leaf) and isinstance(leaf, Iterable):
+            fix = "What gives batches or examples is passed alone, not beside arrays."
         raise DataError(
-            f"{name} has dtype {array.dtype}{origin}; data must be numeric arrays. Encode "
-            "strings and objects first, and stack sequences of arrays."
+            f"{name} has dtype {array.dtype}{origin}; data must be numeric arrays. {fix}"
         )
     return array
 

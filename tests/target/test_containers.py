@@ -311,6 +311,8 @@ REFUSED = {
         "other examples in a later pass.*augmentation",
     ),
     "a loader that ends": (Once, "gave 600 examples first and 0 later"),
+    "a loader among arrays": (lambda: (X, Batches()), r"data\[1\].*Batches.*is passed alone"),
+    "lists of lists": (lambda: [[1, 2], [3]], r"data\[0\]\[0\] is a scalar.*fastvi.pad_sequences"),
     "pairs of rows": (lambda: zip(X, Y, strict=True), "zip gave .*Make it give batches"),
 }
 

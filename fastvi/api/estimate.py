@@ -212,6 +212,7 @@ def estimate_target(
     with reporting(progress) as report:
         data = open_data(data, check_dtype(settings), report and told_of_reading(report))
     target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key), may_walk)
+    del data  # which the device holds now
     if may_walk:
         target, result = _walk(target, progress, throw)
         if result is not None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastvi.target.feed import concatenate
 from fastvi.target.inputs import check_data, common_length, is_array, is_stream
 from fastvi.target.leaves import as_array, kind_of
 from fastvi.target.libraries import by_library
-from fastvi.target.losses import num_examples
+from fastvi.target.losses import num_examples, take_examples
 from fastvi.target.tables import is_a, warned_of
 
 # Windows of a stream that data in memory may have: 1 GiB. While batches are joined they take twice
@@ -67,7 +68,8 @@ def open_data(data: Given[Any], dtype: Any = None, report: Report | None = None)
         report: Told the number of examples read so far.
 
     Returns:
-        Arrays; or a `Streamed` of batches; or the iterator, of which nothing was read.
+        Arrays, in an order of their own where a loader shuffles them; or a `Streamed` of batches;
+        or the iterator, of which nothing was read.
 
     Raises:
         DataError: If they are of no such kind, hold text, or change from pass to pass.
@@ -100,21 +102,39 @@ def _read_whole(batches: Iterable[Any], dtype: Any, report: Report | None) -> Ba
             report(count)
     if not count:
         raise DataError("data has no examples: the iterable of batches was empty.")
-    _look_again(one_kind(batches, dtype), parts, count)
-    return concatenate(parts)
+    sums = _sums(parts, zlib.crc32)
+    if _look_again(one_kind(batches, dtype), sums):
+        return concatenate(parts)
+    # A loader that shuffles would give other bits, and refuse to go on with an earlier fit, in each
+    # process. Two checksums tell all but a few in 2^64 examples apart.
+    order = np.lexsort([_sums(parts, zlib.adler32), sums])
+    return take_examples(concatenate(parts), order)
 
 
-def _look_again(batches: Iterator[Batch], parts: list[Batch], count: int) -> None:
-    """Refuse data that are others in a second pass, as far as its first examples tell."""
-    known, seen = set(itertools.chain.from_iterable(map(checksums, parts))), 0
+def _sums(parts: list[Batch], checksum: Callable[[Any], int]) -> np.ndarray:
+    found = itertools.chain.from_iterable(checksums(part, checksum) for part in parts)
+    return np.fromiter(found, np.uint32)
+
+
+def _look_again(batches: Iterator[Batch], sums: np.ndarray) -> bool:
+    """Refuse data that are others in a second pass, as far as its first examples tell.
+
+    Returns:
+        Whether they come in the order of the first pass, whose checksums are given.
+    """
+    count, seen, keeps_order, known = sums.size, 0, True, np.sort(sums)
     for batch in batches:
-        if not known.issuperset(checksums(batch)):
+        again = _sums([batch], zlib.crc32)
+        places = np.searchsorted(known, again).clip(max=count - 1)
+        if not np.array_equal(known[places], again):
             raise DataError(OTHER_EXAMPLES)
-        seen += num_examples(batch)
+        keeps_order = keeps_order and np.array_equal(again, sums[seen : seen + again.size])
+        seen += again.size
         if seen > count or seen >= LOOKED_AT_AGAIN:
             break
     if seen > count or seen < min(count, LOOKED_AT_AGAIN):
         raise DataError(f"the iterable of batches gave {count} examples first and {seen} later.")
+    return keeps_order
 
 
 def _most_bytes() -> int:

@@ -112,9 +112,7 @@ def _is_batched(data: Any) -> bool:
 # they can do: `by_library`.
 _CONTAINERS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("polars", "LazyFrame"): _refuse("data.collect()"),
-    ("dask", "DataFrame"): _refuse("data.compute()"),
     ("pyarrow", "RecordBatch"): _refuse("data.to_pandas()"),
-    ("xarray", "DataTree"): _refuse("the Dataset of one node, data[path].to_dataset()"),
     ("datasets", "DatasetDict"): _refuse('one of its splits, such as data["train"]'),
     ("datasets", "IterableDatasetDict"): _refuse('one of its splits, such as data["train"]'),
     ("datasets", "Dataset"): _hugging_face,

@@ -205,6 +205,17 @@ def test_a_loader_is_read_once_and_looked_at_again(monkeypatch):
     assert loader.passes == 3
 
 
+def test_loaders_that_shuffle_give_one_order():
+    """The same key then gives the same result, and a fit goes on in another process."""
+    first, second = Batches(shuffle=True), Batches(shuffle=True, size=100)
+    second.passes = 7  # orders of other passes
+    found = [open_data(loader, np.float32) for loader in (first, second)]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    # rows and targets stay together
+    np.testing.assert_array_equal(rows_of(found[0]), rows_of((X, Y)))
+
+
 def test_an_iterator_is_not_read():
     batches = iter(Batches())
     assert open_data(batches) is batches

@@ -105,7 +105,7 @@ def are_examples(data: Any) -> bool:
     if type(data) is not list or len(data) < 2:
         return False
     kind = type(data[0])
-    if kind not in (tuple, dict) or any(type(entry) is not kind for entry in data):
+    if not issubclass(kind, (tuple, dict)) or any(type(entry) is not kind for entry in data):
         return False
     leaves = jax.tree_util.tree_leaves(data[0], is_leaf=_is_numbers)
     return any(isinstance(leaf, (int, float, str)) or np.ndim(leaf) == 0 for leaf in leaves)

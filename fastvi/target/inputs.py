@@ -125,7 +125,8 @@ def numeric(leaf: Any, name: str) -> Any:
     if is_time or not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.number, jnp.bool_)):
         origin = "" if is_array(leaf) else f" as numpy reads {kind_of(leaf)}"
         fix = "Encode strings and objects first, and stack sequences of arrays."
-        if not is_array(leaf) and isinstance(leaf, Iterable):
+        # numpy holds what it cannot look into as one object
+        if array.ndim == 0 and isinstance(leaf, Iterable):
             fix = "What gives batches or examples is passed alone, not beside arrays."
         raise DataError(
             f"{name} has dtype {array.dtype}{origin}; data must be numeric arrays. {fix}"

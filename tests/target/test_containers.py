@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import typing
 import warnings
 
 import h5py
@@ -69,6 +70,11 @@ class ByIndex:
         return self.make(index)
 
 
+class Example(typing.NamedTuple):
+    x: np.ndarray
+    y: float
+
+
 def memmap(tmp_path):
     for name, array in (("x", X), ("y", Y)):
         np.save(tmp_path / f"{name}.npy", array)
@@ -112,6 +118,7 @@ CONTAINERS = {
     "map-style tuples": lambda _: ByIndex(lambda i: (X[i], Y[i])),
     "map-style dicts": lambda _: ByIndex(lambda i: {"x": X[i].tolist(), "y": float(Y[i])}),
     "list of tuples": lambda _: [(x, y) for x, y in zip(X, Y, strict=True)],
+    "list of named tuples": lambda _: list(itertools.starmap(Example, zip(X, Y, strict=True))),
     "list of dicts": lambda _: [{"x": x, "y": y} for x, y in zip(X, Y, strict=True)],
     "loader": lambda _: Batches(),
     "loader that shuffles": lambda _: Batches(shuffle=True),
@@ -322,6 +329,10 @@ REFUSED = {
         "other examples in a later pass.*augmentation",
     ),
     "a loader that ends": (Once, "gave 600 examples first and 0 later"),
+    "a series of text": (
+        lambda: (X, pd.Series(LIST_OF_TEXT)),
+        r"data\[1\] has dtype object as numpy reads pandas.*Series.*Encode strings",
+    ),
     "a loader among arrays": (lambda: (X, Batches()), r"data\[1\].*Batches.*is passed alone"),
     "lists of lists": (lambda: [[1, 2], [3]], r"data\[0\]\[0\] is a scalar.*fastvi.pad_sequences"),
     "pairs of rows": (lambda: zip(X, Y, strict=True), "zip gave .*Make it give batches"),

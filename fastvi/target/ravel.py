@@ -18,6 +18,7 @@ from fastvi._typing import Array, Float, Given, PyTree
 from fastvi.target.inputs import is_array, is_finite
 from fastvi.target.losses import raw_examples
 from fastvi.target.objective import AbstractObjective, LossFn
+from fastvi.target.training_state import refuse_training_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +133,13 @@ def ravel_loss(
 
     Raises:
         DataError: If a leaf is neither a floating array nor carried along, is not finite, or there
-            is none.
+            is none; or if they hold a train state, or the state of an optimiser.
     """
     if not callable(loss_fn):
         raise DataError(
             f"loss_fn must be a function (params, batch) -> scalar; got {type(loss_fn).__name__}."
         )
+    refuse_training_state(params)
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     settings = _settings_of_modules(params)  # Python floats there are settings, elsewhere unclear
     arrays, shapes, dtypes, static = [], [], [], []

@@ -13,6 +13,7 @@ from fastvi._typing import Batch, Given, PyTree
 from fastvi.target.inputs import is_array
 from fastvi.target.ravel import refuse_python_float
 from fastvi.target.restricted import Frozen, RestrictedLoss, free_entries
+from fastvi.target.training_state import refuse_varying_optimiser
 
 
 @in_own_modes
@@ -37,10 +38,11 @@ def restrict(
 
     Raises:
         ConfigError: If the mask does not fit the parameters, or lets none of them vary.
-        DataError: If it lets a Python float vary.
+        DataError: If it lets a Python float vary, or the state of an optimiser.
     """
     leaves, treedef = jax.tree_util.tree_flatten(params)
     varying = read_mask(params, param_mask)
+    refuse_varying_optimiser(params, varying)
     free = free_entries(leaves, varying)
     whole = tuple(Frozen(leaf) if is_array(leaf) else leaf for leaf in leaves)
     sites = tuple((number,) for number, which in enumerate(varying) if which is not False)

@@ -43,6 +43,7 @@ class Llc:
         localization: Strength gamma of the Gaussian that ties w to w*; 1 when left out.
         nbeta: n times the inverse temperature; n / log n when left out.
         num_chains: Independent fits; chosen when left out.
+        params: Checkpoint with parameters in place of the target's, PATH or PATH:PART.
         trust: Run the code that a run folder names.
         quiet: Print the estimate alone, on one line.
     """
@@ -57,6 +58,7 @@ class Llc:
     localization: float | None = None
     nbeta: float | None = None
     num_chains: int | None = None
+    params: str | None = None
     trust: bool = False
     quiet: bool = False
 
@@ -80,7 +82,9 @@ class Llc:
         ) as folder:
             if not self.quiet:
                 say(f"target         {resolved.target}")
-            problem = load(resolved.target)
+                if origin.params is not None:
+                    say(f"parameters     {origin.params}")
+            problem = load(resolved.target, origin.params)
             fingerprint = observe_problem(problem, config)
             if resolved.before is not None:
                 _tell_changes(fingerprint, resolved.before.fingerprint)
@@ -99,6 +103,7 @@ class Llc:
             localization=choose_localization(self.localization, config, base.localization),
             nbeta=base.nbeta if self.nbeta is None else self.nbeta,
             num_chains=base.num_chains if self.num_chains is None else self.num_chains,
+            params=base.params if self.params is None else self.params,
         )
 
 

@@ -40,7 +40,7 @@ from fastvi.target.identity import differing
 
 TABLE_FILE, FIGURE_FILE, PAGE_DPI = "table.csv", "sweep.png", 150
 RUN_OPTIONS = ("seed", "localization", "nbeta", "num_chains")
-ENTRIES = ("target", "out", "base", "grid", *RUN_OPTIONS)
+ENTRIES = ("target", "params", "out", "base", "grid", *RUN_OPTIONS)
 LOCALIZATION = ("localization", "gamma")  # two names of one thing
 # Columns of a run, as `describe` fills them; a run that failed has dashes.
 COLUMNS = ("llc", "q alone", "elbo", "k-hat", "FGE", "s", "findings")
@@ -75,7 +75,7 @@ class Sweep:
         tell = (lambda line: None) if self.quiet else say
         with claimed(self.out or plan.out or Path("runs") / self.config.stem, SWEEP) as folder:
             _begin(folder, plan)
-            problem = load(plan.target)
+            problem = load(plan.target, plan.params)
             # Cached: what the problem computes depends on no other setting than the dtype.
             observe = functools.cache(lambda dtype: observe_problem(problem, VIConfig(dtype=dtype)))
             outcomes = []
@@ -128,6 +128,7 @@ class SweepPlan:
     target: str
     cells: list[Cell]
     out: Path | None
+    params: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,16 +294,20 @@ def read_plan(path: Path, *, trust: bool = False) -> SweepPlan:
         raise ConfigError(f"{path}: out must be the name of a folder; got {given['out']!r}.")
     grid = _read_grid(path, given["grid"])
     _check_given_once(path, given, grid)
-    target = resolve(given["target"], trust=trust).target
+    resolved = resolve(given["target"], trust=trust)
+    target = resolved.target
+    # A run folder remembers parameters that were not its target's own.
+    kept = None if resolved.before is None else resolved.before.origin.params
+    params = given.get("params", kept)
     base = VIConfig.create(given.get("base"))
     shared = {name: given[name] for name in RUN_OPTIONS if name in given}
     cells = [
-        _cell(target, base, shared, dict(zip(grid, values, strict=True)))
+        _cell(target, params, base, shared, dict(zip(grid, values, strict=True)))
         for values in itertools.product(*grid.values())
     ]
     for cell in cells:  # before the first of them runs
         check_packages(cell.config)
-    return SweepPlan(target, cells, Path(given["out"]) if "out" in given else None)
+    return SweepPlan(target, cells, Path(given["out"]) if "out" in given else None, params)
 
 
 def _read_grid(path: Path, given: Mapping[Any, Any]) -> dict[str, list[Any]]:
@@ -343,7 +348,13 @@ def _check_given_once(path: Path, given: Mapping[str, Any], grid: Mapping[str, A
             seen[meant] = f"{name} {place}"
 
 
-def _cell(target: str, base: VIConfig, shared: dict[str, Any], values: dict[str, Any]) -> Cell:
+def _cell(
+    target: str,
+    params: str | None,
+    base: VIConfig,
+    shared: dict[str, Any],
+    values: dict[str, Any],
+) -> Cell:
     options = shared | {name: values[name] for name in RUN_OPTIONS if name in values}
     asked = {name: value for name, value in values.items() if name not in RUN_OPTIONS}
     config = base.replace(**asked)
@@ -357,6 +368,7 @@ def _cell(target: str, base: VIConfig, shared: dict[str, Any], values: dict[str,
             localization=choose_localization(options.get("localization"), config, 1.0),
             nbeta=options.get("nbeta"),
             num_chains=options.get("num_chains"),
+            params=params,
         ),
         # Kept out of the configuration: the localization alone needs no program of its own.
         config=config.replace(gamma=None),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from fastvi._errors import ConfigError, DataError
 from fastvi.config import VIConfig
 from fastvi.config.sources import parse_yaml
+from fastvi.integrations.checkpoints import load_checkpoint
 from fastvi.results.files import first_line
 from fastvi.results.runs import (
     CONFIG_FILE,
@@ -78,17 +79,21 @@ def _whereabouts(target: str) -> str:
     return spec.origin or ", ".join(spec.submodule_search_locations or ["a folder"])
 
 
-def load(target: str) -> ModelArguments:
+def load(target: str, params: str | None = None) -> ModelArguments:
     """Import the module, from the current folder too, and call the function.
 
     The current folder comes last on the path: a file in it is no stand-in for a module of Python or
     of a package that fastvi itself imports later.
 
+    Args:
+        target: `module:function`.
+        params: Checkpoint whose parameters take the place of the function's, `PATH` or `PATH:PART`.
+
     Raises:
         ConfigError: If there is no such module or function, or another module goes before the one
             in the folder.
         DataError: If the module or the function fails, or returns something else than a loss,
-            parameters and data.
+            parameters and data; or if the checkpoint cannot be read or is of another model.
     """
     module_name, _, name = target.partition(":")
     # Entries of sys.path may be relative, as "" is.
@@ -120,11 +125,35 @@ def load(target: str) -> ModelArguments:
         found: Any = function()
     except (Exception, SystemExit) as error:
         raise _failed(target, error) from error
-    if not isinstance(found, (tuple, list)) or len(found) != 3 or not callable(found[0]):
+    arguments = _arguments(target, found)
+    if params is None:
+        return arguments
+    return arguments._replace(params=_read_params(params, arguments.params))
+
+
+def _arguments(target: str, found: Any) -> ModelArguments:
+    """Read `(loss_fn, params, data)`, or `((loss_fn, params), data)` with what an adapter made."""
+    if _is_sequence(found, 2) and _is_sequence(found[0], 2):
+        found = (*found[0], found[1])
+    if not _is_sequence(found, 3) or not callable(found[0]):
         raise DataError(
-            f"TARGET {target!r} must return (loss_fn, params, data); got {type(found).__name__}."
+            f"TARGET {target!r} must return (loss_fn, params, data); got {type(found).__name__}. "
+            "What an adapter returns may stand for the first two, as in equinox_loss(model, loss), "
+            "data."
         )
     return ModelArguments(*found)
+
+
+def _is_sequence(value: Any, length: int) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == length
+
+
+def _read_params(given: str, like: Any) -> Any:
+    """Read a checkpoint into the structure of the target's parameters."""
+    path, _, part = given.rpartition(":")
+    if Path(given).exists() or not path:
+        return load_checkpoint(given, like=like)
+    return load_checkpoint(path, part=part, like=like)
 
 
 def _check_not_hidden(target: str, top: str) -> None:

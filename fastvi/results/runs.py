@@ -25,7 +25,7 @@ from fastvi.results.terminal import warn
 
 CONFIG_FILE, FIGURE_FILE, REPORT_FILE = "config.yaml", "traces.png", "report.html"
 EVENTS_FOLDER = Path("diagnostics") / "tb"
-VERSION = 2  # of run.json; raised where its entries change their meaning
+VERSION = 3  # of run.json; raised where its entries change their meaning
 FIGURE_DPI = 150  # a panel is then some 900 pixels wide
 CONTENTS = {
     RESULT_FILE: "values, errors, spectrum, findings",
@@ -44,7 +44,8 @@ WAY_OUT = (
 class Origin:
     """What an estimate was made of, beside the configuration.
 
-    `target` is `module:function`, or None for a demo.
+    `target` is `module:function`, or None for a demo. `params` names a checkpoint whose parameters
+    take the place of the target's; it is None where they are its own.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -55,11 +56,16 @@ class Origin:
     localization: float
     nbeta: float | None
     num_chains: int | None
+    params: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values, and read numbers that YAML takes for strings."""
         if self.target is not None:
             check_target(self.target)
+        if self.params is not None and not (isinstance(self.params, str) and self.params):
+            raise ConfigError(
+                f"params must name a checkpoint, PATH or PATH:PART; got {self.params!r}."
+            )
         checked = {
             "seed": checks.integer("seed", self.seed, "for example 0", minimum=0),
             "localization": checks.nonnegative(

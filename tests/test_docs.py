@@ -9,8 +9,10 @@ import inspect
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 import fastvi
@@ -86,6 +88,27 @@ def test_examples_run(name, short_fits, capsys):
     assert "llc" in capsys.readouterr().out
     if "out" in namespace:
         assert jax.numpy.isfinite(namespace["out"]["lambda_hat"])
+
+
+def test_examples_of_checkpoints_run(capsys, tmp_path, monkeypatch):
+    """With the losses alone of the curve: one over a folder is tested beside the other readers."""
+
+    def losses_of(loss_fn, checkpoints, data, **options):
+        losses = [float(loss_fn(params, data)) for params in checkpoints]
+        return SimpleNamespace(init_loss=losses, llc=[math.nan] * len(losses))
+
+    monkeypatch.setattr(fastvi, "llc_curve", losses_of)
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in python_blocks(DOCS / "checkpoints.md"):
+        exec(compile(block, "checkpoints.md", "exec"), namespace)
+    printed = re.findall(r"^step (\d+): loss", capsys.readouterr().out, re.M)
+    assert printed == ["0", "200", "400"]
+    losses = namespace["curve"].init_loss
+    assert losses == sorted(losses, reverse=True)
+    data = namespace["inputs"], namespace["targets"]
+    np.testing.assert_array_equal(namespace["trained"]["w"], namespace["checkpoints"][2]["w"])
+    assert losses[2] == float(namespace["loss_fn"](namespace["trained"], data))
 
 
 def test_examples_of_language_models_run(capsys):
@@ -229,6 +252,7 @@ def test_every_page_with_examples_is_run():
         "families.md",
         "adapters.md",
         "data.md",
+        "checkpoints.md",
         "parts.md",
         "posterior-draws.md",
         "comparing-with-sgld.md",

@@ -260,6 +260,7 @@ def test_torch():
     [
         ("haiku", "haiku_loss", "haiku", (None, None)),
         ("flax_linen", "linen_loss", "flax", (None, {}, None)),
+        ("flax_linen", "train_state_loss", "flax", (None, None)),
         ("flax_nnx", "nnx_loss", "flax", (None, None)),
         ("numpyro", "numpyro_loss", "numpyro", (None, {}, ())),
         ("torch", "torch_loss", "torchax", (None, None)),

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastvi._errors import DataError
 from fastvi._optional import import_optional
+from fastvi.integrations.names import few
 
 INDEX = ".index.json"
 # What a folder of Hugging Face's libraries holds, in the order in which they look for it.
@@ -178,7 +179,7 @@ def _read_shards(path: Path) -> dict[str, Any]:
         found |= read_checkpoint(path.with_name(file))
     absent = sorted(set(named) - set(found))
     if absent:
-        raise DataError(f"{path} names {', '.join(absent[:5])}, which its files do not hold.")
+        raise DataError(f"{path} names {few(absent)}, which its files do not hold.")
     return {name: found[name] for name in named}
 
 

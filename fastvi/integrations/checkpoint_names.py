@@ -10,8 +10,7 @@ import numpy as np
 
 from fastvi._errors import DataError
 from fastvi._typing import PyTree
-
-MOST_NAMES = 5  # of an error; with half of them a whole layer is not seen, twice are a page
+from fastvi.integrations.names import few
 
 
 def nest(flat: Mapping[str, Any], separator: str) -> dict[str, Any]:
@@ -84,17 +83,12 @@ def _compare(wanted: dict[str, Any], found: dict[str, Any], source: str) -> None
             name for name in both if not jnp.issubdtype(_dtype(found[name]), jnp.floating)
         ],
     }
-    told = [f"{trouble}: {_few(names)}" for trouble, names in troubles.items() if names]
+    told = [f"{trouble}: {few(names)}" for trouble, names in troubles.items() if names]
     if told:
         raise DataError(
             f"{source} does not fit the parameters; {'; '.join(told)}. Where the parameters are a "
             'part of it, name the part, such as part="params".'
         )
-
-
-def _few(names: list[str]) -> str:
-    rest = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _by_name(leaves: list[tuple[Any, Any]], source: str) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _nested(tree: PyTree, separator: str, path: Path) -> PyTree:
     return nest(tree, separator)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoints:
     """Checkpoints of one run in the order of their steps, each read when it is asked for.
 

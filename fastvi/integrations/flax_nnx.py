@@ -8,6 +8,7 @@ from fastvi._errors import DataError
 from fastvi._optional import import_optional
 from fastvi._typing import PyTree
 from fastvi.integrations.modes import training_mode
+from fastvi.integrations.names import few
 from fastvi.integrations.outputs import OutputLoss, ParamsLoss, loss_of_params
 
 
@@ -71,7 +72,7 @@ def _refuse_changes(before: dict[str, Any], after: dict[str, Any]) -> None:
     changed = [name for name, leaf in before.items() if after.get(name) is not leaf]
     if changed:
         raise training_mode(
-            f"a call changes {', '.join(changed)} (dropout draws, batch normalisation updates its "
+            f"a call changes {few(changed)} (dropout draws, batch normalisation updates its "
             "statistics)",
             "Call model.eval() before nnx_loss(model, loss).",
         )

@@ -9,6 +9,7 @@ from fastvi._errors import DataError
 from fastvi._optional import import_optional
 from fastvi._typing import PyTree
 from fastvi.integrations.modes import training_mode
+from fastvi.integrations.names import few
 from fastvi.integrations.outputs import OutputLoss, ParamsLoss, loss_of_params
 
 EVALUATE = "Pass is_training=False, or what your function calls it, as in haiku_loss(..., {})."
@@ -113,7 +114,7 @@ def _refuse_changes(before: PyTree, after: PyTree) -> None:
     ]
     if changed:
         raise training_mode(
-            f"it sets its state {', '.join(changed)}, as hk.BatchNorm does",
+            f"it sets its state {few(changed)}, as hk.BatchNorm does",
             EVALUATE.format("is_training=False"),
         )
 

@@ -1,5 +1,6 @@
 """What a training loop keeps beside the parameters, and is none: refused by name."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,9 @@ import jax
 
 from fastvi._errors import DataError
 from fastvi._typing import PyTree
+
+# Beside `opt_state`, what train states of flax, optimizers of nnx and people's own have.
+MODEL_FIELDS = ("params", "model", "tx")
 
 
 def refuse_training_state(params: PyTree) -> None:
@@ -55,8 +59,8 @@ def _found(params: PyTree) -> list[tuple[Any, str]]:
 def _reason(node: Any) -> str | None:
     """Say what a node is that is no parameter, and what to pass instead."""
     kind = type(node).__name__
-    if hasattr(node, "params") and hasattr(node, "opt_state"):
-        return f"a train state, {kind}. Pass its parameters alone, state.params."
+    if hasattr(node, "opt_state") and any(hasattr(node, name) for name in MODEL_FIELDS):
+        return f"a train state, {kind}. Pass its parameters alone, such as state.params."
     if isinstance(node, Mapping) and {"params", "opt_state"} <= set(node):
         return 'the dict of a train state. Pass its parameters alone, state["params"].'
     if isinstance(node, Mapping) and {"params", "batch_stats"} <= set(node):
@@ -66,6 +70,13 @@ def _reason(node: Any) -> str | None:
         )
     if _is_of_optimiser(node):
         return f"an optimiser's state, {kind}. Of (params, opt_state) pass the parameters alone."
+    # whoever passes one has imported flax
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(node, nnx.BatchStat):
+        return (
+            "a batch statistic of an nnx model. Pass what fastvi.integrations.flax_nnx.nnx_loss("
+            "model, loss) returns, or nnx.state(model, nnx.Param) and a loss that merges it."
+        )
     if isinstance(node, eqx.nn.State):
         return (
             "the state of an equinox model. Pass the model, and close over the state in loss_fn, "

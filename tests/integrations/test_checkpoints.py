@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 import fastvi
 from fastvi._optional import MissingExtraError
+from fastvi.cli.sweep import read_plan
 from fastvi.integrations.checkpoints import Checkpoints, load_checkpoint, open_checkpoints
 from fastvi.results import runs
 from tests.support.command_line import run
@@ -403,6 +404,17 @@ def test_a_run_is_redone_with_the_parameters_that_it_had(finished, monkeypatch):
     monkeypatch.setattr(llc, "write_and_print", lambda *rest, **more: 0)
     assert run(["llc", "run", "--trust", "--out", "again"])[0] == 0
     np.testing.assert_array_equal(seen[0].params.weight, np.ones((1, 2)))
+
+
+def test_a_sweep_takes_parameters_from_a_file_too(finished):
+    folder, _ = finished
+    (folder / "own.yaml").write_text(
+        "target: checkpoint_model:target\nparams: other.npz\ngrid: {gamma: [1, 2]}"
+    )
+    (folder / "redo.yaml").write_text("target: run\ngrid: {gamma: [1, 2]}")
+    for name, params in (("own.yaml", "other.npz"), ("redo.yaml", "w.npz:best")):
+        plan = read_plan(folder / name, trust=True)
+        assert {plan.params, *(cell.origin.params for cell in plan.cells)} == {params}
 
 
 @pytest.mark.parametrize(

@@ -489,6 +489,14 @@ def test_a_flax_train_state_is_no_parameters():
     refused("a train state, WithStatistics", fastvi.ravel_loss, lambda w, batch: 0.0, state)
 
 
+def test_a_whole_nnx_model_or_its_optimizer_is_no_parameters():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx_network()
+    refused("params.norm.mean is a batch statistic", fastvi.ravel_loss, len, model)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    refused("a train state, Optimizer", fastvi.ravel_loss, len, optimizer)
+
+
 def test_a_mask_by_name_lets_no_moments_vary():
     params = {"w": jnp.ones(3)}
     own = OwnState(params, optax.adam(1e-3).init(params))

@@ -25,6 +25,8 @@ FOLDER_FILES = (
     f"pytorch_model.bin{INDEX}",
 )
 ORBAX_TREE = "_METADATA"  # a file that orbax writes into the folder of each pytree
+# In the name of a folder that orbax has not finished, as after a kill.
+UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -52,7 +54,8 @@ def read_checkpoint(path: Path) -> Any:
 def is_checkpoint(path: Path) -> bool:
     """Say whether a path looks like one checkpoint, by its name and, of a folder, its files."""
     if path.is_dir():
-        return file_of(path) is not None or bool(_orbax_trees(path))
+        has_files = file_of(path) is not None or bool(_orbax_trees(path))
+        return has_files and UNFINISHED not in path.name
     return path.suffix in READERS or path.name.endswith(INDEX)
 
 
@@ -145,7 +148,13 @@ def _read_torch(path: Path) -> Any:
         raise _needs_code(path, "torch.save(module.state_dict(), path)") from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
         raise _damaged(path, error) from error
-    return _from_torch(torch, found)
+    try:
+        return _from_torch(torch, found)
+    except TypeError as error:  # of tensors that are sparse, quantised or in eight bits
+        raise DataError(
+            f"{path} holds a tensor that cannot be a NumPy array: {error}. Save it dense, in "
+            "float32, float16 or bfloat16."
+        ) from error
 
 
 def _from_torch(torch: Any, node: Any) -> Any:
@@ -158,7 +167,7 @@ def _from_torch(torch: Any, node: Any) -> Any:
         return node
     tensor = node.detach()
     if tensor.dtype == torch.bfloat16:  # which torch's numpy() refuses
-        return tensor.contiguous().view(torch.uint16).numpy().view(jnp.bfloat16)
+        return tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)
     return tensor.numpy()
 
 

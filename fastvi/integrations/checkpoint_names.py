@@ -99,11 +99,12 @@ def _by_name(leaves: list[tuple[Any, Any]], source: str) -> dict[str, Any]:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """Return one name for all the ways to write it: attributes, keys, numbers, dots, slashes."""
+    """Return one name for all the ways to write it: "a.b", "a/b", "['a']['b']" and levels."""
     words = [
         str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path
     ]
-    name = re.sub(r"[./]+", "/", "/".join(words))
+    # brackets and quotes are those of jax.tree_util.keystr
+    name = re.sub(r"[./\[\]'\"]+", "/", "/".join(words)).strip("/")
     # flax nnx wraps each array into a variable that has it as its value
     return name.removesuffix("/value")
 

@@ -174,6 +174,8 @@ def test_torch_state_dicts(tmp_path):
     assert_same_bits(load_checkpoint(path, part="model"), expected)
     assert_same_bits(load_checkpoint(path, part="model", separator="."), PARAMS)
     assert load_checkpoint(path)["epoch"] == 3
+    torch.save({"w": torch.ones(2, 2).to_sparse()}, path)
+    refused("cannot be a NumPy array", load_checkpoint, path)
     torch.save(torch.nn.Linear(2, 3), path)
     refused("torch.save(module.state_dict(), path)", load_checkpoint, path)
     torch.save(state, path)
@@ -243,6 +245,10 @@ def test_arrays_go_where_their_names_are(tmp_path):
     dotted = {name.replace("/", "."): array for name, array in named.items()}
     as_flat = load_checkpoint(tmp_path / "a.npz", like=dotted)
     np.testing.assert_array_equal(as_flat["layers.0.bias"], named["layers/0/bias"])
+    brackets = {f"['layers'][{name[7]}].{name[9:]}": array for name, array in named.items()}
+    np.savez(tmp_path / "b.npz", **brackets)
+    loaded = load_checkpoint(tmp_path / "b.npz", like=model)
+    np.testing.assert_array_equal(loaded.layers[0].weight, named["layers/0/weight"])
     lists = {"layers": [{"weight": layer.weight, "bias": layer.bias} for layer in model.layers]}
     shapes = jax.eval_shape(lambda: lists)
     as_lists = load_checkpoint(tmp_path / "a.npz", like=shapes)
@@ -322,8 +328,13 @@ def test_names_of_steps(tmp_path):
 
 
 def test_folders_of_steps(orbax_folder, tmp_path):
-    checkpoints = open_checkpoints(orbax_folder / "run", part="params")
+    shutil.copytree(orbax_folder / "run", tmp_path / "run")
+    unfinished = tmp_path / "run" / "200.orbax-checkpoint-tmp-17"
+    shutil.copytree(orbax_folder / "run" / "9", unfinished)
+    checkpoints = open_checkpoints(tmp_path / "run", part="params")
     assert checkpoints.steps == (9, 10, 100)
+    assert_same_bits(checkpoints[1], as_arrays(times(10)))
+    shutil.rmtree(tmp_path / "run")
     for step in (500, 1000):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "pytorch_model.bin").write_bytes(b"")

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -59,8 +59,7 @@ class TreeStructure:
         return self._rebuilt(w, lambda dtype: dtype)
 
     def _rebuilt(self, w: Float[Array, "*axes dim"], leaf_dtype: Callable[[Any], Any]) -> PyTree:
-        bounds = itertools.pairwise(itertools.accumulate(self.leaf_sizes, initial=0))
-        parts, static = (w[..., start:stop] for start, stop in bounds), iter(self.static_leaves)
+        parts, static = iter(self._stretches(w)), iter(self.static_leaves)
         leaves = [
             next(static)
             if shape is None
@@ -68,6 +67,13 @@ class TreeStructure:
             for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
         ]
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
+
+    def _stretches(self, w: Float[Array, "*axes dim"]) -> Sequence[Any]:
+        """Return the stretch of each array leaf."""
+        if isinstance(w, jax.Array):
+            # its derivative joins the leaves' gradients; slices would add as many padded vectors
+            return jax.lax.split(w, self.leaf_sizes, axis=w.ndim - 1)
+        return np.split(w, list(itertools.accumulate(self.leaf_sizes))[:-1], axis=-1)
 
     def ravel(self, params: PyTree, dtype: Any) -> Float[Array, "*axes dim"]:
         """Flatten what `unravel_as_given` rebuilds.

@@ -234,27 +234,6 @@ def test_numpyro():
     assert result.init_loss == pytest.approx(float(raw(raw_params, (X, Y))), rel=1e-5)
 
 
-def test_torch():
-    torch = pytest.importorskip(
-        "torch", reason="torchax and torch are large, and not in the test group"
-    )
-    if "dim_Dimname" not in torch.ops.aten.prod.overloads():
-        pytest.skip(
-            "torchax 0.0.13 does not import under a torch without named dimensions, such as 2.15"
-        )
-    pytest.importorskip("torchax", reason="torchax and torch are large, and not in the test group")
-    from fastvi.integrations.torch import torch_loss
-
-    model = torch.nn.Sequential(
-        torch.nn.Linear(2, WIDTH), torch.nn.Tanh(), torch.nn.Linear(WIDTH, 1)
-    )
-    with torch.no_grad():
-        for layer, kernel, bias in ((model[0], W1, B1), (model[2], W2, B2)):
-            layer.weight.copy_(torch.from_numpy(kernel.T.copy()))
-            layer.bias.copy_(torch.from_numpy(bias))
-    assert_same(*torch_loss(model, mean_squared), ("b1", "w1", "b2", "w2"), transposed=True)
-
-
 @pytest.mark.parametrize(
     ("module", "function", "package", "arguments"),
     [
@@ -263,7 +242,7 @@ def test_torch():
         ("flax_linen", "train_state_loss", "flax", (None, None)),
         ("flax_nnx", "nnx_loss", "flax", (None, None)),
         ("numpyro", "numpyro_loss", "numpyro", (None, {}, ())),
-        ("torch", "torch_loss", "torchax", (None, None)),
+        ("torch", "torch_loss", "torch", (None, None)),
     ],
 )
 def test_absent_packages_are_named(monkeypatch, module, function, package, arguments):

@@ -1,0 +1,294 @@
+"""A module's loss and its derivatives, on torch tensors, with the parameters as one vector."""
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastvi._errors import ErrorNote
+from fastvi.integrations.torch.checks import Form, read_form
+
+# Bytes that one forward pass keeps for its backward pass. Half of it runs more passes, each with
+# the cost of calling torch's operations; double holds twice the memory for a few per cent.
+PASS_BYTES = 2**26
+# Examples of the two batches that a loss is tried on before it is compiled into a program. Any two
+# different numbers show which axis is that of the batch, and what one example keeps in memory.
+TRIED = (2, 3)
+# What a loss returns on a part of a batch, and the share of the examples that the part has.
+Part: TypeAlias = tuple[list[torch.Tensor], float]
+
+
+class Tried(NamedTuple):
+    """What trying a loss shows: its form, and how many examples a pass takes."""
+
+    form: Form
+    most: int
+
+
+class ModuleLoss:
+    """The loss of a module, as a function of the parameters that require a gradient.
+
+    Compared by identity. It computes with a copy of the module, whose parameters are views of one
+    vector, so that setting them is one copy. All else of the module stays as it was. Calls from
+    several threads take turns.
+
+    Attributes:
+        names: Of the parameters that vary, sorted; shared ones once.
+        shapes: Theirs.
+        device: Where the module is.
+    """
+
+    def __init__(self, module: torch.nn.Module, batch_loss: Callable[[Any, Any], Any]):
+        self._module = copy.deepcopy(module)
+        self._batch_loss = batch_loss
+        given = dict(sorted(self._module.named_parameters()))
+        varying = {name: one for name, one in given.items() if one.requires_grad}
+        fixed = [one for one in given.values() if not one.requires_grad]
+        self.names, self._varying = tuple(varying), list(varying.values())
+        self.shapes = tuple(tuple(one.shape) for one in self._varying)
+        self.device = self._varying[0].device
+        # as they were given, since a cast may round
+        self._fixed = [(one, one.detach()) for one in (*self._module.buffers(), *fixed)]
+        self._flat = torch.cat([one.detach().ravel().float() for one in self._varying])
+        self._set_dtype(self._flat.dtype)
+        self._lock = threading.RLock()
+
+    def values(self, flat: torch.Tensor, batch: Any, tried: Tried) -> list[torch.Tensor]:
+        """Evaluate the loss: the mean, or losses, or losses and weights."""
+        with self._at(flat), torch.no_grad():
+            found = [(self._outputs(part), share) for part, share in _parts(batch, tried)]
+        return _joined(found, tried.form)
+
+    def slope(self, flat: torch.Tensor, batch: Any, tried: Tried) -> list[torch.Tensor]:
+        """Evaluate the loss, and the gradient of its mean or of the sum of weights times losses."""
+        found, slopes = [], []
+        with self._at(flat):
+            for part, share in _parts(batch, tried):
+                outputs = self._outputs(part)
+                slopes.append(self._gradient(outputs[0], _usual_seeds(outputs, share)))
+                found.append(([one.detach() for one in outputs], share))
+        return [*_joined(found, tried.form), _sum(slopes)]
+
+    def pull(
+        self, flat: torch.Tensor, batch: Any, tried: Tried, seeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the gradient of the sum of seeds times losses."""
+        slopes, own = [], _shares_of(seeds, tried)
+        with self._at(flat):
+            for (part, _), some in zip(_parts(batch, tried), own, strict=True):
+                slopes.append(self._gradient(self._outputs(part)[0], some))
+        return _sum(slopes)
+
+    def product(
+        self,
+        flat: torch.Tensor,
+        batch: Any,
+        tried: Tried,
+        seeds: torch.Tensor | None,
+        tangents: list[torch.Tensor],
+    ) -> list[list[torch.Tensor]]:
+        """Return the derivatives of losses and gradient along tangents, by double backward.
+
+        Args:
+            flat: The parameters.
+            batch: The examples.
+            tried: What trying showed.
+            seeds: What the gradient weighs losses by; as in `slope` when left out.
+            tangents: Directions.
+
+        Returns:
+            For each tangent that of the losses, and that of the gradient.
+        """
+        parts = list(_parts(batch, tried))
+        own = [None] * len(parts) if seeds is None else _shares_of(seeds, tried)
+        with self._at(flat):
+            found = [
+                self._twice(part, share, some, tangents)
+                for (part, share), some in zip(parts, own, strict=True)
+            ]
+        form = tried.form._replace(is_weighted=False)
+        return [
+            [
+                _joined([([change], share) for (change, _), (_, share) in pieces], form)[0],
+                _sum([turn for (_, turn), _ in pieces]),
+            ]
+            for pieces in (list(zip(one, parts, strict=True)) for one in zip(*found, strict=True))
+        ]
+
+    def _twice(
+        self, batch: Any, share: float, seeds: torch.Tensor | None, tangents: list[torch.Tensor]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        # fused attention has no second derivative
+        with sdpa_kernel(SDPBackend.MATH):
+            outputs = self._outputs(batch)
+        seeds = _usual_seeds(outputs, share) if seeds is None else seeds
+        # the derivative of the gradient by its seeds is that of the losses by the parameters
+        seeds = seeds.detach().requires_grad_()
+        gradients = torch.autograd.grad(
+            outputs[0],
+            self._varying,
+            seeds,
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        found = []
+        for tangent in tangents:
+            change, *turns = torch.autograd.grad(
+                gradients,
+                (seeds, *self._varying),
+                self._as_tangents(tangent),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            found.append((change, self._as_vector(turns)))
+        return found
+
+    def try_on(self, batches: list[Any], dtype: torch.dtype) -> Tried:
+        """Say what the loss returns, and how many examples one pass takes.
+
+        Args:
+            batches: Two batches of one kind, of the sizes `TRIED`.
+            dtype: Of the parameters.
+
+        Raises:
+            DataError: If the loss returns none of the forms, or has no gradient.
+        """
+        with self._lock:
+            found, kept = zip(
+                *(self._try(self._flat.to(dtype), batch) for batch in batches), strict=True
+            )
+        form = read_form(found, TRIED, self.device, self._varying)
+        grown = (kept[1] - kept[0]) / (TRIED[1] - TRIED[0])
+        return Tried(form, max(1, int(PASS_BYTES / max(grown, 1.0))))
+
+    def _try(self, flat: torch.Tensor, batch: Any) -> tuple[Any, int]:
+        """Return what the loss returns, and the bytes that are kept for a backward pass."""
+        kept = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        shapes = map_tensors(lambda one: f"{one.dtype}{list(one.shape)}", batch)
+        with (
+            self._at(flat),
+            ErrorNote(f"fastvi: raised by the torch loss, tried on ones and noise of {shapes}."),
+            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        ):
+            outputs = self._batch_loss(self._module, batch)
+        return outputs, kept
+
+    @contextlib.contextmanager
+    def _at(self, flat: torch.Tensor) -> Iterator[None]:
+        """Hold the module at these parameters."""
+        with self._lock, torch.enable_grad():
+            if flat.dtype != self._flat.dtype:
+                self._set_dtype(flat.dtype)
+            with torch.no_grad():
+                self._flat.copy_(flat)
+                for parameter, values in self._narrow:
+                    parameter.copy_(values)
+            yield
+
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        """Compute in single or double precision; what is in half precision stays so."""
+        self._flat = self._flat.to(dtype)
+        self._narrow = []
+        for parameter, values in zip(self._varying, self._as_parameters(self._flat), strict=True):
+            if parameter.dtype.itemsize < values.dtype.itemsize and parameter.dtype.itemsize < 4:
+                self._narrow.append((parameter, values))
+            else:
+                parameter.data = values
+        for tensor, given in self._fixed:
+            tensor.data = cast_full(given, dtype)
+
+    def _as_parameters(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        sizes = [one.numel() for one in self._varying]
+        pieces = zip(vector.split(sizes), self._varying, strict=True)
+        return [piece.view(one.shape) for piece, one in pieces]
+
+    def _as_tangents(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        pieces = zip(self._as_parameters(vector), self._varying, strict=True)
+        return [piece.to(one.dtype) for piece, one in pieces]
+
+    def _as_vector(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([one.reshape(-1).to(self._flat.dtype) for one in parameters])
+
+    def _gradient(self, losses: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        return self._as_vector(
+            torch.autograd.grad(
+                losses, self._varying, seeds, allow_unused=True, materialize_grads=True
+            )
+        )
+
+    def _outputs(self, batch: Any) -> list[torch.Tensor]:
+        """Call the loss; the weights come without a gradient, in the dtype of the losses."""
+        outputs = self._batch_loss(self._module, batch)
+        if not isinstance(outputs, (tuple, list)):
+            return [outputs]
+        losses, weights = outputs
+        return [losses, weights.detach().to(losses.dtype)]
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
+    """Apply a function to each tensor of a batch."""
+    return jax.tree_util.tree_map(function, batch)
+
+
+def cast_full(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor of single or double precision in this one."""
+    is_full = tensor.is_floating_point() and tensor.dtype.itemsize >= 4
+    return tensor.to(dtype) if is_full else tensor
+
+
+def _usual_seeds(outputs: list[torch.Tensor], share: float) -> torch.Tensor:
+    """Return what the gradient of the mean weighs losses by, up to a factor where weighted."""
+    if len(outputs) == 2:
+        return outputs[1]
+    return torch.full_like(outputs[0], share / outputs[0].numel(), requires_grad=False)
+
+
+def _num_examples(batch: Any) -> int:
+    return jax.tree_util.tree_leaves(batch)[0].shape[0]
+
+
+def _rows(size: int, tried: Tried) -> list[slice]:
+    """Split so many examples into passes of about one size."""
+    count = -(-size // tried.most)
+    return [slice(i * size // count, (i + 1) * size // count) for i in range(count)]
+
+
+def _parts(batch: Any, tried: Tried) -> Iterator[tuple[Any, float]]:
+    """Yield a batch in parts of the size of a pass, each with its share of the examples."""
+    size = _num_examples(batch)
+    if size <= tried.most:
+        yield batch, 1.0
+        return
+    for rows in _rows(size, tried):
+        part = map_tensors(lambda one, rows=rows: one[rows], batch)
+        yield part, (rows.stop - rows.start) / size
+
+
+def _shares_of(seeds: torch.Tensor, tried: Tried) -> list[torch.Tensor]:
+    return [seeds[rows] for rows in _rows(seeds.shape[0], tried)]
+
+
+def _sum(vectors: list[torch.Tensor]) -> torch.Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.stack(vectors).sum(0)
+
+
+def _joined(found: list[Part], form: Form) -> list[torch.Tensor]:
+    """Return what a loss returns on a batch, of what it returned on its parts."""
+    if len(found) == 1:
+        return found[0][0]
+    if form.of_example is None:
+        return [torch.stack([share * one for (one,), share in found]).sum()]
+    return [torch.cat(column) for column in zip(*(one for one, _ in found), strict=True)]

@@ -9,10 +9,10 @@ SOURCES := $(wildcard fastvi tests bench)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow matrix lint format bench benchall gate docs check
+.PHONY: help demo test test-torch slow matrix lint format bench benchall gate docs check
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.stamp-demo  ## install the package and estimate the LLC of a digits classifier
 	$(BIN)/fastvi demo digits
@@ -21,6 +21,22 @@ test: $(VENV)/.stamp-test  ## run the fast tests, a part of them once more compi
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m as_users_compile \
 	  $$(grep -rlE --include='test_*.py' 'as_users_compile|fully_optimised' tests)
+
+# The wheel without CUDA is not on PyPI: it comes from a configured index, else from torch's own.
+TORCH_VENV ?= .venv-torch
+TORCH := 'torch==2.13.0+cpu' transformers
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INSTALL := $(TORCH_VENV)/bin/python -m pip install --quiet --no-input --disable-pip-version-check
+
+test-torch:  ## run the tests of torch modules in an environment of their own, where torch can be had
+	@$(MAKE) --no-print-directory VENV=$(TORCH_VENV) $(TORCH_VENV)/.stamp-test
+	@if $(TORCH_INSTALL) $(TORCH) 2>/dev/null || \
+	    $(TORCH_INSTALL) --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) $(TORCH); then \
+	  $(TORCH_VENV)/bin/python -m pytest -n auto --maxprocesses 2 --dist loadfile \
+	    tests/integrations/test_torch*.py; \
+	else \
+	  echo "!!! The tests of torch modules did NOT run: $(TORCH) cannot be had here. !!!" >&2; \
+	fi
 
 slow: $(VENV)/.stamp-test  ## run the slow tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m slow

@@ -260,6 +260,7 @@ def test_every_page_with_examples_is_run():
         "language-models.md",
         "llc-over-training.md",
         "kernels.md",
+        "torch.md",  # in tests/integrations/test_torch_estimates.py
     }
 
 

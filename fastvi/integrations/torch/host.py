@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from fastvi.integrations.torch.model import TRIED, ModuleLoss, Tried, cast_full
+from fastvi.integrations.torch.model import TRIED, ModuleLoss
+from fastvi.integrations.torch.passes import Tried, cast_full
 
 Place: TypeAlias = tuple[int, ...]  # along the leading axes
 # jax has no 64-bit integers by default, and torch wants them for indices and classes.

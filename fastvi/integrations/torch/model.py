@@ -4,14 +4,23 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
-import jax
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvi._errors import ErrorNote
-from fastvi.integrations.torch.checks import Form, read_form
+from fastvi.integrations.torch.checks import read_form
+from fastvi.integrations.torch.passes import (
+    Tried,
+    cast_full,
+    joined,
+    map_tensors,
+    parts_of,
+    split_seeds,
+    sum_of,
+    usual_seeds,
+)
 
 # Bytes that one forward pass keeps for its backward pass. Half of it runs more passes, each with
 # the cost of calling torch's operations; double holds twice the memory for a few per cent.
@@ -19,15 +28,6 @@ PASS_BYTES = 2**26
 # Examples of the two batches that a loss is tried on before it is compiled into a program. Any two
 # different numbers show which axis is that of the batch, and what one example keeps in memory.
 TRIED = (2, 3)
-# What a loss returns on a part of a batch, and the share of the examples that the part has.
-Part: TypeAlias = tuple[list[torch.Tensor], float]
-
-
-class Tried(NamedTuple):
-    """What trying a loss shows: its form, and how many examples a pass takes."""
-
-    form: Form
-    most: int
 
 
 class ModuleLoss:
@@ -61,28 +61,28 @@ class ModuleLoss:
     def values(self, flat: torch.Tensor, batch: Any, tried: Tried) -> list[torch.Tensor]:
         """Evaluate the loss: the mean, or losses, or losses and weights."""
         with self._at(flat), torch.no_grad():
-            found = [(self._outputs(part), share) for part, share in _parts(batch, tried)]
-        return _joined(found, tried.form)
+            found = [(self._outputs(part), share) for part, share in parts_of(batch, tried)]
+        return joined(found, tried.form)
 
     def slope(self, flat: torch.Tensor, batch: Any, tried: Tried) -> list[torch.Tensor]:
         """Evaluate the loss, and the gradient of its mean or of the sum of weights times losses."""
         found, slopes = [], []
         with self._at(flat):
-            for part, share in _parts(batch, tried):
+            for part, share in parts_of(batch, tried):
                 outputs = self._outputs(part)
-                slopes.append(self._gradient(outputs[0], _usual_seeds(outputs, share)))
+                slopes.append(self._gradient(outputs[0], usual_seeds(outputs, share)))
                 found.append(([one.detach() for one in outputs], share))
-        return [*_joined(found, tried.form), _sum(slopes)]
+        return [*joined(found, tried.form), sum_of(slopes)]
 
     def pull(
         self, flat: torch.Tensor, batch: Any, tried: Tried, seeds: torch.Tensor
     ) -> torch.Tensor:
         """Return the gradient of the sum of seeds times losses."""
-        slopes, own = [], _shares_of(seeds, tried)
+        slopes, own = [], split_seeds(seeds, tried)
         with self._at(flat):
-            for (part, _), some in zip(_parts(batch, tried), own, strict=True):
+            for (part, _), some in zip(parts_of(batch, tried), own, strict=True):
                 slopes.append(self._gradient(self._outputs(part)[0], some))
-        return _sum(slopes)
+        return sum_of(slopes)
 
     def product(
         self,
@@ -104,8 +104,8 @@ class ModuleLoss:
         Returns:
             For each tangent that of the losses, and that of the gradient.
         """
-        parts = list(_parts(batch, tried))
-        own = [None] * len(parts) if seeds is None else _shares_of(seeds, tried)
+        parts = list(parts_of(batch, tried))
+        own = [None] * len(parts) if seeds is None else split_seeds(seeds, tried)
         with self._at(flat):
             found = [
                 self._twice(part, share, some, tangents)
@@ -114,8 +114,8 @@ class ModuleLoss:
         form = tried.form._replace(is_weighted=False)
         return [
             [
-                _joined([([change], share) for (change, _), (_, share) in pieces], form)[0],
-                _sum([turn for (_, turn), _ in pieces]),
+                joined([([change], share) for (change, _), (_, share) in pieces], form)[0],
+                sum_of([turn for (_, turn), _ in pieces]),
             ]
             for pieces in (list(zip(one, parts, strict=True)) for one in zip(*found, strict=True))
         ]
@@ -126,7 +126,7 @@ class ModuleLoss:
         # fused attention has no second derivative
         with sdpa_kernel(SDPBackend.MATH):
             outputs = self._outputs(batch)
-        seeds = _usual_seeds(outputs, share) if seeds is None else seeds
+        seeds = usual_seeds(outputs, share) if seeds is None else seeds
         # the derivative of the gradient by its seeds is that of the losses by the parameters
         seeds = seeds.detach().requires_grad_()
         gradients = torch.autograd.grad(
@@ -236,59 +236,3 @@ class ModuleLoss:
             return [outputs]
         losses, weights = outputs
         return [losses, weights.detach().to(losses.dtype)]
-
-
-def map_tensors(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
-    """Apply a function to each tensor of a batch."""
-    return jax.tree_util.tree_map(function, batch)
-
-
-def cast_full(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor of single or double precision in this one."""
-    is_full = tensor.is_floating_point() and tensor.dtype.itemsize >= 4
-    return tensor.to(dtype) if is_full else tensor
-
-
-def _usual_seeds(outputs: list[torch.Tensor], share: float) -> torch.Tensor:
-    """Return what the gradient of the mean weighs losses by, up to a factor where weighted."""
-    if len(outputs) == 2:
-        return outputs[1]
-    return torch.full_like(outputs[0], share / outputs[0].numel(), requires_grad=False)
-
-
-def _num_examples(batch: Any) -> int:
-    return jax.tree_util.tree_leaves(batch)[0].shape[0]
-
-
-def _rows(size: int, tried: Tried) -> list[slice]:
-    """Split so many examples into passes of about one size."""
-    count = -(-size // tried.most)
-    return [slice(i * size // count, (i + 1) * size // count) for i in range(count)]
-
-
-def _parts(batch: Any, tried: Tried) -> Iterator[tuple[Any, float]]:
-    """Yield a batch in parts of the size of a pass, each with its share of the examples."""
-    size = _num_examples(batch)
-    if size <= tried.most:
-        yield batch, 1.0
-        return
-    for rows in _rows(size, tried):
-        part = map_tensors(lambda one, rows=rows: one[rows], batch)
-        yield part, (rows.stop - rows.start) / size
-
-
-def _shares_of(seeds: torch.Tensor, tried: Tried) -> list[torch.Tensor]:
-    return [seeds[rows] for rows in _rows(seeds.shape[0], tried)]
-
-
-def _sum(vectors: list[torch.Tensor]) -> torch.Tensor:
-    return vectors[0] if len(vectors) == 1 else torch.stack(vectors).sum(0)
-
-
-def _joined(found: list[Part], form: Form) -> list[torch.Tensor]:
-    """Return what a loss returns on a batch, of what it returned on its parts."""
-    if len(found) == 1:
-        return found[0][0]
-    if form.of_example is None:
-        return [torch.stack([share * one for (one,), share in found]).sum()]
-    return [torch.cat(column) for column in zip(*(one for one, _ in found), strict=True)]

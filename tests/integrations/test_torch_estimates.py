@@ -136,5 +136,5 @@ def test_examples_of_the_page_run(capsys):
         exec(compile(block, page.name, "exec"), namespace)
     printed = capsys.readouterr().out
     assert "llc" in printed
-    assert "head 1.1: 400 of" in printed
+    assert "head 1.1: 536 of" in printed
     assert namespace["result"].dim == 8 * 16 + 16 + 16 * 3 + 3

@@ -85,9 +85,9 @@ class Host:
     ) -> list[np.ndarray]:
         """Return the derivative of what `pull` returns, along a tangent and a change of seeds."""
         turned = self._twice(flat, tangent, seeds, batch)[1]
-        if not np.any(change):
-            return [turned]
         points, changes = self._read(flat), self._read(change)
+        if not changes.any():
+            return [turned]
         examples = self._examples(batch, flat)
         moved = _over(
             _lead(flat, flat, change, *batch),

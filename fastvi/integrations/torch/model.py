@@ -22,8 +22,8 @@ from fastvi.integrations.torch.passes import (
     usual_seeds,
 )
 
-# Bytes that one forward pass keeps for its backward pass. Half of it runs more passes, each with
-# the cost of calling torch's operations; double holds twice the memory for a few per cent.
+# Bytes that one forward pass keeps for its backward pass. Half of it calls torch's operations twice
+# as often; double holds twice the memory.
 PASS_BYTES = 2**26
 # Examples of the two batches that a loss is tried on before it is compiled into a program. Any two
 # different numbers show which axis is that of the batch, and what one example keeps in memory.
@@ -45,6 +45,7 @@ class ModuleLoss:
 
     def __init__(self, module: torch.nn.Module, batch_loss: Callable[[Any, Any], Any]):
         self._module = copy.deepcopy(module)
+        self._module.zero_grad()  # the optimiser's, of no use here
         self._batch_loss = batch_loss
         given = dict(sorted(self._module.named_parameters()))
         varying = {name: one for name, one in given.items() if one.requires_grad}

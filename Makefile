@@ -24,7 +24,7 @@ test: $(VENV)/.stamp-test  ## run the fast tests, a part of them once more compi
 
 # The wheel without CUDA is not on PyPI: it comes from a configured index, else from torch's own.
 TORCH_VENV ?= .venv-torch
-TORCH := 'torch==2.13.0+cpu' transformers
+TORCH := 'torch==2.13.0+cpu' transformers grain datasets
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_INSTALL := $(TORCH_VENV)/bin/python -m pip install --quiet --no-input --disable-pip-version-check
 
@@ -33,7 +33,8 @@ test-torch:  ## run the tests of torch modules in an environment of their own, w
 	@if $(TORCH_INSTALL) $(TORCH) 2>/dev/null || \
 	    $(TORCH_INSTALL) --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) $(TORCH); then \
 	  $(TORCH_VENV)/bin/python -m pytest -n auto --maxprocesses 2 --dist loadfile \
-	    tests/integrations/test_torch*.py; \
+	    tests/integrations/test_torch*.py tests/integrations/test_checkpoints.py \
+	    tests/target/test_containers_optional.py; \
 	else \
 	  echo "!!! The tests of torch modules did NOT run: $(TORCH) cannot be had here. !!!" >&2; \
 	fi

@@ -73,9 +73,9 @@ def _measured_gain(target: Target, step: NewtonStep) -> tuple[float, int]:
     points = SHARES[:, None] * step.displacement
     rises = mean_energies(target, jnp.asarray(points, posterior.center.dtype))
     held = 0.5 * float(posterior.gamma) * np.sum(points**2, axis=1)
-    measured = float(np.max(-rises - held))
-    gain = step.gain if measured > LEAST_GAIN else max(measured, 0.0)
-    return gain, len(SHARES) + 1
+    # where the loss is not finite nothing is gained
+    gains = np.where(np.isfinite(rises), -rises - held, 0.0)
+    return min(step.gain, max(float(np.max(gains)), 0.0)), len(SHARES) + 1
 
 
 def products_of(target: Target) -> str:

@@ -432,7 +432,7 @@ def _not_a_minimum(evidence: Evidence) -> Iterator[Finding]:
     lower = -float(np.min(evidence.excess, initial=0.0)) - evidence.rounding
     newton = evidence.newton_decrement
     signs = {
-        f"a Newton step from w* would lower n beta L_n by about {newton:.2g} nats": (
+        f"a Newton step from w* would raise the log posterior by about {newton:.2g} nats": (
             newton > LEAST_GAIN
         ),
         f"at a draw of q n beta L_n is {lower:.2g} nats lower": lower > LEAST_GAIN,

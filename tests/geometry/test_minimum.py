@@ -210,3 +210,21 @@ def test_a_loss_without_parameters_is_called_so(localization, name):
     if localization == 0:
         assert "4 of 4 directions" in names(result)[name].observed
         assert result.correction is None  # no draw stands for an improper posterior
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_a_gain_is_no_more_than_the_loss_shows(scale):
+    """Beside the logarithm's pole: a Newton step from there leaves its domain, or overshoots."""
+
+    def loss(w, batch):
+        return 0.5 * jnp.mean((jnp.log(w[0]) - batch) ** 2)
+
+    observed = 1.4 + 0.1 * np.random.default_rng(0).normal(size=200)
+    options = {"method": "variational", "num_chains": 1, "steps": 20, "M": 1, "r": 0}
+    w = jnp.asarray([10.0])
+    found = fastvi.estimate_llc(
+        loss, w, observed, nbeta=scale * 10.0, eval_samples=32, progress=False, **options
+    )
+    most = scale * 10.0 * (float(loss(w, observed)) - 0.5 * observed.var())
+    assert 0 < found.curvature.newton_decrement < most
+    assert "not_a_minimum" in [finding.name for finding in found.health]

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from fastvi.config import VIConfig
 from fastvi.config.sources import parse_yaml
 from fastvi.demos.base import Say
 from fastvi.results import files
-from fastvi.results.claim import ORIGIN_FILE, SWEEP, claimed
+from fastvi.results.claim import ORIGIN_FILE, SWEEP, claimed, in_turn
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.runs import (
     Origin,
@@ -61,39 +62,52 @@ class Sweep:
         out: Folder of the sweep; runs/NAME of the file when neither it nor the file says.
         trust: Run the code that a run folder names, where the target is one.
         quiet: Print the table alone.
+        shard: Run a part of the cells, beside processes that run the others: I/N for every N-th
+            from the I-th on, from 1/N to N/N; "slurm" for the place of this job in its array.
     """
 
     config: Path = Path("sweep.yaml")
     out: Path | None = None
     trust: bool = False
     quiet: bool = False
+    shard: str | None = None
 
     def run(self, say: Say) -> int:
         """Run what is missing, then write the table and the figure, then tell them."""
         check_packages()
         plan = read_plan(self.config, trust=self.trust)
+        place, count = (1, 1) if self.shard is None else read_shard(self.shard, os.environ)
+        shared = self.shard is not None
         tell = (lambda line: None) if self.quiet else say
-        with claimed(self.out or plan.out or Path("runs") / self.config.stem, SWEEP) as folder:
-            _begin(folder, plan)
+        where = self.out or plan.out or Path("runs") / self.config.stem
+        with claimed(where, SWEEP, shared=shared) as folder:
+            with in_turn(folder):
+                _begin(folder, plan)
             problem = load(plan.target, plan.params)
             # Cached: what the problem computes depends on no other setting than the dtype.
             observe = functools.cache(lambda dtype: observe_problem(problem, VIConfig(dtype=dtype)))
-            outcomes = []
-            for place, cell in enumerate(plan.cells, 1):
+            own, outcomes = plan.cells[place - 1 :: count], {}
+            for number, cell in enumerate(own, 1):
                 outcome = run_cell(cell, folder, problem, observe, progress=not self.quiet)
-                tell(f"[{place}/{len(plan.cells)}] {cell.name}: {outcome.words}")
-                outcomes.append(outcome)
-            try:
-                written, trouble = _write(outcomes, folder)
-            # Whatever a figure fails with, the table is told.
-            finally:
-                tell("")
-                for line in format_table([outcome.row for outcome in outcomes]):
-                    say(line)
+                tell(f"[{number}/{len(own)}] {cell.name}: {outcome.words}")
+                outcomes[cell.name] = outcome
+            # The last one to read what is there is also the last one to write.
+            with in_turn(folder):
+                every = [
+                    outcomes.get(cell.name) or find_cell(cell, folder, observe)
+                    for cell in plan.cells
+                ]
+                try:
+                    written, trouble = _write(every, folder)
+                # Whatever a figure fails with, the table is told.
+                finally:
+                    tell("")
+                    for line in format_table([outcome.row for outcome in every]):
+                        say(line)
         tell(f"\nwritten: {', '.join(map(str, written)) or 'nothing'}")
         if trouble is not None:
             warn(f"fastvi: warning: {trouble}")
-        return int(trouble is not None or any(outcome.failed for outcome in outcomes))
+        return int(trouble is not None or any(outcome.failed for outcome in outcomes.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +204,40 @@ def run_cell(
         f", {time.perf_counter() - began:.0f} s",
         failed=kept.trouble is not None,
     )
+
+
+def find_cell(cell: Cell, folder: Path, observe: Callable[[str], dict[str, Any]]) -> Outcome:
+    """Say what another process has made of a cell by now."""
+    try:
+        result, _ = finished(folder / cell.name, cell, observe(cell.config.dtype))
+    except FAILURES:  # which the process that runs it tells
+        result = None
+    if result is not None:
+        return _outcome(cell, result, "kept, ")
+    row = cell.shown | dict.fromkeys(COLUMNS, "-") | {"findings": "no run yet"}
+    return Outcome(row, "no run yet", cell.values)
+
+
+def read_shard(shard: str, environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return the place of a part, from 1 on, and the number of parts.
+
+    Raises:
+        ConfigError: If it is neither I/N with I from 1 to N, nor "slurm" in a job of an array.
+    """
+    if shard == "slurm":
+        names = (f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "STEP", "COUNT"))
+        try:
+            number, least, step, count = (int(environment[name]) for name in names)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                '--shard slurm must run in a job of an array, as of "sbatch --array=1-8"; '
+                f"{error} is not set, or no number."
+            ) from error
+        return (number - least) // step + 1, count
+    place, _, count = shard.partition("/")
+    if place.isdecimal() and count.isdecimal() and 1 <= int(place) <= int(count):
+        return int(place), int(count)
+    raise ConfigError(f'--shard must be I/N with I from 1 to N, or "slurm"; got {shard!r}.')
 
 
 def _outcome(

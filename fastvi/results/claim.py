@@ -24,7 +24,11 @@ BUSY = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
 
 @contextlib.contextmanager
 def claimed(
-    folder: str | os.PathLike[str], kind: str = RUN, *, below_ours: bool = False
+    folder: str | os.PathLike[str],
+    kind: str = RUN,
+    *,
+    below_ours: bool = False,
+    shared: bool = False,
 ) -> Iterator[Path]:
     """Make a folder that can be written and is free, and hold it while the block runs.
 
@@ -37,6 +41,7 @@ def claimed(
         kind: `RUN` or `SWEEP`.
         below_ours: Whether it lies in a sweep that this process holds, hence is ours whatever state
             it is in.
+        shared: Whether others may hold it too who share it; nobody may who does not.
 
     Raises:
         ConfigError: If it cannot be had; the message says why and what to name instead.
@@ -46,7 +51,7 @@ def claimed(
     try:
         if not below_ours:
             _check_owner(folder, kind)
-        with _locked(folder):
+        with _locked(folder, shared):
             yield folder
     finally:
         for path in made:
@@ -104,10 +109,22 @@ def is_ours(folder: Path, kind: str) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def in_turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block, of those that share a folder."""
+    path = folder / f"{LOCK_FILE}.turn"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    try:
+        _take(handle, waits=True)
+        yield
+    finally:
+        os.close(handle)  # the file stays, as others wait for it
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, shared: bool) -> Iterator[None]:
     """Hold the folder's lock, which the system takes back from a process that dies."""
     path = folder / LOCK_FILE
-    handle = _open_lock(path)
+    handle = _open_lock(path, shared)
     try:
         # On a full disk the lock holds without the words.
         with contextlib.suppress(OSError):
@@ -116,11 +133,13 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         # The lock is still held here, else another process could lock the file that then goes.
-        path.unlink(missing_ok=True)
+        # Others may hold a shared one, by this file.
+        if not shared:
+            path.unlink(missing_ok=True)
         os.close(handle)
 
 
-def _open_lock(path: Path) -> int:
+def _open_lock(path: Path, shared: bool) -> int:
     while True:
         try:
             # O_NOFOLLOW: a link in a folder of somebody else's could name any file to truncate.
@@ -130,7 +149,7 @@ def _open_lock(path: Path) -> int:
                 f"the folder {str(path.parent)!r} cannot be written: {files.first_line(error)}. "
                 "Name another one with --out, where you may write."
             ) from error
-        if not _take(handle):
+        if not _take(handle, shared):
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             os.close(handle)
             raise ConfigError(
@@ -142,15 +161,16 @@ def _open_lock(path: Path) -> int:
         os.close(handle)  # its holder has just removed it
 
 
-def _take(handle: int) -> bool:
-    """Lock an open file; False where another process holds it."""
+def _take(handle: int, shared: bool = False, waits: bool = False) -> bool:
+    """Lock an open file; False where another process holds it, and none is waited for."""
     if sys.platform == "win32":
         return True
     # Windows has no such module.
     import fcntl
 
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(handle, kind if waits else kind | fcntl.LOCK_NB)
     except OSError as error:  # some network file systems have no locks
         return error.errno not in BUSY
     return True

@@ -4,12 +4,13 @@ import csv
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 
-from fastvi import LLCEstimate, NonFiniteError
+from fastvi import ConfigError, LLCEstimate, NonFiniteError
 from fastvi.cli import sweep as sweep_module
 from fastvi.cli.table import format_table
 from fastvi.demos.quadratic import exact_values
@@ -217,6 +218,51 @@ def test_an_interrupted_sweep_goes_on(model, monkeypatch, tmp_path):
         (tmp_path / "out" / "gamma=0.5,nbeta=5" / "run.json").read_text(encoding="utf-8")
     )
     assert origin["localization"] == 0.5
+
+
+def test_shards_of_a_sweep_fill_one_table(model, monkeypatch, tmp_path):
+    base = {"r": 0, "M": 1, "steps": 20, "method": "variational", "early_stop": False}
+    entries = {
+        "target": "cli_model:target",
+        "out": str(tmp_path / "out"),
+        "num_chains": 1,
+        "base": base | {"eval_samples": 16},
+        "grid": {"seed": [0, 1, 2]},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(entries))
+    estimate, calls = sweep_module.estimate_origin, []
+
+    def counted(problem, origin, config, *, progress):
+        calls.append(origin.seed)
+        # a whole sweep wants the folder for itself, and two parts the same run
+        assert "being written by another" in run(args)[2]
+        assert run([*args, "--shard", f"{origin.seed + 1}/3"])[0] == 1
+        return estimate(problem, origin, config, progress=progress)
+
+    args = ["sweep", "--config", str(tmp_path / "sweep.yaml"), "--quiet"]
+    monkeypatch.setattr(sweep_module, "estimate_origin", counted)
+    figure = SimpleNamespace(savefig=lambda path, dpi: path.write_bytes(b"figure"))
+    monkeypatch.setattr(sweep_module, "draw_sweep", lambda results: figure)
+
+    def table():
+        with (tmp_path / "out" / "table.csv").open(encoding="utf-8") as file:
+            return [(row["seed"], row["findings"] == "no run yet") for row in csv.DictReader(file)]
+
+    assert run([*args, "--shard", "1/2"])[0] == 0
+    assert table() == [("0", False), ("1", True), ("2", False)]
+    for name, value in {"ID": 5, "MIN": 3, "STEP": 2, "COUNT": 2}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert run([*args, "--shard", "slurm"])[0] == 0
+    assert table() == [("0", False), ("1", False), ("2", False)]
+    assert calls == [0, 2, 1]
+    assert run(args)[0] == 0
+    assert calls == [0, 2, 1]
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/2/3", "slurm"])
+def test_a_wrong_shard_is_refused(shard):
+    with pytest.raises(ConfigError, match="--shard"):
+        sweep_module.read_shard(shard, {"SLURM_ARRAY_TASK_ID": "1"})
 
 
 def test_a_failed_run_of_a_sweep_is_told(model, monkeypatch, tmp_path):

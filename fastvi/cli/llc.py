@@ -12,7 +12,7 @@ from fastvi.api.arguments import (
     make_problem,
 )
 from fastvi.api.estimate import estimate_llc
-from fastvi.cli.target import ModelArguments, Resolved, load, parse_settings, resolve
+from fastvi.cli.target import ModelArguments, Resolved, absolute, load, parse_settings, resolve
 from fastvi.config import VIConfig
 from fastvi.demos.base import Say
 from fastvi.results.claim import claimed
@@ -103,7 +103,7 @@ class Llc:
             localization=choose_localization(self.localization, config, base.localization),
             nbeta=base.nbeta if self.nbeta is None else self.nbeta,
             num_chains=base.num_chains if self.num_chains is None else self.num_chains,
-            params=base.params if self.params is None else self.params,
+            params=base.params if self.params is None else absolute(self.params),
         )
 
 

@@ -22,7 +22,7 @@ from fastvi.api.arguments import choose_localization
 from fastvi.cli.llc import estimate_origin, observe_problem
 from fastvi.cli.sweep_figure import draw_sweep
 from fastvi.cli.table import describe, format_table, write_csv
-from fastvi.cli.target import ModelArguments, load, resolve
+from fastvi.cli.target import ModelArguments, absolute, load, resolve
 from fastvi.config import VIConfig
 from fastvi.config.sources import parse_yaml
 from fastvi.demos.base import Say
@@ -346,7 +346,7 @@ def read_plan(path: Path, *, trust: bool = False) -> SweepPlan:
     target = resolved.target
     # A run folder remembers parameters that were not its target's own.
     kept = None if resolved.before is None else resolved.before.origin.params
-    params = given.get("params", kept)
+    params = absolute(given["params"]) if "params" in given else kept
     base = VIConfig.create(given.get("base"))
     shared = {name: given[name] for name in RUN_OPTIONS if name in given}
     cells = [

@@ -148,11 +148,24 @@ def _is_sequence(value: Any, length: int) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == length
 
 
+def absolute(params: Any) -> Any:
+    """Return PATH or PATH:PART with the whole path, for a run may be redone from another folder.
+
+    What is neither is left as it is, for `Origin` to refuse.
+    """
+    return os.path.abspath(params) if isinstance(params, str) and params else params
+
+
 def _read_params(given: str, like: Any) -> Any:
     """Read a checkpoint into the structure of the target's parameters."""
     path, _, part = given.rpartition(":")
-    if Path(given).exists() or not path:
+    if Path(given).exists():
         return load_checkpoint(given, like=like)
+    if not path or not Path(path).exists():
+        raise DataError(
+            f"there is no checkpoint {given}. Name one that is there: --params PATH or PATH:PART, "
+            "or params in the file of a sweep."
+        )
     return load_checkpoint(path, part=part, like=like)
 
 

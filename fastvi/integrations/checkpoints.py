@@ -3,13 +3,14 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fastvi._errors import ConfigError, DataError
 from fastvi._typing import PyTree
 from fastvi.integrations.checkpoint_files import is_checkpoint, read_checkpoint
 from fastvi.integrations.checkpoint_names import fit_to, nest, part_of
+from fastvi.integrations.checkpoint_steps import order_by_step
 
 # Files of numpy are written with "/" between keys; torch's names are left as torch knows them.
 SEPARATORS = {".npz": "/"}
@@ -23,6 +24,7 @@ def load_checkpoint(
     part: str | None = None,
     separator: str | None = None,
     like: PyTree = None,
+    ignore: Sequence[str] = (),
 ) -> PyTree:
     """Read parameters that another program has saved; no code of the file is run.
 
@@ -36,14 +38,19 @@ def load_checkpoint(
             nested dicts. When left out it is "/" for `.npz`, and others stay flat, as torch has
             them.
         like: Parameters of the same model. The arrays are put into their structure by name, whether
-            levels are attributes, keys or numbers, or joined by "." or "/".
+            levels are attributes, keys or numbers, or joined by "." or "/". A second name of one
+            of them, as torch's state dicts have for tied weights, is left out where it has the
+            same bits.
+        ignore: Patterns of other names that the file may hold beside those of `like`, such as
+            "*running_mean". What has such a name is left out, so that the loss keeps its own.
 
     Returns:
         The parameters, NumPy arrays in the dtypes of the file; nested dicts, or the structure of
         `like`.
 
     Raises:
-        ConfigError: If `separator` is given for names that are nested already.
+        ConfigError: If `separator` is given for names that are nested already, or `ignore` without
+            `like`.
         DataError: If the file is missing, damaged, of no known kind, needs code to be read, or does
             not fit `like`: the error lists the names.
         MissingExtraError: If the package of its format is not installed.
@@ -51,6 +58,7 @@ def load_checkpoint(
     Cost:
         Memory of what was saved, once.
     """
+    _check_ignore(ignore, like)
     path = Path(path)
     tree = read_checkpoint(path)
     between = SEPARATORS.get(path.suffix) if separator is None else separator
@@ -62,7 +70,14 @@ def load_checkpoint(
         tree = part_of(tree, part, str(path))
     if between is not None and not nests:
         tree = _nested(tree, between, path)
-    return tree if like is None else fit_to(like, tree, str(path))
+    return tree if like is None else fit_to(like, tree, str(path), ignore)
+
+
+def _check_ignore(ignore: Sequence[str], like: PyTree) -> None:
+    if isinstance(ignore, str):
+        raise ConfigError(f'ignore is a list of patterns; got {ignore!r}. Pass ["{ignore}"].')
+    if ignore and like is None:
+        raise ConfigError("ignore is for names beside those of like. Pass like too.")
 
 
 def _is_flat(tree: PyTree) -> bool:
@@ -92,6 +107,7 @@ class Checkpoints:
         part: As for `load_checkpoint`.
         separator: As for `load_checkpoint`.
         like: As for `load_checkpoint`.
+        ignore: As for `load_checkpoint`.
     """
 
     paths: tuple[Path, ...]
@@ -99,6 +115,7 @@ class Checkpoints:
     part: str | None = None
     separator: str | None = None
     like: PyTree = None
+    ignore: Sequence[str] = ()
 
     def __len__(self) -> int:
         """Count them."""
@@ -107,7 +124,11 @@ class Checkpoints:
     def __getitem__(self, number: int) -> PyTree:
         """Read one."""
         return load_checkpoint(
-            self.paths[number], part=self.part, separator=self.separator, like=self.like
+            self.paths[number],
+            part=self.part,
+            separator=self.separator,
+            like=self.like,
+            ignore=self.ignore,
         )
 
     def __iter__(self) -> Iterator[PyTree]:
@@ -122,6 +143,7 @@ def open_checkpoints(
     part: str | None = None,
     separator: str | None = None,
     like: PyTree = None,
+    ignore: Sequence[str] = (),
 ) -> Checkpoints:
     """List the checkpoints of a run, in the order of their steps; none is read yet.
 
@@ -132,13 +154,19 @@ def open_checkpoints(
         part: As for `load_checkpoint`.
         separator: As for `load_checkpoint`.
         like: As for `load_checkpoint`.
+        ignore: As for `load_checkpoint`.
 
     Returns:
-        The checkpoints. The step is the number after "step" in a name, else the last number in it.
+        The checkpoints. The step is the number after "step" in a name; else after "epoch", "iter",
+        "ckpt" or "checkpoint", in this order; else the only number. Numbers with a fraction, such
+        as a loss, and versions, such as v2, are no steps.
 
     Raises:
-        DataError: If there are none, a name tells no step, or two tell the same.
+        ConfigError: If `ignore` is given without `like`.
+        DataError: If there are none, a name tells no step or several, names count by different
+            words, or two tell the same step.
     """
+    _check_ignore(ignore, like)
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}.")
@@ -146,25 +174,7 @@ def open_checkpoints(
     found = [path for path in found if not SHARD.search(path.name)]
     if not found:
         raise DataError(f"{folder} holds no checkpoint with a name like {pattern!r}.")
-    by_step: dict[int, Path] = {}
-    for path in sorted(found):
-        step = _step(path)
-        if step in by_step:
-            raise DataError(
-                f"{by_step[step].name} and {path.name} are both of step {step}. Choose by pattern, "
-                f'such as pattern="*{path.suffix}".'
-            )
-        by_step[step] = path
-    steps = tuple(sorted(by_step))
-    return Checkpoints(tuple(by_step[step] for step in steps), steps, part, separator, like)
-
-
-def _step(path: Path) -> int:
-    name = path.name.removesuffix(path.suffix) if path.is_file() else path.name
-    numbers = re.findall(r"step\D?(\d+)", name) or re.findall(r"\d+", name)
-    if not numbers:
-        raise DataError(
-            f'no number in the name of {path} tells its step. Leave it out by pattern="step_*", or '
-            "rename it."
-        )
-    return int(numbers[-1])
+    by_step = order_by_step(found)
+    return Checkpoints(
+        tuple(by_step.values()), tuple(by_step), part, separator, like, tuple(ignore)
+    )

@@ -276,14 +276,87 @@ def test_what_does_not_fit_is_listed(tmp_path):
         "unexpected: e",
         "of other shapes: a (4,) for (3,)",
         "not floating-point: b/c",
-        'part="params"',
+        "checkpoint of the same model",
     ):
         assert words in text
+    np.savez(tmp_path / "state.npz", **{"net/a": np.ones(3), "net/b/c": np.ones((2, 2)), "n": 1})
+    some = {"a": np.ones(3), "b": {"c": np.ones((2, 2))}}
+    text = refused('pass part="net"', load_checkpoint, tmp_path / "state.npz", like=some)
+    assert "PATH:net to --params" in text
+    np.savez(tmp_path / "dots.npz", **{"net.a": np.ones(3), "net.b.c": np.ones((2, 2)), "n": 1})
+    refused('separator="." and part="net"', load_checkpoint, tmp_path / "dots.npz", like=some)
+    options = {"separator": ".", "part": "net"}
+    assert_same_bits(load_checkpoint(tmp_path / "dots.npz", like=some, **options), some)
     many = {f"layer_{number}": np.ones(1) for number in range(8)}
     text = refused("missing", load_checkpoint, tmp_path / "a.npz", like=many)
     assert "layer_4 and 3 more" in text
     twice = {"a": {"b": np.ones(1)}, "a.b": np.ones(1)}
     refused("one name", load_checkpoint, tmp_path / "a.npz", like=twice)
+
+
+def test_a_second_name_of_a_tied_weight_is_left_out(tmp_path):
+    like = {"embed": np.arange(6.0).reshape(2, 3), "bias": np.zeros(2)}
+    np.savez(tmp_path / "tied.npz", **like, head=like["embed"])
+    assert_same_bits(load_checkpoint(tmp_path / "tied.npz", like=like), like)
+    # Not the same weight: one bit of sign, another dtype or shape, or equal by chance.
+    signed = like["embed"] * np.where(like["embed"] == 0, -1, 1)
+    others = signed, like["embed"].astype(np.float32), like["embed"].reshape(3, 2), np.zeros(2)
+    for other in others:
+        np.savez(tmp_path / "other.npz", **like, head=other)
+        refused("unexpected: head", load_checkpoint, tmp_path / "other.npz", like=like)
+
+
+def test_names_that_are_no_parameters_are_left_out_where_that_is_asked(tmp_path):
+    like = {"w": np.arange(3.0)}
+    path = tmp_path / "step_1.npz"
+    np.savez(path, w=like["w"], **{"norm.running_mean": np.arange(4.0), "count": np.int64(3)})
+    text = refused("module.load_state_dict", load_checkpoint, path, like=like)
+    assert 'ignore=["count", "*/running_mean"]' in text
+    for ignore in (["*/running_mean", "count"], ("*.running_*", "cou*"), ["*"]):
+        assert_same_bits(load_checkpoint(path, like=like, ignore=ignore), like)
+    (one,) = open_checkpoints(tmp_path, like=like, ignore=["*"])
+    assert_same_bits(one, like)
+    refused("unexpected: count.", load_checkpoint, path, like=like, ignore=["norm.*"])
+    for function in (load_checkpoint, open_checkpoints):
+        refused("Pass like too", function, tmp_path, ignore=["*"])
+        refused('Pass ["*"]', function, tmp_path, like=like, ignore="*")
+    # What is wanted is never left out, and nothing stands in for what is missing.
+    more = {**like, "v": np.ones(1)}
+    refused("missing: v", load_checkpoint, path, like=more, ignore=["*"])
+
+
+def test_state_dicts_of_tied_weights_and_buffers(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is large, and not in the test group")
+    from fastvi.integrations.torch import torch_loss
+
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(4, 3)
+            self.norm = torch.nn.BatchNorm1d(3)
+            self.out_norm = self.norm  # scales at 1 and biases at 0 under two names
+            self.head = torch.nn.Linear(3, 4, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens):
+            return self.head(self.out_norm(self.norm(self.embed(tokens))))
+
+    module = Tied().eval()
+    loss_fn, params = torch_loss(module, torch.nn.functional.cross_entropy)
+    path = tmp_path / "model.pt"
+    torch.save(module.state_dict(), path)
+    text = refused(
+        "unexpected: norm/num_batches_tracked, norm/running_mean",
+        load_checkpoint,
+        path,
+        like=params,
+    )
+    assert "head" not in text
+    assert "out_norm/weight" not in text
+    loaded = load_checkpoint(path, like=params, ignore=re.findall(r'"([^"]*)"', text))
+    assert_same_bits(loaded, as_arrays(params))
+    batch = np.array([0, 1, 2]), np.array([1, 2, 3])
+    assert loss_fn(loaded, batch) == loss_fn(params, batch)
 
 
 # the checkpoints of a run
@@ -311,18 +384,58 @@ def test_a_folder_is_read_in_the_order_of_its_steps(tmp_path):
     assert_same_bits(checkpoints[-1], of_step(100))
 
 
-def test_names_of_steps(tmp_path):
-    names = ["epoch=3-step=500.npz", "ckpt-7-ema.npz", "model_v2_step1000_lr3.npz"]
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [
+        (["epoch=3-step=500", "model_v2_step1000_lr3", "global_step_7-ema"], (500, 1000, 7)),
+        (["model_epoch1_loss0.5", "epoch2_loss0.4", "epoch10_loss0.3"], (1, 2, 10)),
+        (["epoch=9-val_loss=.25-v1", "epoch=10-val_loss=1.5e-3"], (9, 10)),
+        (["Iter_0005000", "iteration-6000_3", "2_writer3_iter7"], (5000, 6000, 7)),
+        (["ckpt-7-ema", "my.checkpoint_8_lr1e-4"], (7, 8)),
+        (
+            ["model_100", "9", "resnet18_20", "gpt2_30", "mlp40", "0.5_50"],
+            (100, 9, 20, 30, 40, 50),
+        ),
+    ],
+)
+def test_names_of_steps(tmp_path, names, steps):
     for name in names:
-        save_npz(tmp_path / name, OUT)
+        (tmp_path / f"{name}.npz").write_bytes(b"")
     for number in (1, 2):  # the shards of another, which its index names
         (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"")
-    assert open_checkpoints(tmp_path).steps == (7, 500, 1000)
-    save_npz(tmp_path / "final.npz", OUT)
-    refused('pattern="step_*"', open_checkpoints, tmp_path)
-    assert open_checkpoints(tmp_path, pattern="*step*").steps == (500, 1000)
-    save_npz(tmp_path / "step_500.npz", OUT)
-    refused("are both of step 500", open_checkpoints, tmp_path, pattern="*step*")
+    checkpoints = open_checkpoints(tmp_path)
+    expected = sorted(zip(steps, names, strict=True))
+    assert checkpoints.steps == tuple(step for step, _ in expected)
+    assert [path.stem for path in checkpoints.paths] == [name for _, name in expected]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["step_1.npz", "final.npz"], 'pattern="step_*.npz"'),
+        (["w_final.npz", "w_1.npz"], 'pattern="w_[0-9]*.npz"'),
+        (["loss0.5.npz", "v2.npz"], "tells its step. Rename it, such as step_100."),
+        (["mlp_64_100.npz"], "may tell step 64 or 100. Rename it, such as step_100.npz, or pass"),
+        (["step_1_of_step_9.npz"], "may tell step 1 or 9"),
+        (["epoch_3.npz", "step_500.npz"], 'pattern="epoch_*.npz" or "step_*.npz"'),
+        (["3.npz", "step_500.npz"], 'pattern="[0-9]*.npz" or "step_*.npz"'),
+        (["model_100.pt", "optimizer_100.pt"], 'pattern="model_*.pt" or "optimizer_*.pt"'),
+        (["model_1.pt", "model_100.pt", "optimizer_100.pt"], 'such as pattern="model_*.pt".'),
+        (["step_500.npz", "step_500.pt"], 'pattern="step_*.npz" or "step_*.pt"'),
+        (["epoch=1-step=5.ckpt", "epoch=1-step=5-v1.ckpt"], 'pattern="epoch=*-step=*-v*.ckpt"'),
+        (["step_1.pt", "step_5.pt", "step_5-v1.pt"], "both of step 5. Move one of them out"),
+    ],
+)
+def test_names_that_tell_no_order_name_the_way_out(tmp_path, names, words):
+    """Each pattern that an error names leaves an order."""
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    text = refused(words, open_checkpoints, tmp_path)
+    for pattern in re.findall(r'"([^"]*)"', text):
+        assert len(open_checkpoints(tmp_path, pattern=pattern)) >= 1
+
+
+def test_a_folder_without_checkpoints(tmp_path):
     refused("holds no checkpoint", open_checkpoints, tmp_path, pattern="*.pt")
     refused("there is no folder", open_checkpoints, tmp_path / "absent")
 
@@ -400,21 +513,35 @@ def finished(tmp_path_factory):
 def test_parameters_of_a_target_may_come_from_a_file(finished):
     folder, (status, text, errors) = finished
     assert status == 0, errors
-    assert "parameters     w.npz:best" in text
+    assert f"parameters     {folder / 'w.npz'}:best" in text
     inputs = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
     written = json.loads((folder / "run" / "result.json").read_text())
     assert written["init_loss"] == pytest.approx(0.5 * np.mean(inputs.sum(1) ** 2), rel=1e-5)
-    assert json.loads((folder / "run" / "run.json").read_text())["params"] == "w.npz:best"
+    assert (
+        json.loads((folder / "run" / "run.json").read_text())["params"]
+        == f"{folder / 'w.npz'}:best"
+    )
 
 
-def test_a_run_is_redone_with_the_parameters_that_it_had(finished, monkeypatch):
+def test_a_run_is_redone_with_the_parameters_that_it_had(finished, monkeypatch, tmp_path):
     from fastvi.cli import llc
 
     seen = []
     monkeypatch.setattr(llc, "estimate_origin", lambda problem, *rest, **more: seen.append(problem))
     monkeypatch.setattr(llc, "write_and_print", lambda *rest, **more: 0)
-    assert run(["llc", "run", "--trust", "--out", "again"])[0] == 0
+    folder, _ = finished
+    monkeypatch.chdir(tmp_path)  # the file's name was relative to another folder
+    again = ["llc", str(folder / "run"), "--trust", "--out", "again"]
+    assert run(again)[0] == 0
     np.testing.assert_array_equal(seen[0].params.weight, np.ones((1, 2)))
+    shutil.copytree(folder / "run", tmp_path / "moved")
+    record = json.loads((tmp_path / "moved" / "run.json").read_text())
+    gone = f"{tmp_path / 'gone.npz'}:best"
+    (tmp_path / "moved" / "run.json").write_text(json.dumps({**record, "params": gone}))
+    status, _, errors = run(["llc", "moved", "--trust", "--out", "x"])
+    assert status == 2
+    assert f"there is no checkpoint {gone}. Name one that is there: --params" in errors
+    assert run(["llc", "moved", "--trust", "--params", f"{folder / 'w.npz'}:best"])[0] == 0
 
 
 def test_a_sweep_takes_parameters_from_a_file_too(finished):
@@ -425,7 +552,8 @@ def test_a_sweep_takes_parameters_from_a_file_too(finished):
     (folder / "redo.yaml").write_text("target: run\ngrid: {gamma: [1, 2]}")
     for name, params in (("own.yaml", "other.npz"), ("redo.yaml", "w.npz:best")):
         plan = read_plan(folder / name, trust=True)
-        assert {plan.params, *(cell.origin.params for cell in plan.cells)} == {params}
+        expected = {str(folder / params)}
+        assert {plan.params, *(cell.origin.params for cell in plan.cells)} == expected
 
 
 @pytest.mark.parametrize(
@@ -434,7 +562,7 @@ def test_a_sweep_takes_parameters_from_a_file_too(finished):
         ("other.npz", "missing: bias; of other shapes: weight (1, 3) for (1, 2)"),
         ("w.npz", "missing: weight, bias; unexpected: best/bias, best/weight"),
         ("w.npz:last", "no part 'last'"),
-        ("absent.npz", "there is no checkpoint absent.npz"),
+        ("absent.npz", "/absent.npz. Name one that is there: --params PATH"),
     ],
 )
 def test_wrong_parameters_are_one_line_and_exit_2(finished, given, words):

@@ -129,7 +129,9 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     }
     safetensors = import_optional("safetensors", **options)
     try:
-        return import_optional("safetensors.numpy", **options).load_file(path)
+        with safetensors.safe_open(path, framework="numpy") as file:
+            names = file.metadata() or {}
+        arrays = import_optional("safetensors.numpy", **options).load_file(path)
     except safetensors.SafetensorError as error:
         raise _damaged(path, error) from error
     # the words of safetensors for a dtype that numpy has not, such as float8
@@ -138,6 +140,9 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             f"{path} holds numbers that cannot be read as NumPy arrays: {error}. Save it in "
             "float32, float16 or bfloat16."
         ) from error
+    # safetensors.torch.save_model writes a tied weight once, and its other names here.
+    tied = {name: kept for name, kept in names.items() if kept in arrays and name not in arrays}
+    return arrays | {name: arrays[kept] for name, kept in tied.items()}
 
 
 def _read_torch(path: Path) -> Any:

@@ -90,6 +90,13 @@ def test_safetensors_with_bfloat16(tmp_path):
     assert_same_bits(load_checkpoint(tmp_path / "a.safetensors", separator="."), PARAMS)
     part = load_checkpoint(tmp_path / "a.safetensors", separator=".", part="blocks/0")
     assert_same_bits(part, PARAMS["blocks"]["0"])
+    # as safetensors.torch.save_model writes a weight with two names
+    names = {"format": "pt", "a": "embed", "embed": "blocks.0.b"}
+    save_file(flat, tmp_path / "tied.safetensors", metadata=names)
+    tied = load_checkpoint(tmp_path / "tied.safetensors")
+    assert_same_bits(tied, {**flat, "a": flat["embed"]})
+    like = {name: flat[name] for name in flat if name != "embed"} | {"a": flat["embed"]}
+    assert_same_bits(load_checkpoint(tmp_path / "tied.safetensors", like=like), like)
 
 
 def test_shards_by_their_index(tmp_path):

@@ -66,11 +66,11 @@ class Sweep:
             from the I-th on, from 1/N to N/N; "slurm" for the place of this job in its array.
     """
 
-    config: Path = Path("sweep.yaml")
-    out: Path | None = None
+    config: Path = dataclasses.field(default=Path("sweep.yaml"), metadata={"metavar": "SWEEP.YAML"})
+    out: Path | None = dataclasses.field(default=None, metadata={"metavar": "FOLDER"})
     trust: bool = False
     quiet: bool = False
-    shard: str | None = None
+    shard: str | None = dataclasses.field(default=None, metadata={"metavar": "I/N or 'slurm'"})
 
     def run(self, say: Say) -> int:
         """Run what is missing, then write the table and the figure, then tell them."""

@@ -15,11 +15,13 @@ DROPOUTS = (
     torch.nn.AlphaDropout,
     torch.nn.FeatureAlphaDropout,
 )
-NORMS = (
+BATCH_NORMS = (
     torch.nn.BatchNorm1d,
     torch.nn.BatchNorm2d,
     torch.nn.BatchNorm3d,
     torch.nn.SyncBatchNorm,
+)
+INSTANCE_NORMS = (
     torch.nn.InstanceNorm1d,
     torch.nn.InstanceNorm2d,
     torch.nn.InstanceNorm3d,
@@ -43,12 +45,19 @@ class Form(NamedTuple):
 
 
 def check_mode(module: torch.nn.Module) -> None:
-    """Refuse layers in training mode that draw random numbers, or read the batch as a whole.
+    """Refuse layers that, in their mode, draw random numbers or read the batch as a whole.
 
     Raises:
         DataError: If there is one; it is named.
     """
     for name, layer in module.named_modules():
+        if isinstance(layer, BATCH_NORMS) and layer.running_mean is None:
+            raise DataError(
+                f"the layer {name!r}, {type(layer).__name__}, keeps no running statistics "
+                "(track_running_stats=False), so that the loss of an example depends on which "
+                "others share its batch, after model.eval() too. Give it statistics: train with "
+                "track_running_stats=True, or normalise within examples (GroupNorm, LayerNorm)."
+            )
         if layer.training and _depends_on_mode(layer):
             raise DataError(
                 f"the layer {name!r}, {type(layer).__name__}, is in training mode, in which the "
@@ -61,10 +70,10 @@ def _depends_on_mode(layer: torch.nn.Module) -> bool:
         return layer.p > 0
     if isinstance(layer, WITH_DROPOUT):
         return float(layer.dropout) > 0
-    if isinstance(layer, NORMS):
-        # without running statistics instance norm is the same in both modes
-        return layer.track_running_stats or "Batch" in type(layer).__name__
-    return isinstance(layer, torch.nn.RReLU)
+    if isinstance(layer, INSTANCE_NORMS):
+        # without running statistics it is the same in both modes
+        return layer.track_running_stats
+    return isinstance(layer, (*BATCH_NORMS, torch.nn.RReLU))
 
 
 def check_module(module: Any) -> None:

@@ -1,6 +1,7 @@
 """What runs on the host when a program of jax reaches the loss: arrays in, torch, arrays out.
 
-Nothing here computes by jax: a callback that waits for jax would wait for itself.
+Nothing here computes by jax: a callback that waits for jax would wait for itself. Tensors are made
+outside inference_mode, in which the caller may be, since none made inside it take part in a graph.
 """
 
 import dataclasses
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from fastvi.integrations.torch.dtypes import cast_full
 from fastvi.integrations.torch.model import TRIED, ModuleLoss
-from fastvi.integrations.torch.passes import Tried, cast_full
+from fastvi.integrations.torch.passes import Tried
 
 Place: TypeAlias = tuple[int, ...]  # along the leading axes
 # jax has no 64-bit integers by default, and torch wants them for indices and classes.
@@ -124,6 +126,7 @@ class Host:
             found |= dict(zip(members, pairs, strict=True))
         return _over(lead, found.__getitem__)
 
+    @torch.inference_mode(False)
     def _read(self, array: Any) -> torch.Tensor:
         """Return XLA's memory as a tensor; nothing writes to it.
 
@@ -131,6 +134,7 @@ class Host:
         """
         return torch.from_dlpack(array).to(self.model.device)
 
+    @torch.inference_mode(False)
     def _examples(self, batch: Any, flat: Any) -> list[torch.Tensor]:
         """Return copies, since modules may change their inputs in place."""
         dtype = torch.from_dlpack(flat).dtype
@@ -152,6 +156,7 @@ class Hosts:
         self._model = model
         self._known: dict[Any, Host] = {}
 
+    @torch.inference_mode(False)
     def find(self, treedef: Any, arrays: Sequence[Any], dtype: Any) -> Host:
         """Return the host of batches of these shapes, of parameters of this dtype.
 

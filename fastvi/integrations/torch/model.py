@@ -1,7 +1,6 @@
 """A module's loss and its derivatives, on torch tensors, with the parameters as one vector."""
 
 import contextlib
-import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,9 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvi._errors import ErrorNote
 from fastvi.integrations.torch.checks import read_form
+from fastvi.integrations.torch.copies import Buffers, copy_module
+from fastvi.integrations.torch.dtypes import cast_full
 from fastvi.integrations.torch.passes import (
     Tried,
-    cast_full,
     joined,
     map_tensors,
     parts_of,
@@ -43,8 +43,9 @@ class ModuleLoss:
         device: Where the module is.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, module: torch.nn.Module, batch_loss: Callable[[Any, Any], Any]):
-        self._module = copy.deepcopy(module)
+        self._module = copy_module(module)
         self._module.zero_grad()  # the optimiser's, of no use here
         self._batch_loss = batch_loss
         given = dict(sorted(self._module.named_parameters()))
@@ -54,7 +55,8 @@ class ModuleLoss:
         self.shapes = tuple(tuple(one.shape) for one in self._varying)
         self.device = self._varying[0].device
         # as they were given, since a cast may round
-        self._fixed = [(one, one.detach()) for one in (*self._module.buffers(), *fixed)]
+        self._fixed = [(one, one.detach()) for one in fixed]
+        self._buffers = Buffers(self._module)
         self._flat = torch.cat([one.detach().ravel().float() for one in self._varying])
         self._set_dtype(self._flat.dtype)
         self._lock = threading.RLock()
@@ -63,7 +65,7 @@ class ModuleLoss:
         """Evaluate the loss: the mean, or losses, or losses and weights."""
         with self._at(flat), torch.no_grad():
             found = [(self._outputs(part), share) for part, share in parts_of(batch, tried)]
-        return joined(found, tried.form)
+            return joined(found, tried.form)
 
     def slope(self, flat: torch.Tensor, batch: Any, tried: Tried) -> list[torch.Tensor]:
         """Evaluate the loss, and the gradient of its mean or of the sum of weights times losses."""
@@ -73,7 +75,7 @@ class ModuleLoss:
                 outputs = self._outputs(part)
                 slopes.append(self._gradient(outputs[0], usual_seeds(outputs, share)))
                 found.append(([one.detach() for one in outputs], share))
-        return [*joined(found, tried.form), sum_of(slopes)]
+            return [*joined(found, tried.form), sum_of(slopes)]
 
     def pull(
         self, flat: torch.Tensor, batch: Any, tried: Tried, seeds: torch.Tensor
@@ -161,15 +163,14 @@ class ModuleLoss:
         Raises:
             DataError: If the loss returns none of the forms, or has no gradient.
         """
-        with self._lock:
-            found, kept = zip(
-                *(self._try(self._flat.to(dtype), batch) for batch in batches), strict=True
-            )
-        form = read_form(found, TRIED, self.device, self._varying)
+        flat = self._flat.detach().to(dtype, copy=True)
+        with self._at(flat):
+            found, kept = zip(*(self._try(batch) for batch in batches), strict=True)
+            form = read_form(found, TRIED, self.device, self._varying)
         grown = (kept[1] - kept[0]) / (TRIED[1] - TRIED[0])
         return Tried(form, max(1, int(PASS_BYTES / max(grown, 1.0))))
 
-    def _try(self, flat: torch.Tensor, batch: Any) -> tuple[Any, int]:
+    def _try(self, batch: Any) -> tuple[Any, int]:
         """Return what the loss returns, and the bytes that are kept for a backward pass."""
         kept = 0
 
@@ -180,17 +181,16 @@ class ModuleLoss:
 
         shapes = map_tensors(lambda one: f"{one.dtype}{list(one.shape)}", batch)
         with (
-            self._at(flat),
             ErrorNote(f"fastvi: raised by the torch loss, tried on ones and noise of {shapes}."),
             torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
         ):
-            outputs = self._batch_loss(self._module, batch)
+            outputs = self._call(batch)
         return outputs, kept
 
     @contextlib.contextmanager
     def _at(self, flat: torch.Tensor) -> Iterator[None]:
         """Hold the module at these parameters."""
-        with self._lock, torch.enable_grad():
+        with self._lock, torch.inference_mode(False), torch.enable_grad():
             if flat.dtype != self._flat.dtype:
                 self._set_dtype(flat.dtype)
             with torch.no_grad():
@@ -210,6 +210,7 @@ class ModuleLoss:
                 parameter.data = values
         for tensor, given in self._fixed:
             tensor.data = cast_full(given, dtype)
+        self._buffers.set_dtype(dtype)
 
     def _as_parameters(self, vector: torch.Tensor) -> list[torch.Tensor]:
         sizes = [one.numel() for one in self._varying]
@@ -230,9 +231,13 @@ class ModuleLoss:
             )
         )
 
+    def _call(self, batch: Any) -> Any:
+        self._buffers.restore()
+        return self._batch_loss(self._module, batch)
+
     def _outputs(self, batch: Any) -> list[torch.Tensor]:
         """Call the loss; the weights come without a gradient, in the dtype of the losses."""
-        outputs = self._batch_loss(self._module, batch)
+        outputs = self._call(batch)
         if not isinstance(outputs, (tuple, list)):
             return [outputs]
         losses, weights = outputs

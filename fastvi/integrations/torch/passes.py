@@ -24,12 +24,6 @@ def map_tensors(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
     return jax.tree_util.tree_map(function, batch)
 
 
-def cast_full(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor of single or double precision in this one."""
-    is_full = tensor.is_floating_point() and tensor.dtype.itemsize >= 4
-    return tensor.to(dtype) if is_full else tensor
-
-
 def usual_seeds(outputs: list[torch.Tensor], share: float) -> torch.Tensor:
     """Return what the gradient of the mean weighs losses by, up to a factor where weighted."""
     if len(outputs) == 2:
@@ -71,7 +65,8 @@ def sum_of(vectors: list[torch.Tensor]) -> torch.Tensor:
 def joined(found: list[Part], form: Form) -> list[torch.Tensor]:
     """Return what a loss returns on a batch, of what it returned on its parts."""
     if len(found) == 1:
-        return found[0][0]
+        # a loss may return memory of the module, which the next call overwrites
+        return [one.clone() for one in found[0][0]]
     if form.of_example is None:
         return [torch.stack([share * one for (one,), share in found]).sum()]
     return [torch.cat(column) for column in zip(*(one for one, _ in found), strict=True)]

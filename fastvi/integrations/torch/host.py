@@ -8,17 +8,17 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
-from fastvi.integrations.torch.dtypes import cast_full
+from fastvi.integrations.torch.dtypes import as_example
 from fastvi.integrations.torch.model import TRIED, ModuleLoss
 from fastvi.integrations.torch.passes import Tried
+from fastvi.integrations.torch.trials import Rows, as_tensor, first_that_works, trials_of
 
 Place: TypeAlias = tuple[int, ...]  # along the leading axes
-# jax has no 64-bit integers by default, and torch wants them for indices and classes.
-TO_INT64 = (torch.int32, torch.uint32)
 # Relative rounding, in units of the last place, within which seeds are a multiple of the usual
 # ones. Half may take rounding in jax for other seeds, which costs a second pass; double changes a
 # gradient by less than torch's own rounding.
@@ -139,8 +139,8 @@ class Host:
         """Return copies, since modules may change their inputs in place."""
         dtype = torch.from_dlpack(flat).dtype
         tensors = [torch.from_dlpack(array) for array in batch]
-        device = self.model.device
-        return [_as_example(tensor.to(device, copy=True), dtype) for tensor in tensors]
+        device, dtypes = self.model.device, self.model.dtypes
+        return [as_example(tensor.to(device, copy=True), dtype, dtypes) for tensor in tensors]
 
     def _batch(self, examples: list[torch.Tensor], at: Place) -> Any:
         return self.treedef.unflatten([_at(one, at) for one in examples])
@@ -157,39 +157,45 @@ class Hosts:
         self._known: dict[Any, Host] = {}
 
     @torch.inference_mode(False)
-    def find(self, treedef: Any, arrays: Sequence[Any], dtype: Any) -> Host:
+    def find(self, batch: Any, arrays: Sequence[Any], dtype: Any) -> Host:
         """Return the host of batches of these shapes, of parameters of this dtype.
+
+        Args:
+            batch: As it came; outside a trace of jax the loss is tried on some of it.
+            arrays: Its leaves as jax has them.
+            dtype: Of the parameters.
 
         Raises:
             DataError: If the loss cannot be used.
         """
+        leaves, treedef = jax.tree_util.tree_flatten(batch)
         kind = treedef, tuple((one.shape[1:], str(one.dtype)) for one in arrays), str(dtype)
         if kind not in self._known:
-            dtype = getattr(torch, str(dtype))
-            batches = [
-                treedef.unflatten([self._made_up(one, size, dtype) for one in arrays])
-                for size in TRIED
-            ]
-            self._known[kind] = Host(self._model, self._model.try_on(batches, dtype), treedef)
+            kinds, own = [str(one.dtype) for one in arrays], getattr(torch, str(dtype))
+            tried = first_that_works(
+                trials_of(leaves, arrays),
+                lambda rows: self._model.try_on(
+                    [treedef.unflatten(self._tensors(rows, size, kinds, own)) for size in TRIED],
+                    own,
+                ),
+            )
+            self._known[kind] = Host(self._model, tried, treedef)
         return self._known[kind]
 
-    def _made_up(self, array: Any, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return noise, or ones: as indices, lengths and masks these fit most models."""
-        shape, kind = (size, *array.shape[1:]), getattr(torch, str(array.dtype))
-        noise = np.random.default_rng(0).standard_normal(shape)
-        values = noise if kind.is_floating_point else np.ones(shape)
-        return _as_example(torch.from_numpy(values).to(self._model.device, kind), dtype)
+    def _tensors(
+        self, rows: Rows, size: int, kinds: list[str], dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        model = self._model
+        return [
+            as_example(as_tensor(values, getattr(torch, kind), model.device), dtype, model.dtypes)
+            for values, kind in zip(rows(size), kinds, strict=True)
+        ]
 
 
 def own_arrays(model: ModuleLoss, module: torch.nn.Module) -> dict[str, np.ndarray]:
     """Return copies of the parameters that vary, as they are in the module, by name."""
     named = dict(module.named_parameters())
     return {name: np.array(_to_numpy(named[name])) for name in model.names}
-
-
-def _as_example(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return data as modules take them, beside parameters of this dtype."""
-    return tensor.long() if tensor.dtype in TO_INT64 else cast_full(tensor, dtype)
 
 
 def _lead(flat: Any, *arrays: Any) -> Place:

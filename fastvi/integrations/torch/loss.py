@@ -26,7 +26,10 @@ def torch_loss(
 
     Give `loss` or `batch_loss`. Either returns a torch tensor, in nats: the mean of the batch, one
     loss for each example or for each of its tokens, or (losses, weights). Integers of 32 bits
-    arrive as int64, and floating-point arrays in the dtype of the parameters.
+    arrive as int64, and floating-point arrays in single precision, or in double where `params` are.
+    A module whose parameters are all in one half precision gets inputs in it beside `loss`, which
+    sees outputs in single precision; `batch_loss` casts inputs itself. Losses in double precision
+    are returned in that of `params`.
 
     Args:
         module: A `torch.nn.Module`.
@@ -47,12 +50,14 @@ def torch_loss(
         MissingExtraError: If torch is not installed.
 
     Cost:
-        A call of the loss tries it once for each kind of batch, on 2 and on 3 made-up examples.
+        A call of the loss tries it once for each kind of batch, on 2 and on 3 examples of the
+        batch, or made-up ones inside a program: zeros, ones, noise, the first that it takes.
         A gradient is one forward and one backward pass, and a product with the Hessian two of
         each. A pass keeps at most 64 MiB for its backward pass, as long as one example does.
     """
     import_optional("torch", extra="torch", distribution="torch", purpose="torch_loss")
     from fastvi.integrations.torch.checks import check_module
+    from fastvi.integrations.torch.dtypes import loss_of_outputs
     from fastvi.integrations.torch.host import own_arrays
     from fastvi.integrations.torch.model import ModuleLoss
 
@@ -62,20 +67,10 @@ def torch_loss(
             f"batch); got {'none' if loss is None else 'both'}."
         )
     check_module(module)
-    model = ModuleLoss(module, batch_loss or _on_outputs(loss))
+    model = ModuleLoss(module, batch_loss or loss_of_outputs(module, loss))
     return _loss_of(model), {
         name: jnp.array(one) for name, one in own_arrays(model, module).items()
     }
-
-
-def _on_outputs(loss: Any) -> Callable[[Any, Any], Any]:
-    """Return `(module, (inputs, targets)) -> loss(module(inputs), targets)`."""
-
-    def batch_loss(module: Any, batch: Any) -> Any:
-        inputs, targets = batch
-        return loss(module(inputs), targets)
-
-    return batch_loss
 
 
 def _loss_of(model: Any) -> ParamsLoss:
@@ -86,10 +81,9 @@ def _loss_of(model: Any) -> ParamsLoss:
 
     def loss_fn(params: PyTree, batch: Batch) -> BatchLoss:
         flat = _ravel(params, model)
-        arrays, treedef = jax.tree_util.tree_flatten(batch)
-        arrays = tuple(fixed(jnp.asarray(one)) for one in arrays)
+        arrays = tuple(fixed(jnp.asarray(one)) for one in jax.tree_util.tree_leaves(batch))
         _check_batch(arrays)
-        host = hosts.find(treedef, arrays, flat.dtype)
+        host = hosts.find(batch, arrays, flat.dtype)
         found: Any = losses(host, flat, arrays)
         return found if host.tried.form.is_weighted else found[0]
 

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastvi._errors import ErrorNote
 from fastvi.integrations.torch.checks import read_form
 from fastvi.integrations.torch.copies import Buffers, copy_module
-from fastvi.integrations.torch.dtypes import cast_full
+from fastvi.integrations.torch.dtypes import cast_full, cast_losses, dtypes_of, note_on_halves
 from fastvi.integrations.torch.passes import (
     Tried,
     joined,
@@ -41,6 +41,7 @@ class ModuleLoss:
         names: Of the parameters that vary, sorted; shared ones once.
         shapes: Theirs.
         device: Where the module is.
+        dtypes: Of its parameters.
     """
 
     @torch.inference_mode(False)
@@ -54,6 +55,7 @@ class ModuleLoss:
         self.names, self._varying = tuple(varying), list(varying.values())
         self.shapes = tuple(tuple(one.shape) for one in self._varying)
         self.device = self._varying[0].device
+        self.dtypes = dtypes_of(module)
         # as they were given, since a cast may round
         self._fixed = [(one, one.detach()) for one in fixed]
         self._buffers = Buffers(self._module)
@@ -181,7 +183,9 @@ class ModuleLoss:
 
         shapes = map_tensors(lambda one: f"{one.dtype}{list(one.shape)}", batch)
         with (
-            ErrorNote(f"fastvi: raised by the torch loss, tried on ones and noise of {shapes}."),
+            ErrorNote(
+                f"fastvi: raised by the torch loss, tried on {shapes}.{note_on_halves(self.dtypes)}"
+            ),
             torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
         ):
             outputs = self._call(batch)
@@ -233,7 +237,7 @@ class ModuleLoss:
 
     def _call(self, batch: Any) -> Any:
         self._buffers.restore()
-        return self._batch_loss(self._module, batch)
+        return cast_losses(self._batch_loss(self._module, batch), self._flat.dtype)
 
     def _outputs(self, batch: Any) -> list[torch.Tensor]:
         """Call the loss; the weights come without a gradient, in the dtype of the losses."""

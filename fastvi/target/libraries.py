@@ -1,19 +1,17 @@
 """Data sets and loaders of libraries, told by names: what arrays or batches they give."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
 from fastvi._errors import DataError
-from fastvi._typing import Batch
+from fastvi.target import hugging_face
 from fastvi.target.examples import are_examples, by_index, by_iteration
 from fastvi.target.inputs import has_dtype
 from fastvi.target.leaves import kind_of
-from fastvi.target.tables import is_a, is_table, warned_of, without_text
+from fastvi.target.tables import is_a, is_table, warned_of
 
-# Rows at a time of a table of Hugging Face, as large as its own chunks.
-TABLE_ROWS = 1000
 # grain gives a data set that repeats for ever the length sys.maxsize. Nobody reads half of it.
 ENDLESS = 2**62
 
@@ -68,26 +66,6 @@ def _torch_tensors(data: Any) -> Any:
     return data.tensors if type(data).__module__.startswith("torch.") else by_index(data)
 
 
-class _Rows:
-    """Batches of a table of Hugging Face, as numpy arrays by column."""
-
-    def __init__(self, table: Any, **format_options: Any):
-        self._table, self._options = table, format_options
-
-    def __iter__(self) -> Iterator[Batch]:
-        table = self._table.with_format("numpy", **self._options)
-        for batch in table.iter(batch_size=TABLE_ROWS):
-            yield without_text(batch, self._table)
-
-
-def _hugging_face(data: Any) -> Any:
-    # A transform of the person's own makes the examples; any other format only their type, and
-    # the choice of columns.
-    if data.format["type"] == "custom":
-        return by_index(data)
-    return _Rows(data, columns=data.format["columns"])
-
-
 def _grain_dataset(data: Any) -> Any:
     if hasattr(data, "__len__") and len(data) >= ENDLESS:
         raise DataError(
@@ -115,8 +93,8 @@ _CONTAINERS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("pyarrow", "RecordBatch"): _refuse("data.to_pandas()"),
     ("datasets", "DatasetDict"): _refuse('one of its splits, such as data["train"]'),
     ("datasets", "IterableDatasetDict"): _refuse('one of its splits, such as data["train"]'),
-    ("datasets", "Dataset"): _hugging_face,
-    ("datasets", "IterableDataset"): _Rows,
+    ("datasets", "Dataset"): hugging_face.by_columns,
+    ("datasets", "IterableDataset"): hugging_face.Rows,
     ("zarr", "Group"): _refuse(
         "a dict of its arrays, such as {name: data[name] for name in names}"
     ),

@@ -1,5 +1,6 @@
 """Tables by column: frames, xarray data sets, structured arrays; and text beside numbers."""
 
+import sys
 from collections.abc import Callable, Iterator, ValuesView
 from typing import Any
 
@@ -25,9 +26,14 @@ def is_a(value: Any, package: str, name: str) -> bool:
 
     Told by names alone, so that no package is imported that the person has not imported.
     """
-    return any(
-        kind.__name__ == name and kind.__module__.partition(".")[0] == package
-        for kind in type(value).__mro__
+    return any(kind.__name__ == name and _is_from(kind, package) for kind in type(value).__mro__)
+
+
+def _is_from(kind: type, package: str) -> bool:
+    # A person's own module may have the name of a package, such as datasets.py. All packages whose
+    # classes are told by name state their version.
+    return kind.__module__.partition(".")[0] == package and hasattr(
+        sys.modules.get(package), "__version__"
     )
 
 
@@ -98,7 +104,7 @@ def without_text(columns: dict[Any, Any], table: Any) -> dict[Any, Any]:
 
 
 def _is_of(value: Any, package: str) -> bool:
-    return any(kind.__module__.partition(".")[0] == package for kind in type(value).__mro__)
+    return any(_is_from(kind, package) for kind in type(value).__mro__)
 
 
 def refuse_text(tree: Any, name: str, left_out: str | None = None) -> None:

@@ -1,5 +1,7 @@
 """Data sets and loaders of torch, grain and Hugging Face give the examples that they hold."""
 
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -200,10 +202,65 @@ def test_examples_of_hugging_face(name, datasets):
     check_examples(OF_HUGGING_FACE[name](datasets))
 
 
+FINE = np.linspace(0, 1, 5) + 1e-9 * np.arange(5)  # float32 rounds it by 3e-8
+
+
+def fine_table(datasets):
+    return datasets.Dataset.from_dict({"x": FINE, "y": np.outer(FINE, [1, 2])})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        fine_table,
+        lambda datasets: fine_table(datasets).with_format("numpy", dtype=np.float64),
+        lambda datasets: fine_table(datasets).to_iterable_dataset(),
+    ],
+    ids=["python", "numpy", "iterable"],
+)
+def test_double_precision_of_hugging_face_is_kept(make, datasets):
+    found = open_data(make(datasets), np.float64)
+    np.testing.assert_array_equal(found["x"], FINE)
+    np.testing.assert_array_equal(found["y"], np.outer(FINE, [1, 2]))
+
+
+def test_integers_of_hugging_face_do_not_wrap_around(datasets):
+    arrow = pytest.importorskip("pyarrow")
+    large = datasets.Dataset(arrow.table({"x": np.full(3, 2**63 + 5, np.uint64)}))
+    with pytest.raises(fastvi.DataError, match=f"uint64 and values from {2**63 + 5}"):
+        open_data(large)
+
+
+def test_matrices_and_images_of_hugging_face_are_decoded(datasets):
+    pytest.importorskip("PIL")
+    images = np.arange(2 * 4 * 5, dtype=np.uint8).reshape(2, 4, 5)
+    matrices = images.astype(np.float64) + 1e-9
+    kinds = {
+        "image": datasets.Image(),
+        "matrix": datasets.Array2D((4, 5), "float64"),
+        "y": datasets.Value("float64"),
+    }
+    columns = {"image": list(images), "matrix": matrices, "y": [1e-9 + 1, 2.0]}
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    found = open_data(data, np.float64)
+    for name, wanted in (("image", images), ("matrix", matrices), ("y", [1e-9 + 1, 2.0])):
+        np.testing.assert_array_equal(found[name], wanted)
+    np.testing.assert_array_equal(open_data(data.select_columns("image"))["image"], images)
+
+
+def test_a_module_of_the_name_of_a_package_is_none(monkeypatch):
+    """A person's own datasets.py is taken for what its classes can do."""
+    own = types.ModuleType("datasets")
+    members = {"__len__": lambda _: COUNT, "__getitem__": lambda _, i: {"x": X[i], "y": Y[i]}}
+    own.Dataset = type("Dataset", (), members | {"__module__": "datasets"})
+    monkeypatch.setitem(sys.modules, "datasets", own)
+    check_examples(own.Dataset())
+
+
 REFUSED_OF_HUGGING_FACE = {
     "text": (
         lambda datasets: table(datasets).add_column("name", ["a"] * COUNT),
-        r"data\['name'\] has dtype <U1.*data.remove_columns\(\['name'\]\)",
+        r"data\['name'\] has dtype object.*data.remove_columns\(\['name'\]\)",
     ),
     "ragged": (
         lambda datasets: datasets.Dataset.from_dict({"ids": [[1], [1, 2]], "y": [0, 1]}),

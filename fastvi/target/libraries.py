@@ -6,14 +6,11 @@ from typing import Any
 import jax
 
 from fastvi._errors import DataError
-from fastvi.target import hugging_face
+from fastvi.target import grain_sets, hugging_face
 from fastvi.target.examples import are_examples, by_index, by_iteration
 from fastvi.target.inputs import has_dtype
 from fastvi.target.leaves import kind_of
 from fastvi.target.tables import is_a, is_table, warned_of
-
-# grain gives a data set that repeats for ever the length sys.maxsize. Nobody reads half of it.
-ENDLESS = 2**62
 
 
 def by_library(data: Any) -> Any:
@@ -66,26 +63,6 @@ def _torch_tensors(data: Any) -> Any:
     return data.tensors if type(data).__module__.startswith("torch.") else by_index(data)
 
 
-def _grain_dataset(data: Any) -> Any:
-    if hasattr(data, "__len__") and len(data) >= ENDLESS:
-        raise DataError(
-            f"data is a {kind_of(data)} that repeats without an end. Leave repeat() out, or pass "
-            "iter(data) and nbeta."
-        )
-    return data if _is_batched(data) else by_iteration(data)
-
-
-def _is_batched(data: Any) -> bool:
-    """Say whether a grain data set, or one that it is made from, is made by `batch`."""
-    # each step that is no batch has one parent; a mixture or a concatenation has parents alike
-    while not any(is_a(data, "grain", name) for name in ("BatchMapDataset", "BatchIterDataset")):
-        parents = getattr(data, "parents", ())
-        if not parents:
-            return False
-        data = parents[0]
-    return True
-
-
 # By package and class, the more special class first. Those that are not named are taken for what
 # they can do: `by_library`.
 _CONTAINERS: dict[tuple[str, str], Callable[[Any], Any]] = {
@@ -102,6 +79,7 @@ _CONTAINERS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("torch", "TensorDataset"): _torch_tensors,
     ("torch", "IterableDataset"): by_iteration,
     ("torch", "Dataset"): by_index,
-    ("grain", "MapDataset"): _grain_dataset,
-    ("grain", "IterDataset"): _grain_dataset,
+    ("grain", "MapDataset"): grain_sets.by_dataset,
+    ("grain", "IterDataset"): grain_sets.by_dataset,
+    ("grain", "DataLoader"): grain_sets.by_loader,
 }

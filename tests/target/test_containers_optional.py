@@ -319,11 +319,9 @@ OF_GRAIN = {
     "batches on": lambda grain: grain_set(grain).batch(250).map(lambda batch: batch),
     "iterated examples": lambda grain: grain_set(grain).to_iter_dataset(),
     "iterated batches": lambda grain: grain_set(grain).to_iter_dataset().batch(250),
-    "loader": lambda grain: grain.DataLoader(
-        data_source=Source(),
-        sampler=grain.samplers.IndexSampler(COUNT, shuffle=True, seed=0, num_epochs=1),
-        operations=[grain.transforms.Batch(250)],
-    ),
+    "loader": lambda grain: grain_loader(grain),
+    "part of a repeated one": lambda grain: grain_set(grain).repeat()[:COUNT].batch(250),
+    "batches that drop nothing": lambda grain: grain_set(grain).batch(100, drop_remainder=True),
 }
 
 
@@ -332,6 +330,52 @@ def test_examples_of_grain(name, grain):
     check_examples(OF_GRAIN[name](grain))
 
 
-def test_grain_without_an_end_is_refused(grain):
-    with pytest.raises(fastvi.DataError, match=r"repeats without an end.*repeat\(\)"):
-        hold_data(grain_set(grain).repeat())
+def grain_loader(grain, num_epochs=1, **options):
+    return grain.DataLoader(
+        data_source=Source(),
+        sampler=grain.samplers.IndexSampler(COUNT, shuffle=True, seed=0, num_epochs=num_epochs),
+        operations=[grain.transforms.Batch(250, **options)],
+    )
+
+
+REFUSED_OF_GRAIN = {
+    "no end": (
+        lambda grain: grain_set(grain).repeat(),
+        r"repeats without an end.*Leave repeat\(\) out",
+    ),
+    "batches without an end": (
+        lambda grain: grain_set(grain).repeat().batch(250),
+        r"repeats without an end.*Leave repeat\(\) out",
+    ),
+    "iterated batches without an end": (
+        lambda grain: grain_set(grain).repeat().to_iter_dataset().batch(250),
+        r"repeats without an end.*Leave repeat\(\) out",
+    ),
+    "an iteration repeated without an end": (
+        lambda grain: grain.experimental.RepeatIterDataset(grain_set(grain).to_iter_dataset()),
+        r"repeats without an end.*Leave repeat\(\) out",
+    ),
+    "a loader without an end": (
+        lambda grain: grain_loader(grain, num_epochs=None),
+        "IndexSampler repeats without an end.*num_epochs=1",
+    ),
+    "batches that drop": (
+        lambda grain: grain_set(grain).batch(250, drop_remainder=True).map(lambda batch: batch),
+        r"drop_remainder=True leave 100 examples.*\.batch\(size\)",
+    ),
+    "iterated batches that may drop": (
+        lambda grain: grain_set(grain).to_iter_dataset().batch(250, drop_remainder=True),
+        r"leave the last examples.*\.batch\(size\)",
+    ),
+    "a loader that may drop": (
+        lambda grain: grain_loader(grain, drop_remainder=True),
+        r"leave the last examples.*Batch\(size\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_OF_GRAIN)
+def test_what_is_refused_of_grain(name, grain):
+    make, words = REFUSED_OF_GRAIN[name]
+    with pytest.raises(fastvi.DataError, match=words):
+        open_data(make(grain))

@@ -30,7 +30,7 @@ def by_dataset(data: Any) -> Any:
 
 def by_loader(loader: Any) -> Any:
     """Read a `grain.DataLoader`, whose sampler and operations have no public names."""
-    sampler = getattr(loader, "_sampler", None)
+    sampler: Any = getattr(loader, "_sampler", None)
     if hasattr(sampler, "__len__") and len(sampler) >= ENDLESS:
         raise DataError(
             f"data is a DataLoader of grain whose {type(sampler).__name__} repeats without an end. "

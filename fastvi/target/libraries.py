@@ -1,12 +1,12 @@
 """Data sets and loaders of libraries, told by names: what arrays or batches they give."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 
 from fastvi._errors import DataError
-from fastvi.target import grain_sets, hugging_face
+from fastvi.target import grain_sets, hugging_face, torch_loaders
 from fastvi.target.examples import are_examples, by_index, by_iteration
 from fastvi.target.inputs import has_dtype
 from fastvi.target.leaves import kind_of
@@ -23,11 +23,15 @@ def by_library(data: Any) -> Any:
     for (package, name), convert in _CONTAINERS.items():
         if is_a(data, package, name):
             return convert(data)
+    return by_index(data) if _is_map_style(data) else data
+
+
+def _is_map_style(data: Any) -> bool:
+    if has_dtype(data) or isinstance(data, (str, bytes, range)):
+        return False
+    # What can be iterated over gives batches, as a loader does, unless it is declared a sequence.
     is_indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    # What can be iterated over gives batches, as a loader does.
-    if is_indexed and not isinstance(data, Iterable) and not has_dtype(data):
-        return by_index(data)
-    return data
+    return isinstance(data, Sequence) or (is_indexed and not isinstance(data, Iterable))
 
 
 def _refuse(fix: str) -> Callable[[Any], Any]:
@@ -35,27 +39,6 @@ def _refuse(fix: str) -> Callable[[Any], Any]:
         raise DataError(f"data is {kind_of(data)}, of which no arrays are read. Pass {fix}.")
 
     return convert
-
-
-def _torch_loader(loader: Any) -> Any:
-    sampler = getattr(loader, "batch_sampler", None)
-    if loader.drop_last or getattr(sampler, "drop_last", False):
-        _refuse_dropping(loader, sampler)
-    return loader
-
-
-def _refuse_dropping(loader: Any, sampler: Any) -> None:
-    """Refuse a loader that leaves examples out, others in each pass where it shuffles."""
-    try:
-        rest = len(sampler.sampler) % sampler.batch_size
-    except (TypeError, AttributeError):  # neither size nor sampler are known
-        rest = None
-    if rest != 0:
-        left_out = "the last examples" if rest is None else f"{rest} examples"
-        raise DataError(
-            f"a DataLoader with drop_last=True leaves {left_out} of each pass out, so that there "
-            "is no one loss on all data. Pass a DataLoader with drop_last=False, or its dataset."
-        )
 
 
 def _torch_tensors(data: Any) -> Any:
@@ -75,7 +58,7 @@ _CONTAINERS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("zarr", "Group"): _refuse(
         "a dict of its arrays, such as {name: data[name] for name in names}"
     ),
-    ("torch", "DataLoader"): _torch_loader,
+    ("torch", "DataLoader"): torch_loaders.by_loader,
     ("torch", "TensorDataset"): _torch_tensors,
     ("torch", "IterableDataset"): by_iteration,
     ("torch", "Dataset"): by_index,

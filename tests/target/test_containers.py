@@ -1,5 +1,6 @@
 """The same examples in every container that people have are the same examples."""
 
+import collections.abc
 import io
 import itertools
 import typing
@@ -221,6 +222,22 @@ def test_loaders_that_shuffle_give_one_order():
         np.testing.assert_array_equal(one, other)
     # rows and targets stay together
     np.testing.assert_array_equal(rows_of(found[0]), rows_of((X, Y)))
+
+
+class Declared(collections.abc.Sequence):
+    """A data set whose class says that it is a sequence, which iterates too."""
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        return X[index], 2 * X[index]
+
+
+def test_vectors_of_a_sequence_are_examples():
+    found = open_data(Declared())
+    np.testing.assert_array_equal(found[0], X)
+    np.testing.assert_array_equal(found[1], 2 * X)
 
 
 def test_an_iterator_is_not_read():

@@ -72,6 +72,10 @@ def loader(torch, data, **options):
     return torch.utils.data.DataLoader(data, **{"batch_size": 250, "shuffle": True} | options)
 
 
+def share(torch, processes):
+    return torch.utils.data.DistributedSampler(pairs(torch), num_replicas=processes, rank=0)
+
+
 OF_TORCH = {
     "tensors": tensors,
     "tensors with gradients": lambda torch: [one.requires_grad_() for one in tensors(torch)],
@@ -86,6 +90,17 @@ OF_TORCH = {
         torch, map_style(torch, lambda i: {"x": X[i], "y": Y[i]})
     ),
     "loader of an iterable": lambda torch: loader(torch, by_iteration(torch), shuffle=None),
+    "loader without batches": lambda torch: loader(torch, pairs(torch), batch_size=None),
+    "loader of lists of indices": lambda torch: loader(
+        torch,
+        pairs(torch),
+        batch_size=None,
+        shuffle=None,
+        sampler=torch.utils.data.BatchSampler(range(COUNT), 250, drop_last=False),
+    ),
+    "loader of the only process": lambda torch: loader(
+        torch, pairs(torch), shuffle=None, sampler=share(torch, 1)
+    ),
     "loader that drops nothing": lambda torch: loader(
         torch, pairs(torch), batch_size=100, drop_last=True
     ),
@@ -95,6 +110,13 @@ OF_TORCH = {
 @pytest.mark.parametrize("name", OF_TORCH)
 def test_examples_of_torch(name, torch):
     check_examples(OF_TORCH[name](torch))
+
+
+def test_vectors_of_a_loader_without_batches_are_examples(torch):
+    data = map_style(torch, lambda i: (X[i], 2 * X[i]))
+    found = open_data(loader(torch, data, batch_size=None, shuffle=False))
+    np.testing.assert_array_equal(found[0], X)
+    np.testing.assert_array_equal(found[1], 2 * X)
 
 
 def test_half_precision_of_torch_is_read_exactly(torch):
@@ -128,6 +150,10 @@ REFUSED_OF_TORCH = {
     "examples that an iterable may drop": (
         lambda torch: loader(torch, by_iteration(torch), shuffle=None, drop_last=True),
         "leaves the last examples.*drop_last=False",
+    ),
+    "the share of a process": (
+        lambda torch: loader(torch, pairs(torch), shuffle=None, sampler=share(torch, 4)),
+        "share of one process of 4, not all data. Pass its dataset",
     ),
     "draws with replacement": (
         lambda torch: loader(

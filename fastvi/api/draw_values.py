@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError
-from fastvi._typing import Array, Batch, PyTree
+from fastvi._typing import Array, Batch, Given, PyTree
 from fastvi.api.other_data import on_other_data
 from fastvi.fitting.protocols import Progress
 from fastvi.observables.draws import passed_form
@@ -42,8 +42,8 @@ class DrawValues:
     def __init__(
         self,
         target: Target,
-        losses: Mapping[str, Batch],
-        token_losses: Mapping[str, Batch],
+        losses: Mapping[str, Given[Batch]],
+        token_losses: Mapping[str, Given[Batch]],
         observables: Mapping[str, Any],
     ):
         _check_names(losses, token_losses, observables)
@@ -63,13 +63,13 @@ class DrawValues:
         self.init_losses = {name: one.at(self.zero)[0] for name, one in self.losses.items()}
 
     def _losses(
-        self, keyword: str, sets: Mapping[str, Batch], by_token: bool
+        self, keyword: str, sets: Mapping[str, Given[Batch]], by_token: bool
     ) -> dict[str, ExampleLosses]:
         objective, problem = self.target.objective, self.target.problem
         return {
             name: ExampleLosses(
                 self.target,
-                on_other_data(objective, problem, data, f"{keyword}[{name!r}]"),
+                on_other_data(objective, problem, data, f"{keyword}[{name!r}]", in_order=True),
                 by_token,
             )
             for name, data in sets.items()

@@ -76,8 +76,9 @@ def example_losses(
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
-        data: Data of the structure that the loss takes, held in memory. Where it returns the mean
-            of a batch, each example is passed as a batch of one.
+        data: Data of the structure that the loss takes, held in memory, in an order that does not
+            change. Where the loss returns the mean of a batch, each example is passed as a batch of
+            one.
 
     Returns:
         Losses in nats, shape (chains, draws, examples), whose mean over the examples is the loss of
@@ -85,9 +86,9 @@ def example_losses(
 
     Raises:
         DataError: If the result is a walk without a fit or was loaded from disk, the loss has
-            changed since, or the data cannot be used.
+            changed since, the data cannot be used, or a loader shuffles them.
     """
-    programs, arguments = _at_other_data(result, data)
+    programs, arguments = _at_other_data(result, data, in_order=True)
     return np.asarray(programs.by_example(*arguments))
 
 
@@ -98,19 +99,28 @@ class _Programs(NamedTuple):
     by_example: Callable[..., Float[Array, "chains draws examples"]]
 
 
-def _at_other_data(result: LLCEstimate, data: Given[Batch]) -> tuple[_Programs, tuple[Any, ...]]:
+def _at_other_data(
+    result: LLCEstimate, data: Given[Batch], *, in_order: bool = False
+) -> tuple[_Programs, tuple[Any, ...]]:
     """Return the programs and their arguments: the fit, and its problem with other data."""
     fitted: Fitted = result.fit_for("draw from")
     fitted.check_unchanged()
-    problem = on_other_data(fitted.objective, fitted.problem, data, "loss_fn")
+    problem = on_other_data(fitted.objective, fitted.problem, data, "loss_fn", in_order=in_order)
     arguments = (fitted.fit.family, problem, fitted.fit.params, fitted.keys)
     return _programs(fitted, problem), arguments
 
 
-def on_other_data(objective: Any, problem: Problem, data: Given[Batch], name: str) -> Problem:
-    """Return the problem with other data, which errors call by a name."""
+def on_other_data(
+    objective: Any, problem: Problem, data: Given[Batch], name: str, *, in_order: bool
+) -> Problem:
+    """Return the problem with other data, which errors call by a name.
+
+    Results by example need data in an order that does not change.
+    """
     dtype = problem.posterior.center.dtype
-    examples = beside_same(problem.data.examples, hold_data(data, dtype=dtype)[0])
+    examples = beside_same(
+        problem.data.examples, hold_data(data, dtype=dtype, in_order=in_order)[0]
+    )
     held = Data(examples, problem.data.max_batch)
     # A weighted loss is divided by the mean weight of these data, not of those of the fit.
     return weigh(objective, dataclasses.replace(problem, data=held), name)

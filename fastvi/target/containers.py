@@ -30,11 +30,16 @@ LOOKED_AT_AGAIN = 1024
 # Bytes of a batch of arrays that lie on disk. Half of it reads twice as often; double holds more.
 SLICE_BYTES = 2**24
 
+ORDER_CHANGES = (
+    "the order of the examples changes from pass to pass, so that results by example cannot be "
+    "told apart. Pass a loader that does not shuffle (shuffle=False), or its data set."
+)
+
 Report = Callable[[int], None]
 
 
 def hold_data(
-    data: Given[Batch], n_data: int | None = None, dtype: Any = None
+    data: Given[Batch], n_data: int | None = None, dtype: Any = None, *, in_order: bool = False
 ) -> tuple[Batch, int]:
     """Read data into memory, whatever holds them, check them and put them on the device.
 
@@ -42,6 +47,7 @@ def hold_data(
         data: What `open_data` takes, of at most 1 GiB where it gives batches.
         n_data: Expected number of examples, if known.
         dtype: What floating-point arrays are cast to; their own as jax takes it when left out.
+        in_order: Whether to refuse data whose order changes from pass to pass.
 
     Returns:
         The data as jax arrays and the number of examples.
@@ -49,7 +55,7 @@ def hold_data(
     Raises:
         DataError: If they do not fit, or as for `check_data`.
     """
-    opened = open_data(data, dtype)
+    opened = open_data(data, dtype, in_order=in_order)
     if is_stream(opened):
         why = "is read once" if isinstance(opened, Iterator) else f"has more than {_limit_text()}"
         raise DataError(
@@ -59,13 +65,16 @@ def hold_data(
     return check_data(opened, n_data, dtype)
 
 
-def open_data(data: Given[Any], dtype: Any = None, report: Report | None = None) -> Any:
+def open_data(
+    data: Given[Any], dtype: Any = None, report: Report | None = None, *, in_order: bool = False
+) -> Any:
     """Return data as a pytree of arrays, or as batches where they do not fit into memory.
 
     Args:
         data: A pytree of arrays, a table, a data set of examples, a loader, or an iterator.
         dtype: What floating-point arrays of batches are cast to.
         report: Told the number of examples read so far.
+        in_order: Whether to refuse data whose order changes from pass to pass.
 
     Returns:
         Arrays, in an order of their own where a loader shuffles them; or a `Streamed` of batches;
@@ -84,11 +93,13 @@ def open_data(data: Given[Any], dtype: Any = None, report: Report | None = None)
     if not is_stream(found):
         return _slices(found) if _is_large_on_disk(found) else found
     with ErrorNote(f"fastvi: while {kind_of(data)} was read into memory."):
-        whole = _read_whole(found, dtype, report)
+        whole = _read_whole(found, dtype, report, in_order)
     return Streamed(found) if whole is None else whole
 
 
-def _read_whole(batches: Iterable[Any], dtype: Any, report: Report | None) -> Batch | None:
+def _read_whole(
+    batches: Iterable[Any], dtype: Any, report: Report | None, in_order: bool
+) -> Batch | None:
     """Read all batches into memory, or return None where they do not fit."""
     parts, size, count = [], 0, 0
     for batch in one_kind(batches, dtype):
@@ -105,6 +116,8 @@ def _read_whole(batches: Iterable[Any], dtype: Any, report: Report | None) -> Ba
     sums = _sums(parts, zlib.crc32)
     if _look_again(one_kind(batches, dtype), sums):
         return concatenate(parts)
+    if in_order:
+        raise DataError(ORDER_CHANGES)
     # A loader that shuffles would give other bits, and refuse to go on with an earlier fit, in each
     # process. Two checksums tell all but a few in 2^64 examples apart.
     order = np.lexsort([_sums(parts, zlib.adler32), sums])

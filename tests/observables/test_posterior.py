@@ -297,6 +297,22 @@ def test_impossible_draws_are_refused(options, message):
         fastvi.sample_posterior(result, progress=False, **options)
 
 
+class Shuffled:
+    """A loader that shuffles anew in each pass."""
+
+    rng = np.random.default_rng(0)
+
+    def __iter__(self):
+        order = self.rng.permutation(len(TEST[0]))
+        yield tuple(leaf[order] for leaf in TEST)
+
+
+@pytest.mark.parametrize("keyword", ["losses", "token_losses"])
+def test_losses_of_examples_in_no_order_are_refused(keyword):
+    with pytest.raises(fastvi.DataError, match="order of the examples changes.*shuffle=False"):
+        fastvi.sample_posterior(estimated(), progress=False, **{keyword: {"test": Shuffled()}})
+
+
 def test_a_result_without_walkers_is_refused(tmp_path):
     estimated().save(tmp_path / "one.npz")
     with pytest.raises(fastvi.DataError, match="holds no walkers"):

@@ -274,14 +274,19 @@ def test_a_curve_reads_a_loader_once_and_other_data_may_be_one():
     options = {"method": "variational", "steps": 5, "M": 1, "r": 0, "eval_samples": 4}
     curve = fastvi.llc_curve(loss_fn, [W, W], loader, progress=False, throw=False, **options)
     assert loader.passes == 2  # the second one of which is looked at
-    on_loader, on_arrays = (
-        fastvi.llc_on(curve.estimates[-1], data).llc for data in (Batches(), (X, Y))
+    on_loader, shuffled, on_arrays = (
+        fastvi.llc_on(curve.estimates[-1], data).llc
+        for data in (Batches(), Batches(shuffle=True), (X, Y))
     )
     assert on_loader == on_arrays
+    # a mean has no order, losses by example have
+    np.testing.assert_allclose(shuffled, on_arrays, 1e-4)
     on_loader, on_arrays = (
         fastvi.example_losses(curve.estimates[-1], data) for data in (Batches(), (X, Y))
     )
     np.testing.assert_array_equal(on_loader, on_arrays)
+    with pytest.raises(fastvi.DataError, match="order of the examples changes.*shuffle=False"):
+        fastvi.example_losses(curve.estimates[-1], Batches(shuffle=True))
 
 
 TEXT = np.array(["a", "b"] * (COUNT // 2))

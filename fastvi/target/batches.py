@@ -14,7 +14,7 @@ from fastvi.target.feed import concatenate
 from fastvi.target.inputs import as_held, numeric, refuse_examples_in_a_list, refuse_sparse
 from fastvi.target.leaves import kind_of
 from fastvi.target.losses import describe_arrays, num_examples, take_examples
-from fastvi.target.tables import by_name, refuse_text
+from fastvi.target.tables import by_name, plain, refuse_text
 
 OTHER_EXAMPLES = (
     "the iterable of batches gave other examples in a later pass than in the first, so that there "
@@ -64,7 +64,7 @@ def _checked(given: Any, dtype: Any) -> Batch:
         name = "batch" + jax.tree_util.keystr(path)
         return np.asarray(as_held(numeric(leaf, name), name, dtype))
 
-    given = by_name(given)
+    given = by_name(plain(given))
     refuse_text(given, "batch")
     refuse_sparse(given)
     return jax.tree_util.tree_map_with_path(cast, given)

@@ -191,6 +191,13 @@ def _slices(data: Any) -> Streamed:
     )
     paths = jax.tree_util.tree_flatten_with_path(arrays)[0]
     leaves = [leaf for _, leaf in paths]
+    for path, leaf in paths:
+        if not leaf.shape:
+            raise DataError(
+                f"data{jax.tree_util.keystr(path)} is a scalar beside arrays on disk; every data "
+                "array needs a leading axis of examples. Make lists of numbers arrays, by "
+                "np.asarray, and close over settings in loss_fn."
+            )
     length = common_length(
         {f"data{jax.tree_util.keystr(path)}": leaf.shape for path, leaf in paths}
     )

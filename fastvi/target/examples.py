@@ -10,7 +10,7 @@ import numpy as np
 from fastvi._errors import DataError, ErrorNote
 from fastvi._typing import Batch
 from fastvi.target.leaves import RAGGED, as_array, kind_of
-from fastvi.target.tables import refuse_text
+from fastvi.target.tables import plain, refuse_text
 
 # Examples that are stacked at a time. Half of it checks batches twice as often; double holds twice
 # as many examples beside the data, 38 MB of 256 images of 150 kB.
@@ -60,6 +60,7 @@ def stack(examples: list[Any], first: int = 0) -> Batch:
     Raises:
         DataError: If an example holds text, or differs from the first in structure or shape.
     """
+    examples = [plain(example) for example in examples]
     refuse_text(examples[0], "an example")
     paths, structure = jax.tree_util.tree_flatten_with_path(examples[0], is_leaf=_is_numbers)
     rows = [jax.tree_util.tree_flatten(example, is_leaf=_is_numbers) for example in examples]
@@ -90,7 +91,7 @@ def _stack_arrays(column: Iterable[Any], name: str, first: int) -> np.ndarray:
 
 def _is_numbers(node: Any) -> bool:
     """Say whether a list is one of numbers, or of such lists: an array, not a pytree of arrays."""
-    return isinstance(node, list) and all(map(_is_number_or_list, node)) and bool(node)
+    return isinstance(node, list) and all(map(_is_number_or_list, node))
 
 
 def _is_number_or_list(node: Any) -> bool:

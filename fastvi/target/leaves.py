@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from fastvi._errors import DataError
-from fastvi.target.tables import is_a
+from fastvi.target.tables import by_name, is_a, is_frame
 
 # What to do with sequences of different lengths.
 RAGGED = " Pad sequences of different lengths: tokens, weights = fastvi.pad_sequences(sequences)."
@@ -27,6 +27,9 @@ def as_array(leaf: Any, name: str) -> np.ndarray:
             f"{name} is {kind_of(leaf)}, which numpy cannot read: {said} Make it a numpy array "
             "first."
         ) from error
+    if array.dtype == object and array.size and is_frame(leaf):
+        # numpy reads nullable numbers, or booleans beside floats, as objects
+        array = np.column_stack(list(by_name(leaf).values()))
     return _stacked(array, name) if array.dtype == object and array.size else array
 
 

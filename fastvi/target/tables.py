@@ -1,7 +1,7 @@
 """Tables by column: frames, xarray data sets, structured arrays; and text beside numbers."""
 
 import sys
-from collections.abc import Callable, Iterator, ValuesView
+from collections.abc import Callable, Iterator, Mapping, ValuesView
 from typing import Any
 
 import jax
@@ -70,6 +70,18 @@ def by_name(data: Any) -> Any:
     if (fields := _fields(data)) is not None:
         return without_text({name: data[name] for name in fields}, data)
     return data
+
+
+def plain(tree: Any) -> Any:
+    """Return a pytree in which mappings that jax takes for leaves are dicts.
+
+    Tokenizers and their collators give such.
+    """
+    return jax.tree_util.tree_map(
+        lambda leaf: plain(dict(leaf)) if isinstance(leaf, Mapping) else leaf,
+        tree,
+        is_leaf=warned_of,
+    )
 
 
 def _fields(data: Any) -> tuple[str, ...] | None:

@@ -1,5 +1,6 @@
 """The same examples in every container that people have are the same examples."""
 
+import collections
 import collections.abc
 import io
 import itertools
@@ -240,6 +241,47 @@ def test_vectors_of_a_sequence_are_examples():
     np.testing.assert_array_equal(found[1], 2 * X)
 
 
+class Record(collections.UserDict):
+    """What tokenizers give: a mapping that jax takes for a leaf."""
+
+
+def test_mappings_in_batches_and_examples_are_dicts():
+    in_batches = open_data(Batches(lambda: {"x": X, "y": Y}), np.float32)
+    for data in (
+        [Record(x=X[:300], y=Y[:300]), Record(x=X[300:], y=Y[300:])],
+        [(Record(x=X, y=Y),)],
+    ):
+        found = open_data(Again(data), np.float32)
+        np.testing.assert_equal(found[0] if isinstance(found, tuple) else found, in_batches)
+    found = open_data(ByIndex(lambda i: Record(x=X[i].tolist(), y=Y[i])), np.float32)
+    np.testing.assert_equal(found, in_batches)
+
+
+class Again:
+    """A loader of given batches."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def test_frames_of_mixed_columns_beside_arrays_are_matrices():
+    nullable = pd.DataFrame({"a": pd.array([1, 2], "Int64"), "b": pd.array([0.5, 2], "Float64")})
+    mixed = pd.DataFrame({"a": [True, False], "b": [0.5, 2.0]})
+    found = hold_data((nullable, mixed, nullable["a"]))[0]
+    for one, wanted in zip(found, ([[1, 0.5], [2, 2]], [[1, 0.5], [0, 2]], [1, 2]), strict=True):
+        np.testing.assert_array_equal(one, wanted)
+
+
+def test_numbers_beside_arrays_on_disk_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(containers, "HELD_WINDOWS", 0)
+    for other in (3.0, [1.0] * COUNT):
+        with pytest.raises(fastvi.DataError, match=r"data\[1\].* is a scalar"):
+            open_data((memmap(tmp_path)[0], other))
+
+
 def test_an_iterator_is_not_read():
     batches = iter(Batches())
     assert open_data(batches) is batches
@@ -356,6 +398,10 @@ REFUSED = {
     "ragged examples": (
         lambda: ByIndex(lambda i: (np.ones(1 + i % 2), 0.0)),
         r"example 0\[0\] has \(1,\), example 1\[0\] has \(2,\).*fastvi.pad_sequences",
+    ),
+    "ragged lists of examples": (
+        lambda: [{"ids": [1, 2, 3], "y": 0}, {"ids": [], "y": 0}],
+        r"example 0\['ids'\] has \(3,\), example 1\['ids'\] has \(0,\).*fastvi.pad_sequences",
     ),
     "examples of two kinds": (
         lambda: ByIndex(lambda i: (X[i], 1.0) if i else (X[i], 1.0, 2.0)),

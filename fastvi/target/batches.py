@@ -34,8 +34,13 @@ class Streamed:
         return iter(self.source)
 
 
-def one_kind(batches: Iterable[Any], dtype: Any = None) -> Iterator[Batch]:
-    """Yield batches cast to the dtype; refuse what differs from the first, or is no batch."""
+def one_kind(
+    batches: Iterable[Any], dtype: Any = None, *, any_dtype: bool = False
+) -> Iterator[Batch]:
+    """Yield batches cast to the dtype; refuse what differs from the first, or is no batch.
+
+    With `any_dtype` batches may differ in dtype alone.
+    """
     source = batches.source if isinstance(batches, Streamed) else batches
     count, first = 0, None
     for given in batches:
@@ -51,10 +56,30 @@ def one_kind(batches: Iterable[Any], dtype: Any = None) -> Iterator[Batch]:
         first = batch if first is None else first
         # Batches may differ in their number of examples, so the first axis is left out.
         wanted, found = describe_arrays(first, 1), describe_arrays(batch, 1)
-        if found != wanted:
+        if found != wanted and not (any_dtype and _shapes(first) == _shapes(batch)):
             raise DataError(f"batches differ: {wanted} first, {found} after {count} examples.")
         count += num_examples(batch)
         yield batch
+
+
+def _shapes(batch: Batch) -> Any:
+    return jax.tree_util.tree_map(lambda leaf: str(leaf.shape[1:]), batch)
+
+
+def of_one_dtype(parts: list[Batch], dtype: Any) -> list[Batch]:
+    """Return batches of one structure in the dtypes that hold all of them, floats in `dtype`."""
+
+    def common(*leaves: np.ndarray) -> Any:
+        kept = jax.dtypes.canonicalize_dtype(np.result_type(*{leaf.dtype for leaf in leaves}))
+        return dtype if dtype is not None and np.issubdtype(kept, np.floating) else kept
+
+    dtypes = jax.tree_util.tree_map(common, *parts)
+    return [in_dtypes(part, dtypes) for part in parts]
+
+
+def in_dtypes(batch: Batch, dtypes: Any) -> Batch:
+    """Return a batch cast to a dtype for each of its arrays."""
+    return jax.tree_util.tree_map(lambda leaf, kept: leaf.astype(kept, copy=False), batch, dtypes)
 
 
 def _checked(given: Any, dtype: Any) -> Batch:

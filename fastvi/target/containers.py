@@ -12,7 +12,15 @@ import numpy as np
 from fastvi._errors import DataError, ErrorNote
 from fastvi._typing import Batch, Given
 from fastvi.target import stream
-from fastvi.target.batches import OTHER_EXAMPLES, Streamed, checksums, one_kind
+from fastvi.target.batches import (
+    OTHER_EXAMPLES,
+    Streamed,
+    checksums,
+    in_dtypes,
+    of_one_dtype,
+    one_kind,
+)
+from fastvi.target.examples import Examples
 from fastvi.target.feed import concatenate
 from fastvi.target.inputs import check_data, common_length, is_array, is_stream
 from fastvi.target.leaves import as_array, kind_of
@@ -102,7 +110,9 @@ def _read_whole(
 ) -> Batch | None:
     """Read all batches into memory, or return None where they do not fit."""
     parts, size, count = [], 0, 0
-    for batch in one_kind(batches, dtype):
+    # A number of an example may be written as an integer in some, and as a float in others.
+    one_by_one = isinstance(batches, Examples)
+    for batch in one_kind(batches, dtype, any_dtype=one_by_one):
         # a reader may fill the same memory with the next batch
         parts.append(jax.tree_util.tree_map(np.array, batch))
         size += sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(batch))
@@ -113,8 +123,13 @@ def _read_whole(
             report(count)
     if not count:
         raise DataError("data has no examples: the iterable of batches was empty.")
+    again = one_kind(batches, dtype, any_dtype=one_by_one)
+    if one_by_one:
+        parts = of_one_dtype(parts, dtype)
+        kept = jax.tree_util.tree_map(lambda leaf: leaf.dtype, parts[0])
+        again = (in_dtypes(batch, kept) for batch in again)
     sums = _sums(parts, zlib.crc32)
-    if _look_again(one_kind(batches, dtype), sums):
+    if _look_again(again, sums):
         return concatenate(parts)
     if in_order:
         raise DataError(ORDER_CHANGES)

@@ -282,6 +282,14 @@ def test_numbers_beside_arrays_on_disk_are_refused(tmp_path, monkeypatch):
             open_data((memmap(tmp_path)[0], other))
 
 
+def test_integers_among_the_floats_of_examples_are_floats():
+    """Whatever part of the examples is stacked at a time."""
+    numbers = [1] * 300 + [0.5] * 10
+    found = open_data([{"x": 1.0, "y": number} for number in numbers], np.float32)
+    assert found["y"].dtype == np.float32
+    np.testing.assert_array_equal(found["y"], numbers)
+
+
 def test_an_iterator_is_not_read():
     batches = iter(Batches())
     assert open_data(batches) is batches

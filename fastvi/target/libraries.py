@@ -1,5 +1,6 @@
 """Data sets and loaders of libraries, told by names: what arrays or batches they give."""
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ def by_library(data: Any) -> Any:
 
 
 def _is_map_style(data: Any) -> bool:
-    if has_dtype(data) or isinstance(data, (str, bytes, range)):
+    # an array of Python's is a sequence of numbers
+    if has_dtype(data) or isinstance(data, (str, bytes, range, array)):
         return False
     # What can be iterated over gives batches, as a loader does, unless it is declared a sequence.
     is_indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")

@@ -77,10 +77,9 @@ class Sweep:
         check_packages()
         plan = read_plan(self.config, trust=self.trust)
         place, count = (1, 1) if self.shard is None else read_shard(self.shard, os.environ)
-        shared = self.shard is not None
         tell = (lambda line: None) if self.quiet else say
         where = self.out or plan.out or Path("runs") / self.config.stem
-        with claimed(where, SWEEP, shared=shared) as folder:
+        with claimed(where, SWEEP, shared=self.shard is not None) as folder:
             with in_turn(folder):
                 _begin(folder, plan)
             problem = load(plan.target, plan.params)
@@ -193,8 +192,7 @@ def run_cell(
         # A divergence is known by the name of its finding.
         is_broken = isinstance(error, NonFiniteError)
         findings = "non_finite" if is_broken else f"{type(error).__name__}: {said}"
-        row = cell.shown | dict.fromkeys(COLUMNS, "-") | {"findings": findings}
-        return Outcome(row, f"failed, {said.split('. ')[0]}", cell.values, failed=True)
+        return _without_llc(cell, findings, f"failed, {said.split('. ')[0]}", failed=True)
     if kept.trouble is not None:
         warn(f"fastvi: warning: {kept.trouble}")
     return _outcome(
@@ -214,8 +212,7 @@ def find_cell(cell: Cell, folder: Path, observe: Callable[[str], dict[str, Any]]
         result = None
     if result is not None:
         return _outcome(cell, result, "kept, ")
-    row = cell.shown | dict.fromkeys(COLUMNS, "-") | {"findings": "no run yet"}
-    return Outcome(row, "no run yet", cell.values)
+    return _without_llc(cell, "no run yet", "no run yet")
 
 
 def read_shard(shard: str, environment: Mapping[str, str]) -> tuple[int, int]:
@@ -238,6 +235,12 @@ def read_shard(shard: str, environment: Mapping[str, str]) -> tuple[int, int]:
     if place.isdecimal() and count.isdecimal() and 1 <= int(place) <= int(count):
         return int(place), int(count)
     raise ConfigError(f'--shard must be I/N with I from 1 to N, or "slurm"; got {shard!r}.')
+
+
+def _without_llc(cell: Cell, findings: str, words: str, *, failed: bool = False) -> Outcome:
+    """Return the row of a cell that has no estimate: dashes, and why."""
+    row = cell.shown | dict.fromkeys(COLUMNS, "-") | {"findings": findings}
+    return Outcome(row, words, cell.values, failed=failed)
 
 
 def _outcome(

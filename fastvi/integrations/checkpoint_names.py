@@ -12,6 +12,7 @@ import numpy as np
 from fastvi._errors import DataError
 from fastvi._typing import PyTree
 from fastvi.integrations.names import MOST_NAMES, few
+from fastvi.target.parts import path_name
 
 
 def nest(flat: Mapping[str, Any], separator: str) -> dict[str, Any]:
@@ -159,11 +160,8 @@ def _by_name(leaves: list[tuple[Any, Any]], source: str) -> dict[str, Any]:
 
 def _name(path: tuple[Any, ...]) -> str:
     """Return one name for all the ways to write it: "a.b", "a/b", "['a']['b']" and levels."""
-    words = [
-        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path
-    ]
     # brackets and quotes are those of jax.tree_util.keystr
-    name = re.sub(r"[./\[\]'\"]+", "/", "/".join(words)).strip("/")
+    name = re.sub(r"[./\[\]'\"]+", "/", path_name(path)).strip("/")
     # flax nnx wraps each array into a variable that has it as its value
     return name.removesuffix("/value")
 

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,8 +44,13 @@ def named_arrays(params: PyTree) -> list[Named]:
     found = []
     for number, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0]):
         if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
-            found.append(Named("/".join(map(_key_name, path)), number, leaf))
+            found.append(Named(path_name(path), number, leaf))
     return found
+
+
+def path_name(path: Iterable[Any]) -> str:
+    """Join the keys of a leaf's path in a pytree with "/"."""
+    return "/".join(map(_key_name, path))
 
 
 def _key_name(key: Any) -> str:

@@ -55,10 +55,22 @@ from fastvi.results.estimate import MOST_SCALES, LLCEstimate, kept_scales
 from fastvi.results.findings import Evidence, health_findings
 from fastvi.results.parts import ChainValues, Curvature, DrawValues, Timings
 from fastvi.results.progress import reporting, told_of_reading
-from fastvi.results.resume import FolderKeeper, identify
+from fastvi.results.resume import (
+    AFTER_THE_FIT,
+    CORRECTION,
+    FIT,
+    WALK,
+    FitKeeper,
+    ProgressFolder,
+    StageFile,
+    WalkKeeper,
+    identify,
+)
 from fastvi.results.work import RunWork, count_work
 from fastvi.sampling.ensemble import Target as SamplingTarget
-from fastvi.sampling.from_localizer.walk import TooStiff
+from fastvi.sampling.from_localizer.walk import KEPT_OF_WALKS, TooStiff
+from fastvi.sampling.keeping import NO_KEEPER
+from fastvi.sampling.run import KEPT_OF_RUNS
 from fastvi.target.checks import LossLook
 from fastvi.target.containers import open_data
 from fastvi.target.data import AbstractData, Problem, Window, hold
@@ -139,8 +151,9 @@ def estimate_llc(
         throw: Whether to raise when the fit or the evaluation is not finite; otherwise a finding
             says so.
         param_mask: Which parameters vary, see `fastvi.restrict`; all when left out.
-        resume_from: Folder in which the fit keeps its progress and, if there is some, goes on from
-            it.
+        resume_from: Folder in which the estimate keeps its progress and, if there is some, goes on
+            from it, to the bits of one that was not interrupted. The data must be such as can be
+            read again.
         **overrides: Fields of `VIConfig`.
 
     Returns:
@@ -204,24 +217,33 @@ def estimate_target(
     resume_from: Given[str | os.PathLike[str] | None] = None,
 ) -> LLCEstimate:
     """Estimate by a walk where that serves better, else by a fit; arguments of `estimate_llc`."""
-    of_fits = {"num_chains": num_chains, "resume_from": resume_from}
-    asked = [name for name, value in of_fits.items() if value is not None]
-    refuse_beside_walk(settings.sampler, asked)
-    # A walk makes no fits that there could be several of, and keeps no progress.
-    may_walk = not asked
+    refuse_beside_walk(settings.sampler, [] if num_chains is None else ["num_chains"])
+    # A walk makes no fits that there could be several of.
+    may_walk = num_chains is None
     with reporting(progress) as report:
         data = open_data(data, check_dtype(settings), report and told_of_reading(report))
     target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key), may_walk)
     del data  # which the device holds now
+    folder = None if resume_from is None else _open_folder(resume_from, target.problem)
     if may_walk:
-        target, result = _walk(target, progress, throw)
+        target, result = _walk(target, progress, throw, folder)
         if result is not None:
             return result
-    return run_estimate(target, num_chains, progress=progress, throw=throw, resume_from=resume_from)
+    return run_estimate(target, num_chains, progress=progress, throw=throw, folder=folder)
+
+
+def _open_folder(given: str | os.PathLike[str], problem: Problem) -> ProgressFolder:
+    """Return the folder of the progress of an estimate whose data can be read again."""
+    if problem.data.is_sample:
+        raise DataError("resume_from needs data that can be read again; got an iterator.")
+    return given if isinstance(given, ProgressFolder) else ProgressFolder(given)
 
 
 def _walk(
-    target: "Target", progress: bool | Callable[[Progress], None], throw: bool
+    target: "Target",
+    progress: bool | Callable[[Progress], None],
+    throw: bool,
+    folder: ProgressFolder | None,
 ) -> tuple["Target", LLCEstimate | None]:
     """Walk from the localizer where that serves better than a fit.
 
@@ -238,9 +260,23 @@ def _walk(
     if not tries:
         return target, None
     try:
+        keeper = NO_KEEPER
+        if folder is not None:
+            identity = identify(objective, problem, config, key)
+            keeper = WalkKeeper(StageFile(folder, WALK, identity), KEPT_OF_WALKS)
         with reporting(progress) as report:
             found = estimate_by_walk(
-                objective, problem, config.filled, key, look, loss, budget, must_walk, report, feed
+                objective,
+                problem,
+                config.filled,
+                key,
+                look,
+                loss,
+                budget,
+                must_walk,
+                report,
+                feed,
+                keeper,
             )
     finally:
         if feed is not None:
@@ -365,7 +401,7 @@ def run_estimate(
     *,
     progress: Given[bool | Callable[[Progress], None]] = True,
     throw: Given[bool] = True,
-    resume_from: Given[str | os.PathLike[str] | None] = None,
+    folder: ProgressFolder | None = None,
     warm: Fitted | None = None,
 ) -> LLCEstimate:
     """Fit, evaluate and correct, from the curvature at w* or from the q of another fit."""
@@ -380,12 +416,11 @@ def run_estimate(
     plan, num_chains = whole
     early_stop = bool(plan.early_stop)
     keys = split_key(key, num_chains)
-    keeper = None
-    if resume_from is not None:
-        if stream is not None and stream.is_sample:
-            raise DataError("resume_from needs data that can be read again; got an iterator.")
-        # A folder keeps the progress of one problem, plan and key.
-        keeper = FolderKeeper(resume_from, identify(objective, problem, plan, keys, early_stop))
+    keeper, identity = None, {}
+    if folder is not None:
+        identity = identify(objective, problem, plan, keys) | {"early_stop": early_stop}
+        of_fit = {name: one for name, one in identity.items() if name not in AFTER_THE_FIT}
+        keeper = FitKeeper(StageFile(folder, FIT, of_fit))
     stages = programs_for(objective, problem, fit_settings(plan), loss=loss)
     with CompileWatch() as watch, reporting(progress) as report:
         options = Options(
@@ -418,7 +453,16 @@ def run_estimate(
     recorded = with_method(result, plan.method, settings.error, settings.budget, settings.sampler)
     # without a budget of the whole, that of sampling is what its default says
     spent = 0.0 if settings.budget is None else result.work.total_fge * problem.num_data
-    return correct_within(result, recorded, spent, progress=progress, throw=throw)
+    walk_keeper = NO_KEEPER
+    if folder is not None:
+        asked = recorded.to_dict()
+        identity |= {name: asked[name] for name in AFTER_THE_FIT} | {"spent": spent}
+        # of the same fit, what differs is what may
+        file = StageFile(folder, CORRECTION, identity, begins_anew=True)
+        walk_keeper = WalkKeeper(file, KEPT_OF_RUNS)
+    return correct_within(
+        result, recorded, spent, progress=progress, throw=throw, keeper=walk_keeper
+    )
 
 
 def _has(result: LLCEstimate, *names: str) -> bool:

@@ -31,6 +31,7 @@ from fastvi.results.findings import correction_findings
 from fastvi.results.parts import Correction, said_by_walkers
 from fastvi.results.progress import reporting
 from fastvi.sampling.ensemble import BlockEnsemble, Target
+from fastvi.sampling.keeping import NO_KEEPER, AbstractWalkKeeper
 from fastvi.sampling.programs import SamplerPrograms, sampler_programs
 from fastvi.sampling.run import LENGTH, RunSetup, SamplerResult, Unmet, begin, run_walkers
 from fastvi.sampling.settings import SamplerSettings
@@ -164,6 +165,7 @@ def correct_within(
     *,
     progress: bool | Callable[[Progress], None],
     throw: bool,
+    keeper: AbstractWalkKeeper = NO_KEEPER,
 ) -> LLCEstimate:
     """Correct an estimate, by a configuration of whose budget some has been spent."""
     fitted: Fitted = result.fit_for("go on from")
@@ -183,7 +185,7 @@ def correct_within(
         # Reweighting that was asked for by name stays, whatever its error.
         if values is None or (too_rough and config.method == "auto"):
             with reporting(progress) as report:
-                method, values = "sample", _sample(fitted, config, weights, spent, report)
+                method, values = "sample", _sample(fitted, config, weights, spent, report, keeper)
     seconds, before = time.perf_counter() - began, result.timings
     timings = before._replace(
         correction=before.correction + seconds,
@@ -312,6 +314,7 @@ def _sample(
     weights: Float[np.ndarray, "chains draws"],
     spent: float,
     report: Callable[[Progress], None] | None,
+    keeper: AbstractWalkKeeper,
 ) -> _Values:
     """Run the walkers; reweight where what is left of the budget pays for no step of theirs."""
     chains, num_data, settings = fitted.keys.size, fitted.problem.num_data, config.sampler
@@ -345,7 +348,7 @@ def _sample(
     if not setup.pays(start):
         least = spent + setup.least_budget(start, setup.counts[0])
         return _unpaid(_reweight(fitted, weights), least, settings)
-    run = run_walkers(setup, walkers)
+    run = run_walkers(setup, walkers, keeper)
     means, errors = _per_chain(run, chains, settings.walkers)
     number = 1 if previous is None else previous.number + 1
     rounding = nats_of_rounded_products(

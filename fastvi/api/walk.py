@@ -34,6 +34,7 @@ from fastvi.sampling.from_localizer.batches import AbstractReader, DrawnReader, 
 from fastvi.sampling.from_localizer.setup import WalkSetup
 from fastvi.sampling.from_localizer.steps import minibatch_programs
 from fastvi.sampling.from_localizer.walk import HOPELESS_SHARE, TooStiff, Walk, walk_from_localizer
+from fastvi.sampling.keeping import NO_KEEPER, AbstractWalkKeeper
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.target.checks import LossLook
 from fastvi.target.data import Data, Problem
@@ -126,6 +127,7 @@ def estimate_by_walk(
     must_walk: bool,
     report: Callable[[Progress], None] | None,
     feed: Feed | None = None,
+    keeper: AbstractWalkKeeper = NO_KEEPER,
 ) -> LLCEstimate | TooStiff:
     """Walk from the localizer, on data at hand or those that `feed` gives."""
     began, settings = time.perf_counter(), config.sampler
@@ -165,7 +167,7 @@ def estimate_by_walk(
             if problem.holds_all
             else None,
         )
-        walk = walk_from_localizer(setup)
+        walk = walk_from_localizer(setup, keeper)
     if isinstance(walk, TooStiff):
         return walk
     seconds = time.perf_counter() - began
@@ -206,7 +208,7 @@ def _weigh_batches(
 
 def _weight_drift(reader: AbstractReader, look: LossLook) -> float:
     """Return by how much the mean weight of what was read differs; 0 where it is chance."""
-    said = reader.weights
+    said = reader.reading.weights
     if said is None:
         return 0.0
     chance = DRIFT_SIGMAS * math.hypot(look.weight_error, said.noise)

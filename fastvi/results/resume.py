@@ -1,6 +1,8 @@
-"""Keep the progress of a fit in a folder, and go on from there.
+"""Keep the progress of an estimate in a folder, and go on from there.
 
-A fit that was interrupted ends at the same bits as one that was not.
+An estimate that was interrupted, at any moment, ends at the same bits as one that was not. A fit, a
+walk that begins at it (a correction), and a walk from the localizer have a file each, replaced as a
+whole.
 """
 
 import itertools
@@ -8,37 +10,41 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._errors import ConfigError
-from fastvi._typing import Given, Keys, PyTree
+from fastvi._errors import ConfigError, DataError
+from fastvi._typing import Given, Key, Keys, PyTree
 from fastvi._version import __version__
 from fastvi.config import VIConfig
 from fastvi.fitting.run import AbstractKeeper, Course, Snapshot
 from fastvi.fitting.step_plan import Phases
 from fastvi.results import files
+from fastvi.results.packing import pack, unpack
 from fastvi.results.schema import fits
+from fastvi.sampling.keeping import AbstractWalkKeeper
 from fastvi.target.data import Problem
 from fastvi.target.identity import differing, digest_tree, list_changes, observe_loss
 from fastvi.target.losses import take_examples
 from fastvi.target.objective import FlatObjective
 
-PROGRESS_FILE = "progress.npz"
-FORMAT, VERSION = "fastvi progress", 2  # raised where the file's entries change their meaning
-# Share of a fit's time that may go into saving. At half an interruption loses twice the steps.
+# Stages, as the status line names them, and what each is called in a sentence.
+FIT, CORRECTION, WALK = "fit", "correction", "walk"
+CALLED = {FIT: "fit", CORRECTION: "correction", WALK: "walk"}
+FORMAT, VERSION = "fastvi progress", 3  # raised where the file's entries change their meaning
+# Share of an estimate's time that may go into saving. At half an interruption loses twice the
+# steps.
 SAVING_SHARE = 0.05
-WAY_OUT = "Delete it, and the fit begins anew."
+WAY_OUT = "Delete it, and the estimate begins anew."
 # Fields that no bit of a fit depends on: sampling begins where it ends.
 AFTER_THE_FIT = ("method", "error", "budget", "sampler")
 COUNTS = {"calibration_rounds": int, "done": int, "flat_looks": int, "converged": bool | None}
 META = {
-    "identity": dict[str, Any],
     "num_leaves": int,
     "lengths": list[int],
     "phases": list[float],
@@ -46,44 +52,248 @@ META = {
 }
 
 
-class FolderKeeper(AbstractKeeper):
-    """Keeps a fit's progress in one file, replaced as a whole.
+class Stopped(BaseException):
+    """An estimate was asked to stop, has kept its progress where that was possible, and stops.
 
-    A kill at any moment leaves the old or the new one.
-
-    Attributes:
-        folder: Where the file lies.
-        identity: What must be equal for a fit to go on, by name.
-
-    Raises:
-        ConfigError: If the folder cannot be made, or holds another fit.
-        DataError: If the file is damaged.
+    Not an `Exception`, so that nothing takes it for an error.
     """
 
-    def __init__(self, folder: Given[str | os.PathLike[str]], identity: dict[str, Any]):
+
+class ProgressFolder(os.PathLike[str]):
+    """A folder for the progress of an estimate, to be passed as `resume_from`.
+
+    Args:
+        folder: Where it is; it is made where there is none.
+        begins_anew: Whether progress of another estimate, or that cannot be read, is replaced. It
+            is refused otherwise.
+        tell: Receives a line where an estimate goes on, and where it begins anew and why.
+
+    Raises:
+        ConfigError: If the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        folder: Given[str | os.PathLike[str]],
+        *,
+        begins_anew: bool = False,
+        tell: Callable[[str], None] | None = None,
+    ):
         try:
-            self.folder = Path(folder)
+            self.path = Path(folder)
         except TypeError as error:
             raise ConfigError(
                 f"resume_from must be a folder, as a string or a path; got {type(folder).__name__}."
             ) from error
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"resume_from must be a folder, or one that can be made; got {str(folder)!r}: "
                 f"{files.first_line(error)}"
             ) from error
-        self.identity = identity
+        self.begins_anew = begins_anew
+        self._tell, self._told = tell, set()
+        self._is_asked, self._is_moving, self._has_warned = False, False, False
+
+    def __fspath__(self) -> str:
+        """Return where it is."""
+        return str(self.path)
+
+    @property
+    def holds_progress(self) -> bool:
+        """Whether an estimate has kept something."""
+        return any(os.path.lexists(self.place(stage)) for stage in CALLED)
+
+    def place(self, stage: str) -> Path:
+        """Return the file of a stage."""
+        return self.path / f"progress-{stage}.npz"
+
+    def ask_to_stop(self) -> bool:
+        """Ask the estimate to keep its progress after this chunk or round, and to raise `Stopped`.
+
+        From a signal handler, from another thread, or from `progress`.
+
+        Returns:
+            Whether it will: not where it is asked between stages, which keep nothing.
+        """
+        self._is_asked = self._is_moving
+        return self._is_asked
+
+    def tell(self, line: str) -> None:
+        """Tell a line once."""
+        if self._tell is not None and line not in self._told:
+            self._told.add(line)
+            self._tell(line)
+
+
+class Stored(NamedTuple):
+    """What a file of progress holds: what it says of itself, and arrays."""
+
+    meta: dict[str, Any]
+    arrays: Mapping[str, np.ndarray]
+
+
+class StageFile:
+    """The progress of one stage in one file.
+
+    A kill at any moment leaves the old or the new one.
+
+    Args:
+        folder: The folder.
+        stage: The stage.
+        identity: What must be equal for it to go on, by name.
+        begins_anew: As in `ProgressFolder`, whatever the folder says.
+
+    Raises:
+        ConfigError: If it is of another estimate.
+        DataError: If it is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: ProgressFolder,
+        stage: str,
+        identity: Mapping[str, Any],
+        begins_anew: bool = False,
+    ):
+        self.folder, self.stage, self.identity = folder, stage, identity
+        self.path = folder.place(stage)
         self._due = 0.0  # the first report is kept, whatever the clock says
-        self._has_warned = False
-        path = self.folder / PROGRESS_FILE
-        self._kept: tuple[dict[str, Any], Mapping[str, np.ndarray]] | None = None
-        if os.path.lexists(path):
-            stored = files.read_arrays(path, WAY_OUT)
-            self._kept = _read_meta(path, stored.get("meta")), stored
-            # Another fit is refused here, before anything compiles.
-            self._compare(self._kept[0]["identity"])
+        self._stored: Stored | None = None
+        if os.path.lexists(self.path):
+            try:
+                self._stored = self._read()
+            except (ConfigError, DataError) as error:
+                if not (folder.begins_anew or begins_anew):
+                    raise
+                folder.tell(f"begins anew: {str(error).split('. ')[0]}")
+
+    def take(self) -> Stored | None:
+        """Return what was kept, once: the arrays are as large as the stage's."""
+        stored, self._stored = self._stored, None
+        if stored is not None:
+            self.folder.tell(f"goes on from the progress in {self.folder.path}")
+        return stored
+
+    def save(self, content: Callable[[], Stored], is_last: bool) -> None:
+        """Save a checkpoint.
+
+        Checkpoints before the last are skipped so that saving takes at most `SAVING_SHARE` of the
+        run, but for one that was asked for. If the folder cannot be written, the first failure
+        warns, and the run goes on without a new checkpoint.
+
+        Raises:
+            Stopped: If it was asked for.
+        """
+        folder, began = self.folder, time.monotonic()
+        folder._is_moving = not is_last
+        if began >= self._due or is_last or folder._is_asked:
+            try:
+                self._write(content())
+            except OSError as error:
+                self._warn(error)
+            # A failed write counts too: on a full disk the run is not to try at every report.
+            ended = time.monotonic()
+            self._due = ended + (ended - began) / SAVING_SHARE
+        if folder._is_asked:
+            raise Stopped(f"the {CALLED[self.stage]} was asked to stop")
+
+    def damaged(self, wrong: str) -> DataError:
+        """Return the error of a file that is not as it was written."""
+        return files.damaged(self.path, wrong, WAY_OUT)
+
+    def _write(self, content: Stored) -> None:
+        meta = {"format": FORMAT, "version": VERSION, "identity": self.identity, **content.meta}
+        arrays: dict[str, Any] = {**content.arrays, "meta": np.array(json.dumps(meta))}
+        with files.staged(self.folder.path) as staging:
+            np.savez(staging / self.path.name, **arrays)
+            files.publish(staging, self.folder.path, (self.path.name,))
+
+    def _read(self) -> Stored:
+        arrays = files.read_arrays(self.path, WAY_OUT)
+        try:
+            meta = json.loads(str(arrays.pop("meta", None)))
+        except (ValueError, RecursionError):
+            meta = None
+        if not isinstance(meta, dict):
+            raise self.damaged(f"is not the progress of a {CALLED[self.stage]}")
+        files.check_format(self.path, meta, FORMAT, VERSION, WAY_OUT)
+        if not isinstance(meta.get("identity"), dict):
+            raise self.damaged("has an impossible 'identity'")
+        self._compare(meta["identity"])
+        return Stored(meta, arrays)
+
+    def _compare(self, kept: dict[str, Any]) -> None:
+        # The kept one went through JSON, which turns tuples to lists.
+        names = differing(json.loads(json.dumps(self.identity)), kept)
+        if names:
+            listed = list_changes(names, kept, self.identity)
+            raise ConfigError(
+                f"{self.folder.path} holds the progress of another {CALLED[self.stage]}: {listed}. "
+                "Pass what it was begun with, or an empty folder."
+            )
+
+    def _warn(self, error: OSError) -> None:
+        if not self.folder._has_warned:
+            self.folder._has_warned = True
+            called = CALLED[self.stage]
+            warnings.warn(
+                f"the progress of the {called} could not be kept in {self.folder.path} "
+                f"({files.first_line(error)}): the {called} goes on, but one that is interrupted "
+                "now begins at the checkpoint before. Free space, or name another folder next "
+                "time.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+class WalkKeeper(AbstractWalkKeeper):
+    """Keeps the progress of walkers.
+
+    Args:
+        file: Where.
+        classes: The named tuples that it is made of.
+    """
+
+    def __init__(self, file: StageFile, classes: tuple[Any, ...]):
+        self.file, self.classes = file, classes
+
+    def restore(self) -> Any:
+        """Return the progress that was kept last; None where there is none.
+
+        Raises:
+            DataError: If the file is damaged.
+        """
+        stored = self.file.take()
+        if stored is None:
+            return None
+        packed = stored.meta.get("progress")
+        # Written by this very version, by the identity, and not changed since: no more to check.
+        if stored.meta.get("digest") != _digest(packed, stored.arrays):
+            raise self.file.damaged("is not as it was written")
+        return unpack(packed, stored.arrays, self.classes)
+
+    def save(self, progress: Any, *, is_last: bool = False) -> None:
+        """Keep the progress, as often as `SAVING_SHARE` allows."""
+        self.file.save(lambda: _packed(progress), is_last)
+
+
+def _packed(progress: Any) -> Stored:
+    packed, arrays = pack(progress)
+    return Stored({"progress": packed, "digest": _digest(packed, arrays)}, arrays)
+
+
+def _digest(packed: Any, arrays: Mapping[str, np.ndarray]) -> str:
+    """Condense what was packed."""
+    return files.digest_bytes(f"{json.dumps(packed)} {files.digest_arrays(arrays)}".encode())
+
+
+class FitKeeper(AbstractKeeper):
+    """Keeps the progress of a fit."""
+
+    def __init__(self, file: StageFile):
+        self.file = file
 
     def restore(self, course: Course) -> Course:
         """Return the course that was kept, or the given one, which begins.
@@ -91,20 +301,20 @@ class FolderKeeper(AbstractKeeper):
         Raises:
             DataError: If the file is damaged.
         """
-        if self._kept is None:
+        stored = self.file.take()
+        if stored is None:
             return course
-        # The arrays are let go here: they are as large as the fit.
-        path, (kept, stored), self._kept = self.folder / PROGRESS_FILE, self._kept, None
+        kept, arrays = self._checked(stored.meta), stored.arrays
         template, structure = jax.tree_util.tree_flatten(_arrays(course))
-        leaves = [stored.get(f"leaf_{i}") for i in range(kept["num_leaves"])]
+        leaves = [arrays.get(f"leaf_{i}") for i in range(kept["num_leaves"])]
         traces = {
             name.removeprefix("trace_"): array
-            for name, array in stored.items()
+            for name, array in arrays.items()
             if name.startswith("trace_")
         }
-        snapshots = _read_snapshots(path, stored)
-        _check_leaves(path, leaves, template)
-        _check_course(path, kept, traces)
+        snapshots = self._read_snapshots(arrays)
+        self._check_leaves(leaves, template)
+        self._check_course(kept, traces)
         family, state, start = structure.unflatten([jnp.asarray(leaf) for leaf in leaves])
         ends = itertools.accumulate(kept["lengths"], initial=0)
         warmup, decay_start, end = kept["phases"]
@@ -122,82 +332,90 @@ class FolderKeeper(AbstractKeeper):
         )
 
     def save(self, course: Course) -> None:
-        """Save a checkpoint.
+        """Keep the course, as often as `SAVING_SHARE` allows, and at its end."""
+        self.file.save(lambda: _stored(course), course.done >= course.phases.end)
 
-        Checkpoints before the end are skipped so that saving takes at most `SAVING_SHARE` of the
-        run. The last one is always written. If the folder cannot be written, the first failure
-        warns, and the fit goes on without a new checkpoint.
-        """
-        began = time.monotonic()
-        if began < self._due and course.done < course.phases.end:
-            return
-        try:
-            self._write(course)
-        except OSError as error:
-            self._warn(error)
-        # A failed write counts too: on a full disk the fit is not to try at every report.
-        ended = time.monotonic()
-        self._due = ended + (ended - began) / SAVING_SHARE
+    def _checked(self, meta: dict[str, Any]) -> dict[str, Any]:
+        # No hint of META fits a tuple, which JSON has not, so that a missing name is a wrong one.
+        wrong = [name for name, hint in META.items() if not fits(meta.get(name, ()), hint)]
+        if wrong:
+            raise self.file.damaged(f"has an impossible {wrong[0]!r}")
+        return meta
 
-    def _write(self, course: Course) -> None:
-        leaves = jax.device_get(jax.tree_util.tree_leaves(_arrays(course)))
-        meta = {
-            "format": FORMAT,
-            "version": VERSION,
-            "identity": self.identity,
-            "num_leaves": len(leaves),
-            "lengths": [part["elbo"].shape[1] for part in course.parts],
-            "phases": course.phases,
-            **{name: getattr(course, name) for name in COUNTS},
-        }
-        traces = {
-            f"trace_{name}": np.concatenate([part[name] for part in course.parts], axis=1)
-            for name in course.parts[0]
-        }
-        shapes = {
-            f"snapshot_{one.step}_{name}": array
-            for one in course.snapshots
-            for name, array in one.arrays.items()
-        }
-        arrays: dict[str, Any] = {f"leaf_{i}": leaf for i, leaf in enumerate(leaves)}
-        arrays |= traces | shapes | {"meta": np.array(json.dumps(meta))}
-        with files.staged(self.folder) as staging:
-            np.savez(staging / PROGRESS_FILE, **arrays)
-            files.publish(staging, self.folder, (PROGRESS_FILE,))
+    def _read_snapshots(self, arrays: Mapping[str, np.ndarray]) -> tuple[Snapshot, ...]:
+        """Return the kept shapes of q, in the order of their steps."""
+        found: dict[int, dict[str, np.ndarray]] = {}
+        for entry, array in arrays.items():
+            if not entry.startswith("snapshot_"):
+                continue
+            step, _, name = entry.removeprefix("snapshot_").partition("_")
+            if not (step.isdecimal() and name):
+                raise self.file.damaged(f"has an impossible {entry!r}")
+            found.setdefault(int(step), {})[name] = array
+        return tuple(Snapshot(step, found[step]) for step in sorted(found))
 
-    def _warn(self, error: OSError) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"the progress of the fit could not be kept in {self.folder} "
-                f"({files.first_line(error)}): the fit goes on, but one that is interrupted now "
-                "begins at the checkpoint before. Free space, or name another folder next time.",
-                RuntimeWarning,
-                stacklevel=2,
+    def _check_leaves(self, leaves: list[Any], template: list[Any]) -> None:
+        # The program of the fit is compiled for these shapes and dtypes.
+        kinds = [None if leaf is None else (leaf.shape, leaf.dtype) for leaf in leaves]
+        if kinds != [(leaf.shape, leaf.dtype) for leaf in template]:
+            raise self.file.damaged("lacks arrays of the fit, or has them in other shapes")
+
+    def _check_course(self, kept: dict[str, Any], traces: dict[str, np.ndarray]) -> None:
+        """Check that steps, phases and traces are of one course."""
+        done, phases, lengths = kept["done"], kept["phases"], kept["lengths"]
+        possible = (
+            len(phases) == 3
+            and bool(np.all(np.isfinite(phases)))
+            and 0 < done <= phases[2]
+            and min(lengths, default=0) > 0
+            and sum(lengths) == done
+            and kept["flat_looks"] >= 0
+            and "elbo" in traces
+            and all(
+                trace.ndim == 2 and trace.shape[1] == done and trace.dtype.kind == "f"
+                for trace in traces.values()
             )
+        )
+        if not possible:
+            raise self.file.damaged("has steps, phases and traces that are not of one fit")
 
-    def _compare(self, kept: dict[str, Any]) -> None:
-        # The kept one went through JSON, which turns tuples to lists.
-        now = json.loads(json.dumps(self.identity))
-        names = differing(now, kept)
-        if names:
-            listed = list_changes(names, kept, self.identity)
-            raise ConfigError(
-                f"{self.folder} holds the progress of another fit: {listed}. Pass what it was "
-                "begun with, or an empty folder."
-            )
+
+def _stored(course: Course) -> Stored:
+    leaves = jax.device_get(jax.tree_util.tree_leaves(_arrays(course)))
+    meta = {
+        "num_leaves": len(leaves),
+        "lengths": [part["elbo"].shape[1] for part in course.parts],
+        "phases": course.phases,
+        **{name: getattr(course, name) for name in COUNTS},
+    }
+    traces = {
+        f"trace_{name}": np.concatenate([part[name] for part in course.parts], axis=1)
+        for name in course.parts[0]
+    }
+    shapes = {
+        f"snapshot_{one.step}_{name}": array
+        for one in course.snapshots
+        for name, array in one.arrays.items()
+    }
+    return Stored(meta, {f"leaf_{i}": leaf for i, leaf in enumerate(leaves)} | traces | shapes)
+
+
+def _arrays(course: Course) -> PyTree:
+    return course.family, course.state, course.start
 
 
 def identify(
-    objective: FlatObjective, problem: Problem, config: VIConfig, keys: Keys, early_stop: bool
-) -> dict:
-    """Name all that the bits of a fit depend on: configuration, key, w*, data, loss, versions."""
-    posterior, given = problem.posterior, config.to_dict()
+    objective: FlatObjective, problem: Problem, config: VIConfig, keys: Keys | Key
+) -> dict[str, Any]:
+    """Name all that the bits of an estimate depend on.
+
+    Configuration, key, w*, data, loss, versions.
+    """
+    posterior = problem.posterior
     # The data are compared by their digest, so that one batch is enough for the loss.
     first = take_examples(problem.data.examples, slice(problem.batch_size))
     return {
-        **{name: value for name, value in given.items() if name not in AFTER_THE_FIT},
-        "early_stop": early_stop,
+        **config.to_dict(),
         "key": digest_tree(jax.random.key_data(keys)),
         "params": digest_tree(posterior.center),
         "data": digest_tree(problem.data.examples),
@@ -205,67 +423,7 @@ def identify(
         "nbeta": float(posterior.nbeta),
         "localization": float(posterior.gamma),
         **observe_loss(objective, posterior.center, first),
-        # Another version may round otherwise, and a fit is to end at the same bits.
+        # Another version may round otherwise, and an estimate is to end at the same bits.
         "jax": jax.__version__,
         "fastvi": __version__,
     }
-
-
-def _read_meta(path: Path, stored: Any) -> dict[str, Any]:
-    """Read and check what a progress file says of itself."""
-    try:
-        meta = json.loads(str(stored))
-    except (ValueError, RecursionError):
-        meta = None
-    if not isinstance(meta, dict):
-        raise files.damaged(path, "is not the progress of a fit", WAY_OUT)
-    files.check_format(path, meta, FORMAT, VERSION, WAY_OUT)
-    # No hint of META fits a tuple, which JSON has not, so that a missing name is a wrong one.
-    wrong = [name for name, hint in META.items() if not fits(meta.get(name, ()), hint)]
-    if wrong:
-        raise files.damaged(path, f"has an impossible {wrong[0]!r}", WAY_OUT)
-    return meta
-
-
-def _read_snapshots(path: Path, stored: Mapping[str, np.ndarray]) -> tuple[Snapshot, ...]:
-    """Return the kept shapes of q, in the order of their steps."""
-    found: dict[int, dict[str, np.ndarray]] = {}
-    for entry, array in stored.items():
-        if not entry.startswith("snapshot_"):
-            continue
-        step, _, name = entry.removeprefix("snapshot_").partition("_")
-        if not (step.isdecimal() and name):
-            raise files.damaged(path, f"has an impossible {entry!r}", WAY_OUT)
-        found.setdefault(int(step), {})[name] = array
-    return tuple(Snapshot(step, found[step]) for step in sorted(found))
-
-
-def _check_leaves(path: Path, leaves: list[Any], template: list[Any]) -> None:
-    # The program of the fit is compiled for these shapes and dtypes.
-    kinds = [None if leaf is None else (leaf.shape, leaf.dtype) for leaf in leaves]
-    if kinds != [(leaf.shape, leaf.dtype) for leaf in template]:
-        raise files.damaged(path, "lacks arrays of the fit, or has them in other shapes", WAY_OUT)
-
-
-def _check_course(path: Path, kept: dict[str, Any], traces: dict[str, np.ndarray]) -> None:
-    """Check that steps, phases and traces are of one course."""
-    done, phases, lengths = kept["done"], kept["phases"], kept["lengths"]
-    possible = (
-        len(phases) == 3
-        and bool(np.all(np.isfinite(phases)))
-        and 0 < done <= phases[2]
-        and min(lengths, default=0) > 0
-        and sum(lengths) == done
-        and kept["flat_looks"] >= 0
-        and "elbo" in traces
-        and all(
-            trace.ndim == 2 and trace.shape[1] == done and trace.dtype.kind == "f"
-            for trace in traces.values()
-        )
-    )
-    if not possible:
-        raise files.damaged(path, "has steps, phases and traces that are not of one fit", WAY_OUT)
-
-
-def _arrays(course: Course) -> PyTree:
-    return course.family, course.state, course.start

@@ -1,12 +1,13 @@
 """A run of the sampler: from walkers at draws of q to the posterior's own llc.
 
 A run is a fold: every function below takes a `RunState` and returns the next one, and nothing is
-changed in place. `RunSetup` is what the whole run shares.
+changed in place. `RunSetup` is what the whole run shares. What the host has decided besides is in
+`BurningIn` and `Averaging`, so that a run can be kept after any round and go on in another process.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,13 +27,15 @@ from fastvi.sampling.gradients import (
     blocks_left_out,
     split_data,
 )
-from fastvi.sampling.programs import Record, SamplerPrograms, blank_evaluation
+from fastvi.sampling.keeping import NO_KEEPER, AbstractWalkKeeper
+from fastvi.sampling.programs import Observed, Record, SamplerPrograms, blank_evaluation
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.tuning import (
     LESS_NOISE,
     USUAL_ERROR,
     Fidelity,
     Heat,
+    StepSize,
     effective_dimensions,
     fresh_step_size,
     is_rounding,
@@ -136,12 +139,14 @@ class SamplerResult(NamedTuple):
 class Estimate(NamedTuple):
     """The gradient estimate in use, and what it has told the walkers where they are.
 
-    Without an anchor it is all data at once, or nothing yet where `num_blocks` is zero.
+    Without an anchor it is all data at once, or nothing yet where `num_blocks` is zero. The anchor
+    is at `center`, in round coordinates: made there again, it has the same bits.
     """
 
     fidelity: Fidelity
     anchor: Anchor | None
     here: Evaluation
+    center: Float[np.ndarray, " dim"] | None = None
 
 
 class RunState(NamedTuple):
@@ -313,7 +318,60 @@ class RunSetup:
         return abs(bias) / noise_bias(1.0, state.step_size, self.settings.friction_time)
 
 
-def run_walkers(setup: RunSetup, walkers: Walkers) -> SamplerResult:
+class BurningIn(NamedTuple):
+    """A run that burns in.
+
+    Attributes:
+        state: The run.
+        reserve: Sample gradients that are left for the run that follows.
+        means: Mean llc of each round so far.
+    """
+
+    state: RunState
+    reserve: float
+    means: tuple[float, ...] = ()
+
+
+class Averaging(NamedTuple):
+    """A run that gathers records.
+
+    Attributes:
+        state: The run.
+        noise_unmet: The criterion of the noise, where the budget pays for no larger blocks.
+        least_budget: As in `SamplerResult`.
+        records: What the rounds on these dynamics have kept.
+        checked: How many of them had been made at the last look.
+    """
+
+    state: RunState
+    noise_unmet: tuple[Unmet, ...]
+    least_budget: float
+    records: tuple[Record, ...] = ()
+    checked: int = 0
+
+
+class KeptRun(NamedTuple):
+    """A run after a round, less what is made anew.
+
+    Attributes:
+        stage: The run, without the anchor's table of gradients and the walkers' coordinates.
+        kept: As in `RunSetup`.
+    """
+
+    stage: BurningIn | Averaging
+    kept: Int[np.ndarray, " kept"]
+
+
+# What a run that is kept is made of.
+KEPT_OF_RUNS = (
+    *(KeptRun, BurningIn, Averaging, RunState, Walkers, StepSize, Estimate, Fidelity, Evaluation),
+    *(Observed, Heat, Record, Unmet),
+)
+
+
+def run_walkers(
+    setup: RunSetup, walkers: Walkers, keeper: AbstractWalkKeeper = NO_KEEPER
+) -> SamplerResult:
     """Run the walkers until the error of llc is small and they agree, or the budget is spent.
 
     Gradients come from blocks of the data as small as their noise allows. Friction along draws of
@@ -322,12 +380,49 @@ def run_walkers(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     afterwards. What the virial columns take off llc measures what noise and step size have added to
     it. Where that is too much, blocks are made larger and steps shorter.
 
-    The budget must pay for a run: `setup.pays(begin(setup, walkers))`.
+    The budget must pay for a run: `setup.pays(begin(setup, walkers))`. A run that was kept goes on,
+    and then the walkers only say in which coordinates they are.
     """
+    kept = keeper.restore()
+    if kept is not None:
+        setup, stage = restored(setup, walkers, kept)
+    else:
+        setup, state = measure_noise(setup, begin(setup, walkers))
+        # walkers that agreed are near, and what is left is left out of the averages
+        burning = None if setup.agreed_before else begin_burn_in(setup, state)
+        stage = begin_average(setup, state) if burning is None else burning
+    if isinstance(stage, BurningIn):
+        stage = begin_average(setup, burn_in(setup, stage, keeper))
+    check, state = average(setup, stage, keeper)
+    return SamplerResult(check, stage.least_budget, state, setup)
+
+
+def stripped(setup: RunSetup, stage: BurningIn | Averaging) -> KeptRun:
+    """Return a run less what is made anew: the anchor, and the walkers' coordinates."""
+    state = stage.state
+    words = jax.random.key_data(state.walkers.keys)
+    walkers = state.walkers._replace(linear_map=None, keys=words)
+    state = state._replace(walkers=walkers, estimate=state.estimate._replace(anchor=None))
+    return KeptRun(stage._replace(state=state), setup.kept)
+
+
+def restored(
+    setup: RunSetup, walkers: Walkers, kept: KeptRun
+) -> tuple[RunSetup, BurningIn | Averaging]:
+    """Return a run that was kept, in the coordinates of the walkers that it began with."""
+    setup, state = dataclasses.replace(setup, kept=kept.kept), kept.stage.state
+    keys = jax.random.wrap_key_data(state.walkers.keys, impl=jax.random.key_impl(walkers.keys))
+    moved = state.walkers._replace(linear_map=walkers.linear_map, keys=keys)
+    state = state._replace(walkers=moved)
+    if state.estimate.center is not None:
+        anchor = _anchor_at(setup, state, state.estimate.center)
+        state = state._replace(estimate=state.estimate._replace(anchor=anchor))
+    return setup, kept.stage._replace(state=state)
+
+
+def begin_average(setup: RunSetup, state: RunState) -> Averaging:
+    """Choose blocks and walkers for the steps that are averaged, within the budget."""
     share = setup.settings.noise_share * setup.error
-    setup, state = measure_noise(setup, begin(setup, walkers))
-    if not setup.agreed_before:  # else they are near, and what is left is left out of the averages
-        state = burn_in(setup, state)
     # llc of walkers that have burnt in, by which the bias of what is averaged is judged
     state = state._replace(allowed_bias=setup.allowed_bias(state.llc))
     blocks = setup.max_blocks(state, state.allowed_bias)
@@ -341,9 +436,7 @@ def run_walkers(setup: RunSetup, walkers: Walkers) -> SamplerResult:
     state = switch_fidelity(setup, state, paid)
     noise = setup.bias(state, paid.num_blocks) / max(abs(state.llc), 1e-300)
     unmet = (Unmet(GRADIENT_NOISE, noise, share),) if noise > share else ()
-    least = setup.least_budget(state, blocks)
-    check, state = average(setup, state, unmet)
-    return SamplerResult(check, least, state, setup)
+    return Averaging(state, unmet, setup.least_budget(state, blocks))
 
 
 def begin(setup: RunSetup, walkers: Walkers) -> RunState:
@@ -460,19 +553,23 @@ def switch_fidelity(setup: RunSetup, state: RunState, fidelity: Fidelity) -> Run
     if fidelity.num_blocks == before.num_blocks:
         estimate = state.estimate._replace(fidelity=fidelity)
         return state._replace(walkers=walkers, estimate=estimate)
-    anchor = None
-    if fidelity.num_blocks > 1:
-        blocks = setup.split(fidelity.num_blocks)
-        center = np.mean(np.asarray(walkers.position), axis=0)
-        anchor = setup.programs.anchor(
-            setup.problem, walkers.linear_map, center, setup.reference_loss, blocks
-        )
+    has_anchor = fidelity.num_blocks > 1
     # the gradients so far are those of another estimate: step -1 asks for those of this one
-    blank = blank_evaluation(walkers, setup.programs.columns, is_noisy=anchor is not None)
-    state = state._replace(walkers=walkers, estimate=Estimate(fidelity, anchor, blank))
+    blank = blank_evaluation(walkers, setup.programs.columns, is_noisy=has_anchor)
+    state = state._replace(walkers=walkers, estimate=Estimate(fidelity, None, blank))
+    if has_anchor:
+        center = np.mean(np.asarray(walkers.position), axis=0)
+        told = state.estimate._replace(anchor=_anchor_at(setup, state, center), center=center)
+        state = state._replace(estimate=told)
     state, _ = _call(setup, state, -1, 0)
     spent = setup.run_cost(fidelity.num_blocks, state.num_walkers, rounds=0)
     return state._replace(work=state.work + spent)
+
+
+def _anchor_at(setup: RunSetup, state: RunState, center: Float[np.ndarray, " dim"]) -> Anchor:
+    """Evaluate the blocks of the state's fidelity at a point of round coordinates."""
+    blocks, linear_map = setup.split(state.fidelity.num_blocks), state.walkers.linear_map
+    return setup.programs.anchor(setup.problem, linear_map, center, setup.reference_loss, blocks)
 
 
 def advance(
@@ -549,7 +646,7 @@ def _last_error(record: Record) -> float:
 
 def _call(setup: RunSetup, state: RunState, start: int, stop: int) -> tuple[RunState, Record]:
     """Call the compiled program that moves walkers."""
-    fidelity, anchor, here = state.estimate
+    fidelity, anchor, here, _ = state.estimate
     assert fidelity.num_blocks, "a fidelity is chosen before the first round"
     dimensions = effective_dimensions(state.llc, setup.problem.posterior.center.size)
     per_time = noise_bias(state.variance, state.step_size, 1.0)
@@ -564,16 +661,13 @@ def _call(setup: RunSetup, state: RunState, start: int, stop: int) -> tuple[RunS
         np.float32(time),
         *map(np.int32, (state.steps, start, stop)),
     )
-    estimate = Estimate(fidelity, anchor, here)
+    estimate = state.estimate._replace(here=here)
     heat = plan_heat(state.variance, state.step_size, time)
     return state._replace(walkers=walkers, estimate=estimate, heat=heat), record
 
 
-def burn_in(setup: RunSetup, state: RunState) -> RunState:
-    """Run on noisier blocks than the error allows, where the budget pays for both.
-
-    Burn-in ends when llc has stopped moving much, or the rest is needed for the run that follows.
-    """
+def begin_burn_in(setup: RunSetup, state: RunState) -> BurningIn | None:
+    """Plan to run on noisier blocks than the error allows, where the budget pays for both."""
     settings, walkers = setup.settings, state.num_walkers
     # what is left of the heat is no more than that, and is not averaged
     variance = setup.variance_of(state, settings.burn_in_noise * state.llc)
@@ -582,23 +676,31 @@ def burn_in(setup: RunSetup, state: RunState) -> RunState:
     reserve = setup.run_cost(wanted, walkers)  # burn-in must leave what the run after it takes
     first = setup.run_cost(rough, walkers, rounds=1)
     if wanted >= rough or not setup.can_pay(state, reserve + first):
-        return state
+        return None
     state = state._replace(allowed_bias=settings.burn_in_noise * abs(state.llc))
     state = switch_fidelity(setup, state, Fidelity(rough, settings.energy_error))
-    means: list[float] = []
+    return BurningIn(state, reserve)
+
+
+def burn_in(setup: RunSetup, stage: BurningIn, keeper: AbstractWalkKeeper) -> RunState:
+    """Run until llc has stopped moving much, or the rest is needed for the run that follows."""
+    settings = setup.settings
     while (
-        len(means) < settings.max_burn_in
-        and not setup.is_spent(state)
-        and setup.can_pay(state, setup.round_cost(state) + reserve)
-        and not has_arrived(means, settings.burn_in_change)
+        len(stage.means) < settings.max_burn_in
+        and not setup.is_spent(stage.state)
+        and setup.can_pay(stage.state, setup.round_cost(stage.state) + stage.reserve)
+        and not has_arrived(stage.means, settings.burn_in_change)
     ):
-        state, record = advance(setup, state, reserve)
-        means.append(float(record.llc.mean()))
-        setup.report(state.work, means[-1])
+        state, record = advance(setup, stage.state, stage.reserve)
+        mean = float(record.llc.mean())
+        stage = stage._replace(state=state, means=(*stage.means, mean))
+        keeper.save(stripped(setup, stage))
+        setup.report(state.work, mean)
+    state, means = stage.state, stage.means
     return state._replace(llc=means[-1] if means else state.llc)
 
 
-def has_arrived(means: list[float], change: float) -> bool:
+def has_arrived(means: Sequence[float], change: float) -> bool:
     """Say whether the means of rounds have stopped moving between thirds, or are not finite.
 
     The first third is where walkers come from: compared with it, they would never arrive.
@@ -629,13 +731,22 @@ def _within_budget(setup: RunSetup, state: RunState, wanted: Fidelity) -> tuple[
 
 
 def average(
-    setup: RunSetup, state: RunState, noise_unmet: tuple[Unmet, ...]
+    setup: RunSetup, stage: Averaging, keeper: AbstractWalkKeeper
 ) -> tuple[Check, RunState]:
-    """Gather records until they meet the criteria, at more exact fidelities where need be."""
-    records: tuple[Record, ...] = ()
+    """Gather records until they meet the criteria, at more exact fidelities where need be.
+
+    They are looked at where they have grown by `CHECK_GROWTH`, and where the budget is spent.
+    """
     while True:
-        state, records = _gather(setup, state, records)
-        check = check_records(setup, records, state.heat, state.fidelity.energy_error)
+        state, made = stage.state, len(stage.records)
+        if made == stage.checked or (
+            made < CHECK_GROWTH * stage.checked and not setup.is_spent(state)
+        ):
+            state, record = advance(setup, state)
+            stage = stage._replace(state=state, records=(*stage.records, record))
+            keeper.save(stripped(setup, stage))
+            continue
+        check = check_records(setup, stage.records, state.heat, state.fidelity.energy_error)
         if not math.isfinite(check.analysis.llc):
             break
         setup.report(state.work, check.analysis.llc)
@@ -644,24 +755,16 @@ def average(
         state = state._replace(llc=check.analysis.llc, allowed_bias=allowed)
         state, fidelity = _choose_fidelity(setup, state, check.analysis)
         if fidelity != state.fidelity:  # records of other dynamics are not averaged with these
-            state, records = switch_fidelity(setup, state, fidelity), ()
+            state = switch_fidelity(setup, state, fidelity)
+            stage = stage._replace(state=state, records=(), checked=0)
             continue
-        check = check._replace(unmet=(*noise_unmet, *check.unmet))
+        check = check._replace(unmet=(*stage.noise_unmet, *check.unmet))
         if not check.unmet or setup.is_spent(state):
             break
+        stage = stage._replace(state=state, checked=made)
+    # as it was before this look, which a run that goes on from here takes again
+    keeper.save(stripped(setup, stage), is_last=True)
     return check, state
-
-
-def _gather(
-    setup: RunSetup, state: RunState, records: tuple[Record, ...]
-) -> tuple[RunState, tuple[Record, ...]]:
-    """Run rounds until the records have grown by `CHECK_GROWTH`, or the budget is spent."""
-    checked = len(records)
-    while True:
-        state, record = advance(setup, state)
-        records = (*records, record)
-        if len(records) >= CHECK_GROWTH * checked or setup.is_spent(state):
-            return state, records
 
 
 def check_records(

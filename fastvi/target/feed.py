@@ -1,6 +1,6 @@
 """Examples that arrive: a few at a time, in their order, read ahead by a thread."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -15,10 +15,18 @@ class Feed:
 
     A thread reads the next batch while the last one is used. Memory: two batches, and what was
     asked for.
+
+    Args:
+        batches: Gives the examples.
+        behind: Returns the batches behind so many examples, of data that can be read again.
     """
 
-    def __init__(self, batches: Iterator[Batch]):
-        self._batches, self._waiting = batches, []
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        behind: Callable[[int], Iterator[Batch]] | None = None,
+    ):
+        self._batches, self._waiting, self._behind = batches, [], behind
         # One thread, because an iterator gives its batches in order and to one caller at a time.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="fastvi-feed")
         self._next = self._reader.submit(next, self._batches, None)
@@ -43,6 +51,13 @@ class Feed:
             return None
         self._waiting = [take_examples(self._waiting[0], slice(count, None))]
         return found
+
+    def restart(self, count: int) -> None:
+        """Go on behind the first `count` examples of all, of data that can be read again."""
+        assert self._behind is not None, "data that are read once cannot be read again"
+        self._batches, self._waiting = self._behind(count), []
+        # what the reader has read ahead is let go
+        self._next = self._reader.submit(next, self._batches, None)
 
     def close(self) -> None:
         """Read no more."""

@@ -108,9 +108,20 @@ class HostStream(AbstractStream):
 
     def feed(self) -> Feed:
         """Return uniform draws from all data, in the order of `window`, without an end."""
-        # in pieces, so that another pass is made only where all rows of a window have been taken
-        windows = map(self._rows, itertools.count())
-        return Feed(regrouped(windows, default_max_batch(self._example)))
+        return Feed(self._behind(0), self._behind)
+
+    def _behind(self, count: int) -> Iterator[Batch]:
+        """Return the draws behind so many, in pieces.
+
+        Another pass is then made only where all rows of a window have been taken.
+        """
+        number, taken = divmod(count, self.num_rows)
+
+        def windows() -> Iterator[Batch]:
+            yield take_examples(self._rows(number), slice(taken, None))
+            yield from map(self._rows, itertools.count(number + 1))
+
+        return regrouped(windows(), default_max_batch(self._example))
 
     def _rows(self, number: int) -> Batch:
         """Return the rows of a window, which cost no pass where it is the one that is held."""

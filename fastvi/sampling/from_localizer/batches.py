@@ -84,18 +84,30 @@ class WeightSums(NamedTuple):
         return math.sqrt(max(self.square / self.count - mean**2, 0.0) / self.count)
 
 
+class Reading(NamedTuple):
+    """How far examples that arrive have been read.
+
+    Attributes:
+        count: Examples read.
+        weights: What their weights were; None where nothing was weighed.
+    """
+
+    count: int = 0
+    weights: WeightSums | None = None
+
+
 class AbstractReader(abc.ABC):
     """Whoever has the examples: gives the source of the batches of some steps.
 
     Attributes:
         first: A source of the shapes that all have.
         most: Steps times parts, at most, that one source serves.
-        weights: What the weights of the examples read were; None where nothing was weighed.
+        reading: How far they were read; of examples at hand, nowhere.
     """
 
     first: AbstractSource
     most: int
-    weights: WeightSums | None = None
+    reading: Reading = Reading()
 
     @property
     def part_size(self) -> int:
@@ -105,6 +117,10 @@ class AbstractReader(abc.ABC):
     @abc.abstractmethod
     def read(self, step: int, steps: int, parts: int) -> AbstractSource | None:
         """Return the batches of steps from `step` on; None where there are no more examples."""
+
+    def go_on(self, reading: Reading) -> None:
+        """Pass over what another reader of the same examples has read."""
+        self.reading = reading
 
 
 class DrawnReader(AbstractReader):
@@ -150,14 +166,21 @@ class FeedReader(AbstractReader):
         if batch is None:
             return None
         source, count = self._held(batch, step), num_examples(batch)
+        read, weights = self.reading
         # arrays that are not full repeat examples; those of one step would do so dozens of times
         if self._weigh is not None and steps > 1:
             mean, square = self._weigh(source.examples)
-            said = self.weights or WeightSums()
-            self.weights = WeightSums(
+            said = weights or WeightSums()
+            weights = WeightSums(
                 said.count + count, said.weight + count * mean, said.square + count * square
             )
+        self.reading = Reading(read + count, weights)
         return source
+
+    def go_on(self, reading: Reading) -> None:
+        """Pass over what another reader has read, of data that can be read again."""
+        super().go_on(reading)
+        self._feed.restart(reading.count)
 
     def _held(self, batch: Batch, step: int) -> Fed:
         """Move examples to the device, in arrays of one size: what is left over repeats some."""

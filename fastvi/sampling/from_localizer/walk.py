@@ -1,9 +1,9 @@
 """The walk: burn in, step, average, and end when the error is small."""
 
-import copy
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +11,8 @@ import numpy as np
 from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Float
 from fastvi.sampling.averages import SURPRISE, Analysis, analyse, furthest_off, standard_error
-from fastvi.sampling.dynamics import State
-from fastvi.sampling.from_localizer.batches import AbstractSource
+from fastvi.sampling.dynamics import Evaluation, State
+from fastvi.sampling.from_localizer.batches import AbstractSource, Reading, WeightSums
 from fastvi.sampling.from_localizer.measure import (
     PROBE_STEPS,
     measure_curvature,
@@ -34,6 +34,7 @@ from fastvi.sampling.from_localizer.plan import (
 )
 from fastvi.sampling.from_localizer.setup import Course, WalkSetup, affordable_steps, call_round
 from fastvi.sampling.from_localizer.steps import Observed, Steps, blank, blank_state, fill, put_row
+from fastvi.sampling.keeping import NO_KEEPER, AbstractWalkKeeper
 from fastvi.sampling.run import CHECK_GROWTH, ERROR, TAKEN_BACK, Check, Unmet, unmet_by
 from fastvi.target.work import GRADIENT
 
@@ -119,12 +120,98 @@ class TooStiff(NamedTuple):
     work: float
 
 
-def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
+class BurningIn(NamedTuple):
+    """A walk that burns in.
+
+    Attributes:
+        measured: What was measured before.
+        course: The walk.
+        start: State of the generator that draws where walkers begin.
+        left: Steps that are left; None before walkers are where they begin.
+    """
+
+    measured: Measured
+    course: Course
+    start: Mapping[str, Any]
+    left: int | None = None
+
+
+class Coarse(NamedTuple):
+    """What steps on smaller batches have said, until there are some on larger ones.
+
+    Fields as in `Course`.
+    """
+
+    said: Steps
+    parts: int
+    heat: float
+
+
+class Averaging(NamedTuple):
+    """A walk whose steps are averaged.
+
+    Attributes:
+        measured: What was measured before.
+        course: The walk.
+        checked: How many of its steps had been made at the last look.
+        coarse: What counts if the data end before a step on the present batches.
+    """
+
+    measured: Measured
+    course: Course
+    checked: int = 0
+    coarse: Coarse | None = None
+
+
+class KeptWalk(NamedTuple):
+    """A walk after a round, or what it was given up for, and how far its data were read."""
+
+    stage: BurningIn | Averaging | TooStiff
+    reading: Reading
+
+
+# What a walk that is kept is made of.
+KEPT_OF_WALKS = (
+    *(KeptWalk, BurningIn, Averaging, TooStiff, Coarse, Measured, Course, State, Evaluation),
+    *(Observed, Steps, Reading, WeightSums),
+)
+
+
+def walk_from_localizer(
+    setup: WalkSetup, keeper: AbstractWalkKeeper = NO_KEEPER
+) -> Walk | TooStiff:
     """Walk until the error of llc is small, or the budget or the data are spent.
+
+    A walk that was kept goes on.
 
     Raises:
         DataError: If the data end before a walk can begin.
     """
+    kept = keeper.restore()
+    if kept is not None:
+        setup.reader.go_on(kept.reading)
+    stage = begin(setup) if kept is None else kept.stage
+    if isinstance(stage, BurningIn):
+        course = plan_batch(setup, burn_in(setup, stage, keeper))
+        stage = Averaging(stage.measured, course)
+    found = average(setup, stage, keeper) if isinstance(stage, Averaging) else stage
+    if isinstance(found, TooStiff):
+        _keep(setup, keeper, found, is_last=True)
+    return found
+
+
+def _keep(
+    setup: WalkSetup,
+    keeper: AbstractWalkKeeper,
+    stage: BurningIn | Averaging | TooStiff,
+    *,
+    is_last: bool = False,
+) -> None:
+    keeper.save(KeptWalk(stage, setup.reader.reading), is_last=is_last)
+
+
+def begin(setup: WalkSetup) -> BurningIn | TooStiff:
+    """Measure, and plan the walk, or say that it is of no use."""
     rng = np.random.default_rng(setup.seed)
     # one state, of which all that is measured makes use: a second one may not fit the memory
     state = blank_state(setup.shape, setup.dtype)
@@ -138,31 +225,47 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
         work=work,
         examples=examples,
     )
-    course = plan_anchor(setup, measured, course)
-    course = plan_batch(setup, burn_in(setup, course, rng))
-    check, checked, before = None, 0, None
-    while course.is_fed and (steps := affordable_steps(setup, course, setup.programs.length)):
-        course = advance(setup, course, steps)
-        made = 0 if course.said is None else course.said.returned.shape[0]
+    return BurningIn(measured, plan_anchor(setup, measured, course), rng.bit_generator.state)
+
+
+def average(setup: WalkSetup, stage: Averaging, keeper: AbstractWalkKeeper) -> Walk | TooStiff:
+    """Make steps until their average is good enough, on larger batches where need be.
+
+    They are looked at where they have grown by `CHECK_GROWTH`, and where there can be no more.
+    """
+    measured, check = stage.measured, None
+    while True:
+        course, made = stage.course, _count_steps(stage.course)
         goes_on = course.is_fed and affordable_steps(setup, course, 1)
-        if made == 0 or (goes_on and made < CHECK_GROWTH * checked):
-            continue
-        check, checked = check_steps(setup, course), made
-        setup.report(course.work, check.analysis.llc)
-        if not setup.must_walk and is_hopeless(setup, course, check):
-            return TooStiff(measured.stiffness, course.work)
-        parts = finer_parts(setup, course, check)
-        if parts > course.parts:  # what hotter walkers said is not averaged with what follows
-            before = course, check
-            course, checked = with_parts(course, parts)._replace(said=None), 0
-            continue
-        # the first look that says good enough is lucky more often than not
-        is_long = check.llc.shape[1] >= PATIENCE * setup.settings.min_bins
-        if (is_long and not check.unmet) or not math.isfinite(check.analysis.llc):
+        if made and not (goes_on and made < max(CHECK_GROWTH * stage.checked, stage.checked + 1)):
+            check = check_steps(setup, course)
+            setup.report(course.work, check.analysis.llc)
+            if not setup.must_walk and is_hopeless(setup, course, check):
+                return TooStiff(measured.stiffness, course.work)
+            parts = finer_parts(setup, course, check)
+            if parts > course.parts:  # what hotter walkers said is not averaged with what follows
+                assert course.said is not None, "a step has been made"
+                coarse = Coarse(course.said, course.parts, course.heat)
+                course = with_parts(course, parts)._replace(said=None)
+                stage = Averaging(measured, course, 0, coarse)
+                continue
+            # the first look that says good enough is lucky more often than not
+            is_long = check.llc.shape[1] >= PATIENCE * setup.settings.min_bins
+            if (is_long and not check.unmet) or not math.isfinite(check.analysis.llc):
+                break
+            stage = stage._replace(checked=made)
+        if not goes_on:
             break
-    if course.said is None and before is not None:  # the data ended before the larger batches
-        coarse, check = before
-        course = course._replace(said=coarse.said, parts=coarse.parts, heat=coarse.heat)
+        steps = affordable_steps(setup, course, setup.programs.length)
+        stage = stage._replace(course=advance(setup, course, steps))
+        _keep(setup, keeper, stage)
+    # as it was before this look, which a walk that goes on from here takes again
+    _keep(setup, keeper, stage, is_last=True)
+    course = stage.course
+    if course.said is None and stage.coarse is not None:
+        # the data ended before the larger batches
+        course = course._replace(**stage.coarse._asdict())
+        check = check_steps(setup, course)
     if course.said is None or check is None:
         raise _cannot_begin(setup, course)
     return Walk(
@@ -181,6 +284,11 @@ def walk_from_localizer(setup: WalkSetup) -> Walk | TooStiff:
     )
 
 
+def _count_steps(course: Course) -> int:
+    """Count the steps that are averaged."""
+    return 0 if course.said is None else course.said.returned.shape[0]
+
+
 def _cannot_begin(setup: WalkSetup, course: Course) -> DataError | ConfigError:
     """Say what was missing for a single step that counts."""
     if course.is_fed:
@@ -195,12 +303,13 @@ def _cannot_begin(setup: WalkSetup, course: Course) -> DataError | ConfigError:
     )
 
 
-def draw_start(setup: WalkSetup, state: State, rng: np.random.Generator) -> State:
+def draw_start(setup: WalkSetup, state: State, start: Mapping[str, Any]) -> State:
     """Draw positions and momenta in the place of those of a state, which is used up.
 
-    The generator is left as it is: they can be drawn again.
+    `start` is the state of the generator, so that they can be drawn again.
     """
-    rng = copy.deepcopy(rng)
+    rng = np.random.default_rng()
+    rng.bit_generator.state = start
     return State(
         fill(state.position, standard_normals(setup, rng)),
         fill(state.momentum, standard_normals(setup, rng)),
@@ -209,26 +318,29 @@ def draw_start(setup: WalkSetup, state: State, rng: np.random.Generator) -> Stat
     )
 
 
-def burn_in(setup: WalkSetup, course: Course, rng: np.random.Generator) -> Course:
+def burn_in(setup: WalkSetup, stage: BurningIn, keeper: AbstractWalkKeeper) -> Course:
     """Let walkers forget where they begin, with steps short enough that none is taken back.
 
-    They begin at what `rng` draws, and anew where steps have to be shorter.
+    They begin anew where steps have to be shorter.
     """
     while True:
-        course = _evaluate(
-            setup, course._replace(state=draw_start(setup, course.state, rng), said=None)
-        )
-        steps = math.ceil(BURN_IN_TIME / course.step_size)
-        steps = affordable_steps(setup, course, steps, PREPARATION_SHARE)
-        while steps and course.is_fed:
-            now = min(steps, setup.programs.length)
-            before, course = course.done, advance(setup, course, now)
-            steps -= course.done - before
-        said = course.said
-        is_stable = said is None or float(np.mean(said.returned)) <= RETURNED
+        if stage.left is None:
+            state = draw_start(setup, stage.course.state, stage.start)
+            course = _evaluate(setup, stage.course._replace(state=state, said=None))
+            steps = math.ceil(BURN_IN_TIME / course.step_size)
+            steps = affordable_steps(setup, course, steps, PREPARATION_SHARE)
+            stage = stage._replace(course=course, left=steps)
+        while stage.left and stage.course.is_fed:
+            course = advance(setup, stage.course, min(stage.left, setup.programs.length))
+            left = stage.left - (course.done - stage.course.done)
+            stage = stage._replace(course=course, left=left)
+            _keep(setup, keeper, stage)
+        course = stage.course
+        is_stable = course.said is None or float(np.mean(course.said.returned)) <= RETURNED
         if is_stable or course.step_size < SHORTEST_STEP:
             return course
-        course = course._replace(step_size=course.step_size / 2)
+        halved = course._replace(step_size=course.step_size / 2)
+        stage = stage._replace(course=halved, left=None)
 
 
 def plan_anchor(setup: WalkSetup, measured: Measured, course: Course) -> Course:
@@ -313,8 +425,7 @@ def finer_parts(setup: WalkSetup, course: Course, check: Check) -> int:
 
 def least_budget(setup: WalkSetup, course: Course) -> float:
     """Return the sample gradients of a walk with the fewest bins on these batches."""
-    made = 0 if course.said is None else course.said.returned.shape[0]
-    missing = max(0, setup.settings.min_bins * setup.settings.bin_length - made)
+    missing = max(0, setup.settings.min_bins * setup.settings.bin_length - _count_steps(course))
     return course.work + setup.cost(missing, course.parts, course.is_anchored)
 
 

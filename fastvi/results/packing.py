@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 # What stands in JSON for what it does not have: the first name of an object says its kind.
@@ -81,7 +80,7 @@ def unpack(packed: Any, arrays: Mapping[str, np.ndarray], classes: Sequence[Any]
         if kind == HOST:
             return arrays[content]
         if kind == DEVICE:  # a copy: steps use up the arrays that walkers are in
-            return jnp.array(arrays[content])
+            return jax.device_put(arrays[content], may_alias=False)
         if kind == DICT:
             return {name: build(one) for name, one in content.items()}
         if kind == TUPLE:

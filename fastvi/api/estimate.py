@@ -232,7 +232,7 @@ def estimate_target(
     return run_estimate(target, num_chains, progress=progress, throw=throw, folder=folder)
 
 
-def _open_folder(given: str | os.PathLike[str], problem: Problem) -> ProgressFolder:
+def _open_folder(given: Any, problem: Problem) -> ProgressFolder:
     """Return the folder of the progress of an estimate whose data can be read again."""
     if problem.data.is_sample:
         raise DataError("resume_from needs data that can be read again; got an iterator.")

@@ -44,10 +44,10 @@ def estimate(folder=None, **changes):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run folder, and progress.npz of its fit beside the run's files."""
+    """A run folder, and progress-fit.npz of its fit beside the run's files."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     result = estimate(folder / "progress")
-    shutil.move(folder / "progress" / "progress.npz", folder / "progress.npz")
+    shutil.move(folder / "progress" / "progress-fit.npz", folder / "progress-fit.npz")
     (folder / "progress").rmdir()
     write_run(result, folder, ORIGIN)
     return folder
@@ -166,7 +166,7 @@ def arrays(change, digest=True):
 
 
 def meta(**changes):
-    """Change what progress.npz says of itself."""
+    """Change what progress-fit.npz says of itself."""
 
     def change(found):
         found["meta"] = np.array(json.dumps(json.loads(str(found["meta"])) | changes))
@@ -406,7 +406,7 @@ def test_settings_that_are_none(words, said, folder):
 
 @pytest.mark.parametrize(("damage", "said"), kinds(PROGRESS))
 def test_progress_npz(damage, said, folder):
-    refused(lambda: estimate(folder), folder / "progress.npz", damage, said)
+    refused(lambda: estimate(folder), folder / "progress-fit.npz", damage, said)
 
 
 def test_nobody_is_let_read(folder, monkeypatch):

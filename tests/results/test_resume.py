@@ -218,7 +218,7 @@ def test_a_full_disk_is_a_warning_and_the_fit_goes_on(whole, tmp_path, monkeypat
         assert_same_bits(estimate(tmp_path), whole)
     assert len(told) == 1
     assert len(calls) > 2
-    assert [path.name for path in tmp_path.iterdir()] == [resume.PROGRESS_FILE]
+    assert [path.name for path in tmp_path.iterdir()] == ["progress-fit.npz"]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

@@ -69,16 +69,15 @@ def test_gradients_and_start_must_agree():
         )
 
 
-@pytest.mark.parametrize("of_a_fit", [{"num_chains": 2}, {"resume_from": "nowhere"}])
-def test_a_walk_has_no_chains_and_no_checkpoint(of_a_fit):
+def test_a_walk_has_no_chains():
     """Before, the fit ran first, and its result was refused then."""
 
     def never(w, batch):
         raise AssertionError("the loss was called")
 
-    with pytest.raises(fastvi.ConfigError, match=f"makes no fit, and {next(iter(of_a_fit))} is of"):
+    with pytest.raises(fastvi.ConfigError, match="makes no fit, and num_chains is of"):
         fastvi.estimate_llc(
-            never, jnp.zeros(DIM), X, sampler={"start": "localizer"}, progress=False, **of_a_fit
+            never, jnp.zeros(DIM), X, sampler={"start": "localizer"}, progress=False, num_chains=2
         )
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Union, get_type_hints
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
 from fastvi._optional import MissingExtraError, import_optional
 from fastvi._version import __version__
+from fastvi.cli.keeping import Terminated
 from fastvi.cli.llc import Llc
 from fastvi.cli.runs import Compare, Report
 from fastvi.cli.sweep import Sweep
@@ -37,8 +38,8 @@ DESCRIPTION = (
 
 # Defaults that a help text does not tell: the option's own description says what happens then.
 UNTOLD_DEFAULTS = (None, False, (), dataclasses.MISSING)
-# Exit statuses; a shell gives the second to a process ended by Ctrl-C.
-FAILURE, INTERRUPTED = 2, 130
+# Exit statuses; a shell gives the last two to processes ended by SIGINT (Ctrl-C) and SIGTERM.
+FAILURE, INTERRUPTED, TERMINATED = 2, 130, 143
 # Errors that are told on one line. Any other is a fault of fastvi, whose traceback is wanted.
 EXPECTED_ERRORS = (
     ConfigError,
@@ -61,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 where runs of a sweep failed, a run could not be written where it was
         asked for, or nothing was done but to print and that failed; 2 after an error, told on one
-        line of stderr; 130 when interrupted.
+        line of stderr; 130 when interrupted; 143 when asked to terminate by SIGTERM.
     """
     args = sys.argv[1:] if args is None else list(args)
     path = [*sys.path]
@@ -91,9 +92,12 @@ def _run(args: Sequence[str]) -> int:
     except EXPECTED_ERRORS as error:
         warn(_fold("fastvi: error: " + " ".join(str(error).split())))
         return FAILURE
-    except KeyboardInterrupt:
-        warn("\nfastvi: interrupted")
+    except KeyboardInterrupt as stop:
+        warn("\nfastvi: " + ": ".join(("interrupted", *stop.args)).removesuffix(": "))
         return INTERRUPTED
+    except Terminated as stop:
+        warn("\nfastvi: " + ": ".join(("terminated", *stop.args)).removesuffix(": "))
+        return TERMINATED
     if printer.lost is not None:
         warn(f"fastvi: warning: stdout cannot be written: {printer.lost}")
     return int(printer.lost is not None) if status is None else status

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastvi.api.arguments import (
     make_problem,
 )
 from fastvi.api.estimate import estimate_llc
+from fastvi.cli.keeping import keeping
 from fastvi.cli.target import ModelArguments, Resolved, absolute, load, parse_settings, resolve
 from fastvi.config import VIConfig
 from fastvi.demos.base import Say
@@ -88,7 +90,14 @@ class Llc:
             fingerprint = observe_problem(problem, config)
             if resolved.before is not None:
                 _tell_changes(fingerprint, resolved.before.fingerprint)
-            result = estimate_origin(problem, origin, config, progress=not self.quiet)
+            result = estimate_origin(
+                problem,
+                origin,
+                config,
+                folder,
+                progress=not self.quiet,
+                tell=lambda line: None if self.quiet else say(f"progress       {line}"),
+            )
             return write_and_print(
                 result, folder, origin, config, fingerprint, say=say, began=began, quiet=self.quiet
             )
@@ -108,18 +117,27 @@ class Llc:
 
 
 def estimate_origin(
-    problem: ModelArguments, origin: Origin, config: VIConfig, *, progress: bool
+    problem: ModelArguments,
+    origin: Origin,
+    config: VIConfig,
+    folder: Path,
+    *,
+    progress: bool,
+    tell: Callable[[str], None],
 ) -> LLCEstimate:
-    """Estimate as an origin and a configuration say."""
-    return estimate_llc(
-        *problem,
-        key=origin.seed,
-        nbeta=origin.nbeta,
-        localization=origin.localization,
-        num_chains=origin.num_chains,
-        config=config,
-        progress=progress,
-    )
+    """Estimate as an origin and a configuration say, and go on from progress in a run folder."""
+    with keeping(folder, tell) as kept:
+        return estimate_llc(
+            *problem,
+            key=origin.seed,
+            nbeta=origin.nbeta,
+            localization=origin.localization,
+            num_chains=origin.num_chains,
+            config=config,
+            progress=progress,
+            # Data that can be read only once are another sample next time.
+            resume_from=None if isinstance(problem.data, Iterator) else kept,
+        )
 
 
 def observe_problem(problem: ModelArguments, config: VIConfig) -> dict[str, Any]:

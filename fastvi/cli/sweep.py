@@ -27,7 +27,7 @@ from fastvi.config import VIConfig
 from fastvi.config.sources import parse_yaml
 from fastvi.demos.base import Say
 from fastvi.results import files
-from fastvi.results.claim import ORIGIN_FILE, SWEEP, claimed, in_turn
+from fastvi.results.claim import ORIGIN_FILE, SWEEP, claimed, held_by, in_turn
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.runs import (
     Origin,
@@ -87,7 +87,9 @@ class Sweep:
             observe = functools.cache(lambda dtype: observe_problem(problem, VIConfig(dtype=dtype)))
             own, outcomes = plan.cells[place - 1 :: count], {}
             for number, cell in enumerate(own, 1):
-                outcome = run_cell(cell, folder, problem, observe, progress=not self.quiet)
+                outcome = run_cell(
+                    cell, folder, problem, observe, progress=not self.quiet, tell=tell
+                )
                 tell(f"[{number}/{len(own)}] {cell.name}: {outcome.words}")
                 outcomes[cell.name] = outcome
             # The last one to read what is there is also the last one to write.
@@ -165,6 +167,7 @@ def run_cell(
     observe: Callable[[str], dict[str, Any]],
     *,
     progress: bool,
+    tell: Callable[[str], None],
 ) -> Outcome:
     """Keep the run of a cell that is there and was asked for in the same way, or run it.
 
@@ -176,6 +179,7 @@ def run_cell(
         problem: What is estimated on.
         observe: Says what the problem computes in a dtype.
         progress: Whether to show a status line.
+        tell: Receives a line where a run that was killed goes on.
     """
     place = folder / cell.name
     try:
@@ -185,7 +189,14 @@ def run_cell(
             return _outcome(cell, result, "kept, ")
         began = time.perf_counter()
         with claimed(place, below_ours=True):
-            result = estimate_origin(problem, cell.origin, cell.config, progress=progress)
+            result = estimate_origin(
+                problem,
+                cell.origin,
+                cell.config,
+                place,
+                progress=progress,
+                tell=lambda line: tell(f"{cell.name}: {line}"),
+            )
             kept = write_run_somewhere(result, place, cell.origin, cell.config, fingerprint)
     except FAILURES as error:
         said = files.first_line(error)
@@ -267,7 +278,7 @@ def finished(
     Else why it is run again.
     """
     # An empty folder holds no run whose loss is to be told.
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not held_by(folder):
         return None, ""
     try:
         record, config = read_record(folder), read_settings(folder)

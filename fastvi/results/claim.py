@@ -17,6 +17,8 @@ from fastvi.results import files
 LOCK_FILE = ".fastvi.lock"
 ORIGIN_FILE = "run.json"  # what makes a folder fastvi's own
 RUN, SWEEP = "fastvi run", "fastvi sweep"
+# Begin the names of what a process that was killed leaves, which says nothing of the owner.
+UNFINISHED = (files.PARTIAL, files.PROGRESS, LOCK_FILE)
 # What flock says of a file that somebody holds. Where a file system emulates it by locks on ranges
 # of bytes, as NFS does, POSIX allows either of the first two.
 BUSY = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
@@ -81,12 +83,7 @@ def _make(folder: Path) -> list[Path]:
 
 def _check_owner(folder: Path, kind: str) -> None:
     try:
-        held = sorted(
-            path.name
-            for path in folder.iterdir()
-            # A killed process leaves these behind, which says nothing of the owner.
-            if not path.name.startswith((files.PARTIAL, LOCK_FILE))
-        )
+        held = held_by(folder)
     except OSError as error:
         raise ConfigError(
             f"the folder {str(folder)!r} cannot be read: {files.first_line(error)}."
@@ -98,6 +95,12 @@ def _check_owner(folder: Path, kind: str) -> None:
             f"the folder {str(folder)!r} is {what} of fastvi and holds {shown}, which would be "
             f"written over. Name an empty or a new folder, for example --out {folder / 'llc'!s}."
         )
+
+
+def held_by(folder: Path) -> list[str]:
+    """Name what a folder holds, but for what is not finished."""
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if not name.startswith(UNFINISHED))
 
 
 def is_ours(folder: Path, kind: str) -> bool:

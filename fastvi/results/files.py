@@ -21,6 +21,7 @@ import numpy as np
 from fastvi._errors import DataError
 
 PARTIAL = ".fastvi-partial-"  # begins the names of folders for files that are not finished
+PROGRESS = ".fastvi-progress"  # folder of a run that is not finished, in its run folder
 # Seconds after which such a folder is what a killed process left. The longest write takes minutes;
 # a larger number leaves its bytes on the disk for longer.
 ABANDONED = 3600.0

@@ -188,7 +188,9 @@ class StageFile:
         """
         folder, began = self.folder, time.monotonic()
         folder._is_moving = not is_last
-        if began >= self._due or is_last or folder._is_asked:
+        # Read once: a signal may come at any moment.
+        is_asked = folder._is_asked
+        if began >= self._due or is_last or is_asked:
             try:
                 self._write(content())
             except OSError as error:
@@ -196,7 +198,7 @@ class StageFile:
             # A failed write counts too: on a full disk the run is not to try at every report.
             ended = time.monotonic()
             self._due = ended + (ended - began) / SAVING_SHARE
-        if folder._is_asked:
+        if is_asked:
             raise Stopped(f"the {CALLED[self.stage]} was asked to stop")
 
     def damaged(self, wrong: str) -> DataError:

@@ -167,6 +167,8 @@ def write_run(
             staging, folder, (TRACES_FILE, CONFIG_FILE, FIGURE_FILE, REPORT_FILE, RESULT_FILE)
         )
         _mark(folder, complete=True, **record)
+    # of the run that is complete now; what cannot be removed says nothing wrong
+    shutil.rmtree(folder / files.PROGRESS, ignore_errors=True)
     return folder
 
 

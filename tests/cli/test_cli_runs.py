@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -10,10 +12,11 @@ import numpy as np
 import pytest
 import yaml
 
-from fastvi import ConfigError, LLCEstimate, NonFiniteError
+from fastvi import ConfigError, DataError, LLCEstimate, NonFiniteError
 from fastvi.cli import sweep as sweep_module
 from fastvi.cli.table import format_table
 from fastvi.demos.quadratic import exact_values
+from fastvi.results import files, resume
 from fastvi.results.runs import read_record
 from tests.support.command_line import run
 
@@ -188,11 +191,11 @@ def test_an_interrupted_sweep_goes_on(model, monkeypatch, tmp_path):
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
     estimate, calls = sweep_module.estimate_origin, []
 
-    def interrupted(problem, origin, config, *, progress):
+    def interrupted(problem, origin, *args, **options):
         calls.append((origin.localization, origin.nbeta))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return estimate(problem, origin, config, progress=progress)
+        return estimate(problem, origin, *args, **options)
 
     monkeypatch.setattr(sweep_module, "estimate_origin", interrupted)
     args = ["sweep", "--config", str(tmp_path / "sweep.yaml"), "--quiet"]
@@ -232,12 +235,12 @@ def test_shards_of_a_sweep_fill_one_table(model, monkeypatch, tmp_path):
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(entries))
     estimate, calls = sweep_module.estimate_origin, []
 
-    def counted(problem, origin, config, *, progress):
+    def counted(problem, origin, config, folder, **options):
         calls.append(origin.seed)
         # a whole sweep wants the folder for itself, and two parts the same run
         assert "being written by another" in run(args)[2]
         assert run([*args, "--shard", f"{origin.seed + 1}/3"])[0] == 1
-        return estimate(problem, origin, config, progress=progress)
+        return estimate(problem, origin, config, folder, **options)
 
     args = ["sweep", "--config", str(tmp_path / "sweep.yaml"), "--quiet"]
     monkeypatch.setattr(sweep_module, "estimate_origin", counted)
@@ -275,6 +278,81 @@ def test_a_failed_run_of_a_sweep_is_told(model, monkeypatch, tmp_path):
     status, text, _ = run(["sweep", "--config", str(tmp_path / "sweep.yaml")])
     assert status == 1
     assert "failed, NaN appeared" in text
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """Send a signal to this process while a chunk runs, once for each one that is put here."""
+    save, waiting = resume.StageFile.save, []
+
+    def signal_and_save(self, content, is_last):
+        save(self, content, is_last)
+        if waiting and not is_last:
+            os.kill(os.getpid(), waiting.pop())
+
+    monkeypatch.setattr(resume.StageFile, "save", signal_and_save)
+    return waiting
+
+
+def test_a_run_that_is_stopped_goes_on(signals, tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    args = ["llc", "cli_model:target", "--num-chains", "1", *FAST, "--set", "lr=0.02"]
+    args[args.index("steps=60")] = "steps=400"
+
+    def stopped(number):
+        signals.append(number)
+        return run([*args, "--out", str(tmp_path / "run")])
+
+    status, text, errors = stopped(signal.SIGTERM)
+    assert (status, signals) == (143, [])
+    assert "fastvi: terminated: the same command goes on from here" in errors
+    assert "progress" not in text
+    # no run that anything could take for one, and no folder of somebody else's
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [files.PROGRESS]
+    with pytest.raises(DataError, match=r"run\.json is missing"):
+        read_record(tmp_path / "run")
+    status, text, errors = stopped(signal.SIGINT)
+    assert status == 130
+    assert "fastvi: interrupted: the same command goes on from here" in errors
+    assert f"progress       goes on from the progress in {tmp_path / 'run'}" in text
+    status, text, _ = run([*args, "--out", str(tmp_path / "run")])
+    assert status == 0
+    assert text.count("goes on from the progress") == 1
+    assert "begins anew" not in text
+    assert not (tmp_path / "run" / files.PROGRESS).exists()
+    run([*args, "--out", str(tmp_path / "whole")])
+    result, whole = (LLCEstimate.load(tmp_path / name) for name in ("run", "whole"))
+    np.testing.assert_array_equal(result.traces["elbo"], whole.traces["elbo"])
+    assert (result.llc, result.work) == (whole.llc, whole.work)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    # other settings, in the folder of the finished run and on progress of these
+    stopped(signal.SIGTERM)
+    status, text, _ = run([*args, "--seed", "1", "--out", str(tmp_path / "run")])
+    assert status == 0
+    assert re.search(
+        "progress       begins anew: .*holds the progress of another fit: key was", text
+    )
+    assert read_record(tmp_path / "run").origin.seed == 1
+
+
+def test_a_cell_that_is_stopped_goes_on(signals, tmp_path):
+    base = {"r": 0, "M": 1, "steps": 400, "method": "variational", "early_stop": False}
+    entries = {
+        "target": "cli_model:target",
+        "out": str(tmp_path / "out"),
+        "num_chains": 1,
+        "base": base | {"eval_samples": 16},
+        "grid": {"seed": [0]},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(entries))
+    args = ["sweep", "--config", str(tmp_path / "sweep.yaml")]
+    signals.append(signal.SIGTERM)
+    assert run(args)[0] == 143
+    found, text, _ = run(args)
+    assert found == 0
+    assert f"seed=0: goes on from the progress in {tmp_path / 'out' / 'seed=0'}" in text
+    assert "run again" not in text
+    assert not (tmp_path / "out" / "seed=0" / files.PROGRESS).exists()
 
 
 def test_tables_fit_a_terminal():

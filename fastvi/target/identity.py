@@ -78,7 +78,8 @@ def _is_same(name: str, now: Mapping[str, Any], kept: Mapping[str, Any]) -> bool
     if old.shape != new.shape:
         return False
     # A loss that overflows in both runs agrees: infinities differ by NaN, which is not near.
-    near = np.abs(old - new) <= TOLERANCE * (scale + np.abs(new))
+    with np.errstate(invalid="ignore"):
+        near = np.abs(old - new) <= TOLERANCE * (scale + np.abs(new))
     return bool(np.all(near | (old == new) | (np.isnan(old) & np.isnan(new))))
 
 

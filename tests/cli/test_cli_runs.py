@@ -291,7 +291,10 @@ def signals(monkeypatch):
             os.kill(os.getpid(), waiting.pop())
 
     monkeypatch.setattr(resume.StageFile, "save", signal_and_save)
-    return waiting
+    # a shell lets what it starts in the background ignore SIGINT
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield waiting
+    signal.signal(signal.SIGINT, handler)
 
 
 def test_a_run_that_is_stopped_goes_on(signals, tmp_path):

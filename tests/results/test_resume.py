@@ -184,6 +184,7 @@ def test_a_loss_that_differs_only_away_from_the_minimum_is_refused(tmp_path):
         ({"loss near w*": [1.0, 2.0, 3.001e-5]}, {}, ["loss near w*"]),
         ({"loss near w*": [1.0, 2.0]}, {}, ["loss near w*"]),
         ({"loss near w*": "text"}, {}, ["loss near w*"]),
+        ({"loss near w*": [1.0, np.inf]}, {"loss near w*": [1.0, np.inf]}, []),
         ({"slopes near w*": [1e-6, 1.0, 1.0]}, {}, []),
         ({"slopes near w*": [-1.0, 1.0, 1.0]}, {}, ["slopes near w*"]),
         ({"loss at w*": float("nan")}, {}, ["loss at w*"]),

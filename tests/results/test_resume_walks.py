@@ -10,6 +10,7 @@ from fastvi.api.resample import correct_within, with_method
 from fastvi.results import resume
 from fastvi.results.resume import CORRECTION, ProgressFolder, StageFile, WalkKeeper
 from fastvi.sampling.run import KEPT_OF_RUNS, Averaging, BurningIn
+from fastvi.target import stream as streaming
 
 COUNT, DIM, HEAVY = 4096, 8, [11, 500]
 # Steps that are far too long at first, which the run finds out.
@@ -28,9 +29,9 @@ class Interrupted(BaseException):
     """Passes through everything, as a kill does."""
 
 
-def estimate(folder=None, data=X, **options):
+def estimate(folder=None, data=X, loss=None, **options):
     given = {"nbeta": 200.0, "localization": 10.0, "progress": False}
-    return fastvi.estimate_llc(loss_fn, jnp.zeros(DIM), data, resume_from=folder, **given | options)
+    return fastvi.estimate_llc(loss or loss_fn, jnp.zeros(DIM), data, resume_from=folder, **given | options)
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +124,32 @@ def test_a_walk_interrupted_at_every_round(gradients, interrupted, tmp_path):
     result, seen = interrupted(lambda: estimate(tmp_path, **options))
     assert len(seen) > 6
     assert_same_bits(result, whole)
+
+
+class Batches:
+    """Data that are read again and again."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def weighted(w, batch):
+    """Weighted examples, in a box that walkers leave by steps of the usual length."""
+    losses = 0.5 * (batch @ w) ** 2
+    return jnp.where(jnp.abs(w[0]) < 0.02, losses, jnp.inf), 1 + jnp.abs(batch[:, 0])
+
+
+def test_a_walk_on_a_stream_reads_on_where_it_was(interrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "WINDOW_BYTES", 1)
+    batches = np.split(np.tile(X[HEAVY[1] + 1 :][:2048], (8, 1)), 8)
+    options = {"loss": weighted, "data": Batches(batches), "error": 0.05, "budget": 3e4}
+    options["sampler"] = {"gradients": "fresh"}
+    whole = estimate(**options)
+    result, seen = interrupted(lambda: estimate(tmp_path, **options))
+    print(seen, whole.summary())
+    assert_same_bits(result, whole)
+    with pytest.raises(fastvi.DataError, match="read again; got an iterator"):
+        estimate(tmp_path, **options | {"data": iter(batches)})

@@ -26,7 +26,6 @@ from fastvi.fitting.run import AbstractKeeper, Course, Snapshot
 from fastvi.fitting.step_plan import Phases
 from fastvi.results import files
 from fastvi.results.packing import pack, unpack
-from fastvi.results.schema import fits
 from fastvi.sampling.keeping import AbstractWalkKeeper
 from fastvi.target.data import Problem
 from fastvi.target.identity import differing, digest_tree, list_changes, observe_loss
@@ -43,13 +42,7 @@ SAVING_SHARE = 0.05
 WAY_OUT = "Delete it, and the estimate begins anew."
 # Fields that no bit of a fit depends on: sampling begins where it ends.
 AFTER_THE_FIT = ("method", "error", "budget", "sampler")
-COUNTS = {"calibration_rounds": int, "done": int, "flat_looks": int, "converged": bool | None}
-META = {
-    "num_leaves": int,
-    "lengths": list[int],
-    "phases": list[float],
-    **COUNTS,
-}
+COUNTS = ("calibration_rounds", "done", "flat_looks", "converged")
 
 
 class Stopped(BaseException):
@@ -201,28 +194,39 @@ class StageFile:
         if is_asked:
             raise Stopped(f"the {CALLED[self.stage]} was asked to stop")
 
-    def damaged(self, wrong: str) -> DataError:
+    def _damaged(self, wrong: str) -> DataError:
         """Return the error of a file that is not as it was written."""
         return files.damaged(self.path, wrong, WAY_OUT)
 
     def _write(self, content: Stored) -> None:
         meta = {"format": FORMAT, "version": VERSION, "identity": self.identity, **content.meta}
-        arrays: dict[str, Any] = {**content.arrays, "meta": np.array(json.dumps(meta))}
+        text = json.dumps(meta)
+        arrays = {
+            **content.arrays,
+            "meta": np.array(text),
+            "digest": np.array(_digest(text, content.arrays)),
+        }
         with files.staged(self.folder.path) as staging:
-            np.savez(staging / self.path.name, **arrays)
+            np.savez(staging / self.path.name, allow_pickle=False, **arrays)
             files.publish(staging, self.folder.path, (self.path.name,))
 
     def _read(self) -> Stored:
+        """Read what was written for the same identity.
+
+        By the identity this very version wrote it, and by the digest nobody has changed it since,
+        so that there is no more to check.
+        """
         arrays = files.read_arrays(self.path, WAY_OUT)
+        text, digest = (str(arrays.pop(name, None)) for name in ("meta", "digest"))
         try:
-            meta = json.loads(str(arrays.pop("meta", None)))
+            meta = json.loads(text)
         except (ValueError, RecursionError):
             meta = None
         if not isinstance(meta, dict):
-            raise self.damaged(f"is not the progress of a {CALLED[self.stage]}")
+            raise self._damaged(f"is not the progress of a {CALLED[self.stage]}")
         files.check_format(self.path, meta, FORMAT, VERSION, WAY_OUT)
-        if not isinstance(meta.get("identity"), dict):
-            raise self.damaged("has an impossible 'identity'")
+        if digest != _digest(text, arrays):
+            raise self._damaged("is not as it was written")
         self._compare(meta["identity"])
         return Stored(meta, arrays)
 
@@ -262,19 +266,11 @@ class WalkKeeper(AbstractWalkKeeper):
         self.file, self.classes = file, classes
 
     def restore(self) -> Any:
-        """Return the progress that was kept last; None where there is none.
-
-        Raises:
-            DataError: If the file is damaged.
-        """
+        """Return the progress that was kept last; None where there is none."""
         stored = self.file.take()
         if stored is None:
             return None
-        packed = stored.meta.get("progress")
-        # Written by this very version, by the identity, and not changed since: no more to check.
-        if stored.meta.get("digest") != _digest(packed, stored.arrays):
-            raise self.file.damaged("is not as it was written")
-        return unpack(packed, stored.arrays, self.classes)
+        return unpack(stored.meta["progress"], stored.arrays, self.classes)
 
     def save(self, progress: Any, *, is_last: bool = False) -> None:
         """Keep the progress, as often as `SAVING_SHARE` allows."""
@@ -283,12 +279,12 @@ class WalkKeeper(AbstractWalkKeeper):
 
 def _packed(progress: Any) -> Stored:
     packed, arrays = pack(progress)
-    return Stored({"progress": packed, "digest": _digest(packed, arrays)}, arrays)
+    return Stored({"progress": packed}, arrays)
 
 
-def _digest(packed: Any, arrays: Mapping[str, np.ndarray]) -> str:
-    """Condense what was packed."""
-    return files.digest_bytes(f"{json.dumps(packed)} {files.digest_arrays(arrays)}".encode())
+def _digest(text: str, arrays: Mapping[str, np.ndarray]) -> str:
+    """Condense what a file says of itself, and its arrays."""
+    return files.digest_bytes(f"{files.digest_arrays(arrays)} {text}".encode())
 
 
 class FitKeeper(AbstractKeeper):
@@ -298,33 +294,26 @@ class FitKeeper(AbstractKeeper):
         self.file = file
 
     def restore(self, course: Course) -> Course:
-        """Return the course that was kept, or the given one, which begins.
-
-        Raises:
-            DataError: If the file is damaged.
-        """
+        """Return the course that was kept, or the given one, which begins."""
         stored = self.file.take()
         if stored is None:
             return course
-        kept, arrays = self._checked(stored.meta), stored.arrays
-        template, structure = jax.tree_util.tree_flatten(_arrays(course))
-        leaves = [arrays.get(f"leaf_{i}") for i in range(kept["num_leaves"])]
+        kept, arrays = stored
+        structure = jax.tree_util.tree_structure(_arrays(course))
+        leaves = [jnp.asarray(arrays[f"leaf_{i}"]) for i in range(structure.num_leaves)]
+        family, state, start = structure.unflatten(leaves)
         traces = {
             name.removeprefix("trace_"): array
             for name, array in arrays.items()
             if name.startswith("trace_")
         }
-        snapshots = self._read_snapshots(arrays)
-        self._check_leaves(leaves, template)
-        self._check_course(kept, traces)
-        family, state, start = structure.unflatten([jnp.asarray(leaf) for leaf in leaves])
         ends = itertools.accumulate(kept["lengths"], initial=0)
         warmup, decay_start, end = kept["phases"]
         return course._replace(
             family=family,
             state=state,
             start=start,
-            snapshots=snapshots,
+            snapshots=_read_snapshots(arrays),
             parts=tuple(
                 {name: trace[:, begin:end] for name, trace in traces.items()}
                 for begin, end in itertools.pairwise(ends)
@@ -337,55 +326,20 @@ class FitKeeper(AbstractKeeper):
         """Keep the course, as often as `SAVING_SHARE` allows, and at its end."""
         self.file.save(lambda: _stored(course), course.done >= course.phases.end)
 
-    def _checked(self, meta: dict[str, Any]) -> dict[str, Any]:
-        # No hint of META fits a tuple, which JSON has not, so that a missing name is a wrong one.
-        wrong = [name for name, hint in META.items() if not fits(meta.get(name, ()), hint)]
-        if wrong:
-            raise self.file.damaged(f"has an impossible {wrong[0]!r}")
-        return meta
 
-    def _read_snapshots(self, arrays: Mapping[str, np.ndarray]) -> tuple[Snapshot, ...]:
-        """Return the kept shapes of q, in the order of their steps."""
-        found: dict[int, dict[str, np.ndarray]] = {}
-        for entry, array in arrays.items():
-            if not entry.startswith("snapshot_"):
-                continue
+def _read_snapshots(arrays: Mapping[str, np.ndarray]) -> tuple[Snapshot, ...]:
+    """Return the kept shapes of q, in the order of their steps."""
+    found: dict[int, dict[str, np.ndarray]] = {}
+    for entry, array in arrays.items():
+        if entry.startswith("snapshot_"):
             step, _, name = entry.removeprefix("snapshot_").partition("_")
-            if not (step.isdecimal() and name):
-                raise self.file.damaged(f"has an impossible {entry!r}")
             found.setdefault(int(step), {})[name] = array
-        return tuple(Snapshot(step, found[step]) for step in sorted(found))
-
-    def _check_leaves(self, leaves: list[Any], template: list[Any]) -> None:
-        # The program of the fit is compiled for these shapes and dtypes.
-        kinds = [None if leaf is None else (leaf.shape, leaf.dtype) for leaf in leaves]
-        if kinds != [(leaf.shape, leaf.dtype) for leaf in template]:
-            raise self.file.damaged("lacks arrays of the fit, or has them in other shapes")
-
-    def _check_course(self, kept: dict[str, Any], traces: dict[str, np.ndarray]) -> None:
-        """Check that steps, phases and traces are of one course."""
-        done, phases, lengths = kept["done"], kept["phases"], kept["lengths"]
-        possible = (
-            len(phases) == 3
-            and bool(np.all(np.isfinite(phases)))
-            and 0 < done <= phases[2]
-            and min(lengths, default=0) > 0
-            and sum(lengths) == done
-            and kept["flat_looks"] >= 0
-            and "elbo" in traces
-            and all(
-                trace.ndim == 2 and trace.shape[1] == done and trace.dtype.kind == "f"
-                for trace in traces.values()
-            )
-        )
-        if not possible:
-            raise self.file.damaged("has steps, phases and traces that are not of one fit")
+    return tuple(Snapshot(step, found[step]) for step in sorted(found))
 
 
 def _stored(course: Course) -> Stored:
     leaves = jax.device_get(jax.tree_util.tree_leaves(_arrays(course)))
     meta = {
-        "num_leaves": len(leaves),
         "lengths": [part["elbo"].shape[1] for part in course.parts],
         "phases": course.phases,
         **{name: getattr(course, name) for name in COUNTS},

@@ -1,5 +1,7 @@
 """Walks that are interrupted go on to the bits of walks that were not."""
 
+import errno
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,14 +9,16 @@ import pytest
 import fastvi
 from fastvi._modes import in_own_modes
 from fastvi.api.resample import correct_within, with_method
-from fastvi.results import resume
+from fastvi.results import files, resume
 from fastvi.results.resume import CORRECTION, ProgressFolder, StageFile, WalkKeeper
+from fastvi.sampling.from_localizer import walk
 from fastvi.sampling.run import KEPT_OF_RUNS, Averaging, BurningIn
 from fastvi.target import stream as streaming
 
 COUNT, DIM, HEAVY = 4096, 8, [11, 500]
 # Steps that are far too long at first, which the run finds out.
 LONG_STEPS = {"energy_error": 5.0, "precise_energy_error": 5.0, "max_refinements": 1}
+FULL = {"method": "sample", "error": 0.04, "sampler": {"gradients": "full"}}
 FIT = {"M": 1, "r": 4, "steps": 200, "early_stop": False, "eval_samples": 32, "num_chains": 1}
 
 X = np.random.default_rng(0).normal(size=(COUNT, DIM)).astype(np.float32)
@@ -31,7 +35,9 @@ class Interrupted(BaseException):
 
 def estimate(folder=None, data=X, loss=None, **options):
     given = {"nbeta": 200.0, "localization": 10.0, "progress": False}
-    return fastvi.estimate_llc(loss or loss_fn, jnp.zeros(DIM), data, resume_from=folder, **given | options)
+    return fastvi.estimate_llc(
+        loss or loss_fn, jnp.zeros(DIM), data, resume_from=folder, **given | options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,16 +116,19 @@ def test_a_correction_interrupted_at_every_round(
 
 
 def test_an_estimate_interrupted_in_the_fit_and_in_its_correction(fitted, interrupted, tmp_path):
-    options = {**FIT, "method": "sample", "error": 0.04, "sampler": {"gradients": "full"}}
+    options = {**FIT, **FULL}
     result, seen = interrupted(lambda: estimate(tmp_path, **options))
     assert seen[:2] == ["fit", "fit"]
     assert set(seen) == {"fit", "correction"}
     assert_same_bits(result, estimate(**options))
 
 
+WALK = {"sampler": {"gradients": "fresh"}, "error": 0.05, "budget": 3e4}
+
+
 @pytest.mark.parametrize("gradients", ["fresh", "anchored"])
 def test_a_walk_interrupted_at_every_round(gradients, interrupted, tmp_path):
-    options = {"sampler": {"gradients": gradients}, "error": 0.05, "budget": 3e4}
+    options = WALK | {"sampler": {"gradients": gradients}}
     whole = estimate(**options)
     result, seen = interrupted(lambda: estimate(tmp_path, **options))
     assert len(seen) > 6
@@ -145,11 +154,76 @@ def weighted(w, batch):
 def test_a_walk_on_a_stream_reads_on_where_it_was(interrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "WINDOW_BYTES", 1)
     batches = np.split(np.tile(X[HEAVY[1] + 1 :][:2048], (8, 1)), 8)
-    options = {"loss": weighted, "data": Batches(batches), "error": 0.05, "budget": 3e4}
-    options["sampler"] = {"gradients": "fresh"}
+    options = WALK | {"loss": weighted, "data": Batches(batches)}
     whole = estimate(**options)
     result, seen = interrupted(lambda: estimate(tmp_path, **options))
-    print(seen, whole.summary())
+    assert result.correction.returned > 0  # and walkers began anew with shorter steps
+    assert len(seen) > 6
     assert_same_bits(result, whole)
     with pytest.raises(fastvi.DataError, match="read again; got an iterator"):
         estimate(tmp_path, **options | {"data": iter(batches)})
+
+
+def test_a_walk_that_gave_way_to_a_fit_is_not_tried_again(
+    interrupted, fitted, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fastvi.api.estimate.chooses_walk", lambda *target: (True, False))
+    monkeypatch.setattr(walk, "MOST_STIFFNESS", -1.0)
+    begin, begun = walk.begin, []
+    monkeypatch.setattr(walk, "begin", lambda setup: begun.append(setup) or begin(setup))
+    options = {**FIT, **FULL, "num_chains": None}
+    whole = estimate(**options)
+    result, seen = interrupted(lambda: estimate(tmp_path, **options))
+    assert seen[:3] == ["walk", "fit", "fit"]
+    assert seen.count("walk") == 1
+    assert len(begun) == 2
+    assert_same_bits(result, whole)
+
+
+def test_a_full_disk_is_a_warning_and_the_walk_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SAVING_SHARE", 1e9)
+    calls = []
+
+    def full(*arguments):
+        calls.append(arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "publish", full)
+        with pytest.warns(
+            RuntimeWarning, match=r"of the walk could not be kept in .*No space.*the walk goes on"
+        ) as told:
+            result = estimate(tmp_path, **WALK)
+    assert (len(told), len(calls)) == (1, 8)
+    assert not list(tmp_path.iterdir())
+    assert_same_bits(result, estimate(**WALK))
+
+
+def test_a_stop_that_was_asked_for_is_kept_whatever_it_costs(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SAVING_SHARE", 1e-9)  # the first checkpoint would be the only one
+    folder = ProgressFolder(tmp_path)
+    assert not folder.ask_to_stop()  # nothing is there to keep
+    with pytest.raises(resume.Stopped):
+        estimate(folder, progress=lambda told: told.step > 1e4 and folder.ask_to_stop(), **WALK)
+    steps, lines = [], []
+    again = ProgressFolder(tmp_path, tell=lines.append)
+    result = estimate(again, progress=lambda told: steps.append(told.step), **WALK)
+    assert min(steps) > 1e4
+    assert lines == [f"goes on from the progress in {tmp_path}"]
+    assert_same_bits(result, estimate(**WALK))
+
+
+def test_another_walk_is_refused_and_a_damaged_one(tmp_path):
+    estimate(tmp_path, **WALK)
+    with pytest.raises(fastvi.ConfigError, match=r"progress of another walk: error was 0\.05, now"):
+        estimate(tmp_path, **WALK | {"error": 0.1})
+    path = tmp_path / "progress-walk.npz"
+    with np.load(path) as stored:
+        found = dict(stored)
+    found["array_0"] = found["array_0"] + 1
+    np.savez(path, **found)
+    with pytest.raises(fastvi.DataError, match="is not as it was written. Delete it"):
+        estimate(tmp_path, **WALK)
+    lines = []
+    estimate(ProgressFolder(tmp_path, begins_anew=True, tell=lines.append), **WALK)
+    assert lines == [f"begins anew: {path} is not as it was written"]

@@ -26,6 +26,7 @@ from fastvi.results.part_estimates import PartEstimates
 from fastvi.results.report.arviz import to_arviz
 from fastvi.results.report.devinterp import to_devinterp
 from fastvi.results.report.page import write_report
+from fastvi.results.resume import ProgressFolder, Stopped
 from fastvi.results.stored_draws import load_draws
 from fastvi.target.heads import attention_heads
 from fastvi.target.objective import FlatObjective, make_flat_objective
@@ -54,8 +55,10 @@ __all__ = [
     "PartEstimates",
     "PartsPreview",
     "PosteriorDraws",
+    "ProgressFolder",
     "SGLDForecast",
     "SamplerRunResult",
+    "Stopped",
     "UnavailableError",
     "VIConfig",
     "VirialLLC",

@@ -1,6 +1,12 @@
 """Walks that are interrupted go on to the bits of walks that were not."""
 
 import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -227,3 +233,70 @@ def test_another_walk_is_refused_and_a_damaged_one(tmp_path):
     lines = []
     estimate(ProgressFolder(tmp_path, begins_anew=True, tell=lines.append), **WALK)
     assert lines == [f"begins anew: {path} is not as it was written"]
+
+
+PROGRAM = """
+import sys
+from tests.results import test_resume_walks as tests
+from fastvi.results import resume
+
+resume.SAVING_SHARE = 1e9
+write = resume.StageFile._write
+
+def telling(self, content):
+    print("writing", self.stage, flush=True)
+    write(self, content)
+    print("written", self.stage, flush=True)
+
+resume.StageFile._write = telling
+tests.estimate(sys.argv[1] or None, **tests.KILLED[sys.argv[2]]).save(sys.argv[3])
+"""
+BLOCKS = {"start": "fit", "noise_share": 1.0, "min_bins": 16, **LONG_STEPS}
+KILLED = {
+    "blocks": FIT | {"steps": 1000, "method": "sample", "error": 0.04, "sampler": BLOCKS},
+    "fresh": WALK,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kills"), [("blocks", 20), ("fresh", 8)])
+def test_killed_at_random_moments(name, kills, tmp_path):
+    """SIGKILL behind one of the next few beginnings and ends of a checkpoint, or a little later.
+
+    A process that is killed leaves the folder to the next one.
+    """
+    random, stages = np.random.default_rng(0), []
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+
+    def start(folder, result):
+        command = [sys.executable, "-c", PROGRAM, str(folder), name, str(tmp_path / result)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def kill_one():
+        process, left = start(tmp_path / "progress", "result"), random.integers(1, 4)
+        for line in process.stdout:
+            left -= 1
+            if left == 0:
+                if random.integers(2):  # at once half of the time
+                    time.sleep(random.uniform(0, 0.02))
+                process.kill()
+                stages.append(line.split())
+                break
+        process.stdout.close()
+        assert process.wait() == -signal.SIGKILL
+
+    for _ in range(kills):
+        kill_one()
+    assert start("", "whole").wait() == 0
+    assert start(tmp_path / "progress", "result").wait() == 0
+    result, whole = (fastvi.LLCEstimate.load(tmp_path / one) for one in ("result", "whole"))
+    assert_same_bits(result, whole)
+    assert {stage for _, stage in stages} == {"blocks": {"fit", "correction"}, "fresh": {"walk"}}[
+        name
+    ]
+    assert {word for word, _ in stages} == {"writing", "written"}

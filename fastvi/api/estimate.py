@@ -151,9 +151,9 @@ def estimate_llc(
         throw: Whether to raise when the fit or the evaluation is not finite; otherwise a finding
             says so.
         param_mask: Which parameters vary, see `fastvi.restrict`; all when left out.
-        resume_from: Folder in which the estimate keeps its progress and, if there is some, goes on
-            from it, to the bits of one that was not interrupted. The data must be such as can be
-            read again.
+        resume_from: Folder, or a `ProgressFolder`, in which the estimate keeps its progress and, if
+            there is some, goes on from it, to the bits of one that was not interrupted. The data
+            must be such as can be read again.
         **overrides: Fields of `VIConfig`.
 
     Returns:

@@ -61,6 +61,11 @@ class ProgressFolder(os.PathLike[str]):
             is refused otherwise.
         tell: Receives a line where an estimate goes on, and where it begins anew and why.
 
+    Attributes:
+        path: Where it is.
+        is_moving: Whether a stage is between two checkpoints.
+        is_asked: Whether it is to stop at the next.
+
     Raises:
         ConfigError: If the folder cannot be made.
     """
@@ -86,8 +91,8 @@ class ProgressFolder(os.PathLike[str]):
                 f"{files.first_line(error)}"
             ) from error
         self.begins_anew = begins_anew
+        self.is_moving, self.is_asked, self._has_warned = False, False, False
         self._tell, self._told = tell, set()
-        self._is_asked, self._is_moving, self._has_warned = False, False, False
 
     def __fspath__(self) -> str:
         """Return where it is."""
@@ -110,14 +115,27 @@ class ProgressFolder(os.PathLike[str]):
         Returns:
             Whether it will: not where it is asked between stages, which keep nothing.
         """
-        self._is_asked = self._is_moving
-        return self._is_asked
+        self.is_asked = self.is_moving
+        return self.is_asked
 
     def tell(self, line: str) -> None:
         """Tell a line once."""
         if self._tell is not None and line not in self._told:
             self._told.add(line)
             self._tell(line)
+
+    def warn(self, called: str, error: OSError) -> None:
+        """Warn of the first checkpoint of a stage that could not be written."""
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"the progress of the {called} could not be kept in {self.path} "
+                f"({files.first_line(error)}): the {called} goes on, but one that is interrupted "
+                "now begins at the checkpoint before. Free space, or name another folder next "
+                "time.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 class Stored(NamedTuple):
@@ -180,14 +198,14 @@ class StageFile:
             Stopped: If it was asked for.
         """
         folder, began = self.folder, time.monotonic()
-        folder._is_moving = not is_last
+        folder.is_moving = not is_last
         # Read once: a signal may come at any moment.
-        is_asked = folder._is_asked
+        is_asked = folder.is_asked
         if began >= self._due or is_last or is_asked:
             try:
                 self._write(content())
             except OSError as error:
-                self._warn(error)
+                folder.warn(CALLED[self.stage], error)
             # A failed write counts too: on a full disk the run is not to try at every report.
             ended = time.monotonic()
             self._due = ended + (ended - began) / SAVING_SHARE
@@ -238,19 +256,6 @@ class StageFile:
             raise ConfigError(
                 f"{self.folder.path} holds the progress of another {CALLED[self.stage]}: {listed}. "
                 "Pass what it was begun with, or an empty folder."
-            )
-
-    def _warn(self, error: OSError) -> None:
-        if not self.folder._has_warned:
-            self.folder._has_warned = True
-            called = CALLED[self.stage]
-            warnings.warn(
-                f"the progress of the {called} could not be kept in {self.folder.path} "
-                f"({files.first_line(error)}): the {called} goes on, but one that is interrupted "
-                "now begins at the checkpoint before. Free space, or name another folder next "
-                "time.",
-                RuntimeWarning,
-                stacklevel=2,
             )
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,23 @@ def test_a_full_disk_is_a_warning_and_the_walk_goes_on(tmp_path, monkeypatch):
             result = estimate(tmp_path, **WALK)
     assert (len(told), len(calls)) == (1, 8)
     assert not list(tmp_path.iterdir())
+    assert_same_bits(result, estimate(**WALK))
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full(tmp_path):
+    """Where this process may mount one: of two pages, which is less than a checkpoint."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        with pytest.warns(RuntimeWarning, match="No space left on device"):
+            result = estimate(disk, **WALK)
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
     assert_same_bits(result, estimate(**WALK))
 
 

@@ -190,6 +190,8 @@ def walk_from_localizer(
     kept = keeper.restore()
     if kept is not None:
         setup.reader.go_on(kept.reading)
+        if isinstance(kept.stage, TooStiff):
+            return kept.stage
     stage = begin(setup) if kept is None else kept.stage
     if isinstance(stage, BurningIn):
         course = plan_batch(setup, burn_in(setup, stage, keeper))

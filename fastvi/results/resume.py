@@ -277,9 +277,9 @@ class WalkKeeper(AbstractWalkKeeper):
             return None
         return unpack(stored.meta["progress"], stored.arrays, self.classes)
 
-    def save(self, progress: Any, *, is_last: bool = False) -> None:
+    def save(self, progress: Callable[..., Any], *told: Any, is_last: bool = False) -> None:
         """Keep the progress, as often as `SAVING_SHARE` allows."""
-        self.file.save(lambda: _packed(progress), is_last)
+        self.file.save(lambda: _packed(progress(*told)), is_last)
 
 
 def _packed(progress: Any) -> Stored:

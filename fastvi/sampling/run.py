@@ -694,7 +694,7 @@ def burn_in(setup: RunSetup, stage: BurningIn, keeper: AbstractWalkKeeper) -> Ru
         state, record = advance(setup, stage.state, stage.reserve)
         mean = float(record.llc.mean())
         stage = stage._replace(state=state, means=(*stage.means, mean))
-        keeper.save(stripped(setup, stage))
+        keeper.save(stripped, setup, stage)
         setup.report(state.work, mean)
     state, means = stage.state, stage.means
     return state._replace(llc=means[-1] if means else state.llc)
@@ -744,7 +744,7 @@ def average(
         ):
             state, record = advance(setup, state)
             stage = stage._replace(state=state, records=(*stage.records, record))
-            keeper.save(stripped(setup, stage))
+            keeper.save(stripped, setup, stage)
             continue
         check = check_records(setup, stage.records, state.heat, state.fidelity.energy_error)
         if not math.isfinite(check.analysis.llc):
@@ -763,7 +763,7 @@ def average(
             break
         stage = stage._replace(state=state, checked=made)
     # as it was before this look, which a run that goes on from here takes again
-    keeper.save(stripped(setup, stage), is_last=True)
+    keeper.save(stripped, setup, stage, is_last=True)
     return check, state
 
 

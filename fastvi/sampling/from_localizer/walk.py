@@ -209,7 +209,7 @@ def _keep(
     *,
     is_last: bool = False,
 ) -> None:
-    keeper.save(KeptWalk(stage, setup.reader.reading), is_last=is_last)
+    keeper.save(KeptWalk, stage, setup.reader.reading, is_last=is_last)
 
 
 def begin(setup: WalkSetup) -> BurningIn | TooStiff:

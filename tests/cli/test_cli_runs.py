@@ -15,9 +15,10 @@ import yaml
 from fastvi import ConfigError, DataError, LLCEstimate, NonFiniteError
 from fastvi.cli import sweep as sweep_module
 from fastvi.cli.table import format_table
+from fastvi.cli.target import load
 from fastvi.demos.quadratic import exact_values
 from fastvi.results import files, resume
-from fastvi.results.runs import read_record
+from fastvi.results.runs import read_record, read_settings
 from tests.support.command_line import run
 
 MODEL = """
@@ -323,22 +324,31 @@ def test_a_run_that_is_stopped_goes_on(signals, tmp_path):
     assert text.count("goes on from the progress") == 1
     assert "begins anew" not in text
     assert not (tmp_path / "run" / files.PROGRESS).exists()
-    run([*args, "--out", str(tmp_path / "whole")])
-    result, whole = (LLCEstimate.load(tmp_path / name) for name in ("run", "whole"))
+    result, origin = LLCEstimate.load(tmp_path / "run"), read_record(tmp_path / "run").origin
+    whole = sweep_module.estimate_origin(
+        load("cli_model:target"),
+        origin,
+        read_settings(tmp_path / "run"),
+        tmp_path,
+        progress=False,
+        tell=print,
+    )
     np.testing.assert_array_equal(result.traces["elbo"], whole.traces["elbo"])
     assert (result.llc, result.work) == (whole.llc, whole.work)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     # other settings, in the folder of the finished run and on progress of these
     stopped(signal.SIGTERM)
-    status, text, _ = run([*args, "--seed", "1", "--out", str(tmp_path / "run")])
-    assert status == 0
-    assert re.search(
-        "progress       begins anew: .*holds the progress of another fit: key was", text
-    )
-    assert read_record(tmp_path / "run").origin.seed == 1
+    args += ["--seed", "1"]
+    status, text, _ = stopped(signal.SIGTERM)
+    assert status == 143
+    assert re.search("progress       begins anew: .* progress of another fit: key was", text)
+    assert "goes on from" in stopped(signal.SIGTERM)[1]
+    assert (
+        read_record(tmp_path / "run").origin.seed == 0
+    )  # that of the finished run, which is whole
 
 
-def test_a_cell_that_is_stopped_goes_on(signals, tmp_path):
+def test_a_cell_that_is_stopped_goes_on(signals, tmp_path, monkeypatch):
     base = {"r": 0, "M": 1, "steps": 400, "method": "variational", "early_stop": False}
     entries = {
         "target": "cli_model:target",
@@ -349,6 +359,8 @@ def test_a_cell_that_is_stopped_goes_on(signals, tmp_path):
     }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(entries))
     args = ["sweep", "--config", str(tmp_path / "sweep.yaml")]
+    figure = SimpleNamespace(savefig=lambda path, dpi: path.write_bytes(b"figure"))
+    monkeypatch.setattr(sweep_module, "draw_sweep", lambda results: figure)
     signals.append(signal.SIGTERM)
     assert run(args)[0] == 143
     found, text, _ = run(args)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import monitoring
 
+from fastvi._devices import layout_in_use
 from fastvi._modes import in_own_modes, their_products
 
 BACKEND_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -211,6 +212,8 @@ class ProgramStore:
     ) -> Programs:
         """Return what `build` made of functions that compute the same, or build it.
 
+        Programs that are divided over other devices are other programs.
+
         Args:
             loss: What the functions compute.
             key: What else the programs depend on.
@@ -218,6 +221,7 @@ class ProgramStore:
                 it. Programs borrow them, and call the latest ones where they are traced again.
             build: Makes the programs of the functions, borrowed.
         """
+        key = (key, layout_in_use())
         with self._lock:
             kept = self._kept.pop((loss, key), None)
             if kept is None:

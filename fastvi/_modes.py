@@ -10,6 +10,9 @@ too, and is left alone.
 By jax's default, products of matrices in single precision are products of 11 bits on recent NVIDIA
 GPUs, and of 8 on TPUs. The package's own keep all 24; a person's model multiplies as they say,
 forwards and backwards.
+
+A mesh that a person has set (`jax.set_mesh`) says which devices walkers and chains are divided
+over. The package divides by itself what is to be divided, and its other arrays know of no mesh.
 """
 
 import contextlib
@@ -19,10 +22,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_THEIRS = threading.local()  # the modes outside, while this package's own are on
+_THEIRS = threading.local()  # modes and mesh outside, while this package's own are on
+NO_MESH = Mesh(np.empty((), object), ())
 # jax's context managers, each of the setting jax_<name>, and what the package runs in
 OWN = {
     "numpy_rank_promotion": "allow",
@@ -48,20 +54,52 @@ def in_own_modes(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextlib.contextmanager
 def _own_modes() -> Iterator[None]:
-    before = getattr(_THEIRS, "modes", None)
+    before, mesh = getattr(_THEIRS, "modes", None), getattr(_THEIRS, "mesh", None)
     # a precision that nobody has set by its name: jax takes products of a derivative, which are
     # traced later, for ones without a precision, as the package's own
     _THEIRS.modes = before or tuple(jax_setting(f"jax_{name}") or "default" for name in OWN)
+    _THEIRS.mesh, no_mesh = _take_mesh()
     guard = (
         contextlib.nullcontext()
         if jax_setting("jax_transfer_guard") in EXPLICIT
         else jax.transfer_guard("allow")
     )
     try:
-        with _modes(OWN.values()), guard:
+        with _modes(OWN.values()), guard, no_mesh:
             yield
     finally:
-        _THEIRS.modes = before
+        _THEIRS.modes, _THEIRS.mesh = before, mesh
+
+
+def their_mesh() -> Mesh | None:
+    """Return the mesh that a person has set, None where they have set none."""
+    mesh = getattr(_THEIRS, "mesh", None)
+    if mesh is None:
+        get_mesh = getattr(jax.sharding, "get_mesh", None) or _mesh_of_old_jax()
+        # jax tells of no mesh inside of a trace, where nothing is divided
+        with contextlib.suppress(ValueError):
+            mesh = None if get_mesh is None else get_mesh()
+    return None if mesh is None or mesh.empty else mesh
+
+
+def _take_mesh() -> tuple[Mesh | None, Any]:
+    """Return the mesh that a person has set, and what hides it from jax for a block.
+
+    jax's own functions go by it, and refuse arrays that are not on all of its devices.
+    """
+    mesh = their_mesh()
+    with contextlib.suppress(ValueError):  # inside of a trace
+        return mesh, contextlib.nullcontext() if mesh is None else jax.set_mesh(NO_MESH)
+    return None, contextlib.nullcontext()
+
+
+def _mesh_of_old_jax() -> Callable[[], Mesh] | None:
+    """Return what jax has before `jax.sharding.get_mesh`, which came with 0.8."""
+    with contextlib.suppress(ImportError):
+        from jax._src import mesh
+
+        return getattr(mesh, "get_concrete_mesh", None)
+    return None
 
 
 def jax_setting(name: str) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from fastvi._compilation import CompileWatch
 from fastvi._errors import ConfigError, DataError, NonFiniteError
 from fastvi._modes import in_own_modes
+from fastvi._processes import agree, is_several
 from fastvi._typing import Batch, Given, Key, PyTree
 from fastvi.api.arguments import (
     check_count,
@@ -234,6 +235,11 @@ def estimate_target(
 
 def _open_folder(given: Any, problem: Problem) -> ProgressFolder:
     """Return the folder of the progress of an estimate whose data can be read again."""
+    if is_several():
+        raise ConfigError(
+            "resume_from keeps the progress of one process; got several. Leave it out, or run one "
+            "process for each estimate."
+        )
     if problem.data.is_sample:
         raise DataError("resume_from needs data that can be read again; got an iterator.")
     return given if isinstance(given, ProgressFolder) else ProgressFolder(given)
@@ -347,7 +353,7 @@ def assemble(
     problem, look, loss = look_at_target(
         objective, problem, stream, "loss_fn", budget_fge=budget, max_batch=config.max_batch
     )
-    return Target(objective, problem, config, key, stream, look, loss, feed)
+    return Target(objective, problem, config, key, stream, agree(look), loss, feed)
 
 
 def _read(
@@ -437,6 +443,7 @@ def run_estimate(
         fit = run_fit(
             stages, problem, family_choice(plan), fit_schedule(plan), keys, options=options
         )
+        fit = _agreed(fit)
     timings = Timings(**fit.seconds, compile=watch.seconds, total=time.perf_counter() - began)
     where = SamplingTarget(objective, stages.loss, problem)
     minimum = look_at_minimum(where, fit, plan.evaluation_draws)
@@ -463,6 +470,13 @@ def run_estimate(
     return correct_within(
         result, recorded, spent, progress=progress, throw=throw, keeper=walk_keeper
     )
+
+
+def _agreed(fit: Fit) -> Fit:
+    """Return the first process's fit, where several have made it."""
+    found = fit.family, fit.params, fit.start, fit.outcome, fit.traces
+    names = ("family", "params", "start", "outcome", "traces")
+    return dataclasses.replace(fit, **dict(zip(names, agree(found), strict=True)))
 
 
 def _has(result: LLCEstimate, *names: str) -> bool:

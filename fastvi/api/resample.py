@@ -331,10 +331,13 @@ def _sample(
     programs = sampler_programs(
         fitted.objective, fitted.check_unchanged(), fitted.problem, settings
     )
+    programs.layout.check(chains * per_chain, "sampler.walkers")
+    shared = programs.layout.share((fitted.problem, fitted.fit.outcome.reference_loss))
+    problem, reference_loss = shared
     setup = RunSetup(
         programs,
-        fitted.problem,
-        fitted.fit.outcome.reference_loss,
+        problem,
+        reference_loss,
         settings,
         config.error,
         config.budget - spent,

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from fastvi._compilation import CompileWatch
+from fastvi._devices import layout_in_use
 from fastvi._errors import ConfigError
 from fastvi.api.plan import bound_fit, plan_estimate
 from fastvi.config import VIConfig
@@ -134,8 +135,10 @@ def estimate_by_walk(
     is_cheap = problem.data.max_batch >= CHEAP and budget > PART_OF_CHEAP * LEAST_EVALUATIONS
     part = PART_OF_CHEAP if is_cheap else PART
     keys = split_key(streams.derive(key, streams.Purpose.WALKERS), settings.walkers)
+    layout = layout_in_use()
+    layout.check(settings.walkers, "sampler.walkers")
     reader: AbstractReader = DrawnReader(
-        problem.data.examples, min(part, problem.data.num_examples)
+        layout.share(problem.data.examples), min(part, problem.data.num_examples)
     )
     if feed is not None:
         is_weighted = isinstance(problem.data.examples, WeightedBatch)

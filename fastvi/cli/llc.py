@@ -48,6 +48,8 @@ class Llc:
         params: Checkpoint with parameters in place of the target's, PATH or PATH:PART.
         trust: Run the code that a run folder names.
         quiet: Print the estimate alone, on one line.
+        mesh: Devices that divide walkers, and the examples of a batch: 8, or 4x2.
+        distributed: Run beside other processes: "auto" on a cluster, or HOST:PORT,I/N.
     """
 
     target: str = dataclasses.field(metadata={"metavar": "TARGET"})
@@ -63,6 +65,8 @@ class Llc:
     params: str | None = None
     trust: bool = False
     quiet: bool = False
+    mesh: str | None = dataclasses.field(default=None, metadata={"metavar": "W[xD]"})
+    distributed: str | None = dataclasses.field(default=None, metadata={"metavar": "WHERE"})
 
     def run(self, say: Say) -> int:
         """Claim a folder, load, estimate, write, tell."""

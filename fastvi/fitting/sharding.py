@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from fastvi._devices import layout_in_use
 from fastvi.target.data import AbstractData, Data, shared_mean
 from fastvi.target.losses import by_kind, take_examples
 
@@ -17,10 +17,16 @@ CHAINS, SHARED = PartitionSpec("devices"), PartitionSpec()
 
 
 def device_mesh(count: int) -> Mesh | None:
-    """Return the most devices that share `count` equal parts evenly; None where it is one."""
-    devices = jax.devices()
-    used = max(number for number in range(1, len(devices) + 1) if count % number == 0)
-    return Mesh(np.asarray(devices[:used]), ("devices",)) if used > 1 else None
+    """Return the most devices that share `count` equal parts evenly; None where it is one.
+
+    They are of the mesh that is set. Where it spans several processes, each fits for itself.
+    """
+    mesh = layout_in_use().mesh
+    if mesh is None or jax.process_count() > 1:
+        return None
+    devices = mesh.devices.ravel()
+    used = max(number for number in range(1, devices.size + 1) if count % number == 0)
+    return Mesh(devices[:used], ("devices",)) if used > 1 else None
 
 
 def over_devices(stage: Callable[[Any, Any], Any], shared: Any, stacked: Any) -> Any:
@@ -48,9 +54,9 @@ def data_parallel_mean(
     Cost:
         The examples divided by the devices; what does not divide is done by all of them.
     """
-    size, devices = data.num_examples, jax.device_count()
-    share = size // devices
-    mesh = device_mesh(devices * share) if share else None
+    size, whole_mesh = data.num_examples, layout_in_use().mesh
+    devices = 1 if whole_mesh is None else whole_mesh.size
+    mesh = device_mesh(devices * (size // devices)) if size >= devices else None
     if mesh is None:
         return shared_mean(statistic, data, shared, copies)
     whole = mesh.size * (size // mesh.size)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastvi._errors import DataError
+from fastvi._processes import is_first
 
 PARTIAL = ".fastvi-partial-"  # begins the names of folders for files that are not finished
 PROGRESS = ".fastvi-progress"  # folder of a run that is not finished, in its run folder
@@ -184,7 +185,11 @@ def publish(staging: Path, folder: Path, names: Sequence[str]) -> None:
     They are on the disk before the mark is withdrawn, and in their places before it comes back: a
     kill or a power cut at any moment leaves the old files, the new ones, or no mark. A link in a
     file's place is replaced, not followed.
+
+    Of several processes that run one program, the first alone moves anything.
     """
+    if not is_first():
+        return
     for name in names:
         # Windows syncs a file only where it is open for writing.
         with open(staging / name, "rb+") as file:

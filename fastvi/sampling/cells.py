@@ -54,9 +54,10 @@ def walk_cell(
     """
     target, before = ensemble.target, ensemble.target.problem
     problem = dataclasses.replace(before, posterior=posterior)
+    setup = ensemble.callable_setup
     setup = dataclasses.replace(
-        ensemble.callable_setup,
-        problem=problem,
+        setup,
+        problem=setup.programs.layout.share(problem),
         error=error,
         budget=budget,
         report=report,

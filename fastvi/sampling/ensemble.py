@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fastvi._devices import off_devices
 from fastvi._errors import DataError
 from fastvi._typing import Array, Float, Keys
+from fastvi.sampling.from_localizer.batches import DrawnReader
 from fastvi.sampling.from_localizer.plan import TINY
 from fastvi.sampling.from_localizer.setup import Course, WalkSetup
 from fastvi.sampling.from_localizer.steps import minibatch_programs
@@ -129,7 +131,11 @@ class BlockEnsemble(AbstractEnsemble):
         """
         target, settings = self.target, self.setup.settings
         programs = sampler_programs(target.objective, target.loss, target.problem, settings)
-        return dataclasses.replace(self.setup, programs=programs)
+        shared = programs.layout.share((target.problem, self.setup.reference_loss))
+        problem, reference_loss = shared
+        return dataclasses.replace(
+            self.setup, programs=programs, problem=problem, reference_loss=reference_loss
+        )
 
     def awake(self, error: float) -> "BlockEnsemble":
         """Evaluate the anchor and the walkers anew: a gradient on all data, and one of each."""
@@ -163,7 +169,7 @@ class BlockEnsemble(AbstractEnsemble):
     def displacement(self) -> Float[Array, "walkers dim"]:
         """Where they are, less w*."""
         walkers = self.walkers if self.state is None else self.state.walkers
-        return walkers.linear_map.displacement(walkers.position)
+        return off_devices(walkers.linear_map.displacement(walkers.position))
 
     @property
     def keys(self) -> Keys:
@@ -187,9 +193,6 @@ class MinibatchEnsemble(AbstractEnsemble):
     def awake(self, error: float) -> "MinibatchEnsemble":
         """Copy the state, which steps use up, and make batches as large as the heat asks for."""
         state = jax.tree_util.tree_map(jnp.array, self.course.state)
-        course = self.course._replace(state=state, work=0.0)
-        wanted = math.ceil(course.parts * course.heat / max(error * abs(self.llc), TINY))
-        parts = max(course.parts, min(wanted, self.setup.reader.most))
         # as in `BlockEnsemble.callable_setup`
         setup, target = self.setup, self.target
         programs = minibatch_programs(
@@ -199,7 +202,17 @@ class MinibatchEnsemble(AbstractEnsemble):
             setup.reader.first,
             setup.programs.length,
         )
-        setup = dataclasses.replace(setup, programs=programs)
+        layout, examples = programs.layout, target.problem.data.examples
+        reader = DrawnReader(layout.share(examples), setup.reader.part_size)
+        setup = dataclasses.replace(setup, programs=programs, reader=reader)
+        course = self.course._replace(
+            state=layout.deal(state, state.position.shape[0]),
+            scale=layout.share(self.course.scale),
+            anchor=layout.share(self.course.anchor),
+            work=0.0,
+        )
+        wanted = math.ceil(course.parts * course.heat / max(error * abs(self.llc), TINY))
+        parts = max(course.parts, min(wanted, reader.most))
         return dataclasses.replace(self, setup=setup, course=with_parts(course, parts))
 
     def moved(self, steps: int) -> "MinibatchEnsemble":
@@ -229,7 +242,7 @@ class MinibatchEnsemble(AbstractEnsemble):
     @property
     def displacement(self) -> Float[Array, "walkers dim"]:
         """Where they are, less w*."""
-        return self.course.state.position * self.course.scale
+        return off_devices(self.course.state.position * self.course.scale)
 
     @property
     def keys(self) -> Keys:

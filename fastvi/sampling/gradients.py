@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastvi._devices import Axes, gather
 from fastvi._typing import Array, Float, Int, Key, Scalar
 from fastvi.families.moments import LinearMap
 from fastvi.kernels.noise import words
@@ -148,6 +149,7 @@ def excess_and_grad(
     reference_loss: Scalar | float = 0.0,
     rows: Int[Array, " rows"] | None = None,
     copies: int = 1,
+    axis: str | None = None,
 ) -> tuple[Scalar, Float[Array, " dim"]]:
     """Evaluate the mean loss above `reference_loss`, and its gradient.
 
@@ -158,6 +160,7 @@ def excess_and_grad(
         reference_loss: What is taken off each slice's mean, which keeps float32 accurate.
         rows: The examples; all when left out.
         copies: How many walkers a vmap runs side by side.
+        axis: As in `AbstractData.mean`.
     """
     point = problem.posterior.center + displacement
 
@@ -165,13 +168,20 @@ def excess_and_grad(
         loss, gradient = value_and_grad(objective, point, batch)
         return loss - reference_loss, gradient
 
-    return problem.data.mean(of_slice, rows, copies)
+    return problem.data.mean(of_slice, rows, copies, axis)
 
 
 def make_anchor(
-    objective: FlatObjective, problem: Problem, displacement, reference_loss, blocks: Blocks
+    objective: FlatObjective,
+    problem: Problem,
+    displacement,
+    reference_loss,
+    blocks: Blocks,
+    axes: Axes = Axes(),
 ) -> Anchor:
     """Evaluate the loss at the anchor block by block, and so on all data.
+
+    Devices along `axes` divide the blocks, and each holds the whole anchor.
 
     Cost:
         One gradient on all data; `blocks * dim` numbers.
@@ -179,14 +189,28 @@ def make_anchor(
     rows, rest, kept = map(jnp.asarray, blocks)
     # one block after the other: side by side they would take the memory of all data at once
     losses, gradients = jax.lax.map(
-        lambda block: excess_and_grad(objective, problem, displacement, reference_loss, block), rows
+        lambda block: excess_and_grad(objective, problem, displacement, reference_loss, block),
+        _own_part(rows, axes),
     )
+    for name in reversed(axes.names):  # parts lie as devices do, the first axis slowest
+        losses, gradients = gather(losses, name), gather(gradients, name)
+    losses, gradients = losses[: rows.shape[0]], gradients[: rows.shape[0]]
     excess, gradient = jnp.mean(losses), jnp.mean(gradients, axis=0)
     if rest.size:  # a second trace of the model, where no block size divides the data
         loss, slope = excess_and_grad(objective, problem, displacement, reference_loss, rest)
         share = rest.size / (rows.size + rest.size)
         excess, gradient = excess + share * (loss - excess), gradient + share * (slope - gradient)
     return Anchor(displacement, excess, gradient, rows, losses, gradients, kept)
+
+
+def _own_part(rows: Int[Array, "blocks size"], axes: Axes) -> Int[Array, "some size"]:
+    """Return this device's part of the blocks; the last parts are filled up with the first."""
+    place, devices = jnp.int32(0), 1
+    for name in axes.names:
+        size = jax.lax.axis_size(name)
+        place, devices = place * size + jax.lax.axis_index(name), devices * size
+    share = -(-rows.shape[0] // devices)
+    return rows[(place * share + jnp.arange(share)) % rows.shape[0]]
 
 
 def estimate_gradient(
@@ -197,6 +221,7 @@ def estimate_gradient(
     displacement: Float[Array, " dim"],
     blocks: Int[Array, " pair"],
     copies: int = 1,
+    axis: str | None = None,
 ) -> GradientEstimate:
     """Estimate `L_n(w) - L_n(w*)` and the gradient of L_n from a pair of blocks.
 
@@ -213,19 +238,20 @@ def estimate_gradient(
         displacement: The point, less w*.
         blocks: The blocks to estimate from.
         copies: How many evaluations run side by side: those of all walkers on all their blocks.
+        axis: As in `AbstractData.mean`: its devices divide the examples of each block.
 
     References:
         Baker et al., Control variates for stochastic gradient MCMC (2019).
     """
     if anchor is None:
         excess, gradient = excess_and_grad(
-            objective, problem, displacement, reference_loss, None, copies
+            objective, problem, displacement, reference_loss, None, copies, axis
         )
         return GradientEstimate(excess, gradient, excess, None)
 
     def on_block(block):
         excess, gradient = excess_and_grad(
-            objective, problem, displacement, reference_loss, anchor.rows[block], copies
+            objective, problem, displacement, reference_loss, anchor.rows[block], copies, axis
         )
         excess += anchor.excess - anchor.block_excess[block]
         # constant while the block stays, so the corrected gradient is that of a tilted loss
@@ -241,6 +267,7 @@ def estimate_gradient(
     )
     if not anchor.kept.size:
         return estimate
+    # too few to be divided
     share = anchor.kept.size / problem.num_data
     of_blocks = jax.tree_util.tree_map(lambda leaf: (1 - share) * leaf, estimate)
     excess, gradient = excess_and_grad(

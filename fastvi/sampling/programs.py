@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._compilation import PROGRAMS, compiler_options
+from fastvi._devices import BY_WALKER, SHARED, Axes, Layout, gather, layout_in_use
 from fastvi._typing import Array, Float, Int, Scalar
 from fastvi.kernels.noise import normal, streams
 from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_half_step
@@ -27,7 +28,7 @@ from fastvi.sampling.gradients import (
 from fastvi.sampling.settings import SamplerSettings
 from fastvi.sampling.tuning import HOLD, adapt_step_size
 from fastvi.sampling.virial import parameter_blocks, virial_columns
-from fastvi.sampling.walkers import Walkers, keep_walkers, move_walkers, place_walkers
+from fastvi.sampling.walkers import DEALT, Walkers, keep_walkers, move_walkers, place_walkers
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import Fingerprint, shapes_of
 from fastvi.target.objective import FlatObjective
@@ -72,13 +73,14 @@ def make_evaluate(
     anchor: Anchor | None,
     reference_loss: Scalar,
     columns_fn: Callable[..., Float[Array, "walkers columns"]],
+    axes: Axes = Axes(),
 ) -> Callable[..., Evaluation]:
     """Return `(position, blocks of each walker) -> Evaluation`."""
     posterior = problem.posterior
 
     def one(displacement, blocks, copies):
         found = estimate_gradient(
-            objective, problem, anchor, reference_loss, displacement, blocks, copies
+            objective, problem, anchor, reference_loss, displacement, blocks, copies, axes.data
         )
         # The gradient is the exact one of the surrogate, so that a step keeps that energy.
         gradient = -posterior.log_density_grad(displacement, found.gradient)
@@ -126,6 +128,7 @@ def run_steps(
     energy_error: Scalar,
     bins: int,
     bin_length: int,
+    axes: Axes = Axes(),
 ) -> tuple[Walkers, Evaluation, Record]:
     """Run steps of every walker side by side, adapting one step size for all.
 
@@ -143,6 +146,7 @@ def run_steps(
         energy_error: Mean square of the energy error of a step, in nats^2.
         bins: Records to keep.
         bin_length: Steps averaged in each.
+        axes: Of a mesh: each device has its own walkers, and all have the record of all.
     """
     held = HOLD if num_blocks > 1 else 1  # all data are the same data at every step
     dim, dtype = walkers.position.shape[1], walkers.position.dtype
@@ -166,8 +170,9 @@ def run_steps(
         there = evaluate(half.position, draw_blocks(index))
         state, info = second_half_step(state, half, there, step, is_same_data)
         # a step that was taken back says nothing of how long steps may be
-        counts = ~info.is_returned
-        squares = jnp.where(counts, info.energy_error**2, 0.0)
+        counts = (~info.is_returned).astype(dtype)
+        squares = jnp.where(info.is_returned, 0.0, info.energy_error**2)
+        squares, counts = gather(jnp.stack([squares, counts]), axes.walkers, axis=1)
         error = jnp.sum(squares) / jnp.maximum(jnp.sum(counts), 1)
         adapted = adapt_step_size(step_size, error, energy_error)
         # elsewhere the error is that of the change of data, of which no step size is to blame
@@ -175,14 +180,15 @@ def run_steps(
             lambda new, old: jnp.where(is_same_data & (number >= 0), new, old), adapted, step_size
         )
         error = jnp.where(is_same_data, error, jnp.nan)
-        values = (*state.here.observed, error, jnp.mean(info.is_returned), _seen_noise(state.here))
+        returned = info.is_returned.astype(dtype)
+        values = (*state.here.observed, returned, _seen_noise(state.here), error)
         kept = tuple(
             all_steps.at[number].set(value) for all_steps, value in zip(kept, values, strict=True)
         )
         return state, step_size, kept
 
     # what every step says, of which bins are made at the end
-    blanks = (*here.observed, step := walkers.step_size.step, step, step)
+    blanks = (*here.observed, here.potential, here.potential, walkers.step_size.step)
     kept = tuple(jnp.zeros((bins * bin_length, *leaf.shape), dtype) for leaf in blanks)
     state = State(walkers.position, walkers.momentum, here, walkers.owed)
     state, step_size, kept = jax.lax.fori_loop(
@@ -195,26 +201,29 @@ def run_steps(
         step_size=step_size,
         owed=state.owed,
     )
-    width = jnp.sqrt(jnp.mean(state.position**2))
-    return moved, state.here, _make_record(kept, (bins, bin_length), width)
+    squares = gather(jnp.mean(state.position**2, axis=1), axes.walkers)
+    width = jnp.sqrt(jnp.mean(squares))
+    return moved, state.here, _make_record(kept, (bins, bin_length), width, axes)
 
 
-def _seen_noise(here: Evaluation) -> Scalar:
+def _seen_noise(here: Evaluation) -> Float[Array, " walkers"]:
     """Return the variance of the gradient over all directions, by one draw of each walker."""
     if here.spread is None:
-        return jnp.zeros_like(here.potential[0])
-    return jnp.mean(jnp.sum(here.spread**2, axis=-1))
+        return jnp.zeros_like(here.potential)
+    return jnp.sum(here.spread**2, axis=-1)
 
 
-def _make_record(kept: tuple[Array, ...], shape: tuple[int, int], width: Scalar) -> Record:
+def _make_record(
+    kept: tuple[Array, ...], shape: tuple[int, int], width: Scalar, axes: Axes
+) -> Record:
     """Average what every step said over `shape` = (bins, steps of each)."""
-    excess, radius2, core_radius2, virial, error, returned, noise = (
-        leaf.reshape(*shape, *leaf.shape[1:]) for leaf in kept
+    *by_walker, error = (leaf.reshape(*shape, *leaf.shape[1:]) for leaf in kept)
+    excess, radius2, core_radius2, virial, returned, noise = (
+        gather(jnp.swapaxes(leaf.mean(1), 0, 1), axes.walkers) for leaf in by_walker
     )
-    averaged = (excess, radius2, core_radius2, virial)
-    llc, radius2, core_radius2, virial = (jnp.swapaxes(leaf.mean(1), 0, 1) for leaf in averaged)
     error = jnp.nanmean(error, axis=1)
-    return Record(llc, radius2, core_radius2, virial, error, returned.mean(1), noise.mean(1), width)
+    returned, noise = jnp.mean(returned, axis=0), jnp.mean(noise, axis=0)
+    return Record(excess, radius2, core_radius2, virial, error, returned, noise, width)
 
 
 # Draws and walkers that are placed, and anchors that are made, in one or a few runs. At half and
@@ -226,6 +235,8 @@ class SamplerPrograms(NamedTuple):
     """Compiled stages of a run.
 
     Attributes:
+        layout: The devices that `anchor` and `advance` are divided over. Walkers are dealt out by
+            it, and what all devices read is shared.
         columns: Virial columns of a record.
         place: As `place_walkers`.
         move: As `move_walkers`.
@@ -237,6 +248,7 @@ class SamplerPrograms(NamedTuple):
             first, start, stop) -> (Walkers, Evaluation, Record)`.
     """
 
+    layout: Layout
     columns: int
     place: Callable[..., Walkers]
     move: Callable[..., Walkers]
@@ -273,42 +285,49 @@ def _build(
     bin_length: int,
 ) -> SamplerPrograms:
     """Compile for bytes that are computed where walkers are placed and moved, and for anchors."""
-    columns_fn = virial_columns(parts)
+    columns_fn, layout = virial_columns(parts), layout_in_use()
 
     def anchor(problem, linear_map, position, reference_loss, blocks: Blocks):
-        displacement = linear_map.displacement(position)
-        return make_anchor(objective, problem, displacement, reference_loss, blocks)
+        def stage(problem, linear_map, position, reference_loss, blocks):
+            displacement = linear_map.displacement(position)
+            return make_anchor(objective, problem, displacement, reference_loss, blocks, axes)
 
-    def advance(
-        problem,
-        anchor,
-        walkers,
-        here,
-        reference_loss,
-        energy_error,
-        friction_time,
-        *steps,
-    ):
-        walkers, here, record = run_steps(
-            make_evaluate(
-                objective, problem, walkers.linear_map, anchor, reference_loss, columns_fn
-            ),
-            walkers,
-            here,
-            *steps,
-            num_blocks=1 if anchor is None else anchor.rows.shape[0],
-            friction_time=friction_time,
-            energy_error=energy_error,
-            bins=bins,
-            bin_length=bin_length,
+        # blocks are divided over all devices, whatever the number of walkers
+        axes = layout.axes(0)
+        call = layout.map(stage, axes, (SHARED,) * 5, SHARED)
+        return call(problem, linear_map, position, reference_loss, blocks)
+
+    def advance(problem, anchor, walkers: Walkers, here: Evaluation, *numbers):
+        def stage(problem, anchor, walkers, here, numbers):
+            reference_loss, energy_error, friction_time, *steps = numbers
+            walkers, here, record = run_steps(
+                make_evaluate(
+                    objective, problem, walkers.linear_map, anchor, reference_loss, columns_fn, axes
+                ),
+                walkers,
+                here,
+                *steps,
+                num_blocks=1 if anchor is None else anchor.rows.shape[0],
+                friction_time=friction_time,
+                energy_error=energy_error,
+                bins=bins,
+                bin_length=bin_length,
+                axes=axes,
+            )
+            # Steps average the excess loss, of which llc is a multiple.
+            llc = problem.posterior.learning_coefficient(record.llc)
+            return walkers, here, record._replace(llc=llc)
+
+        axes = layout.axes(walkers.position.shape[0])
+        call = layout.map(
+            stage, axes, (SHARED, SHARED, DEALT, BY_WALKER, SHARED), (DEALT, BY_WALKER, SHARED)
         )
-        # Steps average the excess loss, of which llc is a multiple.
-        llc = problem.posterior.learning_coefficient(record.llc)
-        return walkers, here, record._replace(llc=llc)
+        return call(problem, anchor, walkers, here, numbers)
 
     # what runs a few times compiles sooner; `advance` runs thousands of times, so it does not
     of_walkers = functools.partial(jax.jit, compiler_options=compiler_options(placed))
     return SamplerPrograms(
+        layout,
         len(parts) + 2,
         of_walkers(place_walkers, static_argnames=("num_walkers",)),
         of_walkers(move_walkers),

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastvi._devices import on_host
 from fastvi._typing import Float, Int, Scalar
 from fastvi.sampling.averages import DRIFT_BOUND, Analysis, analyse
 from fastvi.sampling.costs import anchor_cost, run_cost, step_cost
@@ -49,7 +50,7 @@ from fastvi.sampling.tuning import (
     refine,
     step_size_after,
 )
-from fastvi.sampling.walkers import Walkers
+from fastvi.sampling.walkers import Walkers, collect_walkers, deal_walkers
 from fastvi.target.data import Problem
 
 # Bound of a settled run on split R-hat of llc. At half the distance from where chains agree (1),
@@ -394,7 +395,8 @@ def run_walkers(
     if isinstance(stage, BurningIn):
         stage = begin_average(setup, burn_in(setup, stage, keeper))
     check, state = average(setup, stage, keeper)
-    return SamplerResult(check, stage.least_budget, state, setup)
+    collected = collect_walkers(state.walkers, setup.programs.layout)
+    return SamplerResult(check, stage.least_budget, state._replace(walkers=collected), setup)
 
 
 def stripped(setup: RunSetup, stage: BurningIn | Averaging) -> KeptRun:
@@ -413,7 +415,7 @@ def restored(
     setup, state = dataclasses.replace(setup, kept=kept.kept), kept.stage.state
     keys = jax.random.wrap_key_data(state.walkers.keys, impl=jax.random.key_impl(walkers.keys))
     moved = state.walkers._replace(linear_map=walkers.linear_map, keys=keys)
-    state = state._replace(walkers=moved)
+    state = state._replace(walkers=deal_walkers(moved, setup.programs.layout))
     if state.estimate.center is not None:
         anchor = _anchor_at(setup, state, state.estimate.center)
         state = state._replace(estimate=state.estimate._replace(anchor=anchor))
@@ -432,7 +434,7 @@ def begin_average(setup: RunSetup, state: RunState) -> Averaging:
         kept = setup.programs.keep(state.walkers, number=number, chains=setup.chains)
         # What all walkers were told is of another shape: these are told anew.
         told = Estimate(state.fidelity._replace(num_blocks=0), None, state.estimate.here)
-        state = state._replace(walkers=kept, estimate=told)
+        state = state._replace(walkers=deal_walkers(kept, setup.programs.layout), estimate=told)
     state = switch_fidelity(setup, state, paid)
     noise = setup.bias(state, paid.num_blocks) / max(abs(state.llc), 1e-300)
     unmet = (Unmet(GRADIENT_NOISE, noise, share),) if noise > share else ()
@@ -441,7 +443,8 @@ def begin_average(setup: RunSetup, state: RunState) -> Averaging:
 
 def begin(setup: RunSetup, walkers: Walkers) -> RunState:
     """Return the run before its first round, by what llc is at the walkers."""
-    excess = float(np.mean(np.asarray(walkers.excess)))  # in numpy, which compiles nothing
+    excess = float(np.mean(on_host(walkers.excess)))  # in numpy, which compiles nothing
+    walkers = deal_walkers(walkers, setup.programs.layout)
     # The first step size is that of the energy error of a burn-in.
     untold = Estimate(
         Fidelity(0, setup.settings.energy_error),
@@ -489,7 +492,7 @@ def _block_variances(
     most = max(PAIR, NOISE_EXAMPLES // blocks.rows.shape[1])
     some = Blocks(blocks.rows[:most], NONE, NONE)
     linear_map = state.walkers.linear_map
-    points = np.asarray(state.walkers.position)[: setup.settings.noise_points]
+    points = on_host(state.walkers.position)[: setup.settings.noise_points]
 
     def gradients(position):
         return setup.programs.anchor(
@@ -558,7 +561,7 @@ def switch_fidelity(setup: RunSetup, state: RunState, fidelity: Fidelity) -> Run
     blank = blank_evaluation(walkers, setup.programs.columns, is_noisy=has_anchor)
     state = state._replace(walkers=walkers, estimate=Estimate(fidelity, None, blank))
     if has_anchor:
-        center = np.mean(np.asarray(walkers.position), axis=0)
+        center = np.mean(on_host(walkers.position), axis=0)
         told = state.estimate._replace(anchor=_anchor_at(setup, state, center), center=center)
         state = state._replace(estimate=told)
     state, _ = _call(setup, state, -1, 0)

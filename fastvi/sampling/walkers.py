@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fastvi._devices import BY_WALKER, SHARED, Layout, off_devices
 from fastvi._typing import Array, Float, Int, Key, Keys
 from fastvi.families.base import AbstractFamily
 from fastvi.families.moments import LinearMap
@@ -31,6 +32,27 @@ class Walkers(NamedTuple):
     step_size: StepSize
     keys: Keys
     owed: Float[Array, " walkers"]
+
+
+# How walkers lie on devices that they are divided over.
+DEALT = Walkers._make((SHARED, BY_WALKER, BY_WALKER, BY_WALKER, SHARED, BY_WALKER, BY_WALKER))
+OF_EACH = tuple(name for name, spec in DEALT._asdict().items() if spec == BY_WALKER)
+
+
+def deal_walkers(walkers: Walkers, layout: Layout) -> Walkers:
+    """Put walkers on the devices that they are divided over."""
+    number = walkers.position.shape[0]
+    return Walkers._make(
+        layout.deal(part, number) if name in OF_EACH else layout.share(part)
+        for name, part in walkers._asdict().items()
+    )
+
+
+def collect_walkers(walkers: Walkers, layout: Layout) -> Walkers:
+    """Take walkers back from the devices, as arrays that any program takes."""
+    if layout.mesh is None:
+        return walkers
+    return jax.tree_util.tree_map(off_devices, walkers)
 
 
 def place_walkers(
@@ -120,8 +142,7 @@ def keep_walkers(walkers: Walkers, number: int, chains: int) -> Walkers:
         parts = leaf.reshape(chains, -1, *leaf.shape[1:])[:, : number // chains]
         return parts.reshape(number, *leaf.shape[1:])
 
-    names = ("position", "momentum", "excess", "keys", "owed")
-    return walkers._replace(**{name: first(getattr(walkers, name)) for name in names})
+    return walkers._replace(**{name: first(getattr(walkers, name)) for name in OF_EACH})
 
 
 def resample(key: Key, log_weight: Float[Array, " candidates"], num: int) -> Int[Array, " num"]:

@@ -26,6 +26,7 @@ from fastvi.target.inputs import check_data, common_length, is_array, is_stream
 from fastvi.target.leaves import as_array, kind_of
 from fastvi.target.libraries import by_library
 from fastvi.target.losses import num_examples, take_examples
+from fastvi.target.process_parts import from_all_processes
 from fastvi.target.tables import is_a, warned_of
 
 # Windows of a stream that data in memory may have: 1 GiB. While batches are joined they take twice
@@ -96,22 +97,25 @@ def open_data(
         windows where they do not fit.
     """
     found = by_library(data)
-    if isinstance(found, (Iterator, Streamed)):
+    if isinstance(found, Streamed):
         return found
     if not is_stream(found):
         return _slices(found) if _is_large_on_disk(found) else found
+    batches = from_all_processes(found)
+    if isinstance(batches, Iterator):
+        return batches
+    # A number of an example may be written as an integer in some, and as a float in others.
+    one_by_one = isinstance(found, Examples)
     with ErrorNote(f"fastvi: while {kind_of(data)} was read into memory."):
-        whole = _read_whole(found, dtype, report, in_order)
-    return Streamed(found) if whole is None else whole
+        whole = _read_whole(batches, dtype, report, in_order, one_by_one)
+    return Streamed(batches) if whole is None else whole
 
 
 def _read_whole(
-    batches: Iterable[Any], dtype: Any, report: Report | None, in_order: bool
+    batches: Iterable[Any], dtype: Any, report: Report | None, in_order: bool, one_by_one: bool
 ) -> Batch | None:
     """Read all batches into memory, or return None where they do not fit."""
     parts, size, count = [], 0, 0
-    # A number of an example may be written as an integer in some, and as a float in others.
-    one_by_one = isinstance(batches, Examples)
     for batch in one_kind(batches, dtype, any_dtype=one_by_one):
         # a reader may fill the same memory with the next batch
         parts.append(jax.tree_util.tree_map(np.array, batch))

@@ -103,6 +103,7 @@ class AbstractData(eqx.Module):
         statistic: Callable[[Batch], Any],
         rows: Int[Array, " rows"] | None = None,
         copies: int = 1,
+        axis: str | None = None,
     ) -> Any:
         """Average a statistic that is itself a mean over the examples of a batch.
 
@@ -113,23 +114,49 @@ class AbstractData(eqx.Module):
             rows: The examples to average over; all when left out.
             copies: How many evaluations of `statistic` run side by side: walkers, draws or
                 tangents that a vmap inside or outside of it adds. They share `max_batch`.
+            axis: Axis of a mesh whose devices, each with all examples, divide them; inside of
+                `shard_map` alone.
 
         Cost:
             One evaluation of the statistic for each example. Memory: that of `max_batch` examples.
+            On `axis` one sum over the devices; every device evaluates what does not divide.
         """
         count = self.num_examples if rows is None else rows.shape[0]
+        devices = 1 if axis is None else jax.lax.axis_size(axis)
+        share = count // devices
+        if axis is None or not share:
+            return self._mean_of(statistic, rows, None, count, copies)
+        first = jax.lax.axis_index(axis) * share
+        mean = jax.lax.pmean(self._mean_of(statistic, rows, first, share, copies), axis)
+        covered = share * devices
+        if covered == count:
+            return mean
+        rest = self._mean_of(statistic, rows, covered, count - covered, copies)
+        return _weighted(mean, rest, covered / count)
+
+    def _mean_of(
+        self,
+        statistic: Callable[[Batch], Any],
+        rows: Int[Array, " rows"] | None,
+        first: Int[Array, ""] | int | None,
+        count: int,
+        copies: int,
+    ) -> Any:
+        """Average over so many examples from the `first` on; over all, where that is None."""
         size = self._slice_size(count, copies)
         if size == count:  # no loop, whose body XLA would not fuse with what surrounds it
-            return statistic(self._read(rows))
-        slices = count // size
-        total = _sum_over(lambda i: statistic(self._read(rows, i * size, size)), slices)
+            return statistic(
+                self._read(rows, 0 if first is None else first, None if first is None else count)
+            )
+        slices, start = count // size, 0 if first is None else first
+        total = _sum_over(lambda i: statistic(self._read(rows, start + i * size, size)), slices)
         mean = jax.tree_util.tree_map(lambda leaf: leaf / slices, total)
         covered = slices * size
         if covered == count:
             return mean
         # a mean over other examples cannot be masked, so a rest is a second copy of the model
-        rest, share = statistic(self._read(rows, covered, count - covered)), covered / count
-        return jax.tree_util.tree_map(lambda a, b: a * share + b * (1 - share), mean, rest)
+        rest = statistic(self._read(rows, start + covered, count - covered))
+        return _weighted(mean, rest, covered / count)
 
     def each(self, statistic: Callable[[Batch], Array], copies: int = 1) -> Array:
         """Evaluate a statistic that has a value for each example of a batch, a slice at a time.
@@ -249,6 +276,11 @@ def slice_size(count: int, most: int) -> int:
     # The largest divisor is taken: each slice is a pass with a cost of its own.
     sizes = (size for size in range(most, max(1, most // 4) - 1, -1) if count % size == 0)
     return next(sizes, most)
+
+
+def _weighted(mean: Any, rest: Any, share: float) -> Any:
+    """Return the mean of two means, the first of them over a share of the examples."""
+    return jax.tree_util.tree_map(lambda a, b: a * share + b * (1 - share), mean, rest)
 
 
 def _sum_over(term: Callable[[Int[Array, ""]], Any], length: int) -> Any:

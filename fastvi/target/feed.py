@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
+from fastvi._processes import is_several
 from fastvi._typing import Batch
 from fastvi.target.losses import num_examples, take_examples
 
@@ -14,7 +15,7 @@ class Feed:
     """Examples in the order in which they arrive, as many at a time as are asked for.
 
     A thread reads the next batch while the last one is used. Memory: two batches, and what was
-    asked for.
+    asked for. Of several processes, which exchange what they read, none reads ahead.
 
     Args:
         batches: Gives the examples.
@@ -29,16 +30,16 @@ class Feed:
         self._batches, self._waiting, self._behind = batches, [], behind
         # One thread, because an iterator gives its batches in order and to one caller at a time.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="fastvi-feed")
-        self._next = self._reader.submit(next, self._batches, None)
+        self._next = self._read_next()
 
     def peek(self, count: int) -> Batch | None:
         """Return the next examples, fewer than asked for where there are no more."""
         while sum(map(num_examples, self._waiting)) < count:
-            batch = self._next.result()  # what the person's iterator raises comes out here
+            batch = self._next()  # what the person's iterator raises comes out here
             if batch is None:
                 break
             self._waiting.append(batch)
-            self._next = self._reader.submit(next, self._batches, None)
+            self._next = self._read_next()
         if not self._waiting:
             return None
         self._waiting = [concatenate(self._waiting)]
@@ -57,7 +58,13 @@ class Feed:
         assert self._behind is not None, "data that are read once cannot be read again"
         self._batches, self._waiting = self._behind(count), []
         # what the reader has read ahead is let go
-        self._next = self._reader.submit(next, self._batches, None)
+        self._next = self._read_next()
+
+    def _read_next(self) -> Callable[[], Batch | None]:
+        """Begin to read the next batch, and return what waits for it."""
+        if is_several():  # an exchange, which all processes make in the order of their programs
+            return lambda: next(self._batches, None)
+        return self._reader.submit(next, self._batches, None).result
 
     def close(self) -> None:
         """Read no more."""

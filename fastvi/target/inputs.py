@@ -8,10 +8,15 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from fastvi._devices import on_host
 from fastvi._errors import DataError, UnavailableError
 from fastvi._typing import Array, Batch, Given
 from fastvi.target.leaves import RAGGED, as_array, kind_of
 from fastvi.target.tables import MOST_SHOWN, by_name, is_a, is_table, refuse_text, warned_of
+
+# Bytes of an array that is gathered from several processes, as much as is read into memory. Half
+# refuses arrays that fit; double holds as much more beside the array itself.
+MOST_GATHERED = 2**30
 
 # alike in shape, that data may be a list or tuple of: more are taken for examples, not stacked
 FEW_ARRAYS = 8
@@ -120,7 +125,7 @@ def on_device(leaf: Any, name: str, dtype: Any = None) -> Array:
 
 def numeric(leaf: Any, name: str) -> Any:
     """Return a leaf as an array of numbers or booleans, a device's one as it is."""
-    array = leaf if isinstance(leaf, jax.Array) else as_array(leaf, name)
+    array = _whole(leaf, name) if isinstance(leaf, jax.Array) else as_array(leaf, name)
     is_time = jnp.issubdtype(array.dtype, np.timedelta64)  # which numpy counts among the integers
     if is_time or not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.number, jnp.bool_)):
         origin = "" if is_array(leaf) else f" as numpy reads {kind_of(leaf)}"
@@ -132,6 +137,23 @@ def numeric(leaf: Any, name: str) -> Any:
             f"{name} has dtype {array.dtype}{origin}; data must be numeric arrays. {fix}"
         )
     return array
+
+
+def _whole(array: Array, name: str) -> Any:
+    """Return an array of several processes, of which each has a part, as one that each has whole.
+
+    Raises:
+        DataError: If it is larger than what is read into memory.
+    """
+    if array.is_fully_addressable:
+        return array
+    if array.nbytes > MOST_GATHERED:
+        raise DataError(
+            f"{name} has {array.nbytes / 2**30:.1f} GiB over several processes, and each holds "
+            f"arrays whole, up to {MOST_GATHERED / 2**30:.0f} GiB. Pass each process the batches "
+            "of its part, as an object that can be iterated over."
+        )
+    return on_host(array)
 
 
 def as_held(array: Any, name: str, dtype: Any = None) -> Any:

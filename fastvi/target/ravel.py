@@ -12,6 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from fastvi._devices import off_devices
 from fastvi._errors import DataError
 from fastvi._modes import call_in_their_modes, in_own_modes
 from fastvi._typing import Array, Float, Given, PyTree
@@ -233,6 +234,7 @@ def _float_leaf(leaf: Any, name: str, dtype: Any) -> Array | np.ndarray:
         )
     if isinstance(leaf, jax.core.Tracer):
         return leaf.astype(dtype)
+    leaf = off_devices(leaf)
     if not is_finite(leaf):
         raise DataError(
             f"{name} holds NaN or infinity; the trained parameters must be finite. Did training "

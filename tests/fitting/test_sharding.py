@@ -14,6 +14,7 @@ PROGRAM = """
 import json
 import jax, jax.numpy as jnp, numpy as np
 from fastvi import estimate_llc, make_flat_objective
+from fastvi._modes import in_own_modes
 from fastvi.fitting import run as driver
 from fastvi.fitting import sharding
 from fastvi.target.data import hold
@@ -33,13 +34,17 @@ def spy(programs, problem, schedule, course, *rest):
 driver._run_chunks = spy
 options = dict(key=0, num_chains=4, M=1, r=0, curvature_rank=0, dtype="float64")
 options |= {"steps": 60, "progress": False, "throw": False, "method": "variational"}
-result = estimate_llc(loss, center, data, **options)
 at = center + 0.1
 objective, held = make_flat_objective(loss), hold(data, max_batch=50)
-both = jax.jit(lambda w: sharding.data_parallel_mean(objective.value_and_grad, held, (w,)))(at)
+mean = jax.jit(lambda w: sharding.data_parallel_mean(objective.value_and_grad, held, (w,)))
+unasked = estimate_llc(loss, center, data, **options)
+with jax.set_mesh(jax.make_mesh((jax.device_count(),), ("chains",))):
+    result = estimate_llc(loss, center, data, **options)
+    both = in_own_modes(mean)(at)
 print(json.dumps({
     "devices": jax.device_count(),
-    "spread": len(states[0].baseline.sharding.device_set),
+    "unasked": len(states[0].baseline.sharding.device_set),
+    "spread": len(states[1].baseline.sharding.device_set),
     "llc": result.llc_per_chain.tolist(),
     "sem": result.llc_sem_per_chain.tolist(),
     "first elbo": np.asarray(result.traces["elbo"])[:, 0].tolist(),
@@ -70,7 +75,8 @@ def run(devices):
 def test_chains_on_two_devices_are_those_of_one():
     one, two = run(1), run(2)
     assert (one["devices"], one["spread"]) == (1, 1)
-    assert (two["devices"], two["spread"]) == (2, 2)
+    # without a mesh a second device is left alone
+    assert (two["devices"], two["unasked"], two["spread"]) == (2, 1, 2)
     # before a chain moves, its step is algebra; then two programs agree within their errors, and no
     # closer
     np.testing.assert_allclose(two["first elbo"], one["first elbo"], rtol=1e-12)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import jax
 import numpy as np
 
+from fastvi._devices import on_host
 from fastvi._errors import DataError
 from fastvi._typing import Array, Float
 from fastvi.sampling.dynamics import State
@@ -169,7 +170,7 @@ def _consistent_curvature(
         ratio = 1 / np.asarray(scale)
         scale = round_scale(setup, used - gamma)
         ratio *= np.asarray(scale)
-        here = fill(state.position, (ratio * row for row in np.asarray(state.momentum)))
+        here = fill(state.position, (ratio * row for row in on_host(state.momentum)))
         # the old one at w* takes the place of a gradient that may not be finite
         gradient = state.here._replace(gradient=state.momentum)
         state = State(blank(state.here.gradient), here, gradient)
@@ -198,12 +199,12 @@ def _add_gradient(state: State, sign: float) -> State:
 
 def _gradients(state: State) -> tuple[np.ndarray, np.ndarray]:
     """Return what was kept of gradients, and the last one."""
-    return np.asarray(state.momentum), np.asarray(state.here.gradient)
+    return on_host(state.momentum), on_host(state.here.gradient)
 
 
 def _bent(state: State) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield where each walker is, and by how much its gradient differs from the one kept."""
-    for at, here, there in zip(np.asarray(state.position), *_gradients(state), strict=True):
+    for at, here, there in zip(on_host(state.position), *_gradients(state), strict=True):
         yield at, there - here
 
 
@@ -221,7 +222,7 @@ def measure_heat(setup: WalkSetup, course: Course) -> Course:
     state = _keep_gradient(probe.evaluate(scale, course.state, probe.batch(), anchor))
     state = _add_gradient(probe.evaluate(scale, state, probe.batch(), anchor), -1)
     # momenta are the difference of two gradients now
-    noise = np.asarray(state.momentum)
+    noise = on_host(state.momentum)
     square = np.maximum(_row_products(noise, noise), TINY)
     localizer = _row_products(noise, noise, *[np.asarray(scale)[None]] * 2)
     del noise
@@ -259,7 +260,7 @@ def measure_decrement(setup: WalkSetup, course: Course) -> tuple[Course, float, 
     for _ in range(count):
         state = _add_gradient(probe.evaluate(course.scale, state, probe.batch()), 1)
     square, error = mean_square_gradient(
-        inner_products(total / count for (total,) in _columns(np.asarray(state.momentum)))
+        inner_products(total / count for (total,) in _columns(on_host(state.momentum)))
     )
     work, examples = course.work + probe.work, course.examples + probe.examples
     return course._replace(state=state, work=work, examples=examples), 0.5 * square, 0.5 * error

@@ -58,7 +58,7 @@ def round_scale(setup: WalkSetup, curvature: Float[np.ndarray, " leaves"]) -> Fl
     """Return the unit of each coordinate, `1 / sqrt(gamma + curvature)`, one for each array."""
     units = (1 / np.sqrt(float(setup.posterior.gamma) + curvature)).astype(setup.dtype)
     # put on the device, for which nothing is compiled
-    return jax.device_put(np.repeat(units, setup.leaf_sizes))
+    return setup.programs.layout.share(jax.device_put(np.repeat(units, setup.leaf_sizes)))
 
 
 def plan_step(stiffness: float) -> float:

@@ -125,6 +125,7 @@ def call_round(
         setup.keys,
         jax.device_put(np.int32(course.parts)),  # for which nothing is compiled
     )
+    inputs = setup.programs.layout.share(inputs)
     return setup.programs.advance(
         inputs,
         course.state,

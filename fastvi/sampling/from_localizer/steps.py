@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._compilation import PROGRAMS, QUICK_BYTES, compiler_options
+from fastvi._devices import BY_WALKER, SHARED, Axes, Layout, gather, layout_in_use
 from fastvi._typing import Array, Float, Int, Keys, Scalar
 from fastvi.kernels.noise import normal, streams
 from fastvi.sampling.dynamics import Evaluation, State, first_half_step, second_half_step
@@ -71,6 +72,7 @@ class MinibatchPrograms(NamedTuple):
     """Compiled; where no batch is anchored, one program that holds the model.
 
     Attributes:
+        layout: The devices that `advance` is divided over.
         advance: `(inputs, state, step_size, friction_time, first, start, stop) -> (State, Steps)`.
             A round of steps from `start` to `stop`; step -1 evaluates the walkers where they are,
             on the batch of step `first`. It uses up the state.
@@ -78,6 +80,7 @@ class MinibatchPrograms(NamedTuple):
         length: Steps of a round, at most.
     """
 
+    layout: Layout
     advance: Any
     full_gradient: Any
     length: int
@@ -89,8 +92,11 @@ def evaluate_minibatches(
     position: Float[Array, "some dim"],
     step: Int[Array, ""],
     some: Int[Array, " some"] | slice = slice(None),
+    axis: str | None = None,
 ) -> Evaluation:
     """Evaluate each walker, or `some` of those that have keys, on its batch of this step.
+
+    Devices along `axis` divide the examples of a part, or the parts where these do not divide.
 
     The loss at w* on the same examples is taken off, which leaves the noise of a difference. With
     an anchor, the gradient at w* on the same examples is taken off too, and the anchor put in its
@@ -114,18 +120,30 @@ def evaluate_minibatches(
         tilt = anchor - own
         return loss - reference + tilt @ v, reference, slope + tilt
 
+    devices = 1 if axis is None else jax.lax.axis_size(axis)
+    column = 0 if axis is None else jax.lax.axis_index(axis)
+    share, divides = source.part_size // devices, source.part_size % devices == 0
+    # this device's parts: all, or each `devices`-th
+    place, stride = (0, 1) if divides else (column, devices)
+    turns = parts if divides else (parts - column + devices - 1) // devices
+
     def add(part, total):
         # without the barrier XLA holds the parameters of a walker from before the loop on
         part, at = jax.lax.optimization_barrier((part, position))
-        rows = source.rows(keys, step, part, parts)[some]
+        rows = source.rows(keys, step, place + part * stride, parts)[some]
+        if divides:
+            rows = jax.lax.dynamic_slice_in_dim(rows, column * share, share, axis=1)
         batches = take_examples(source.examples, rows)
         found = jax.vmap(one, in_axes=(0, by_kind(batches, 0, None)))(at, batches)
         # losses of half precision are summed in that of the parameters
         return jax.tree_util.tree_map(lambda a, b: a + b.astype(a.dtype), total, found)
 
     zeros = jnp.zeros(position.shape[0], position.dtype)
-    sums = jax.lax.fori_loop(0, parts, add, (zeros, zeros, jnp.zeros_like(position)))
+    sums = jax.lax.fori_loop(0, turns, add, (zeros, zeros, jnp.zeros_like(position)))
     excess, reference, slope = jax.tree_util.tree_map(lambda leaf: leaf / parts, sums)
+    if axis is not None:
+        mean = jax.lax.pmean if divides else jax.lax.psum
+        excess, reference, slope = mean((excess, reference, slope), axis)
     # without the barrier XLA holds the displacement through the loop
     slope, at = jax.lax.optimization_barrier((slope, position))
     gradient = scale * -jax.vmap(posterior.log_density_grad)(scale * at, slope)
@@ -135,19 +153,20 @@ def evaluate_minibatches(
     return Evaluation(potential, gradient, observed)
 
 
-def blank_state(shape: tuple[int, int], dtype: np.dtype) -> State:
-    """Return walkers at w* without momentum, and nothing evaluated."""
+def blank_state(shape: tuple[int, int], dtype: np.dtype, layout: Layout = Layout()) -> State:
+    """Return walkers at w* without momentum, and nothing evaluated, on the devices of a layout."""
     # each an array of its own, since a donated one may be given once alone
     position, momentum, gradient = (_zeros(shape, dtype) for _ in range(3))
     potential, *each = (_zeros(shape[:1], dtype) for _ in range(5))
-    return State(position, momentum, Evaluation(potential, gradient, Observed(*each)))
+    state = State(position, momentum, Evaluation(potential, gradient, Observed(*each)))
+    return layout.deal(state, shape[0])
 
 
 def blank(rows: Float[Array, "walkers dim"]) -> Float[Array, "walkers dim"]:
     """Return zeros in the place of an array, which is used up."""
-    shape, dtype = rows.shape, rows.dtype
+    shape, dtype, sharding = rows.shape, rows.dtype, rows.sharding
     rows.delete()
-    return _zeros(shape, dtype)
+    return _zeros(shape, dtype, sharding)
 
 
 def fill(
@@ -178,9 +197,9 @@ def add_multiples(
     return rows + factors.astype(rows.dtype)[:, None] * others
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> Float[Array, "*shape"]:
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: Any = None) -> Float[Array, "*shape"]:
     # nothing is compiled for it; zeros that nobody has written take no memory on the host
-    return jax.device_put(np.zeros(shape, dtype), may_alias=False)
+    return jax.device_put(np.zeros(shape, dtype), device, may_alias=False)
 
 
 def minibatch_programs(
@@ -196,12 +215,13 @@ def minibatch_programs(
 
         # it runs once, on data whose number is not known here
         quick = jax.jit(full_gradient, compiler_options=compiler_options(QUICK_BYTES))
-        return MinibatchPrograms(_advance(objective, length), quick, length)
+        layout = layout_in_use()
+        return MinibatchPrograms(layout, _advance(objective, length, layout), quick, length)
 
     return PROGRAMS.find(loss, key, (objective,), build)
 
 
-def _advance(objective: FlatObjective, length: int) -> Any:
+def _advance(objective: FlatObjective, length: int, layout: Layout) -> Any:
     @functools.partial(jax.jit, donate_argnames=("state",))
     def advance(
         inputs: RoundInputs,
@@ -212,26 +232,46 @@ def _advance(objective: FlatObjective, length: int) -> Any:
         start: Int[Array, ""],
         stop: Int[Array, ""],
     ) -> tuple[State, Steps]:
-        (walkers, dim), dtype = state.position.shape, state.position.dtype
-
-        def one_step(number, carry):
-            state, kept = carry
-            # step -1 evaluates: it has no length, and writes where step 0 writes next
-            index, at = first + jnp.maximum(number, 0), jnp.maximum(number, 0)
-            size = jnp.where(number < 0, 0, step_size)
-            move = functools.partial(_move, objective, inputs, index, size, friction_time)
-            if dim > LARGEST_SIDE_BY_SIDE:
-                state, returned = _move_in_turn(move, state)
-            else:
-                state, returned = move(slice(None), state)
-            said = Steps(state.here.observed, returned)
-            return state, jax.tree_util.tree_map(lambda a, b: a.at[at].set(b), kept, said)
-
-        blank = Steps(state.here.observed, jnp.zeros(walkers, dtype))
-        kept = jax.tree_util.tree_map(lambda leaf: jnp.zeros((length, *leaf.shape), dtype), blank)
-        return jax.lax.fori_loop(start, stop, one_step, (state, kept))
+        axes = layout.axes(state.position.shape[0])
+        stage = functools.partial(_run_round, objective, length, axes)
+        spread = layout.map(stage, axes, (SHARED, BY_WALKER, SHARED), (BY_WALKER, SHARED))
+        return spread(inputs, state, (step_size, friction_time, first, start, stop))
 
     return advance
+
+
+def _run_round(
+    objective: FlatObjective,
+    length: int,
+    axes: Axes,
+    inputs: RoundInputs,
+    state: State,
+    numbers: tuple[Scalar, Scalar, Int[Array, ""], Int[Array, ""], Int[Array, ""]],
+) -> tuple[State, Steps]:
+    """Make steps of the walkers of this device; all devices have the record of all."""
+    step_size, friction_time, first, start, stop = numbers
+    (walkers, dim), dtype = state.position.shape, state.position.dtype
+    # the numbers of the walkers, whose keys all devices have
+    place = 0 if axes.walkers is None else jax.lax.axis_index(axes.walkers) * walkers
+    own = place + jnp.arange(walkers)
+
+    def one_step(number, carry):
+        state, kept = carry
+        # step -1 evaluates: it has no length, and writes where step 0 writes next
+        index, at = first + jnp.maximum(number, 0), jnp.maximum(number, 0)
+        size = jnp.where(number < 0, 0, step_size)
+        move = functools.partial(_move, objective, inputs, index, size, friction_time, axes.data)
+        if dim > LARGEST_SIDE_BY_SIDE:
+            state, returned = _move_in_turn(move, state, own)
+        else:
+            state, returned = move(slice(None) if axes.walkers is None else own, state)
+        said = Steps(state.here.observed, returned)
+        return state, jax.tree_util.tree_map(lambda a, b: a.at[at].set(b), kept, said)
+
+    blank = Steps(state.here.observed, jnp.zeros(walkers, dtype))
+    kept = jax.tree_util.tree_map(lambda leaf: jnp.zeros((length, *leaf.shape), dtype), blank)
+    state, kept = jax.lax.fori_loop(start, stop, one_step, (state, kept))
+    return state, jax.tree_util.tree_map(lambda leaf: gather(leaf, axes.walkers, axis=1), kept)
 
 
 def _move(
@@ -240,6 +280,7 @@ def _move(
     index: Int[Array, ""],
     step_size: Scalar,
     friction_time: Scalar,
+    axis: str | None,
     some: Int[Array, " some"] | slice,
     state: State,
 ) -> tuple[State, Float[Array, " some"]]:
@@ -248,12 +289,14 @@ def _move(
     block = streams.walker_noise(index)
     noise = jax.vmap(lambda key: normal(key, shape, dtype, block=block))(inputs.keys[some])
     half = first_half_step(state, step_size, friction_time, noise)
-    there = evaluate_minibatches(objective, inputs, half.position, index, some)
+    there = evaluate_minibatches(objective, inputs, half.position, index, some, axis)
     state, info = second_half_step(state, half, there, step_size, is_same_data=False)
     return state, info.is_returned.astype(dtype)
 
 
-def _move_in_turn(move: Callable, state: State) -> tuple[State, Float[Array, " walkers"]]:
+def _move_in_turn(
+    move: Callable, state: State, numbers: Int[Array, " walkers"]
+) -> tuple[State, Float[Array, " walkers"]]:
     """Make a step of one walker after the other, in place: the memory of one step."""
 
     def one(walker, carry):
@@ -263,7 +306,7 @@ def _move_in_turn(move: Callable, state: State) -> tuple[State, Float[Array, " w
         return jax.tree_util.tree_map(
             lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, walker, 0),
             carry,
-            move(walker[None], row),
+            move(numbers[walker][None], row),
         )
 
     count, dtype = state.position.shape[0], state.position.dtype

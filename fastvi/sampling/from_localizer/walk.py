@@ -5,9 +5,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastvi._devices import off_devices, on_host
 from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Float
 from fastvi.sampling.averages import SURPRISE, Analysis, analyse, furthest_off, standard_error
@@ -216,7 +218,8 @@ def begin(setup: WalkSetup) -> BurningIn | TooStiff:
     """Measure, and plan the walk, or say that it is of no use."""
     rng = np.random.default_rng(setup.seed)
     # one state, of which all that is measured makes use: a second one may not fit the memory
-    state = blank_state(setup.shape, setup.dtype)
+    layout = setup.programs.layout
+    state = blank_state(setup.shape, setup.dtype, layout)
     measured, state, work, examples = measure_curvature(setup, state, rng)
     if not measured.stiffness <= MOST_STIFFNESS and not setup.must_walk:
         return TooStiff(measured.stiffness, work)
@@ -282,7 +285,8 @@ def average(setup: WalkSetup, stage: Averaging, keeper: AbstractWalkKeeper) -> W
         course.work,
         least_budget(setup, course),
         not course.is_fed,
-        course._replace(said=None),
+        # arrays that any program takes
+        jax.tree_util.tree_map(off_devices, course._replace(said=None)),
     )
 
 
@@ -361,11 +365,12 @@ def plan_anchor(setup: WalkSetup, measured: Measured, course: Course) -> Course:
         return course
     if setup.full_gradient is not None and setup.num_data <= FULL_ANCHOR_SHARE * setup.budget:
         work = course.work + GRADIENT * setup.num_data
-        return course._replace(anchor=setup.full_gradient(), work=work)
+        anchor = setup.programs.layout.share(setup.full_gradient())
+        return course._replace(anchor=anchor, work=work)
     course, decrement, error = measure_decrement(setup, course)
     if decrement > CERTAIN * error and wanted != "anchored":
         return course._replace(heat=noise_heat(measured.noise, course.step_size))
-    anchor = jnp.zeros_like(setup.posterior.center)
+    anchor = setup.programs.layout.share(jnp.zeros_like(setup.posterior.center))
     return course._replace(anchor=anchor, gradient_doubt=max(decrement, 0.0) + error)
 
 
@@ -455,12 +460,12 @@ def _evaluate(setup: WalkSetup, course: Course) -> Course:
             return course._replace(is_fed=False)
         course = _made(setup, course, source, -1, 0)[0]
         state, observed = course.state, course.state.here.observed
-        is_inside = np.isfinite(np.asarray(observed.virial) + np.asarray(observed.excess))
+        is_inside = np.isfinite(on_host(observed.virial) + on_host(observed.excess))
         if is_inside.all() or halved == MOST_HALVINGS:
             break
         position, gradient = state.position, state.here.gradient
         for walker in np.flatnonzero(~is_inside).astype(np.int32):
-            position = put_row(position, walker, np.asarray(position)[walker] / 2)
+            position = put_row(position, walker, on_host(position)[walker] / 2)
             # one that is not finite would be one in the next step
             gradient = put_row(gradient, walker, np.zeros(setup.shape[1], setup.dtype))
         here = state.here._replace(gradient=gradient)

@@ -57,6 +57,12 @@ class Layout:
         is_divided = rows > 1 and num_walkers % rows == 0
         return Axes(WALKERS if is_divided else None, DATA if columns > 1 else None)
 
+    def walkers_on_device(self, num_walkers: int) -> int:
+        """Count the walkers that each device moves."""
+        if self.mesh is None or self.axes(num_walkers).walkers is None:
+            return num_walkers
+        return num_walkers // self.mesh.shape[WALKERS]
+
     def check(self, num_walkers: int, setting: str) -> None:
         """Refuse walkers that do not divide over the devices.
 

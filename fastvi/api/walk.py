@@ -32,6 +32,7 @@ from fastvi.results.walk_findings import LEAST_SHARE, walk_findings
 from fastvi.results.work import RunWork
 from fastvi.sampling.ensemble import MinibatchEnsemble, Target
 from fastvi.sampling.from_localizer.batches import AbstractReader, DrawnReader, FeedReader
+from fastvi.sampling.from_localizer.memory import check_memory
 from fastvi.sampling.from_localizer.setup import WalkSetup
 from fastvi.sampling.from_localizer.steps import minibatch_programs
 from fastvi.sampling.from_localizer.walk import HOPELESS_SHARE, TooStiff, Walk, walk_from_localizer
@@ -137,6 +138,8 @@ def estimate_by_walk(
     keys = split_key(streams.derive(key, streams.Purpose.WALKERS), settings.walkers)
     layout = layout_in_use()
     layout.check(settings.walkers, "sampler.walkers")
+    center = problem.posterior.center
+    check_memory(center.size, settings.walkers, center.dtype.itemsize, layout)
     reader: AbstractReader = DrawnReader(
         layout.share(problem.data.examples), min(part, problem.data.num_examples)
     )

@@ -13,7 +13,7 @@ from fastvi._errors import DataError
 from fastvi._typing import Array, Float, Keys
 from fastvi.sampling.from_localizer.batches import DrawnReader
 from fastvi.sampling.from_localizer.plan import TINY
-from fastvi.sampling.from_localizer.setup import Course, WalkSetup
+from fastvi.sampling.from_localizer.setup import Course, WalkSetup, deal_course
 from fastvi.sampling.from_localizer.steps import minibatch_programs
 from fastvi.sampling.from_localizer.walk import advance, with_parts
 from fastvi.sampling.programs import sampler_programs
@@ -205,12 +205,7 @@ class MinibatchEnsemble(AbstractEnsemble):
         layout, examples = programs.layout, target.problem.data.examples
         reader = DrawnReader(layout.share(examples), setup.reader.part_size)
         setup = dataclasses.replace(setup, programs=programs, reader=reader)
-        course = self.course._replace(
-            state=layout.deal(state, state.position.shape[0]),
-            scale=layout.share(self.course.scale),
-            anchor=layout.share(self.course.anchor),
-            work=0.0,
-        )
+        course = deal_course(self.course._replace(state=state, work=0.0), layout)
         wanted = math.ceil(course.parts * course.heat / max(error * abs(self.llc), TINY))
         parts = max(course.parts, min(wanted, reader.most))
         return dataclasses.replace(self, setup=setup, course=with_parts(course, parts))

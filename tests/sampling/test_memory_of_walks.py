@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import fastvi
-from fastvi.sampling.from_localizer import measure, setup, walk
+from fastvi._errors import ConfigError
+from fastvi.sampling.from_localizer import measure, memory, setup, walk
 
 INPUTS, HIDDEN, CLASSES, COUNT = 16, 20_500, 10, 64
 DIM = HIDDEN * (INPUTS + CLASSES)
@@ -66,3 +67,19 @@ def test_a_walk_holds_one_state_and_few_vectors(monkeypatch):
     assert memory.alias_size_in_bytes / 4 / DIM == pytest.approx(STATE, abs=0.01)
     assert len(rounds) > 5  # measurements and steps
     assert max(live for live, *_ in rounds) + memory.temp_size_in_bytes / 4 / DIM < MOST_HELD
+
+
+def test_a_walk_larger_than_the_device_is_refused(monkeypatch):
+    posterior = {"w": np.zeros(600_000, np.float32)}
+    # eight walkers: 24 numbers of theirs and 12 beside, of four bytes
+    assert memory.walk_bytes(600_000, 8, 4) == 36 * 4 * 600_000
+    monkeypatch.setattr(memory, "memory_limit", lambda: 80_000_000)
+    data = np.zeros((16, 1), np.float32)
+    with pytest.raises(ConfigError, match=r"8 walkers in 600,000 dimensions takes 0.1 GiB"):
+        fastvi.estimate_llc(
+            lambda params, batch: jnp.sum(params["w"] ** 2) + jnp.mean(batch),
+            posterior,
+            data,
+            sampler={"start": "localizer"},
+            progress=False,
+        )

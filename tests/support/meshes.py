@@ -59,7 +59,7 @@ def steps_on_blocks(result, num_blocks):
 
 def costs_of(setup, state):
     """What one device computes and sends in a round, by the compiled program."""
-    fidelity, anchor, here = state.estimate
+    anchor, here = state.estimate.anchor, state.estimate.here
     numbers = np.float32(1), np.float32(1), *map(np.int32, (0, 0, 16))
     arguments = setup.problem, anchor, state.walkers, here, setup.reference_loss, *numbers
     compiled = setup.programs.advance.lower(*arguments).compile()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fastvi._devices import Layout
 from fastvi._typing import Array, Float, Keys
 from fastvi.sampling.dynamics import State
 from fastvi.sampling.from_localizer.batches import AbstractReader, AbstractSource
@@ -110,6 +111,15 @@ class Course(NamedTuple):
     def is_anchored(self) -> bool:
         """Whether batches are anchored at w*."""
         return self.anchor is not None
+
+
+def deal_course(course: Course, layout: Layout) -> Course:
+    """Put a walk on the devices that its walkers are divided over."""
+    return course._replace(
+        state=layout.deal(course.state, course.state.position.shape[0]),
+        scale=layout.share(course.scale),
+        anchor=layout.share(course.anchor),
+    )
 
 
 def call_round(

@@ -34,7 +34,13 @@ from fastvi.sampling.from_localizer.plan import (
     round_scale,
     seen_heat,
 )
-from fastvi.sampling.from_localizer.setup import Course, WalkSetup, affordable_steps, call_round
+from fastvi.sampling.from_localizer.setup import (
+    Course,
+    WalkSetup,
+    affordable_steps,
+    call_round,
+    deal_course,
+)
 from fastvi.sampling.from_localizer.steps import Observed, Steps, blank, blank_state, fill, put_row
 from fastvi.sampling.keeping import NO_KEEPER, AbstractWalkKeeper
 from fastvi.sampling.run import CHECK_GROWTH, ERROR, TAKEN_BACK, Check, Unmet, unmet_by
@@ -194,6 +200,8 @@ def walk_from_localizer(
         setup.reader.go_on(kept.reading)
         if isinstance(kept.stage, TooStiff):
             return kept.stage
+        course = deal_course(kept.stage.course, setup.programs.layout)
+        kept = kept._replace(stage=kept.stage._replace(course=course))
     stage = begin(setup) if kept is None else kept.stage
     if isinstance(stage, BurningIn):
         course = plan_batch(setup, burn_in(setup, stage, keeper))

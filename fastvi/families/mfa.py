@@ -1,6 +1,7 @@
 """Mixture of factor analyzers with a shared precision core and free means."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,7 +14,7 @@ from fastvi._typing import Array, Bool, Float, Key, Scalar
 from fastvi.families.base import AbstractFamily, Draws, Geometry, TargetValues, slow_start_factor
 from fastvi.families.moments import LinearMap, SecondMoment, symmetric_root
 from fastvi.families.updates import Blocks, UpdateRules
-from fastvi.kernels import mixture_grad, woodbury
+from fastvi.kernels import OPS, mixture_grad, woodbury
 from fastvi.kernels.noise import normal, streams, words
 from fastvi.kernels.triangular import inverse_root
 from fastvi.kernels.woodbury import Draw, Mixture, Noise
@@ -37,6 +38,8 @@ class MFASettings:
         r: Rank of each component, cut to the dimension.
         r_per_component: Ranks of the components in place of `r`; None: all have rank `r`.
         means: "shared", "center" or "component".
+        implementation: Of the kernel of draws and densities, a name in `OPS["woodbury"]`; None: the
+            platform's own.
         alpha_temperature: T in pi = softmax(logits / T); 1 where it falls during the fit.
         alpha_temperature_frac: Share of the steps in which the temperature falls to 1; 0: it stays.
         alpha_dirichlet_prior: alpha_0 of the prior on pi; None: 1, no prior.
@@ -50,6 +53,7 @@ class MFASettings:
     r: int = 2
     r_per_component: tuple[int, ...] | None = None
     means: str = "shared"
+    implementation: str | None = None
     alpha_temperature: float = 1.0
     alpha_temperature_frac: float = 0.0
     alpha_dirichlet_prior: float | None = None
@@ -117,6 +121,7 @@ class MFA(AbstractFamily):
         temperature: T in pi = softmax(logits / T).
         dirichlet: alpha_0 of the prior on pi (1: none).
         entropy_bonus: lambda_H in the objective E[ell] - (1 + lambda_H) E[log q].
+        implementation: Name of the implementation of `woodbury`; None for the platform's own.
         prunes: Whether logits may be minus infinity: components without weight.
     """
 
@@ -127,6 +132,7 @@ class MFA(AbstractFamily):
     ranks: tuple[int, ...] = eqx.field(static=True)
     means: str = eqx.field(static=True)
     noise_size: int = eqx.field(static=True)
+    implementation: str | None = eqx.field(static=True, default=None)
     prunes: bool = eqx.field(static=True, default=False)
     temperature: Scalar | float = 1.0
     dirichlet: Scalar | float = 1.0
@@ -148,12 +154,19 @@ class MFA(AbstractFamily):
             ranks=tuple(min(rank, dim) for rank in settings.ranks),
             means=settings.means,
             noise_size=geometry.noise_size,
+            implementation=settings.implementation,
             prunes=settings.prunes,
             # Arrays, so that other values need no other program.
             temperature=jnp.asarray(1.0 if falls else settings.alpha_temperature, dtype),
             dirichlet=jnp.asarray(1.0 if prior is None else prior, dtype),
             entropy_bonus=jnp.asarray(0.0 if ends else settings.entropy_bonus, dtype),
         )
+
+    @classmethod
+    def check(cls, settings: MFASettings, dim: int) -> None:
+        """Refuse an implementation that cannot run here; see `AbstractFamily.check`."""
+        if settings.implementation is not None:
+            OPS["woodbury"].select(settings.implementation)
 
     def annealed(self, temperature, entropy_bonus):
         """Set both; see `AbstractFamily.annealed`."""
@@ -248,7 +261,7 @@ class MFA(AbstractFamily):
 
         A step changes the factors of the drawn ones only.
         """
-        return woodbury.factor_grams(self._mask(params.factors))
+        return woodbury.factor_grams(self._mask(params.factors), implementation=self.implementation)
 
     def draw_noise(self, key: Key, num: int, block: Array | int = 0) -> Normals:
         """Draw noise; see `AbstractFamily.draw_noise`."""
@@ -276,16 +289,17 @@ class MFA(AbstractFamily):
     def transform(self, params: MFAParams, noise: Normals, *, mirror: bool, cache=None) -> Draws:
         """Turn normals to draws; see `AbstractFamily.transform`."""
         mixture = self.mixture(params)
-        grams = woodbury.grams(mixture, cache)
+        grams = woodbury.grams(mixture, cache, implementation=self.implementation)
+        draw = functools.partial(woodbury.draw, mixture, grams, implementation=self.implementation)
         sorted_noise = self._noise(mixture, noise)
-        drawn = _for_each(lambda one: woodbury.draw(mixture, grams, one), sorted_noise)
+        drawn = _for_each(draw, sorted_noise)
         if mirror:
             mirrored = sorted_noise._replace(
                 eps=-sorted_noise.eps, zeta=-sorted_noise.zeta, z=-sorted_noise.z
             )
             # about means of their own, the density at a mirror image is another one
             if self.num_offsets > 1:
-                reflected = _for_each(lambda one: woodbury.draw(mixture, grams, one), mirrored)
+                reflected = _for_each(draw, mirrored)
             else:
                 reflected = _reflect(drawn, mixture.offsets.sum(0))
             sorted_noise = _concatenate(sorted_noise, mirrored)
@@ -300,8 +314,10 @@ class MFA(AbstractFamily):
     def log_prob(self, params: MFAParams, displacement: Float[Array, " dim"]):
         """Evaluate log q; see `AbstractFamily.log_prob`."""
         mixture = self.mixture(params)
-        u = displacement / self.scale
-        return woodbury.log_prob(mixture, woodbury.grams(mixture), u) - jnp.sum(jnp.log(self.scale))
+        name = self.implementation
+        grams = woodbury.grams(mixture, implementation=name)
+        found = woodbury.log_prob(mixture, grams, displacement / self.scale, implementation=name)
+        return found - jnp.sum(jnp.log(self.scale))
 
     def pullback(self, params, draws, target, *, groups) -> MFAParams:
         """Return the STL and Rao-Blackwellised gradient; see `AbstractDistribution.pullback`."""
@@ -445,7 +461,7 @@ class MFA(AbstractFamily):
     def second_moment(self, params: MFAParams) -> SecondMoment:
         """Return E_q[v v^T]; see `AbstractFamily.second_moment`."""
         mixture = self.mixture(params)
-        grams = woodbury.grams(mixture)
+        grams = woodbury.grams(mixture, implementation=self.implementation)
         deviation = self.scale * jnp.exp(mixture.log_scale)
         weights = jnp.exp(mixture.log_weights)
         rank = mixture.factors.shape[1]

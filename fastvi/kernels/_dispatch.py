@@ -118,12 +118,6 @@ def jax_implementations(op: str) -> dict[str, Implementation]:
     return {name: Implementation(f"fastvi.kernels.{op}.{name}") for name in ("reference", "xla")}
 
 
-def triton_implementation(op: str) -> dict[str, Implementation]:
-    """Return the implementation by Triton kernels."""
-    module, packages = f"fastvi.kernels.{op}.triton", ("triton", "jax_triton")
-    return {"triton": Implementation(module, ("cuda",), packages, extra="cuda")}
-
-
 def current_platform() -> str:
     """Return the platform that programs run on by default, "cuda" and "rocm" told apart."""
     backend = jax.default_backend()

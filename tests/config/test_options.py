@@ -188,6 +188,7 @@ FIELDS = {
     "r": (0, {}, family_of, REFUSED),
     "r_per_component": ((1, 0), {}, family_of, REFUSED),
     "means": ("component", {}, family_of, REFUSED),
+    "implementation": ("xla", {}, family_of, REFUSED),
     "curvature_rank": (1, {}, start_of, start_of),
     "curvature_examples": (4, {}, start_of, start_of),
     "mixture_cap": (1, {}, schedule_of, REFUSED),

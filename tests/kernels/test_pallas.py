@@ -11,8 +11,10 @@ import pytest
 from conftest import enable_x64, quick_jit
 from jax.experimental import pallas as pl
 
+import fastvi
 from fastvi._errors import ConfigError
 from fastvi.kernels import OPS, woodbury
+from fastvi.kernels._dispatch import Implementation
 from fastvi.kernels.woodbury import reference, xla
 from tests.support import woodbury_cases as cases
 from tests.support.density_draws import assert_close, assert_nan_gives_nan, draws
@@ -90,6 +92,47 @@ def test_what_is_missing_is_refused():
     if jax.default_backend() == "cpu":
         with pytest.raises(ConfigError, match="'pallas'.*woodbury.*runs on cuda"):
             woodbury.grams(cases.make(SHARED["shared"])[0], implementation="pallas")
+
+
+def estimate(**options):
+    """Estimate by q alone, a quadratic in four dimensions."""
+    return fastvi.estimate_llc(
+        lambda w, batch: 0.5 * jnp.mean((batch @ w) ** 2),
+        jnp.zeros(4),
+        np.random.default_rng(0).normal(size=(100, 4)),
+        method="variational",
+        early_stop=False,
+        steps=4,
+        M=2,
+        curvature_rank=0,
+        samples_per_step=2,
+        eval_samples=8,
+        dtype="float64",
+        progress=False,
+        **options,
+    )
+
+
+def test_the_configuration_switches_it_on(interpreted, monkeypatch, x64):
+    monkeypatch.setattr(Implementation, "obstacle", lambda self, platform: None)
+    launches, launch = [], pl.pallas_call
+
+    def counted(*args, **options):
+        launches.append(options["grid"])
+        return launch(*args, **options)
+
+    monkeypatch.setattr(pl, "pallas_call", counted)
+    expected = estimate()
+    assert not launches
+    assert estimate(implementation="pallas").llc == pytest.approx(expected.llc, rel=1e-9)
+    assert launches
+
+
+def test_the_configuration_refuses_what_cannot_run(x64):
+    with pytest.raises(ConfigError, match=r"'pallas'.*runs on cuda, and this machine has"):
+        estimate(implementation="pallas")
+    with pytest.raises(ConfigError, match=r"implementation must be 'xla' beside means='component'"):
+        fastvi.VIConfig(implementation="pallas", means="component")
 
 
 def for_a_gpu():

@@ -48,28 +48,19 @@ class Storage:
         assert other.array is self.array
 
 
-def call(kernel, *arrays, outputs, grid, aliases, **constants):
-    """Stand in for `fastvi.kernels._triton.call`, with jax-triton 0.4's pointers.
-
-    None for aliased outputs.
-    """
-    places = {output: argument for argument, output in aliases.items()}
+def call(kernel, *arrays, outputs, grid, **constants):
+    """Stand in for `fastvi.experimental.triton_calls.call`."""
 
     def run(*arrays):
         inputs = [np.array(array) for array in arrays]
-        results = [
-            inputs[places[index]]
-            if index in places
-            else np.full(output.shape, np.nan, output.dtype)
-            for index, output in enumerate(outputs)
-        ]
-        pointers = inputs + [result for index, result in enumerate(results) if index not in places]
+        results = [np.full(output.shape, np.nan, output.dtype) for output in outputs]
         # an empty array has no address
         padded = [
-            Storage(pointer if pointer.size else np.zeros(1, pointer.dtype)) for pointer in pointers
+            Storage(pointer if pointer.size else np.zeros(1, pointer.dtype))
+            for pointer in inputs + results
         ]
         with ONE_AT_A_TIME:
-            kernel[0].run(*padded, grid=grid, warmup=False, **constants)
+            kernel.run(*padded, grid=grid, warmup=False, **constants)
         return tuple(results)
 
     return jax.pure_callback(run, tuple(outputs), *arrays)

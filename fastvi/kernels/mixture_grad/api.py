@@ -2,11 +2,11 @@
 
 from fastvi._errors import ConfigError
 from fastvi._typing import Array, Float, Int
-from fastvi.kernels._dispatch import Op, jax_implementations, triton_implementation
+from fastvi.kernels._dispatch import Op, jax_implementations
 from fastvi.kernels.mixture_grad.types import Gradient
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
-OP = Op("mixture_grad", jax_implementations("mixture_grad") | triton_implementation("mixture_grad"))
+OP = Op("mixture_grad", jax_implementations("mixture_grad"))
 METRICS = ("euclidean", "natural")
 
 

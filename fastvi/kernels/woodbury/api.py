@@ -1,12 +1,7 @@
 """Entry points of the Woodbury kernel."""
 
 from fastvi._typing import Array, Float, Scalar
-from fastvi.kernels._dispatch import (
-    Implementation,
-    Op,
-    jax_implementations,
-    triton_implementation,
-)
+from fastvi.kernels._dispatch import Implementation, Op, jax_implementations
 from fastvi.kernels.woodbury import xla
 from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 
@@ -14,10 +9,7 @@ from fastvi.kernels.woodbury.types import Draw, Grams, Mixture, Noise
 _PALLAS = Implementation(
     "fastvi.kernels.woodbury.pallas", ("cuda",), ("jax.experimental.pallas.triton",)
 )
-OP = Op(
-    "woodbury",
-    jax_implementations("woodbury") | triton_implementation("woodbury") | {"pallas": _PALLAS},
-)
+OP = Op("woodbury", jax_implementations("woodbury") | {"pallas": _PALLAS})
 
 
 def factor_grams(

@@ -1,6 +1,6 @@
 """Calls of Triton kernels through jax-triton, with a leading axis of chains that vmap fills."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,25 +19,17 @@ def call(
     *arrays: Array,
     outputs: tuple[jax.ShapeDtypeStruct, ...],
     grid: tuple[int, ...],
-    aliases: Mapping[int, int],
     **constants: Any,
 ) -> tuple[Array, ...]:
-    """Launch a kernel; `aliases` maps inputs to the outputs that take their place.
-
-    The kernel sees the inputs, then the outputs that are not aliased: jax-triton before 0.4 passes
-    aliased outputs too, so `kernel` is a pair, with and without pointers for them at the end.
-    """
+    """Launch a kernel, which sees the inputs, then the outputs."""
     import jax_triton  # pyright: ignore[reportMissingImports]
 
-    plain, with_aliased = kernel
-    passes_aliased = tuple(map(int, jax_triton.__version__.split(".")[:2])) < (0, 4)
     results = jax_triton.triton_call(
         *arrays,
-        kernel=with_aliased if aliases and passes_aliased else plain,
+        kernel=kernel,
         out_shape=list(outputs),
         grid=grid,
         num_warps=WARPS,
-        input_output_aliases=dict(aliases),
         **constants,
     )
     return tuple(results)

@@ -16,27 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import enable_x64, quick_jit
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from fastvi import experimental
 from fastvi._errors import ConfigError
-from fastvi.kernels import OPS, _triton, woodbury
 from fastvi.kernels._dispatch import current_platform
+from fastvi.kernels.woodbury import reference, xla
 from tests.support import woodbury_cases as cases
 from tests.support.density_draws import assert_close, assert_nan_gives_nan, draws
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton: pip install triton", allow_module_level=True)
 if current_platform() == "cuda":  # the interpreter is Triton's for the whole process
-    pytest.skip("test_kernels.py runs the compiled kernels here", allow_module_level=True)
+    pytest.skip("bench.gpu runs the compiled kernels here", allow_module_level=True)
 # before the kernels, which Triton reads when they are imported
 from tests.support import triton_interpreter
 
 # isort: split
-from fastvi.kernels.mixture_grad import reference as gradient_reference
-from fastvi.kernels.mixture_grad import triton as gradient
-from fastvi.kernels.woodbury import reference, xla
-from fastvi.kernels.woodbury import triton as density
+from fastvi.experimental import triton_calls
+from fastvi.experimental import triton_woodbury as density
 
 SHARED = [name for name, case in cases.CASES.items() if case.num_offsets < 2]
 FLOAT32 = [name for name in SHARED if "steep" not in name]
@@ -53,7 +50,7 @@ def x64():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    monkeypatch.setattr(_triton, "call", triton_interpreter.call)
+    monkeypatch.setattr(triton_calls, "call", triton_interpreter.call)
 
 
 @pytest.mark.parametrize("name", [*SHARED, "ragged"])
@@ -76,25 +73,6 @@ def test_draws_in_float32_agree_with_float64(name, interpreted):
     assert_close(draws(density, *cases.make(case)), expected, 4e-6)
 
 
-@settings(max_examples=8, deadline=None)
-@given(
-    comp=st.integers(1, 4),
-    rank=st.integers(1, 5),
-    dim=st.sampled_from([1, 33, 300]),
-    terms=st.integers(1, 2),
-    labels=st.lists(st.integers(0, 3), min_size=1, max_size=3),
-)
-def test_factors_move_in_place(interpreted, x64, comp, rank, dim, terms, labels):
-    rng, labels = np.random.default_rng(comp), np.asarray(labels, np.int32) % comp
-    sizes = (comp, rank, dim), (labels.size, terms, rank), (labels.size, terms, dim)
-    arguments = [jnp.asarray(array) for array in (rng.normal(size=sizes[0]), labels)]
-    arguments += [jnp.asarray(rng.normal(size=size)) for size in sizes[1:]]
-    actual, expected = (
-        quick_jit(module.update_factors)(*arguments) for module in (gradient, gradient_reference)
-    )
-    assert_close(actual, expected, 1e-12)
-
-
 def test_chains_are_one_launch(interpreted, monkeypatch, x64):
     launches = []
 
@@ -102,7 +80,7 @@ def test_chains_are_one_launch(interpreted, monkeypatch, x64):
         launches.append(options["grid"])
         return triton_interpreter.call(*args, **options)
 
-    monkeypatch.setattr(_triton, "call", counted)
+    monkeypatch.setattr(triton_calls, "call", counted)
     chains = [cases.make(cases.CASES[name], jnp.float64) for name in ("shared", "shared_masked")]
     mixtures, noises = jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *chains)
     together = jax.device_get(jax.vmap(functools.partial(draws, density))(mixtures, noises))
@@ -134,7 +112,7 @@ def test_what_is_missing_is_refused():
         draws(density, mixture, stacked)
     if jax.default_backend() == "cpu":
         with pytest.raises(ConfigError, match="'triton'.*woodbury.*(runs on cuda|pip install)"):
-            woodbury.grams(mixture, implementation="triton")
+            experimental.OPS["woodbury"].call("grams", "triton", mixture, None)
 
 
 # The real compiler.
@@ -151,7 +129,7 @@ def compiled():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kernel", ["project", "residual", "update"])
+@pytest.mark.parametrize("kernel", ["project", "residual"])
 def test_sm_90_code_spills_nothing(kernel):
     registers, stack = compiled()["usage"][kernel]
     assert stack == 0
@@ -161,11 +139,13 @@ def test_sm_90_code_spills_nothing(kernel):
 def test_lowering_for_cuda_holds_the_kernels():
     if compiled()["launches"] is None:
         pytest.skip("needs jax-triton and a CUDA plugin of jax")
-    assert compiled()["launches"] == [3, True]
+    assert compiled()["launches"] == 2
 
 
-def test_every_triton_module_is_tested():
-    modules = {
-        op.implementations["triton"].module for op in OPS.values() if "triton" in op.implementations
+def test_every_experimental_kernel_is_tested():
+    found = {
+        implementation.module
+        for op in experimental.OPS.values()
+        for implementation in op.implementations.values()
     }
-    assert modules == {density.__name__, gradient.__name__}
+    assert found == {density.__name__}

@@ -60,14 +60,17 @@ def sgld_scan(objective, problem):
     return _compile(body, posterior.center)
 
 
-def fastvi_scan(objective, problem):
+def fastvi_scan(objective, problem, implementation=None):
     """Run the steps of a fit with one chain, one draw a step and no core."""
-    return fastvi_program(objective, problem, chains=1, steps=STEPS)
+    options = {"implementation": implementation}
+    return fastvi_program(objective, problem, chains=1, steps=STEPS, **options)
 
 
-def fastvi_program(objective, problem, *, chains, steps, rank=RANK, donate=False):
+def fastvi_program(objective, problem, *, chains, steps, rank=RANK, donate=False, **options):
     """Compile steps of several chains; unless it is donated, each call begins at the same state."""
-    config = VIConfig(M=COMPONENTS, r=rank, curvature_rank=0, steps=steps, samples_per_step=1)
+    config = VIConfig(
+        M=COMPONENTS, r=rank, curvature_rank=0, steps=steps, samples_per_step=1, **options
+    )
     settings, schedule = fit_settings(config), fit_schedule(config)
     programs = programs_for(objective, problem, settings).compiled
     keys = jax.random.split(jax.random.key(1), chains)

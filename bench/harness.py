@@ -228,7 +228,7 @@ def record(table: str, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: If the file holds other columns.
     """
-    context = {**_environment(), "load_average": round(os.getloadavg()[0], 2)}
+    context = {**environment(), "load_average": round(os.getloadavg()[0], 2)}
     context["copy_gb_per_s"] = _rounded(copy_bandwidth())
     full = [{**{name: _rounded(value) for name, value in row.items()}, **context} for row in rows]
     TABLES.setdefault(table, []).extend(dict(row) for row in rows)
@@ -265,7 +265,7 @@ def _rounded(value: Any) -> Any:
 
 
 @functools.cache
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
         "device": jax.devices()[0].device_kind,

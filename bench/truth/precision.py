@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bench import harness
 from bench.truth import suite
@@ -98,6 +99,14 @@ PRECISIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+def build(name: str) -> Problem:
+    """Build a problem on any device as exactly as its answer was computed."""
+    with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("highest"):
+        problem = PROBLEMS[name]()
+    on_host = functools.partial(jax.tree_util.tree_map, np.asarray)
+    return dataclasses.replace(problem, params=on_host(problem.params), data=on_host(problem.data))
+
+
 def here() -> tuple[str, ...]:
     """Return the precisions that mean something on this device."""
     is_cpu = jax.default_backend() == "cpu"
@@ -106,7 +115,7 @@ def here() -> tuple[str, ...]:
 
 def run(name: str, precision: str, seed: int, **options: Any) -> dict[str, Any]:
     """Estimate once; return a row of precision.csv."""
-    problem, known = PROBLEMS[name](), load_reference(name)
+    problem, known = build(name), load_reference(name)
     began = time.perf_counter()
     result = PRECISIONS[precision](problem, seed=seed, **options)
     row = {

@@ -585,6 +585,7 @@ def _evidence(
         rounding=rounding_nats(posterior, float(outcome.reference_loss)),
         weight_rounding=look.weight_rounding,
         loss_rounding=look.loss_rounding,
+        narrow_dtype=look.narrow_dtype,
         init_loss=float(outcome.reference_loss),
         bottom=minimum.bottom,
         in_memory=problem.holds_all,

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,6 +38,7 @@ from fastvi.sampling.tuning import USUAL_ERROR
 from fastvi.sampling.walkers import Walkers
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import Fingerprint
+from fastvi.target.narrow import narrow_dtype
 from fastvi.target.ravel import TreeObjective
 from fastvi.target.stream import uncorrected
 
@@ -369,7 +369,7 @@ def _sample(
         run.end.work / num_data,
         {
             **run_details(run, settings, spent),
-            "narrow_dtype": _narrow_dtype(fitted),
+            "narrow_dtype": narrow_dtype(fitted.loss.uses),
             "product_rounding": rounding,
         },
         PreviousRun(run.end.walkers, fitted.problem.posterior.center, number, not run.check.unmet),
@@ -450,15 +450,3 @@ def run_details(run: SamplerResult, settings: SamplerSettings, spent: float) -> 
         "rounding": float(np.sqrt(run.end.rounding)),
         "returned": run.end.returned,
     }
-
-
-def _narrow_dtype(fitted: Fitted) -> str | None:
-    """Name the half-precision type of a parameter or of the loss, if there is one."""
-    problem = fitted.problem
-    # Shapes and dtypes alone, so that nothing is computed.
-    loss = jax.eval_shape(fitted.objective.loss, problem.posterior.center, problem.data.examples)
-    dtypes = [
-        loss.dtype,
-        *(dtype for dtype in fitted.objective.structure.dtypes if dtype is not None),
-    ]
-    return next((jnp.dtype(dtype).name for dtype in dtypes if jnp.dtype(dtype).itemsize <= 2), None)

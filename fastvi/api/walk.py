@@ -288,6 +288,7 @@ def _estimate(
             returned=walk.returned,
             stiffness=measured.stiffness,
             product_rounding=product_rounding,
+            narrow_dtype=look.narrow_dtype,
         ),
         walk_llc=walk.check.llc,
     )

@@ -96,8 +96,9 @@ class Evidence:
 
     `newton_decrement` and `excess`, nbeta (L_n - L_n(w*)) at draws of q, are those of all data;
     `rounding` is how many nats of the latter may be rounding. `weight_rounding` is how many nats
-    rounding w to its dtype adds to n beta L_n on average, `loss_rounding` how many one unit in the
-    last place of the loss stands for.
+    rounding w to its dtype adds to n beta L_n on average, `narrow_dtype` that dtype where the loss
+    sees w in half precision, `loss_rounding` how many one unit in the last place of the loss stands
+    for.
     """
 
     llc_per_chain: np.ndarray
@@ -120,6 +121,7 @@ class Evidence:
     rounding: float = 0.0
     weight_rounding: float = 0.0
     loss_rounding: float = 0.0
+    narrow_dtype: str | None = None
     init_loss: float = 0.0
     bottom: Bottom = Bottom()
     in_memory: bool = True
@@ -457,30 +459,38 @@ def not_a_minimum(seen: list[str], negative: bool = False) -> Iterator[Finding]:
 
 def _coarse_numbers(evidence: Evidence) -> Iterator[Finding]:
     llc = abs(float(evidence.llc_per_chain.mean()))
-    return coarse_numbers(llc, evidence.weight_rounding, evidence.loss_rounding)
+    return coarse_numbers(llc, evidence)
 
 
-def coarse_numbers(llc: float, weights: float, loss: float) -> Iterator[Finding]:
-    """Hold the rounding of weights and loss, in nats of n beta L_n, against |llc|."""
+def coarse_numbers(llc: float, seen: Any) -> Iterator[Finding]:
+    """Hold the rounding of weights and loss, in nats of n beta L_n, against |llc|.
+
+    `seen` has `weight_rounding`, `loss_rounding` and `narrow_dtype`, as evidence or a look at the
+    loss has them.
+    """
+    weights, loss, narrow = seen.weight_rounding, seen.loss_rounding, seen.narrow_dtype
+    dtype = narrow or "its dtype"
     signs = {
-        f"rounding w to its dtype adds about {weights:.2g} nats to n beta L_n": (
+        f"rounding w to {dtype} adds about {weights:.2g} nats to n beta L_n": (
             weights > COARSE_WEIGHTS * llc
         ),
         f"one unit in the last place of the loss is {loss:.2g} nats of n beta L_n": (
             loss > COARSE_LOSS * llc
         ),
     }
-    seen = [words for words, is_seen in signs.items() if is_seen]
+    found = [words for words, is_seen in signs.items() if is_seen]
     # Nothing is small beside an llc of zero.
-    if seen and llc != 0:
+    if found and llc != 0:
         yield Finding(
             "warning",
             "coarse_numbers",
-            f"Numbers are too coarse for this posterior: {' and '.join(seen)}, where llc is "
+            f"Numbers are too coarse for this posterior: {' and '.join(found)}, where llc is "
             f"{llc:.3g}.",
             "The posterior is narrow beside the spacing of floating-point numbers near w*, or the "
             "loss is large beside its changes.",
-            'Use dtype="float64" with jax_enable_x64 (and parameters and data of that dtype); '
+            f"Compute in float32 what the model computes in {narrow}."
+            if narrow is not None
+            else 'Use dtype="float64" with jax_enable_x64 (and parameters and data of that dtype); '
             "subtract a large constant from the loss; shift parameters that are far from 0.",
         )
 

@@ -114,7 +114,7 @@ class Correction(NamedTuple):
         batch: Examples of a walker's minibatch, where each step draws them anew.
         stiffness: Largest eigenvalue of the Hessian of nbeta L_n in the walk's coordinates that a
             walk without a fit met.
-        narrow_dtype: Half-precision type of a parameter or of the loss.
+        narrow_dtype: Half-precision type in which the loss sees parameters.
         product_rounding: Nats that llc has where walkers are for the digits that the model's
             products of matrices leave out; 0 where they keep all of single precision.
     """

@@ -35,7 +35,7 @@ def walk_findings(
         seen.append(f"a step along the gradient would lower n beta L_n by about {gain:.2g} nats")
     return (
         *not_a_minimum(seen),
-        *coarse_numbers(abs(result.llc), look.weight_rounding, look.loss_rounding),
+        *coarse_numbers(abs(result.llc), look),
         *_uneven(look),
         *_weights_drift(weight_drift),
         *_stiff(walk),

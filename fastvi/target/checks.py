@@ -54,7 +54,9 @@ class LossLook(NamedTuple):
 
     Attributes:
         sample_gradients: Work: gradients of single examples, a loss counted as a third.
-        weight_rounding: Nats that rounding w to its dtype adds to nbeta L_n, on average.
+        weight_rounding: Nats that rounding w to the dtypes in which the loss sees it adds to nbeta
+            L_n, on average.
+        narrow_dtype: The half-precision type in which the loss sees parameters, if it does.
         loss_rounding: Nats of nbeta L_n that one unit in the last place of the loss stands for.
         weight_error: Relative error of the mean weight of a weighted loss, found on a sample.
         effective_share: Kish's effective sample size of the weights over the number of examples; 1
@@ -63,6 +65,7 @@ class LossLook(NamedTuple):
 
     sample_gradients: float = 0.0
     weight_rounding: float = 0.0
+    narrow_dtype: str | None = None
     loss_rounding: float = 0.0
     weight_error: float = 0.0
     effective_share: float = 1.0
@@ -132,7 +135,7 @@ def look_at_loss(
         nbeta: n times the inverse temperature.
         localization: Strength of the localizer.
         resolution: Relative spacing of the coarsest dtype that the loss computes in.
-        weight_eps: Relative spacing of the dtype that each parameter has in the model.
+        weight_eps: Relative spacing of the dtype in which the loss sees each parameter.
         budget_fge: Full gradients that the estimate may take.
         max_batch: The most examples at once; of one alone, no mean can be checked.
         name: Of the function, for errors.
@@ -169,7 +172,9 @@ def look_at_loss(
         _check_mean(meter, moved, displaced[0], rows, tolerance, tolerance * scale, name)
         _check_mean(meter, center, at_center[0], rows, tolerance, tolerance * scale, name)
         if meter.affords(rows.union):
-            _check_gradient(meter, center, step, rows.union, at_center, displaced, tolerance, name)
+            way = _as_seen(moved, weight_eps) - _as_seen(center, weight_eps)
+            ends = at_center, displaced
+            _check_gradient(meter, center, step, way, rows.union, ends, tolerance, name)
         if meter.affords(rows.union):
             _check_deterministic(meter, moved, rows.union, displaced[0], tolerance * scale, name)
         if meter.affords(rows.reverse):
@@ -186,6 +191,13 @@ def _last_place(values: Any, eps: Any) -> np.ndarray:
     """Return the distance to the next number of a dtype whose relative spacing is `eps`; 0 at 0."""
     size = np.abs(np.asarray(values, np.float64))
     return np.where(size > 0, eps * np.exp2(np.floor(np.log2(np.where(size > 0, size, 1.0)))), 0.0)
+
+
+def _as_seen(points: np.ndarray, eps: Any) -> np.ndarray:
+    """Round to the numbers whose relative spacing is `eps`."""
+    units = _last_place(points, eps)
+    scale = np.where(units > 0, units, 1.0)
+    return np.round(points.astype(np.float64) / scale) * scale
 
 
 def _choose_rows(data: Batch, half: int) -> _Rows:
@@ -351,19 +363,22 @@ def _check_gradient(
     meter: _Meter,
     center: np.ndarray,
     step: np.ndarray,
+    way: np.ndarray,
     batch: Batch,
-    at_center: tuple[float, np.ndarray],
-    displaced: tuple[float, np.ndarray],
+    ends: tuple[tuple[float, np.ndarray], tuple[float, np.ndarray]],
     tolerance: float,
     name: str,
 ) -> None:
-    """Compare the change of the loss with its gradient's integral on the way, by Simpson's rule."""
+    """Compare the change of the loss with its gradient's integral on the way, by Simpson's rule.
+
+    `way` is the step as the loss sees it: rounding takes much of it from large weights, and all of
+    it where a model in half precision does not resolve it.
+    """
     middle = meter.value_and_grad(center + step / 2, batch)
     if not _is_finite(middle):
         return
+    at_center, displaced = ends
     ends_and_middle = at_center, middle, displaced
-    # the step as it is after rounding, which large weights take much of
-    way = (center + step).astype(np.float64) - center.astype(np.float64)
     slopes = [float(gradient @ way) for _, gradient in ends_and_middle]
     change = displaced[0] - at_center[0]
     simpson = (slopes[0] + 4 * slopes[1] + slopes[2]) / 6

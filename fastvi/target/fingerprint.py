@@ -19,6 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # pyright: ignore[repor
 
 from fastvi.kernels.noise import streams
 from fastvi.target.data import Problem
+from fastvi.target.narrow import Use, uses_of_parameters
 from fastvi.target.objective import (
     AbstractObjective,
     FlatObjective,
@@ -47,6 +48,7 @@ class Fingerprint(NamedTuple):
         is_traced: Whether values of an enclosing trace of jax are closed over; then nothing else is
             equal to it.
         is_narrow: Whether a number of 16 bits or fewer is computed with.
+        uses: Of the parameters, where some are seen in half precision.
         computed: Bytes that loss and gradient compute for one example.
     """
 
@@ -54,6 +56,7 @@ class Fingerprint(NamedTuple):
     objects: tuple[Hashable, ...]
     is_traced: bool
     is_narrow: bool
+    uses: tuple[Use, ...]
     computed: float
 
     def bytes_at_draw(self, dim: int, examples: int) -> float:
@@ -106,6 +109,7 @@ def fingerprint_loss(
         tuple(reader.objects),
         reader.is_traced,
         reader.is_narrow,
+        uses_of_parameters(traced.jaxpr, w.size) if reader.is_narrow else (),
         computed_bytes(traced.jaxpr) / problem.batch_size,
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 from fastvi._compilation import PROGRAMS, compiler_options
 from fastvi._errors import DataError
 from fastvi._modes import their_product_eps
-from fastvi._typing import Array, Float, Given
+from fastvi._typing import Array, Given
 from fastvi.target.checks import (
     LossLook,
     LossPrograms,
@@ -35,8 +35,8 @@ from fastvi.target.losses import (
     weigh_batch,
     weight_statistics,
 )
+from fastvi.target.narrow import narrow_dtype, spacing_seen
 from fastvi.target.objective import FlatObjective, call_full_loss, value_and_grad
-from fastvi.target.ravel import TreeObjective
 from fastvi.target.signature import Signature, check_loss, error_note, leading
 from fastvi.target.stream import AbstractStream
 from fastvi.target.work import LOSS
@@ -99,7 +99,7 @@ def look_at_target(
         nbeta=float(posterior.nbeta),
         localization=float(posterior.gamma),
         resolution=_resolution(loss, center.dtype),
-        weight_eps=_weight_eps(objective, center),
+        weight_eps=spacing_seen(loss.uses, center),
         budget_fge=budget_fge,
         max_batch=most,
         name=name,
@@ -109,6 +109,7 @@ def look_at_target(
         spent += _check_full_loss(programs, problem, loss_full_flat)
     look = look._replace(
         sample_gradients=spent,
+        narrow_dtype=narrow_dtype(loss.uses),
         weight_error=weighing.error,
         effective_share=weighing.effective_share,
     )
@@ -249,20 +250,3 @@ def _resolution(loss: Fingerprint, dtype: Any) -> float:
     eps = float(jnp.finfo(dtype).eps)
     # The precision of products is a setting of single precision alone.
     return eps if eps < 1e-10 else max(eps, their_product_eps())
-
-
-def _weight_eps(
-    objective: FlatObjective, center: Float[Array, " dim"]
-) -> float | Float[np.ndarray, " dim"]:
-    """Return the relative spacing of each parameter as the model sees it."""
-    eps = float(jnp.finfo(center.dtype).eps)
-    if not isinstance(objective, TreeObjective):
-        return eps
-    structure = objective.structure
-    # `unravel` gives back half precision alone; the other leaves compute in the type of w.
-    narrow = [
-        max(eps, float(jnp.finfo(dtype).eps)) if dtype.itemsize <= 2 else eps
-        for dtype in structure.dtypes
-        if dtype is not None
-    ]
-    return np.repeat(narrow, structure.leaf_sizes)

@@ -58,6 +58,8 @@ ESTIMATES = {
     "language_model": Estimates(("method", "nbeta", "gamma"), "method"),
     "gpu_language_model": Estimates(("method", "nbeta", "gamma"), "method"),
     "gpu_estimates": Estimates(("problem",)),
+    "precision": Estimates(("problem", "precision")),
+    "gpu_precision": Estimates(("problem", "precision")),
     "flow_bias": Estimates(("family", "posterior")),
     "flow_quadratic": Estimates(("backend", "template", "d_latent")),
     "flow_seeds": Estimates(("posterior", "seeds")),

@@ -17,7 +17,7 @@ from bench import flow_report
 from bench.gate import MACHINE, load, measured
 from bench.harness import RESULTS
 from bench.tables import EFFICIENCY, markdown, number, tabulate
-from bench.truth import compare_report, suite
+from bench.truth import compare_report, precision, suite
 
 ROOT = RESULTS.parent.parent
 DOCS = ("benchmarks.md", "accuracy.md", "kernels.md", "flows.md", "vi_flow.md")
@@ -147,8 +147,29 @@ MEASURED_COLUMNS = {
         "d": "size",
         "multiple of": "floor",
         "measured": "ratio",
+        "of a copy": "of_copy",
+        "of the step by XLA": "of_xla",
         "ms": "ms",
         "peak MB": "peak_mb",
+    },
+    "gpu_numbers": {
+        "kernel": "kernel",
+        "implementation": "implementation",
+        "d": "dim",
+        "beside": "reference",
+        "largest error": "error",
+        "allowed": "allowed",
+    },
+    "gpu_copies": {"copy": "copy", "bytes": "bytes", "us": "us", "GB/s": "gb_per_s"},
+    "gpu_precision": {
+        "problem": "problem",
+        "precision": "precision",
+        "right": "reference",
+        "llc": "llc",
+        "stated error": "sem",
+        "z": "z",
+        "findings": "findings",
+        "s": "seconds",
     },
     "language_model": LANGUAGE_MODEL,
     "gpu_language_model": LANGUAGE_MODEL,
@@ -172,6 +193,8 @@ def last_run(name):
     A column that none of them has, as of before it was measured, is left out.
     """
     rows = load(table=name)
+    if not rows:
+        return "Nothing measured yet."
     last = rows[-1]
     run = [row for row in rows if all(row[name] == last[name] for name in ("device", "commit"))]
     columns = {
@@ -252,6 +275,7 @@ TABLES = {
     "scale": scale,
     "fit": lambda: ratios("fit", "estimate"),
     "suite": lambda: suite.table(suite.load()),
+    "precision": lambda: precision.table(precision.load()),
     "scaling": lambda: suite.scaling_table(suite.load()),
     "comparison": lambda: compare_report.summary(compare_report.Results()),
     "comparison-details": lambda: compare_report.details(compare_report.Results()),

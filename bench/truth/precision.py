@@ -16,6 +16,7 @@ With BENCH_KEEP=1 rows are appended to bench/results/precision.csv, on a GPU to 
 """
 
 import argparse
+import csv
 import dataclasses
 import functools
 import sys
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import harness
+from bench.tables import markdown, number
 from bench.truth import suite
 from bench.truth.problem import Problem
 from bench.truth.problems import PROBLEMS
@@ -64,13 +66,17 @@ def in_bfloat16(problem: Problem) -> Problem:
 
     def loss_fn(params, batch):
         narrow = _narrow(params)
-        inputs, targets = (batch[0], batch[1:]) if isinstance(batch, tuple) else (batch, None)
+        if not isinstance(batch, tuple):
+            # One loss for all examples, as the data are not looked at. One for each would be copies
+            # of it, and the backward pass would sum as many equal slopes in bfloat16.
+            return problem.loss_fn(narrow, batch).astype(jnp.float32)
+        inputs, *targets = batch
 
         def of_example(inputs, targets):
-            one = jax.tree_util.tree_map(lambda leaf: leaf[None], (_narrow(inputs), targets))
-            return problem.loss_fn(narrow, one[0] if targets is None else (one[0], *one[1]))
+            one = jax.tree_util.tree_map(lambda leaf: leaf[None], (_narrow(inputs), *targets))
+            return problem.loss_fn(narrow, one)
 
-        losses = jax.vmap(of_example)(inputs, targets)
+        losses = jax.vmap(of_example)(inputs, tuple(targets))
         return jax.tree_util.tree_map(lambda leaf: leaf.astype(jnp.float32), losses)
 
     return dataclasses.replace(problem, loss_fn=loss_fn)
@@ -144,6 +150,60 @@ def measure(
         for precision in precisions:
             for seed in seeds:
                 yield run(name, precision, seed)
+
+
+def load() -> dict[str, dict[str, list[dict[str, str]]]]:
+    """Return the rows by problem and precision; of rows with the same seed the last one counts."""
+    with (harness.RESULTS / f"{TABLE}.csv").open(newline="") as file:
+        rows = {
+            (row["problem"], row["precision"], row["seed"]): row for row in csv.DictReader(file)
+        }
+    found: dict[str, dict[str, list[dict[str, str]]]] = {}
+    for (name, how, _), row in rows.items():
+        found.setdefault(name, {}).setdefault(how, []).append(row)
+    return found
+
+
+def table(found: dict[str, dict[str, list[dict[str, str]]]]) -> str:
+    """Return a line for each problem, and how well errors fit in each precision."""
+    names = [how for how in PRECISIONS if any(how in own for own in found.values())]
+    head = ["problem", "d", "reference"]
+    for how in names:
+        head += [f"{how}: error", "z"]
+    lines = []
+    for name in (name for name in PROBLEMS if name in found):
+        one = next(iter(found[name].values()))[0]
+        cells = [name, one["d"], number(one["reference"])]
+        for how in names:
+            rows = found[name].get(how, [])
+            errors = [f"{100 * float(row['relative_error']):+.2g} %" for row in rows]
+            pulls = [f"{float(row['z']):+.1f}{_marks(row)}" for row in rows]
+            cells += [", ".join(errors), ", ".join(pulls)]
+        lines.append(cells)
+    totals = [
+        _total(how, [row for own in found.values() for row in own.get(how, [])]) for how in names
+    ]
+    return "\n".join([markdown(head, lines), "", *totals])
+
+
+MARKS = {"coarse_numbers": "c", "rounded_loss": "r", "walk_unsettled": "u"}
+
+
+def _marks(row: dict[str, str]) -> str:
+    """Return a letter for each finding that distrusts the number or its error."""
+    found = "".join(mark for name, mark in MARKS.items() if name in row["findings"].split())
+    return f" ({found})" if found else ""
+
+
+def _total(how: str, rows: list[dict[str, str]]) -> str:
+    trusted = np.array([float(row["z"]) for row in rows if not suite.is_flagged(row)])
+    within = [f"{np.sum(np.abs(trusted) < bound)}" for bound in (1, 2, 3)]
+    named = sum(any(name in row["findings"].split() for name in OF_ROUNDING) for row in rows)
+    return (
+        f"{how}: of {len(trusted)} runs that are not flagged {', '.join(within)} lie within one, "
+        f"two and three errors, the rms of z is {np.sqrt(np.mean(trusted**2)):.2f} and its mean "
+        f"{np.mean(trusted):+.2f}; a finding names rounding in {named} of {len(rows)}."
+    )
 
 
 def main(arguments: list[str]) -> None:

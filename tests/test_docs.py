@@ -18,7 +18,7 @@ import pytest
 import fastvi
 from fastvi import FlowConfig, VIConfig
 from fastvi.api import estimate as api
-from fastvi.cli.sweep import read_plan
+from fastvi.cli.sweep_plan import read_plan
 from fastvi.families import BACKENDS
 from fastvi.results import findings as health
 
@@ -268,7 +268,11 @@ def test_every_page_with_examples_is_run():
     "block",
     re.findall(r"^```yaml\n(.*?)^```", (DOCS / "sweeps.md").read_text("utf-8"), re.S | re.M),
 )
-def test_examples_of_sweeps_are_plans(block, tmp_path):
+def test_examples_of_sweeps_are_plans(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for step in (9, 10, 100):
+        (tmp_path / "run" / f"step_{step}.npz").touch()
     (tmp_path / "sweep.yaml").write_text(block)
     cells = read_plan(tmp_path / "sweep.yaml").cells
     assert len({cell.name for cell in cells}) == len(cells) >= 3

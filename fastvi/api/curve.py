@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from fastvi._modes import in_own_modes
 from fastvi._typing import Batch, Given, PyTree
 from fastvi.api.arguments import check_count
 from fastvi.api.estimate import assemble, run_estimate
+from fastvi.api.series import kept_members
 from fastvi.api.split import split_llc
 from fastvi.config import VIConfig
 from fastvi.fitting.protocols import Progress
@@ -24,7 +26,7 @@ from fastvi.results.report.differences import plot_differences
 from fastvi.target.containers import open_data
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
 from fastvi.target.keys import as_key
-from fastvi.target.ravel import TreeStructure
+from fastvi.target.ravel import TreeStructure, ravel_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,6 +138,7 @@ def llc_curve(
     throw: Given[bool] = True,
     warm_start: Given[bool] = True,
     warm_steps: Given[int | None] = None,
+    resume_from: Given[str | os.PathLike[str] | None] = None,
     **overrides: Any,
 ) -> LLCCurve:
     """Estimate the local learning coefficient at every checkpoint of a training run.
@@ -161,13 +164,18 @@ def llc_curve(
             is.
         warm_start: Whether to begin at the q before; otherwise every fit begins at the curvature.
         warm_steps: Steps of every fit but the first, at most; those of the first when left out.
+        resume_from: Folder in which each finished estimate is kept, and from which those that are
+            there are taken, of the same checkpoints, data and settings. With `warm_start`, the
+            first fit after them begins at the curvature, as the first of a curve.
         **overrides: Fields of `VIConfig`.
 
     Returns:
-        The estimates; only the last one can be corrected later.
+        The estimates; only the last one can be corrected later, and none that was taken from a
+        folder.
 
     Raises:
-        ConfigError: If `warm_steps` is below 1, or without `warm_start`.
+        ConfigError: If `warm_steps` is below 1, or without `warm_start`; or if `resume_from` holds
+            estimates of something else, or another process writes there.
         DataError: If there is no checkpoint, or they are not of one model. Any error at a
             checkpoint, or while it is read, names it in a note, and its attribute `partial` is the
             curve of those before.
@@ -197,42 +205,52 @@ def llc_curve(
     data = data if is_stream(data) else check_data(data, dtype=dtype)[0]
     remaining, estimates, structure, before = iter(checkpoints), [], None, None
     splits: list[Split | None] = []
-    try:
-        for params in remaining:
-            target = assemble(
-                loss_fn,
-                params,
-                data,
-                nbeta,
-                localization,
-                # Until a fit is finite, there is no q to begin at.
-                later if before else first,
-                as_key(key),
-                may_walk=False,
-                check_structure=structure
-                and functools.partial(_check_same, structure, len(estimates)),
+    settings = {"nbeta": nbeta, "localization": localization, "num_chains": num_chains}
+    settings |= {"warm_start": warm_start, "warm_steps": warm_steps}
+    with kept_members(resume_from, data, first, key=key, **settings) as members:
+        try:
+            for params in remaining:
+                name = f"checkpoint {len(estimates)}"
+                kept = members.find(name, loss_fn, params)
+                if kept is not None:
+                    structure = structure or ravel_loss(loss_fn, params, dtype)[0].structure
+                    estimates, splits = [*estimates, kept[0]], [*splits, kept[1]]
+                    continue
+                target = assemble(
+                    loss_fn,
+                    params,
+                    data,
+                    nbeta,
+                    localization,
+                    # Until a fit is finite, there is no q to begin at.
+                    later if before else first,
+                    as_key(key),
+                    may_walk=False,
+                    check_structure=structure
+                    and functools.partial(_check_same, structure, len(estimates)),
+                )
+                structure = target.objective.structure
+                estimate = run_estimate(
+                    target,
+                    num_chains,
+                    progress=progress,
+                    throw=throw,
+                    warm=before if warm_start else None,
+                )
+                before = estimate.fitted if np.isfinite(estimate.llc) else before
+                split = split_llc(estimate) if _can_split(estimate) else None
+                members.keep(name, estimate, split)
+                # these hold data and walkers on the device: the last estimate alone keeps them
+                light = (dataclasses.replace(one, fitted=None, ensemble=None) for one in estimates)
+                estimates, splits = [*light, estimate], [*splits, split]
+        except BaseException as error:
+            error.add_note(
+                f"fastvi: at checkpoint {len(estimates)} (from 0); `partial` of this error holds "
+                "those before it."
             )
-            structure = target.objective.structure
-            estimate = run_estimate(
-                target,
-                num_chains,
-                progress=progress,
-                throw=throw,
-                warm=before if warm_start else None,
-            )
-            before = estimate.fitted if np.isfinite(estimate.llc) else before
-            # these hold data and walkers on the device: the last estimate alone keeps them
-            light = (dataclasses.replace(one, fitted=None, ensemble=None) for one in estimates)
-            split = split_llc(estimate) if _can_split(estimate) else None
-            estimates, splits = [*light, estimate], [*splits, split]
-    except BaseException as error:
-        error.add_note(
-            f"fastvi: at checkpoint {len(estimates)} (from 0); `partial` of this error holds those "
-            "before it."
-        )
-        partial = LLCCurve(tuple(estimates), tuple(splits))
-        error.partial = partial  # pyright: ignore[reportAttributeAccessIssue]
-        raise
+            partial = LLCCurve(tuple(estimates), tuple(splits))
+            error.partial = partial  # pyright: ignore[reportAttributeAccessIssue]
+            raise
     if not estimates:
         raise DataError("llc_curve needs at least one checkpoint; got none.")
     return LLCCurve(tuple(estimates), tuple(splits))

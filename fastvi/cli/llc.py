@@ -6,30 +6,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastvi.api.arguments import (
-    DEFAULT_BATCH_SIZE,
-    check_dtype,
-    choose_localization,
-    make_problem,
-)
+from fastvi.api.arguments import choose_localization
 from fastvi.api.estimate import estimate_llc
+from fastvi.api.series import identify_data, observe_loss_of, observed_data
 from fastvi.cli.keeping import keeping
-from fastvi.cli.target import ModelArguments, Resolved, absolute, load, parse_settings, resolve
+from fastvi.cli.target import (
+    ModelArguments,
+    Resolved,
+    absolute,
+    load,
+    parse_settings,
+    resolve,
+    restrict_to_parts,
+)
 from fastvi.config import VIConfig
 from fastvi.demos.base import Say
 from fastvi.results.claim import claimed
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.runs import Origin, check_packages, write_and_print
 from fastvi.results.terminal import warn
-from fastvi.target.containers import open_data
-from fastvi.target.data import hold
-from fastvi.target.identity import differing, digest_tree, observe_loss
-from fastvi.target.inputs import check_data, is_stream
-from fastvi.target.keys import as_key
-from fastvi.target.look import weigh
-from fastvi.target.losses import take_examples
-from fastvi.target.ravel import ravel_loss
-from fastvi.target.stream import open_stream
+from fastvi.target.identity import differing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +81,16 @@ class Llc:
         origin, config = self._origin(resolved, config), config.replace(gamma=None)
         with claimed(
             self.out or _default_folder(self.target, redo=resolved.before is not None)
-        ) as folder:
+        ) as claim:
             if not self.quiet:
                 say(f"target         {resolved.target}")
                 if origin.params is not None:
                     say(f"parameters     {origin.params}")
+                if origin.part is not None:
+                    say(f"part           {', '.join(origin.part)}")
             problem = load(resolved.target, origin.params)
+            if origin.part is not None:
+                (problem,) = restrict_to_parts(problem, origin.part).values()
             fingerprint = observe_problem(problem, config)
             if resolved.before is not None:
                 _tell_changes(fingerprint, resolved.before.fingerprint)
@@ -103,7 +103,7 @@ class Llc:
                 tell=lambda line: None if self.quiet else say(f"progress       {line}"),
             )
             return write_and_print(
-                result, folder, origin, config, fingerprint, say=say, began=began, quiet=self.quiet
+                result, claim, origin, config, fingerprint, say=say, began=began, quiet=self.quiet
             )
 
     def _origin(self, resolved: Resolved, config: VIConfig) -> Origin:
@@ -117,6 +117,7 @@ class Llc:
             nbeta=base.nbeta if self.nbeta is None else self.nbeta,
             num_chains=base.num_chains if self.num_chains is None else self.num_chains,
             params=base.params if self.params is None else absolute(self.params),
+            part=base.part,
         )
 
 
@@ -152,24 +153,8 @@ def observe_problem(problem: ModelArguments, config: VIConfig) -> dict[str, Any]
     Raises:
         DataError: If loss, parameters or data cannot be used.
     """
-    dtype = check_dtype(config)
-    objective, center = ravel_loss(problem.loss_fn, problem.params, dtype)
-    opened = open_data(problem.data, dtype)
-    data = (
-        open_stream(opened, dtype, as_key(0), DEFAULT_BATCH_SIZE).window(0)
-        if is_stream(opened)
-        else hold(check_data(opened, dtype=dtype)[0])
-    )
-    # nbeta and localization are those of the run, not of what its target computes.
-    target = make_problem(center, data, 1.0, 1.0, config, "nbeta")
-    weighed = weigh(objective, target, "loss_fn").data.examples
-    first = take_examples(weighed, slice(DEFAULT_BATCH_SIZE))
-    return {
-        "params": digest_tree(center),
-        "data": digest_tree(data.examples),
-        "n_data": data.num_data,
-        **observe_loss(objective, center, first),
-    }
+    data = observed_data(problem.data, config)
+    return {**identify_data(data), **observe_loss_of(problem.loss_fn, problem.params, data, config)}
 
 
 def _tell_changes(now: dict[str, Any], before: dict[str, Any] | None) -> None:

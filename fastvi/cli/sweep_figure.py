@@ -3,11 +3,13 @@
 Llc and work against the first axis of the grid, a line for each of the other settings.
 """
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvi.results.estimate import LLCEstimate
+from fastvi.cli.sweep_cells import Numbers
 from fastvi.results.report.style import chain_color, styled_figure
 
 if TYPE_CHECKING:
@@ -17,20 +19,25 @@ LOG_FROM = 5.0  # a numeric axis that spans more than this factor is logarithmic
 ASIDE = 0.012  # of the axis, between lines
 
 
-def draw_sweep(results: list[tuple[dict[str, Any], LLCEstimate]]) -> "Figure":
+def draw_sweep(
+    results: list[tuple[dict[str, Any], Numbers]], steps: Mapping[str, int] | None = None
+) -> "Figure":
     """Draw llc, ELBO and work of every run.
 
     Args:
-        results: The place of each run in the grid, and its estimate.
+        results: The place of each run in the grid, and what is shown of it.
+        steps: Training step of each checkpoint, where their names tell it.
     """
     first = next(iter(results[0][0]))
-    positions, labels = _positions([values[first] for values, _ in results])
+    positions, labels = _positions([_on_axis(first, values, steps or {}) for values, _ in results])
     lines: dict[str, list[int]] = {}
     for place, (values, _) in enumerate(results):
-        others = ", ".join(f"{name} {value}" for name, value in values.items() if name != first)
+        others = ", ".join(
+            f"{name} {_on_axis(name, values, steps or {})}" for name in values if name != first
+        )
         lines.setdefault(others or "llc", []).append(place)
     # Walks without a fit have no ELBO.
-    has_fits = any(result.has_fit for _, result in results)
+    has_fits = any(not math.isnan(numbers.elbo) for _, numbers in results)
     titles = ("llc ± sem", "work, FGE", "ELBO, nats")[: 3 if has_fits else 2]
     with styled_figure((4 * len(titles), 4), layout="constrained") as figure:
         panels = figure.subplots(1, len(titles))
@@ -47,15 +54,20 @@ def draw_sweep(results: list[tuple[dict[str, Any], LLCEstimate]]) -> "Figure":
                 label=label,
                 **style,
             )
-            panels[1].plot(at, [result.work.total_fge for result in kept], "o-", **style)
+            panels[1].plot(at, [result.fge for result in kept], "o-", **style)
             if has_fits:
                 panels[2].plot(at, [result.elbo for result in kept], "o-", **style)
         for axes, title in zip(panels, titles, strict=True):
-            axes.set(title=title, xlabel=first)
+            axes.set(title=title, xlabel="training step" if first == "params" and steps else first)
             _label_axis(axes, positions, labels)
         panels[1].set_ylim(bottom=0)
         panels[0].legend(loc="best")
     return figure
+
+
+def _on_axis(name: str, values: Mapping[str, Any], steps: Mapping[str, int]) -> Any:
+    """Return a value as the figure has it: of a checkpoint the step, if it is known."""
+    return steps.get(values[name], values[name]) if name == "params" else values[name]
 
 
 def _positions(values: list[Any]) -> tuple[np.ndarray, list[str] | None]:

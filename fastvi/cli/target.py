@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,11 @@ from fastvi.results.runs import (
     read_record,
     read_settings,
 )
+from fastvi.target.preview import masks_by_name
+from fastvi.target.restrict import restrict_to_each
+
+# A setting of each option that takes some, as errors show it.
+EXAMPLES = {"--set": "M=16", "--launch": "timeout_min=240"}
 
 
 class ModelArguments(NamedTuple):
@@ -128,7 +133,7 @@ def load(target: str, params: str | None = None) -> ModelArguments:
     arguments = _arguments(target, found)
     if params is None:
         return arguments
-    return arguments._replace(params=_read_params(params, arguments.params))
+    return arguments._replace(params=read_params(params, arguments.params))
 
 
 def _arguments(target: str, found: Any) -> ModelArguments:
@@ -156,8 +161,12 @@ def absolute(params: Any) -> Any:
     return os.path.abspath(params) if isinstance(params, str) and params else params
 
 
-def _read_params(given: str, like: Any) -> Any:
-    """Read a checkpoint into the structure of the target's parameters."""
+def read_params(given: str, like: Any) -> Any:
+    """Read a checkpoint, `PATH` or `PATH:PART`, into the structure of the target's parameters.
+
+    Raises:
+        DataError: If it cannot be read or is of another model.
+    """
     path, _, part = given.rpartition(":")
     if Path(given).exists():
         return load_checkpoint(given, like=like)
@@ -167,6 +176,22 @@ def _read_params(given: str, like: Any) -> Any:
             "or params in the file of a sweep."
         )
     return load_checkpoint(path, part=part, like=like)
+
+
+def restrict_to_parts(
+    arguments: ModelArguments, parts: Mapping[str, Sequence[str]]
+) -> dict[str, ModelArguments]:
+    """Return by name the arguments in which the parameters of one part vary, the others held.
+
+    Raises:
+        ConfigError: If a pattern matches nothing, or a slice does not fit.
+    """
+    masks = masks_by_name(arguments.params, parts)
+    found = restrict_to_each(arguments.loss_fn, arguments.params, list(masks.values()))
+    return {
+        name: ModelArguments(loss, free, arguments.data)
+        for name, (loss, free) in zip(masks, found, strict=True)
+    }
 
 
 def _check_not_hidden(target: str, top: str) -> None:
@@ -214,8 +239,8 @@ def _failed(target: str, error: BaseException) -> DataError:
     )
 
 
-def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read `NAME=VALUE` with values as YAML writes them.
+def parse_settings(pairs: Sequence[str], option: str = "--set") -> dict[str, Any]:
+    """Read `NAME=VALUE` of an option with values as YAML writes them.
 
     Raises:
         ConfigError: If a pair is not one, or a name is given twice.
@@ -224,15 +249,17 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise ConfigError(f"--set takes NAME=VALUE, for example --set M=16; got {pair!r}.")
+            raise ConfigError(
+                f"{option} takes NAME=VALUE, for example {option} {EXAMPLES[option]}; got {pair!r}."
+            )
         if name in settings:
             raise ConfigError(
-                f"--set gives {name} twice: {settings[name]!r} and {value!r}. Leave one out."
+                f"{option} gives {name} twice: {settings[name]!r} and {value!r}. Leave one out."
             )
         try:
             settings[name] = parse_yaml(value)
         except ValueError as error:
             raise ConfigError(
-                f"--set takes values as YAML writes them; got {pair!r}: {error}."
+                f"{option} takes values as YAML writes them; got {pair!r}: {error}."
             ) from error
     return settings

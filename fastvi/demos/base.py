@@ -58,10 +58,10 @@ class AbstractDemo(abc.ABC):
         # Before the folder is claimed, so that a wrong option leaves none behind.
         self.check_options()
         config = self.prepare()
-        with claimed(self.out) as folder:
+        with claimed(self.out) as claim:
             result, more = self.produce(config, say)
             origin = Origin(None, self.seed, self.localization, None, self.num_chains)
-            status = write_and_print(result, folder, origin, say=say, began=began, more=more)
+            status = write_and_print(result, claim, origin, say=say, began=began, more=more)
         # A run that was written elsewhere is not read from here.
         if status == 0:
             say(f"read again with fastvi.LLCEstimate.load({str(self.out)!r})")

@@ -4,46 +4,78 @@ The number then has a place when it comes.
 """
 
 import contextlib
-import errno
 import os
-import socket
-import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from fastvi._errors import ConfigError, DataError
 from fastvi.results import files
+from fastvi.results.lease import Lease, holder_of, take
 
-LOCK_FILE = ".fastvi.lock"
+LEASE_FILE = ".fastvi-lease"
+# Begins the names of files that fastvi keeps beside results, and of what a killed process left.
+# They say nothing of a folder's owner.
+ASIDE = ".fastvi-"
 ORIGIN_FILE = "run.json"  # what makes a folder fastvi's own
 RUN, SWEEP = "fastvi run", "fastvi sweep"
-# Begin the names of what a process that was killed leaves, which says nothing of the owner.
-UNFINISHED = (files.PARTIAL, files.PROGRESS, LOCK_FILE)
-# What flock says of a file that somebody holds. Where a file system emulates it by locks on ranges
-# of bytes, as NFS does, POSIX allows either of the first two.
-BUSY = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
+TURN_SECONDS = 0.1  # between looks of a process that waits for its turn
+
+
+class Claim(NamedTuple):
+    """A folder that this process holds, and its lease, to be checked before files go there."""
+
+    folder: Path
+    lease: Lease
 
 
 @contextlib.contextmanager
-def claimed(
-    folder: str | os.PathLike[str],
-    kind: str = RUN,
-    *,
-    below_ours: bool = False,
-    shared: bool = False,
-) -> Iterator[Path]:
-    """Make a folder that can be written and is free, and hold it while the block runs.
+def claimed(folder: str | os.PathLike[str]) -> Iterator[Claim]:
+    """Make a folder for a run that can be written and is free, and hold it while the block runs.
 
-    A folder is free if it is new or empty, or if its run.json is of this kind. Folders that were
-    made are removed again if the block leaves them empty. On Windows, and on file systems without
-    locks, two processes are not told apart.
+    Another process gets it after that, or when this one has died.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        ConfigError: If it cannot be had; the message says why and what to name instead.
+    """
+    with (
+        prepared(folder, RUN) as folder,
+        held(folder, "Name another folder with --out, or wait for it.") as lease,
+    ):
+        yield Claim(folder, lease)
+
+
+@contextlib.contextmanager
+def held(folder: Path, way_out: str) -> Iterator[Lease]:
+    """Hold a folder while the block runs.
+
+    Raises:
+        ConfigError: If it cannot be written, or another process holds it.
+    """
+    lease = lease_in(folder, LEASE_FILE)
+    if lease is None:
+        holder = holder_of(folder / LEASE_FILE) or "another process"
+        raise ConfigError(
+            f"the folder {str(folder)!r} is being written by another fastvi ({holder!r}). {way_out}"
+        )
+    with lease:
+        yield lease
+
+
+@contextlib.contextmanager
+def prepared(folder: str | os.PathLike[str], kind: str) -> Iterator[Path]:
+    """Make a folder that belongs to nobody else.
+
+    That is one that is new or empty, or whose run.json is of this kind. Folders that were made are
+    removed again if the block leaves them empty.
 
     Args:
         folder: The folder.
         kind: `RUN` or `SWEEP`.
-        below_ours: Whether it lies in a sweep that this process holds, hence is ours whatever state
-            it is in.
-        shared: Whether others may hold it too who share it; nobody may who does not.
 
     Raises:
         ConfigError: If it cannot be had; the message says why and what to name instead.
@@ -51,15 +83,28 @@ def claimed(
     folder = Path(folder)
     made = _make(folder)
     try:
-        if not below_ours:
-            _check_owner(folder, kind)
-        with _locked(folder, shared):
-            yield folder
+        _check_owner(folder, kind)
+        yield folder
     finally:
         for path in made:
             # rmdir refuses a folder that holds something by now, which is to stay.
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def lease_in(folder: Path, name: str, **term: float) -> Lease | None:
+    """Take a lease in a folder, None where a process that may live holds it.
+
+    Raises:
+        ConfigError: If the folder cannot be written.
+    """
+    try:
+        return take(folder / name, **term)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder {str(folder)!r} cannot be written: {files.first_line(error)}. "
+            "Name another one with --out, where you may write."
+        ) from error
 
 
 def _make(folder: Path) -> list[Path]:
@@ -100,7 +145,7 @@ def _check_owner(folder: Path, kind: str) -> None:
 def held_by(folder: Path) -> list[str]:
     """Name what a folder holds, but for what is not finished."""
     names = (path.name for path in folder.iterdir())
-    return sorted(name for name in names if not name.startswith(UNFINISHED))
+    return sorted(name for name in names if not name.startswith(ASIDE))
 
 
 def is_ours(folder: Path, kind: str) -> bool:
@@ -112,75 +157,9 @@ def is_ours(folder: Path, kind: str) -> bool:
 
 
 @contextlib.contextmanager
-def in_turn(folder: Path) -> Iterator[None]:
+def in_turn(folder: Path) -> Iterator[Lease]:
     """Wait until no other process is in such a block, of those that share a folder."""
-    path = folder / f"{LOCK_FILE}.turn"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-    try:
-        _take(handle, waits=True)
-        yield
-    finally:
-        os.close(handle)  # the file stays, as others wait for it
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, shared: bool) -> Iterator[None]:
-    """Hold the folder's lock, which the system takes back from a process that dies."""
-    path = folder / LOCK_FILE
-    handle = _open_lock(path, shared)
-    try:
-        # On a full disk the lock holds without the words.
-        with contextlib.suppress(OSError):
-            os.ftruncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
-    finally:
-        # The lock is still held here, else another process could lock the file that then goes.
-        # Others may hold a shared one, by this file.
-        if not shared:
-            path.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _open_lock(path: Path, shared: bool) -> int:
-    while True:
-        try:
-            # O_NOFOLLOW: a link in a folder of somebody else's could name any file to truncate.
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-        except OSError as error:
-            raise ConfigError(
-                f"the folder {str(path.parent)!r} cannot be written: {files.first_line(error)}. "
-                "Name another one with --out, where you may write."
-            ) from error
-        if not _take(handle, shared):
-            holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
-            os.close(handle)
-            raise ConfigError(
-                f"the folder {str(path.parent)!r} is being written by another fastvi ({holder!r}). "
-                "Name another folder with --out, or wait for it."
-            )
-        if _is_still(path, handle):
-            return handle
-        os.close(handle)  # its holder has just removed it
-
-
-def _take(handle: int, shared: bool = False, waits: bool = False) -> bool:
-    """Lock an open file; False where another process holds it, and none is waited for."""
-    if sys.platform == "win32":
-        return True
-    # Windows has no such module.
-    import fcntl
-
-    try:
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        fcntl.flock(handle, kind if waits else kind | fcntl.LOCK_NB)
-    except OSError as error:  # some network file systems have no locks
-        return error.errno not in BUSY
-    return True
-
-
-def _is_still(path: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
-        return False
+    while (lease := lease_in(folder, f"{LEASE_FILE}-turn")) is None:
+        time.sleep(TURN_SECONDS)
+    with lease:
+        yield lease

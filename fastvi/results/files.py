@@ -15,17 +15,20 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from fastvi._errors import DataError
 from fastvi._processes import is_first
 
-PARTIAL = ".fastvi-partial-"  # begins the names of folders for files that are not finished
+PARTIAL = ".fastvi-partial-"  # begins the names of files and folders that are not finished
 PROGRESS = ".fastvi-progress"  # folder of a run that is not finished, in its run folder
-# Seconds after which such a folder is what a killed process left. The longest write takes minutes;
+# Seconds after which such a one is what a killed process left. The longest write takes minutes;
 # a larger number leaves its bytes on the disk for longer.
 ABANDONED = 3600.0
+
+LONGEST_NAME = 150  # of a folder that text names; file systems take 255
 
 # What zipfile, its decompressors and numpy raise on bytes that are no archive of arrays.
 _UNREADABLE = (
@@ -42,6 +45,20 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+
+
+def folder_name(text: str, kept: str = ",=[]+ '") -> str:
+    """Return the name of a folder for this text, different where texts are.
+
+    Args:
+        text: It may hold a slash, or a letter that some file system refuses.
+        kept: Letters that are left as they are, beside the plain ones.
+    """
+    name = quote(text, safe=kept)
+    if len(name) <= LONGEST_NAME:
+        return name
+    # Names that begin alike are told apart by their digest.
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def damaged(path: Path, wrong: str, fix: str) -> DataError:
@@ -231,4 +248,4 @@ def remove_abandoned(folder: Path) -> None:
         with contextlib.suppress(OSError):
             # lstat, so that a link tells its own age and not that of what it names.
             if time.time() - path.lstat().st_mtime > ABANDONED:
-                shutil.rmtree(path)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -23,6 +23,7 @@ TOLD = {
     "fit": " {step}/{steps} steps, elbo {value:.2f}",
     "correction": " {step}/{steps} FGE at most, llc {value:.4g}",
     "draws": " {step}/{steps} of each walker, llc {value:.4g}",
+    "sweep": " {step}/{steps} runs done, {value:.0f} jobs",
     "walk": " {step:,}/{steps:,} sample gradients at most, llc {value:.4g}",
 }
 # Carriage return, and the sequence that terminals clear a line by (ECMA-48, EL).

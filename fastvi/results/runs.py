@@ -14,7 +14,7 @@ from fastvi._optional import import_optional
 from fastvi.config import VIConfig
 from fastvi.config import rules as checks
 from fastvi.results import files
-from fastvi.results.claim import ORIGIN_FILE, RUN
+from fastvi.results.claim import ORIGIN_FILE, RUN, Claim
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.report.page import write_report
 from fastvi.results.report.plots import plot_traces
@@ -25,7 +25,7 @@ from fastvi.results.terminal import warn
 
 CONFIG_FILE, FIGURE_FILE, REPORT_FILE = "config.yaml", "traces.png", "report.html"
 EVENTS_FOLDER = Path("diagnostics") / "tb"
-VERSION = 3  # of run.json; raised where its entries change their meaning
+VERSION = 4  # of run.json; raised where its entries change their meaning
 FIGURE_DPI = 150  # a panel is then some 900 pixels wide
 CONTENTS = {
     RESULT_FILE: "values, errors, spectrum, findings",
@@ -45,7 +45,8 @@ class Origin:
     """What an estimate was made of, beside the configuration.
 
     `target` is `module:function`, or None for a demo. `params` names a checkpoint whose parameters
-    take the place of the target's; it is None where they are its own.
+    take the place of the target's; it is None where they are its own. `part` holds a name and the
+    patterns of the parameters that vary, as `select_part` takes them; it is None where all do.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -57,6 +58,7 @@ class Origin:
     nbeta: float | None
     num_chains: int | None
     params: str | None = None
+    part: dict[str, list[str]] | None = None
 
     def __post_init__(self) -> None:
         """Check the values, and read numbers that YAML takes for strings."""
@@ -65,6 +67,11 @@ class Origin:
         if self.params is not None and not (isinstance(self.params, str) and self.params):
             raise ConfigError(
                 f"params must name a checkpoint, PATH or PATH:PART; got {self.params!r}."
+            )
+        if self.part is not None and not _is_part(self.part):
+            raise ConfigError(
+                "a part must be a name and a list of patterns, such as "
+                f"{{'embeddings': ['embed/**']}}; got {self.part!r}."
             )
         checked = {
             "seed": checks.integer("seed", self.seed, "for example 0", minimum=0),
@@ -81,6 +88,17 @@ class Origin:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+
+def _is_part(part: Any) -> bool:
+    return (
+        isinstance(part, dict)
+        and len(part) == 1
+        and all(
+            isinstance(name, str) and isinstance(one, list) and one for name, one in part.items()
+        )
+        and all(isinstance(pattern, str) for one in part.values() for pattern in one)
+    )
 
 
 def check_target(target: Any) -> str:
@@ -131,6 +149,8 @@ def write_run(
     origin: Origin,
     settings: Any = None,
     fingerprint: dict[str, Any] | None = None,
+    *,
+    check: Callable[[], object] | None = None,
 ) -> Path:
     """Write a run folder; files of an earlier run are replaced.
 
@@ -144,6 +164,7 @@ def write_run(
         origin: What it was made of.
         settings: The configuration as it was asked for; that of the result when left out.
         fingerprint: What the target computed.
+        check: Called before anything of an earlier run is touched; raises where nothing may be.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,6 +182,8 @@ def write_run(
             for name in (RESULT_FILE, CONFIG_FILE)
         }
         record = {"fingerprint": fingerprint, "digests": digests, **dataclasses.asdict(origin)}
+        if check is not None:
+            check()
         _mark(folder, complete=False, **record)
         _replace_events(staging / EVENTS_FOLDER, folder / EVENTS_FOLDER)
         files.publish(
@@ -205,13 +228,17 @@ def write_run_somewhere(
     origin: Origin,
     settings: Any = None,
     fingerprint: dict[str, Any] | None = None,
+    *,
+    check: Callable[[], object] | None = None,
 ) -> WrittenRun:
     """Write a run folder, or where that fails one in the place for temporary files.
 
-    The work is done by now.
+    The work is done by now. `check` is that of `write_run`.
     """
     try:
-        return WrittenRun(write_run(result, folder, origin, settings, fingerprint), None)
+        written = write_run(result, folder, origin, settings, fingerprint, check=check)
+        return WrittenRun(written, None)
+    # A lease that was lost is one too.
     except OSError as error:
         trouble = f"the run could not be written to {folder} ({files.first_line(error)})"
     try:
@@ -230,7 +257,7 @@ def write_run_somewhere(
 
 def write_and_print(
     result: LLCEstimate,
-    folder: Path,
+    claim: Claim,
     origin: Origin,
     settings: Any = None,
     fingerprint: dict[str, Any] | None = None,
@@ -244,7 +271,7 @@ def write_and_print(
 
     Args:
         result: The estimate.
-        folder: The folder.
+        claim: The folder, held.
         origin: What it was made of.
         settings: The configuration as it was asked for.
         fingerprint: What the target computed.
@@ -259,7 +286,9 @@ def write_and_print(
     kept = WrittenRun(None, None)
     # Written first: a terminal that is gone cannot keep a run from its folder.
     try:
-        kept = write_run_somewhere(result, folder, origin, settings, fingerprint)
+        kept = write_run_somewhere(
+            result, claim.folder, origin, settings, fingerprint, check=claim.lease.check
+        )
     # An error of another kind, in a figure for example, does not take the number with it.
     finally:
         if quiet:

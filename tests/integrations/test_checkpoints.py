@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 import fastvi
 from fastvi._optional import MissingExtraError
-from fastvi.cli.sweep import read_plan
+from fastvi.cli.sweep_plan import read_plan
 from fastvi.integrations.checkpoints import Checkpoints, load_checkpoint, open_checkpoints
 from fastvi.results import runs
 from tests.support.command_line import run

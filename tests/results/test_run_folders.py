@@ -20,11 +20,12 @@ import yaml
 import fastvi
 from fastvi import ConfigError, DataError, LLCEstimate, NonFiniteError, cli
 from fastvi.cli import llc as llc_module
-from fastvi.cli import sweep as sweep_module
+from fastvi.cli import sweep_round
+from fastvi.cli.sweep_plan import Cell
 from fastvi.cli.target import load
 from fastvi.fitting.protocols import Progress
 from fastvi.results import files, runs
-from fastvi.results.claim import LOCK_FILE, SWEEP, claimed
+from fastvi.results.claim import LEASE_FILE, claimed
 from fastvi.results.progress import StatusLine, reporting
 from fastvi.results.runs import Origin, read_record, write_run
 from fastvi.results.terminal import spell, write_text
@@ -88,7 +89,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "here" / "folder_model.py").write_text(MODEL)
     drawing = type("Drawing", (), {"savefig": lambda self, path, dpi: path.write_bytes(b"PNG")})()
     monkeypatch.setattr(runs, "plot_traces", lambda result: drawing)
-    monkeypatch.setattr(sweep_module, "draw_sweep", lambda results: drawing)
+    monkeypatch.setattr(sweep_round, "draw_sweep", lambda *results: drawing)
     monkeypatch.setattr(runs, "write_report", lambda result, path: path.write_text("page") and path)
     yield tmp_path / "here"
     sys.modules.pop("folder_model", None)
@@ -189,12 +190,12 @@ def test_what_failed_leaves_no_folder(place):
 
 
 def test_two_at_once_are_told(place):
-    with claimed("run") as folder:
+    with claimed("run") as claim:
         with pytest.raises(
             ConfigError, match=rf"another fastvi \('process {os.getpid()} on .*'\)\. Name another"
         ):
             claimed("run").__enter__()
-        assert (folder / LOCK_FILE).exists()
+        assert (claim.folder / LEASE_FILE).exists()
     with claimed("run"):
         pass
     assert not (place / "run").exists()
@@ -218,10 +219,10 @@ def test_the_lock_of_a_process_that_died_is_none(place):
             claimed("run").__enter__()
         process.kill()
         process.wait()
-    assert (place / "run" / LOCK_FILE).exists()
+    assert (place / "run" / LEASE_FILE).exists()
     with claimed("run"):
         pass
-    assert not (place / "run" / LOCK_FILE).exists()
+    assert not (place / "run" / LEASE_FILE).exists()
 
 
 def test_links_are_replaced_not_followed(place, estimated):
@@ -240,7 +241,7 @@ def test_links_are_replaced_not_followed(place, estimated):
     (place / "run" / "report.html").symlink_to(place / "victim")
     assert run("report", "run")[0] == 0
     assert (place / "victim").read_text() == "precious"
-    (place / "run" / LOCK_FILE).symlink_to(place / "victim")
+    (place / "run" / LEASE_FILE).symlink_to(place / "victim")
     assert llc("--out", "run")[0] == 2
     assert (place / "victim").read_text() == "precious"
 
@@ -638,7 +639,7 @@ def test_one_failing_cell_does_not_end_a_sweep(error, place, estimated, monkeypa
 def test_cells_have_folders_of_their_own(place, estimated):
     close = {"localization": [1.0000001, 1.0000002], "nbeta": [5, 5.5]}
     assert sweep(place, grid=close)[0] == 0
-    names = {path.name for path in (place / "out").iterdir() if path.is_dir()}
+    names = {path.name for path in (place / "out").glob("[!.]*") if path.is_dir()}
     assert names == {
         f"localization={a!r},nbeta={b}" for a in close["localization"] for b in close["nbeta"]
     }
@@ -648,28 +649,30 @@ def test_cells_have_folders_of_their_own(place, estimated):
     )
     long = [[0.1] * 60, [0.1] * 60 + [0.2]]
     cells = [
-        sweep_module.Cell({"x": value}, ORIGIN, fastvi.VIConfig()).name
-        for value in [*long, "a/b", "a-b", ".."]
+        Cell({"x": value}, ORIGIN, fastvi.VIConfig()).name for value in [*long, "a/b", "a-b", ".."]
     ]
     assert len(set(cells)) == 5
     assert all(len(name) < 200 and "/" not in name for name in cells)
 
 
-def test_a_sweep_lets_fits_go_and_tells_what_is_lost(place, estimated, monkeypatch):
+def test_a_sweep_lets_fits_go_and_tells_what_is_lost(place, estimated, result, monkeypatch):
     seen = []
     drawing = type("Drawing", (), {"savefig": lambda self, path, dpi: full()})()
-    monkeypatch.setattr(sweep_module, "draw_sweep", lambda results: seen.extend(results) or drawing)
+    monkeypatch.setattr(
+        sweep_round, "draw_sweep", lambda results, steps: seen.extend(results) or drawing
+    )
     status, text, errors = sweep(place)
     assert status == 1
-    assert [result.fitted for _, result in seen] == [None, None]
+    assert [(values, numbers.llc) for values, numbers in seen] == [
+        ({"seed": 0}, result.llc),
+        ({"seed": 1}, result.llc),
+    ]
     assert "could not be written" in errors
     assert f"written: {place / 'out' / 'table.csv'}\n" in text
 
 
-def test_a_sweeps_folder_is_held_and_nobody_elses(place, estimated):
+def test_a_sweeps_folder_is_nobody_elses(place, estimated):
     (place / "out").mkdir()
-    with claimed(place / "out", SWEEP):
-        assert sweep(place)[0] == 2
     (place / "out" / "table.csv").write_text("mine")
     status, _, errors = sweep(place)
     assert status == 2

@@ -398,8 +398,6 @@ def test_walkers_of_a_part_go_on(walks):
 def test_errors_name_the_part_and_hold_those_before(walks, monkeypatch):
     with pytest.raises(fastvi.DataError, match="held in memory"):
         fastvi.estimate_parts(mean, PARAMS, iter([(POINTS,)]), PARTS, **OPTIONS)
-    with pytest.raises(fastvi.ConfigError, match="resume_from"):
-        fastvi.estimate_parts(mean, PARAMS, (POINTS,), PARTS, resume_from="x", **OPTIONS)
     bad = {**PARTS, "nothing": lambda path: False}
     with pytest.raises(fastvi.ConfigError, match="must let some parameter vary") as caught:
         fastvi.estimate_parts(mean, PARAMS, (POINTS,), bad, **OPTIONS)

@@ -1,5 +1,6 @@
 """`fastvi llc`: estimate on somebody's model, and keep the run."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 from fastvi.api.arguments import choose_localization
 from fastvi.api.estimate import estimate_llc
 from fastvi.api.series import identify_data, observe_loss_of, observed_data
+from fastvi.cli.devices import devices_of
 from fastvi.cli.keeping import keeping
 from fastvi.cli.target import (
     ModelArguments,
@@ -79,29 +81,38 @@ class Llc:
         check_packages(config)
         # gamma is kept in the origin alone: it is the localization under another name.
         origin, config = self._origin(resolved, config), config.replace(gamma=None)
-        with claimed(
-            self.out or _default_folder(self.target, redo=resolved.before is not None)
-        ) as claim:
-            if not self.quiet:
-                say(f"target         {resolved.target}")
-                if origin.params is not None:
-                    say(f"parameters     {origin.params}")
-                if origin.part is not None:
-                    say(f"part           {', '.join(origin.part)}")
+        walkers = config.filled.sampler.walkers
+        with (
+            devices_of(self.mesh, self.distributed, walkers) as is_first,
+            contextlib.ExitStack() as stack,
+        ):
+            claim = None
+            if is_first:
+                where = self.out or _default_folder(self.target, redo=resolved.before is not None)
+                claim = stack.enter_context(claimed(where))
+            tell = say if is_first and not self.quiet else _silent
+            tell(f"target         {resolved.target}")
+            if origin.params is not None:
+                tell(f"parameters     {origin.params}")
+            if origin.part is not None:
+                tell(f"part           {', '.join(origin.part)}")
             problem = load(resolved.target, origin.params)
             if origin.part is not None:
                 (problem,) = restrict_to_parts(problem, origin.part).values()
             fingerprint = observe_problem(problem, config)
-            if resolved.before is not None:
+            if resolved.before is not None and is_first:
                 _tell_changes(fingerprint, resolved.before.fingerprint)
             result = estimate_origin(
                 problem,
                 origin,
                 config,
-                folder,
-                progress=not self.quiet,
-                tell=lambda line: None if self.quiet else say(f"progress       {line}"),
+                # the progress of one process is kept
+                claim.folder if claim is not None and self.distributed is None else None,
+                progress=is_first and not self.quiet,
+                tell=lambda line: tell(f"progress       {line}"),
             )
+            if claim is None:
+                return 0
             return write_and_print(
                 result, claim, origin, config, fingerprint, say=say, began=began, quiet=self.quiet
             )
@@ -125,13 +136,16 @@ def estimate_origin(
     problem: ModelArguments,
     origin: Origin,
     config: VIConfig,
-    folder: Path,
+    folder: Path | None,
     *,
     progress: bool,
     tell: Callable[[str], None],
 ) -> LLCEstimate:
-    """Estimate as an origin and a configuration say, and go on from progress in a run folder."""
-    with keeping(folder, tell) as kept:
+    """Estimate as an origin and a configuration say, and go on from progress in a run folder.
+
+    Without a folder nothing is kept.
+    """
+    with contextlib.nullcontext() if folder is None else keeping(folder, tell) as kept:
         return estimate_llc(
             *problem,
             key=origin.seed,
@@ -155,6 +169,10 @@ def observe_problem(problem: ModelArguments, config: VIConfig) -> dict[str, Any]
     """
     data = observed_data(problem.data, config)
     return {**identify_data(data), **observe_loss_of(problem.loss_fn, problem.params, data, config)}
+
+
+def _silent(line: str) -> None:
+    """Tell nothing."""
 
 
 def _tell_changes(now: dict[str, Any], before: dict[str, Any] | None) -> None:

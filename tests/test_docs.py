@@ -21,16 +21,11 @@ from fastvi.api import estimate as api
 from fastvi.cli.sweep_plan import read_plan
 from fastvi.families import BACKENDS
 from fastvi.results import findings as health
+from tests.support.markdown import python_blocks
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-
-
-def python_blocks(page):
-    return re.findall(
-        r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
-    )
 
 
 NESTED = {"flow": "FlowConfig()", "sampler": "SamplerSettings()"}
@@ -261,6 +256,7 @@ def test_every_page_with_examples_is_run():
         "llc-over-training.md",
         "kernels.md",
         "torch.md",  # in tests/integrations/test_torch_estimates.py
+        "devices.md",  # in tests/support/meshes.py and processes.py
     }
 
 

@@ -94,4 +94,8 @@ def test_errors_of_one_process_reach_all(found):
 
 
 def test_one_process_writes(found, folder):
-    assert sorted(path.name for path in folder.iterdir() if any(path.iterdir())) == ["of 0"]
+    kept = fastvi.LLCEstimate.load(folder / "runs" / "a")
+    assert kept.llc == found[0]["walk"]["llc"]
+    # neither the folder that was refused, nor anything of the other process
+    assert [path.name for path in folder.iterdir()] == ["runs"]
+    assert not [path for path in folder.rglob("*") if ".fastvi" in path.name]

@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch", reason="torch is large; `make test-torch` i
 from sklearn.datasets import load_digits  # noqa: E402
 
 from fastvi.integrations.torch import torch_loss  # noqa: E402
-from tests.test_docs import DOCS, python_blocks  # noqa: E402
+from tests.support.markdown import python_blocks  # noqa: E402
+from tests.test_docs import DOCS  # noqa: E402
 
 F = torch.nn.functional
 COUNT, WIDTH = 256, 6

@@ -1,7 +1,10 @@
 """Walkers on meshes of 8 devices of the host, in a process of its own: prints JSON."""
 
 import contextlib
+import functools
 import json
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,9 @@ from fastvi._errors import ConfigError
 from fastvi._modes import in_own_modes
 from fastvi.sampling import run
 from fastvi.sampling.from_localizer import walk
+from tests.support.markdown import python_blocks
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 ONE = (1, 1)
 rng = np.random.default_rng(0)
@@ -110,12 +115,20 @@ def layout_under(mesh):
     return None if found is None else dict(found.shape)
 
 
+def by_the_page():
+    """What the page says of one process, less quickly: on how many devices, and its llc."""
+    block, _ = python_blocks(ROOT / "docs" / "devices.md")
+    quick = functools.partial(fastvi.estimate_llc, **OPTIONS, **FROM_LOCALIZER)
+    namespace = {"loss_fn": loss, "params": WEIGHTS, "data": DATA}
+    namespace["fastvi"] = types.SimpleNamespace(estimate_llc=quick)
+    exec(compile(block, "devices.md", "exec"), namespace)
+    return namespace["result"]
+
+
 def main():
     fitted = fastvi.estimate_llc(loss, WEIGHTS, DATA, **OPTIONS, **FROM_FIT)
     walked = fastvi.estimate_llc(loss, WEIGHTS, DATA, **OPTIONS, **FROM_LOCALIZER)
-    again = on(
-        (4, 2), lambda: fastvi.estimate_llc(loss, WEIGHTS, DATA, **OPTIONS, **FROM_LOCALIZER)
-    )
+    again = by_the_page()
     found = {
         "blocks": compare(steps_on_blocks, fitted, 16, shapes=[(8, 1), (4, 2)]),
         "all data": compare(steps_on_blocks, fitted, 1, shapes=[(2, 4)]),

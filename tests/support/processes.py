@@ -1,7 +1,10 @@
 """One of two processes with two devices each: prints JSON. Arguments: its number, and a port."""
 
+import functools
 import json
+import os
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -14,9 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 import fastvi  # noqa: E402
 from fastvi._errors import ConfigError, DataError  # noqa: E402
+from tests.support.markdown import python_blocks  # noqa: E402
 from tests.support.meshes import DATA, FROM_FIT, FROM_LOCALIZER, OPTIONS, WEIGHTS, loss  # noqa: E402
 
 DEVICES = np.asarray(jax.devices())
+ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 1000  # of a global array, which divides over the devices
 PASSES = 20  # of an iterator that does not begin anew
 
@@ -59,11 +64,22 @@ def error_of(data, **options):
     return None
 
 
+def by_the_page():
+    """What the page says of several processes, in this folder; jax has been started above."""
+    begun = "jax.distributed.initialize()"
+    _, block = python_blocks(ROOT / "docs" / "devices.md")
+    assert begun in block
+    quick = functools.partial(fastvi.estimate_llc, **OPTIONS, **FROM_LOCALIZER)
+    namespace = {"loss_fn": loss, "params": WEIGHTS, "data": DATA}
+    namespace["fastvi"] = types.SimpleNamespace(estimate_llc=quick)
+    os.chdir(FOLDER)
+    exec(compile(block.replace(begun, ""), "devices.md", "exec"), namespace)
+    return namespace["result"]
+
+
 def main():
-    found = {"devices": jax.device_count()}
+    found = {"devices": jax.device_count(), "walk": said(by_the_page())}
     with jax.set_mesh(Mesh(DEVICES.reshape(4, 1), ("walkers", "data"))):
-        walked = estimate(DATA, **FROM_LOCALIZER)
-        found["walk"] = said(walked)
         found["fit"] = said(estimate(DATA, **FROM_FIT))
         found["parts"] = said(estimate(Part(), **FROM_LOCALIZER))
         once = (batch for _ in range(PASSES) for batch in Part())
@@ -74,7 +90,6 @@ def main():
     with jax.set_mesh(Mesh(DEVICES.reshape(2, 2), ("walkers", "data"))):
         whole = tuple(map(over_processes, DATA))
         found["global"] = said(estimate(whole, **FROM_LOCALIZER))
-    walked.save(FOLDER / f"of {NUMBER}")
     print(json.dumps(found), flush=True)
 
 

@@ -264,7 +264,7 @@ tests.estimate(sys.argv[1] or None, **tests.KILLED[sys.argv[2]]).save(sys.argv[3
 """
 BLOCKS = {"start": "fit", "noise_share": 1.0, "min_bins": 16, **LONG_STEPS}
 KILLED = {
-    "blocks": FIT | {"steps": 300, "method": "sample", "error": 0.04, "sampler": BLOCKS},
+    "blocks": FIT | {"steps": 1000, "method": "sample", "error": 0.04, "sampler": BLOCKS},
     "fresh": WALK,
 }
 

@@ -225,7 +225,8 @@ def test_an_interrupted_sweep_goes_on(model, monkeypatch, tmp_path):
     assert origin["localization"] == 0.5
 
 
-def test_shards_of_a_sweep_fill_one_table(model, monkeypatch, tmp_path):
+def test_shards_of_a_sweep_fill_one_table(finished, model, monkeypatch, tmp_path):
+    result = LLCEstimate.load(model / "runs" / "cli_model-target")
     base = {"r": 0, "M": 1, "steps": 20, "method": "variational", "early_stop": False}
     entries = {
         "target": "cli_model:target",
@@ -235,14 +236,14 @@ def test_shards_of_a_sweep_fill_one_table(model, monkeypatch, tmp_path):
         "grid": {"seed": [0, 1, 2]},
     }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(entries))
-    estimate, calls = sweep_cells.estimate_origin, []
+    calls = []
 
     def counted(problem, origin, config, folder, **options):
         calls.append(origin.seed)
         # while a run is held, another process leaves it alone, and a third takes the rest
         if len(calls) < 3:
             assert run([*args, "--shard", f"{origin.seed + 1}/3"])[0] == 0
-        return estimate(problem, origin, config, folder, **options)
+        return result
 
     args = ["sweep", "--config", str(tmp_path / "sweep.yaml"), "--quiet"]
     monkeypatch.setattr(sweep_cells, "estimate_origin", counted)

@@ -170,7 +170,11 @@ class Workplace:
             return None
         with lease:
             # Another process may have ended it since.
-            return self.find(cell) or self._keep_or_run(cell, problems, lease, tell, progress)
+            found = self.find(cell) or self._keep_or_run(cell, problems, lease, tell, progress)
+            # rmdir refuses what holds a run or progress
+            with contextlib.suppress(OSError):
+                (self.folder / cell.name).rmdir()
+            return found
 
     def _keep_or_run(
         self, cell: Cell, problems: Problems, lease: Lease, tell: Say, progress: bool
@@ -199,8 +203,6 @@ class Workplace:
                 tell=lambda line: tell(f"{cell.name}: {line}"),
             )
         except FAILURES as error:
-            with contextlib.suppress(OSError):  # a folder of an earlier run is not empty
-                place.rmdir()
             return self._record_failure(cell, error)
         after = f", {time.perf_counter() - began:.0f} s"
         outcome = outcome_of(result, f"{reason}, " if reason else "", after)

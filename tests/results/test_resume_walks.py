@@ -125,7 +125,9 @@ def test_a_correction_interrupted_at_every_round(
 WALK = {"sampler": {"gradients": "fresh"}, "error": 0.05, "budget": 3e4}
 
 
-@pytest.mark.parametrize("gradients", ["fresh", "anchored"])
+@pytest.mark.parametrize(
+    "gradients", ["fresh", pytest.param("anchored", marks=pytest.mark.slow)]
+)
 def test_a_walk_interrupted_at_every_round(gradients, interrupted, tmp_path):
     options = WALK | {"sampler": {"gradients": gradients}}
     whole = estimate(**options)
@@ -150,6 +152,7 @@ def weighted(w, batch):
     return jnp.where(jnp.abs(w[0]) < 0.02, losses, jnp.inf), 1 + jnp.abs(batch[:, 0])
 
 
+@pytest.mark.slow
 def test_a_walk_on_a_stream_reads_on_where_it_was(interrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "WINDOW_BYTES", 1)
     batches = np.split(np.tile(X[HEAVY[1] + 1 :][:2048], (8, 1)), 8)

@@ -152,6 +152,7 @@ def test_an_estimate_that_is_not_finite_is_made_again(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_split_is_kept_with_its_estimate(tmp_path):
     options = {"steps": 30, "method": "sample", "error": 0.3, "eval_samples": 16}
     first = curve(CHECKPOINTS[:1], tmp_path, warm_start=False, **options)

@@ -184,8 +184,9 @@ class Workplace:
             fingerprint = problems.observe(cell)
             if os.path.lexists(place) and not place.is_dir():
                 raise ConfigError(f"{place} is in the place of a run's folder. Move it away.")
+            # progress alone is no run
+            before = _identity(place) if place.is_dir() and held_by(place) else None
             place.mkdir(exist_ok=True)  # its progress is kept there
-            before = _identity(place)
             kept, reason = finished(place, cell, fingerprint)
             if kept is not None:
                 outcome = outcome_of(kept, "kept, ")
@@ -215,12 +216,12 @@ class Workplace:
         fingerprint: dict[str, Any],
         outcome: Outcome,
         lease: Lease,
-        before: tuple[int, int],
+        before: tuple[int, int] | None,
     ) -> Outcome | None:
         """Move a run that is whole to its place, unless another process has taken the lease.
 
-        A process that stood still and comes back between the check and the move finds another
-        folder in the place, which stays.
+        A process that stood still and comes back between the check and the move finds the place
+        filled: a folder moves to none that holds something.
         """
         place, trouble = self.folder / cell.name, None
         try:
@@ -232,7 +233,9 @@ class Workplace:
                     (new / CELL_FILE).write_bytes(self._record(outcome))
                     _copy_foreign(place, new)
                     lease.check()
-                    if not _move_away(place, old, before):
+                    if before is None:
+                        _remove_progress(place)
+                    elif not _move_away(place, old, before):
                         return None
                     os.rename(new, place)
                     files.sync_folder(self.folder)
@@ -345,6 +348,13 @@ def _copy_foreign(place: Path, new: Path) -> None:
             shutil.copytree(path, new / path.name, symlinks=True)
         else:
             shutil.copy2(path, new / path.name, follow_symlinks=False)
+
+
+def _remove_progress(place: Path) -> None:
+    """Remove a folder that has held progress alone, unless another process has put a run there."""
+    shutil.rmtree(place / files.PROGRESS, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        place.rmdir()
 
 
 def _move_away(place: Path, aside: Path, before: tuple[int, int]) -> bool:

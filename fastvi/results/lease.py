@@ -161,7 +161,25 @@ def _lives(path: Path, seen: _Seen) -> bool:
 
 
 def _create(path: Path, content: str) -> bool:
-    """Make a file with this content; False where there is one."""
+    """Make a file with this content at one stroke; False where there is one.
+
+    A process that looks at it, or moves it away, finds all of the content.
+    """
+    whole = path.with_name(f"{files.PARTIAL}{uuid.uuid4().hex}")
+    _write_new(whole, content)
+    try:
+        os.link(whole, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links: there a file may be seen before its content
+        return _write_new(path, content)
+    finally:
+        whole.unlink(missing_ok=True)
+    return True
+
+
+def _write_new(path: Path, content: str) -> bool:
+    """Make a file, then write its content; False where there is one."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o644)
     except FileExistsError:
@@ -191,7 +209,7 @@ def _withdraw(path: Path, token: str | None, modified: float | None = None) -> N
 def _now_beside(path: Path) -> float:
     """Return the time by the clock that a lease's file has its time from."""
     probe = path.with_name(f"{files.PARTIAL}{uuid.uuid4().hex}")
-    _create(probe, "")
+    _write_new(probe, "")
     try:
         os.utime(probe)
         return _look(probe).modified

@@ -86,10 +86,11 @@ BESIDE = {
 }
 FLOW = {"backend", "d_latent", "sigma_perp", "learn_sigma_perp", "lift", "latent_basis", "flow"}
 # The method chooses among programs; snapshots of q for TensorBoard are read by one of their own.
-# Options belong to families that are not of the package.
+# Options belong to families that are not of the package. An implementation is refused where it
+# cannot run, and makes programs of its own where it can: tests/kernels/test_pallas.py.
 # The sampler's settings say themselves which of them shape programs; where it starts, like the
 # method, chooses among them.
-OTHER = {"method", "tensorboard", "sampler", "options"}
+OTHER = {"method", "tensorboard", "sampler", "options", "implementation"}
 
 
 def loss(w, batch):

@@ -294,7 +294,7 @@ TRACES = {
     "a single array": (lambda path: path.write_bytes(npy()), ""),
 }
 RUN = {
-    "of a newer fastvi": (put("version", 99), "this fastvi reads 3. Upgrade fastvi."),
+    "of a newer fastvi": (put("version", 99), "this fastvi reads 4. Upgrade fastvi."),
     "not complete": (put("complete", False), "says that the run was not written to its end"),
     "missing field": (without("seed"), "lacks or has too many of ['seed']"),
     "extra field": (put("sed", 1), "lacks or has too many of ['sed']"),

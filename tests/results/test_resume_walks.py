@@ -125,9 +125,7 @@ def test_a_correction_interrupted_at_every_round(
 WALK = {"sampler": {"gradients": "fresh"}, "error": 0.05, "budget": 3e4}
 
 
-@pytest.mark.parametrize(
-    "gradients", ["fresh", pytest.param("anchored", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("gradients", ["fresh", pytest.param("anchored", marks=pytest.mark.slow)])
 def test_a_walk_interrupted_at_every_round(gradients, interrupted, tmp_path):
     options = WALK | {"sampler": {"gradients": gradients}}
     whole = estimate(**options)

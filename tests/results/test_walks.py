@@ -183,7 +183,7 @@ def test_figures_of_runs_leave_out_the_elbo_of_walks(walk, fit):
     assert len(draw_comparison([("a", walk), ("b", walk)]).axes) == 1
     _, elbo = draw_comparison([("a", walk), ("b", fit)]).axes
     assert len(elbo.lines) == 2  # the fit's: its mean and its end
-    walked, fitted = (outcome_of(one).numbers for one in (walk, fit))
+    walked, fitted = (outcome_of(one, "").numbers for one in (walk, fit))
     assert len(draw_sweep([({"seed": 0}, walked), ({"seed": 1}, walked)]).axes) == 2
     assert len(draw_sweep([({"seed": 0}, walked), ({"seed": 1}, fitted)]).axes) == 3
 

@@ -373,9 +373,9 @@ def test_only_walkers_that_go_on_count_as_agreed(quartic, monkeypatch, error, go
     module, seen = sys.modules["fastvi.api.resample"], []
     original = module.run_walkers
 
-    def spy(setup, walkers):
+    def spy(setup, *rest):
         seen.append(setup.agreed_before)
-        return original(setup, walkers)
+        return original(setup, *rest)
 
     monkeypatch.setattr(module, "run_walkers", spy)
     assert quartic.correction.settled

@@ -14,7 +14,7 @@ from bench import harness
 
 TABLE, DIMS = "walk_memory", (1_000_000, 10_000_000)
 INPUTS, CLASSES, COUNT = 16, 10, 64
-WALKERS, STEPS = 8, 40
+WALKERS, BUDGET = 8, 800  # measurements and a few steps, of which each takes the same memory
 OPTIONS = {"nbeta": 10.0, "localization": 100.0, "throw": False, "progress": False, "key": 0}
 
 
@@ -43,11 +43,9 @@ def measure(dim: int, gradients: str) -> None:
         weights = [rng.standard_normal(shape, np.float32) / 4 for shape in shapes]
         inputs = rng.standard_normal((COUNT, INPUTS), np.float32)
         data = inputs, rng.integers(0, CLASSES, COUNT).astype(np.int32)
-        # of each example of the parts of four a gradient, and a loss or another gradient
-        budget = STEPS * WALKERS * 4 * (2.0 if gradients == "anchored" else 1.5) + 2000
         sampler = {"gradients": gradients, "walkers": WALKERS}
         return fastvi.estimate_llc(
-            loss_fn, weights, data, budget=budget, sampler=sampler, **OPTIONS
+            loss_fn, weights, data, budget=BUDGET, sampler=sampler, **OPTIONS
         ).llc
 
     small = 530_000 // (INPUTS + CLASSES)  # steps one walker after another, as larger ones do

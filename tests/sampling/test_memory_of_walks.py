@@ -71,8 +71,8 @@ def test_a_walk_holds_one_state_and_few_vectors(monkeypatch):
 
 def test_a_walk_larger_than_the_device_is_refused(monkeypatch):
     posterior = {"w": np.zeros(600_000, np.float32)}
-    # eight walkers: 24 numbers of theirs and 12 beside, of four bytes
-    assert memory.walk_bytes(600_000, 8, 4) == 36 * 4 * 600_000
+    # eight walkers: 24 numbers of theirs and 15 beside, of four bytes
+    assert memory.walk_bytes(600_000, 8, 4) == 39 * 4 * 600_000
     monkeypatch.setattr(memory, "memory_limit", lambda: 80_000_000)
     data = np.zeros((16, 1), np.float32)
     with pytest.raises(ConfigError, match=r"8 walkers in 600,000 dimensions takes 0.1 GiB"):

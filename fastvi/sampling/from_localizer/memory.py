@@ -13,7 +13,7 @@ OF_WALKER = 3
 # the scale and the given parameters; of the walker that steps its displaced parameters, gradient,
 # noise, both halves of a step and what the loss makes; and on the host a row that is drawn.
 # `python -m bench.walk_memory` measures them.
-BESIDE = 12
+BESIDE = 15
 
 
 def walk_bytes(dim: int, walkers: int, itemsize: int, is_anchored: bool = False) -> int:

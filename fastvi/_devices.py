@@ -164,10 +164,19 @@ def off_devices(array: Any) -> Any:
     """Return an array that is on several devices as one that any program takes."""
     if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
         return array
+    return as_before(array, words_of(array))
+
+
+def words_of(array: jax.Array) -> np.ndarray:
+    """Return an array on the host, as numpy has it; of random keys their words."""
+    return on_host(jax.random.key_data(array) if is_key(array) else array)
+
+
+def as_before(array: jax.Array, words: np.ndarray) -> jax.Array:
+    """Return what is on the host as an array of the kind that it was taken from."""
     if is_key(array):
-        words = jnp.asarray(on_host(jax.random.key_data(array)))
-        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(array))
-    return jnp.asarray(on_host(array))
+        return jax.random.wrap_key_data(jnp.asarray(words), impl=jax.random.key_impl(array))
+    return jnp.asarray(words)
 
 
 def is_key(leaf: Any) -> bool:

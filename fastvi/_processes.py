@@ -9,10 +9,9 @@ import pickle
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fastvi._devices import is_key, on_host
+from fastvi._devices import as_before, words_of
 
 FAILED = -1  # in the place of a length: what a process says that cannot go on
 
@@ -51,21 +50,10 @@ def agree(tree: Any) -> Any:
     if not is_several():
         return tree
     leaves, structure = jax.tree_util.tree_flatten(tree)
-    first = exchange(pickle.dumps([_plain(leaf) for leaf in leaves]))[0]
+    plain = [words_of(leaf) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+    first = exchange(pickle.dumps(plain))[0]
     assert first is not None
-    pairs = zip(leaves, pickle.loads(first), strict=True)
-    return structure.unflatten([_like(leaf, value) for leaf, value in pairs])
-
-
-def _plain(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array):
-        return leaf
-    return on_host(jax.random.key_data(leaf) if is_key(leaf) else leaf)
-
-
-def _like(leaf: Any, value: Any) -> Any:
-    if not isinstance(leaf, jax.Array):
-        return value
-    if is_key(leaf):
-        return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(leaf))
-    return jnp.asarray(value)
+    return structure.unflatten(
+        as_before(leaf, value) if isinstance(leaf, jax.Array) else value
+        for leaf, value in zip(leaves, pickle.loads(first), strict=True)
+    )

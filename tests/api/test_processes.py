@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +12,7 @@ from conftest import enable_x64
 
 import fastvi
 from tests.support import meshes
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.host_devices import ROOT, environment_with
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +25,7 @@ def found(folder):
     with contextlib.closing(socket.socket()) as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": flags,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_X64": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
+    environment = environment_with(2, JAX_ENABLE_X64="1", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.support.processes", str(number), str(port), str(folder)],

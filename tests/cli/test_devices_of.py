@@ -1,18 +1,16 @@
 """`--mesh` and `--distributed`: what is refused, and which devices are taken."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 
 from fastvi import ConfigError
 from fastvi.cli.devices import devices_of, make_mesh, read_mesh
+from tests.support.host_devices import environment_with
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json
 from fastvi.cli.devices import make_mesh
@@ -50,13 +48,7 @@ def test_places_of_processes_are_checked():
 
 
 def test_all_devices_are_divided_by_the_walkers():
-    own = "--xla_force_host_platform_device_count=8"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {own}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
+    environment = environment_with(8)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
     )

@@ -4,11 +4,12 @@ In a process of their own, since the count is fixed at the start.
 """
 
 import json
-import os
 import subprocess
 import sys
 
 import numpy as np
+
+from tests.support.host_devices import environment_with
 
 PROGRAM = """
 import json
@@ -58,12 +59,9 @@ print(json.dumps({
 
 
 def run(devices):
-    own = f"--xla_force_host_platform_device_count={devices}"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {own}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env=environment,
+        env=environment_with(devices, JAX_ENABLE_X64="1"),
         capture_output=True,
         text=True,
         check=False,

@@ -4,27 +4,17 @@ In a process of its own, since the number of devices is fixed at the start.
 """
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.host_devices import ROOT, environment_with
 
 
 @pytest.fixture(scope="module")
 def found():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": flags,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_X64": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
+    environment = environment_with(8, JAX_ENABLE_X64="1", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.meshes"],
         env=environment,

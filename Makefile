@@ -9,7 +9,7 @@ SOURCES := $(wildcard fastvi tests bench)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-torch slow matrix lint format bench benchall gate docs check
+.PHONY: help demo test test-torch slow matrix lint format bench benchall gate package docs check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -64,6 +64,12 @@ benchall: $(VENV)/.stamp-bench  ## run all benchmarks: 40 to 60 minutes
 gate: $(VENV)/.stamp-test  ## compare the cost of a small step with the committed one
 	$(BIN)/python -m pytest -q 'bench/bench_step.py::test_step[1000]' --benchmark-only
 	$(BIN)/python -m bench.gate --allow 2
+
+# The tests' interpreter builds; each archive is installed alone, and asked from another folder.
+package: $(VENV)/.stamp-lint  ## build wheel and sdist, and install each in an environment of its own
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python tests/support/package.py dist
 
 docs: $(VENV)/.stamp-docs  ## build the documents as a site in site/, strictly
 	$(BIN)/python -m mkdocs build --strict --quiet

@@ -1,5 +1,6 @@
 """Fast variational inference on the local posterior of a trained model, and its LLC."""
 
+from fastvi._compilation import use_compilation_cache
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
 from fastvi._version import __version__ as __version__
 from fastvi.api.compare import compare
@@ -86,6 +87,7 @@ __all__ = [
     "split_llc",
     "to_arviz",
     "to_devinterp",
+    "use_compilation_cache",
     "virial_llc",
     "write_report",
 ]

@@ -6,12 +6,16 @@ What it costs, by jax's public monitoring events; quick options; who owns progra
 import dataclasses
 import functools
 import gc
+import hashlib
+import os
+import platform
 import threading
 import time
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +24,7 @@ from jax import monitoring
 
 from fastvi._devices import layout_in_use
 from fastvi._modes import in_own_modes, their_products
+from fastvi._typing import Given
 
 BACKEND_EVENT = "/jax/core/compile/backend_compile_duration"
 WAIT_EVENT = "/fastvi/compile/wait_duration"  # for programs that compile in other threads
@@ -96,6 +101,50 @@ def _listen_to_jax() -> None:
             watch.listen(event, duration_secs)
 
     monitoring.register_event_duration_secs_listener(tell)
+
+
+def use_compilation_cache(folder: Given[str | os.PathLike[str] | None] = None) -> Path:
+    """Keep compiled programs in a folder, where the next process finds them.
+
+    A first estimate of a model compiles for seconds, a later one of the same shapes for none. Call
+    it before anything is computed; it sets jax's persistent compilation cache, for all programs of
+    the process. The command line does so by itself, unless `JAX_ENABLE_COMPILATION_CACHE=0` is set.
+
+    Programs are machine code that a later process runs: the folder must be yours alone. Those of
+    each kind of processor have a folder of their own inside. Nothing is ever deleted; delete the
+    folder as you like.
+
+    Args:
+        folder: Where; `JAX_COMPILATION_CACHE_DIR` when left out, else `fastvi` in `XDG_CACHE_HOME`,
+            which is `~/.cache` if it is not set.
+
+    Returns:
+        The folder of this processor.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvi"
+    chosen = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or home
+    own = Path(chosen).expanduser().resolve() / _processor()
+    own.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    own.mkdir(exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(own))
+    # by itself jax keeps programs of a second or more, and an estimate is made of smaller ones
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return own
+
+
+def _processor() -> str:
+    """Name what machine code depends on: one home folder may serve many machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    said = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    words = "\n".join([platform.machine(), platform.processor(), jax.__version__, *said])
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def options_by_speed() -> tuple[dict[str, Any] | None, ...]:

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Commands in tests leave no programs in anybody's home; must precede the import of jax.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError, DataError
+from fastvi._html import result_html
 from fastvi._modes import in_own_modes
 from fastvi._typing import Batch, Given, PyTree
 from fastvi.api.arguments import check_count
@@ -23,6 +24,9 @@ from fastvi.observables.split import Split, points_of
 from fastvi.results.differences import LLCDifference, consecutive
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.report.differences import plot_differences
+from fastvi.results.report.svg import svg_where_possible
+from fastvi.results.saved import LIVE
+from fastvi.results.terminal import aligned
 from fastvi.target.containers import open_data
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
 from fastvi.target.keys import as_key
@@ -97,6 +101,25 @@ class LLCCurve:
         difference is known much better than either llc.
         """
         return consecutive(self.estimates)
+
+    def summary(self) -> str:
+        """Return a table: loss, llc, work and findings of each checkpoint."""
+        head = ("checkpoint", "loss", "llc", "FGE", "findings")
+        rows = [
+            (
+                str(number),
+                f"{one.init_loss:.4g}",
+                one.llc_text,
+                f"{one.work.total_fge:.0f}",
+                ", ".join(finding.name for finding in one.health) or "none",
+            )
+            for number, one in enumerate(self.estimates)
+        ]
+        return aligned([head, *rows])
+
+    def _repr_html_(self) -> str:
+        """Return the curve for a notebook."""
+        return result_html(self.summary(), figure=svg_where_possible(self.plot, "llc"))
 
     def plot(self, steps: Sequence[float] | None = None) -> "Figure":
         """Draw llc with errors, and below the differences from checkpoint to checkpoint.
@@ -241,7 +264,8 @@ def llc_curve(
                 split = split_llc(estimate) if _can_split(estimate) else None
                 members.keep(name, estimate, split)
                 # these hold data and walkers on the device: the last estimate alone keeps them
-                light = (dataclasses.replace(one, fitted=None, ensemble=None) for one in estimates)
+                live = dict.fromkeys(LIVE)
+                light = (dataclasses.replace(one, **live) for one in estimates)
                 estimates, splits = [*light, estimate], [*splits, split]
         except BaseException as error:
             error.add_note(

@@ -52,8 +52,9 @@ from fastvi.fitting.stages import Outcome, programs_for
 from fastvi.geometry.minimum import rounding_nats
 from fastvi.geometry.start import rank_limit
 from fastvi.kernels.noise import split_key
+from fastvi.results.early_end import EarlyEnd
 from fastvi.results.estimate import MOST_SCALES, LLCEstimate, kept_scales
-from fastvi.results.findings import Evidence, health_findings
+from fastvi.results.findings import Evidence, health_findings, with_stopped
 from fastvi.results.parts import ChainValues, Curvature, DrawValues, Timings
 from fastvi.results.progress import reporting, told_of_reading
 from fastvi.results.resume import (
@@ -113,6 +114,7 @@ def estimate_llc(
     throw: Given[bool] = True,
     param_mask: Any = None,
     resume_from: Given[str | os.PathLike[str] | None] = None,
+    time_limit: Given[float | None] = None,
     **overrides: Any,
 ) -> LLCEstimate:
     """Estimate the local learning coefficient of a trained model.
@@ -155,6 +157,10 @@ def estimate_llc(
         resume_from: Folder, or a `ProgressFolder`, in which the estimate keeps its progress and, if
             there is some, goes on from it, to the bits of one that was not interrupted. The data
             must be such as can be read again.
+        time_limit: Seconds after which the estimate ends with what it has, and the larger error of
+            that. It is looked at between rounds: what has begun to compile is waited for, and a fit
+            that it has ended is still evaluated and walked on from for a round. Ctrl-C does the
+            same at once, and pressed again raises KeyboardInterrupt.
         **overrides: Fields of `VIConfig`.
 
     Returns:
@@ -199,6 +205,7 @@ def estimate_llc(
         progress=progress,
         throw=throw,
         resume_from=resume_from,
+        time_limit=time_limit,
     )
     return result.of_masked(param_mask is not None)
 
@@ -216,21 +223,31 @@ def estimate_target(
     progress: Given[bool | Callable[[Progress], None]],
     throw: Given[bool],
     resume_from: Given[str | os.PathLike[str] | None] = None,
+    time_limit: Given[float | None] = None,
 ) -> LLCEstimate:
     """Estimate by a walk where that serves better, else by a fit; arguments of `estimate_llc`."""
     refuse_beside_walk(settings.sampler, [] if num_chains is None else ["num_chains"])
     # A walk makes no fits that there could be several of.
     may_walk = num_chains is None
+    early_end = EarlyEnd(time_limit)
     with reporting(progress) as report:
         data = open_data(data, check_dtype(settings), report and told_of_reading(report))
     target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key), may_walk)
     del data  # which the device holds now
     folder = None if resume_from is None else _open_folder(resume_from, target.problem)
-    if may_walk:
-        target, result = _walk(target, progress, throw, folder)
-        if result is not None:
-            return result
-    return run_estimate(target, num_chains, progress=progress, throw=throw, folder=folder)
+    with early_end.interruptible(tells=progress is True):
+        if may_walk:
+            target, result = _walk(target, progress, throw, folder, early_end)
+            if result is not None:
+                return result
+        return run_estimate(
+            target,
+            num_chains,
+            progress=progress,
+            throw=throw,
+            folder=folder,
+            early_end=early_end,
+        )
 
 
 def _open_folder(given: Any, problem: Problem) -> ProgressFolder:
@@ -250,6 +267,7 @@ def _walk(
     progress: bool | Callable[[Progress], None],
     throw: bool,
     folder: ProgressFolder | None,
+    early_end: EarlyEnd,
 ) -> tuple["Target", LLCEstimate | None]:
     """Walk from the localizer where that serves better than a fit.
 
@@ -283,6 +301,7 @@ def _walk(
                 report,
                 feed,
                 keeper,
+                early_end,
             )
     finally:
         if feed is not None:
@@ -409,6 +428,7 @@ def run_estimate(
     throw: Given[bool] = True,
     folder: ProgressFolder | None = None,
     warm: Fitted | None = None,
+    early_end: EarlyEnd = EarlyEnd(),
 ) -> LLCEstimate:
     """Fit, evaluate and correct, from the curvature at w* or from the q of another fit."""
     began = time.perf_counter()
@@ -439,6 +459,7 @@ def run_estimate(
             looks_down=True,
             # a run that will be refused for one lost chain need not go on
             ends_where=np.any if throw else np.all,
+            ends=early_end,
         )
         fit = run_fit(
             stages, problem, family_choice(plan), fit_schedule(plan), keys, options=options
@@ -449,6 +470,10 @@ def run_estimate(
     minimum = look_at_minimum(where, fit, plan.evaluation_draws)
     work = count_work(fit, problem, plan, num_chains, look, minimum.losses)
     result = _estimate(fit, problem, plan, work, timings, minimum, look)
+    is_whole = fit.converged or result.traces["elbo"].shape[1] >= fit_schedule(plan).steps
+    if early_end.reason and not is_whole:
+        result = dataclasses.replace(result, stopped=early_end.reason)
+        result = dataclasses.replace(result, health=with_stopped(result))
     if throw and _has(result, "non_finite"):
         raise NonFiniteError(f"{result.health[0]} Pass throw=False to get the partial result.")
     result = dataclasses.replace(
@@ -468,7 +493,13 @@ def run_estimate(
         file = StageFile(folder, CORRECTION, identity, begins_anew=True)
         walk_keeper = WalkKeeper(file, KEPT_OF_RUNS)
     return correct_within(
-        result, recorded, spent, progress=progress, throw=throw, keeper=walk_keeper
+        result,
+        recorded,
+        spent,
+        progress=progress,
+        throw=throw,
+        keeper=walk_keeper,
+        early_end=early_end,
     )
 
 

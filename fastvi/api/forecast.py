@@ -10,6 +10,7 @@ import numpy as np
 
 from fastvi._compilation import PROGRAMS
 from fastvi._errors import ConfigError, DataError
+from fastvi._html import result_html
 from fastvi._modes import in_own_modes
 from fastvi._typing import Array, Float, Given, Key
 from fastvi.api.arguments import check_count, positive_scalar
@@ -19,7 +20,8 @@ from fastvi.geometry.spectrum import (
     num_products,
     spectral_measures,
 )
-from fastvi.results.estimate import LLCEstimate, with_error
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.terminal import with_error
 from fastvi.sampling.ensemble import Target
 from fastvi.sampling.sgld import QuadraticSGLD
 from fastvi.target.fingerprint import shapes_of
@@ -106,6 +108,10 @@ class SGLDForecast:
     def is_stable(self) -> bool:
         """Whether SGLD stays bounded in every direction."""
         return self.lr < self.largest_lr
+
+    def _repr_html_(self) -> str:
+        """Return it for a notebook."""
+        return result_html(self.summary())
 
     def summary(self) -> str:
         """Return the forecast in words, for a terminal."""

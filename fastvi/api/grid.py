@@ -14,6 +14,7 @@ from fastvi.fitting.protocols import Progress
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.findings import Finding, correction_findings
 from fastvi.results.parts import Correction
+from fastvi.results.progress import tell_sampling
 from fastvi.sampling.cells import WalkedCell, walk_cell
 from fastvi.sampling.ensemble import BlockEnsemble
 from fastvi.target.fingerprint import Fingerprint
@@ -61,7 +62,8 @@ class GridWalk:
                 continue
             stage = f"cell {number} of {len(at)}"
             near = _nearest(finished, at[index])
-            walked = self._walk(near, index, grid, number, self._telling(report, stage))
+            tell = tell_sampling(report, stage, 1, self.budget, self.error)
+            walked = self._walk(near, index, grid, number, tell)
             cells[index] = _said(self._as_estimate(walked), walked.work / self.own.n_data)
             if math.isfinite(cells[index].llc):  # else nothing can begin there
                 finished.append(_Finished(at[index], walked.ensemble, not walked.check.unmet))
@@ -77,22 +79,13 @@ class GridWalk:
         is_exact = self.own.llc_sem <= self.error * abs(self.own.llc)
         return is_exact and bool(np.allclose(values, own, rtol=SAME, atol=0))
 
-    def _telling(
-        self, report: Callable[[Progress], None] | None, stage: str
-    ) -> Callable[[float, float], None]:
-        def tell(done: float, llc: float) -> None:
-            if report is not None:
-                report(Progress(stage, int(done), int(self.budget), llc))
-
-        return tell
-
     def _walk(
         self,
         near: "_Finished",
         index: tuple[int, int],
         grid: tuple[np.ndarray, np.ndarray],
         number: int,
-        tell: Callable[[float, float], None],
+        tell: Callable[[float, float, float], None],
     ) -> WalkedCell:
         """Walk a cell from the walkers of another."""
         center = near.ensemble.target.problem.posterior.center

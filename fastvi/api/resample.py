@@ -25,10 +25,11 @@ from fastvi.fitting.protocols import Progress
 from fastvi.fitting.run import Fit
 from fastvi.fitting.schedule import few_dimensions_factor
 from fastvi.observables.draws import FittedQ, fitted_q
-from fastvi.results.estimate import LLCEstimate
+from fastvi.results.early_end import EarlyEnd
+from fastvi.results.estimate import LLCEstimate, More
 from fastvi.results.findings import correction_findings
 from fastvi.results.parts import Correction, said_by_walkers
-from fastvi.results.progress import reporting
+from fastvi.results.progress import reporting, tell_sampling
 from fastvi.sampling.ensemble import BlockEnsemble, Target
 from fastvi.sampling.keeping import NO_KEEPER, AbstractWalkKeeper
 from fastvi.sampling.programs import SamplerPrograms, sampler_programs
@@ -111,6 +112,7 @@ def correct(
     error: Given[float | None] = None,
     budget: Given[float | None] = None,
     sampler: Any = None,
+    time_limit: Given[float | None] = None,
     progress: Given[bool | Callable[[Progress], None]] = True,
     throw: Given[bool] = True,
 ) -> LLCEstimate:
@@ -123,7 +125,8 @@ def correct(
     is below 0.5, half of the draws count and their error is below a third of `error`, and samples
     otherwise.
 
-    Walkers that have corrected this result before go on from where they are.
+    Walkers that have corrected this result before go on from where they are, and what they
+    averaged then is left out: `result.more` goes on with the average.
 
     Args:
         result: An estimate of this process, from `estimate_llc`.
@@ -131,6 +134,7 @@ def correct(
         error: As in `VIConfig`; what the result was estimated with when left out.
         budget: As in `VIConfig`; what the result was estimated with when left out.
         sampler: As in `VIConfig`; what the result was estimated with when left out.
+        time_limit: As in `estimate_llc`.
         progress: Whether to show a status line on stderr, or a function that receives `Progress`.
         throw: Whether to raise when the corrected value is not finite; otherwise a finding says so.
 
@@ -149,13 +153,11 @@ def correct(
         pays for no walk, draws of q are reweighted, and a finding says how much would do.
     """
     result.fit_for("go on from")
-    return correct_within(
-        result,
-        with_method(result, method, error, budget, sampler),
-        0.0,
-        progress=progress,
-        throw=throw,
-    )
+    recorded, early_end = with_method(result, method, error, budget, sampler), EarlyEnd(time_limit)
+    with early_end.interruptible(tells=progress is True):
+        return correct_within(
+            result, recorded, 0.0, progress=progress, throw=throw, early_end=early_end
+        )
 
 
 def correct_within(
@@ -166,6 +168,7 @@ def correct_within(
     progress: bool | Callable[[Progress], None],
     throw: bool,
     keeper: AbstractWalkKeeper = NO_KEEPER,
+    early_end: EarlyEnd = EarlyEnd(),
 ) -> LLCEstimate:
     """Correct an estimate, by a configuration of whose budget some has been spent."""
     fitted: Fitted = result.fit_for("go on from")
@@ -185,12 +188,33 @@ def correct_within(
         # Reweighting that was asked for by name stays, whatever its error.
         if values is None or (too_rough and config.method == "auto"):
             with reporting(progress) as report:
-                method, values = "sample", _sample(fitted, config, weights, spent, report, keeper)
-    seconds, before = time.perf_counter() - began, result.timings
+                method = "sample"
+                values = _sample(fitted, config, weights, spent, report, keeper, early_end)
+    seconds = time.perf_counter() - began, watch.seconds
+    details = {"method": method, "khat": khat, **values.details}
+    # of a run that has ended by itself nothing was stopped, whatever was said of the fit
+    stopped = early_end.reason if details.get("unmet") else None
+    return _corrected(result, values, details, recorded, stopped, seconds, throw)
+
+
+def _corrected(
+    result: LLCEstimate,
+    values: "_Values",
+    details: dict[str, Any],
+    recorded: VIConfig,
+    stopped: str | None,
+    seconds: tuple[float, float],
+    throw: bool,
+) -> LLCEstimate:
+    """Put what a method found in the place of what a result says.
+
+    `seconds` are those that it took, and those of them that compiled.
+    """
+    fitted, before = result.fitted, result.timings
     timings = before._replace(
-        correction=before.correction + seconds,
-        total=before.total + seconds,
-        compile=before.compile + watch.seconds,
+        correction=before.correction + seconds[0],
+        total=before.total + seconds[0],
+        compile=before.compile + seconds[1],
     )
     corrected = dataclasses.replace(
         result,
@@ -200,13 +224,15 @@ def correct_within(
         llc_per_chain=values.per_chain,
         llc_sem_per_chain=values.sem_per_chain,
         # An unpaid run names the method that stands in for it.
-        correction=Correction(**{"method": method, "khat": khat, **values.details}),
+        correction=Correction(**details),
         walk_llc=values.walk,
         work=result.work.with_correction(values.work),
         timings=timings,
         config=recorded,
+        stopped=stopped,
         fitted=fitted._replace(previous=values.previous or fitted.previous),
         ensemble=values.ensemble or result.ensemble,
+        going_on=None if values.ensemble is None else _go_on,
     )
     corrected = dataclasses.replace(corrected, health=correction_findings(corrected))
     broken = [finding for finding in corrected.health if finding.name == "non_finite"]
@@ -233,6 +259,30 @@ def with_method(
             "localizer: leave it out, or run estimate_llc again."
         )
     return config.replace(budget=config.budget or default_budget(result.n_data)).recorded
+
+
+def _go_on(result: LLCEstimate, more: More) -> LLCEstimate:
+    """Go on with the walk that has corrected a result."""
+    fitted: Fitted = result.fit_for("go on from")
+    fitted.check_unchanged()
+    began, ensemble, num_data = time.perf_counter(), result.ensemble, fitted.problem.num_data
+    before = ensemble.told["work"]
+    budget = more.budget or default_budget(num_data)
+    with CompileWatch() as watch, reporting(more.progress) as report:
+        tell = tell_sampling(report, "correction", num_data, before + budget, more.error)
+        run = ensemble.averaged_on(more.error, budget, tell, more.early_end)
+    whole = result.sample_gradients + budget
+    recorded = result.config.replace(error=more.error, budget=whole)
+    previous, correction = fitted.previous, result.correction
+    assert previous is not None, "walkers have corrected it"
+    assert correction is not None, "walkers have corrected it"
+    spent = result.sample_gradients - before
+    values = _values_of(fitted, run, recorded.sampler, spent, previous.number)
+    values = values._replace(work=values.work - before / num_data)
+    details = {"method": "sample", "khat": correction.khat, **values.details}
+    stopped = more.early_end.reason if run.check.unmet else None
+    seconds = time.perf_counter() - began, watch.seconds
+    return _corrected(result, values, details, recorded, stopped, seconds, more.throw)
 
 
 class _Values(NamedTuple):
@@ -315,6 +365,7 @@ def _sample(
     spent: float,
     report: Callable[[Progress], None] | None,
     keeper: AbstractWalkKeeper,
+    early_end: EarlyEnd,
 ) -> _Values:
     """Run the walkers; reweight where what is left of the budget pays for no step of theirs."""
     chains, num_data, settings = fitted.keys.size, fitted.problem.num_data, config.sampler
@@ -322,11 +373,6 @@ def _sample(
     previous = fitted.previous
     if previous is not None and previous.walkers.position.shape[0] != chains * per_chain:
         previous = None  # another number of walkers: these start at q
-
-    def tell(done: float, llc: float) -> None:
-        if report is not None:
-            most = int((config.budget - spent) / num_data)
-            report(Progress("correction", int(done / num_data), most, llc))
 
     programs = sampler_programs(
         fitted.objective, fitted.check_unchanged(), fitted.problem, settings
@@ -341,10 +387,11 @@ def _sample(
         settings,
         config.error,
         config.budget - spent,
-        tell,
+        tell_sampling(report, "correction", num_data, config.budget - spent, config.error),
         chains=chains,
         fewest=chains * -(-settings.walkers // chains),
         agreed_before=previous is not None and previous.is_settled,
+        ends=early_end,
     )
     walkers = _start_walkers(programs, fitted, previous, chains * per_chain)
     start = begin(setup, walkers)
@@ -352,8 +399,15 @@ def _sample(
         least = spent + setup.least_budget(start, setup.counts[0])
         return _unpaid(_reweight(fitted, weights), least, settings)
     run = run_walkers(setup, walkers, keeper)
-    means, errors = _per_chain(run, chains, settings.walkers)
     number = 1 if previous is None else previous.number + 1
+    return _values_of(fitted, run, settings, spent, number)
+
+
+def _values_of(
+    fitted: Fitted, run: SamplerResult, settings: SamplerSettings, spent: float, number: int
+) -> _Values:
+    """Return what a run has found, the `number`-th of these walkers."""
+    means, errors = _per_chain(run, fitted.keys.size, settings.walkers)
     rounding = nats_of_rounded_products(
         fitted.objective,
         fitted.check_unchanged(),
@@ -366,7 +420,7 @@ def _sample(
         means,
         errors,
         run.check.llc,
-        run.end.work / num_data,
+        run.end.work / fitted.problem.num_data,
         {
             **run_details(run, settings, spent),
             "narrow_dtype": narrow_dtype(fitted.loss.uses),
@@ -375,8 +429,7 @@ def _sample(
         PreviousRun(run.end.walkers, fitted.problem.posterior.center, number, not run.check.unmet),
         BlockEnsemble.parked(
             Target(fitted.objective, fitted.loss, fitted.problem, fitted.is_masked),
-            run.setup,
-            run.end,
+            run,
         ),
     )
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError, DataError
+from fastvi._html import result_html
 from fastvi._typing import Float, Given, PyTree
 from fastvi.api.arguments import nonnegative_scalar, positive_scalar
 from fastvi.sampling.averages import analyse, burn_in, furthest_off, split_rhat, stated_error
@@ -58,6 +59,10 @@ class VirialLLC:
     def is_consistent(self) -> bool:
         """Whether the chains agree, and obey the virial identities of the posterior."""
         return abs(self.virial_z) < OFF_SIGMAS and self.rhat < MIXED
+
+    def _repr_html_(self) -> str:
+        """Return it for a notebook."""
+        return result_html(self.summary())
 
     def summary(self) -> str:
         """Return the estimate in words."""

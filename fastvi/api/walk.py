@@ -5,7 +5,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,12 +13,13 @@ import numpy as np
 from fastvi._compilation import CompileWatch
 from fastvi._devices import layout_in_use
 from fastvi._errors import ConfigError
-from fastvi.api.plan import bound_fit, plan_estimate
+from fastvi.api.plan import bound_fit, plan_estimate, walk_budget
 from fastvi.config import VIConfig
 from fastvi.evaluation.products import nats_of_rounded_products
 from fastvi.fitting.protocols import Progress
 from fastvi.kernels.noise import split_key, streams
-from fastvi.results.estimate import LLCEstimate
+from fastvi.results.early_end import EarlyEnd
+from fastvi.results.estimate import LLCEstimate, More
 from fastvi.results.findings import correction_findings
 from fastvi.results.parts import (
     ChainValues,
@@ -28,6 +29,7 @@ from fastvi.results.parts import (
     Timings,
     said_by_walkers,
 )
+from fastvi.results.progress import reporting, tell_sampling
 from fastvi.results.walk_findings import LEAST_SHARE, walk_findings
 from fastvi.results.work import RunWork
 from fastvi.sampling.ensemble import MinibatchEnsemble, Target
@@ -130,8 +132,11 @@ def estimate_by_walk(
     report: Callable[[Progress], None] | None,
     feed: Feed | None = None,
     keeper: AbstractWalkKeeper = NO_KEEPER,
+    early_end: EarlyEnd = EarlyEnd(),
 ) -> LLCEstimate | TooStiff:
     """Walk from the localizer, on data at hand or those that `feed` gives."""
+    if report is not None:
+        report(Progress("walk", 0, int(budget), math.nan))
     began, settings = time.perf_counter(), config.sampler
     is_cheap = problem.data.max_batch >= CHEAP and budget > PART_OF_CHEAP * LEAST_EVALUATIONS
     part = PART_OF_CHEAP if is_cheap else PART
@@ -148,10 +153,6 @@ def estimate_by_walk(
         weigh = _weigh_batches(objective, problem, loss) if is_weighted else None
         reader = FeedReader(feed, problem.data.examples, part, keys.size, ROUND * FED_PARTS, weigh)
 
-    def tell(work: float, llc: float) -> None:
-        if report is not None:
-            report(Progress("walk", int(work), int(budget), llc))
-
     with CompileWatch() as watch:
         programs = minibatch_programs(objective, loss, problem.posterior, reader.first, ROUND)
         setup = WalkSetup(
@@ -167,29 +168,70 @@ def estimate_by_walk(
             budget=budget - look.sample_gradients,
             spent=look.sample_gradients,
             must_walk=must_walk,
-            report=tell,
+            report=tell_sampling(report, "walk", 1, budget, config.error),
             num_data=problem.num_data,
             full_gradient=functools.partial(programs.full_gradient, problem)
             if problem.holds_all
             else None,
+            ends=early_end,
         )
         walk = walk_from_localizer(setup, keeper)
     if isinstance(walk, TooStiff):
         return walk
     seconds = time.perf_counter() - began
     timings = Timings(watch.seconds, 0.0, 0.0, 0.0, seconds, seconds)
-    drift = _weight_drift(reader, look)
-    rounding = nats_of_rounded_products(
-        objective, loss, problem, lambda: walk.course.state.position * walk.course.scale
-    )
-    result = _estimate(walk, problem, config, setup, look, budget, timings, drift, rounding)
-    result = dataclasses.replace(result, health=walk_findings(result, walk, look, drift))
+    asked = Asked(Target(objective, loss, problem), setup, look, _weight_drift(reader, look))
+    config = config.replace(method="sample", budget=budget)
+    result = _interpret(asked, walk, config, timings, early_end)
     # of a stream nothing is left to go on with
-    if feed is None and walk.course.state.position.size <= MOST_HELD:
-        whole = Target(objective, loss, problem)
-        ensemble = MinibatchEnsemble(whole, setup, walk.course, result.llc)
-        result = dataclasses.replace(result, ensemble=ensemble)
-    return dataclasses.replace(result, health=correction_findings(result))
+    if feed is not None or walk.course.state.position.size > MOST_HELD:
+        return result
+    return _held(asked, walk, result)
+
+
+class Asked(NamedTuple):
+    """What a finished walk is interpreted by.
+
+    Attributes:
+        target: What was sampled.
+        setup: What the walk shared.
+        look: What was seen of the loss before.
+        weight_drift: By how much the mean weight of what was read differs.
+    """
+
+    target: Target
+    setup: WalkSetup
+    look: LossLook
+    weight_drift: float
+
+
+def _held(asked: Asked, walk: Walk, result: LLCEstimate) -> LLCEstimate:
+    """Return a result that holds its walkers."""
+    said, course = walk.course.said, walk.course._replace(said=None)
+    ensemble = MinibatchEnsemble(asked.target, asked.setup, course, result.llc, walk.measured, said)
+    going_on = functools.partial(_go_on, asked)
+    return dataclasses.replace(result, ensemble=ensemble, going_on=going_on)
+
+
+def _go_on(asked: Asked, result: LLCEstimate, more: More) -> LLCEstimate:
+    """Go on with the walk of a result."""
+    began, ensemble = time.perf_counter(), result.ensemble
+    ensemble.target.check_unchanged()
+    before, num_data = ensemble.course.work, asked.target.problem.num_data
+    budget = more.budget or walk_budget(num_data, result.dim)
+    with CompileWatch() as watch, reporting(more.progress) as report:
+        tell = tell_sampling(report, "walk", 1, before + budget, more.error)
+        walk = ensemble.averaged_on(more.error, budget, tell, more.early_end)
+    seconds, spent = time.perf_counter() - began, result.timings
+    timings = spent._replace(
+        compile=spent.compile + watch.seconds,
+        total=spent.total + seconds,
+        correction=spent.correction + seconds,
+    )
+    whole = before + asked.look.sample_gradients + budget
+    config = result.config.replace(error=more.error, budget=whole)
+    found = _interpret(asked, walk, config, timings, more.early_end)
+    return _held(asked, walk, found.of_masked(ensemble.target.is_masked))
 
 
 def _weigh_batches(
@@ -221,19 +263,19 @@ def _weight_drift(reader: AbstractReader, look: LossLook) -> float:
     return said.drift if abs(said.drift) > chance + NEGLIGIBLE_DRIFT else 0.0
 
 
-def _estimate(
-    walk: Walk,
-    problem: Problem,
-    config: VIConfig,
-    setup: WalkSetup,
-    look: LossLook,
-    budget: float,
-    timings: Timings,
-    weight_drift: float,
-    product_rounding: float,
+def _interpret(
+    asked: Asked, walk: Walk, config: VIConfig, timings: Timings, early_end: EarlyEnd
 ) -> LLCEstimate:
     """Put a finished walk into the form of an estimate; what a fit would say is left empty."""
-    posterior, measured = problem.posterior, walk.measured
+    target, setup, look, weight_drift = asked
+    problem, measured = target.problem, walk.measured
+    posterior = problem.posterior
+    product_rounding = nats_of_rounded_products(
+        target.objective,
+        target.loss,
+        problem,
+        lambda: walk.course.state.position * walk.course.scale,
+    )
     analysis = walk.check.analysis
     nan, none = math.nan, np.zeros((0, 0))
     curvatures = np.asarray(setup.leaf_sizes) * (measured.curvature + float(posterior.gamma))
@@ -243,7 +285,7 @@ def _estimate(
     # A mean weight that is off scales the loss, and llc with it.
     weight = math.hypot(look.weight_error, weight_drift) * analysis.llc
     parts = analysis.parts.plus(evaluation=math.hypot(weight, product_rounding))
-    return LLCEstimate(
+    result = LLCEstimate(
         llc=analysis.llc,
         llc_sem=parts.total,
         error_parts=parts,
@@ -274,7 +316,7 @@ def _estimate(
         log_weights=none,
         draws=DrawValues(none, none, none),
         health=(),
-        config=config.replace(method="sample", budget=budget).of_a_walk,
+        config=config.of_a_walk,
         llc_vi=nan,
         llc_vi_sem=nan,
         correction=Correction(
@@ -291,4 +333,7 @@ def _estimate(
             narrow_dtype=look.narrow_dtype,
         ),
         walk_llc=walk.check.llc,
+        stopped=early_end.reason if walk.check.unmet else None,
     )
+    result = dataclasses.replace(result, health=walk_findings(result, walk, look, weight_drift))
+    return dataclasses.replace(result, health=correction_findings(result))

@@ -5,6 +5,7 @@ whose docstring is the help, with a method `run(say)`, which returns an exit sta
 all it does is to print. Adding one is an entry in `COMMANDS`.
 """
 
+import contextlib
 import dataclasses
 import shutil
 import sys
@@ -12,6 +13,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union, get_type_hints
 
+from fastvi._compilation import use_compilation_cache
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
 from fastvi._optional import MissingExtraError, import_optional
 from fastvi._version import __version__
@@ -82,6 +84,7 @@ def _run(args: Sequence[str]) -> int:
         return 0
     try:
         command = _parse(args)
+        keep_programs()
         try:
             status = command.run(printer)
         # The model's own code may call sys.exit, which is not the exit of this command.
@@ -101,6 +104,16 @@ def _run(args: Sequence[str]) -> int:
     if printer.lost is not None:
         warn(f"fastvi: warning: stdout cannot be written: {printer.lost}")
     return int(printer.lost is not None) if status is None else status
+
+
+def keep_programs() -> None:
+    """Take compiled programs from a folder, unless somebody does without or has named another."""
+    import jax
+
+    if jax.config.jax_enable_compilation_cache and not jax.config.jax_compilation_cache_dir:
+        # without a home, or on a full disk, they are compiled
+        with contextlib.suppress(OSError, RuntimeError):
+            use_compilation_cache()
 
 
 class Group:

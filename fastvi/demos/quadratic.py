@@ -13,7 +13,8 @@ from fastvi._typing import Array, Batch, Float, Scalar
 from fastvi.config import VIConfig
 from fastvi.demos.base import AbstractDemo, Say, check
 from fastvi.evaluation.errors import chain_error, pair_mean
-from fastvi.results.estimate import LLCEstimate, with_error
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.terminal import with_error
 
 
 class Exact(NamedTuple):

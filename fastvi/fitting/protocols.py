@@ -1,5 +1,6 @@
 """What a fit tells those who watch it."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ class Progress(NamedTuple):
         step: Steps so far, or of sampling the work so far.
         steps: Steps at the most, or of sampling the budget.
         value: ELBO of a fit; LLC so far of sampling.
+        error: Standard error of `value`; NaN where it is not known.
+        expected: Where it will end, in the unit of `step`, as it looks now; None where it is not
+            known.
         traces: Those of the fit since the report before, each of shape (chains, steps).
     """
 
@@ -19,4 +23,11 @@ class Progress(NamedTuple):
     step: int
     steps: int
     value: float
+    error: float = math.nan
+    expected: float | None = None
     traces: Mapping[str, Any] | None = None
+
+
+def never() -> bool:
+    """Say that there is no reason to end."""
+    return False

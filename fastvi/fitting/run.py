@@ -20,7 +20,7 @@ from fastvi._typing import Array, Keys
 from fastvi.evaluation.llc import Beside, error_over_pieces
 from fastvi.families.base import AbstractFamily
 from fastvi.fitting.calibrate import MAX_ROUNDS, calibration_steps, narrowing
-from fastvi.fitting.protocols import Progress
+from fastvi.fitting.protocols import Progress, never
 from fastvi.fitting.schedule import (
     DECAY_FRACTION,
     FLAT_LOOKS,
@@ -123,6 +123,7 @@ class Options(NamedTuple):
         looks_down: Whether the evaluation follows the direction of least curvature at w*.
         ends_where: `np.any` to end where any chain is lost to NaN, `np.all` where all are. None
             runs all steps whatever comes, as a fixed number of them is promised.
+        ends: Asked between chunks whether to end there.
     """
 
     early_stop: bool = False
@@ -133,6 +134,7 @@ class Options(NamedTuple):
     keeps_snapshots: bool = False
     looks_down: bool = False
     ends_where: Callable[..., Any] | None = None
+    ends: Callable[[], bool] = never
 
 
 def run_fit(
@@ -335,13 +337,16 @@ def _run_chunks(
         part = course.parts[-1]
         elbo = np.concatenate([part["elbo"] for part in course.parts], axis=1)
         latest = float(np.mean(elbo[:, -part["elbo"].shape[1] :]))
-        report(Progress("fit", course.done, course.phases.end, latest, part))
+        ahead = None if options.early_stop and not course.converged else course.phases.end
+        report(Progress("fit", course.done, course.phases.end, latest, expected=ahead, traces=part))
         if options.ends_where is not None and options.ends_where(~np.isfinite(elbo[:, -1])):
             break
         if options.early_stop and not course.converged:
             course = _check_convergence(course, elbo, schedule, problem.posterior.center.size)
         if options.keeper is not None:
             options.keeper.save(course)
+        if options.ends():
+            break
     return course
 
 

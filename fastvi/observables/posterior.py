@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastvi._errors import DataError
+from fastvi._html import result_html
 from fastvi._typing import PyTree
 from fastvi.observables.control_variates import (
     MOST_TRACES,
@@ -318,6 +319,10 @@ class PosteriorDraws:
                 f"there are {self.num_walkers} walkers. Finish the run."
             )
         return split_of(self.llc, self.mean_energies)
+
+    def _repr_html_(self) -> str:
+        """Return it for a notebook."""
+        return result_html(self.summary())
 
     def summary(self) -> str:
         """Return in words what the draws say, for a terminal."""

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastvi._errors import ConfigError
-from fastvi.results.estimate import LLCEstimate, with_error
+from fastvi._html import result_html
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.report.svg import svg_where_possible
+from fastvi.results.terminal import with_error
 from fastvi.sampling.averages import stated_error
 
 if TYPE_CHECKING:
@@ -160,6 +163,10 @@ class LLCComparison:
                 there = ", ".join(map(repr, self.estimates))
                 raise ConfigError(f"{name!r} was not compared; {there} were.")
         return difference(self.estimates[first], self.estimates[second])
+
+    def _repr_html_(self) -> str:
+        """Return it for a notebook."""
+        return result_html(self.summary(), figure=svg_where_possible(self.plot, "llc"))
 
     def summary(self) -> str:
         """Return each llc and the difference of every pair, for a terminal."""

@@ -6,20 +6,27 @@ Numbers, their errors, findings, and a folder to keep them in.
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import TextWrapper
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastvi._errors import DataError
+from fastvi._html import result_html
+from fastvi._modes import in_own_modes
+from fastvi._typing import Given
 from fastvi.config import VIConfig
 from fastvi.evaluation.errors import ErrorParts
 from fastvi.evaluation.importance import Importance, assess_importance
+from fastvi.fitting.protocols import Progress
 from fastvi.observables.draws import FittedQ
-from fastvi.results.findings import Finding
+from fastvi.results.early_end import EarlyEnd
+from fastvi.results.findings import Finding, not_improved
 from fastvi.results.parts import ChainValues, Correction, Curvature, DrawValues, Timings
 from fastvi.results.saved import read_estimate, write_estimate
+from fastvi.results.terminal import with_error
 from fastvi.results.work import RunWork
 from fastvi.target.hessian import SecondDerivative
 
@@ -35,6 +42,24 @@ NO_FINDINGS = "none: no check was triggered, which does not prove that llc is ri
 # Entries of D^{1/2} that a result keeps of each chain, 16 KiB: a histogram of 41 bins has 100 in
 # each. All of them would make the result of a large model as large as the model.
 MOST_SCALES = 4096
+
+
+class More(NamedTuple):
+    """How a walk is to go on.
+
+    Attributes:
+        error: Standard error at which it may end, relative to llc.
+        budget: Sample gradients that it may add; None for as many as an estimate may take.
+        early_end: Says whether to end before that.
+        progress: As in `estimate_llc`.
+        throw: The same.
+    """
+
+    error: float
+    budget: float | None
+    early_end: EarlyEnd
+    progress: bool | Callable[[Progress], None]
+    throw: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +101,11 @@ class LLCEstimate:
         correction: How `llc` was found where it is the posterior's own; None for that of q.
         walk_llc: nbeta (L_n(w) - L_n(w*)), means over bins of `sampler.bin_length`
             steps, shape (walkers, bins).
+        stopped: What ended the estimate before it was done, its time limit or Ctrl-C; None where
+            it came to its own end.
         fitted: What `fastvi.correct` goes on from, and `q` draws from; not saved.
         ensemble: The walkers, which `fastvi.sample_posterior` goes on from; not saved.
+        going_on: What `more` calls; not saved.
     """
 
     llc: float
@@ -107,8 +135,12 @@ class LLCEstimate:
     walk_llc: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)), repr=False)
     family_arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     snapshots: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    stopped: str | None = None
     fitted: Any = dataclasses.field(default=None, repr=False, compare=False)
     ensemble: Any = dataclasses.field(default=None, repr=False, compare=False)
+    going_on: Callable[["LLCEstimate", More], "LLCEstimate"] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
 
     def summary(self) -> str:
         """Return the estimate in words, for a terminal."""
@@ -125,6 +157,93 @@ class LLCEstimate:
         findings = [str(finding) for finding in self.health] or [NO_FINDINGS]
         wrap = TextWrapper(width=SUMMARY_WIDTH, initial_indent="  ", subsequent_indent="    ")
         return "\n".join([*map(_folded, lines), "findings", *map(wrap.fill, findings)])
+
+    @in_own_modes
+    def more(
+        self,
+        error: Given[float | None] = None,
+        *,
+        budget: Given[float | None] = None,
+        time_limit: Given[float | None] = None,
+        progress: Given[bool | Callable[[Progress], None]] = True,
+        throw: Given[bool] = True,
+    ) -> "LLCEstimate":
+        """Go on with the walk of this estimate from where it is, to a smaller error.
+
+        What it has averaged counts, so that it costs what an estimate to this error would have cost
+        beyond what this one did. Where its steps or its blocks of data are too inexact for the new
+        error, the average begins anew at these walkers, which have burnt in. This estimate stays as
+        it is, and may be gone on from again. Where time or budget end before the new average is as
+        good as this one, this one is returned, with the work of both and a finding that says so.
+
+        Args:
+            error: Standard error at which it may end, relative to llc; that of this estimate when
+                left out, for one that ended before it.
+            budget: Sample gradients that it adds at most; as many as a new estimate may take when
+                left out.
+            time_limit: As in `fastvi.estimate_llc`.
+            progress: The same.
+            throw: The same.
+
+        Returns:
+            The estimate, whose work and timings are those of both.
+
+        Raises:
+            ConfigError: If an option is impossible, or the budget pays for no step.
+            DataError: If there is no walk to go on with, or the loss has changed.
+            NonFiniteError: If NaN or infinity appears, unless `throw` is False.
+        """
+        if self.going_on is None:
+            raise DataError(self._why_no_more)
+        config = self.config.replace(
+            **{
+                name: value
+                for name, value in {"error": error, "budget": budget}.items()
+                if value is not None
+            }
+        )
+        early_end = EarlyEnd(time_limit)
+        asked = More(config.filled.error, budget, early_end, progress, throw)
+        with early_end.interruptible(tells=progress is True):
+            found = self.going_on(self, asked)
+        is_better = found.llc_sem <= self.llc_sem or not math.isfinite(found.llc_sem)
+        if is_better or found.correction is None or not found.correction.unmet:
+            return found
+        return dataclasses.replace(
+            self,
+            work=found.work,
+            timings=found.timings,
+            stopped=found.stopped,
+            health=(*self.health, not_improved(found)),
+        )
+
+    @property
+    def _why_no_more(self) -> str:
+        """Say why no walk goes on, and what to do instead."""
+        if self.correction is None:
+            return (
+                "this estimate is that of q, without a walk that could go on. Use "
+                'fastvi.correct(result, "sample", error=...).'
+            )
+        if self.correction.method == "reweight":
+            return (
+                "this estimate reweights a fixed number of draws of q, and has no walk that could "
+                'go on. Use fastvi.correct(result, "sample", error=...).'
+            )
+        return (
+            "this estimate does not hold its walkers: it was loaded from disk, or is not the last "
+            "of a curve, or its walkers were too large to keep, or its data are gone. Run "
+            "estimate_llc again with a smaller error."
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the estimate for a notebook."""
+        lead = (
+            f"{self.provenance}; d = {self.dim:,}, n = {self.n_data:,}, nβ = {self.nbeta:.4g}, "
+            f"localization = {self.localization:.4g}"
+        )
+        remarks = [finding.remark for finding in self.health]
+        return result_html(self.summary(), f"llc {self.llc_text}", lead, remarks)
 
     @property
     def has_fit(self) -> bool:
@@ -313,20 +432,6 @@ class LLCEstimate:
                 another estimate or of another version of fastvi's format.
         """
         return cls(**read_estimate(cls, Path(folder)))
-
-
-def with_error(value: float, sem: float, resolution: float = 0.0) -> str:
-    """Format a value as precisely as its error.
-
-    `22.296 ± 0.073`; or as `resolution`, if that is coarser.
-    """
-    # Two digits of the error at most: its own relative error is rarely below 10 %.
-    coarsest = max(sem, resolution) if math.isfinite(resolution) else sem
-    if not (math.isfinite(value) and math.isfinite(sem) and coarsest > 0):
-        return f"{value:.4g} ± {sem:.2g}"
-    decimals = min(max(1 - math.floor(math.log10(coarsest)), 0), 9)
-    error = f"{sem:.{decimals}f}" if coarsest == sem else f"{sem:.1g}"
-    return f"{value:.{decimals}f} ± {error}"
 
 
 def _folded(line: str) -> str:

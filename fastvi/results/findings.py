@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvi._html import Remark
 from fastvi.evaluation.importance import USABLE, Importance
 from fastvi.geometry.minimum import ROUNDING_UNITS, Bottom
 from fastvi.sampling.run import (
@@ -88,6 +89,11 @@ class Finding:
     def __str__(self) -> str:
         """Format for a terminal."""
         return f"[{self.severity}] {self.observed} {self.cause} {self.next_step}"
+
+    @property
+    def remark(self) -> Remark:
+        """The finding for a page."""
+        return Remark(self.severity, self.name, f"{self.observed} {self.cause}", self.next_step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +183,32 @@ def correction_findings(result: Any) -> tuple[Finding, ...]:
     return _by_severity((*kept, *found))
 
 
+def with_stopped(result: Any) -> tuple[Finding, ...]:
+    """Return the findings of an uncorrected estimate whose fit was ended early, and that one."""
+    steps = result.traces["elbo"].shape[1]
+    stopped = Finding(
+        "warning",
+        "fit_stopped",
+        f"The fit came to {result.stopped} after {steps} steps.",
+        "Its learning rate had not fallen to the end, so that q is noisier and wider than it need "
+        "be.",
+        "Give it more time.",
+    )
+    return _by_severity((*result.health, stopped))
+
+
+def not_improved(found: Any) -> Finding:
+    """Return the finding of an estimate that was gone on from in vain."""
+    return Finding(
+        "note",
+        "not_improved",
+        f"Going on came to {found.stopped or 'the end of its budget'} with an error of "
+        f"{found.llc_sem:.2g}, above the one before, which is kept.",
+        "A smaller error took more exact steps, whose average began anew.",
+        "Give it more time, or a larger budget.",
+    )
+
+
 def _by_severity(found: Iterable[Finding]) -> tuple[Finding, ...]:
     """Sort findings, gravest first; equals keep the order of their checks."""
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
@@ -240,13 +272,16 @@ def _walk_unsettled(result: Any) -> Iterator[Finding]:
         return
     unmet = {one.criterion: one for one in details.unmet}
     said = [f"{one.criterion} {one.value:.3g} ({one.bound:.3g} is asked)" for one in unmet.values()]
-    end, (cause, next_step) = "budget", _why_unsettled(unmet, result)
-    if any(finding.name == "data_ended" for finding in result.health):
-        end, next_step = "data", "Give more examples, or ask for a larger error."
+    end, (cause, next_step) = "the end of its budget", _why_unsettled(unmet, result)
+    if result.stopped is not None:
+        end = f"{result.stopped}, which ended it,"
+        next_step = "Go on from here with result.more(), or give it more time."
+    elif any(finding.name == "data_ended" for finding in result.health):
+        end, next_step = "the end of its data", "Give more examples, or ask for a larger error."
     yield Finding(
         "warning",
         "walk_unsettled",
-        f"Sampling came to the end of its {end} after {details.steps} steps of {details.walkers} "
+        f"Sampling came to {end} after {details.steps} steps of {details.walkers} "
         f"walkers with {' and '.join(said)}.",
         cause,
         next_step,

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastvi._html import result_html
 from fastvi._typing import Float
 from fastvi.results.draw_findings import LOCALIZER_SHARE
-from fastvi.results.estimate import with_error
 from fastvi.results.findings import Finding
+from fastvi.results.report.svg import svg_where_possible
+from fastvi.results.terminal import with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,6 +94,10 @@ class LLCProfile:
     def total_fge(self) -> float:
         """Full-gradient equivalents of all cells, and of the estimate before."""
         return self.fge_before + float(self.fge.sum())
+
+    def _repr_html_(self) -> str:
+        """Return it for a notebook."""
+        return result_html(self.summary(), figure=svg_where_possible(self.plot, "llc"))
 
     def summary(self) -> str:
         """Return the table of llc and the findings, for a terminal."""

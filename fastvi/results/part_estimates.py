@@ -3,7 +3,9 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 
+from fastvi._html import result_html
 from fastvi.results.estimate import LLCEstimate
+from fastvi.results.terminal import aligned
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,21 +50,17 @@ class PartEstimates(Mapping[str, LLCEstimate]):
         """Time of all estimates together."""
         return sum(one.timings.total for one in self.estimates.values())
 
+    def _repr_html_(self) -> str:
+        """Return it for a notebook."""
+        return result_html(self.summary())
+
     def summary(self) -> str:
         """Return a table: dimension, llc, llc in a dimension, work and findings of each part."""
         head = ("part", "d", "llc", "llc / d", "sample gradients", "findings")
         rows = [head, *(_row(name, one) for name, one in self.estimates.items())]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if number in (0, len(head) - 1) else cell.rjust(width)
-                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
         compiling = sum(one.timings.compile for one in self.estimates.values())
         total = f"{self.sample_gradients:,.0f} sample gradients in {self.seconds:.1f} s"
-        return "\n".join([*lines, f"{total}; about {compiling:.1f} s of it compiling"])
+        return "\n".join([aligned(rows), f"{total}; about {compiling:.1f} s of it compiling"])
 
 
 def _row(name: str, estimate: LLCEstimate) -> tuple[str, ...]:

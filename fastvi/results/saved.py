@@ -16,7 +16,7 @@ from fastvi.results.parts import DrawValues
 from fastvi.results.schema import COUNT, NONNEGATIVE, POSITIVE, Rule, build, wrong_field
 
 RESULT_FILE, TRACES_FILE = "result.json", "traces.npz"
-FORMAT, VERSION = "fastvi estimate", 7
+FORMAT, VERSION = "fastvi estimate", 8
 # `arrays_digest` ties result.json to its traces.npz: two files are not replaced at once.
 HEADER = ("format", "version", "arrays_digest")
 # fields of arrays by name, and the prefix of their names in the file
@@ -27,7 +27,7 @@ ARRAY_GROUPS = {
     "snapshots": "snapshot_",
 }
 SINGLE_ARRAYS = ("log_weights", "walk_llc")
-LIVE = ("fitted", "ensemble")  # hold the loss and the data, which are the caller's own
+LIVE = ("fitted", "ensemble", "going_on")  # hold the loss and the data, which are the caller's own
 ELSEWHERE = ("config", *LIVE, *SINGLE_ARRAYS, *ARRAY_GROUPS)  # than among the plain values
 NON_FINITE = ("nan", "inf", "-inf")
 WAY_OUT = "Restore both files of the estimate from a copy, or run it again."

@@ -1,11 +1,13 @@
 """Write to a terminal, a pipe or a file that may be closed, full, or without the letters.
 
-That never ends the work.
+That never ends the work. And how numbers are written there.
 """
 
 import contextlib
+import math
 import os
 import sys
+from collections.abc import Sequence
 from typing import TextIO
 
 SPELLED = {
@@ -55,6 +57,11 @@ def is_terminal(stream: TextIO | None) -> bool:
         return False
 
 
+def is_notebook(stream: TextIO | None) -> bool:
+    """Say whether a stream is shown below the cell of a notebook."""
+    return type(stream).__module__.partition(".")[0] == "ipykernel"
+
+
 def warn(line: str) -> None:
     """Tell something on stderr if that is possible."""
     write_text(sys.stderr, f"{line}\n")
@@ -72,3 +79,29 @@ def flush_streams() -> None:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())
                 os.close(nowhere)
+
+
+def with_error(value: float, sem: float, resolution: float = 0.0) -> str:
+    """Format a value as precisely as its error.
+
+    `22.296 ± 0.073`; or as `resolution`, if that is coarser.
+    """
+    # Two digits of the error at most: its own relative error is rarely below 10 %.
+    coarsest = max(sem, resolution) if math.isfinite(resolution) else sem
+    if not (math.isfinite(value) and math.isfinite(sem) and coarsest > 0):
+        return f"{value:.4g} ± {sem:.2g}"
+    decimals = min(max(1 - math.floor(math.log10(coarsest)), 0), 9)
+    error = f"{sem:.{decimals}f}" if coarsest == sem else f"{sem:.1g}"
+    return f"{value:.{decimals}f} ± {error}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table: names and the last column to the left, numbers between them to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number in (0, len(row) - 1) else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

@@ -36,7 +36,7 @@ def walk_cell(
     is_settled: bool,
     error: float,
     budget: float,
-    report: Callable[[float, float], None],
+    report: Callable[[float, float, float], None],
 ) -> WalkedCell:
     """Take walkers over to a posterior, let them burn in there, and average.
 
@@ -47,7 +47,7 @@ def walk_cell(
         is_settled: Whether they had settled: they need not agree anew as closely.
         error: Standard error that is wanted, relative to llc.
         budget: Sample gradients that the run never exceeds.
-        report: Receives the work so far and llc.
+        report: Receives the work so far, llc and its error.
 
     Raises:
         ConfigError: If the budget pays for no run.
@@ -73,4 +73,4 @@ def walk_cell(
         )
     run = run_walkers(setup, walkers)
     target = dataclasses.replace(target, problem=problem)
-    return WalkedCell(run, BlockEnsemble.parked(target, run.setup, run.end))
+    return WalkedCell(run, BlockEnsemble.parked(target, run))

@@ -3,25 +3,46 @@
 import abc
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fastvi._devices import off_devices
-from fastvi._errors import DataError
+from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Array, Float, Keys
 from fastvi.sampling.from_localizer.batches import DrawnReader
-from fastvi.sampling.from_localizer.plan import TINY
+from fastvi.sampling.from_localizer.plan import TINY, Measured
 from fastvi.sampling.from_localizer.setup import Course, WalkSetup, deal_course
-from fastvi.sampling.from_localizer.steps import minibatch_programs
-from fastvi.sampling.from_localizer.walk import advance, with_parts
-from fastvi.sampling.programs import sampler_programs
-from fastvi.sampling.run import RunSetup, RunState, begin, go_on, switch_fidelity
+from fastvi.sampling.from_localizer.steps import Steps, minibatch_programs
+from fastvi.sampling.from_localizer.walk import Averaging as AveragingWalk
+from fastvi.sampling.from_localizer.walk import Walk, advance, average, with_parts
+from fastvi.sampling.keeping import NO_KEEPER
+from fastvi.sampling.programs import Record, sampler_programs
+from fastvi.sampling.run import (
+    NOISE_SLACK,
+    REFINE_AT,
+    STEP_BIAS,
+    Averaging,
+    RunSetup,
+    RunState,
+    SamplerResult,
+    begin,
+    finish,
+    go_on,
+    switch_fidelity,
+)
 from fastvi.sampling.tuning import Fidelity, plan_energy_error
 from fastvi.sampling.walkers import Walkers
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import Fingerprint, fingerprint_loss
+
+# What a run that has ended knows beside where its walkers are.
+TOLD = (
+    *("llc", "block_noise", "noise_rounds", "width", "rounding", "steps", "returned", "work"),
+    *("refinements", "longest_step"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,21 +127,24 @@ class BlockEnsemble(AbstractEnsemble):
         setup: What the run shared.
         walkers: Where it ended.
         told: What it knew of noise, width and llc: the end's other numbers.
+        fidelity: That of its gradients.
+        records: What it has averaged.
         state: The run that goes on; None before.
     """
 
     setup: RunSetup
     walkers: Walkers
     told: dict[str, Any]
+    fidelity: Fidelity
+    records: tuple[Record, ...]
     state: RunState | None = None
 
     @classmethod
-    def parked(cls, target: Target, setup: RunSetup, end: RunState) -> "BlockEnsemble":
+    def parked(cls, target: Target, run: SamplerResult) -> "BlockEnsemble":
         """Hold the end of a run, without its table of gradients."""
-        known = ("llc", "block_noise", "noise_rounds", "width", "rounding", "steps")
-        told = {name: getattr(end, name) for name in known}
-        told["energy_error"] = end.fidelity.energy_error
-        return cls(target, setup, end.walkers, told)
+        end = run.end
+        told = {name: getattr(end, name) for name in TOLD}
+        return cls(target, run.setup, end.walkers, told, end.fidelity, run.records)
 
     @property
     def callable_setup(self) -> RunSetup:
@@ -139,17 +163,66 @@ class BlockEnsemble(AbstractEnsemble):
 
     def awake(self, error: float) -> "BlockEnsemble":
         """Evaluate the anchor and the walkers anew: a gradient on all data, and one of each."""
-        setup, told = dataclasses.replace(self.callable_setup, error=error), dict(self.told)
-        before = Fidelity(0, told.pop("energy_error"))
-        state = begin(setup, self.walkers)._replace(**told)
-        state = state._replace(
-            estimate=state.estimate._replace(fidelity=before),
+        setup = dataclasses.replace(self.callable_setup, error=error)
+        state = self._told_anew(setup)._replace(work=0.0)
+        state = switch_fidelity(setup, state, self._exact(setup, state))
+        return dataclasses.replace(self, setup=setup, state=state)
+
+    def averaged_on(
+        self,
+        error: float,
+        budget: float,
+        report: Callable[[float, float, float], None],
+        ends: Callable[[], bool],
+    ) -> SamplerResult:
+        """Go on with the average of the run, to a smaller error.
+
+        What it has averaged counts, unless its dynamics are too inexact for this error.
+
+        Args:
+            error: As in `RunSetup`.
+            budget: The same, beside what the run has spent.
+            report: The same.
+            ends: The same.
+
+        Raises:
+            ConfigError: If the budget pays for no round.
+        """
+        setup = dataclasses.replace(
+            self.callable_setup,
+            error=error,
+            budget=self.told["work"] + budget,
+            report=report,
+            ends=ends,
+        )
+        state, records = self._told_anew(setup), self.records
+        fidelity, bias = self.fidelity, STEP_BIAS * self.fidelity.energy_error ** (1 / 3)
+        is_quiet = setup.max_blocks(state, state.allowed_bias, NOISE_SLACK) >= fidelity.num_blocks
+        if bias > REFINE_AT * error or not is_quiet:
+            fidelity, records = self._exact(setup, state), ()
+        least = setup.run_cost(fidelity.num_blocks, state.num_walkers)
+        if least > budget:
+            raise ConfigError(
+                f"budget={budget:.4g} sample gradients pay for no more of the walk. {least:.0f} "
+                "are enough."
+            )
+        state = switch_fidelity(setup, state, fidelity)
+        return finish(setup, Averaging(state, (), state.work + least, records))
+
+    def _told_anew(self, setup: RunSetup) -> RunState:
+        """Return the run as it ended, of whose gradients nothing is known."""
+        state = begin(setup, self.walkers)._replace(**self.told)
+        untold = self.fidelity._replace(num_blocks=0)
+        return state._replace(
+            estimate=state.estimate._replace(fidelity=untold),
             allowed_bias=setup.allowed_bias(state.llc),
         )
-        energy_error = min(before.energy_error, plan_energy_error(error, setup.settings))
-        exact = Fidelity(setup.max_blocks(state, state.allowed_bias), energy_error)
-        state = switch_fidelity(setup, state, exact)
-        return dataclasses.replace(self, setup=setup, state=state)
+
+    def _exact(self, setup: RunSetup, state: RunState) -> Fidelity:
+        """Return a fidelity that is exact enough for the error of the setup."""
+        planned = plan_energy_error(setup.error, setup.settings)
+        blocks = setup.max_blocks(state, state.allowed_bias)
+        return Fidelity(blocks, min(self.fidelity.energy_error, planned))
 
     def moved(self, steps: int) -> "BlockEnsemble":
         """Return them so many steps later."""
@@ -184,14 +257,70 @@ class BlockEnsemble(AbstractEnsemble):
 
 @dataclasses.dataclass(frozen=True)
 class MinibatchEnsemble(AbstractEnsemble):
-    """Walkers of a walk from the localizer."""
+    """Walkers of a walk from the localizer.
+
+    Attributes:
+        setup: What the walk shared.
+        course: Where they are.
+        llc: That of the walk.
+        measured: What was measured before it.
+        said: What its steps have said; None of walkers that have moved since.
+    """
 
     setup: WalkSetup
     course: Course
     llc: float
+    measured: Measured
+    said: Steps | None
 
     def awake(self, error: float) -> "MinibatchEnsemble":
         """Copy the state, which steps use up, and make batches as large as the heat asks for."""
+        setup, course = self._callable()
+        wanted = math.ceil(course.parts * course.heat / max(error * abs(self.llc), TINY))
+        course = with_parts(course, max(course.parts, min(wanted, setup.reader.most)))
+        return dataclasses.replace(self, setup=setup, course=course._replace(work=0.0), said=None)
+
+    def averaged_on(
+        self,
+        error: float,
+        budget: float,
+        report: Callable[[float, float, float], None],
+        ends: Callable[[], bool],
+    ) -> Walk:
+        """Go on with the average of the walk, to a smaller error.
+
+        Args:
+            error: As in `WalkSetup`.
+            budget: The same, beside what the walk has spent.
+            report: The same.
+            ends: The same.
+
+        Raises:
+            ConfigError: If the budget pays for no step.
+        """
+        setup, course = self._callable()
+        step = setup.cost(1, course.parts, course.is_anchored)
+        if step > budget:
+            raise ConfigError(
+                f"budget={budget:.4g} sample gradients pay for no step of the walk. {step:.0f} pay "
+                "for one."
+            )
+        setup = dataclasses.replace(
+            setup,
+            error=error,
+            budget=course.work + budget,
+            report=report,
+            ends=ends,
+            must_walk=True,  # for a fit it is too late
+        )
+        walk = average(
+            setup, AveragingWalk(self.measured, course._replace(said=self.said)), NO_KEEPER
+        )
+        assert isinstance(walk, Walk), "it must walk"
+        return walk
+
+    def _callable(self) -> tuple[WalkSetup, Course]:
+        """Return what can be called, and a course of its own."""
         state = jax.tree_util.tree_map(jnp.array, self.course.state)
         # as in `BlockEnsemble.callable_setup`
         setup, target = self.setup, self.target
@@ -205,10 +334,7 @@ class MinibatchEnsemble(AbstractEnsemble):
         layout, examples = programs.layout, target.problem.data.examples
         reader = DrawnReader(layout.share(examples), setup.reader.part_size)
         setup = dataclasses.replace(setup, programs=programs, reader=reader)
-        course = deal_course(self.course._replace(state=state, work=0.0), layout)
-        wanted = math.ceil(course.parts * course.heat / max(error * abs(self.llc), TINY))
-        parts = max(course.parts, min(wanted, reader.most))
-        return dataclasses.replace(self, setup=setup, course=with_parts(course, parts))
+        return setup, deal_course(self.course._replace(state=state), layout)
 
     def moved(self, steps: int) -> "MinibatchEnsemble":
         """Return them so many steps later.

@@ -16,6 +16,7 @@ import numpy as np
 
 from fastvi._devices import on_host
 from fastvi._typing import Float, Int, Scalar
+from fastvi.fitting.protocols import never
 from fastvi.sampling.averages import DRIFT_BOUND, Analysis, analyse
 from fastvi.sampling.costs import anchor_cost, run_cost, step_cost
 from fastvi.sampling.dynamics import Evaluation
@@ -125,16 +126,21 @@ class Check(NamedTuple):
 
 
 class SamplerResult(NamedTuple):
-    """A finished run, which has settled where its last check leaves nothing unmet.
+    """A finished run.
 
-    `end` is where it ended, and `setup` by what. `least_budget` is in sample gradients, all walkers
-    together.
+    Attributes:
+        check: Its last look; it has settled where that leaves nothing unmet.
+        least_budget: Of the shortest exact run, in sample gradients, all walkers together.
+        end: Where it ended.
+        setup: By what.
+        records: What `check` has averaged.
     """
 
     check: Check
     least_budget: float
     end: "RunState"
     setup: "RunSetup"
+    records: tuple[Record, ...]
 
 
 class Estimate(NamedTuple):
@@ -220,11 +226,12 @@ class RunSetup:
         settings: The sampler's.
         error: Standard error that is wanted, relative to llc.
         budget: Sample gradients that the run never exceeds.
-        report: Receives the work so far and llc.
+        report: Receives the work so far, llc and its error.
         chains: Fits that the walkers began at; a multiple of them stays.
         fewest: Walkers, at least.
         agreed_before: Whether walkers come from a settled run on the same posterior.
         kept: Examples that every step has beside its blocks.
+        ends: Asked between rounds whether to end there.
     """
 
     programs: SamplerPrograms
@@ -233,11 +240,12 @@ class RunSetup:
     settings: SamplerSettings
     error: float
     budget: float
-    report: Callable[[float, float], None]
+    report: Callable[[float, float, float], None]
     chains: int = 1
     fewest: int = 1
     agreed_before: bool = False
     kept: Int[np.ndarray, " kept"] = dataclasses.field(default_factory=lambda: NONE)
+    ends: Callable[[], bool] = never
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -282,7 +290,12 @@ class RunSetup:
         return state.work + cost <= self.budget
 
     def is_spent(self, state: RunState) -> bool:
-        """Whether another round would exceed the budget, or the numbers that walkers may move."""
+        """Whether another round would exceed the budget, or the numbers that walkers may move.
+
+        So is what is asked to end.
+        """
+        if self.ends():
+            return True
         moved = (state.steps + self.settings.round_length) * state.walkers.position.size
         most = self.settings.coordinates_per_fge * self.budget / self.problem.num_data
         return moved > most or not self.can_pay(state, self.round_cost(state))
@@ -394,9 +407,17 @@ def run_walkers(
         stage = begin_average(setup, state) if burning is None else burning
     if isinstance(stage, BurningIn):
         stage = begin_average(setup, burn_in(setup, stage, keeper))
-    check, state = average(setup, stage, keeper)
-    collected = collect_walkers(state.walkers, setup.programs.layout)
-    return SamplerResult(check, stage.least_budget, state._replace(walkers=collected), setup)
+    return finish(setup, stage, keeper)
+
+
+def finish(
+    setup: RunSetup, stage: Averaging, keeper: AbstractWalkKeeper = NO_KEEPER
+) -> SamplerResult:
+    """Average to the end, and take the walkers off the devices that they were divided over."""
+    check, stage = average(setup, stage, keeper)
+    walkers = collect_walkers(stage.state.walkers, setup.programs.layout)
+    end = stage.state._replace(walkers=walkers)
+    return SamplerResult(check, stage.least_budget, end, setup, stage.records)
 
 
 def stripped(setup: RunSetup, stage: BurningIn | Averaging) -> KeptRun:
@@ -698,7 +719,7 @@ def burn_in(setup: RunSetup, stage: BurningIn, keeper: AbstractWalkKeeper) -> Ru
         mean = float(record.llc.mean())
         stage = stage._replace(state=state, means=(*stage.means, mean))
         keeper.save(stripped, setup, stage)
-        setup.report(state.work, mean)
+        setup.report(state.work, mean, math.nan)
     state, means = stage.state, stage.means
     return state._replace(llc=means[-1] if means else state.llc)
 
@@ -735,7 +756,7 @@ def _within_budget(setup: RunSetup, state: RunState, wanted: Fidelity) -> tuple[
 
 def average(
     setup: RunSetup, stage: Averaging, keeper: AbstractWalkKeeper
-) -> tuple[Check, RunState]:
+) -> tuple[Check, Averaging]:
     """Gather records until they meet the criteria, at more exact fidelities where need be.
 
     They are looked at where they have grown by `CHECK_GROWTH`, and where the budget is spent.
@@ -752,7 +773,7 @@ def average(
         check = check_records(setup, stage.records, state.heat, state.fidelity.energy_error)
         if not math.isfinite(check.analysis.llc):
             break
-        setup.report(state.work, check.analysis.llc)
+        setup.report(state.work, check.analysis.llc, check.analysis.llc_sem)
         # walkers that begin too hot have too large a llc at first, and would allow too much noise
         allowed = min(state.allowed_bias, setup.allowed_bias(check.analysis.llc))
         state = state._replace(llc=check.analysis.llc, allowed_bias=allowed)
@@ -767,7 +788,7 @@ def average(
         stage = stage._replace(state=state, checked=made)
     # as it was before this look, which a run that goes on from here takes again
     keeper.save(stripped, setup, stage, is_last=True)
-    return check, state
+    return check, stage._replace(state=state)
 
 
 def check_records(

@@ -1,6 +1,5 @@
 """Draws of the posterior: covariances, influences and slopes against closed forms."""
 
-import base64
 import html
 import re
 
@@ -436,12 +435,11 @@ def test_figures_show_what_was_drawn(draws):
 def test_the_report_shows_draws(result, draws, tmp_path):
     path = fastvi.write_report(result, tmp_path / "report.html", draws=draws)
     page = path.read_text(encoding="utf-8")
-    before, after = page.split("<h2>Draws of the posterior</h2>")
+    before, after = page.split(">Draws of the posterior</h2>")
     assert html.escape(draws.summary()) in after
     assert "Temperature" not in page
-    pictures = re.findall(r'<img alt="(.*?)" src="data:image/png;base64,(.*?)">', after)
-    assert [name for name, _ in pictures] == ["draws", "train", "test"]
-    assert all(base64.b64decode(image)[:4] == b"\x89PNG" for _, image in pictures)
+    pictures = re.findall(r'<svg role="img" aria-label="(.*?)"', after)
+    assert pictures == ["draws", "train", "test"]
 
 
 def test_susceptibilities_are_drawn_along_training(draws):

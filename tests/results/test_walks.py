@@ -4,6 +4,7 @@ import dataclasses
 import io
 import re
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from fastvi.cli.sweep_figure import draw_sweep
 from fastvi.cli.table import describe
 from fastvi.demos.quadratic import Exact, comparison
 from fastvi.fitting.protocols import Progress
-from fastvi.results.progress import StatusLine
+from fastvi.results.progress import StatusLine, tell_sampling
 from fastvi.results.report.page import write_report
 from fastvi.results.report.panels import PANELS
 from fastvi.results.report.plots import plot_panels, plot_traces
@@ -104,9 +105,9 @@ def test_damaged_arrays_of_a_walk_are_refused(change, said, walk, tmp_path):
 
 def test_the_page_has_the_walk_alone(walk, tmp_path):
     page = write_report(walk, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert re.findall(r'<img alt="(\w+)"', page) == ["walk"]
+    assert re.findall(r'<svg role="img" aria-label="(\w+)"', page) == ["walk"]
     assert [name for name, panel in PANELS.items() if panel.applies(walk)] == ["walk"]
-    table = page.split("<h2>Numbers</h2>")[1].split("</table>")[0]
+    table = page.split(">Numbers</h2>")[1].split("</table>")[0]
     numbers = dict(re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", table))
     assert numbers["walk: batch"] == str(walk.correction.batch)
     assert numbers["walk: unmet"].startswith("relative error 0.")
@@ -197,7 +198,25 @@ def test_the_demo_compares_a_walk_with_exact_values_without_an_elbo(walk):
 def test_the_status_line_of_a_walk():
     stream = io.StringIO()
     StatusLine(stream)(Progress("walk", 1500, 20000, 0.25))
-    assert "fastvi: walk 1,500/20,000 sample gradients at most, llc 0.25 [" in stream.getvalue()
+    assert "fastvi: walk 8 % of the budget, llc 0.25 [" in stream.getvalue()
+
+
+def test_the_status_line_says_error_and_time_left(monkeypatch):
+    stream, clock = io.StringIO(), iter([0.0, 10.0, 30.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    line = StatusLine(stream)
+    told = []
+    tell = tell_sampling(told.append, "walk", 1, 1e6, 0.02)
+    tell(1000, 40.0, 8.0)  # ten times the error that is wanted: a hundred times the work
+    tell(21_000, 40.0, 1.6)  # twice: four times
+    assert [one.expected for one in told] == pytest.approx([100_000, 84_000])
+    for one in told:
+        line(one)
+    first, second = stream.getvalue().splitlines()
+    assert first == "fastvi: walk <1 % of the budget, llc 40.0 ± 8.0 [10 s]"
+    # 20 s took 20,000 of them, and 63,000 are left
+    assert second == "fastvi: walk 2 % of the budget, llc 40.0 ± 1.6, 63 s left [30 s]"
+    assert len(second) <= 80
 
 
 MODEL = """

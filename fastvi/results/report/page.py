@@ -1,21 +1,23 @@
 """One page for a browser: numbers, findings and figures of an estimate in a single file."""
 
-import base64
 import html
 import math
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fastvi._html import remark_html
 from fastvi.observables.posterior import PosteriorDraws
-from fastvi.results.estimate import NO_FINDINGS, LLCEstimate, with_error
-from fastvi.results.findings import Finding
-from fastvi.results.report.panels import PANELS, render
+from fastvi.results.estimate import NO_FINDINGS, LLCEstimate
+from fastvi.results.report.panels import PANELS, panel_figure
 from fastvi.results.report.posterior import plot_draws, plot_influence
-from fastvi.results.report.style import as_png
+from fastvi.results.report.svg import inline_svg
+from fastvi.results.terminal import with_error
 
-REPORT_DPI = 110  # a panel is then 704 pixels wide, for columns of 440 and more
-SEVERITY_COLORS = {"error": "#b00020", "warning": "#a65b00", "note": "#00629b"}
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # Losses of a data set whose influences are drawn: of more, an entry is less than a pixel, and their
 # matrix takes a minute. Half leaves out sets that can be read, double takes four times as long.
 MOST_SHOWN = 1000
@@ -45,38 +47,36 @@ PAGE = """<!doctype html>
 <main>
 <h1>{heading}</h1>
 <p class="lead">{lead}</p>
-<h2>Findings</h2>
-{findings}
-<h2>Figures</h2>
-<div class="figures">
-{figures}
-</div>
-{more}<h2>Numbers</h2>
-<table>{numbers}</table>
-<h2>Summary</h2>
-<pre>{summary}</pre>
-<h2>Settings</h2>
-<table>{settings}</table>
+<nav>{contents}</nav>
+{sections}
 </main>
 </body>
 </html>
 """
 STYLE = """
-body { margin: 0; color: #222; background: #fff; font: 16px/1.5 system-ui, sans-serif; }
+:root { color-scheme: light dark; --page: #fff; --ink: #222; --dim: #555; --grid: #e8e8e8;
+  --box: #f6f6f6; --link: #00629b; }
+@media (prefers-color-scheme: dark) { :root { --page: #16181c; --ink: #e4e4e4; --dim: #a8a8a8;
+  --grid: #3a3d42; --box: #22252a; --link: #6cb6ee; } }
+body { margin: 0; color: var(--ink); background: var(--page); font: 16px/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere; }
+a { color: var(--link); }
+nav a { margin-right: 16px; }
 main { max-width: 1120px; margin: 0 auto; padding: 24px 20px 64px; }
 h1 { font-size: 26px; margin: 0 0 4px; }
-h2 { font-size: 18px; margin: 32px 0 8px; border-bottom: 1px solid #ddd; }
-.lead { color: #555; margin: 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 16px; }
-figure { margin: 0; }
-figure img { width: 100%; height: auto; }
-figcaption { color: #555; font-size: 14px; padding-left: 12px; }
+h2 { font-size: 18px; margin: 32px 0 8px; border-bottom: 1px solid var(--grid); }
+.lead { color: var(--dim); margin: 0 0 8px; }
+.figures { display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
+figure { margin: 0; min-width: 0; }
+figure svg { width: 100%; height: auto; }
+.value:hover { fill: currentColor; }
+figcaption { color: var(--dim); font-size: 14px; padding-left: 12px; }
 table { border-collapse: collapse; font-size: 14px; }
 td { padding: 2px 16px 2px 0; vertical-align: top; }
-td:first-child { color: #555; }
-pre { font-size: 13px; overflow-x: auto; background: #f6f6f6; padding: 12px; }
-.finding { margin: 8px 0; padding: 8px 12px; border-left: 4px solid; background: #f8f8f8; }
-.finding b { text-transform: uppercase; font-size: 12px; letter-spacing: 0.04em; }
+td:first-child { color: var(--dim); }
+pre { font-size: 13px; white-space: pre-wrap; background: var(--box); padding: 12px; }
+.finding { background: var(--box); }
 """
 
 
@@ -88,7 +88,9 @@ def write_report(
     profile: Any = None,
     comparison: Any = None,
 ) -> Path:
-    """Write an estimate as one HTML file: no script, no network, images inside.
+    """Write an estimate as one HTML file: no script, no network, figures inside.
+
+    It is light or dark as the browser is, and points of its figures say their values.
 
     Args:
         result: The estimate; one that `LLCEstimate.load` read will do.
@@ -106,6 +108,20 @@ def write_report(
     """
     path = Path(path)
     value = result.llc_text
+    sections = {
+        "Findings": _findings(result),
+        "Figures": _figures(
+            _figure(name, panel_figure(name, result), panel.reading)
+            for name, panel in PANELS.items()
+            if panel.applies(result)
+        ),
+        **_said("Draws of the posterior", draws, _draw_figures(draws)),
+        **_said("Temperature and localization", profile, _own_figure(profile, PROFILE)),
+        **_said("Differences", comparison, _own_figure(comparison, DIFFERENCES)),
+        "Numbers": f"<table>{_rows(_numbers(result))}</table>",
+        "Summary": f"<pre>{html.escape(result.summary())}</pre>",
+        "Settings": f"<table>{_rows(_settings(result))}</table>",
+    }
     # Words of an estimate are escaped: a run folder may be anybody's.
     page = PAGE.format(
         title=f"llc {value}",
@@ -115,16 +131,10 @@ def write_report(
             f"{result.provenance}. d = {result.dim:,}, n = {result.n_data:,}, nβ = "
             f"{result.nbeta:.4g}, localization = {result.localization:.4g}."
         ),
-        findings=_findings(result),
-        figures="\n".join(
-            _figure(name, result) for name, panel in PANELS.items() if panel.applies(result)
+        contents="".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in sections),
+        sections="\n".join(
+            f'<h2 id="{_anchor(name)}">{name}</h2>\n{body}' for name, body in sections.items()
         ),
-        more=_section("Draws of the posterior", draws, _draw_figures(draws))
-        + _section("Temperature and localization", profile, _own_figure(profile, PROFILE))
-        + _section("Differences", comparison, _own_figure(comparison, DIFFERENCES)),
-        numbers=_rows(_numbers(result)),
-        summary=html.escape(result.summary()),
-        settings=_rows({name: str(value) for name, value in result.config.to_dict().items()}),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -134,53 +144,47 @@ def write_report(
 def _findings(result: LLCEstimate) -> str:
     if not result.health:
         return f"<p>{html.escape(NO_FINDINGS.capitalize())}.</p>"
-    return "\n".join(map(_finding, result.health))
+    return "\n".join(remark_html(finding.remark) for finding in result.health)
 
 
-def _finding(finding: Finding) -> str:
-    color = SEVERITY_COLORS[finding.severity]
-    name, said, cause, fix = map(
-        html.escape, (finding.name, finding.observed, finding.cause, finding.next_step)
-    )
-    return (
-        f'<div class="finding" style="border-color: {color}"><b style="color: '
-        f'{color}">{finding.severity} · '
-        f"{name}</b><br>{said} {cause}<br><i>{fix}</i></div>"
-    )
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
 
 
-def _figure(name: str, result: LLCEstimate) -> str:
-    return _image(name, render(name, result, REPORT_DPI), PANELS[name].reading)
+def _figures(figures: Iterable[str]) -> str:
+    return '<div class="figures">\n' + "\n".join(figures) + "\n</div>"
 
 
-def _image(name: str, png: bytes, reading: str) -> str:
-    # Images are inside the page: it stays whole when it is mailed or moved.
-    encoded = base64.b64encode(png).decode("ascii")
-    image = f'<img alt="{html.escape(name)}" src="data:image/png;base64,{encoded}">'
-    return f"<figure>{image}<figcaption>{html.escape(reading)}</figcaption></figure>"
+def _figure(name: str, figure: "Figure", reading: str) -> str:
+    # Figures are inside the page: it stays whole when it is mailed or moved.
+    caption = f"<figcaption>{html.escape(reading)}</figcaption>"
+    return f"<figure>{inline_svg(figure, name)}{caption}</figure>"
 
 
-def _section(heading: str, said: Any, figures: str) -> str:
+def _said(heading: str, said: Any, figures: Iterable[str]) -> dict[str, str]:
     """Return a part of the page about what has a summary; nothing where there is none."""
     if said is None:
-        return ""
-    summary = html.escape(said.summary())
-    return f'<h2>{heading}</h2>\n<div class="figures">\n{figures}\n</div>\n<pre>{summary}</pre>\n'
+        return {}
+    return {heading: f"{_figures(figures)}\n<pre>{html.escape(said.summary())}</pre>"}
 
 
-def _draw_figures(draws: PosteriorDraws | None) -> str:
+def _draw_figures(draws: PosteriorDraws | None) -> Iterator[str]:
     if draws is None:
-        return ""
-    figures = [_image("draws", as_png(plot_draws(draws), REPORT_DPI), TRACES_AND_RANKS)]
+        return
+    yield _figure("draws", plot_draws(draws), TRACES_AND_RANKS)
     for name, losses in draws.losses.items():
         if math.prod(losses.shape[2:]) <= MOST_SHOWN:
             figure = plot_influence(draws.influence(name))
-            figures.append(_image(name, as_png(figure, REPORT_DPI), INFLUENCE.format(name)))
-    return "\n".join(figures)
+            yield _figure(name, figure, INFLUENCE.format(name))
 
 
-def _own_figure(said: Any, reading: str) -> str:
-    return "" if said is None else _image("figure", as_png(said.plot(), REPORT_DPI), reading)
+def _own_figure(said: Any, reading: str) -> Iterator[str]:
+    if said is not None:
+        yield _figure("figure", said.plot(), reading)
+
+
+def _settings(result: LLCEstimate) -> dict[str, str]:
+    return {name: str(value) for name, value in result.config.to_dict().items()}
 
 
 def _numbers(result: LLCEstimate) -> dict[str, str]:

@@ -20,6 +20,7 @@ from fastvi.results.report.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PANEL_SIZE = (6.4, 3.7)
 MOST_BARS = 64  # of a chain: with four chains a bar is then two pixels of the page wide
@@ -39,10 +40,15 @@ class Panel(NamedTuple):
 
 def render(name: str, result: LLCEstimate, dpi: int) -> bytes:
     """Draw one panel as a PNG image."""
+    return as_png(panel_figure(name, result), dpi)
+
+
+def panel_figure(name: str, result: LLCEstimate) -> "Figure":
+    """Draw one panel."""
     with styled_figure(PANEL_SIZE) as figure:
         PANELS[name].draw(figure.subplots(), result)
         figure.subplots_adjust(left=0.12, right=0.97, top=0.9, bottom=0.15)
-        return as_png(figure, dpi)
+        return figure
 
 
 def batch_llc(result: LLCEstimate) -> np.ndarray:

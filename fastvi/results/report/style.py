@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette without yellow: told apart in most kinds of colour blindness.
 CHAIN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-INK, FAINT = "#222222", "#777777"
+INK, FAINT, GRID = "#222222", "#777777", "#e8e8e8"
 # The look of a line that values are held against.
 GUIDE: dict[str, Any] = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 3))}
 RAW_ALPHA = 0.18  # opacity of single steps, behind the mean that is read
@@ -32,7 +32,7 @@ STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.formatter.useoffset": False,  # a value is read off the axis, without a sum
-    "grid.color": "#e8e8e8",
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "xtick.color": FAINT,
     "ytick.color": FAINT,

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastvi._devices import Layout
 from fastvi._typing import Array, Float, Keys
+from fastvi.fitting.protocols import never
 from fastvi.sampling.dynamics import State
 from fastvi.sampling.from_localizer.batches import AbstractReader, AbstractSource
 from fastvi.sampling.from_localizer.steps import MinibatchPrograms, RoundInputs, Steps
@@ -36,10 +37,11 @@ class WalkSetup:
         error: Standard error that is wanted, relative to llc.
         budget: Sample gradients that the walk never exceeds.
         must_walk: Whether to walk however stiff the posterior is, as nothing else is possible.
-        report: Receives the work so far and llc.
+        report: Receives the work so far, llc and its error.
         num_data: Examples of all data.
         full_gradient: Returns the gradient of L_n at w*; None where not all data are at hand.
         spent: Sample gradients that were spent before the walk.
+        ends: Asked between rounds whether to end there.
     """
 
     programs: MinibatchPrograms
@@ -52,10 +54,11 @@ class WalkSetup:
     error: float
     budget: float
     must_walk: bool
-    report: Callable[[float, float], None]
+    report: Callable[[float, float, float], None]
     num_data: int
     full_gradient: Callable[[], Float[Array, " dim"]] | None = None
     spent: float = 0.0
+    ends: Callable[[], bool] = never
 
     @property
     def dtype(self) -> np.dtype:

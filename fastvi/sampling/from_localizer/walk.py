@@ -249,10 +249,13 @@ def average(setup: WalkSetup, stage: Averaging, keeper: AbstractWalkKeeper) -> W
     measured, check = stage.measured, None
     while True:
         course, made = stage.course, _count_steps(stage.course)
-        goes_on = course.is_fed and affordable_steps(setup, course, 1)
+        ends = bool(made) and setup.ends()
+        goes_on = course.is_fed and affordable_steps(setup, course, 1) and not ends
         if made and not (goes_on and made < max(CHECK_GROWTH * stage.checked, stage.checked + 1)):
             check = check_steps(setup, course)
-            setup.report(course.work, check.analysis.llc)
+            setup.report(course.work, check.analysis.llc, check.analysis.llc_sem)
+            if ends:
+                break
             if not setup.must_walk and is_hopeless(setup, course, check):
                 return TooStiff(measured.stiffness, course.work)
             parts = finer_parts(setup, course, check)
@@ -294,7 +297,7 @@ def average(setup: WalkSetup, stage: Averaging, keeper: AbstractWalkKeeper) -> W
         least_budget(setup, course),
         not course.is_fed,
         # arrays that any program takes
-        jax.tree_util.tree_map(off_devices, course._replace(said=None)),
+        jax.tree_util.tree_map(off_devices, course),
     )
 
 
@@ -344,7 +347,7 @@ def burn_in(setup: WalkSetup, stage: BurningIn, keeper: AbstractWalkKeeper) -> C
             steps = math.ceil(BURN_IN_TIME / course.step_size)
             steps = affordable_steps(setup, course, steps, PREPARATION_SHARE)
             stage = stage._replace(course=course, left=steps)
-        while stage.left and stage.course.is_fed:
+        while stage.left and stage.course.is_fed and not setup.ends():
             course = advance(setup, stage.course, min(stage.left, setup.programs.length))
             left = stage.left - (course.done - stage.course.done)
             stage = stage._replace(course=course, left=left)

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import jaxtyping
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 T = TypeVar("T")
 if TYPE_CHECKING:
     Given = Annotated[T, "what a person passes"]
+    PyTree: TypeAlias = Any  # type checkers do not know jaxtyping's
+    Batch: TypeAlias = Any
 else:
+    from jaxtyping import PyTree
+
+    Batch = PyTree[Array | np.ndarray]
 
     class Given:
         """The type of what a person passes, for readers and type checkers.
@@ -26,7 +31,6 @@ else:
             return Any
 
 
-Batch: TypeAlias = PyTree[Array | np.ndarray]
 Scalar: TypeAlias = Float[Array, ""]
 Key: TypeAlias = PRNGKeyArray
 Keys: TypeAlias = jaxtyping.Key[Array, " chains"]

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Union, get_type_hints
 
 from fastvi._compilation import use_compilation_cache
 from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
+from fastvi._modes import jax_setting
 from fastvi._optional import MissingExtraError, import_optional
 from fastvi._version import __version__
 from fastvi.cli.keeping import Terminated
@@ -33,10 +34,19 @@ COMMANDS: Mapping[str, Any] = {
     "demo": DEMOS,
 }
 GROUP_HELP = {"demo": "Complete runs on a laptop: train, estimate, plot, write a folder."}
-DESCRIPTION = (
-    "Estimate the local learning coefficient of a trained model.\n\n"
-    "`fastvi --version` shows the version."
+PARAGRAPHS = (
+    "Estimate the local learning coefficient (LLC) of a trained model, with its error, and say "
+    "whether to believe it.",
+    "Begin with `fastvi demo digits`: it trains a small classifier, estimates its LLC and writes a "
+    "folder with a page, report.html.",
+    "For your model, write a function in mymodel.py, `def target(): return loss_fn, params, data`, "
+    "and run `fastvi llc mymodel:target`. Read the findings first, then the number. `fastvi "
+    "compare runs/*` puts runs side by side, and `fastvi sweep plan.yaml` makes many.",
+    "`fastvi COMMAND --help` lists the options of a command, and `fastvi --version` shows the "
+    "version.",
 )
+# tyro breaks no lines of a description
+DESCRIPTION = "\n\n".join(textwrap.fill(words, 80) for words in PARAGRAPHS)
 
 # Defaults that a help text does not tell: the option's own description says what happens then.
 UNTOLD_DEFAULTS = (None, False, (), dataclasses.MISSING)
@@ -108,9 +118,8 @@ def _run(args: Sequence[str]) -> int:
 
 def keep_programs() -> None:
     """Take compiled programs from a folder, unless somebody does without or has named another."""
-    import jax
-
-    if jax.config.jax_enable_compilation_cache and not jax.config.jax_compilation_cache_dir:
+    is_on, folder = map(jax_setting, ("jax_enable_compilation_cache", "jax_compilation_cache_dir"))
+    if is_on and not folder:
         # without a home, or on a full disk, they are compiled
         with contextlib.suppress(OSError, RuntimeError):
             use_compilation_cache()

@@ -43,6 +43,7 @@ class Llc:
         localization: Strength gamma of the Gaussian that ties w to w*; 1 when left out.
         nbeta: n times the inverse temperature; n / log n when left out.
         num_chains: Independent fits; chosen when left out.
+        time_limit: Seconds after which it ends with what it has, and the error of that.
         params: Checkpoint with parameters in place of the target's, PATH or PATH:PART.
         trust: Run the code that a run folder names.
         quiet: Print the estimate alone, on one line.
@@ -60,6 +61,7 @@ class Llc:
     localization: float | None = None
     nbeta: float | None = None
     num_chains: int | None = None
+    time_limit: float | None = None
     params: str | None = None
     trust: bool = False
     quiet: bool = False
@@ -110,6 +112,7 @@ class Llc:
                 claim.folder if claim is not None and self.distributed is None else None,
                 progress=is_first and not self.quiet,
                 tell=lambda line: tell(f"progress       {line}"),
+                time_limit=self.time_limit,
             )
             if claim is None:
                 return 0
@@ -140,6 +143,7 @@ def estimate_origin(
     *,
     progress: bool,
     tell: Callable[[str], None],
+    time_limit: float | None = None,
 ) -> LLCEstimate:
     """Estimate as an origin and a configuration say, and go on from progress in a run folder.
 
@@ -156,6 +160,7 @@ def estimate_origin(
             progress=progress,
             # Data that can be read only once are another sample next time.
             resume_from=None if isinstance(problem.data, Iterator) else kept,
+            time_limit=time_limit,
         )
 
 

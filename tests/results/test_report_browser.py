@@ -1,6 +1,8 @@
 """The report page in a real browser, where there is one."""
 
+import html
 import json
+import re
 import shutil
 import subprocess
 
@@ -19,6 +21,7 @@ FLAGS = [
     "--no-first-run",
     "--disable-sync",
     "--hide-scrollbars",
+    "--window-size=1440,900",
 ]
 FLAGS += [
     "--disable-background-networking",
@@ -26,6 +29,17 @@ FLAGS += [
     "--enable-logging=stderr",
     "--v=0",
 ]
+
+
+# What is wider than its place, or than the page; for a copy that runs it. A window is never
+# narrower than 500 pixels, so the page is.
+MEASURE = """<script>
+document.documentElement.style.width = "WIDTHpx";
+const all = [...document.querySelectorAll("body *")];
+const clipped = all.filter(one => one.getBoundingClientRect().right > WIDTH + 1 ||
+  (!one.closest("svg") && one.clientWidth > 0 && one.scrollWidth > one.clientWidth + 1));
+document.title = JSON.stringify([innerWidth, clipped.map(one => one.outerHTML.slice(0, 99))]);
+</script></body>"""
 
 
 def visit(page, folder):
@@ -55,8 +69,17 @@ def test_a_browser_shows_the_report_without_errors_or_requests(tmp_path):
     page = write_report(result, tmp_path / "report.html")
     dom, console, asked = visit(page, tmp_path)
     assert dom.count("<figure>") >= 8
+    assert dom.count('class="value"') > 100
     assert console == []
     assert asked == set()
+    measured = tmp_path / "measured.html"
+    for width in (360, 1440):
+        script = MEASURE.replace("WIDTH", str(width))
+        words = page.read_text(encoding="utf-8").replace("</body>", script)
+        measured.write_text(words, encoding="utf-8")
+        dom, *_ = visit(measured, tmp_path)
+        title = html.unescape(re.search("<title>(.*?)</title>", dom, re.DOTALL)[1])
+        assert json.loads(title) == [1440, []]
 
 
 @pytest.mark.slow

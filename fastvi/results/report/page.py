@@ -18,6 +18,8 @@ from fastvi.results.terminal import with_error
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Inches. Letters are then 7 pixels high on a phone's 360, and 13 in a column of 560.
+SIZE_ON_PAGES = (5.4, 3.4)
 # Losses of a data set whose influences are drawn: of more, an entry is less than a pixel, and their
 # matrix takes a minute. Half leaves out sets that can be read, double takes four times as long.
 MOST_SHOWN = 1000
@@ -59,9 +61,9 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --page: #16181c; --ink: #e4e4e4; --dim: #a8a8a8;
   --grid: #3a3d42; --box: #22252a; --link: #6cb6ee; } }
 body { margin: 0; color: var(--ink); background: var(--page); font: 16px/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere; }
+  overflow-wrap: break-word; }
 a { color: var(--link); }
-nav a { margin-right: 16px; }
+nav a { margin-right: 16px; display: inline-block; }
 main { max-width: 1120px; margin: 0 auto; padding: 24px 20px 64px; }
 h1 { font-size: 26px; margin: 0 0 4px; }
 h2 { font-size: 18px; margin: 32px 0 8px; border-bottom: 1px solid var(--grid); }
@@ -75,6 +77,7 @@ figcaption { color: var(--dim); font-size: 14px; padding-left: 12px; }
 table { border-collapse: collapse; font-size: 14px; }
 td { padding: 2px 16px 2px 0; vertical-align: top; }
 td:first-child { color: var(--dim); }
+td:last-child { overflow-wrap: anywhere; }
 pre { font-size: 13px; white-space: pre-wrap; background: var(--box); padding: 12px; }
 .finding { background: var(--box); }
 """
@@ -111,7 +114,7 @@ def write_report(
     sections = {
         "Findings": _findings(result),
         "Figures": _figures(
-            _figure(name, panel_figure(name, result), panel.reading)
+            _figure(name, panel_figure(name, result, SIZE_ON_PAGES), panel.reading)
             for name, panel in PANELS.items()
             if panel.applies(result)
         ),

@@ -43,9 +43,11 @@ def render(name: str, result: LLCEstimate, dpi: int) -> bytes:
     return as_png(panel_figure(name, result), dpi)
 
 
-def panel_figure(name: str, result: LLCEstimate) -> "Figure":
+def panel_figure(
+    name: str, result: LLCEstimate, size: tuple[float, float] = PANEL_SIZE
+) -> "Figure":
     """Draw one panel."""
-    with styled_figure(PANEL_SIZE) as figure:
+    with styled_figure(size) as figure:
         PANELS[name].draw(figure.subplots(), result)
         figure.subplots_adjust(left=0.12, right=0.97, top=0.9, bottom=0.15)
         return figure

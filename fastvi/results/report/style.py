@@ -26,6 +26,7 @@ STYLE = {
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
     "axes.edgecolor": FAINT,
+    "text.color": INK,
     "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,

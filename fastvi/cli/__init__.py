@@ -34,19 +34,16 @@ COMMANDS: Mapping[str, Any] = {
     "demo": DEMOS,
 }
 GROUP_HELP = {"demo": "Complete runs on a laptop: train, estimate, plot, write a folder."}
-PARAGRAPHS = (
-    "Estimate the local learning coefficient (LLC) of a trained model, with its error, and say "
-    "whether to believe it.",
-    "Begin with `fastvi demo digits`: it trains a small classifier, estimates its LLC and writes a "
-    "folder with a page, report.html.",
-    "For your model, write a function in mymodel.py, `def target(): return loss_fn, params, data`, "
-    "and run `fastvi llc mymodel:target`. Read the findings first, then the number. `fastvi "
-    "compare runs/*` puts runs side by side, and `fastvi sweep plan.yaml` makes many.",
-    "`fastvi COMMAND --help` lists the options of a command, and `fastvi --version` shows the "
-    "version.",
-)
-# tyro breaks no lines of a description
-DESCRIPTION = "\n\n".join(textwrap.fill(words, 80) for words in PARAGRAPHS)
+# Lines of 80 letters at most: tyro breaks none of a description.
+DESCRIPTION = """\
+Estimate the LLC of a trained model, its error, and whether to believe it.
+
+1. `fastvi demo digits` trains a small classifier and writes a page.
+2. For your model: `def target(): return loss_fn, params, data` in mymodel.py.
+3. `fastvi llc mymodel:target` estimates. Read its findings first, then the llc.
+4. `fastvi compare runs/*` puts runs side by side; `fastvi sweep` makes many.
+
+`fastvi COMMAND --help` lists options; `fastvi --version` shows the version."""
 
 # Defaults that a help text does not tell: the option's own description says what happens then.
 UNTOLD_DEFAULTS = (None, False, (), dataclasses.MISSING)

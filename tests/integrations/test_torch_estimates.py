@@ -139,3 +139,11 @@ def test_examples_of_the_page_run(capsys):
     assert "llc" in printed
     assert "head 1.1: 536 of" in printed
     assert namespace["result"].dim == 8 * 16 + 16 + 16 * 3 + 3
+
+
+def test_example_for_users_of_devinterp_runs(capsys):
+    namespace = {}
+    (block,) = python_blocks(DOCS / "coming-from-devinterp.md")
+    exec(compile(block, "coming-from-devinterp.md", "exec"), namespace)
+    assert capsys.readouterr().out.startswith("llc ")
+    assert namespace["result"].dim == 4 * 3 + 3

@@ -277,7 +277,7 @@ TABLES = {
     "suite": lambda: suite.table(suite.load()),
     "precision": lambda: precision.table(precision.load()),
     "scaling": lambda: suite.scaling_table(suite.load()),
-    "comparison": lambda: compare_report.summary(compare_report.Results()),
+    "comparison": lambda: compare_report.brief(compare_report.Results()),
     "comparison-details": lambda: compare_report.details(compare_report.Results()),
     "variational": lambda: compare_report.variational(compare_report.Results()),
     "elbo": lambda: ratios("elbo"),

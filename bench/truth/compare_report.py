@@ -51,6 +51,17 @@ ENTRIES = (
     Entry("HMC, 32 leapfrogs", "hmc", "leapfrogs=32"),
     Entry("MCLMC", "mclmc", "within=budget"),
 )
+# Of the README. The page on accuracy has all columns and lines.
+BRIEF_COLUMNS = (
+    "method",
+    "problems",
+    "FGE, median",
+    "median error, %",
+    "worst run",
+    "below 5 %",
+    "diverged runs",
+)
+LEFT_OUT = ("fastvi, ended at a budget", "RMSProp-SGLD, lr 1e-2", "HMC, 32 leapfrogs")
 VARIATIONAL = (
     Entry("numpyro AutoNormal", "numpyro_normal", CHOSEN),
     Entry("blackjax meanfield_vi", "blackjax_meanfield", CHOSEN),
@@ -180,8 +191,24 @@ def details(results: Results) -> str:
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts)
 
 
+def brief(results: Results) -> str:
+    """Return the table of the README: the columns and the lines that a first reader needs."""
+    header, *lines = _summary_lines(results)
+    columns = [header.index(name) for name in BRIEF_COLUMNS]
+    return markdown(
+        list(BRIEF_COLUMNS),
+        [[line[column] for column in columns] for line in lines if line[0] not in LEFT_OUT],
+    )
+
+
 def summary(results: Results) -> str:
     """Return one line for each entry."""
+    lines = _summary_lines(results)
+    return markdown(lines[0], lines[1:])
+
+
+def _summary_lines(results: Results) -> list[list[str]]:
+    """Return the header, and one line for each entry."""
     header = [
         "method",
         "problems",
@@ -223,7 +250,7 @@ def summary(results: Results) -> str:
                 ),
             ]
         )
-    return markdown(lines[0], lines[1:])
+    return lines
 
 
 def advantage(results: Results) -> str:

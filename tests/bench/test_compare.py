@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench.truth import samplers, variational
+from bench.truth import compare_report, samplers, variational
 from bench.truth.compare import estimate
 from bench.truth.problems import PROBLEMS
 from bench.truth.reference import load_reference
@@ -64,3 +64,17 @@ def test_a_sampler_spends_its_budget_and_finds_a_round_gaussian(method):
     assert 0.9 * BUDGET < course.fge[-1] <= BUDGET + 1
     llc, sem = estimate(course, course.fge[-1])
     assert abs(llc - load_reference(NAME)["value"]) < 0.05 * llc + 4 * sem
+
+
+def test_the_readme_has_lines_and_columns_of_the_whole_table():
+    results = compare_report.Results()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in compare_report.summary(results).split("\n")
+    ]
+    at = [rows[0].index(name) for name in compare_report.BRIEF_COLUMNS]
+    left = [row for row in rows if row[0] not in compare_report.LEFT_OUT]
+    assert len(rows) - len(left) == len(compare_report.LEFT_OUT)
+    assert compare_report.brief(results).split("\n") == [
+        "| " + " | ".join(row[column] for column in at) + " |" for row in left
+    ]

@@ -72,7 +72,7 @@ package: $(VENV)/.stamp-lint  ## build wheel and sdist, and install each in an e
 	$(BIN)/python tests/support/package.py dist
 
 docs: $(VENV)/.stamp-docs  ## build the documents as a site in site/, strictly
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict  # quiet, it passes over warnings
 
 check: test lint  ## test, then lint
 

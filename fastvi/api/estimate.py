@@ -179,7 +179,7 @@ def estimate_llc(
     References:
         Lau et al., The Local Learning Coefficient (2024).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from fastvi import estimate_llc
         >>> data = (jnp.ones((100, 1)),)

@@ -42,7 +42,7 @@ def attention_heads(
         ConfigError: If a pattern matches nothing, a layout cannot be read, or does not fit the
             shape of an array.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from fastvi import attention_heads
         >>> params = {"blocks": [{"qkv": jnp.zeros((4, 12)), "out": jnp.zeros((4, 4))}]}

@@ -80,7 +80,7 @@ def select_part(params: PyTree, patterns: Given[str | Sequence[str]]) -> PyTree:
     Raises:
         ConfigError: If a pattern matches nothing, or a slice does not fit an array that it matches.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from fastvi import select_part
         >>> params = {"linear": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}}

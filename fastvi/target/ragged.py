@@ -45,7 +45,7 @@ def pad_sequences(
         One copy of the tokens. Sequences of very different lengths are mostly padding: sort them
         into data sets of similar length, or cut them.
 
-    Example:
+    Examples:
         >>> tokens, weights = pad_sequences([[5, 6, 7], [8]])
         >>> tokens.tolist(), weights.tolist()
         ([[5, 6, 7], [8, 0, 0]], [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])

@@ -31,7 +31,7 @@ def restrict(
         params: Trained parameters.
         param_mask: A pytree of bools, or of boolean arrays in the shapes of the parameters, in the
             structure of the parameters or of the top of it; or a function of a parameter's path,
-            such as "['hidden']['w']", to bool.
+            such as `"['hidden']['w']"`, to bool.
 
     Returns:
         The loss, and the parameters that vary: what `estimate_llc` takes.

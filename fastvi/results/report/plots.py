@@ -94,9 +94,8 @@ def plot_panels(result: LLCEstimate, *names: str) -> "Figure":
 
     Args:
         result: The estimate.
-        *names: Of elbo, llc, walk, importance, virial, radius, spectrum, pi, scree, scales, lr; all
-        that the result
-            has something to show in when left out.
+        *names: Of elbo, llc, walk, importance, virial, radius, spectrum, pi, scree, scales, lr;
+            when left out, all that the result has something to show in.
 
     Raises:
         KeyError: If there is no such panel.

@@ -244,7 +244,7 @@ class LiveEvents:
 
     Pass it as `progress` to `estimate_llc`, and close it afterwards.
 
-    Example:
+    Examples:
         `with LiveEvents("runs/tb") as live: estimate_llc(loss_fn, params, data, progress=live)`
     """
 

@@ -202,6 +202,10 @@ def llc_curve(
         DataError: If there is no checkpoint, or they are not of one model. Any error at a
             checkpoint, or while it is read, names it in a note, and its attribute `partial` is the
             curve of those before.
+
+    Cost:
+        One estimate for each checkpoint, `total_fge` of the curve. On digits warm starts took a
+        third to two fifths of the work of cold ones. One checkpoint is in memory at a time.
     """
     if isinstance(checkpoints, Mapping):
         raise DataError(

@@ -83,6 +83,10 @@ def fit(
     Raises:
         ConfigError: If an option is unknown or impossible.
         DataError: If the data, w* or the objective cannot be used.
+
+    Cost:
+        `steps` times `samples_per_step` gradients on `batch_size` examples, `eval_samples` losses
+        on all data, and the curvature of the start; `work` counts them.
     """
     problem, config = _pose(wstar_flat, data, n_data, beta, gamma, VIConfig.create(vi_cfg))
     run = _run(objective, problem, config, as_key(rng_key)[None], loss_full_flat, whitener)
@@ -137,6 +141,9 @@ def run_vi(
     Raises:
         ConfigError: If beta or gamma is missing, or an option is impossible or has no effect here.
         DataError: If the data cannot be used.
+
+    Cost:
+        That of `fit` for each chain; all of them are in memory at once.
     """
     settings = VIConfig.create(config)
     for name, value in (("beta", beta), ("gamma", choose_localization(gamma, settings))):

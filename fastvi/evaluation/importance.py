@@ -30,6 +30,12 @@ def assess_importance(log_weights: Float[np.ndarray, "*chains draws"]) -> Import
 
     The words are Stan's: "good" below 0.5, "ok" below 0.7, "unreliable" above or where a weight is
     not finite.
+
+    Args:
+        log_weights: log p(w) - log q(w) at draws of q, in nats and up to a constant.
+
+    Returns:
+        k-hat, its word, and the number of equal draws that the weighted ones are worth.
     """
     pooled = np.ravel(log_weights)
     if not np.all(np.isfinite(pooled)):

@@ -122,12 +122,13 @@ def estimate_llc(
     Averages over the local posterior `exp(-nbeta L_n(w) - localization/2 |w - w*|^2)` and returns
     lambda-hat = nbeta (E[L_n(w)] - L_n(w*)), its error, and findings on whether to believe it.
 
-    Where the posterior is not stiff in the localizer's coordinates, and has many dimensions or a
-    budget that pays for no fit, walkers start at the localizer and step on fresh minibatches.
-    Elsewhere q is fitted to the posterior by variational inference, and the average is by
-    importance weights on draws of q where they allow it, else by walkers that start at draws of q.
-    `llc` is the posterior's own value, `llc_vi` that of q, which is too large at singular points
-    and NaN where nothing was fitted; with `method="variational"` both are q's.
+    By default q is fitted to the posterior by variational inference. Walkers then start at draws of
+    q and sample the posterior itself. Importance weights on draws of q take their place where q is
+    close enough. In many dimensions, on streams, and on budgets that pay for no fit, walkers start
+    at the localizer and step on fresh minibatches, unless the posterior is too stiff for that.
+
+    `llc` is the posterior's own value. `llc_vi` is that of q, which is too large at singular points
+    and NaN where nothing was fitted. With `method="variational"` both are q's.
 
     Args:
         loss_fn: `(params, batch)` -> the mean loss of the batch's examples, in nats; or an array

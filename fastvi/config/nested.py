@@ -22,11 +22,11 @@ class FlowConfig(CheckedFields):
     """Configure the normalizing flow of the "flow" family.
 
     Attributes:
-        template: Architecture of the flow; None means "realnvp".
-        depth: Number of transforms; None means 4.
-        hidden: Widths of the conditioner's hidden layers; None means (64, 64).
-        bins: Number of bins of a spline, refused without splines; None means 8.
-        init_scale: Scale of the initial weights; small values start near the identity. None means
+        template: Architecture of the flow. None means "realnvp".
+        depth: Number of transforms. None means 4.
+        hidden: Widths of the conditioner's hidden layers. None means (64, 64).
+        bins: Number of bins of a spline. Refused without splines. None means 8.
+        init_scale: Scale of the initial weights. Small values start near the identity. None means
             0.01.
     """
 

@@ -76,113 +76,120 @@ class VIConfig(CheckedFields):
     An unknown name, an impossible value, or values at odds with each other raise ConfigError.
 
     Attributes:
-        family: Variational family; `create` also reads it from `algo`. A field that only the other
+        family: Variational family. `create` also reads it from `algo`. A field that only the other
             family reads is refused.
         options: Entries of the `Settings` of a registered family that are no fields here, such as
-            `{"stretch": 2.0}`; others are refused.
-        M: Number of mixture components; None means 8, or as many as `r_per_component` has ranks.
-        r: Columns of each component's covariance factor, at most d; unused beside
-            `r_per_component`. None means 2, or d where that is less.
+            `{"stretch": 2.0}`. Others are refused.
+        M: Number of mixture components. None means 8, or as many as `r_per_component` has ranks.
+        r: Columns of each component's covariance factor, at most d. Unused beside
+            `r_per_component`. None means 2, or d if that is less.
         r_per_component: Ranks of the M components, one each, instead of `r`.
-        means: "shared" and "component" are learned, one or M of them; "center" is fixed. A flow has
-            one. None means "shared", and "center" where `lift` is "injective".
-        implementation: Implementation of draws from the mixture and of its density: "pallas", for
-            NVIDIA GPUs and `means` that are shared or fixed, is faster than "xla" from 1,000,000
-            parameters on. None means "xla".
-        curvature_rank: Rows of the shared precision core; "auto" takes them from the Hessian's
-            spectrum, at most 64 rows and 128 MiB; 0 for none.
-        curvature_examples: Most examples that the Hessian at w* is averaged over; None means 4096,
-            and 512 where the fit only prepares a walk.
-        mixture_cap: Most components that pruning leaves; None for no bound.
-        prune_threshold: Weight below which a component is pruned, every `eval_every` steps: the
-            lightest goes first, the others share its weight, one always stays. Pruning is on where
-            this or `mixture_cap` is given; then there is a trace `effective_M`. None means 0.001
-            beside `mixture_cap`; 0 prunes by the cap alone.
-        alpha_dirichlet_prior: Concentration of a Dirichlet prior on the mixture weights, if any.
+        means: What the means of the components are. "shared" learns one, "component" learns M, and
+            "center" keeps w*. A flow has one. None means "shared", and "center" where `lift` is
+            "injective".
+        implementation: Implementation of draws from the mixture and of its density. "pallas" is for
+            NVIDIA GPUs and for `means` that are shared or fixed. It is faster than "xla" from
+            1,000,000 parameters on. None means "xla".
+        curvature_rank: Rows of the shared precision core. "auto" takes them from the Hessian's
+            spectrum, at most 64 rows and 128 MiB. 0 means no core.
+        curvature_examples: Most examples that the Hessian at w* is averaged over. None means 4096,
+            and 512 if the fit only prepares a walk.
+        mixture_cap: Most components that pruning leaves. None means no bound.
+        prune_threshold: Weight below which a component is pruned, every `eval_every` steps. The
+            lightest goes first, the others share its weight, and one always stays. Pruning is on if
+            this or `mixture_cap` is given. There is then a trace `effective_M`. None means 0.001
+            beside `mixture_cap`. 0 prunes by the cap alone.
+        alpha_dirichlet_prior: Concentration of a Dirichlet prior on the mixture weights. None means
+            no prior.
         entropy_bonus: Additional weight of the entropy of q in the objective.
-        entropy_bonus_steps: Steps after which `entropy_bonus` ends; None means never, and q stays
+        entropy_bonus_steps: Steps after which `entropy_bonus` ends. None means never, and q stays
             too wide.
-        alpha_temperature: Temperature of the mixture weights' softmax; None means 1.
-        alpha_temperature_frac: Fraction of the steps over which `alpha_temperature` goes to 1; 0 or
+        alpha_temperature: Temperature of the softmax of the mixture weights. None means 1.
+        alpha_temperature_frac: Fraction of the steps over which `alpha_temperature` goes to 1. 0 or
             None keeps it.
-        steps: Optimisation steps; with `early_stop` a cap. None means 5000, and 200 in a fit that
-            only prepares a walk; what else is left open takes minibatches of 64, one draw a
-            step and 128 evaluation draws there.
-        batch_size: Examples per minibatch, at most n; None means min(256, n), and min(64, n) in a
-            fit that only prepares a walk.
+        steps: Optimisation steps. With `early_stop` they are a cap. None means 5000, and 200 if the
+            fit only prepares a walk. Such a fit also takes minibatches of 64, one draw a step and
+            128 evaluation draws, where these are left open.
+        batch_size: Examples per minibatch, at most n. None means min(256, n), and min(64, n) if the
+            fit only prepares a walk.
         lr: Peak learning rate.
-        lr_schedule: Decay of the learning rate, after the warm-up, from the peak to
-            `lr_end_fraction` of it; None is read as "none".
-        lr_warmup_frac: Fraction of the steps spent warming up; at most 100 steps with `early_stop`.
-        lr_end_fraction: Last learning rate relative to the peak, of either schedule; None means
-            0.01, see "The end of the schedule" in docs/configuration.md.
+        lr_schedule: How the learning rate decays after the warm-up, from the peak to
+            `lr_end_fraction` of it. None is read as "none".
+        lr_warmup_frac: Fraction of the steps spent warming up. With `early_stop` it is at most 100
+            steps.
+        lr_end_fraction: Last learning rate relative to the peak, of either schedule. None means
+            0.01: see "The end of the schedule" in docs/configuration.md.
         clip_global_norm: Longest gradient, as a multiple of the running root mean square of earlier
-            norms, not a norm: 5 is five times the usual one, and the multiple grows with the square
-            root of the steps after 100. None for no clipping.
-        samples_per_step: Draws per step. None means 1 in `fit`, or 2 where `antithetic` is True; in
-            `estimate_llc` without a preparing fit 2, and more in fewer than 17 dimensions: 2
-            floor(32/d)², at most 256 and, beyond two dimensions, what costs 24 full gradients.
-            Family "flow": at least 128 where the flow covers every dimension, else 8.
-        antithetic: Whether the draws of a step come in pairs mirrored about the component's mean.
-            None means yes where their number is even; True beside an odd number is refused.
-        early_stop: Whether to stop at convergence; None means yes in `estimate_llc`, but not in a
-            fit that only prepares a walk, which True makes a full one. `fit` and `run_vi`
-            refuse True.
+            norms. It is not a norm: 5 means five times the usual one. The multiple grows with the
+            square root of the steps after 100. None means no clipping.
+        samples_per_step: Draws per step. None means 1 in `fit`, or 2 if `antithetic` is True. In
+            `estimate_llc` it means 1 if the fit only prepares a walk, else 2, and more in fewer
+            than 17 dimensions: 2 floor(32/d)², at most 256 and, beyond two dimensions, what costs
+            24 full gradients. With the family "flow" it means at least 128 if the flow covers every
+            dimension, else 8.
+        antithetic: Whether the draws of a step come in pairs, mirrored about the component's mean.
+            None means yes if their number is even. True beside an odd number is refused.
+        early_stop: Whether to stop at convergence. None means yes in `estimate_llc`, but not in a
+            fit that only prepares a walk. True makes that a full fit. `fit` and `run_vi` refuse
+            True.
         eval_every: Steps between records of the D_sqrt and A_col_norm traces, which hold their
-            value in between; between prunings, and between records for TensorBoard.
+            value in between. It is also the number of steps between prunings, and between records
+            for TensorBoard.
         eval_samples: Draws of the final estimate, rounded down to an even number. None means 64,
-            128 in a fit that only prepares a walk, and in other fits of `estimate_llc` more in
-            fewer than 17 dimensions: times floor(32/d)², at most 32. Family "flow": at least
-            512 where the flow covers every dimension.
-        control_variate: Control variate of the final estimate: q's own curvature, the Hessian at
-            w*, or none. None means "auto", and "none" below 32 evaluation draws, too few to find
-            its coefficients from: there "auto" is refused, as "hvp" is below 16.
-        trace_probes: Hutchinson probes of `control_variate="hvp"`, refused without it; None means
+            and 128 if the fit only prepares a walk. In other fits of `estimate_llc` it means more
+            in fewer than 17 dimensions: times floor(32/d)², at most 32. With the family "flow" it
+            means at least 512 if the flow covers every dimension.
+        control_variate: Control variate of the final estimate: q's own curvature ("auto"), the
+            Hessian at w* ("hvp"), or none. None means "auto", and "none" below 32 evaluation draws,
+            which are too few to find its coefficients from. There "auto" is refused. "hvp" is
+            refused below 16.
+        trace_probes: Hutchinson probes of `control_variate="hvp"`. Refused without it. None means
             16.
-        method: How the posterior is averaged over. "variational" averages over q itself,
-            "reweight" over the evaluation's draws of q with importance weights, "sample" over
-            walkers that start at draws of q; "auto" chooses between the last two. None means
-            "auto" in `estimate_llc` and "variational" in `fit` and `run_vi`, which refuse all
+        method: How the posterior is averaged over. "variational" averages over q itself. "reweight"
+            averages over the evaluation's draws of q, with importance weights. "sample" averages
+            over walkers that start at draws of q. "auto" chooses between the last two. None means
+            "auto" in `estimate_llc`, and "variational" in `fit` and `run_vi`, which refuse all
             else.
-        error: Standard error at which sampling may end, relative to the size of llc; None
-            means 0.02. Near llc = 0 no error is small enough: there the budget ends the run.
-            Refused where the method is "variational" or "reweight".
+        error: Standard error at which sampling may end, relative to the size of llc. None means
+            0.02. Near llc = 0 no error is small enough, and the budget ends the run. Refused if the
+            method is "variational" or "reweight".
         budget: Sample gradients that an estimate never exceeds: look, fit, evaluation and all
-            walkers together; of `fastvi.correct`, what it adds. One example's gradient at one point
-            counts 1, its loss 1/3, its Hessian-vector product 2; walkers that share a batch count
-            each. None means 20,000 n for the walkers, and 1,000,000 where n is not known; of a walk
-            without a fit at most 10,000,000, or 5e10 over the parameters, but 1,000,000 at least.
-            Refused where the method is "variational" or "reweight".
-        max_batch: The most examples of one forward-backward pass, which walkers, draws and tangents
-            side by side share; larger batches are averaged in slices. None means as many as 16 MiB
+            walkers together. Of `fastvi.correct` it bounds what that adds. One example's gradient
+            at one point counts 1, its loss 1/3, its Hessian-vector product 2. Walkers that share a
+            batch count each. None means 20,000 n for the walkers, and 1,000,000 if n is not known.
+            For a walk without a fit it means at most 10,000,000, or 5e10 over the number of
+            parameters, but 1,000,000 at least. Refused if the method is "variational" or
+            "reweight".
+        max_batch: The most examples of one forward-backward pass. Walkers, draws and tangents side
+            by side share it. Larger batches are averaged in slices. None means as many as 16 MiB
             hold, of examples and of what the loss computes of them.
-        sampler: How walkers move, below; a mapping replaces only the entries that it names. Refused
-            where the method is "variational" or "reweight".
-        whitening_mode: Diagonal whitening measured at the center before the fit; a `whitener` that
-            `fit` is given takes its place.
-        whitening_decay: Decay of the moving averages of "rmsprop" and "adam", refused without them;
+        sampler: How walkers move, below. A mapping replaces only the entries that it names. Refused
+            if the method is "variational" or "reweight".
+        whitening_mode: Diagonal whitening that is measured at the center before the fit. A
+            `whitener` that `fit` is given takes its place.
+        whitening_decay: Decay of the moving averages of "rmsprop" and "adam". Refused without them.
             None means 0.99.
         use_whitening: False turns `whitening_mode` off.
-        dtype: Floating-point type of the fit; "float64" needs `jax_enable_x64`.
+        dtype: Floating-point type of the fit. "float64" needs `jax_enable_x64`.
         tensorboard: Whether the command line writes events for TensorBoard to `diagnostics/tb` in
-            the run folder; `estimate_llc` then keeps the shape of q after every
-            `eval_every` steps for them. `fit` and `run_vi`, which write to no folder, refuse True:
-            `write_events` takes what `run_vi` returns.
-        gamma: Localization strength, where the entry point is not given one; given twice the two
+            the run folder. `estimate_llc` then keeps the shape of q after every `eval_every` steps
+            for them. `fit` and `run_vi` write to no folder and refuse True: `write_events` takes
+            what `run_vi` returns.
+        gamma: Localization strength, where the entry point is not given one. If both are given they
             must be equal.
-        backend: Library of the flow; None means "native".
-        d_latent: Dimensions that the flow acts on, at most d; "auto" or None means all of up to 64,
+        backend: Library of the flow. None means "native".
+        d_latent: Dimensions that the flow acts on, at most d. "auto" or None means all of up to 64,
             else 8.
         sigma_perp: Standard deviation of the flow family's noise off the subspace where it starts,
-            in the whitener's coordinates; None takes it from the curvature. Refused where flow and
+            in the whitener's coordinates. None takes it from the curvature. Refused if flow and
             core cover all dimensions.
-        learn_sigma_perp: Whether it is learned; None means yes.
-        lift: What the flow sits on: "core" is the learned linear map of the Laplace approximation,
-            with a free mean; "injective" adds isotropic noise to a subspace through w*. None means
+        learn_sigma_perp: Whether `sigma_perp` is learned. None means yes.
+        lift: What the flow sits on. "core" is the learned linear map of the Laplace approximation,
+            with a free mean. "injective" adds isotropic noise to a subspace through w*. None means
             "core".
-        latent_basis: Directions that the flow acts on: of the largest curvature, random, or the
-            columns of an array in model coordinates. None means "curvature".
-        flow: The flow, below; `create` also reads `flow_type`, `flow_depth`, `flow_hidden`, and its
+        latent_basis: Directions that the flow acts on: those of the largest curvature, random ones,
+            or the columns of an array (d, d_latent) in model coordinates. None means "curvature".
+        flow: The flow, below. `create` also reads `flow_type`, `flow_depth`, `flow_hidden`, and its
             entries by dotted names such as `flow.hidden`.
     """
 

@@ -23,47 +23,48 @@ class SamplerSettings:
     programs, and `start` chooses between two sets; a change of any other field compiles nothing.
 
     Attributes:
-        start: Where walkers begin. "fit": at draws of a fitted q. "localizer": at those of the
-            localizer, in coordinates that a few gradients measure, on fresh minibatches, without a
-            fit or a pass over the data. "auto": at the localizer where the posterior is not stiff
-            in its coordinates and the budget, or many dimensions with weights that are not very
-            uneven, speak against a fit.
+        start: Where walkers begin. "fit": at draws of a fitted q. "localizer": at draws of the
+            localizer, in coordinates that a few gradients measure. Such a walk uses fresh
+            minibatches, without a fit or a pass over the data. "auto": at the localizer if the
+            posterior is not stiff in its coordinates, and if the budget, or many dimensions with
+            weights that are not very uneven, speak against a fit.
         gradients: What a step takes the gradient of. "fresh": a minibatch drawn anew. "anchored":
-            such a one, less its gradient at w* and with that of all data in its place. "blocks":
-            one of the blocks that the data are split into, in the same way anchored at the mean of
-            the walkers. "full": all data. "auto": what a measurement of noise and curvature finds
-            cheapest. The first two are of walks from the localizer, the next two of walks from a
-            fit. Where one is named and no method, the method is "sample".
-        walkers: Walkers of a run, at least; rounded up to a multiple of the chains. Half of them
-            doubles the steps for the same error; twice as many burn in twice as many starts.
-        walkers_in_few_dimensions: Times as many walkers, at most, in fewer than 32 dimensions,
-            where gradients are cheap and arms of the posterior narrow. At half, arms are visited
-            half as often; at double, a first round takes twice the work.
+            the same, less its gradient at w* and with that of all data there in its place.
+            "blocks": one of the blocks that the data are split into, anchored in the same way at
+            the mean of the walkers. "full": all data. "auto": what a measurement of noise and
+            curvature finds cheapest. "fresh" and "anchored" are for walks from the localizer,
+            "blocks" and "full" for walks from a fit. If one is named and no method, the method is
+            "sample".
+        walkers: Least number of walkers of a run, rounded up to a multiple of the chains. Half of
+            them doubles the steps for the same error. Twice as many burn in twice as many starts.
+        walkers_in_few_dimensions: Times as many walkers, at most, in fewer than 32 dimensions.
+            There gradients are cheap and arms of the posterior narrow. At half, arms are visited
+            half as often. At double, a first round takes twice the work.
         friction_time: Time after which momentum is forgotten, in standard deviations of q. At half,
-            walkers diffuse where they could fly; at double, the bias by gradient noise doubles.
-        widest: Posterior width over that of q up to which friction time grows with it. At half,
-            posteriors 8 times as wide as q take longer to cross; at double, 16 times as wide ones
+            walkers diffuse where they could fly. At double, the bias by gradient noise doubles.
+        widest: Posterior width, over that of q, up to which friction time grows with it. At half,
+            posteriors 8 times as wide as q take longer to cross. At double, 16 times as wide ones
             are crossed sooner.
         energy_error: Mean square of a step's energy error while walkers burn in, in nats^2 per
             effective dimension. Step sizes grow as its sixth root: half shortens steps by 11 %,
             double lengthens them by 12 % and adds a quarter to their bias.
-        precise_energy_error: The same for the steps that are averaged, at a relative error of 2 %;
-            it scales as the cube of the relative error, and never exceeds `energy_error`.
+        precise_energy_error: The same for the steps that are averaged, at a relative error of 2 %.
+            It scales as the cube of the relative error, and never exceeds `energy_error`.
         max_blocks: Blocks that the data are split into, at most. At half, a step on a million
             examples costs twice as much where noise would allow more; at double, it costs half.
-        min_block: Examples of a block, at least; a step takes two blocks. At half, steps on few
-            data cost half and are noisier; at double, the reverse.
-        table_floats: Bound on the numbers in a table of block gradients, `blocks * dim`: 64 MiB; a
+        min_block: Least number of examples of a block. A step takes two blocks. At half, steps on
+            few data cost half and are noisier. At double, the reverse.
+        table_floats: Bound on the numbers in a table of block gradients, `blocks * dim`: 64 MiB. A
             measurement of the noise holds two. At half, half the memory and larger blocks in many
-            dimensions; at double, the reverse.
-        coordinates_per_fge: Coordinates that walkers may move for each full gradient of the budget,
-            which bounds the time where gradients are cheap: ten minutes at 1e5 dimensions. At half,
-            half the time; at double, twice.
-        noise_points: Walkers at which the noise of gradients is measured before a run. At half,
-            the measurement costs half and is noisier by 1.4; at double, the reverse.
-        noise_share: What gradient noise might add to llc were it not balanced, over the error
-            that was asked for: a tenth of it is doubted. At half, blocks are twice as large; at
-            double, half as large, and more of llc's error is systematic.
+            dimensions. At double, the reverse.
+        coordinates_per_fge: Coordinates that walkers may move for each full gradient of the budget.
+            It bounds the time where gradients are cheap: ten minutes at 1e5 dimensions. At half,
+            half the time. At double, twice.
+        noise_points: Walkers at which the noise of gradients is measured before a run. At half, the
+            measurement costs half and is noisier by 1.4. At double, the reverse.
+        noise_share: What gradient noise might add to llc if nothing balanced it, over the error
+            that was asked for. A tenth of it is doubted. At half, blocks are twice as large. At
+            double, they are half as large, and more of llc's error is systematic.
         burn_in_noise: The same while walkers burn in, as a share of llc. At half, burn-in costs up
             to twice as much; at double, the walkers arrive too hot.
         burn_in_change: Change of llc from the second third of the burn-in to the last, relative to

@@ -255,6 +255,15 @@ def test_examples_of_configurations_are_read(page, block, tmp_path):
     assert config != VIConfig()
 
 
+def test_examples_of_notebooks_run(capsys):
+    namespace = {}
+    for block in python_blocks(DOCS / "notebooks.md"):
+        exec(compile(block, "notebooks.md", "exec"), namespace)
+    quick, further = capsys.readouterr().out.splitlines()
+    assert quick.endswith("its time_limit of 5 s") or quick.endswith("None")
+    assert further.endswith("True")
+
+
 def test_examples_of_kernels_run(capsys):
     for block in python_blocks(DOCS / "kernels.md"):
         exec(compile(block, "kernels.md", "exec"), {})
@@ -283,6 +292,7 @@ def test_every_page_with_examples_is_run():
         "language-models.md",
         "llc-over-training.md",
         "kernels.md",
+        "notebooks.md",
         # in tests/integrations/test_torch_estimates.py
         "torch.md",
         "coming-from-devinterp.md",

@@ -232,7 +232,7 @@ def _corrected(
         stopped=stopped,
         fitted=fitted._replace(previous=values.previous or fitted.previous),
         ensemble=values.ensemble or result.ensemble,
-        going_on=None if values.ensemble is None else _go_on,
+        going_on=_way_on(values, recorded),
     )
     corrected = dataclasses.replace(corrected, health=correction_findings(corrected))
     broken = [finding for finding in corrected.health if finding.name == "non_finite"]
@@ -259,6 +259,26 @@ def with_method(
             "localizer: leave it out, or run estimate_llc again."
         )
     return config.replace(budget=config.budget or default_budget(result.n_data)).recorded
+
+
+def _way_on(values: "_Values", recorded: VIConfig) -> Any:
+    """Return what goes on from a result; None where draws are reweighted because somebody asked."""
+    if values.ensemble is not None:
+        return _go_on
+    return _choose_anew if recorded.method == "auto" else None
+
+
+def _choose_anew(result: LLCEstimate, more: More) -> LLCEstimate:
+    """Keep reweighted draws where they are good enough, and else let walkers start at them."""
+    recorded = with_method(result, "auto", more.error, more.budget, None)
+    return correct_within(
+        result,
+        recorded,
+        0.0,
+        progress=more.progress,
+        throw=more.throw,
+        early_end=more.early_end,
+    )
 
 
 def _go_on(result: LLCEstimate, more: More) -> LLCEstimate:

@@ -170,6 +170,7 @@ class LLCEstimate:
     ) -> "LLCEstimate":
         """Go on with the walk of this estimate from where it is, to a smaller error.
 
+        Draws of q that were reweighted stay where they are good enough, else walkers start at them.
         What it has averaged counts, so that it costs what an estimate to this error would have cost
         beyond what this one did. Where its steps or its blocks of data are too inexact for the new
         error, the average begins anew at these walkers, which have burnt in. This estimate stays as

@@ -19,7 +19,7 @@ demo: $(VENV)/.stamp-demo  ## install the package and estimate the LLC of a digi
 
 test: $(VENV)/.stamp-test  ## run the fast tests, a part of them once more compiled as people compile
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m as_users_compile \
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m 'as_users_compile and not slow' \
 	  $$(grep -rlE --include='test_*.py' 'as_users_compile|fully_optimised' tests)
 
 # The wheel without CUDA is not on PyPI: it comes from a configured index, else from torch's own.

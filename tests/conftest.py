@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 from tests.support import annotations
+from tests.support.slow_tests import read_listed
 
 MARK = "as_users_compile"
 # GiB of a process above which a file of tests gives back what it compiled, and those by which it
@@ -149,12 +150,19 @@ def use_quick_options():
         os.environ["XLA_FLAGS"] = environment["XLA_FLAGS"]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Hold every file of a test that also runs compiled as people compile to saying so.
+    """Mark the tests that took long as slow, before slow ones are left out.
+
+    And hold every file of a test that also runs compiled as people compile to saying so.
 
     `make test` finds those files by the words. A test of full optimisations is one of them, since
     XLA's flags hold for the whole process.
     """
+    listed = read_listed()
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker("slow")
     for item in items:
         if "fully_optimised" in item.fixturenames:
             item.add_marker(MARK)

@@ -4,12 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check
-SOURCES := $(wildcard fastvi tests bench)
+SOURCES := $(wildcard fastvi tests bench examples)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-torch slow matrix lint format bench benchall gate package docs check
+.PHONY: help demo test test-torch slow matrix lint format bench benchall gate package examples docs check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -70,6 +70,12 @@ package: $(VENV)/.stamp-lint  ## build wheel and sdist, and install each in an e
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python tests/support/package.py dist
+
+EXAMPLES_OUT ?= runs/examples
+
+examples: $(VENV)/.stamp-test  ## run the five examples: a quarter of an hour; EXAMPLES_OUT=docs/figures renews the pages' figures
+	set -e; for script in examples/*.py; do \
+	  echo "==> $$script"; $(BIN)/python $$script --out $(EXAMPLES_OUT); done
 
 docs: $(VENV)/.stamp-docs  ## build the documents as a site in site/, strictly
 	$(BIN)/python -m mkdocs build --strict  # quiet, it passes over warnings

@@ -11,6 +11,8 @@ import jaxtyping
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
+from fastvi._vectors import Leaves
+
 T = TypeVar("T")
 if TYPE_CHECKING:
     Given = Annotated[T, "what a person passes"]
@@ -34,6 +36,13 @@ else:
 Scalar: TypeAlias = Float[Array, ""]
 Key: TypeAlias = PRNGKeyArray
 Keys: TypeAlias = jaxtyping.Key[Array, " chains"]
+# of the parameters, and of each walker's: in the model's own arrays where these come divided
+if TYPE_CHECKING:  # formulas that take either do not ask which it is
+    Vector: TypeAlias = Any
+    Vectors: TypeAlias = Any
+else:
+    Vector = Float[Array, " dim"] | Leaves
+    Vectors = Float[Array, "walkers dim"] | Leaves
 
 __all__ = [
     "Any",
@@ -48,4 +57,6 @@ __all__ = [
     "PyTree",
     "Scalar",
     "UInt32",
+    "Vector",
+    "Vectors",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import ConfigError, DataError
-from fastvi._typing import Array, Float
+from fastvi._typing import Array, Float, Vector
 from fastvi.api.plan import DEFAULT_BATCH_SIZE
 from fastvi.config import VIConfig
 from fastvi.geometry.whitening import normalized_scale
@@ -52,7 +52,7 @@ def check_dtype(config: VIConfig) -> Any:
 
 
 def make_problem(
-    center: Float[Array, " dim"],
+    center: Vector,
     data: AbstractData,
     nbeta: Any,
     localization: Any,

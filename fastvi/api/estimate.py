@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._compilation import CompileWatch
+from fastvi._devices import layout_for
 from fastvi._errors import ConfigError, DataError, NonFiniteError
 from fastvi._modes import in_own_modes
 from fastvi._processes import agree, is_several
 from fastvi._typing import Batch, Given, Key, PyTree
+from fastvi._vectors import Leaves
 from fastvi.api.arguments import (
     check_count,
     check_dtype,
@@ -40,6 +42,7 @@ from fastvi.api.walk import (
     chooses_walk,
     estimate_by_walk,
     refuse_beside_walk,
+    walks_divided,
     walks_without_fit,
 )
 from fastvi.config import VIConfig
@@ -80,7 +83,7 @@ from fastvi.target.fingerprint import Fingerprint
 from fastvi.target.inputs import check_data, is_stream, refuse_a_trace
 from fastvi.target.keys import as_key
 from fastvi.target.look import look_at_target
-from fastvi.target.ravel import TreeObjective, TreeStructure, ravel_loss
+from fastvi.target.ravel import TreeObjective, TreeStructure, ravel_loss, split_loss
 from fastvi.target.restrict import restrict
 from fastvi.target.restricted import RestrictedLoss
 from fastvi.target.stream import (
@@ -233,7 +236,10 @@ def estimate_target(
     early_end = EarlyEnd(time_limit)
     with reporting(progress) as report:
         data = open_data(data, check_dtype(settings), report and told_of_reading(report))
-    target = assemble(loss_fn, params, data, nbeta, localization, settings, as_key(key), may_walk)
+    target = assemble(
+        *(loss_fn, params, data, nbeta, localization, settings, as_key(key), may_walk),
+        stays_divided=may_walk and walks_divided(settings),
+    )
     del data  # which the device holds now
     folder = None if resume_from is None else _open_folder(resume_from, target.problem)
     with early_end.interruptible(tells=progress is True):
@@ -257,6 +263,11 @@ def _open_folder(given: Any, problem: Problem) -> ProgressFolder:
         raise ConfigError(
             "resume_from keeps the progress of one process; got several. Leave it out, or run one "
             "process for each estimate."
+        )
+    if isinstance(problem.posterior.center, Leaves):
+        raise ConfigError(
+            "resume_from keeps parameters of one device; params are divided over several, and walk "
+            "so. Leave it out, or pass jax.device_get(params) where they fit on one."
         )
     if problem.data.is_sample:
         raise DataError("resume_from needs data that can be read again; got an iterator.")
@@ -341,14 +352,19 @@ def assemble(
     key: Key,
     may_walk: bool = True,
     check_structure: Callable[[TreeStructure], None] | None = None,
+    stays_divided: bool = False,
 ) -> Target:
     """Check loss, parameters and data, which `open_data` has opened, and put them together.
 
-    `check_structure` sees the parameters before the loss does.
+    `check_structure` sees the parameters before the loss does. Those that come divided over devices
+    stay so where `stays_divided`; elsewhere they are gathered.
     """
     dtype = check_dtype(config)
     localization = choose_localization(localization, config, DEFAULT_LOCALIZATION)
-    objective, center = ravel_loss(loss_fn, params, dtype)
+    # without a localizer there is no walk, and weights beside the examples are on every device
+    stays_divided &= bool(localization) and not isinstance(loss_fn, RestrictedLoss)
+    divided = split_loss(loss_fn, params, dtype) if stays_divided else None
+    objective, center = divided or ravel_loss(loss_fn, params, dtype)
     if check_structure is not None:
         check_structure(objective.structure)
     data, config, stream, feed = _read(
@@ -356,6 +372,8 @@ def assemble(
     )
     if stream is None and feed is None and isinstance(objective.loss_fn, RestrictedLoss):
         data = dataclasses.replace(data, examples=objective.loss_fn.beside(data.examples))
+    if divided is not None:
+        data = dataclasses.replace(data, examples=layout_for(center).share(data.examples))
     num_data = data.num_data
     if nbeta is None:
         if num_data < 2:

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from fastvi._compilation import CompileWatch
-from fastvi._devices import layout_in_use
+from fastvi._devices import layout_for
 from fastvi._errors import ConfigError
+from fastvi._vectors import Leaves
 from fastvi.api.plan import bound_fit, plan_estimate, walk_budget
 from fastvi.config import VIConfig
 from fastvi.evaluation.products import nats_of_rounded_products
@@ -75,6 +76,16 @@ def walks_without_fit(config: VIConfig) -> bool:
     return config.method in (None, "auto", "sample") and not config.of_a_fit
 
 
+def walks_divided(config: VIConfig) -> bool:
+    """Say whether parameters that come divided over devices stay so: where a walk is asked for.
+
+    A fit takes them whole, and so does a walk that may give way to one.
+    """
+    start = config.sampler.chosen_start
+    is_asked = start == "localizer" or (config.method == "sample" and start != "fit")
+    return is_asked and walks_without_fit(config)
+
+
 def refuse_beside_walk(sampler: SamplerSettings, of_a_fit: Sequence[str]) -> None:
     """Refuse what is of a fit where walkers are to begin at the localizer.
 
@@ -94,6 +105,8 @@ def chooses_walk(problem: Problem, config: VIConfig, look: LossLook) -> tuple[bo
     Raises:
         ConfigError: If it was asked for and cannot be.
     """
+    if isinstance(problem.posterior.center, Leaves):
+        return True, True
     start, gamma = config.sampler.chosen_start, float(problem.posterior.gamma)
     if start == "localizer":
         asked = config.sampler.named_start
@@ -141,9 +154,9 @@ def estimate_by_walk(
     is_cheap = problem.data.max_batch >= CHEAP and budget > PART_OF_CHEAP * LEAST_EVALUATIONS
     part = PART_OF_CHEAP if is_cheap else PART
     keys = split_key(streams.derive(key, streams.Purpose.WALKERS), settings.walkers)
-    layout = layout_in_use()
-    layout.check(settings.walkers, "sampler.walkers")
     center = problem.posterior.center
+    layout = layout_for(center)
+    layout.check(settings.walkers, "sampler.walkers")
     check_memory(center.size, settings.walkers, center.dtype.itemsize, layout)
     reader: AbstractReader = DrawnReader(
         layout.share(problem.data.examples), min(part, problem.data.num_examples)
@@ -184,9 +197,8 @@ def estimate_by_walk(
     config = config.replace(method="sample", budget=budget)
     result = _interpret(asked, walk, config, timings, early_end)
     # of a stream nothing is left to go on with
-    if feed is not None or walk.course.state.position.size > MOST_HELD:
-        return result
-    return _held(asked, walk, result)
+    is_small = not isinstance(center, Leaves) and walk.course.state.position.size <= MOST_HELD
+    return _held(asked, walk, result) if feed is None and is_small else result
 
 
 class Asked(NamedTuple):

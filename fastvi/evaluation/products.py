@@ -10,7 +10,8 @@ import numpy as np
 
 from fastvi._compilation import PROGRAMS
 from fastvi._modes import exact_products, their_product_eps
-from fastvi._typing import Array, Float, Scalar
+from fastvi._typing import Scalar, Vectors
+from fastvi._vectors import Leaves
 from fastvi.evaluation.llc import losses_at
 from fastvi.target.data import Problem
 from fastvi.target.fingerprint import Fingerprint, shapes_of
@@ -26,7 +27,7 @@ def nats_of_rounded_products(
     objective: FlatObjective,
     loss: Fingerprint,
     problem: Problem,
-    displacement: Callable[[], Float[Array, "walkers dim"]],
+    displacement: Callable[[], Vectors],
 ) -> float:
     """Return what the rounding of a model's products adds to llc where walkers are.
 
@@ -51,16 +52,20 @@ def nats_of_rounded_products(
         return 0.0
 
     def build(objective: Any) -> tuple[Any, Any]:
-        def excess(problem: Problem, v: Float[Array, "walkers dim"]) -> Scalar:
+        def excess(problem: Problem, v: Vectors) -> Scalar:
             rows = jnp.arange(min(COMPARED_EXAMPLES, problem.data.num_examples))
             batch = take_examples(problem.data.examples, rows)
+            if isinstance(v, Leaves):  # which are many, so that one walker comes after another
+                center = problem.posterior.center
+                losses = jax.lax.map(lambda one: objective.loss(center + one, batch), v)
+                return jnp.mean(losses - objective.loss(center, batch))
             return jnp.mean(losses_at(objective, problem.posterior.center, v, batch).excess)
 
         # two functions, as one would be traced once for both
         return jax.jit(excess), jax.jit(functools.partial(excess))
 
     v = displacement()
-    key = ("products", v.shape, shapes_of(problem))
+    key = ("products", shapes_of((problem, v)))
     theirs, exact = PROGRAMS.find(loss, key, (objective,), build)
     seen = float(theirs(problem, v))
     with exact_products():

@@ -233,7 +233,7 @@ class LLCEstimate:
             )
         return (
             "this estimate does not hold its walkers: it was loaded from disk, or is not the last "
-            "of a curve, or its walkers were too large to keep, or its data are gone. Run "
+            "of a curve, or its walkers are too large to keep or divided, or its data are gone. Run "
             "estimate_llc again with a smaller error."
         )
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fastvi._typing import Array, Bool, Float, Scalar
+from fastvi._typing import Array, Bool, Float, Scalar, Vectors
+from fastvi._vectors import scale_rows, shape_of, sum_rows
 from fastvi.sampling.tuning import HOLD, is_runaway
 
 # Share of the kinetic energy along the spread that friction takes off in a step, at most: momenta
@@ -35,9 +36,9 @@ class Evaluation(NamedTuple):
     """
 
     potential: Float[Array, " walkers"]
-    gradient: Float[Array, "walkers dim"]
+    gradient: Vectors
     observed: Any
-    spread: Float[Array, "walkers dim"] | None = None
+    spread: Vectors | None = None
 
 
 class State(NamedTuple):
@@ -46,8 +47,8 @@ class State(NamedTuple):
     `owed` is the friction along spreads that steps so far have left to later ones.
     """
 
-    position: Float[Array, "walkers dim"]
-    momentum: Float[Array, "walkers dim"]
+    position: Vectors
+    momentum: Vectors
     here: Evaluation
     owed: Float[Array, " walkers"] | None = None
 
@@ -58,8 +59,8 @@ class HalfStep(NamedTuple):
     `heat` is the energy that friction and noise have put in; `owed` as in `State`.
     """
 
-    position: Float[Array, "walkers dim"]
-    momentum: Float[Array, "walkers dim"]
+    position: Vectors
+    momentum: Vectors
     heat: Float[Array, " walkers"]
     owed: Float[Array, " walkers"] | None
 
@@ -75,7 +76,7 @@ def first_half_step(
     state: State,
     step: Scalar | float,
     friction_time: Scalar | float,
-    noise: Float[Array, "walkers dim"],
+    noise: Vectors,
 ) -> HalfStep:
     """Kick, drift, let friction and noise act, and drift again.
 
@@ -99,11 +100,11 @@ def first_half_step(
 
 
 def take_heat_off(
-    momentum: Float[Array, "walkers dim"],
-    spread: Float[Array, "walkers dim"] | None,
+    momentum: Vectors,
+    spread: Vectors | None,
     owed: Float[Array, " walkers"] | None,
     step: Scalar | float,
-) -> tuple[Float[Array, "walkers dim"], Float[Array, " walkers"] | None]:
+) -> tuple[Vectors, Float[Array, " walkers"] | None]:
     """Take as much energy off the momenta as the noise of gradients puts in, where it puts it in.
 
     Noise of covariance C that is held for `HOLD` steps adds `HOLD step^2 C` to the covariance of
@@ -126,13 +127,13 @@ def take_heat_off(
     """
     if spread is None or owed is None:
         return momentum, owed
-    size = jnp.sum(spread**2, axis=-1)
+    size = sum_rows(spread**2)
     # a blank evaluation has no spread, and a step of length zero takes nothing off
     is_noisy = (size > 0) & (jnp.asarray(step) > 0)
     due = owed + HOLD * step**2 * size
     taken = jnp.where(is_noisy, jnp.minimum(due, MOST_TAKEN), 0.0)
-    along = jnp.sum(momentum * spread, axis=-1) / jnp.where(is_noisy, size, 1.0)
-    cooled = momentum - ((1 - jnp.sqrt(1 - taken)) * along)[:, None] * spread
+    along = sum_rows(momentum * spread) / jnp.where(is_noisy, size, 1.0)
+    cooled = momentum - scale_rows((1 - jnp.sqrt(1 - taken)) * along, spread)
     return cooled, jnp.minimum(due - taken, MOST_OWED)
 
 
@@ -165,7 +166,7 @@ def second_half_step(
     error = there.potential - state.here.potential + gained - half.heat
     # the kick tells a wall from a change of data: it is large at walls alone
     kick = jnp.where(is_same_data, jnp.inf, kinetic_energy(0.5 * step * there.gradient))
-    is_returned = jnp.asarray(step > 0) & is_runaway(error, kick, state.position.shape[-1])
+    is_returned = jnp.asarray(step > 0) & is_runaway(error, kick, shape_of(state.position)[1])
 
     def chosen(new: Array, old: Array) -> Array:
         return jnp.where(is_returned.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
@@ -176,6 +177,6 @@ def second_half_step(
     return jax.tree_util.tree_map(chosen, moved, back), Info(error, is_returned)
 
 
-def kinetic_energy(momentum: Float[Array, "walkers dim"]) -> Float[Array, " walkers"]:
+def kinetic_energy(momentum: Vectors) -> Float[Array, " walkers"]:
     """Evaluate `|p|^2 / 2` of each walker."""
-    return 0.5 * jnp.sum(momentum**2, axis=-1)
+    return 0.5 * sum_rows(momentum**2)

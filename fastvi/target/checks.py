@@ -74,7 +74,7 @@ class LossLook(NamedTuple):
 class LossPrograms(NamedTuple):
     """Compiled: `(w, rows) -> (loss, gradient)` and `(w, rows) -> loss`."""
 
-    value_and_grad: Callable[[Any, Batch], tuple[Array, Array]]
+    value_and_grad: Callable[[Any, Batch], tuple[Array, Array | np.ndarray]]
     loss: Callable[[Any, Batch], Array]
 
 

@@ -97,6 +97,7 @@ def fingerprint_loss(
     # Shapes are enough for a trace: no example is read.
     batch = jax.eval_shape(problem.next_batch, streams.shared_key())
     w = jax.eval_shape(lambda: problem.posterior.center)
+    sizes = [array.size for array in jax.tree_util.tree_leaves(w)]
     reader = _Reader()
     traced = jax.make_jaxpr(of_batch)(w, batch)
     reader.value(traced)
@@ -109,7 +110,7 @@ def fingerprint_loss(
         tuple(reader.objects),
         reader.is_traced,
         reader.is_narrow,
-        uses_of_parameters(traced.jaxpr, w.size) if reader.is_narrow else (),
+        uses_of_parameters(traced.jaxpr, sizes) if reader.is_narrow else (),
         computed_bytes(traced.jaxpr) / problem.batch_size,
     )
 

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._compilation import PROGRAMS, compiler_options
+from fastvi._devices import host_vector, place_like
 from fastvi._errors import DataError
 from fastvi._modes import their_product_eps
-from fastvi._typing import Array, Given
+from fastvi._typing import Array, Batch, Given, Vector
+from fastvi._vectors import Leaves
 from fastvi.target.checks import (
     LossLook,
     LossPrograms,
@@ -94,7 +96,7 @@ def look_at_target(
     programs = _programs(objective, problem, loss)
     look = look_at_loss(
         programs,
-        np.asarray(jax.device_get(center)),
+        host_vector(center),
         problem.data.examples,
         nbeta=float(posterior.nbeta),
         localization=float(posterior.gamma),
@@ -167,7 +169,7 @@ def _with_weight(problem: Problem, mean_weight: float) -> Problem:
 
 def weigher_of(
     objective: Any, problem: Problem, loss: Fingerprint
-) -> Callable[[Array, AbstractData], tuple[Array, Array, Array]]:
+) -> Callable[[Vector, AbstractData], tuple[Array, Array, Array]]:
     """Return `(w, data) -> weight_statistics`; objectives that compute the same share it."""
     computed = loss.computed * problem.num_data
     build = functools.partial(_weigher, computed=computed)
@@ -176,10 +178,10 @@ def weigher_of(
 
 def _weigher(
     objective: Any, *, computed: float = 0.0
-) -> Callable[[Array, AbstractData], tuple[Array, Array, Array]]:
+) -> Callable[[Vector, AbstractData], tuple[Array, Array, Array]]:
     """Compile it for a pass that computes so many bytes."""
 
-    def of_data(w: Array, data: AbstractData) -> tuple[Array, Array, Array]:
+    def of_data(w: Vector, data: AbstractData) -> tuple[Array, Array, Array]:
         return data.mean(lambda batch: weight_statistics(objective.outputs(w, batch), w.dtype))
 
     return jax.jit(of_data, compiler_options=compiler_options(computed))
@@ -240,7 +242,19 @@ def _programs(objective: FlatObjective, problem: Problem, loss: Fingerprint) -> 
             jit(lambda w, batch: objective.loss(w, batch)),
         )
 
-    return PROGRAMS.find(loss, ("look", shapes_of(problem)), (objective,), build)
+    center = problem.posterior.center
+    programs = PROGRAMS.find(loss, ("look", shapes_of(problem)), (objective,), build)
+    return _of_host_vectors(programs, center) if isinstance(center, Leaves) else programs
+
+
+def _of_host_vectors(programs: LossPrograms, center: Leaves) -> LossPrograms:
+    """Return programs on vectors of the host, whose arrays are put where those of w* lie."""
+
+    def both(w: np.ndarray, batch: Batch) -> tuple[Array, np.ndarray]:
+        value, gradient = programs.value_and_grad(place_like(center, w), batch)
+        return value, host_vector(gradient)
+
+    return LossPrograms(both, lambda w, batch: programs.loss(place_like(center, w), batch))
 
 
 def _resolution(loss: Fingerprint, dtype: Any) -> float:

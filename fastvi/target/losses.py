@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvi._errors import DataError
-from fastvi._typing import Array, Batch, Float, PyTree, Scalar
+from fastvi._typing import Array, Batch, Float, PyTree, Scalar, Vector
 
 
 class LossForm(enum.Enum):
@@ -178,8 +178,8 @@ def weight_statistics(outputs: Any, dtype: Any) -> tuple[Scalar, Scalar, Scalar]
 
 
 def find_mean_weight(
-    weigh: Callable[[Float[Array, " dim"], Any], tuple[Scalar, Scalar, Scalar]],
-    center: Float[Array, " dim"],
+    weigh: Callable[[Vector, Any], tuple[Scalar, Scalar, Scalar]],
+    center: Vector,
     pieces: Iterable[Any],
     name: str,
 ) -> Weighing:
@@ -199,7 +199,7 @@ def find_mean_weight(
             parameters.
     """
     # Every parameter moves, those at zero among them.
-    found, sizes, nudged = [], [], center + 0.01 * (1 + jnp.abs(center))
+    found, sizes, nudged = [], [], center + 0.01 * (1 + abs(center))
     for piece in pieces:
         # sums over pieces are taken on the host in float64
         here = np.asarray(jax.device_get(weigh(center, piece)), float)

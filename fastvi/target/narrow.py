@@ -4,7 +4,8 @@ A model that computes in half precision casts parameters before it uses them. Wa
 precision, and moves below the spacing of the narrow type change nothing in the loss.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -20,9 +21,9 @@ PASSED_ON = ("reshape", "transpose", "squeeze", "broadcast_in_dim", "copy", "cop
 
 
 class Use(NamedTuple):
-    """A stretch of the flat parameters, and the half-precision type that it is cast to.
+    """A stretch of the parameters, and the half-precision type that it is cast to.
 
-    None where it is used with all its digits.
+    Parameters are counted array by array. None stands for use with all digits.
     """
 
     start: int
@@ -30,13 +31,15 @@ class Use(NamedTuple):
     dtype: str | None
 
 
-def uses_of_parameters(jaxpr: Jaxpr, size: int) -> tuple[Use, ...]:
-    """List the uses of a program's first argument, a vector of so many parameters.
+def uses_of_parameters(jaxpr: Jaxpr, sizes: Sequence[int]) -> tuple[Use, ...]:
+    """List the uses of a program's first arguments, arrays of so many parameters.
 
     The list is empty where none is of half precision. A stretch that goes where this does not
     follow counts as used with all its digits.
     """
-    found = set(_uses(jaxpr, {jaxpr.invars[0]: (0, size)}))
+    ends = list(itertools.accumulate(sizes))
+    stretches = zip([0, *ends[:-1]], ends, strict=True)
+    found = set(_uses(jaxpr, dict(zip(jaxpr.invars, stretches, strict=False))))
     is_narrow = any(use.dtype is not None for use in found)
     return tuple(sorted(found, key=repr)) if is_narrow else ()
 

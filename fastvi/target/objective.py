@@ -14,7 +14,7 @@ import jax
 
 from fastvi._errors import DataError
 from fastvi._modes import call_in_their_modes, their_products
-from fastvi._typing import Array, Batch, Float, Given, Scalar
+from fastvi._typing import Array, Batch, Float, Given, Scalar, Vector
 from fastvi.target.losses import example_losses, mean_loss, raw_examples
 
 LossFn = Callable[..., Any]
@@ -36,9 +36,7 @@ class FlatObjective(Protocol):
         ...
 
 
-def value_and_grad(
-    objective: FlatObjective, w: Float[Array, " dim"], batch: Batch
-) -> tuple[Scalar, Array]:
+def value_and_grad(objective: FlatObjective, w: Vector, batch: Batch) -> tuple[Scalar, Vector]:
     """Evaluate the loss and its gradient, in one pass where the objective can."""
     both = getattr(objective, "value_and_grad", None)
     with their_products():
@@ -51,7 +49,7 @@ class AbstractObjective(abc.ABC):
     """A `FlatObjective` around a function of a person's, differentiated by autodiff."""
 
     @abc.abstractmethod
-    def outputs(self, w: Float[Array, " dim"], batch: Batch) -> Any:
+    def outputs(self, w: Vector, batch: Batch) -> Any:
         """Return what the function returns on the batch."""
 
     @property

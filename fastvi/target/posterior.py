@@ -1,9 +1,9 @@
 """The local posterior: the only place where the target's formula is written."""
 
 import equinox as eqx
-import jax.numpy as jnp
 
-from fastvi._typing import Array, Float, Scalar
+from fastvi._typing import Array, Float, Scalar, Vector
+from fastvi._vectors import sum_entries
 
 
 class LocalPosterior(eqx.Module):
@@ -17,18 +17,16 @@ class LocalPosterior(eqx.Module):
         Lau et al., The Local Learning Coefficient (2024), eq. 14.
     """
 
-    center: Float[Array, " dim"]
+    center: Vector
     nbeta: Scalar
     gamma: Scalar
 
-    def log_density(self, displacement: Float[Array, " dim"], loss: Scalar) -> Scalar:
+    def log_density(self, displacement: Vector, loss: Scalar) -> Scalar:
         """Evaluate log p at `center + displacement`, where the mean loss is `loss`."""
         # a sum, not a dot: that of jax 0.7 on CPUs loses a few 1e-4 of a million squares
-        return -self.nbeta * loss - 0.5 * self.gamma * jnp.sum(displacement**2)
+        return -self.nbeta * loss - 0.5 * self.gamma * sum_entries(displacement**2)
 
-    def log_density_grad(
-        self, displacement: Float[Array, " dim"], loss_grad: Float[Array, " dim"]
-    ) -> Float[Array, " dim"]:
+    def log_density_grad(self, displacement: Vector, loss_grad: Vector) -> Vector:
         """Differentiate `log_density` given the gradient of the mean loss there."""
         return -self.nbeta * loss_grad - self.gamma * displacement
 

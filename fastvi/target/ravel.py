@@ -1,9 +1,10 @@
-"""Parameter pytrees as flat vectors: the only place that ravels or unravels a model."""
+"""Parameter pytrees as vectors: the only place that takes a model apart and puts it together."""
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -12,10 +13,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._devices import off_devices
+from fastvi._devices import DividedLayout, divided_layout, off_devices
 from fastvi._errors import DataError
 from fastvi._modes import call_in_their_modes, in_own_modes
-from fastvi._typing import Array, Float, Given, PyTree
+from fastvi._typing import Array, Float, Given, PyTree, Vector
+from fastvi._vectors import Leaves
 from fastvi.target.inputs import is_array, is_finite
 from fastvi.target.losses import raw_examples
 from fastvi.target.objective import AbstractObjective, LossFn
@@ -44,7 +46,7 @@ class TreeStructure:
         """Lengths of the array leaves' stretches of the flat vector, in order."""
         return tuple(math.prod(shape) for shape in self.shapes if shape is not None)
 
-    def unravel(self, w: Float[Array, " dim"]) -> PyTree:
+    def unravel(self, w: Vector) -> PyTree:
         """Rebuild the pytree.
 
         Half-precision leaves keep their dtype, the others take that of `w`.
@@ -59,15 +61,21 @@ class TreeStructure:
         """
         return self._rebuilt(w, lambda dtype: dtype)
 
-    def _rebuilt(self, w: Float[Array, "*axes dim"], leaf_dtype: Callable[[Any], Any]) -> PyTree:
-        parts, static = iter(self._stretches(w)), iter(self.static_leaves)
+    def _rebuilt(self, w: Any, leaf_dtype: Callable[[Any], Any]) -> PyTree:
+        parts, static = iter(self._arrays(w)), iter(self.static_leaves)
         leaves = [
-            next(static)
-            if shape is None
-            else next(parts).reshape(*w.shape[:-1], *shape).astype(leaf_dtype(dtype))
+            next(static) if shape is None else next(parts).astype(leaf_dtype(dtype))
             for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
         ]
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
+
+    def _arrays(self, w: Any) -> Iterator[Any]:
+        """Return the array of each array leaf."""
+        if isinstance(w, Leaves):
+            return iter(w.arrays)
+        shapes = (shape for shape in self.shapes if shape is not None)
+        pairs = zip(self._stretches(w), shapes, strict=True)
+        return (part.reshape(*w.shape[:-1], *shape) for part, shape in pairs)
 
     def _stretches(self, w: Float[Array, "*axes dim"]) -> Sequence[Any]:
         """Return the stretch of each array leaf."""
@@ -107,17 +115,24 @@ class TreeStructure:
 
 @dataclasses.dataclass(frozen=True)
 class TreeObjective(AbstractObjective):
-    """A `FlatObjective` around `loss_fn(params, batch)`.
+    """A `FlatObjective` around `loss_fn(params, batch)`, of vectors that are `Leaves` too.
 
     Equal function and structure compare equal.
     """
 
     loss_fn: LossFn
     structure: TreeStructure
+    layout: DividedLayout | None = None
 
     def outputs(self, w, batch):
         """Return what the function returns on the batch."""
-        return call_in_their_modes(self.loss_fn, self.structure.unravel(w), raw_examples(batch))
+        if self.layout is None:
+            return call_in_their_modes(self.loss_fn, self.structure.unravel(w), raw_examples(batch))
+        arrays, call = w.arrays, functools.partial(self.layout.call, self._of_arrays)
+        return call_in_their_modes(call, arrays, raw_examples(batch))
+
+    def _of_arrays(self, arrays, batch):
+        return self.loss_fn(self.structure.unravel(Leaves(arrays)), batch)
 
 
 @in_own_modes
@@ -142,6 +157,39 @@ def ravel_loss(
         DataError: If a leaf is neither a floating array nor carried along, is not finite, or there
             is none; or if they hold a train state, or the state of an optimiser.
     """
+    objective, arrays = _take_apart(
+        loss_fn, params, lambda leaf, name: _float_leaf(leaf, name, dtype)
+    )
+    return objective, _joined(arrays)
+
+
+def split_loss(
+    loss_fn: Given[LossFn], params: PyTree, dtype: Any
+) -> tuple[TreeObjective, Leaves] | None:
+    """Return the objective and the parameters in arrays that stay where they are divided.
+
+    None where none is divided, or not in a way that a program keeps.
+
+    Args:
+        loss_fn: As for `ravel_loss`.
+        params: As for `ravel_loss`.
+        dtype: Floating dtype of the arrays.
+
+    Raises:
+        DataError: As `ravel_loss` does.
+    """
+    layout = divided_layout([leaf for leaf in jax.tree_util.tree_leaves(params) if is_array(leaf)])
+    if layout is None:
+        return None
+    objective, arrays = _take_apart(loss_fn, params, lambda leaf, name: _cast(leaf, name, dtype))
+    objective = dataclasses.replace(objective, layout=layout)
+    return objective, layout.share(Leaves(tuple(arrays)))
+
+
+def _take_apart(
+    loss_fn: Given[LossFn], params: PyTree, read: Callable[[Any, str], Any]
+) -> tuple[TreeObjective, list[Any]]:
+    """Return the objective, and the array leaves as they are read."""
     if not callable(loss_fn):
         raise DataError(
             f"loss_fn must be a function (params, batch) -> scalar; got {type(loss_fn).__name__}."
@@ -157,7 +205,8 @@ def ravel_loss(
             shapes.append(None)
             dtypes.append(None)
             continue
-        arrays.append(_float_leaf(leaf, name, dtype))
+        _check_float(leaf, name)
+        arrays.append(read(leaf, name))
         shapes.append(tuple(leaf.shape))
         dtypes.append(leaf.dtype)
     if not sum(array.size for array in arrays):
@@ -166,7 +215,7 @@ def ravel_loss(
             f"params holds {found}, so there is nothing to vary; pass the trained weights."
         )
     structure = TreeStructure(treedef, tuple(shapes), tuple(dtypes), tuple(static))
-    return TreeObjective(loss_fn, structure), _joined(arrays)
+    return TreeObjective(loss_fn, structure), arrays
 
 
 def _joined(arrays: list[Array | np.ndarray]) -> Array:
@@ -220,8 +269,7 @@ def refuse_python_float(leaf: Any, name: str) -> None:
     )
 
 
-def _float_leaf(leaf: Any, name: str, dtype: Any) -> Array | np.ndarray:
-    """Return a leaf in the dtype of the flat vector."""
+def _check_float(leaf: Any, name: str) -> None:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise DataError(
             f"{name} has dtype {leaf.dtype}; only floating-point parameters can be varied. Cast it "
@@ -232,9 +280,19 @@ def _float_leaf(leaf: Any, name: str, dtype: Any) -> Array | np.ndarray:
             f"{name} has dtype {leaf.dtype}, too coarse for a posterior to be seen. Cast it to "
             "float32."
         )
-    if isinstance(leaf, jax.core.Tracer):
-        return leaf.astype(dtype)
-    leaf = off_devices(leaf)
+
+
+def _float_leaf(leaf: Any, name: str, dtype: Any) -> Array | np.ndarray:
+    """Return a leaf in the dtype of the flat vector, off several devices."""
+    return (
+        leaf.astype(dtype)
+        if isinstance(leaf, jax.core.Tracer)
+        else _cast(off_devices(leaf), name, dtype)
+    )
+
+
+def _cast(leaf: Any, name: str, dtype: Any) -> Array | np.ndarray:
+    """Return a finite leaf in the dtype of the vector."""
     if not is_finite(leaf):
         raise DataError(
             f"{name} holds NaN or infinity; the trained parameters must be finite. Did training "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 from fastvi._errors import DataError, ErrorNote
-from fastvi._typing import Array, Float, Given, PyTree
+from fastvi._typing import Given, PyTree, Vector
 from fastvi.target.losses import LossForm, describe_arrays, map_examples, num_examples
 from fastvi.target.objective import FlatObjective
 
@@ -33,7 +33,7 @@ class Signature(NamedTuple):
 
 
 def check_loss(
-    objective: Given[FlatObjective], w: Float[Array, " dim"], batch: PyTree, name: str = "loss_fn"
+    objective: Given[FlatObjective], w: Vector, batch: PyTree, name: str = "loss_fn"
 ) -> Signature:
     """Find what the loss returns and computes, and that its gradient has the shape of `w`.
 
@@ -81,9 +81,7 @@ def check_loss(
 PROGRAM = (ClosedJaxpr, Jaxpr)  # what calls, loops and branches hold
 
 
-def _trace(
-    function: Callable[..., Any], w: Float[Array, " dim"], batch: PyTree, name: str
-) -> tuple[Any, Any]:
+def _trace(function: Callable[..., Any], w: Vector, batch: PyTree, name: str) -> tuple[Any, Any]:
     """Trace a person's function; return its jaxpr and the shapes that it returns.
 
     Whatever it raises gets a note and passes.

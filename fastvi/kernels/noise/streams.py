@@ -14,7 +14,7 @@ a key would be derived again and again, because XLA compiles the hash of each de
 | blocks of a walker's key | what they hold |
 |---|---|
 | `MOMENTUM` | the momentum that it begins with |
-| i + 1 | the noise of step i |
+| i + 1 | the noise of step i, of parameters beyond 2^32 in blocks of keys of `LATER_PAGES` |
 | 2^31 + j | its block of data, drawn for the j-th time |
 
 A derived key is the hash of one counter of block 0, beyond the `2^31` that the noise of step 0 may
@@ -22,13 +22,14 @@ take.
 """
 
 import enum
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fastvi._typing import Array, Key
-from fastvi.kernels.noise.threefry import fold_in
+from fastvi.kernels.noise.threefry import LATER_PAGES, PAGE, fold_in
 
 NOISE_BLOCKS = 2  # blocks of normals and of labels; a family that needs more raises the period
 STEP_PERIOD = NOISE_BLOCKS + 1  # blocks of a step: its noise, and its minibatch
@@ -82,6 +83,21 @@ class Purpose(enum.IntEnum):
     MOMENTS = 2**31 + 7
     CALIBRATION = 2**31 + 8
     DRAWS = 2**31 + 9
+    LATER_PAGES = LATER_PAGES
+
+
+def stretches(sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """Return page and counter at which each of several stretches of numbers begins.
+
+    One follows the other, but that each lies in one page.
+    """
+    found, page, start = [], 0, 0
+    for size in sizes:
+        if start + size > PAGE:
+            page, start = page + 1, 0
+        found.append((page, start))
+        start += size
+    return found
 
 
 def derive(key: Key, purpose: Purpose) -> Key:

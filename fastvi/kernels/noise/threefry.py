@@ -20,6 +20,9 @@ from fastvi._typing import Array, Float, Key, Keys, UInt32
 
 # Rotation distances of Threefry-2x32 by Salmon et al.; four rounds take one row.
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+PAGE = 2**32  # counters of a block
+# Counter of block 0 by which the keys of further pages are derived, in the map of `streams`.
+LATER_PAGES = 2**31 + 10
 # The parity word of Skein: no schedule is all zeros, whatever the key.
 _PARITY = np.uint32(0x1BD11BDA)
 
@@ -50,6 +53,37 @@ def normal(
         for one in stretches
     ]
     return jnp.concatenate(found).reshape(shape)
+
+
+def normal_stretch(
+    key: Key,
+    shape: tuple[int, ...],
+    dtype=jnp.float32,
+    *,
+    block: Array | int,
+    page: int,
+    start: Array | int,
+) -> Float[Array, "..."]:
+    """Draw the numbers that `normal` has from `start` on, in an array of this shape.
+
+    Each number is computed from its place in the array, so that devices which divide the array draw
+    their parts alone. Pages are of 2^32 counters each; those after the first are of keys that are
+    derived for them.
+
+    It falls back to jax.random where `normal` does.
+    """
+    pair, size, dtype = _threefry_words(key), math.prod(shape), np.dtype(dtype)
+    if pair is None or size > PAGE or dtype not in (np.float32, np.float64):
+        own = jax.random.fold_in(jax.random.fold_in(_block_key(key, block), page), start)
+        return jax.random.normal(own, shape, dtype)
+    if page:
+        pair = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, LATER_PAGES), page))
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    counters = jnp.broadcast_to(jnp.asarray(start, jnp.uint32), shape)
+    for axis, stride in enumerate(strides):
+        counters += np.uint32(stride) * jax.lax.broadcasted_iota(np.uint32, shape, axis)
+    bits = _bits_of(pair, jnp.uint32(block), counters, dtype.itemsize)
+    return jnp.asarray(_inverse_cdf(bits, dtype))
 
 
 def words(key: Key, size: int, *, block: Array | int = 0) -> UInt32[Array, " size"]:
@@ -121,7 +155,10 @@ def _threefry_words(key: Key) -> UInt32[Array, "2"] | None:
 # Inlined, so that the hash fuses with what the caller's program does to the bits.
 @functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
 def _random_bits(pair, block, start, end, itemsize):
-    counters = np.uint32(start) + jax.lax.iota(np.uint32, end - start)
+    return _bits_of(pair, block, np.uint32(start) + jax.lax.iota(np.uint32, end - start), itemsize)
+
+
+def _bits_of(pair, block, counters, itemsize):
     high, low = _threefry2x32(pair[0], pair[1], block, counters)
     if itemsize == 4:
         return high ^ low

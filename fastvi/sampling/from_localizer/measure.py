@@ -5,13 +5,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 
-from fastvi._devices import on_host
+from fastvi._devices import host_blocks, host_rows
 from fastvi._errors import DataError
-from fastvi._typing import Array, Float
+from fastvi._typing import Float, Vector, Vectors
+from fastvi._vectors import Leaves, shape_of
 from fastvi.sampling.dynamics import State
 from fastvi.sampling.from_localizer.batches import AbstractSource
 from fastvi.sampling.from_localizer.plan import (
@@ -75,10 +77,10 @@ class Probe:
 
     def evaluate(
         self,
-        scale: Float[Array, " dim"],
+        scale: Vector,
         state: State,
         batch: tuple[int, AbstractSource],
-        anchor: Float[Array, " dim"] | None = None,
+        anchor: Vector | None = None,
     ) -> State:
         """Evaluate walkers where they are; a gradient that was finite leaves their momenta."""
         step, source = batch
@@ -167,10 +169,10 @@ def _consistent_curvature(
         is_last = change <= math.log(CONSISTENT) or probe.work > LOOKS_SHARE * setup.budget
         # a second look confirms the first where the loss is quadratic, at any curvature
         used = seen if is_last or look == 0 else np.sqrt(used * seen)
-        ratio = 1 / np.asarray(scale)
+        ratio = 1 / jax.tree_util.tree_map(np.asarray, scale)
         scale = round_scale(setup, used - gamma)
-        ratio *= np.asarray(scale)
-        here = fill(state.position, (ratio * row for row in on_host(state.momentum)))
+        ratio = ratio * jax.tree_util.tree_map(np.asarray, scale)
+        here = fill(state.position, (ratio * row for row in host_rows(state.momentum)))
         # the old one at w* takes the place of a gradient that may not be finite
         gradient = state.here._replace(gradient=state.momentum)
         state = State(blank(state.here.gradient), here, gradient)
@@ -193,18 +195,18 @@ def _keep_gradient(state: State) -> State:
 
 def _add_gradient(state: State, sign: float) -> State:
     """Add the gradient to what was kept of others, or take it off."""
-    signs = np.full(state.momentum.shape[0], float(sign))
+    signs = np.full(shape_of(state.momentum)[0], float(sign))
     return state._replace(momentum=add_multiples(state.momentum, signs, state.here.gradient))
 
 
-def _gradients(state: State) -> tuple[np.ndarray, np.ndarray]:
+def _gradients(state: State) -> tuple[Vectors, Vectors]:
     """Return what was kept of gradients, and the last one."""
-    return on_host(state.momentum), on_host(state.here.gradient)
+    return state.momentum, state.here.gradient
 
 
-def _bent(state: State) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _bent(state: State) -> Iterator[tuple[Any, Any]]:
     """Yield where each walker is, and by how much its gradient differs from the one kept."""
-    for at, here, there in zip(on_host(state.position), *_gradients(state), strict=True):
+    for at, here, there in zip(*map(host_rows, (state.position, *_gradients(state))), strict=True):
         yield at, there - here
 
 
@@ -222,9 +224,9 @@ def measure_heat(setup: WalkSetup, course: Course) -> Course:
     state = _keep_gradient(probe.evaluate(scale, course.state, probe.batch(), anchor))
     state = _add_gradient(probe.evaluate(scale, state, probe.batch(), anchor), -1)
     # momenta are the difference of two gradients now
-    noise = on_host(state.momentum)
+    noise = state.momentum
     square = np.maximum(_row_products(noise, noise), TINY)
-    localizer = _row_products(noise, noise, *[np.asarray(scale)[None]] * 2)
+    localizer = _row_products(noise, noise, scale, scale)
     del noise
     slopes, batch = [], probe.batch()
     for step in (1 / np.sqrt(square), -1 / np.sqrt(square)):  # there and back
@@ -260,25 +262,27 @@ def measure_decrement(setup: WalkSetup, course: Course) -> tuple[Course, float, 
     for _ in range(count):
         state = _add_gradient(probe.evaluate(course.scale, state, probe.batch()), 1)
     square, error = mean_square_gradient(
-        inner_products(total / count for (total,) in _columns(on_host(state.momentum)))
+        inner_products(total / count for (total,) in _columns(state.momentum))
     )
     work, examples = course.work + probe.work, course.examples + probe.examples
     return course._replace(state=state, work=work, examples=examples), 0.5 * square, 0.5 * error
 
 
-def standard_normals(
-    setup: WalkSetup, rng: np.random.Generator
-) -> Iterator[Float[np.ndarray, " dim"]]:
-    """Draw a direction for each walker, one at a time."""
-    walkers, dim = setup.shape
-    for _ in range(walkers):
-        yield rng.standard_normal(dim, np.float32).astype(setup.dtype, copy=False)
+def standard_normals(setup: WalkSetup, rng: np.random.Generator) -> Iterator[Any]:
+    """Draw a direction for each walker, one at a time: the same however parameters lie."""
+
+    def draw(array: Any) -> np.ndarray:
+        return rng.standard_normal(array.shape, np.float32).astype(setup.dtype, copy=False)
+
+    for _ in range(setup.shape[0]):
+        yield jax.tree_util.tree_map(draw, setup.posterior.center)
 
 
-def _columns(*arrays: Float[np.ndarray, "_ dim"]) -> Iterator[list[Float[np.ndarray, "_ some"]]]:
-    """Yield the same few columns of arrays in double precision, without a copy of all."""
-    for start in range(0, arrays[0].shape[1], SLICE):
-        yield [array[:, start : start + SLICE].astype(float) for array in arrays]
+def _columns(*vectors: Vectors | Vector) -> Iterator[list[Float[np.ndarray, "_ some"]]]:
+    """Yield the same few columns of vectors in double precision, without a copy of all."""
+    for arrays in host_blocks(*vectors):
+        for start in range(0, arrays[0].shape[1], SLICE):
+            yield [array[:, start : start + SLICE].astype(float) for array in arrays]
 
 
 def inner_products(
@@ -288,22 +292,20 @@ def inner_products(
     return np.sum([part @ part.T for part in parts], axis=0)
 
 
-def _row_products(*arrays: Float[np.ndarray, "_ dim"]) -> Float[np.ndarray, " walkers"]:
-    """Return the sum over each row of the product of arrays; a single row is that of all."""
-    sums = [functools.reduce(np.multiply, parts).sum(axis=1) for parts in _columns(*arrays)]
+def _row_products(*vectors: Vectors | Vector) -> Float[np.ndarray, " walkers"]:
+    """Return the sum over each row of the product of vectors; a single row is that of all."""
+    sums = [functools.reduce(np.multiply, parts).sum(axis=1) for parts in _columns(*vectors)]
     return np.sum(sums, axis=0)
 
 
-def _distances(
-    one: Float[np.ndarray, "walkers dim"], other: Float[np.ndarray, "walkers dim"]
-) -> Float[np.ndarray, " walkers"]:
+def _distances(one: Vectors, other: Vectors) -> Float[np.ndarray, " walkers"]:
     """Return the length of the difference of each row."""
     squares = [np.square(a - b).sum(axis=1) for a, b in _columns(one, other)]
     return np.sqrt(np.sum(squares, axis=0))
 
 
 def leaf_curvature(
-    pairs: Iterable[tuple[Float[np.ndarray, " dim"], Float[np.ndarray, " dim"]]],
+    pairs: Iterable[tuple[Any, Any]],
     sizes: tuple[int, ...],
 ) -> Float[np.ndarray, " leaves"]:
     """Return the mean Rayleigh quotient of each array of parameters, at least 0.
@@ -311,9 +313,13 @@ def leaf_curvature(
     Each pair is a direction, and its product with the Hessian.
     """
     ends = np.cumsum(sizes)[:-1]
+
+    def by_array(vector: Any) -> Iterable[np.ndarray]:
+        return vector.arrays if isinstance(vector, Leaves) else np.split(vector, ends)
+
     products, squares = np.zeros((2, len(sizes)))
     for pair in pairs:
-        direction, bent = (np.split(vector, ends) for vector in pair)
+        direction, bent = map(by_array, pair)
         products += list(map(np.vdot, direction, bent))
         squares += list(map(np.vdot, direction, direction))
     return np.maximum(products / np.maximum(squares, TINY), 0.0)

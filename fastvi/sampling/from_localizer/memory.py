@@ -2,7 +2,7 @@
 
 import jax
 
-from fastvi._devices import Layout
+from fastvi._devices import AbstractLayout
 from fastvi._errors import ConfigError
 from fastvi.sampling.from_localizer.steps import LARGEST_SIDE_BY_SIDE
 
@@ -28,7 +28,7 @@ def walk_bytes(dim: int, walkers: int, itemsize: int, is_anchored: bool = False)
     return (OF_WALKER * walkers + BESIDE + is_anchored) * dim * itemsize
 
 
-def check_memory(dim: int, walkers: int, itemsize: int, layout: Layout) -> None:
+def check_memory(dim: int, walkers: int, itemsize: int, layout: AbstractLayout) -> None:
     """Refuse a walk that is larger than the device, where the device tells how large it is.
 
     Raises:
@@ -38,7 +38,7 @@ def check_memory(dim: int, walkers: int, itemsize: int, layout: Layout) -> None:
     if limit is None or dim <= LARGEST_SIDE_BY_SIDE:
         return
     on_device = layout.walkers_on_device(walkers)
-    of_device = walk_bytes(dim, on_device, itemsize)
+    of_device = layout.share_of_parameters * walk_bytes(dim, on_device, itemsize)
     if of_device > limit:
         raise ConfigError(
             f"a walk of {on_device} walkers in {dim:,} dimensions takes "

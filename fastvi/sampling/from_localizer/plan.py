@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fastvi._typing import Array, Float
+from fastvi._typing import Float, Vector
+from fastvi._vectors import Leaves
 from fastvi.sampling.from_localizer.setup import FRICTION_TIME, WalkSetup
 from fastvi.sampling.run import HEAT_SHARE
 
@@ -54,10 +55,12 @@ class Measured(NamedTuple):
     anchored_noise: float
 
 
-def round_scale(setup: WalkSetup, curvature: Float[np.ndarray, " leaves"]) -> Float[Array, " dim"]:
+def round_scale(setup: WalkSetup, curvature: Float[np.ndarray, " leaves"]) -> Vector:
     """Return the unit of each coordinate, `1 / sqrt(gamma + curvature)`, one for each array."""
     units = (1 / np.sqrt(float(setup.posterior.gamma) + curvature)).astype(setup.dtype)
     # put on the device, for which nothing is compiled
+    if isinstance(setup.posterior.center, Leaves):
+        return setup.programs.layout.share(Leaves(tuple(units)))
     return setup.programs.layout.share(jax.device_put(np.repeat(units, setup.leaf_sizes)))
 
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fastvi._devices import Layout
-from fastvi._typing import Array, Float, Keys
+from fastvi._devices import AbstractLayout
+from fastvi._typing import Keys, Vector
+from fastvi._vectors import shape_of
 from fastvi.fitting.protocols import never
 from fastvi.sampling.dynamics import State
 from fastvi.sampling.from_localizer.batches import AbstractReader, AbstractSource
@@ -56,7 +57,7 @@ class WalkSetup:
     must_walk: bool
     report: Callable[[float, float, float], None]
     num_data: int
-    full_gradient: Callable[[], Float[Array, " dim"]] | None = None
+    full_gradient: Callable[[], Vector] | None = None
     spent: float = 0.0
     ends: Callable[[], bool] = never
 
@@ -98,9 +99,9 @@ class Course(NamedTuple):
     """
 
     state: State
-    scale: Float[Array, " dim"]
+    scale: Vector
     step_size: float
-    anchor: Float[Array, " dim"] | None = None
+    anchor: Vector | None = None
     parts: int = 1
     heat: float = 0.0
     gradient_doubt: float = 0.0
@@ -116,10 +117,10 @@ class Course(NamedTuple):
         return self.anchor is not None
 
 
-def deal_course(course: Course, layout: Layout) -> Course:
+def deal_course(course: Course, layout: AbstractLayout) -> Course:
     """Put a walk on the devices that its walkers are divided over."""
     return course._replace(
-        state=layout.deal(course.state, course.state.position.shape[0]),
+        state=layout.deal(course.state, shape_of(course.state.position)[0]),
         scale=layout.share(course.scale),
         anchor=layout.share(course.anchor),
     )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvi._devices import off_devices, on_host
+from fastvi._devices import host_row, on_host
 from fastvi._errors import ConfigError, DataError
 from fastvi._typing import Float
 from fastvi.sampling.averages import SURPRISE, Analysis, analyse, furthest_off, standard_error
@@ -296,8 +296,7 @@ def average(setup: WalkSetup, stage: Averaging, keeper: AbstractWalkKeeper) -> W
         course.work,
         least_budget(setup, course),
         not course.is_fed,
-        # arrays that any program takes
-        jax.tree_util.tree_map(off_devices, course),
+        setup.programs.layout.collect(course),
     )
 
 
@@ -381,7 +380,8 @@ def plan_anchor(setup: WalkSetup, measured: Measured, course: Course) -> Course:
     course, decrement, error = measure_decrement(setup, course)
     if decrement > CERTAIN * error and wanted != "anchored":
         return course._replace(heat=noise_heat(measured.noise, course.step_size))
-    anchor = setup.programs.layout.share(jnp.zeros_like(setup.posterior.center))
+    zeros = jax.tree_util.tree_map(jnp.zeros_like, setup.posterior.center)
+    anchor = setup.programs.layout.share(zeros)
     return course._replace(anchor=anchor, gradient_doubt=max(decrement, 0.0) + error)
 
 
@@ -476,9 +476,10 @@ def _evaluate(setup: WalkSetup, course: Course) -> Course:
             break
         position, gradient = state.position, state.here.gradient
         for walker in np.flatnonzero(~is_inside).astype(np.int32):
-            position = put_row(position, walker, on_host(position)[walker] / 2)
+            row = host_row(position, int(walker))
+            position = put_row(position, walker, row / 2)
             # one that is not finite would be one in the next step
-            gradient = put_row(gradient, walker, np.zeros(setup.shape[1], setup.dtype))
+            gradient = put_row(gradient, walker, jax.tree_util.tree_map(np.zeros_like, row))
         here = state.here._replace(gradient=gradient)
         course = course._replace(state=state._replace(position=position, here=here))
     return course
@@ -537,7 +538,7 @@ def check_steps(setup: WalkSetup, course: Course) -> Check:
         broken = Analysis.broken(llc.shape[0])
         return Check(broken, llc, radius2, (Unmet(ERROR, math.nan, setup.error),))
     analysis = analyse(llc, np.zeros((*llc.shape, 0)), radius2)
-    column = setup.posterior.center.size - virial[:, analysis.burn_in :, None]
+    column = setup.shape[1] - virial[:, analysis.burn_in :, None]
     heat, missed = known_heat(setup, course)
     share, doubt = heat_share(heat, analysis.llc, missed)
     # fewer bins than asked for have not shown how long walkers remember

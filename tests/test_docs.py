@@ -159,7 +159,7 @@ def test_examples_of_draws_and_influence_run(capsys):
         python_blocks(DOCS / name) for name in ("influence.md", "posterior-draws.md")
     )
     # one run of many draws has a known answer, the others show how to call
-    for blocks, which in ((of_influence, 1), (of_draws, 0)):
+    for blocks, which in ((of_influence, 2), (of_draws, 0)):
         assert "    200,\n" in blocks[which]
         blocks[which] = blocks[which].replace("    200,\n", "    24,\n")
     # both pages begin with the same estimate
@@ -324,7 +324,9 @@ def test_examples_of_flows_run(capsys):
 def test_example_of_a_curve_runs(short_fits, capsys):
     (block,) = python_blocks(DOCS / "llc-over-training.md")
     exec(compile(block, "llc-over-training.md", "exec"), {})
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["checkpoint", "loss", "llc", "FGE", "findings"]
+    assert len(lines) == 3 + 2  # checkpoints and differences
 
 
 def test_example_of_estimate_llc_gives_the_number_it_shows():

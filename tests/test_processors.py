@@ -41,7 +41,7 @@ def digits(folder, flags, cores):
     def bind():
         os.sched_setaffinity(0, allowed[:cores])
 
-    command = [sys.executable, "-m", "fastvi.cli", "demo", "digits", "--out", str(folder)]
+    command = [sys.executable, "-m", "fastvi", "demo", "digits", "--out", str(folder)]
     done = subprocess.run(
         command,
         env={**variables, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

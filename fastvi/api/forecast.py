@@ -12,6 +12,7 @@ from fastvi._compilation import PROGRAMS
 from fastvi._errors import ConfigError, DataError
 from fastvi._html import result_html
 from fastvi._modes import in_own_modes
+from fastvi._numbers import with_error
 from fastvi._typing import Array, Float, Given, Key
 from fastvi.api.arguments import check_count, positive_scalar
 from fastvi.geometry.spectrum import (
@@ -21,7 +22,6 @@ from fastvi.geometry.spectrum import (
     spectral_measures,
 )
 from fastvi.results.estimate import LLCEstimate
-from fastvi.results.terminal import with_error
 from fastvi.sampling.ensemble import Target
 from fastvi.sampling.sgld import QuadraticSGLD
 from fastvi.target.fingerprint import shapes_of

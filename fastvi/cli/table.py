@@ -4,8 +4,8 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fastvi._numbers import with_error
 from fastvi.results.estimate import LLCEstimate
-from fastvi.results.terminal import with_error
 
 Row = Mapping[str, str]
 WIDTH = 80  # columns of a terminal that nobody has widened

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from fastvi._numbers import with_error
 from fastvi._typing import Array, Batch, Float, Scalar
 from fastvi.config import VIConfig
 from fastvi.demos.base import AbstractDemo, Say, check
 from fastvi.evaluation.errors import chain_error, pair_mean
 from fastvi.results.estimate import LLCEstimate
-from fastvi.results.terminal import with_error
 
 
 class Exact(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastvi._numbers import with_error
 from fastvi._typing import Float
 from fastvi.sampling.averages import STUDENT
 
@@ -30,6 +31,12 @@ class Estimate(NamedTuple):
 
     value: np.ndarray
     sem: np.ndarray
+
+    def __str__(self) -> str:
+        """Format for a terminal."""
+        if np.size(self.value) == 1:
+            return with_error(float(np.ravel(self.value)[0]), float(np.ravel(self.sem)[0]))
+        return f"{self.value}\n± {self.sem}"
 
 
 def blocks_per_walker(walkers: int, draws: int, time: float) -> int:

@@ -25,6 +25,10 @@ class Split(NamedTuple):
     drift: Estimate
     spread: Estimate
 
+    def __str__(self) -> str:
+        """Format for a terminal."""
+        return f"drift {self.drift}, spread {self.spread}"
+
 
 class GroupMeans(NamedTuple):
     """Displacements of groups of walkers, summed up along the draws.

@@ -9,9 +9,9 @@ import numpy as np
 
 from fastvi._errors import ConfigError
 from fastvi._html import result_html
+from fastvi._numbers import with_error
 from fastvi.results.estimate import LLCEstimate
 from fastvi.results.report.svg import svg_where_possible
-from fastvi.results.terminal import with_error
 from fastvi.sampling.averages import stated_error
 
 if TYPE_CHECKING:

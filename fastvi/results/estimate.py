@@ -16,6 +16,7 @@ import numpy as np
 from fastvi._errors import DataError
 from fastvi._html import result_html
 from fastvi._modes import in_own_modes
+from fastvi._numbers import with_error
 from fastvi._typing import Given
 from fastvi.config import VIConfig
 from fastvi.evaluation.errors import ErrorParts
@@ -26,7 +27,6 @@ from fastvi.results.early_end import EarlyEnd
 from fastvi.results.findings import Finding, not_improved
 from fastvi.results.parts import ChainValues, Correction, Curvature, DrawValues, Timings
 from fastvi.results.saved import read_estimate, write_estimate
-from fastvi.results.terminal import with_error
 from fastvi.results.work import RunWork
 from fastvi.target.hessian import SecondDerivative
 
@@ -233,8 +233,8 @@ class LLCEstimate:
             )
         return (
             "this estimate does not hold its walkers: it was loaded from disk, or is not the last "
-            "of a curve, or its walkers are too large to keep or divided, or its data are gone. Run "
-            "estimate_llc again with a smaller error."
+            "of a curve, or its walkers are too large to keep or divided, or its data are gone. "
+            "Run estimate_llc again with a smaller error."
         )
 
     def _repr_html_(self) -> str:

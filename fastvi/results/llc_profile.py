@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastvi._html import result_html
+from fastvi._numbers import with_error
 from fastvi._typing import Float
 from fastvi.results.draw_findings import LOCALIZER_SHARE
 from fastvi.results.findings import Finding
 from fastvi.results.report.svg import svg_where_possible
-from fastvi.results.terminal import with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,8 +111,12 @@ class LLCProfile:
         lines = [f"{'n beta':<10}{head}   localization"]
         for nbeta, row in zip(self.nbetas, cells, strict=True):
             lines.append(f"{nbeta:<10.4g}" + "".join(f"{cell:>{width}}" for cell in row))
+        if self.localizer_decides.any():
+            lines.append(
+                "* llc is nearly proportional to 1 / localization: lower localization or raise n "
+                "beta."
+            )
         lines += [
-            "* llc is nearly proportional to 1 / localization: lower localization or raise n beta.",
             f"work      {self.total_fge:,.0f} FGE, {self.fge_before:,.0f} of it of the estimate",
         ]
         return "\n".join([*lines, *self._findings()])

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import TextIO
 
 from fastvi._modes import call_in_their_modes
+from fastvi._numbers import with_error
 from fastvi._typing import Given
 from fastvi.fitting.protocols import Progress
-from fastvi.results.terminal import is_notebook, is_terminal, with_error, write_text
+from fastvi.results.terminal import is_notebook, is_terminal, write_text
 
 # Seconds between redraws of a terminal's line. Half writes twice as often; 1 s looks stuck.
 MIN_SECONDS = 0.2

@@ -4,7 +4,6 @@ That never ends the work. And how numbers are written there.
 """
 
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -79,20 +78,6 @@ def flush_streams() -> None:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())
                 os.close(nowhere)
-
-
-def with_error(value: float, sem: float, resolution: float = 0.0) -> str:
-    """Format a value as precisely as its error.
-
-    `22.296 ± 0.073`; or as `resolution`, if that is coarser.
-    """
-    # Two digits of the error at most: its own relative error is rarely below 10 %.
-    coarsest = max(sem, resolution) if math.isfinite(resolution) else sem
-    if not (math.isfinite(value) and math.isfinite(sem) and coarsest > 0):
-        return f"{value:.4g} ± {sem:.2g}"
-    decimals = min(max(1 - math.floor(math.log10(coarsest)), 0), 9)
-    error = f"{sem:.{decimals}f}" if coarsest == sem else f"{sem:.1g}"
-    return f"{value:.{decimals}f} ± {error}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -132,7 +132,8 @@ def _read(name: str, mask: Any, leaf: Any) -> bool | Frozen:
     if which.dtype != bool or which.shape not in ((), leaf.shape):
         raise ConfigError(
             f"param_mask at {name} must be a bool or a boolean array of shape {leaf.shape}; got "
-            f"{which.dtype} of shape {which.shape}."
+            f"{which.dtype} of shape {which.shape}. fastvi.select_part(params, pattern) makes "
+            "masks of names."
         )
     if which.all() or not which.any():
         return bool(which.all())

@@ -11,11 +11,11 @@ import pytest
 
 import fastvi
 from fastvi import ConfigError, DataError, LLCEstimate, NonFiniteError, VIConfig, cli
+from fastvi._numbers import with_error
 from fastvi._optional import MissingExtraError, import_optional
 from fastvi.demos.quadratic import exact_values, make_regression
 from fastvi.results.report.panels import batch_llc
 from fastvi.results.report.plots import plot_traces
-from fastvi.results.terminal import with_error
 from tests.support.command_line import run
 
 SMALL_FIT = "M: 1\nr: 0\neval_samples: 32\nwhitening_mode: none\nmethod: variational\n"

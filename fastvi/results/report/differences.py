@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# Last place over the first from which on an axis is logarithmic. At a third a linear one still
+# shows all; at three times the first half of the places would be one.
+LOGARITHMIC = 30.0
+
+
 def plot_differences(
     llc: Float[np.ndarray, " estimates"],
     llc_sem: Float[np.ndarray, " estimates"],
@@ -63,6 +68,9 @@ def plot_differences(
             xlabel=label,
             ylabel="difference of llc",
         )
+        # steps of training are mostly as far apart as they are long
+        if where[0] > 0 and where[-1] > LOGARITHMIC * where[0]:
+            below.set_xscale("log")
         if names is not None:
             below.set_xticks(where, names)
     return figure

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvi._html import remark_html
+from fastvi._numbers import with_error
 from fastvi.observables.posterior import PosteriorDraws
 from fastvi.results.estimate import NO_FINDINGS, LLCEstimate
 from fastvi.results.report.panels import PANELS, panel_figure
 from fastvi.results.report.posterior import plot_draws, plot_influence
 from fastvi.results.report.svg import inline_svg
-from fastvi.results.terminal import with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

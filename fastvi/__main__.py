@@ -1,4 +1,4 @@
-"""`python -m fastvi.cli`."""
+"""`python -m fastvi`."""
 
 import sys
 

@@ -571,6 +571,7 @@ ESTIMATE_KEYWORDS = {
     "throw": None,  # tests/test_bad_input.py: a fit that is not finite
     "param_mask": {"a": True, "b": False},
     "resume_from": "folder",
+    "time_limit": None,  # tests/api/test_more.py
     "overrides": None,  # FIELDS above
 }
 

@@ -218,7 +218,7 @@ ANY_JSON = {
 }
 NAN = {"non_finite": "nan"}
 RESULT = {
-    "of a newer fastvi": (put("version", 99), "this fastvi reads 7. Upgrade fastvi."),
+    "of a newer fastvi": (put("version", 99), "this fastvi reads 8. Upgrade fastvi."),
     "of an older fastvi": (put("version", 2), "is of the old version 2"),
     "missing field": (without("llc"), "lacks 'llc'"),
     "missing entry": (without("curvature", "rank"), "lacks 'curvature.rank'"),

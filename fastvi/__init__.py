@@ -1,52 +1,42 @@
-"""Fast variational inference on the local posterior of a trained model, and its LLC.
+"""Fast variational inference on the local posterior of a trained model, and its LLC."""
 
-Names are imported where they are first used: equinox, optax and the rest of the package take half a
-second, and many a program that imports this one uses none of them.
-"""
-
-import importlib
-import importlib.util
-from typing import TYPE_CHECKING, Any
-
+from fastvi._compilation import use_compilation_cache
+from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
 from fastvi._version import __version__ as __version__
-
-if TYPE_CHECKING:
-    from fastvi._compilation import use_compilation_cache
-    from fastvi._errors import ConfigError, DataError, NonFiniteError, UnavailableError
-    from fastvi.api.compare import compare
-    from fastvi.api.curve import LLCCurve, llc_curve
-    from fastvi.api.estimate import estimate_llc
-    from fastvi.api.flat import fit, run_vi
-    from fastvi.api.forecast import SGLDForecast, forecast_sgld
-    from fastvi.api.other_data import DataLLC, example_losses, llc_on
-    from fastvi.api.parts import estimate_parts
-    from fastvi.api.posterior import sample_posterior
-    from fastvi.api.profile import profile
-    from fastvi.api.resample import correct
-    from fastvi.api.split import split_llc
-    from fastvi.api.virial import VirialLLC, virial_llc
-    from fastvi.config import FlowConfig, VIConfig
-    from fastvi.families import AbstractBackend, register_backend
-    from fastvi.observables.draws import FittedQ
-    from fastvi.observables.posterior import PosteriorDraws
-    from fastvi.results.differences import LLCComparison, LLCDifference
-    from fastvi.results.estimate import LLCEstimate
-    from fastvi.results.flat import SamplerRunResult
-    from fastvi.results.llc_profile import LLCProfile
-    from fastvi.results.part_estimates import PartEstimates
-    from fastvi.results.report.arviz import to_arviz
-    from fastvi.results.report.devinterp import to_devinterp
-    from fastvi.results.report.page import write_report
-    from fastvi.results.resume import ProgressFolder, Stopped
-    from fastvi.results.stored_draws import load_draws
-    from fastvi.target.heads import attention_heads
-    from fastvi.target.objective import FlatObjective, make_flat_objective
-    from fastvi.target.parts import select_part
-    from fastvi.target.posterior import LocalPosterior
-    from fastvi.target.preview import PartsPreview, preview
-    from fastvi.target.ragged import pad_sequences
-    from fastvi.target.ravel import ravel_loss
-    from fastvi.target.restrict import restrict
+from fastvi.api.compare import compare
+from fastvi.api.curve import LLCCurve, llc_curve
+from fastvi.api.estimate import estimate_llc
+from fastvi.api.flat import fit, run_vi
+from fastvi.api.forecast import SGLDForecast, forecast_sgld
+from fastvi.api.other_data import DataLLC, example_losses, llc_on
+from fastvi.api.parts import estimate_parts
+from fastvi.api.posterior import sample_posterior
+from fastvi.api.profile import profile
+from fastvi.api.resample import correct
+from fastvi.api.split import split_llc
+from fastvi.api.virial import VirialLLC, virial_llc
+from fastvi.config import FlowConfig, VIConfig
+from fastvi.families import AbstractBackend, register_backend
+from fastvi.observables.draws import FittedQ
+from fastvi.observables.posterior import PosteriorDraws
+from fastvi.results.differences import LLCComparison, LLCDifference
+from fastvi.results.estimate import LLCEstimate
+from fastvi.results.flat import SamplerRunResult
+from fastvi.results.llc_profile import LLCProfile
+from fastvi.results.part_estimates import PartEstimates
+from fastvi.results.report.arviz import to_arviz
+from fastvi.results.report.devinterp import to_devinterp
+from fastvi.results.report.page import write_report
+from fastvi.results.resume import ProgressFolder, Stopped
+from fastvi.results.stored_draws import load_draws
+from fastvi.target.heads import attention_heads
+from fastvi.target.objective import FlatObjective, make_flat_objective
+from fastvi.target.parts import select_part
+from fastvi.target.posterior import LocalPosterior
+from fastvi.target.preview import PartsPreview, preview
+from fastvi.target.ragged import pad_sequences
+from fastvi.target.ravel import ravel_loss
+from fastvi.target.restrict import restrict
 
 __all__ = [
     "AbstractBackend",
@@ -101,60 +91,3 @@ __all__ = [
     "virial_llc",
     "write_report",
 ]
-
-# Where each public name lives; a test holds it against the imports above.
-_HOMES = {
-    "_compilation": ("use_compilation_cache",),
-    "_errors": ("ConfigError", "DataError", "NonFiniteError", "UnavailableError"),
-    "api.compare": ("compare",),
-    "api.curve": ("LLCCurve", "llc_curve"),
-    "api.estimate": ("estimate_llc",),
-    "api.flat": ("fit", "run_vi"),
-    "api.forecast": ("SGLDForecast", "forecast_sgld"),
-    "api.other_data": ("DataLLC", "example_losses", "llc_on"),
-    "api.parts": ("estimate_parts",),
-    "api.posterior": ("sample_posterior",),
-    "api.profile": ("profile",),
-    "api.resample": ("correct",),
-    "api.split": ("split_llc",),
-    "api.virial": ("VirialLLC", "virial_llc"),
-    "config": ("FlowConfig", "VIConfig"),
-    "families": ("AbstractBackend", "register_backend"),
-    "observables.draws": ("FittedQ",),
-    "observables.posterior": ("PosteriorDraws",),
-    "results.differences": ("LLCComparison", "LLCDifference"),
-    "results.estimate": ("LLCEstimate",),
-    "results.flat": ("SamplerRunResult",),
-    "results.llc_profile": ("LLCProfile",),
-    "results.part_estimates": ("PartEstimates",),
-    "results.report.arviz": ("to_arviz",),
-    "results.report.devinterp": ("to_devinterp",),
-    "results.report.page": ("write_report",),
-    "results.resume": ("ProgressFolder", "Stopped"),
-    "results.stored_draws": ("load_draws",),
-    "target.heads": ("attention_heads",),
-    "target.objective": ("FlatObjective", "make_flat_objective"),
-    "target.parts": ("select_part",),
-    "target.posterior": ("LocalPosterior",),
-    "target.preview": ("PartsPreview", "preview"),
-    "target.ragged": ("pad_sequences",),
-    "target.ravel": ("ravel_loss",),
-    "target.restrict": ("restrict",),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name, or a module of the package, where it is first used."""
-    if name in _HOME_OF:
-        value = getattr(importlib.import_module(f"fastvi.{_HOME_OF[name]}"), name)
-        globals()[name] = value
-        return value
-    if not name.startswith("_") and importlib.util.find_spec(f"fastvi.{name}") is not None:
-        return importlib.import_module(f"fastvi.{name}")
-    raise AttributeError(f"module 'fastvi' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    """Return the public names."""
-    return [*__all__, "__version__"]

@@ -636,6 +636,7 @@ KEYWORDS = {
         "error",
         "budget",
         "sampler",
+        "time_limit",  # tests/api/test_more.py
         "progress",
         "throw",
     ],

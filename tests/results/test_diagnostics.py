@@ -357,9 +357,9 @@ class Links(HTMLParser):
         self.fetched += [
             values[name]
             for name in ("src", "href")
-            if not values.get(name, "data:").startswith("data:")
+            if not values.get(name, "data:").startswith(("data:", "#"))
         ]
-        self.images += tag == "img"
+        self.images += tag == "svg"
         if tag == "script":
             self.fetched.append("script")
         if tag not in ("meta", "link", "img", "br"):
@@ -382,7 +382,7 @@ def test_the_report_is_one_page_that_fetches_nothing(corrected, tmp_path):
     assert links.images == sum(panel.applies(named) for panel in PANELS.values()) >= 10
     assert "a &lt; b &amp; c" in page
     assert f"{corrected.llc:.1f}" in re.search(r"<h1>(.*?)</h1>", page)[1]
-    assert not re.search(r"https?://|@import|url\(", page)
+    assert not re.search(r"https?://|@import|url\((?!#)", page)
 
 
 FINDING = fastvi.results.findings.Finding("warning", "x", "seen", "cause", "fix")
@@ -539,7 +539,9 @@ def test_an_unsettled_walk_names_what_failed_and_what_helps(unmet, narrow, parts
     config = fastvi.VIConfig(budget=1000.0)
     values = {"llc": 2.0, "llc_sem": 0.1, "llc_vi": 2.0, "llc_vi_sem": 0.1, "has_fit": True}
     (finding,) = correction_findings(
-        SimpleNamespace(health=(), correction=details, config=config, error_parts=parts, **values)
+        SimpleNamespace(
+            health=(), correction=details, config=config, error_parts=parts, stopped=None, **values
+        )
     )
     assert finding.name == "walk_unsettled"
     assert says in finding.observed

@@ -116,7 +116,7 @@ def make_setup(
         error=error,
         budget=budget,
         must_walk=must_walk,
-        report=lambda work, llc: None,
+        report=lambda work, llc, sem: None,
         num_data=COUNT,
     )
 

@@ -185,13 +185,15 @@ def test_one_that_is_renewed_at_the_last_moment_is_kept(path, monkeypatch):
 
 
 def test_one_alone_of_many_takes_an_expired_lease(path):
-    for _ in range(20):
-        of_another_machine(path, age=61.0)
+    for number in range(20):
+        # a file of its own: the thread that renews may still be at the one before
+        mine = path.with_name(f"lease-{number}")
+        of_another_machine(mine, age=61.0)
         taken, start = [], threading.Barrier(8)
 
-        def race(taken=taken, start=start):
+        def race(mine=mine, taken=taken, start=start):
             start.wait()
-            taken.append(take(path))
+            taken.append(take(mine))
 
         threads = [threading.Thread(target=race) for _ in range(8)]
         for thread in threads:

@@ -210,12 +210,7 @@ def _corrected(
 
     `seconds` are those that it took, and those of them that compiled.
     """
-    fitted, before = result.fitted, result.timings
-    timings = before._replace(
-        correction=before.correction + seconds[0],
-        total=before.total + seconds[0],
-        compile=before.compile + seconds[1],
-    )
+    fitted, timings = result.fitted, result.timings.with_correction(*seconds)
     corrected = dataclasses.replace(
         result,
         llc=values.llc,

@@ -234,12 +234,7 @@ def _go_on(asked: Asked, result: LLCEstimate, more: More) -> LLCEstimate:
     with CompileWatch() as watch, reporting(more.progress) as report:
         tell = tell_sampling(report, "walk", 1, before + budget, more.error)
         walk = ensemble.averaged_on(more.error, budget, tell, more.early_end)
-    seconds, spent = time.perf_counter() - began, result.timings
-    timings = spent._replace(
-        compile=spent.compile + watch.seconds,
-        total=spent.total + seconds,
-        correction=spent.correction + seconds,
-    )
+    timings = result.timings.with_correction(time.perf_counter() - began, watch.seconds)
     whole = before + asked.look.sample_gradients + budget
     config = result.config.replace(error=more.error, budget=whole)
     found = _interpret(asked, walk, config, timings, more.early_end)

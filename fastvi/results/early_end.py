@@ -41,7 +41,7 @@ class EarlyEnd:
         if self.reason is None and self.limit is not None:
             is_late = time.monotonic() >= self.deadline
             # clocks differ, and processes must go on alike
-            if agree(is_late) if is_several() else is_late:
+            if agree(is_late):
                 self.reason = f"its time_limit of {self.limit:g} s"
         return self.reason is not None
 

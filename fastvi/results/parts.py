@@ -62,6 +62,14 @@ class Timings(NamedTuple):
     total: float
     correction: float = 0.0
 
+    def with_correction(self, seconds: float, compiling: float) -> "Timings":
+        """Add the time of sampling the posterior, to that of an earlier time if there was one."""
+        return self._replace(
+            compile=self.compile + compiling,
+            total=self.total + seconds,
+            correction=self.correction + seconds,
+        )
+
 
 class DrawValues(NamedTuple):
     """The draws that q was evaluated at, arrays of shape (chains, draws).

@@ -21,9 +21,7 @@ from fastvi.sampling.from_localizer.walk import Walk, advance, average, with_par
 from fastvi.sampling.keeping import NO_KEEPER
 from fastvi.sampling.programs import Record, sampler_programs
 from fastvi.sampling.run import (
-    NOISE_SLACK,
     REFINE_AT,
-    STEP_BIAS,
     Averaging,
     RunSetup,
     RunState,
@@ -31,6 +29,7 @@ from fastvi.sampling.run import (
     begin,
     finish,
     go_on,
+    step_bias,
     switch_fidelity,
 )
 from fastvi.sampling.tuning import Fidelity, plan_energy_error
@@ -196,9 +195,9 @@ class BlockEnsemble(AbstractEnsemble):
             ends=ends,
         )
         state, records = self._told_anew(setup), self.records
-        fidelity, bias = self.fidelity, STEP_BIAS * self.fidelity.energy_error ** (1 / 3)
-        is_quiet = setup.max_blocks(state, state.allowed_bias, NOISE_SLACK) >= fidelity.num_blocks
-        if bias > REFINE_AT * error or not is_quiet:
+        fidelity = self.fidelity
+        is_exact = step_bias(fidelity.energy_error) <= REFINE_AT * error
+        if not (is_exact and setup.is_quiet(state, fidelity.num_blocks)):
             fidelity, records = self._exact(setup, state), ()
         least = setup.run_cost(fidelity.num_blocks, state.num_walkers)
         if least > budget:

@@ -327,6 +327,10 @@ class RunSetup:
         variance = min(self.variance_of(state, bias), most_balanced_variance(state.step_size))
         return max_blocks_within(slack * variance, state.block_noise, self.counts)
 
+    def is_quiet(self, state: RunState, num_blocks: int) -> bool:
+        """Whether so many blocks are no noisier than `allowed_bias` says, but for chance."""
+        return self.max_blocks(state, state.allowed_bias, NOISE_SLACK) >= num_blocks
+
     def variance_of(self, state: RunState, bias: float) -> float:
         """Return the variance of gradients that would add `bias` to llc, were it not balanced."""
         return abs(bias) / noise_bias(1.0, state.step_size, self.settings.friction_time)
@@ -813,12 +817,17 @@ def check_records(
     if np.mean(returned[returned.size // 2 :]) > MOST_RETURNED:
         virial = virial[..., :0]
     analysis = without_heat(analyse(llc, virial, radius2, core_radius2), heat)
-    step_bias = STEP_BIAS * energy_error ** (1 / 3) * abs(analysis.llc)
-    analysis = dataclasses.replace(analysis, parts=analysis.parts.plus(dynamics=step_bias))
+    bias = step_bias(energy_error) * abs(analysis.llc)
+    analysis = dataclasses.replace(analysis, parts=analysis.parts.plus(dynamics=bias))
     # walkers that agreed before may differ by more, where a larger error is asked for
     patience = max(1.0, setup.error / USUAL_ERROR) if setup.agreed_before else 1.0
     unmet = unmet_by(analysis, setup.error, patience, llc.shape[1], setup.settings)
     return Check(analysis, llc, radius2, unmet)
+
+
+def step_bias(energy_error: float) -> float:
+    """Return what finite steps may add to llc, relative to it."""
+    return STEP_BIAS * energy_error ** (1 / 3)
 
 
 def without_heat(analysis: Analysis, heat: Heat) -> Analysis:
@@ -869,7 +878,7 @@ def _choose_fidelity(
         if setup.can_pay(state, setup.run_cost(finer.num_blocks, state.num_walkers)):
             return state._replace(refinements=state.refinements + 1), finer
     # walkers that have moved away from the anchor are noisier
-    is_quiet = setup.max_blocks(state, state.allowed_bias, NOISE_SLACK) >= fidelity.num_blocks
+    is_quiet = setup.is_quiet(state, fidelity.num_blocks)
     blocks = setup.max_blocks(state, state.allowed_bias)
     if is_quiet or not setup.can_pay(state, setup.run_cost(blocks, state.num_walkers)):
         return state, fidelity

@@ -3,28 +3,14 @@
 In a process of its own, since the number of devices is fixed at the start.
 """
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from tests.support.host_devices import ROOT, environment_with
+from tests.support.host_devices import say_in_double_precision
 
 
 @pytest.fixture(scope="module")
 def found():
-    environment = environment_with(8, JAX_ENABLE_X64="1", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.meshes"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return say_in_double_precision("tests.support.meshes", 8)
 
 
 @pytest.mark.parametrize("steps", ["blocks", "all data", "minibatches", "anchored"])

@@ -3,10 +3,6 @@
 In processes of their own, since the number of devices is fixed at the start.
 """
 
-import json
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,22 +12,13 @@ from fastvi._vectors import Leaves, scale_rows, shape_of, sum_entries, sum_rows
 from fastvi.kernels.noise import normal, normal_stretch, streams
 from fastvi.kernels.noise.threefry import PAGE
 from fastvi.sampling.from_localizer import memory
-from tests.support.host_devices import ROOT, environment_with
+from tests.support.host_devices import say_in_double_precision
 
 STATE = 3 * 4  # position, momentum and gradient of each of four walkers
 
 
 def run(which):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.divided", which],
-        env=environment_with(4, JAX_ENABLE_X64="1", JAX_DISABLE_MOST_OPTIMIZATIONS="1"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return say_in_double_precision("tests.support.divided", 4, which)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """Processes with so many devices of the host, whose number is fixed when jax starts."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,3 +19,17 @@ def environment_with(devices, **more):
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         **more,
     }
+
+
+def say_in_double_precision(module, devices, *arguments):
+    """Run a module beside so many devices, in float64, and return what its last line says."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=environment_with(devices, JAX_ENABLE_X64="1", JAX_DISABLE_MOST_OPTIMIZATIONS="1"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
